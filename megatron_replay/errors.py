@@ -1,0 +1,77 @@
+"""The errors a user can cause or meet: one line that says what, where, expected, found, and what to do.
+
+Every command line catches ``ReplayError``, prints that line to stderr and leaves with the class's
+``exit_code``. The codes are part of the interface: scripts may branch on them.
+"""
+
+from __future__ import annotations
+
+
+class ReplayError(Exception):
+    """Base of all errors shown to users without a traceback.
+
+    The message reads ``WHERE: WHAT (expected E; found F). FIX``; parts left out are not shown.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object | None = None,
+        expected: object | None = None,
+        found: object | None = None,
+        fix: str | None = None,
+    ) -> None:
+        facts = [
+            f"{name} {value}"
+            for name, value in (("expected", expected), ("found", found))
+            if value is not None
+        ]
+        message = f"{where}: {what}" if where is not None else what
+        if facts:
+            message += f" ({'; '.join(facts)})"
+        if fix:
+            message += f". {fix}"
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(ReplayError):
+    """A flag, a YAML key, or a combination of options that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(ReplayError):
+    """A row, document, corpus or tokenizer that cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(ReplayError):
+    """A checkpoint or Hugging Face directory that is missing, damaged or of another shape."""
+
+    exit_code = 4
+
+
+class StoreError(ReplayError):
+    """A candidate store that is damaged, unfinished, or made for something else."""
+
+    exit_code = 5
+
+
+class OutputError(ReplayError):
+    """Output that cannot be written: no permission, no space, or already in use."""
+
+    exit_code = 6
+
+
+class TrainingError(ReplayError):
+    """Training that cannot go on: non-finite values beyond the limit, a rank that died."""
+
+    exit_code = 7
+
+
+#: Left by a run that was asked to stop (SIGTERM or Ctrl-C) and saved its work first.
+EXIT_INTERRUPTED = 130

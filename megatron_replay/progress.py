@@ -1,0 +1,93 @@
+"""Progress of long work: a bar with rate and ETA on a terminal, else a plain line every few seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import IO
+
+from tqdm import tqdm
+
+
+def _clock(seconds: float) -> str:
+    minutes, secs = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes:02d}:{secs:02d}"
+
+
+class Progress:
+    """Count ``total`` units of work and show it.
+
+    Args:
+        description: what is being done.
+        total: units in all.
+        unit: name of a unit, in the plural ("documents").
+        initial: units already done by an earlier run; they do not count into the rate.
+        interval: seconds between lines when ``stream`` is no terminal.
+        enabled: False on all ranks but one.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        total: int,
+        unit: str,
+        *,
+        initial: int = 0,
+        interval: float = 10.0,
+        enabled: bool = True,
+        stream: IO[str] | None = None,
+    ) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.done, self._initial, self._interval = initial, initial, interval
+        self._stream = sys.stderr if stream is None else stream
+        self._enabled = enabled
+        self._start = self._last_line = time.monotonic()
+        self._bar = None
+        if enabled and self._stream.isatty():
+            self._bar = tqdm(
+                total=total,
+                initial=initial,
+                desc=description,
+                unit=f" {unit}",
+                file=self._stream,
+                dynamic_ncols=True,
+            )
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """Count ``units`` more; ``note`` (a loss, say) is shown beside the count."""
+        self.done += units
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(units)
+        elif time.monotonic() - self._last_line >= self._interval or self.done == self.total:
+            self._last_line = time.monotonic()
+            print(self.line(note), file=self._stream, flush=True)
+
+    def line(self, note: str = "") -> str:
+        """The plain line: done/total, percentage, rate, time so far, time to go."""
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        rate = (self.done - self._initial) / elapsed
+        eta = _clock((self.total - self.done) / rate) if rate > 0 else "?"
+        share = 100 * self.done / self.total if self.total else 100.0
+        text = (
+            f"{self.description}: {self.done}/{self.total} {self.unit} ({share:.0f} %), "
+            f"{rate:.1f}/s, elapsed {_clock(elapsed)}, ETA {eta}"
+        )
+        return f"{text}, {note}" if note else text
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
