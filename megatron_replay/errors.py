@@ -1,4 +1,4 @@
-"""The errors a user can cause or meet: one line that says what, where, expected, found, and what to do.
+"""The errors a user can cause or meet: one line with what, where, expected, found, what to do.
 
 Every command line catches ``ReplayError``, prints that line to stderr and leaves with the class's
 ``exit_code``. The codes are part of the interface: scripts may branch on them.

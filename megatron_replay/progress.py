@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and ETA on a terminal, else a plain line every few seconds."""
+"""Progress of long work: a bar with rate and ETA, or a plain line every few seconds."""
 
 from __future__ import annotations
 
