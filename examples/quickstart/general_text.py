@@ -1,0 +1,60 @@
+"""General English text that every Python installation already holds: its documentation."""
+
+from __future__ import annotations
+
+import ast
+import random
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data import topics
+
+import numpy
+
+#: Folders of the standard library that hold tests or vendored code, not documentation.
+SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__"}
+#: One-line docstrings ("Return the name.") teach a language model nothing: leave them out.
+MIN_CHARACTERS = 80
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _python_files(folder: Path) -> Iterator[Path]:
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and entry.name not in SKIPPED_FOLDERS:
+            yield from _python_files(entry)
+        elif entry.suffix == ".py":
+            yield entry
+
+
+def docstrings(folder: Path) -> Iterator[str]:
+    """The docstrings of all Python files under ``folder``, in the order of their paths."""
+    for path in _python_files(folder):
+        with warnings.catch_warnings():
+            # Old modules hold invalid escapes; their authors' warnings are not ours.
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, DOCUMENTED):
+                text = ast.get_docstring(node)
+                if text and len(text) >= MIN_CHARACTERS:
+                    yield text
+
+
+def general_documents(*, seed: int) -> list[str]:
+    """Docstrings of the standard library and numpy, and pydoc's topics: distinct, shuffled.
+
+    About 3.5 million characters with CPython 3.11; the content depends on the versions of Python
+    and numpy, which ``make_data.py`` therefore records.
+    """
+    documents = dict.fromkeys(
+        [
+            *docstrings(Path(sysconfig.get_path("stdlib"))),
+            *topics.topics.values(),
+            *docstrings(Path(numpy.__file__).parent),
+        ]
+    )
+    ordered = list(documents)
+    random.Random(seed).shuffle(ordered)
+    return ordered

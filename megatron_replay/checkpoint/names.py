@@ -1,0 +1,187 @@
+"""Hugging Face tensors and megatron-core parameters: who corresponds to whom, and how it is split.
+
+One table serves loading, export and the check that nothing is left over. A megatron-core parameter
+is made of one or more Hugging Face tensors, laid out for tensor parallelism by a ``Layout``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_replay.errors import CheckpointError
+from megatron_replay.model.config import ModelConfig
+
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+
+class TensorSlice(Protocol):
+    """A tensor on disk: rows and columns are read when indexed (safetensors' get_slice)."""
+
+    def get_shape(self) -> list[int]:
+        """The shape; reads no data."""
+        ...
+
+    def __getitem__(self, index: object) -> Tensor: ...
+
+
+class Layout:
+    """How Hugging Face tensors make up a parameter's TP shard, and back."""
+
+    def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
+        """This rank's shard, reading no more than it needs."""
+        raise NotImplementedError
+
+    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """The Hugging Face tensors from all ranks' shards, in rank order."""
+        raise NotImplementedError
+
+
+class Replicated(Layout):
+    """The same on every rank: norms."""
+
+    def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
+        """All of it."""
+        return whole[0][:]
+
+    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """Any rank's."""
+        return [shards[0]]
+
+
+@dataclass(frozen=True)
+class Split(Layout):
+    """Equal parts along ``dim``: embeddings (0), attention output and down projection (1)."""
+
+    dim: int
+
+    def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
+        """Part ``rank`` of ``size``."""
+        return _part(whole[0], self.dim, rank, size)
+
+    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """The parts, side by side."""
+        return [torch.cat(list(shards), self.dim)]
+
+
+class GateUp(Layout):
+    """[gate_r; up_r] on rank r: SwiGLU's two matrices, so that each rank has both halves."""
+
+    def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
+        """Rows of gate, then the same rows of up."""
+        return torch.cat([_part(tensor, 0, rank, size) for tensor in whole])
+
+    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """All gates, all ups."""
+        halves = [shard.chunk(2) for shard in shards]
+        return [torch.cat([half[i] for half in halves]) for i in (0, 1)]
+
+
+@dataclass(frozen=True)
+class QueryKeyValue(Layout):
+    """Per query group: its query heads, its key head, its value head; groups split over ranks."""
+
+    channels: int
+    groups: int
+
+    def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
+        """Interleave this rank's groups."""
+        hidden = whole[0].get_shape()[1]
+        parts = [
+            _part(tensor, 0, rank, size).view(self.groups // size, -1, self.channels, hidden)
+            for tensor in whole
+        ]
+        return torch.cat(parts, 1).reshape(-1, hidden)
+
+    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """Queries, keys and values apart again."""
+        hidden = shards[0].shape[1]
+        grouped = torch.cat(list(shards)).view(self.groups, -1, self.channels, hidden)
+        queries, keys, values = grouped[:, :-2], grouped[:, -2], grouped[:, -1]
+        return [part.reshape(-1, hidden) for part in (queries, keys, values)]
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A parameter's Hugging Face tensors and their layout."""
+
+    names: tuple[str, ...]
+    layout: Layout
+
+
+def mapping_of(parameter: str, config: ModelConfig, layer_offset: int) -> Mapping:
+    """The mapping of a megatron-core parameter, by its name in the local or TE layer spec.
+
+    Raises:
+        CheckpointError: no such parameter.
+    """
+    if parameter == "embedding.word_embeddings.weight":
+        return Mapping((EMBEDDING,), Split(0))
+    if parameter == "output_layer.weight":
+        return Mapping((EMBEDDING if config.tie_embeddings else HEAD,), Split(0))
+    if parameter == "decoder.final_layernorm.weight":
+        return Mapping((FINAL_NORM,), Replicated())
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter)
+    layer = _layer_table(config).get(match[2]) if match else None
+    if match is None or layer is None:
+        raise CheckpointError(f"no mapping for the parameter {parameter}")
+    prefix = f"model.layers.{int(match[1]) + layer_offset}."
+    return Mapping(tuple(prefix + name for name in layer.names), layer.layout)
+
+
+def _layer_table(config: ModelConfig) -> dict[str, Mapping]:
+    attention = [f"self_attn.{x}_proj.weight" for x in "qkv"]
+    norms = {
+        "input_layernorm.weight": "input_layernorm.weight",
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",  # TE
+        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",  # TE
+        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    }
+    return {
+        **{ours: Mapping((theirs,), Replicated()) for ours, theirs in norms.items()},
+        "self_attention.linear_qkv.weight": Mapping(
+            tuple(attention), QueryKeyValue(config.kv_channels, config.num_query_groups)
+        ),
+        "self_attention.linear_proj.weight": Mapping(("self_attn.o_proj.weight",), Split(1)),
+        "mlp.linear_fc1.weight": Mapping(("mlp.gate_proj.weight", "mlp.up_proj.weight"), GateUp()),
+        "mlp.linear_fc2.weight": Mapping(("mlp.down_proj.weight",), Split(1)),
+    }
+
+
+def hf_tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model in Hugging Face's names, with its shape."""
+    hidden, channels = config.hidden_size, config.kv_channels
+    queries, keys = config.num_attention_heads * channels, config.num_query_groups * channels
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.q_norm.weight": (channels,),
+        "self_attn.k_norm.weight": (channels,),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (config.ffn_hidden_size, hidden),
+        "mlp.up_proj.weight": (config.ffn_hidden_size, hidden),
+        "mlp.down_proj.weight": (hidden, config.ffn_hidden_size),
+    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
+    for number in range(config.num_layers):
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+    shapes[FINAL_NORM] = (hidden,)
+    if not config.tie_embeddings:
+        shapes[HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def _part(tensor: TensorSlice, dim: int, rank: int, size: int) -> Tensor:
+    length = tensor.get_shape()[dim] // size
+    part = slice(rank * length, (rank + 1) * length)
+    return tensor[part] if dim == 0 else tensor[:, part]

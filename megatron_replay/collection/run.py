@@ -1,0 +1,83 @@
+"""Stage 0's run: every missing shard of the store, by whichever model copy it falls to."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_replay.checkpoint.load import LoadedModel, checkpoint_fingerprint, load_model
+from megatron_replay.collection.collector import NO_CANDIDATES, Collector
+from megatron_replay.config import Stage0Config
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.packing import report_long_documents
+from megatron_replay.model.compatibility import require_vocabulary
+from megatron_replay.parallel import Parallel
+from megatron_replay.progress import Progress
+from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
+from megatron_replay.store.summary import summarize
+
+
+def collect(config: Stage0Config, groups: Parallel) -> None:
+    """Write the store, or what an interrupted run left of it, and print its summary."""
+    corpus = Corpus(config.data.data_path)
+    model = load_model(config.model, config.parallel, groups)
+    require_vocabulary(corpus, model.shape)
+    writer = _open_writer(config, corpus, model, groups)
+    collector = Collector(config.candidates, config.data, corpus, model, groups)
+    if groups.rank == 0:
+        report_long_documents(collector.fitted, config.data.long_documents)
+    missing = groups.broadcast(writer.missing_shards())
+    mine = missing[groups.dp_rank :: groups.dp_size]
+    with Progress(
+        "Stage 0",
+        sum(len(writer.description.documents(shard)) for shard in mine),
+        f"documents (1 of {groups.dp_size} replicas)" if groups.dp_size > 1 else "documents",
+        enabled=groups.writer,
+        interval=config.progress.progress_interval,
+    ) as progress:
+        for shard in mine:
+            documents = writer.description.documents(shard)
+            records = collector.collect(np.array(documents))
+            if groups.last_stage and groups.tp_rank == 0:
+                with writer.shard(shard) as out:
+                    for document in documents:
+                        out.add(document, records.get(document, NO_CANDIDATES))
+            progress.advance(len(documents))
+    dist.barrier()
+    if groups.rank == 0:
+        writer.finish()
+        print(summarize(CandidateReader(config.candidates.store)).text(), flush=True)
+    dist.barrier()
+
+
+def _open_writer(
+    config: Stage0Config, corpus: Corpus, model: LoadedModel, groups: Parallel
+) -> CandidateWriter:
+    """Open the store on rank 0 first, which keeps other runs out, then everywhere."""
+    fingerprint = checkpoint_fingerprint(config.model.load) if groups.rank == 0 else ""
+    candidates = config.candidates
+    description = StoreDescription(
+        vocab_size=model.shape.vocab_size,
+        num_documents=len(corpus),
+        documents_per_shard=candidates.documents_per_shard,
+        has_logits=candidates.store_logits,
+        corpus_fingerprint=corpus.fingerprint,
+        tokenizer_fingerprint=corpus.tokenizer_fingerprint,
+        checkpoint_fingerprint=groups.broadcast(fingerprint),
+        selection={
+            "coverage": candidates.coverage,
+            "max_candidates": candidates.max_candidates,
+            "position_strategy": candidates.position_strategy,
+            "position_fraction": candidates.position_fraction,
+            "num_buckets": candidates.num_buckets,
+            "confidence": candidates.confidence,
+            "last_n": candidates.last_n,
+            "position_seed": candidates.position_seed,
+            "bf16": config.model.bf16,
+            "seq_length": config.data.seq_length,
+            "long_documents": config.data.long_documents,
+        },
+    )
+    writer = CandidateWriter(candidates.store, description, lock=True) if groups.rank == 0 else None
+    dist.barrier()
+    return writer or CandidateWriter(candidates.store, description)

@@ -1,0 +1,186 @@
+"""Documents into packs of ``seq_length`` positions, and packs into tensors.
+
+A document of n tokens occupies n - 1 positions: its inputs are ``tokens[:-1]`` and its labels
+``tokens[1:]``, so no position of a pack predicts across a boundary. Everything before
+``pack_batch`` is a pure function of lengths and seeds and reads no token.
+
+Shape suffixes: D documents, B packs of a batch (rows), S positions of a pack (seq_length).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.errors import DataError
+
+Pack = npt.NDArray[np.int64]  # ids of the documents of a pack, in order
+
+LONG_DOCUMENTS = ("error", "drop", "truncate")
+
+
+@dataclass(frozen=True, eq=False)
+class FittedDocuments:
+    """What is used of every document.
+
+    Attributes:
+        lengths: int32 [D], tokens used of each document; 0 for a dropped one.
+        num_dropped: documents left out.
+        num_truncated: documents cut to their first ``seq_length + 1`` tokens. Where the prompt
+            alone is that long, no label with loss is left.
+        num_tokens_lost: tokens of the corpus that are not used.
+    """
+
+    lengths: npt.NDArray[np.int32]
+    num_dropped: int
+    num_truncated: int
+    num_tokens_lost: int
+
+
+def fit_documents(lengths: npt.NDArray[np.int32], seq_length: int, policy: str) -> FittedDocuments:
+    """Apply ``--long-documents`` to documents that need more than ``seq_length`` positions.
+
+    Args:
+        lengths: int32 [D], tokens of each document.
+        policy: one of ``LONG_DOCUMENTS``.
+
+    Raises:
+        DataError: policy "error" and a document is too long; or policy "drop" and all are.
+    """
+    assert policy in LONG_DOCUMENTS, policy
+    too_long = lengths > seq_length + 1
+    num_too_long = int(too_long.sum())
+    if num_too_long and policy == "error":
+        first = int(np.argmax(too_long))
+        raise DataError(
+            f"{num_too_long} of {len(lengths)} documents are too long, the first is document "
+            f"{first}",
+            expected=f"at most {seq_length + 1} tokens for --seq-length {seq_length}",
+            found=f"{lengths[first]} tokens",
+            fix="Raise --seq-length, or choose --long-documents drop or truncate",
+        )
+    if num_too_long == len(lengths) and policy == "drop":
+        raise DataError(
+            "--long-documents drop would leave no document",
+            expected=f"documents of at most {seq_length + 1} tokens",
+            found=f"at least {lengths.min()} tokens",
+            fix="Raise --seq-length, or choose --long-documents truncate",
+        )
+    kept = 0 if policy == "drop" else seq_length + 1
+    fitted = np.where(too_long, kept, lengths).astype(np.int32)
+    return FittedDocuments(
+        lengths=fitted,
+        num_dropped=num_too_long if policy == "drop" else 0,
+        num_truncated=num_too_long if policy == "truncate" else 0,
+        num_tokens_lost=int((lengths - fitted).sum(dtype=np.int64)),
+    )
+
+
+def report_long_documents(fitted: FittedDocuments, policy: str) -> None:
+    """Say on stderr what ``--long-documents`` left out, if anything."""
+    num_documents = fitted.num_dropped + fitted.num_truncated
+    if num_documents:
+        print(
+            f"--long-documents {policy}: {num_documents} of {len(fitted.lengths)} documents, "
+            f"{fitted.num_tokens_lost} tokens not used",
+            file=sys.stderr,
+        )
+
+
+def document_order(
+    num_documents: int, *, seed: int, epoch: int, shuffle: bool = True
+) -> npt.NDArray[np.int64]:
+    """The order of documents in ``epoch`` (from 0): a pure function of its arguments.
+
+    Sorting raw Philox words, rather than ``Generator.permutation``, because numpy keeps only the
+    raw streams of its bit generators stable between versions (NEP 19).
+    """
+    if not shuffle:
+        return np.arange(num_documents, dtype=np.int64)
+    words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_documents)
+    return np.argsort(words, kind="stable").astype(np.int64)
+
+
+def plan_packs(
+    lengths: npt.NDArray[np.int32], order: npt.NDArray[np.int64], seq_length: int
+) -> list[Pack]:
+    """Next-fit: documents in ``order``; a pack is closed when the next document does not fit.
+
+    Next-fit keeps the order of documents, which a denser packing would not; its waste is at most
+    half of the positions, and small where documents are short against ``seq_length``.
+
+    Args:
+        lengths: int32 [D], tokens used of each document; 0 leaves it out (``fit_documents``).
+        order: document ids, each at most once.
+        seq_length: positions of a pack.
+    """
+    order = order[lengths[order] > 0]
+    positions = lengths[order].astype(np.int64) - 1
+    assert not len(positions) or positions.max() <= seq_length, "fit_documents comes first"
+    stops = np.cumsum(positions)
+    packs, first, used = [], 0, 0
+    while first < len(order):
+        last = int(np.searchsorted(stops, used + seq_length, side="right"))
+        packs.append(order[first:last])
+        first, used = last, int(stops[last - 1])
+    return packs
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """A micro-batch. Attention must stay inside a document: ``document_BS`` says which.
+
+    Attributes:
+        tokens_BS: int64, inputs; the padding token behind the last document.
+        labels_BS: int64, the token after each input.
+        loss_mask_BS: bool, the label carries loss; False at padding.
+        document_BS: int32, document id; -1 at padding.
+        position_BS: int32, position inside the document; 0 at padding.
+    """
+
+    tokens_BS: torch.Tensor
+    labels_BS: torch.Tensor
+    loss_mask_BS: torch.Tensor
+    document_BS: torch.Tensor
+    position_BS: torch.Tensor
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on ``device``."""
+        return PackedBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def pack_batch(
+    corpus: Corpus, packs: Sequence[Pack], seq_length: int, lengths: npt.NDArray[np.int32]
+) -> PackedBatch:
+    """Read the documents of ``packs`` into tensors, one row a pack.
+
+    Args:
+        packs: B arrays of document ids; an empty one gives a row of padding.
+        lengths: int32 [D], tokens used of each document: its first ones.
+    """
+    shape = (len(packs), seq_length)
+    tokens_BS = np.full(shape, corpus.pad_id, dtype=np.int64)
+    labels_BS = np.full(shape, corpus.pad_id, dtype=np.int64)
+    loss_mask_BS = np.zeros(shape, dtype=np.bool_)
+    document_BS = np.full(shape, -1, dtype=np.int32)
+    position_BS = np.zeros(shape, dtype=np.int32)
+    for b, pack in enumerate(packs):
+        start = 0
+        for document_id in pack.tolist():
+            document, length = corpus[document_id], int(lengths[document_id])
+            at = (b, slice(start, start + length - 1))
+            tokens_BS[at] = document.tokens[: length - 1]
+            labels_BS[at] = document.tokens[1:length]
+            loss_mask_BS[at] = document.loss_mask[1:length]
+            document_BS[at] = document_id
+            position_BS[at] = np.arange(length - 1)
+            start += length - 1
+    return PackedBatch(
+        *map(torch.from_numpy, (tokens_BS, labels_BS, loss_mask_BS, document_BS, position_BS))
+    )

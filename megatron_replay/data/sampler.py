@@ -1,0 +1,96 @@
+"""Which packs make up global batch k, and which of them a data-parallel rank computes."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_replay.data.packing import Pack, document_order, plan_packs
+from megatron_replay.errors import ConfigError
+
+
+class GlobalBatches:
+    """The packs of ``epochs`` passes, each in its own order, cut into global batches.
+
+    Global batch k holds packs ``k * global_batch_size`` up to ``(k + 1) * global_batch_size`` of
+    the epochs laid end to end: a pure function of (seed, epochs before, k), the same for any number
+    of ranks. Empty packs fill up the last one.
+
+    Sample i of a global batch belongs to micro-batch ``i // micro_batch_size`` of the whole, and
+    these go to the ranks in turn, as in Megatron's pretraining sampler: rank r computes r,
+    r + dp_size, … So changing ``dp_size`` changes who computes a micro-batch, never what is in it.
+
+    Args:
+        lengths: int32 [D], tokens used of each document (``fit_documents``).
+        seq_length: positions of a pack.
+        epochs: passes over the documents.
+
+    Raises:
+        ConfigError: ``global_batch_size`` is no multiple of ``micro_batch_size * dp_size``.
+    """
+
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.int32],
+        *,
+        seq_length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        epochs: int,
+        dp_rank: int,
+        dp_size: int,
+    ) -> None:
+        if global_batch_size <= 0 or global_batch_size % (micro_batch_size * dp_size):
+            raise ConfigError(
+                "the global batch cannot be shared out evenly",
+                where="--global-batch-size",
+                expected=f"a multiple of {micro_batch_size * dp_size} "
+                f"(--micro-batch-size {micro_batch_size} x {dp_size} data-parallel ranks)",
+                found=global_batch_size,
+            )
+        assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
+        self._lengths, self._seq_length, self._seed = lengths, seq_length, seed
+        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
+        self._epochs, self._dp_rank, self._dp_size = epochs, dp_rank, dp_size
+        self._planned: tuple[int, list[Pack]] = (-1, [])
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches in all epochs."""
+        return -(-int(self._first_pack[-1]) // self._global_batch_size)
+
+    def global_batch(self, k: int) -> list[Pack]:
+        """All ``global_batch_size`` packs of global batch ``k``, empty ones included."""
+        if not 0 <= k < self.num_batches:
+            raise IndexError(f"global batch {k} of {self.num_batches}")
+        first = k * self._global_batch_size
+        return [self._pack(i) for i in range(first, first + self._global_batch_size)]
+
+    def micro_batches(self, k: int) -> list[list[Pack]]:
+        """This rank's micro-batches of global batch ``k``, in the order to compute them."""
+        packs, size = self.global_batch(k), self._micro_batch_size
+        micro_batches = [packs[i : i + size] for i in range(0, len(packs), size)]
+        return micro_batches[self._dp_rank :: self._dp_size]
+
+    @cached_property
+    def _first_pack(self) -> npt.NDArray[np.int64]:
+        """Int64 [epochs + 1]: the number of packs before each epoch (epochs differ in theirs)."""
+        counts = [len(self._plan(epoch)) for epoch in range(self._epochs)]
+        return np.cumsum([0, *counts], dtype=np.int64)
+
+    def _plan(self, epoch: int) -> list[Pack]:
+        """The packs of ``epoch``; only the last one asked for is kept."""
+        if self._planned[0] != epoch:
+            order = document_order(len(self._lengths), seed=self._seed, epoch=epoch)
+            self._planned = (epoch, plan_packs(self._lengths, order, self._seq_length))
+        return self._planned[1]
+
+    def _pack(self, i: int) -> Pack:
+        """Pack ``i`` of all epochs laid end to end; an empty one behind the last."""
+        if i >= self._first_pack[-1]:
+            return np.empty(0, dtype=np.int64)
+        epoch = int(np.searchsorted(self._first_pack, i, side="right")) - 1
+        return self._plan(epoch)[i - int(self._first_pack[epoch])]

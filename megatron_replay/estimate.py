@@ -1,0 +1,173 @@
+"""``--dry-run``: does the layout fit, how long is the run, how much memory and disk will it take?
+
+Needs no device and no other process. Parameters, optimizer state and disk are counted exactly;
+activations are estimated from the tensors that a layer keeps for its backward pass.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_replay.config import DataConfig, ModelConfigSource, ParallelConfig, Stage0Config
+from megatron_replay.config import Stage1Config as Stage1
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.packing import document_order, fit_documents, plan_packs
+from megatron_replay.data.sampler import GlobalBatches
+from megatron_replay.model.config import ModelConfig
+from megatron_replay.parallel import data_parallel_size
+
+_GIB = 1 << 30
+#: Bytes of a stored position beside its ids: |S|, lse, gold log-probability, tail mass, position.
+_POSITION_BYTES = 11
+
+
+def stage0(config: Stage0Config) -> str:
+    """The estimate for Stage 0, as text."""
+    shape, dp = _layout(config.model, config.parallel)
+    corpus = Corpus(config.data.data_path)
+    width = 2 if config.model.bf16 else 4
+    weights = _parameters_per_device(shape, config.parallel) * width
+    # A layer's working set, and one chunk of logits: as computed, fp32, and int64 masses.
+    layer = _layer_activations(shape, config.parallel, config.data, width)
+    chunk = config.candidates.logits_chunk_size * shape.vocab_size
+    logits = chunk // config.parallel.tensor_model_parallel_size * (width + 4 + 8)
+    share = {"all": 1.0, "last-token": 0.0}.get(
+        config.candidates.position_strategy, config.candidates.position_fraction
+    )
+    positions = round(corpus.description.num_loss_tokens * share)
+    if config.candidates.position_strategy == "last-token":
+        positions = len(corpus) * config.candidates.last_n
+    id_bytes = 2 + (shape.vocab_size > 1 << 16) * 0.25
+    store = [
+        positions * (_POSITION_BYTES + size * (id_bytes + 2 * config.candidates.store_logits))
+        for size in (min(100, config.candidates.max_candidates), config.candidates.max_candidates)
+    ]
+    return _table(
+        "Stage 0",
+        _layout_rows(shape, config.parallel, dp)
+        + _corpus_rows(corpus, config.data)
+        + [
+            ("positions to record", f"about {positions:,}"),
+            ("memory per device", _gib(weights + layer + logits)),
+            ("  weights", _gib(weights)),
+            ("  activations of one layer", _gib(layer)),
+            ("  one chunk of logits", _gib(logits)),
+            ("disk for the store", f"{_gib(store[0])} at |S| = 100, {_gib(store[1])} at the cap"),
+            ("free on that disk", _free(config.candidates.store)),
+        ],
+    )
+
+
+def stage1(config: Stage1) -> str:
+    """The estimate for Stage 1, as text."""
+    shape, dp = _layout(config.model, config.parallel)
+    corpus = Corpus(config.data.data_path)
+    fitted = fit_documents(corpus.lengths, config.data.seq_length, config.data.long_documents)
+    batches = GlobalBatches(
+        fitted.lengths,
+        seq_length=config.data.seq_length,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.data.micro_batch_size,
+        seed=config.training.seed,
+        epochs=config.training.train_epochs,
+        dp_rank=0,
+        dp_size=dp,
+    )
+    width = 2 if config.model.bf16 else 4
+    local = _parameters_per_device(shape, config.parallel)
+    masters = 4 if config.model.bf16 else 0
+    state = local * (4 + masters + 8)  # main gradient, fp32 master, exp_avg and exp_avg_sq
+    pp = config.parallel.pipeline_model_parallel_size
+    per_layer = _layer_activations(shape, config.parallel, config.data, width)
+    if config.training.recompute_granularity == "full":
+        kept = config.data.seq_length * config.data.micro_batch_size * shape.hidden_size * width
+        activations = per_layer + shape.num_layers * kept
+    else:
+        # The first of pp stages holds layers / pp of each of up to pp micro-batches in flight.
+        activations = per_layer * shape.num_layers // pp * pp
+    checkpoint = shape.num_parameters() * (width + masters + 8)
+    return _table(
+        "Stage 1",
+        _layout_rows(shape, config.parallel, dp)
+        + _corpus_rows(corpus, config.data)
+        + [
+            ("iterations", f"{config.training.train_iters or batches.num_batches:,}"),
+            ("memory per device", _gib(local * width + state + activations)),
+            ("  weights", _gib(local * width)),
+            ("  gradients, masters, optimizer", _gib(state)),
+            ("  activations, about", _gib(activations)),
+            ("disk per checkpoint", _gib(checkpoint)),
+            ("free on that disk", _free(config.training.save)),
+        ],
+    )
+
+
+def _layout(source: ModelConfigSource, parallel: ParallelConfig) -> tuple[ModelConfig, int]:
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    files = Path(source.load)
+    shape = ModelConfig.from_hf(files if (files / "config.json").exists() else files / "hf")
+    shape.check_layout(tp, pp)
+    return shape, data_parallel_size(parallel, int(os.environ.get("WORLD_SIZE", tp * pp)))
+
+
+def _parameters_per_device(shape: ModelConfig, parallel: ParallelConfig) -> int:
+    return shape.parameters_per_device(
+        parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    )
+
+
+def _layer_activations(
+    shape: ModelConfig, parallel: ParallelConfig, data: DataConfig, width: int
+) -> int:
+    """Bytes a layer keeps for backward: what its norms, matmuls, attention and SwiGLU read."""
+    tp = parallel.tensor_model_parallel_size
+    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    whole = 4 * shape.hidden_size  # two norms' inputs and outputs
+    if parallel.sequence_parallel:
+        whole //= tp
+    attention = (3 * heads + 4 * groups) * shape.kv_channels  # q, k before and after norm; v; out
+    sharded = (attention + 4 * shape.ffn_hidden_size) // tp  # gate, up, silu, their product
+    tokens = data.seq_length * data.micro_batch_size
+    mask = data.micro_batch_size * data.seq_length**2
+    return tokens * (whole + sharded) * width + mask
+
+
+def _layout_rows(shape: ModelConfig, parallel: ParallelConfig, dp: int) -> list[tuple[str, str]]:
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return [
+        ("parameters", f"{shape.num_parameters():,}"),
+        ("layout", f"TP {tp} x PP {pp} x DP {dp} = {tp * pp * dp} processes"),
+        ("parameters per device", f"{_parameters_per_device(shape, parallel):,}"),
+    ]
+
+
+def _corpus_rows(corpus: Corpus, data: DataConfig) -> list[tuple[str, str]]:
+    fitted = fit_documents(corpus.lengths, data.seq_length, data.long_documents)
+    order = document_order(len(corpus), seed=0, epoch=0, shuffle=False)
+    packs = len(plan_packs(fitted.lengths, order, data.seq_length))
+    used = int((fitted.lengths - 1).clip(0).sum()) / max(1, packs * data.seq_length)
+    return [
+        ("documents", f"{len(corpus):,}"),
+        ("  dropped, truncated", f"{fitted.num_dropped:,}, {fitted.num_truncated:,}"),
+        ("packs per epoch", f"{packs:,} of {data.seq_length:,}, {100 * used:.0f} % filled"),
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.2f} GiB"
+
+
+def _free(path: str) -> str:
+    """Free space where ``path`` is or will be."""
+    existing = Path(path).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    stat = os.statvfs(existing)
+    return _gib(stat.f_bavail * stat.f_frsize)
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return "\n".join([f"{title}, dry run", *lines]) + "\n"

@@ -1,0 +1,145 @@
+"""The report's figure: gain against forgetting, and how far each method moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_replay.errors import DataError
+from megatron_replay.evaluation.report import Report, value_at
+from megatron_replay.files import atomic_file
+
+# Okabe and Ito (2008), without the yellow that vanishes on white: told apart by the colour-blind.
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_FONT = 15
+#: Height of a label as a share of the axes: labels closer than this would overlap.
+_LABEL_HEIGHT = 0.075
+
+#: Kinds of gain, best first: axis title, value, standard error, factor.
+_GAINS = (
+    ("execution match, %", "execution.accuracy", "execution.standard_error"),
+    ("next token of held-out data, %", "data.accuracy", None),
+    ("next token of the task, %", "task.accuracy", None),
+)
+
+
+def draw_report(report: Report, path: Path) -> None:
+    """Write the figure as PNG, 1600 × 700 pixels.
+
+    Left: gain against Δ perplexity on general text, with one standard error. Right: relative L2 and
+    outside mass, or the time of the parts where neither is more than the base's zero.
+
+    Raises:
+        DataError: there is no gain or no forgetting to draw.
+    """
+    methods = report["methods"]
+    figure = Figure(figsize=(16, 7), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    colours = {m["name"]: _COLOURS[i % len(_COLOURS)] for i, m in enumerate(methods)}
+    _draw_gain(left, methods, colours)
+    tuned = [m for m in methods if m["relative_l2_percent"] > 0]
+    if tuned:
+        _draw_movement(right, methods)
+    else:
+        _draw_timings(right, report["timings"])
+    for axes in (left, right):
+        axes.tick_params(labelsize=_FONT)
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_file(path) as handle:
+        # A bare Figure draws with Agg: no display, no global state.
+        figure.savefig(handle, format="png")
+
+
+def _draw_gain(axes: Axes, methods: Sequence[Any], colours: dict[str, str]) -> None:
+    drawable = [gain for gain in _GAINS if value_at(methods[0], gain[1]) is not None]
+    if not drawable or value_at(methods[0], "general.delta_perplexity") is None:
+        raise DataError(
+            "no gain against forgetting to draw",
+            expected="an evaluation with --general-text and --sql-questions, --data or --task-data",
+        )
+    title, gain_path, error_path = drawable[0]
+    points = []
+    for method in methods:
+        forgetting = value_at(method, "general.delta_perplexity")
+        gain = 100 * value_at(method, gain_path)
+        error = 100 * value_at(method, error_path) if error_path else None
+        axes.errorbar(
+            forgetting,
+            gain,
+            yerr=error,
+            fmt="o",
+            markersize=12,
+            capsize=5,
+            linewidth=2,
+            color=colours[method["name"]],
+        )
+        points.append((forgetting, gain, method["name"]))
+    axes.margins(x=0.12, y=0.12)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    _label_points(axes, points, colours)
+    axes.set_xlabel("forgetting: Δ perplexity on general text", fontsize=_FONT)
+    axes.set_ylabel(f"gain: {title}", fontsize=_FONT)
+    axes.set_title("Gain against forgetting (up and left is better)", fontsize=_FONT + 1)
+    axes.grid(alpha=0.25)
+
+
+def _label_points(
+    axes: Axes, points: Sequence[tuple[float, float, str]], colours: dict[str, str]
+) -> None:
+    """Name each point, to the right of all of them, in the order of their heights.
+
+    A column of labels with leader lines stays legible where several points nearly coincide.
+    """
+    bottom, top = axes.get_ylim()
+    highest = 0.0
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        height = max((y - bottom) / (top - bottom), highest + _LABEL_HEIGHT)
+        highest = height
+        axes.annotate(
+            name,
+            xy=(x, y),
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            fontsize=_FONT,
+            color=colours[name],
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colours[name], "alpha": 0.35, "shrinkB": 8},
+        )
+
+
+def _draw_movement(axes: Axes, methods: Sequence[Any]) -> None:
+    """Horizontal bars, two a method; the number stands at the end of its bar."""
+    kinds = [
+        ("relative L2 to the base, %", "relative_l2_percent", 1.0, "#4C72B0"),
+        ("mass outside the candidates, %", "candidates.outside_mass", 100.0, "#DD8452"),
+    ]
+    measured = [k for k in kinds if any(value_at(m, k[1]) is not None for m in methods)]
+    height = 0.8 / len(measured)
+    for i, (label, path, scale, colour) in enumerate(measured):
+        rows = [(y, value_at(m, path)) for y, m in enumerate(methods)]
+        bars = axes.barh(
+            [y + (i - (len(measured) - 1) / 2) * height for y, v in rows if v is not None],
+            [scale * v for _, v in rows if v is not None],
+            height=0.92 * height,
+            label=label,
+            color=colour,
+        )
+        axes.bar_label(bars, fmt="%.2f", padding=4, fontsize=_FONT - 1)
+    axes.set_yticks(range(len(methods)), [m["name"] for m in methods])
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_title("How far it moved (less is better)", fontsize=_FONT + 1)
+    axes.set_xlabel("%", fontsize=_FONT)
+    axes.legend(fontsize=_FONT - 1, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+
+
+def _draw_timings(axes: Axes, timings: dict[str, float]) -> None:
+    bars = axes.barh(list(timings), list(timings.values()), color="#4C72B0")
+    axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=_FONT - 1)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_title("Time of the parts, seconds", fontsize=_FONT + 1)

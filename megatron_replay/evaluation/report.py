@@ -1,0 +1,169 @@
+"""One report of several methods: what each gained, what it kept, what it cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.evaluation.run_log import RunSummary
+
+Report = dict[str, Any]
+Method = dict[str, Any]
+
+
+def build_report(
+    evaluation: Mapping[str, Any],
+    runs: Mapping[str, RunSummary],
+    *,
+    timings: Mapping[str, float],
+    command: str,
+) -> Report:
+    """Join evaluation, runs and timings by the methods' names.
+
+    Raises:
+        ConfigError: a run has a name that was not evaluated.
+    """
+    names = [model["name"] for model in evaluation["models"]]
+    for name in runs:
+        if name not in names:
+            raise ConfigError(
+                f"the run {name!r} was not evaluated",
+                where="--run",
+                expected=" or ".join(names),
+                found=name,
+            )
+    methods = []
+    for model in evaluation["models"]:
+        method = {key: value for key, value in model.items() if key != "key"}
+        if model["name"] in runs:
+            method["run"] = asdict(runs[model["name"]])
+        methods.append(method)
+    return {
+        "methods": methods,
+        "timings": dict(timings),
+        "inputs": evaluation["inputs"],
+        "settings": evaluation["settings"],
+        "commands": [evaluation["command"], command],
+    }
+
+
+def read_timings(path: Path) -> dict[str, float]:
+    """Read ``{"part": seconds, …}``, in the order of the file.
+
+    Raises:
+        DataError: it is anything else.
+    """
+    try:
+        timings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read: {error}", where=path) from error
+    good = isinstance(timings, dict) and all(
+        isinstance(s, (int, float)) and not isinstance(s, bool) and s >= 0 for s in timings.values()
+    )
+    if not good:
+        raise DataError("not timings", where=path, expected='{"part": seconds, …}')
+    return {name: float(seconds) for name, seconds in timings.items()}
+
+
+def value_at(method: Mapping[str, Any], path: str) -> Any:
+    """``value_at(m, "general.perplexity")``: None where it was not measured."""
+    value: Any = method
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return value
+
+
+def _number(form: str, scale: float = 1.0) -> Any:
+    return lambda method, path: (
+        None if value_at(method, path) is None else format(scale * value_at(method, path), form)
+    )
+
+
+def _execution(method: Mapping[str, Any], path: str) -> str | None:
+    match = value_at(method, path)
+    if match is None:
+        return None
+    return f"{100 * match['accuracy']:.1f} ± {100 * match['standard_error']:.1f}"
+
+
+#: Title, where the value is, how it is written. A column without a value in any row is left out.
+_GAINED = (
+    ("exec match %", "execution", _execution),
+    ("questions", "execution.total", _number("d", 1)),
+    ("task perplexity", "task.perplexity", _number(".3f")),
+    ("data perplexity", "data.perplexity", _number(".3f")),
+    ("data next token %", "data.accuracy", _number(".1f", 100)),
+)
+_KEPT = (
+    ("general perplexity", "general.perplexity", _number(".2f")),
+    ("Δ perplexity", "general.delta_perplexity", _number("+.2f")),
+    ("relative L2 %", "relative_l2_percent", _number(".2f")),
+    ("outside mass %", "candidates.outside_mass", _number(".2f", 100)),
+    ("restricted loss", "candidates.restricted_loss", _number(".4f")),
+    ("full loss", "candidates.full_loss", _number(".4f")),
+)
+_COST = (
+    ("iterations", "run.iterations", _number("d", 1)),
+    ("tokens", "run.tokens", _number(",d", 1)),
+    ("seconds", "run.seconds", _number(".1f")),
+    ("tokens/s", "run.tokens_per_second", _number(",.0f")),
+)
+_STABILITY = (
+    ("final loss", "run.final_loss", _number(".4f")),
+    ("loss std", "run.loss_std", _number(".4f")),
+    ("gradient-norm CV", "run.gradient_norm_cv", _number(".3f")),
+    ("loss spikes", "run.loss_spikes", _number("d", 1)),
+    ("gradient spikes", "run.gradient_spikes", _number("d", 1)),
+    ("non-finite steps", "run.non_finite", _number("d", 1)),
+)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _table(methods: Sequence[Method], columns: Sequence[tuple[str, str, Any]]) -> list[str]:
+    """A Markdown table; methods and columns without any value are left out."""
+    cells = [[form(method, path) for _, path, form in columns] for method in methods]
+    used = [i for i in range(len(columns)) if any(row[i] is not None for row in cells)]
+    lines = [_row(["method", *(columns[i][0] for i in used)])]
+    lines.append("|---" + "|---:" * len(used) + "|")
+    for method, row in zip(methods, cells, strict=True):
+        if any(row[i] is not None for i in used):
+            lines.append(_row([method["name"], *(row[i] or "–" for i in used)]))
+    return lines if used else ["Not measured."]
+
+
+def render_markdown(report: Report) -> str:
+    """The report as Markdown; ``report.png`` is expected beside it."""
+    methods = report["methods"]
+    lines = ["# Report", "", "![gain against forgetting](report.png)", ""]
+    for title, columns in (
+        ("What it gained", _GAINED),
+        ("What it kept", _KEPT),
+        ("What it cost", _COST),
+        ("How steady it was", _STABILITY),
+    ):
+        lines += [f"## {title}", "", *_table(methods, columns), ""]
+    lines += [
+        "± is one standard error over the questions. Δ perplexity and relative L2 are against the "
+        "base; outside mass is the probability outside the stored candidate sets.",
+        "",
+    ]
+    if report["timings"]:
+        lines += ["## Time of the parts", "", "| part | seconds |", "|---|---:|"]
+        lines += [_row([part, f"{seconds:.1f}"]) for part, seconds in report["timings"].items()]
+        lines += [_row(["all", f"{sum(report['timings'].values()):.1f}"]), ""]
+    lines += ["## Where the numbers come from", "", "```", *report["commands"], "```", ""]
+    for name, entry in report["inputs"].items():
+        lines.append(f"- {name}: `{entry['path']}`, SHA-256 `{entry['sha256'][:16]}…`")
+    for method in methods:
+        configured = f", configured by `{method['run']['config']}`" if "run" in method else ""
+        lines.append(f"- {method['name']}: `{method['path']}`{configured}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,135 @@
+"""What a training run left behind, in numbers: its cost and how steady it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_replay.errors import DataError
+from megatron_replay.functional.stability import gradient_norm_cv, loss_std, spikes
+
+METRICS, CONFIG = "metrics.jsonl", "resolved_config.yaml"
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """One run.
+
+    Attributes:
+        iterations: the last one logged.
+        logged: iterations that have a line; totals are None unless all have one.
+        tokens: trained tokens, or None.
+        seconds: time in training steps, or None.
+        tokens_per_second: over the logged iterations.
+        final_loss: mean over the last tenth of the logged losses.
+        loss_std: standard deviation of the linearly detrended loss over the last half.
+        gradient_norm_cv: std/mean of the norm before clipping.
+        loss_spikes: merged excursions above mean + 6σ of the 128 values before.
+        gradient_spikes: the same of the norm.
+        non_finite: logged steps whose loss or norm was not a finite number; left out above.
+        probes: the lines of the run's own probe, in order.
+        config: where the run's whole configuration is.
+    """
+
+    iterations: int
+    logged: int
+    tokens: int | None
+    seconds: float | None
+    tokens_per_second: float
+    final_loss: float
+    loss_std: float
+    gradient_norm_cv: float
+    loss_spikes: int
+    gradient_spikes: int
+    non_finite: int
+    probes: list[Line]
+    config: str
+
+
+def read_lines_of_run(directory: Path) -> list[Line]:
+    """The lines of ``metrics.jsonl``.
+
+    Raises:
+        DataError: it is missing, a line is no JSON object with an iteration, or iterations do not
+            rise.
+    """
+    path = directory / METRICS
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read: {error}", where=path) from error
+    lines: list[Line] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            value = json.loads(line)
+            value["iteration"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                "not a line of metrics",
+                where=f"{path}:{number}",
+                expected='a JSON object with "iteration"',
+                found=line[:80],
+                fix="The run was killed while it wrote: resume it, which mends the file",
+            ) from error
+        if lines and value["iteration"] < lines[-1]["iteration"]:
+            raise DataError(
+                "iterations go backwards",
+                where=f"{path}:{number}",
+                expected=f"at least {lines[-1]['iteration']}",
+                found=value["iteration"],
+            )
+        lines.append(value)
+    return lines
+
+
+def summarize_run(directory: Path) -> RunSummary:
+    """Read a run's directory.
+
+    Raises:
+        DataError: the metrics or the configuration are missing or cannot be read.
+    """
+    config = directory / CONFIG
+    if not config.is_file():
+        raise DataError("no such file: is this a run's directory?", where=config)
+    lines = read_lines_of_run(directory)
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        raise DataError("no training step is logged", where=directory / METRICS)
+    losses, norms = _series(steps, "loss", directory), _series(steps, "grad_norm", directory)
+    finite = np.isfinite(losses) & np.isfinite(norms)
+    if not finite.any():
+        raise DataError("no logged step is finite", where=directory / METRICS)
+    tokens, seconds = _series(steps, "tokens", directory), _series(steps, "seconds", directory)
+    complete = steps[-1]["iteration"] == len(steps)
+    losses, norms = losses[finite], norms[finite]
+    return RunSummary(
+        iterations=steps[-1]["iteration"],
+        logged=len(steps),
+        tokens=int(tokens.sum()) if complete else None,
+        seconds=float(seconds.sum()) if complete else None,
+        tokens_per_second=float(tokens.sum() / seconds.sum()),
+        final_loss=float(losses[-max(1, len(losses) // 10) :].mean()),
+        loss_std=float(loss_std(losses)),
+        gradient_norm_cv=float(gradient_norm_cv(norms)),
+        loss_spikes=spikes(losses).count,
+        gradient_spikes=spikes(norms).count,
+        non_finite=int((~finite).sum()),
+        probes=[line for line in lines if line.get("probe")],
+        config=str(config),
+    )
+
+
+def _series(steps: list[Line], name: str, directory: Path) -> npt.NDArray[np.float64]:
+    missing = [step["iteration"] for step in steps if name not in step]
+    if missing:
+        raise DataError(
+            f"no {name!r} in the line of iteration {missing[0]}", where=directory / METRICS
+        )
+    # A number that was not finite is logged as null.
+    return np.array([np.nan if s[name] is None else s[name] for s in steps], dtype=np.float64)

@@ -1,0 +1,167 @@
+"""From flags and YAML to the configuration tree, and back.
+
+Precedence: defaults < ``--config run.yaml`` < flags. The YAML has one mapping per section of the
+tree, with the same names as the flags (underscores for dashes); what ``--print-config`` prints can
+be given back as ``--config``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from megatron_replay.config import flag_name
+from megatron_replay.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class Invocation(typing.Generic[Config]):
+    """A resolved configuration, and whether to run with it or only to show or estimate it."""
+
+    config: Config
+    print_config: bool
+    dry_run: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are ConfigErrors, so that main prints one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, fix=f"See {self.prog} --help")
+
+
+def parse(root: type[Config], argv: Sequence[str], *, program: str) -> Invocation[Config]:
+    """Build ``root`` from command-line flags and an optional ``--config`` file.
+
+    Raises:
+        ConfigError: unknown flag or key (the nearest name is shown), missing or unusable value.
+    """
+    parser = _Parser(prog=program, description=root.__doc__, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with one mapping per section")
+    parser.add_argument("--print-config", action="store_true", help="print the result and leave")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the layout, estimate memory and disk, leave"
+    )
+    sections = _sections(root)
+    for name, section in sections.items():
+        group = parser.add_argument_group(name, section.__doc__)
+        for field, kind in _fields(section):
+            _add_flag(group, field, kind)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise ConfigError(f"unknown flag {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+    flags = vars(given)
+    control = {key: flags.pop(key) for key in ("config", "print_config", "dry_run")}
+    from_file = _read_yaml(Path(control["config"]), sections) if control["config"] else {}
+    branches = {}
+    for name, section in sections.items():
+        values = dict(from_file.get(name, {}))
+        values.update(
+            (field.name, flags[field.name]) for field, _ in _fields(section) if field.name in flags
+        )
+        _require_all(section, values)
+        branches[name] = section(**values)
+    return Invocation(root(**branches), control["print_config"], control["dry_run"])
+
+
+def to_yaml(config: Any) -> str:
+    """The configuration as YAML that ``--config`` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """``; did you mean X?`` when some known name is close to ``word``, else nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _sections(root: type[Any]) -> dict[str, type[Any]]:
+    hints = typing.get_type_hints(root)
+    return {field.name: hints[field.name] for field in dataclasses.fields(root)}
+
+
+def _fields(section: type[Any]) -> list[tuple[dataclasses.Field[Any], type[Any]]]:
+    """The section's fields with their types; ``int | None`` counts as int."""
+    hints = typing.get_type_hints(section)
+    out = []
+    for field in dataclasses.fields(section):
+        kind = hints[field.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        out.append((field, kind))
+    return out
+
+
+def _add_flag(
+    group: argparse._ArgumentGroup, field: dataclasses.Field[Any], kind: type[Any]
+) -> None:
+    required = field.default is dataclasses.MISSING
+    text = field.metadata["help"] + (" (required)" if required else f" (default {field.default})")
+    text = text.replace("%", "%%")
+    common: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text, "dest": field.name}
+    if kind is bool:
+        group.add_argument(flag_name(field.name), action=argparse.BooleanOptionalAction, **common)
+    else:
+        metavar = "|".join(field.metadata["choices"] or ()) or kind.__name__.upper()
+        group.add_argument(flag_name(field.name), type=kind, metavar=metavar, **common)
+
+
+def _require_all(section: type[Any], values: dict[str, Any]) -> None:
+    for field, _ in _fields(section):
+        if field.default is dataclasses.MISSING and values.get(field.name) is None:
+            raise ConfigError(
+                f"{flag_name(field.name)} is required", fix=field.metadata["help"].capitalize()
+            )
+
+
+def _read_yaml(path: Path, sections: dict[str, type[Any]]) -> dict[str, dict[str, Any]]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read: {error.strerror}", where=path) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {error}", where=path) from error
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError("not a mapping of sections", where=path, found=type(tree).__name__)
+    for name, values in tree.items():
+        if name not in sections:
+            owner = [s for s, c in sections.items() if name in {f.name for f, _ in _fields(c)}]
+            hint = (
+                f"; it belongs under {owner[0]}:" if owner else nearest(str(name), list(sections))
+            )
+            raise ConfigError(f"unknown section {name!r}{hint}", where=path)
+        if not isinstance(values, dict):
+            raise ConfigError(f"section {name!r} is not a mapping", where=path)
+        kinds = {field.name: kind for field, kind in _fields(sections[name])}
+        for key, value in values.items():
+            if key not in kinds:
+                raise ConfigError(
+                    f"unknown key {key!r} under {name!r}{nearest(str(key), list(kinds))}",
+                    where=path,
+                )
+            values[key] = _coerce(value, kinds[key], where=f"{path}: {name}.{key}")
+    return tree
+
+
+def _coerce(value: Any, kind: type[Any], *, where: str) -> Any:
+    """YAML reads 1e-5 as a string and 1 as an int: accept both for a float, nothing else."""
+    if value is None or type(value) is kind:
+        return value
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise ConfigError("unusable value", where=where, expected=kind.__name__, found=repr(value))

@@ -1,0 +1,79 @@
+"""One call of megatron-core's pipeline schedule: micro-batches in, what the heads returned out.
+
+Both stages and the probe go through here, so that packing, masks and the pipeline are handled in
+one place. Shapes: B packs in a micro-batch, S positions in a pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_replay.data.packing import PackedBatch
+from megatron_replay.model.gpt import Head
+from megatron_replay.model.layers import document_attention_mask
+
+#: A micro-batch and what to do with its hidden states.
+Work = tuple[PackedBatch, Head]
+
+
+@torch.no_grad()
+def forward_only(model: torch.nn.Module, work: Sequence[Work]) -> list[Any]:
+    """What each micro-batch's head returned, on the last stage; [] on the others."""
+    model.eval()
+    outputs = _run_schedule(
+        model, work, _forward_step_collecting, forward_only=True, collect_non_loss_data=True
+    )
+    model.train()
+    return outputs
+
+
+def forward_backward(model: torch.nn.Module, work: Sequence[Work]) -> Tensor | None:
+    """Run every micro-batch forward and backward; gradients end up in ``main_grad``.
+
+    Heads return the loss of each of their positions. The gradient is that of the mean over all
+    positions of the global batch: megatron-core sums, then divides by the number over DP.
+
+    Returns:
+        (sum of losses, number of positions) of this data-parallel rank on the last stage, fp32 [2];
+        None on the others.
+    """
+    sums = _run_schedule(model, work, _forward_step_with_loss, forward_only=False)
+    return torch.stack(sums).sum(0) if sums else None
+
+
+def _run_schedule(model: torch.nn.Module, work: Sequence[Work], step: Any, **kwargs: Any) -> Any:
+    micro_batch_size, seq_length = work[0][0].tokens_BS.shape
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(work),
+        model=[model],
+        num_microbatches=len(work),
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        **kwargs,
+    )
+
+
+def _run_model(iterator: Iterator[Work], model: torch.nn.Module) -> Any:
+    batch, head = next(iterator)
+    mask = document_attention_mask(batch.document_BS)
+    return model(batch.tokens_BS, batch.position_BS, mask, head)
+
+
+def _forward_step_collecting(iterator: Iterator[Work], model: torch.nn.Module) -> tuple[Any, Any]:
+    return _run_model(iterator, model), lambda output, non_loss_data: output
+
+
+def _forward_step_with_loss(iterator: Iterator[Work], model: torch.nn.Module) -> tuple[Any, Any]:
+    return _run_model(iterator, model), _sum_of_losses
+
+
+def _sum_of_losses(loss_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    total = loss_N.sum()
+    count = torch.tensor(loss_N.numel(), dtype=torch.int32, device=loss_N.device)
+    return total, count, torch.stack([total.detach(), count.to(total.dtype)])

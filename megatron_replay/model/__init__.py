@@ -1,0 +1,1 @@
+"""A model's shape, and the shape as megatron-core's GPTModel with our norm, attention, head."""

@@ -1,0 +1,35 @@
+"""Do the corpus, the store and the model speak of the same tokens?"""
+
+from __future__ import annotations
+
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.errors import ConfigError
+from megatron_replay.model.config import ModelConfig
+from megatron_replay.store import CandidateReader
+
+
+def require_vocabulary(corpus: Corpus, model: ModelConfig) -> None:
+    """Raise ConfigError when the corpus may hold ids beyond the model's embedding."""
+    if corpus.vocab_size > model.vocab_size:
+        raise ConfigError(
+            "the corpus was made with a larger vocabulary than the model has",
+            where="--data-path",
+            expected=f"at most {model.vocab_size} tokens",
+            found=f"a tokenizer of {corpus.vocab_size}",
+            fix="Run tools/preprocess_data.py with the tokenizer of --load",
+        )
+
+
+def open_store(path: str, corpus: Corpus, model: ModelConfig) -> CandidateReader:
+    """The store at ``path``, checked to be of this corpus, tokenizer and vocabulary.
+
+    Raises:
+        StoreError: it is of something else, unfinished or damaged.
+    """
+    reader = CandidateReader(path)
+    reader.require(
+        corpus_fingerprint=corpus.fingerprint,
+        tokenizer_fingerprint=corpus.tokenizer_fingerprint,
+        vocab_size=model.vocab_size,
+    )
+    return reader

@@ -1,0 +1,151 @@
+"""Qwen3 as a megatron-core GPTModel whose output layer is whatever function the caller brings.
+
+Stage 0 selects candidates there, Stage 1 computes a loss, the probe both; none of them wants the
+[S, B, V] logits that megatron-core would make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megatron_replay.config import ParallelConfig
+from megatron_replay.model.config import ModelConfig
+from megatron_replay.model.layers import PackedAttention, RMSNorm
+from megatron_replay.parallel import Parallel
+
+#: (hidden_TH of all positions, T = B * S in row-major order of [B, S]; weight_VH, this rank's rows
+#: of the output layer) -> whatever the caller wants. The hidden states are whole on every TP rank;
+#: what a head adds to their gradient is summed over TP by the region they came through.
+Head = Callable[[Tensor, Tensor], Any]
+
+
+class ReplayGPTModel(GPTModel):
+    """GPTModel with a head passed at each call instead of logits or a full-softmax loss."""
+
+    _head: Head | None = None
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, head: Head
+    ) -> Any:
+        """Hidden states on all stages but the last; there, what ``head`` returns."""
+        self._head = head
+        try:
+            return super().forward(input_ids, position_ids, attention_mask)
+        finally:
+            self._head = None
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Any:
+        if not self.post_process:
+            return hidden_states
+        assert self._head is not None
+        if self.config.sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_states)
+        else:
+            hidden_SBH = copy_to_tensor_model_parallel_region(hidden_states)
+        hidden_TH = hidden_SBH.transpose(0, 1).flatten(0, 1)
+        return self._head(hidden_TH, self.output_weight())
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output layer, tied or not. [V / TP, H]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, *, bf16: bool = False, recompute: bool = False
+) -> TransformerConfig:
+    """Megatron's configuration of ``model`` on this layout."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    recomputation: dict[str, Any] = {}
+    if recompute:
+        recomputation = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        qk_layernorm=model.qk_layernorm,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        # The loss is a sum over selected positions, divided by their number over the whole global
+        # batch: micro-batches and ranks with few or no positions weigh what they should.
+        calculate_per_token_loss=True,
+        # False would silently leave `tensor_model_parallel` unset on the weights, and the
+        # gradient norm wrong; the weights drawn are overwritten by the checkpoint.
+        perform_initialization=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        cuda_graph_scope=[],
+        **recomputation,
+    )
+
+
+def build_model(
+    model: ModelConfig, config: TransformerConfig, parallel: Parallel
+) -> ReplayGPTModel:
+    """This rank's part of the model, weights not yet loaded."""
+    layer = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if model.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    block = TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
+    return ReplayGPTModel(
+        config,
+        block,
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=parallel.first_stage,
+        post_process=parallel.last_stage,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+    )
+
+
+def layer_offset(config: TransformerConfig) -> int:
+    """Global number of this stage's first layer."""
+    return int(get_transformer_layer_offset(config))

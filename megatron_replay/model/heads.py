@@ -1,0 +1,80 @@
+"""What Stage 1 does with the last hidden states: the losses, and the probe beside them.
+
+Each function binds a micro-batch's targets to a ``Head``. N selected positions, H hidden channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_replay.data.replay import ReplayTargets
+from megatron_replay.functional import (
+    outside_mass,
+    restricted_cross_entropy,
+    vocab_parallel_cross_entropy,
+)
+from megatron_replay.model.gpt import Head
+from megatron_replay.parallel import Parallel
+
+
+def restricted_loss(targets: ReplayTargets, parallel: Parallel, *, ghost: bool) -> Head:
+    """Loss [N] over the candidates of each position (Eq. 3), with the ghost term if asked for."""
+
+    def head(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+        return restricted_cross_entropy(
+            hidden_TH[targets.rows_N],
+            weight_VH,
+            targets.candidate_ids,
+            targets.candidate_offsets,
+            targets.labels_N,
+            group_offsets=targets.group_offsets,
+            tail_logit_T=targets.tail_logit_N if ghost else None,
+            vocab_start=parallel.tp_rank * weight_VH.shape[0],
+            tp_group=parallel.tp_group,
+            reduce_hidden_grad=False,  # the region hidden_TH came through does it
+            validate=False,  # the reader and the join have checked every set
+        )
+
+    return head
+
+
+def full_loss(rows_N: Tensor, labels_N: Tensor, parallel: Parallel) -> Head:
+    """Loss [N] of the full softmax at ``rows_N``."""
+
+    def head(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+        return vocab_parallel_cross_entropy(
+            hidden_TH[rows_N],
+            weight_VH,
+            labels_N,
+            vocab_start=parallel.tp_rank * weight_VH.shape[0],
+            tp_group=parallel.tp_group,
+            reduce_hidden_grad=False,
+        )
+
+    return head
+
+
+def probe(targets: ReplayTargets, parallel: Parallel) -> Head:
+    """Sums over the N positions: outside mass, restricted loss, full-softmax loss, and N. fp32 [4].
+
+    With z the current logits: outside mass = 1 - sum_S p; the restricted loss is the full one plus
+    log(1 - outside mass), so one pass over the vocabulary gives all three.
+    """
+
+    def head(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+        outside_N, full_loss_N = outside_mass(
+            hidden_TH[targets.rows_N],
+            weight_VH,
+            targets.candidate_ids,
+            targets.candidate_offsets,
+            targets.labels_N,
+            group_offsets=targets.group_offsets,
+            vocab_start=parallel.tp_rank * weight_VH.shape[0],
+            tp_group=parallel.tp_group,
+        )
+        restricted_N = full_loss_N + torch.log1p(-outside_N)
+        count = torch.tensor(float(outside_N.numel()), device=outside_N.device)
+        return torch.stack([outside_N.sum(), restricted_N.sum(), full_loss_N.sum(), count])
+
+    return head

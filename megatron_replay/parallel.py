@@ -1,0 +1,147 @@
+"""The process groups of a run: asked of megatron-core once, then passed on explicitly."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_replay.config import ParallelConfig
+from megatron_replay.errors import ConfigError
+from megatron_replay.platform import Platform
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process's place in the TP x PP x DP grid, and its groups.
+
+    ``model_group`` spans TP x PP: one whole copy of the model. ``writer`` is the one process that
+    logs: last pipeline stage, where the loss is, tensor rank 0, data rank 0.
+    """
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup
+    device: torch.device
+
+    @property
+    def first_stage(self) -> bool:
+        """Whether this process holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this process holds the output layer and sees the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def writer(self) -> bool:
+        """Whether this process writes logs and shows progress."""
+        return self.last_stage and self.tp_rank == 0 and self.dp_rank == 0
+
+    def broadcast(self, value: T) -> T:
+        """``value`` as rank 0 has it, on every process. One object broadcast over the world."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` holds on any process. One all-reduce of an int32 over the world."""
+        votes = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes.item())
+
+
+def environment_world_size() -> int:
+    """How many processes torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def data_parallel_size(config: ParallelConfig, world_size: int) -> int:
+    """World size over TP x PP.
+
+    Raises:
+        ConfigError: the processes do not make a whole number of model copies.
+    """
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        raise ConfigError(
+            "the processes do not make whole copies of the model",
+            where="torchrun --nproc_per_node x --nnodes",
+            expected=f"a multiple of TP {tp} x PP {pp} = {tp * pp} processes",
+            found=world_size,
+        )
+    return world_size // (tp * pp)
+
+
+def initialize(config: ParallelConfig, platform: Platform) -> Parallel:
+    """Join the processes torchrun started and build the groups.
+
+    Raises:
+        ConfigError: the world does not divide into TP x PP.
+    """
+    world_size = environment_world_size()
+    data_parallel_size(config, world_size)
+    if world_size == 1:
+        # Alone, as under plain python: a rendezvous with ourselves.
+        for name, value in {
+            "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+        }.items():  # fmt: skip
+            os.environ.setdefault(name, value)
+    platform.prepare(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        dist.init_process_group(
+            platform.communication_backend,
+            timeout=datetime.timedelta(minutes=config.distributed_timeout_minutes),
+        )
+    return build_groups(config, platform.device)
+
+
+def build_groups(config: ParallelConfig, device: torch.device) -> Parallel:
+    """Megatron's groups over the default process group, which must exist already."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(tp, pp)
+    # megatron-core draws initial weights from these generators; a checkpoint overwrites them.
+    model_parallel_cuda_manual_seed(1234)
+    return Parallel(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=tp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=pp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        model_group=parallel_state.get_model_parallel_group(),
+        device=device,
+    )
+
+
+def shutdown() -> None:
+    """Leave the process groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

@@ -1,0 +1,41 @@
+"""What the rest of the project may ask of a platform."""
+
+from __future__ import annotations
+
+import abc
+from typing import ClassVar
+
+import torch
+
+
+class Platform(abc.ABC):
+    """A kind of device with its collectives.
+
+    Attributes:
+        name: "cpu", "cuda" or "npu".
+        communication_backend: torch.distributed's name of its collectives.
+        validated: False where this project has never run on it; said at start.
+    """
+
+    name: ClassVar[str]
+    communication_backend: ClassVar[str]
+    validated: ClassVar[bool]
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    @classmethod
+    @abc.abstractmethod
+    def available(cls) -> bool:
+        """Whether this machine has such a device and the software for it."""
+
+    @abc.abstractmethod
+    def prepare(self, local_rank: int = 0) -> None:
+        """Choose the device of this process and make ``megatron.core`` importable on it.
+
+        Must run before the first import of megatron; a second call does nothing.
+        """
+
+    @abc.abstractmethod
+    def peak_memory_bytes(self) -> int:
+        """The most memory this process has held on its device (the host's, for cpu)."""

@@ -1,0 +1,33 @@
+"""NVIDIA GPUs with NCCL: megatron-core's home, nothing to mend."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from megatron_replay.platform.base import Platform
+
+
+class CUDA(Platform):
+    """It needs a CUDA build of torch and a visible GPU."""
+
+    name = "cuda"
+    communication_backend = "nccl"
+    validated = False
+
+    @classmethod
+    def available(cls) -> bool:
+        """Whether torch sees a GPU."""
+        return torch.cuda.is_available()
+
+    def prepare(self, local_rank: int = 0) -> None:
+        """Bind this process to GPU ``local_rank``."""
+        # megatron-core's overlap needs one queue: collectives start before the matmul they hide in.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        self.device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(self.device)
+
+    def peak_memory_bytes(self) -> int:
+        """Peak bytes of the caching allocator."""
+        return torch.cuda.max_memory_allocated(self.device)

@@ -1,0 +1,236 @@
+"""Run megatron-core 0.16.1 on a device that is not CUDA, leaving global torch as it is.
+
+megatron-core calls ``torch.cuda`` in some forty places (current_device, RNG states, streams) and
+makes tensors with ``device="cuda"``. Inside its modules, and only there, the name ``torch`` is
+bound to a stand-in whose ``cuda`` is the platform's own module. Two methods cannot be reached that
+way, since they live on Tensor: ``Tensor.type()`` must answer in CUDA's spelling and
+``Tensor.cuda()`` must move to the platform's device, for megatron callers alone.
+
+Every patched symbol is a private detail of that one release, so the version is pinned, checked
+here, and tests/test_platform.py fails when a symbol has gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import logging
+import multiprocessing
+import os
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megatron_replay.errors import ConfigError
+
+SUPPORTED_VERSION = "0.16.1"
+_PACKAGE = "megatron.core"
+#: What we use of it; imported once, quietly.
+_PARTS = ("distributed", "models.gpt.gpt_layer_specs", "optimizer", "pipeline_parallel")
+_FACTORIES = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "full",
+    "ones",
+    "ones_like",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+
+
+class _Module(types.ModuleType):
+    """A module that answers with its own attributes first, then with those of ``fallbacks``."""
+
+    def __init__(self, name: str, *fallbacks: types.ModuleType) -> None:
+        super().__init__(name)
+        self.__dict__["_fallbacks"] = fallbacks
+
+    def __getattr__(self, name: str) -> Any:
+        for fallback in self.__dict__["_fallbacks"]:
+            if hasattr(fallback, name):
+                return getattr(fallback, name)
+        raise AttributeError(name)
+
+
+def install(
+    device_module: types.ModuleType, device: torch.device, *, extra: dict[str, Any]
+) -> None:
+    """Bind ``torch`` inside megatron-core to a stand-in for ``device_module`` (torch.cpu, ...).
+
+    Args:
+        device_module: answers what megatron-core asks of ``torch.cuda``.
+        device: where tensors that it asks for on "cuda" go.
+        extra: functions that ``device_module`` lacks.
+
+    Raises:
+        ConfigError: another megatron-core than the one this was made for.
+    """
+    global _installed
+    if _installed:
+        return
+    _check_version()
+    if any(name.startswith(_PACKAGE) for name in sys.modules):
+        raise RuntimeError("platform.prepare() must come before the first import of megatron.core")
+    stand_in = _torch_stand_in(device_module, device, extra)
+    sys.meta_path.insert(0, _ImportHook(lambda module: _rebind(module, stand_in)))
+    _patch_tensor(stand_in, device)
+    _import_without_compiling()
+    _quiet()
+    _installed = True
+
+
+_installed = False
+
+
+def _check_version() -> None:
+    try:
+        found = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        found = "none"
+    if found != SUPPORTED_VERSION:
+        raise ConfigError(
+            "unsupported megatron-core",
+            expected=SUPPORTED_VERSION,
+            found=found,
+            fix=f"pip install megatron-core=={SUPPORTED_VERSION}",
+        )
+
+
+def _torch_stand_in(
+    device_module: types.ModuleType, device: torch.device, extra: dict[str, Any]
+) -> _Module:
+    def redirected(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = device
+            return factory(*args, **kwargs)
+
+        return make
+
+    stand_in = _Module("torch", torch)
+    cuda = stand_in.__dict__["cuda"] = _Module("torch.cuda", device_module, torch.cuda)
+    cuda.__dict__.update(extra)
+    for name in _FACTORIES:
+        setattr(stand_in, name, redirected(getattr(torch, name)))
+    return stand_in
+
+
+class _ImportHook(importlib.abc.MetaPathFinder):
+    """Calls ``after`` on every module of megatron-core once it has been executed."""
+
+    def __init__(self, after: Callable[[types.ModuleType], None]) -> None:
+        self._after = after
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not name.startswith(_PACKAGE):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None or not hasattr(spec.loader, "exec_module"):
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_rebind(module: types.ModuleType) -> None:
+            execute(module)
+            self._after(module)
+
+        spec.loader.exec_module = execute_and_rebind  # type: ignore[method-assign]
+        return spec
+
+
+def _rebind(module: types.ModuleType, stand_in: _Module) -> None:
+    if getattr(module, "torch", None) is torch:
+        module.torch = stand_in  # type: ignore[attr-defined]
+    if module.__name__ == f"{_PACKAGE}.tensor_parallel.random":
+        # These two reach into torch.cuda.default_generators and the CUDA graph API.
+        device = stand_in.cuda
+        module._get_cuda_rng_state = (  # type: ignore[attr-defined]
+            lambda device_="", clone=False, graph_safe=False: device.get_rng_state()
+        )
+        module._set_cuda_rng_state = (  # type: ignore[attr-defined]
+            lambda state, device_=-1, graph_safe=False: device.set_rng_state(state)
+        )
+
+
+def _patch_tensor(stand_in: _Module, device: torch.device) -> None:
+    original_type, original_cuda = torch.Tensor.type, torch.Tensor.cuda
+
+    def called_by_megatron() -> bool:
+        return sys._getframe(2).f_globals.get("torch") is stand_in
+
+    def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original_type(self, *args, **kwargs)
+        if isinstance(answer, str) and called_by_megatron():
+            return "torch.cuda." + answer.rsplit(".", 1)[1]
+        return answer
+
+    def tensor_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if called_by_megatron():
+            return self.to(device)
+        return original_cuda(self, *args, **kwargs)
+
+    torch.Tensor.type = tensor_type  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = tensor_cuda  # type: ignore[method-assign, assignment]
+
+
+def _import_without_compiling() -> None:
+    """Import the parts we use while ``torch.compile`` does nothing.
+
+    megatron-core decorates helpers with ``jit_fuser = torch.compile`` at import: on a CPU that
+    loads inductor for nothing (3 s of import), on an NPU it fails. Its import also warns, module by
+    module, that Transformer Engine and apex are absent: here they are absent by design.
+    """
+    compile_, torch.compile = torch.compile, _no_compile  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for part in _PARTS:
+                importlib.import_module(f"{_PACKAGE}.{part}")
+    finally:
+        torch.compile = compile_
+
+
+def _quiet() -> None:
+    """Silence two complaints that do not apply here.
+
+    The RNG tracker warns when the CPU's generator moves inside a "GPU" context: on the CPU the two
+    are one. The linear layers want one CUDA queue, so that a collective starts before the matmul
+    it overlaps; elsewhere the variable means nothing.
+    """
+    logging.getLogger(f"{_PACKAGE}.tensor_parallel.random").setLevel(logging.ERROR)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _no_compile(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+    return function if function is not None else (lambda f: f)
+
+
+@contextlib.contextmanager
+def forked_results_queue() -> Iterator[None]:
+    """Give dist_checkpointing the queue its writers answer on, from a forked manager.
+
+    Patches ``filesystem_async._results_queue``. Left alone, megatron-core starts the manager by
+    spawn: it re-imports the main module and torch, 4 to 18 seconds on every rank.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        with warnings.catch_warnings():
+            # Python 3.12 warns of forking beside threads; this child runs Python code only.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            manager = multiprocessing.get_context("fork").Manager()
+        filesystem_async._results_queue = manager.Queue()
+    yield

@@ -1,0 +1,43 @@
+"""Ascend NPUs with HCCL, through torch_npu and no MindSpeed. Not run on an NPU yet.
+
+``transfer_to_npu`` maps cuda to npu and nccl to hccl all over torch; it covers neither
+``Tensor.type()``'s spelling, which megatron-core compares with ``torch.cuda.FloatTensor``, nor the
+RNG tracker's ``default_generators``. ``install`` covers both.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import torch
+
+from megatron_replay.platform.base import Platform
+from megatron_replay.platform.megatron_core import install
+
+
+class NPU(Platform):
+    """It needs CANN, its set_env.sh sourced, and the torch_npu release made for that CANN."""
+
+    name = "npu"
+    communication_backend = "hccl"
+    validated = False
+
+    @classmethod
+    def available(cls) -> bool:
+        """Whether torch_npu is installed and sees a device."""
+        if importlib.util.find_spec("torch_npu") is None:
+            return False
+        importlib.import_module("torch_npu")
+        return bool(torch.npu.is_available())
+
+    def prepare(self, local_rank: int = 0) -> None:
+        """Bind this process to NPU ``local_rank`` and mend what ``transfer_to_npu`` leaves."""
+        importlib.import_module("torch_npu.contrib.transfer_to_npu")
+        self.device = torch.device("npu", local_rank)
+        torch.npu.set_device(self.device)
+        install(torch.npu, self.device, extra={})
+
+    def peak_memory_bytes(self) -> int:
+        """Peak bytes of torch_npu's caching allocator."""
+        return int(torch.npu.max_memory_allocated(self.device))

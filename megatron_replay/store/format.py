@@ -1,0 +1,173 @@
+"""The bytes of a shard: one record per document in ``.bin``, where each lies in ``.idx``.
+
+``docs/store_format.md`` describes both byte for byte. All numbers are little-endian. What is read
+is not trusted: every size, count and offset is checked before anything is allocated from it.
+
+Shapes: P positions of a document, C candidates of a document (all its positions together),
+N documents of a shard.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_replay.store.codecs import CODECS, PLANAR
+from megatron_replay.store.document import Array, DocumentCandidates, require, to_half
+
+FORMAT_VERSION = 1
+BIN_MAGIC = b"REPLAYCB"
+BIN_HEADER = struct.Struct("<8sI")  # magic, version
+
+INDEX_MAGIC = b"REPLAYCI"
+# magic, version, codec, three zero bytes, first document, documents, bytes and crc of the .bin
+INDEX_HEADER = struct.Struct("<8sIB3sQQQI")
+CRC = struct.Struct("<I")
+
+NUM_POSITIONS = struct.Struct("<I")
+#: position int32, |S| - 1 uint8, and three fp16: lse, gold_logprob, tail_mass.
+BYTES_PER_POSITION = 4 + 1 + 3 * 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShardIndex:
+    """What an ``.idx`` says about its ``.bin``."""
+
+    first_document: int
+    offsets: npt.NDArray[np.int64]
+    """int64 [N + 1]: record i is ``bin[offsets[i]:offsets[i + 1]]``; the last is the file size."""
+    record_crcs: npt.NDArray[np.uint32]
+    """uint32 [N]: crc32 of each record."""
+    bin_crc: int
+    codec: int = PLANAR
+
+    @property
+    def bin_bytes(self) -> int:
+        """Size of the ``.bin``."""
+        return int(self.offsets[-1])
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the shard."""
+        return len(self.record_crcs)
+
+
+def encode_record(document: DocumentCandidates, *, vocab_size: int, codec: int) -> bytes:
+    """The bytes of one valid document (see ``require_valid``)."""
+    parts = [
+        NUM_POSITIONS.pack(len(document.positions)),
+        document.positions.astype("<i4").tobytes(),
+        (np.diff(document.offsets) - 1).astype(np.uint8).tobytes(),
+        to_half(document.lse).tobytes(),
+        to_half(document.gold_logprob).tobytes(),
+        to_half(document.tail_mass).tobytes(),
+        CODECS[codec].encode(document.ids, vocab_size),
+    ]
+    if document.logits is not None:
+        parts.append(to_half(document.logits).tobytes())
+    return b"".join(parts)
+
+
+def decode_record(
+    record: memoryview, *, vocab_size: int, has_logits: bool, codec: int
+) -> DocumentCandidates:
+    """Inverse of ``encode_record``; sizes are checked here, contents by ``require_valid``.
+
+    Raises:
+        StoreError: the record is shorter or longer than its own counts say.
+    """
+    require(len(record) >= NUM_POSITIONS.size, "a record is cut off")
+    (num_positions,) = NUM_POSITIONS.unpack_from(record)
+    ids_start = NUM_POSITIONS.size + num_positions * BYTES_PER_POSITION
+    require(ids_start <= len(record), "a record is cut off", f"{ids_start} bytes", len(record))
+
+    cursor = NUM_POSITIONS.size
+
+    def take(dtype: str) -> Array:
+        nonlocal cursor
+        column = np.frombuffer(record, dtype, num_positions, cursor)
+        cursor += column.nbytes
+        return column
+
+    positions_P = take("<i4").astype(np.int32)
+    offsets = np.zeros(num_positions + 1, np.int64)
+    np.cumsum(take("u1").astype(np.int64) + 1, out=offsets[1:])
+    lse_P, gold_logprob_P, tail_mass_P = (take("<f2").astype(np.float32) for _ in range(3))
+
+    num_ids = int(offsets[-1])
+    ids_stop = len(record) - 2 * num_ids * has_logits
+    require(ids_start <= ids_stop, "a record is too short for its logits")
+    logits_C = None
+    if has_logits:
+        logits_C = np.frombuffer(record, "<f2", num_ids, ids_stop).astype(np.float16)
+    return DocumentCandidates(
+        positions=positions_P,
+        offsets=offsets,
+        ids=CODECS[codec].decode(record[ids_start:ids_stop], num_ids, vocab_size),
+        lse=lse_P,
+        gold_logprob=gold_logprob_P,
+        tail_mass=tail_mass_P,
+        logits=logits_C,
+    )
+
+
+def encode_index(index: ShardIndex) -> bytes:
+    """The bytes of an ``.idx``; its last four are the crc32 of all before them."""
+    body = INDEX_HEADER.pack(
+        INDEX_MAGIC, FORMAT_VERSION, index.codec, bytes(3), index.first_document,
+        index.num_documents, index.bin_bytes, index.bin_crc,
+    )  # fmt: skip
+    body += index.offsets.astype("<i8").tobytes() + index.record_crcs.astype("<u4").tobytes()
+    return body + CRC.pack(zlib.crc32(body))
+
+
+def require_header(magic: bytes, expected_magic: bytes, version: int) -> None:
+    """Raise StoreError unless a file is what its name says, in a version this code reads."""
+    require(magic == expected_magic, "not a file of a candidate store", expected_magic, magic)
+    require(version == FORMAT_VERSION, "another version of the format", FORMAT_VERSION, version)
+
+
+def decode_index(content: bytes, *, first_document: int, num_documents: int) -> ShardIndex:
+    """Inverse of ``encode_index``, for the shard that holds the given documents.
+
+    Raises:
+        StoreError: damaged, of another version or codec, or the index of other documents.
+    """
+    require(len(content) >= INDEX_HEADER.size, "the index is cut off")
+    magic, version, codec, zeros, first, count, bin_bytes, bin_crc = INDEX_HEADER.unpack_from(
+        content
+    )
+    require_header(magic, INDEX_MAGIC, version)
+    expected_bytes = INDEX_HEADER.size + 8 * (num_documents + 1) + 4 * num_documents + CRC.size
+    require(len(content) == expected_bytes, "the index is cut off", expected_bytes, len(content))
+    require(
+        CRC.unpack_from(content, len(content) - CRC.size)[0] == zlib.crc32(content[: -CRC.size]),
+        "the index is damaged: its crc32 differs",
+    )
+    require(zeros == bytes(3), "reserved bytes of the index are not zero")
+    require(codec in CODECS, "unknown codec", f"one of {sorted(CODECS)}", codec)
+    require(
+        (first, count) == (first_document, num_documents),
+        "the index of other documents",
+        f"{num_documents} from {first_document}",
+        f"{count} from {first}",
+    )
+    offsets = np.frombuffer(content, "<i8", count + 1, INDEX_HEADER.size).astype(np.int64)
+    crcs_start = INDEX_HEADER.size + offsets.nbytes
+    require(
+        offsets[0] == BIN_HEADER.size
+        and offsets[-1] == bin_bytes
+        and (np.diff(offsets) >= NUM_POSITIONS.size).all(),
+        "the records of the index do not fill the .bin",
+    )
+    return ShardIndex(
+        first_document=first,
+        offsets=offsets,
+        record_crcs=np.frombuffer(content, "<u4", count, crcs_start).astype(np.uint32),
+        bin_crc=bin_crc,
+        codec=codec,
+    )

@@ -1,0 +1,225 @@
+"""Writing a store shard by shard, from any number of processes, across any number of deaths.
+
+A shard is published as ``.bin`` (tmp, fsync, rename) and then ``.idx`` (the same): it is there if
+and only if its ``.idx`` is, so a kill at any moment loses at most the shards under way. Content is
+a pure function of the documents: a store finished after ten kills equals one finished at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import weakref
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+
+from megatron_replay.errors import OutputError, StoreError
+from megatron_replay.files import atomic_file, make_directory, output_error
+from megatron_replay.store.codecs import PLANAR
+from megatron_replay.store.document import DocumentCandidates, located, require, require_valid
+from megatron_replay.store.format import (
+    BIN_HEADER,
+    BIN_MAGIC,
+    FORMAT_VERSION,
+    ShardIndex,
+    encode_index,
+    encode_record,
+)
+from megatron_replay.store.manifest import (
+    DESCRIPTION_FILE,
+    StoreDescription,
+    bin_path,
+    index_path,
+    read_description,
+    refuse_differences,
+    write_description,
+    write_manifest,
+)
+
+LOCK_FILE = ".lock"
+#: What a death inside files.atomic_file and files.make_directory leaves behind.
+LEFTOVERS = (".*.tmp.*", ".write-test.*")
+
+
+class ShardWriter:
+    """Takes the documents of one shard in order; made by ``CandidateWriter.shard``."""
+
+    def __init__(self, handle: IO[bytes], description: StoreDescription, documents: range) -> None:
+        self._handle, self._description, self._documents = handle, description, documents
+        header = BIN_HEADER.pack(BIN_MAGIC, FORMAT_VERSION)
+        handle.write(header)
+        self._crc = zlib.crc32(header)
+        self._offsets = [len(header)]
+        self._record_crcs: list[int] = []
+
+    def add(self, document_id: int, candidates: DocumentCandidates) -> None:
+        """Append a document; every document of the shard once, ascending, P = 0 allowed.
+
+        Raises:
+            StoreError: not the next document, or not valid candidates (a field of another length,
+                ids out of order or vocabulary, a number that does not fit fp16, ...).
+        """
+        done = len(self._record_crcs)
+        with located(f"document {document_id}"):
+            require(
+                done < len(self._documents) and document_id == self._documents[done],
+                "documents of a shard come once each, ascending",
+                self._documents[done] if done < len(self._documents) else "no more",
+                document_id,
+            )
+            vocab_size, has_logits = self._description.vocab_size, self._description.has_logits
+            require_valid(candidates, vocab_size=vocab_size, has_logits=has_logits)
+        record = encode_record(candidates, vocab_size=vocab_size, codec=PLANAR)
+        self._handle.write(record)
+        self._crc = zlib.crc32(record, self._crc)
+        self._record_crcs.append(zlib.crc32(record))
+        self._offsets.append(self._offsets[-1] + len(record))
+
+    def index(self) -> ShardIndex:
+        """The index of the shard, once all its documents are added.
+
+        Raises:
+            StoreError: documents are still to come.
+        """
+        require(
+            len(self._record_crcs) == len(self._documents),
+            "a shard was closed before all its documents were added",
+            f"{len(self._documents)} documents",
+            len(self._record_crcs),
+        )
+        return ShardIndex(
+            first_document=self._documents.start,
+            offsets=np.array(self._offsets, np.int64),
+            record_crcs=np.array(self._record_crcs, np.uint32),
+            bin_crc=self._crc,
+            codec=PLANAR,
+        )
+
+
+class CandidateWriter:
+    """Creates the store in ``directory``, or goes on with one of the same description.
+
+    Of the processes that write one store together, one passes ``lock=True``: it creates the
+    directory before the others open it, keeps other runs out as long as it lives, and removes what
+    dead runs left unfinished. Each process then writes shards of its own; one calls ``finish``.
+
+    Raises:
+        StoreError: the directory holds a store of another description; names each difference.
+        OutputError: the directory cannot be written to, or another run holds its lock.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        description: StoreDescription,
+        *,
+        lock: bool = False,
+    ) -> None:
+        self.directory, self.description = make_directory(directory), description
+        self._release: weakref.finalize[..., CandidateWriter] | None = None
+        if lock:
+            self._release = self._lock()
+        if not (self.directory / DESCRIPTION_FILE).exists():
+            write_description(self.directory, description)
+        refuse_differences(
+            description.flat(),
+            read_description(self.directory).flat(),
+            where=self.directory,
+            fix="Use the settings of the store, or give another directory",
+        )
+        if lock:
+            self._remove_leftovers()
+
+    def _lock(self) -> weakref.finalize[..., CandidateWriter]:
+        """Hold an flock until ``close``, the end of this object or of the process.
+
+        The kernel releases it on any death. The file stays: removing it would let two runs hold
+        locks on two files of one name.
+        """
+        path = self.directory / LOCK_FILE
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            release = weakref.finalize(self, os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                "another run is writing this store",
+                where=self.directory,
+                fix="Wait for it to end, or give another directory",
+            ) from error
+        except OSError as error:
+            raise output_error(path, error) from error
+        return release
+
+    def _remove_leftovers(self) -> None:
+        for pattern in LEFTOVERS:
+            for path in self.directory.glob(pattern):
+                path.unlink(missing_ok=True)
+
+    def missing_shards(self) -> list[int]:
+        """Numbers of the shards still to be written, ascending."""
+        there = {path.name for path in self.directory.glob("shard-*.idx")}
+        shards = range(self.description.num_shards)
+        return [s for s in shards if index_path(self.directory, s).name not in there]
+
+    @contextmanager
+    def shard(self, number: int) -> Iterator[ShardWriter]:
+        """Write shard ``number``; it is published when the block ends without an error.
+
+        Raises:
+            StoreError: no such shard, or the block ended before its last document.
+            OutputError: no space, no permission; nothing was published.
+        """
+        if not 0 <= number < self.description.num_shards:
+            raise StoreError(
+                "no such shard",
+                where=self.directory,
+                expected=f"0 to {self.description.num_shards - 1}",
+                found=number,
+            )
+        records = bin_path(self.directory, number)
+        with atomic_file(records) as handle:
+            shard = ShardWriter(handle, self.description, self.description.documents(number))
+            yield shard
+            with located(records):
+                index = shard.index()
+        with atomic_file(index_path(self.directory, number)) as handle:
+            handle.write(encode_index(index))
+
+    def finish(self) -> None:
+        """Check that every shard is there in full size, write the manifest, release the lock.
+
+        Raises:
+            StoreError: shards are missing or damaged.
+        """
+        missing = self.missing_shards()
+        if missing:
+            total = self.description.num_shards
+            raise StoreError(
+                f"unfinished: {total - len(missing)} of {total} shards; the first missing is "
+                f"{missing[0]}",
+                where=self.directory,
+            )
+        write_manifest(self.directory, self.description)
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock, if this writer holds it."""
+        if self._release is not None:
+            self._release()
+
+    def __enter__(self) -> CandidateWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

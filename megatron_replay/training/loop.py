@@ -1,0 +1,258 @@
+"""Stage 1's loop: data, model, optimizer and logs, and the steps between two checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_replay import cli, flags
+from megatron_replay.checkpoint.load import LoadedModel, load_model, model_files
+from megatron_replay.checkpoint.training import (
+    TrainState,
+    iteration_directory,
+    keep_model_files,
+    latest_iteration,
+    load_checkpoint,
+    save_checkpoint,
+)
+from megatron_replay.config import Stage1Config
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.packing import Pack, fit_documents, pack_batch, report_long_documents
+from megatron_replay.data.replay import full_targets, join_candidates
+from megatron_replay.data.sampler import GlobalBatches
+from megatron_replay.errors import TrainingError
+from megatron_replay.files import atomic_file, make_directory
+from megatron_replay.forward import Work
+from megatron_replay.model import heads
+from megatron_replay.model.compatibility import open_store, require_vocabulary
+from megatron_replay.optim.build import apply_hyperparameters, build_optimizer
+from megatron_replay.optim.schedule import learning_rate
+from megatron_replay.parallel import Parallel
+from megatron_replay.progress import Progress
+from megatron_replay.store import CandidateReader
+from megatron_replay.training.interrupt import StopRequest
+from megatron_replay.training.metrics import MetricsLog
+from megatron_replay.training.probe import Probe
+from megatron_replay.training.step import StepResult, train_step, wrap_for_training
+
+
+class Trainer:
+    """The state of a run, in the order it is built: data, model, optimizer, logs."""
+
+    def __init__(self, config: Stage1Config, groups: Parallel) -> None:
+        self.config, self.groups = config, groups
+        self.directory = Path(config.training.save)
+        self._prepare_directory()
+        self.corpus = Corpus(config.data.data_path)
+        fitted = fit_documents(
+            self.corpus.lengths, config.data.seq_length, config.data.long_documents
+        )
+        if groups.rank == 0:
+            report_long_documents(fitted, config.data.long_documents)
+        self.lengths = fitted.lengths
+        self.batches = GlobalBatches(
+            self.lengths,
+            seq_length=config.data.seq_length,
+            global_batch_size=config.training.global_batch_size,
+            micro_batch_size=config.data.micro_batch_size,
+            seed=config.training.seed,
+            epochs=config.training.train_epochs,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+        )
+        self.train_iters = config.training.train_iters or self.batches.num_batches
+        self.model = self._load_model()
+        require_vocabulary(self.corpus, self.model.shape)
+        self.reader: CandidateReader | None = None
+        if config.loss.store is not None:
+            self.reader = open_store(config.loss.store, self.corpus, self.model.shape)
+        self.wrapped = wrap_for_training(self.model)
+        self.optimizer = build_optimizer(
+            config.optimizer, self.wrapped, groups, bf16=config.model.bf16
+        )
+        self.state = self._resume()
+
+    def train(self, stop: StopRequest) -> None:
+        """Take every step that is left, logging, probing and saving on the way."""
+        log = self._open_log()
+        probe = self._build_probe()
+        with Progress(
+            "Stage 1",
+            self.train_iters,
+            "iterations",
+            initial=self.state.iteration,
+            enabled=self.groups.writer,
+            interval=self.config.progress.progress_interval,
+        ) as progress:
+            if probe is not None and self.state.iteration == 0:
+                self._log_probe(probe, log)
+            while self.state.iteration < self.train_iters:
+                result, values = self._step()
+                at = self.state.iteration
+                if log is not None and at % self.config.training.log_interval == 0:
+                    log.write(at, values)
+                progress.advance(note="" if result.loss is None else f"loss {result.loss:.4f}")
+                if probe is not None and self._probe_is_due(at):
+                    self._log_probe(probe, log)
+                if self._must_leave(stop):
+                    break
+        self._save()
+        if log is not None:
+            log.close()
+        if self.state.iteration < self.train_iters:
+            raise cli.Interrupted(
+                f"stopped after iteration {self.state.iteration} of {self.train_iters} "
+                f"({stop.received or '--exit-interval'}); saved, the same command goes on from here"
+            )
+
+    def _prepare_directory(self) -> None:
+        if self.groups.rank == 0:
+            make_directory(self.directory)
+            with atomic_file(self.directory / "resolved_config.yaml", "w") as handle:
+                handle.write(flags.to_yaml(self.config))
+            keep_model_files(model_files(self.config.model.load), self.directory)
+        dist.barrier()
+
+    def _load_model(self) -> LoadedModel:
+        """Weights from ``--load``; ``_resume`` overwrites them where ``--save`` has newer ones."""
+        return load_model(
+            self.config.model,
+            self.config.parallel,
+            self.groups,
+            recompute=self.config.training.recompute_granularity == "full",
+        )
+
+    def _resume(self) -> TrainState:
+        identity = self._identity()
+        iteration = self.groups.broadcast(latest_iteration(self.directory))
+        if iteration is None:
+            return TrainState(0, 0, 0, identity)
+        state = load_checkpoint(
+            self.directory, iteration, self.model.module, self.optimizer, self.groups
+        )
+        state.require_identity(identity, self.directory)
+        apply_hyperparameters(self.optimizer, self.config.optimizer)
+        if self.groups.writer:
+            print(f"resuming {self.directory} after iteration {iteration}", file=sys.stderr)
+        return state
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides which documents an iteration sees: a resumed run must agree on it."""
+        return {
+            "corpus_fingerprint": self.corpus.fingerprint,
+            "seq_length": self.config.data.seq_length,
+            "long_documents": self.config.data.long_documents,
+            "global_batch_size": self.config.training.global_batch_size,
+            "seed": self.config.training.seed,
+        }
+
+    def _step(self) -> tuple[StepResult, dict[str, Any]]:
+        """One optimizer step on the next global batch, and what to log of it."""
+        started = time.perf_counter()
+        settings = self.config.optimizer
+        lr = learning_rate(self.state.iteration, settings, self.train_iters)
+        k = self.state.iteration % self.batches.num_batches
+        work = [self._work(packs) for packs in self.batches.micro_batches(k)]
+        result = train_step(
+            self.wrapped, self.optimizer, work, self.groups, lr=lr, clip_grad=settings.clip_grad
+        )
+        tokens = sum(int((self.lengths[pack] - 1).sum()) for pack in self.batches.global_batch(k))
+        self.state = dataclasses.replace(
+            self.state,
+            iteration=self.state.iteration + 1,
+            consumed_tokens=self.state.consumed_tokens + tokens,
+            skipped_steps=self.state.skipped_steps + result.skipped,
+        )
+        if result.skipped:
+            self._count_skipped()
+        return result, {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "positions": result.positions,
+            "tokens": tokens,
+            "seconds": time.perf_counter() - started,
+            "skipped_steps": self.state.skipped_steps,
+            "angle": result.angle or {},
+        }
+
+    def _work(self, packs: list[Pack]) -> Work:
+        """A micro-batch and the loss to compute on it."""
+        batch = pack_batch(self.corpus, packs, self.config.data.seq_length, self.lengths)
+        device, loss = self.groups.device, self.config.loss
+        if loss.loss == "full":
+            rows_N, labels_N = full_targets(batch)
+            head = heads.full_loss(rows_N.to(device), labels_N.to(device), self.groups)
+        else:
+            assert self.reader is not None
+            targets = join_candidates(batch, self.reader, scope=loss.candidate_scope)
+            head = heads.restricted_loss(
+                targets.to(device), self.groups, ghost=loss.tail == "ghost"
+            )
+        return batch.to(device), head
+
+    def _count_skipped(self) -> None:
+        if self.groups.writer:
+            print(
+                f"iteration {self.state.iteration}: the gradient is not finite, step skipped "
+                f"({self.state.skipped_steps} so far)",
+                file=sys.stderr,
+            )
+        if self.state.skipped_steps > self.config.training.max_skipped_steps:
+            last = latest_iteration(self.directory)
+            raise TrainingError(
+                f"{self.state.skipped_steps} steps were skipped for non-finite gradients",
+                expected=f"at most --max-skipped-steps {self.config.training.max_skipped_steps}",
+                fix="Lower --lr; the last good checkpoint is "
+                + ("none" if last is None else str(iteration_directory(self.directory, last))),
+            )
+
+    def _build_probe(self) -> Probe | None:
+        settings = self.config.probe
+        if self.reader is None or settings.probe_interval == 0:
+            return None
+        return Probe(
+            self.corpus,
+            self.reader,
+            self.lengths,
+            self.groups,
+            num_documents=settings.probe_documents,
+            seq_length=self.config.data.seq_length,
+            micro_batch_size=self.config.data.micro_batch_size,
+        )
+
+    def _probe_is_due(self, iteration: int) -> bool:
+        return iteration % self.config.probe.probe_interval == 0 or iteration == self.train_iters
+
+    def _log_probe(self, probe: Probe, log: MetricsLog | None) -> None:
+        reading = probe.read(self.wrapped)
+        if log is None or reading is None:
+            return
+        log.write(self.state.iteration, {"probe": reading.values()})
+        if reading.drifts:
+            print(
+                f"warning: iteration {self.state.iteration}: {reading.warning()}", file=sys.stderr
+            )
+
+    def _must_leave(self, stop: StopRequest) -> bool:
+        """Save when it is time; whether any rank was asked to stop, or the slice is over."""
+        at, training = self.state.iteration, self.config.training
+        if self.groups.any(stop.received is not None) or at == training.exit_interval:
+            return True
+        if training.save_interval and at % training.save_interval == 0:
+            self._save()
+        return False
+
+    def _save(self) -> None:
+        save_checkpoint(self.directory, self.state, self.model.module, self.optimizer, self.groups)
+
+    def _open_log(self) -> MetricsLog | None:
+        if not self.groups.writer:
+            return None
+        events = self.config.training.tensorboard_dir or str(self.directory / "tensorboard")
+        return MetricsLog(self.directory, Path(events), resume_iteration=self.state.iteration)

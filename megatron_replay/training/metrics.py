@@ -1,0 +1,82 @@
+"""``metrics.jsonl`` and TensorBoard: a line and an event per logged iteration, across resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_replay.files import atomic_file, output_error
+
+
+class MetricsLog:
+    """Appends to ``directory/metrics.jsonl`` and to TensorBoard; only the writer rank has one.
+
+    A run that resumes at iteration k drops the lines after k first: they belong to steps whose
+    weights were lost, and will be taken again.
+    """
+
+    def __init__(self, directory: Path, tensorboard_dir: Path, *, resume_iteration: int) -> None:
+        self._path = directory / "metrics.jsonl"
+        self._keep_lines_until(resume_iteration)
+        self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._events = SummaryWriter(str(tensorboard_dir), purge_step=resume_iteration + 1)
+
+    def write(self, iteration: int, values: dict[str, Any]) -> None:
+        """Log ``values`` (numbers, or one level of named numbers) under ``iteration``.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        try:
+            self._file.write(json.dumps({"iteration": iteration, **_finite(values)}) + "\n")
+        except OSError as error:
+            raise output_error(self._path, error) from error
+        for name, value in values.items():
+            for tag, number in _scalars(name, value):
+                self._events.add_scalar(tag, number, iteration)
+
+    def close(self) -> None:
+        """Flush both."""
+        self._file.close()
+        self._events.close()
+
+    def _keep_lines_until(self, iteration: int) -> None:
+        if not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if _iteration_of(line) <= iteration]
+        if len(kept) < len(lines):
+            with atomic_file(self._path, "w") as handle:
+                handle.writelines(kept)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a ``metrics.jsonl``."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if _iteration_of(line) < math.inf]
+
+
+def _iteration_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # torn by a kill
+
+
+def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
+    if isinstance(value, dict):
+        return [(f"{name}/{key}", float(v)) for key, v in value.items() if v is not None]
+    return [] if value is None else [(name, float(value))]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

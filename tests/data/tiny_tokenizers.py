@@ -1,0 +1,63 @@
+"""Tokenizers small enough to train in a test, with every property the real ones have."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+CHATML = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SENTENCES = [
+    "how many singers are there in france?",
+    "select count(*) from singer where country = 'france'",
+    "list the name of every router with more than 5 ports.",
+    "system user assistant",
+]
+
+
+def save_hugging_face(
+    directory: Path, *, chat_template: str | None = CHATML, eos: str | None = "<|endoftext|>"
+) -> Path:
+    """A byte-level BPE of about 300 ids; padding is the EOS, as in many published models."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    directory.mkdir(parents=True)
+    backend.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": eos, "eos_token": eos}
+    if chat_template is not None:
+        settings["chat_template"] = chat_template
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def save_sentencepiece(path: Path) -> Path:
+    """A unigram model with sentencepiece's own specials: unk 0, bos 1, eos 2, no padding."""
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.Train(
+        sentence_iterator=iter(SENTENCES * 4),
+        model_writer=model,
+        vocab_size=60,
+        model_type="unigram",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return path

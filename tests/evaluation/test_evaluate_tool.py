@@ -1,0 +1,197 @@
+"""tools/evaluate.py from the command line to the JSON."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.corpus_writer import CorpusWriter
+from megatron_replay.data.tokenizer import load_tokenizer
+from megatron_replay.evaluation import suite
+from megatron_replay.evaluation.candidate_mass import candidate_mass
+from megatron_replay.evaluation.language_model import load_model, score
+from megatron_replay.evaluation.suite import read_documents
+from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
+from tests.evaluation.models import VOCAB_SIZE, random_documents, save_model
+from tests.evaluation.test_candidate_mass import random_candidates
+from tools import evaluate
+
+
+def write_rows(path: Path, *rows: dict[str, str]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a model that differs from it, and every kind of input."""
+    site = tmp_path_factory.mktemp("site")
+    save_model(site / "base")
+    weights = load_file(save_model(site / "tuned") / "model.safetensors")
+    tuned = {name: 1.01 * tensor for name, tensor in weights.items()}
+    save_file(tuned, site / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    write_rows(site / "text.jsonl", {"text": "general text " * 9}, {"text": "more"})
+    write_rows(
+        site / "questions.jsonl",
+        {"prompt": "how many?\n", "completion": "select count(*) from book"},
+        {"prompt": "which?\n", "completion": "select title from book"},
+    )
+    connection = sqlite3.connect(site / "book.sqlite")
+    connection.execute("create table book (title text)")
+    connection.execute("insert into book values ('a')")
+    connection.commit()
+    connection.close()
+    _write_corpus_and_store(site)
+    return site
+
+
+def _write_corpus_and_store(site: Path) -> None:
+    documents, rng = random_documents(5), np.random.default_rng(0)
+    tokenizer = load_tokenizer(site / "base")
+    with CorpusWriter(site / "corpus", tokenizer, row_format="random", source={}) as corpus:
+        for document in documents:
+            corpus.add(document)
+    frozen = Corpus(site / "corpus")
+    writer = CandidateWriter(
+        site / "store",
+        StoreDescription(
+            vocab_size=VOCAB_SIZE,
+            num_documents=len(documents),
+            documents_per_shard=len(documents),
+            has_logits=False,
+            corpus_fingerprint=frozen.fingerprint,
+            tokenizer_fingerprint=frozen.tokenizer_fingerprint,
+            checkpoint_fingerprint="none",
+            selection={},
+        ),
+    )
+    with writer.shard(0) as shard:
+        for number, document in enumerate(documents):
+            shard.add(number, random_candidates(document, rng))
+    writer.finish()
+
+
+def flags(site: Path, output: Path) -> list[str]:
+    return [
+        f"--base={site / 'base'}",
+        f"--model=tuned={site / 'tuned'}",
+        f"--sql-questions={site / 'questions.jsonl'}",
+        f"--database={site / 'book.sqlite'}",
+        f"--general-text={site / 'text.jsonl'}",
+        f"--task-data={site / 'questions.jsonl'}",
+        f"--data={site / 'text.jsonl'}",
+        f"--data-path={site / 'corpus'}",
+        f"--store={site / 'store'}",
+        f"--output={output}",
+        "--max-new-tokens=4",
+        "--window=16",
+        "--max-documents=3",
+    ]
+
+
+def test_every_measurement(site: Path, tmp_path: Path) -> None:
+    output = tmp_path / "eval.json"
+    assert evaluate.main(flags(site, output)) == 0
+    document = json.loads(output.read_text())
+    assert [model["name"] for model in document["models"]] == ["base", "tuned"]
+    base, tuned = document["models"]
+    assert base["relative_l2_percent"] == 0.0
+    assert tuned["relative_l2_percent"] == pytest.approx(1.0, rel=1e-5)
+    assert tuned["execution"]["total"] == 2
+    assert tuned["execution"]["unfinished"] == 2
+    model, tokenizer = load_model(site / "tuned"), load_tokenizer(site / "base")
+    task = score(model, read_documents(site / "questions.jsonl", tokenizer, row_format="prompt"))
+    assert tuned["task"]["perplexity"] == pytest.approx(task.perplexity, rel=1e-5)
+    assert tuned["task"]["tokens"] == len("select count(*) from bookselect title from book") + 2
+    # 9 · 13 characters and EOS, less the first; four characters and EOS, less the first.
+    assert tuned["general"]["tokens"] == 9 * 13 + 4
+    change = tuned["general"]["perplexity"] - base["general"]["perplexity"]
+    assert tuned["general"]["delta_perplexity"] == change != 0
+    mass = candidate_mass(
+        model, Corpus(site / "corpus"), CandidateReader(site / "store"), max_documents=3
+    )
+    assert tuned["candidates"]["outside_mass"] == pytest.approx(mass.outside_mass)
+    assert set(document["inputs"]) == {
+        "sql_questions", "database", "general_text", "task_data", "data", "data_path", "store"
+    }  # fmt: skip
+
+
+def test_reuses_what_is_unchanged(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, text = tmp_path / "eval.json", write_rows(tmp_path / "text.jsonl", {"text": "abc"})
+    given = [f"--base={site / 'base'}", f"--general-text={text}", f"--output={output}"]
+    measured: list[str] = []
+    measure = suite.measure
+
+    def counting(path: Path, *rest: object, **more: object) -> object:
+        measured.append(path.name)
+        return measure(path, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(suite, "measure", counting)
+    evaluate.main(given)
+    evaluate.main([*given, f"--model=full={site / 'tuned'}"])
+    assert measured == ["base", "tuned"]
+    evaluate.main([*given, f"--model=renamed={site / 'tuned'}"])
+    assert measured == ["base", "tuned"]
+    assert json.loads(output.read_text())["models"][1]["name"] == "renamed"
+    evaluate.main([*given, "--window=7"])
+    write_rows(text, {"text": "abd"})
+    evaluate.main([*given, "--window=7"])
+    assert measured == ["base", "tuned", "base", "base"]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (["--model=base={site}/tuned"], 2, "this name is the base's own"),
+        (["--model=tuned"], 2, "not a name and a directory (expected NAME=DIR; found tuned)"),
+        (["--model=a=x", "--model=a=y"], 2, "a is given twice"),
+        (["--database={site}/book.sqlite"], 2, "--sql-questions and --database are given together"),
+        (["--window=0"], 2, "--window: must be positive (found 0)"),
+        (["--data={site}/missing"], 3, "no such file, given as --data"),
+        (["--task-data={site}/text.jsonl"], 3, "text.jsonl:1"),
+        (["--model=a={site}"], 4, "no safetensors files here"),
+    ],
+)
+def test_mistakes_are_one_line(
+    site: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: list[str],
+    code: int,
+    message: str,
+) -> None:
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={tmp_path}/e"]
+    assert evaluate.main([*given, *(part.format(site=site) for part in change)]) == code
+    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_nothing_to_measure(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([f"--base={site}/base", f"--output={tmp_path}/e"]) == 2
+    assert "nothing to measure" in capsys.readouterr().err
+
+
+def test_a_store_of_another_corpus_is_refused(site: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(site / "base")
+    with CorpusWriter(tmp_path / "other", tokenizer, row_format="random", source={}) as corpus:
+        for document in random_documents(5, seed=8):
+            corpus.add(document)
+    given = flags(site, tmp_path / "e")
+    assert evaluate.main([*given, f"--data-path={tmp_path / 'other'}"]) == 5
+
+
+def test_base_is_compared_with_itself_exactly(site: Path, tmp_path: Path) -> None:
+    output = tmp_path / "eval.json"
+    twin = f"--model=twin={site / 'base'}"
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={output}"]
+    assert evaluate.main([*given, twin]) == 0
+    assert json.loads(output.read_text())["models"][1]["general"]["delta_perplexity"] == 0.0

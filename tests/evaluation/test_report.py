@@ -1,0 +1,184 @@
+"""tools/report.py: numbers of the run against numpy, tables, mistakes, and a figure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from megatron_replay.errors import DataError
+from megatron_replay.evaluation.run_log import summarize_run
+from tools import report
+
+
+def method(name: str, accuracy: float, change: float, l2: float, **more: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "path": f"runs/{name}",
+        "sha256": "0" * 64,
+        "key": name,
+        "execution": {
+            "accuracy": accuracy,
+            "standard_error": 0.03,
+            "matches": int(200 * accuracy),
+            "total": 200,
+        },
+        "task": {"perplexity": 1.5, "loss": 0.4, "accuracy": 0.9, "tokens": 10},
+        "general": {"perplexity": 20 + change, "delta_perplexity": change, "tokens": 10},
+        "relative_l2_percent": l2,
+        **more,
+    }
+
+
+def evaluation_file(directory: Path) -> Path:
+    mass = {"outside_mass": 0.07, "restricted_loss": 0.1, "full_loss": 0.2}
+    document = {
+        "format": 1,
+        "command": "python tools/evaluate.py --base runs/base",
+        "settings": {},
+        "inputs": {"general_text": {"path": "heldout.jsonl", "sha256": "ab" * 32}},
+        "models": [
+            method("base", 0.02, 0.0, 0.0),
+            method("full softmax", 0.21, 0.6, 3.07),
+            method("replay", 0.195, 0.3, 1.57, candidates=mass),
+            method("replay|ghost", 0.2, 0.31, 1.6),
+        ],
+    }
+    path = directory / "eval.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def write_run(directory: Path, lines: list[dict[str, Any]]) -> Path:
+    directory.mkdir()
+    (directory / "resolved_config.yaml").write_text("train_iters: 40\n")
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return directory
+
+
+def steps(count: int = 40) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "iteration": i,
+            "loss": 3 - 0.05 * i + 0.1 * rng.normal(),
+            "grad_norm": 1 + 0.2 * rng.random(),
+            "lr": 1e-3,
+            "tokens": 100 + i,
+            "seconds": 0.5,
+        }
+        for i in range(1, count + 1)
+    ]
+
+
+def test_run_summary_against_numpy(tmp_path: Path) -> None:
+    lines = steps()
+    probe = {"outside_mass": 0.01, "restricted_loss": 0.1, "full_loss": 0.11}
+    summary = summarize_run(
+        write_run(tmp_path / "run", [*lines, {"iteration": 40, "probe": probe}])
+    )
+    assert (summary.iterations, summary.logged, summary.non_finite) == (40, 40, 0)
+    assert summary.tokens == sum(100 + i for i in range(1, 41))
+    assert summary.seconds == pytest.approx(20.0)
+    assert summary.tokens_per_second == pytest.approx(summary.tokens / 20)
+    last = np.array([line["loss"] for line in lines[20:]])
+    line = np.polyval(np.polyfit(np.arange(20), last, 1), np.arange(20))
+    assert summary.loss_std == pytest.approx((last - line).std(), rel=0.06)  # either ddof
+    assert summary.final_loss == pytest.approx(last[-4:].mean())
+    assert summary.probes == [{"iteration": 40, "probe": probe}]
+    assert summary.loss_spikes == 0
+
+
+def test_totals_are_not_guessed_and_null_is_counted(tmp_path: Path) -> None:
+    lines = steps(60)
+    lines[7] |= {"loss": None, "grad_norm": None}
+    assert summarize_run(write_run(tmp_path / "a", lines)).non_finite == 1
+    every_second = summarize_run(write_run(tmp_path / "b", lines[1::2]))
+    assert (every_second.iterations, every_second.logged) == (60, 30)
+    assert every_second.tokens is None
+    assert every_second.seconds is None
+
+
+def test_damaged_runs_are_refused(tmp_path: Path) -> None:
+    torn = write_run(tmp_path / "torn", steps())
+    with open(torn / "metrics.jsonl", "a") as handle:
+        handle.write('{"iteration": 41, "lo')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:41: not a line of metrics"):
+        summarize_run(torn)
+    with pytest.raises(DataError, match=r"metrics\.jsonl:3: iterations go backwards"):
+        summarize_run(write_run(tmp_path / "back", [*steps(2), *steps(1)]))
+    with pytest.raises(DataError, match="no 'grad_norm' in the line of iteration 1"):
+        summarize_run(write_run(tmp_path / "less", [{"iteration": 1, "loss": 1.0}]))
+    with pytest.raises(DataError, match="no training step is logged"):
+        summarize_run(write_run(tmp_path / "empty", []))
+    with pytest.raises(DataError, match="is this a run's directory"):
+        summarize_run(tmp_path)
+
+
+def test_the_whole_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", steps())
+    timings = tmp_path / "timings.json"
+    timings.write_text(json.dumps({"base": 180.25, "stage 0": 12}))
+    flags = [
+        f"--evaluation={evaluation_file(tmp_path)}",
+        f"--run=full softmax={run}",
+        f"--timings={timings}",
+        f"--output-dir={tmp_path / 'out'}",
+    ]
+    assert report.main(flags) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert capsys.readouterr().out == text
+    assert "| full softmax | 21.0 ± 3.0 | 200 | 1.500 |" in text
+    assert "| replay | 20.30 | +0.30 | 1.57 | 7.00 | 0.1000 | 0.2000 |" in text
+    assert "| replay\\|ghost | 20.31 | +0.31 | 1.60 | – | – | – |" in text
+    assert "| full softmax | 40 | 4,820 | 20.0 | 241 |" in text
+    assert "| all | 192.2 |" in text
+    assert "next token" not in text  # not measured: no column
+    assert "python tools/evaluate.py --base runs/base" in text
+    assert "python tools/report.py --evaluation=" in text
+    assert str(run / "resolved_config.yaml") in text
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert document["methods"][1]["run"]["iterations"] == 40
+    image = imread(tmp_path / "out" / "report.png")
+    assert image.shape[:2] == (700, 1600)
+    assert 0.01 < (image[..., :3].min(-1) < 0.9).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("flag", "code", "message"),
+    [
+        ("--run=other={run}", 2, "the run 'other' was not evaluated"),
+        ("--run=full softmax", 2, "expected NAME=DIR"),
+        ("--timings={run}/metrics.jsonl", 3, "cannot read"),
+        ("--timings={run}/../eval.json", 3, "not timings"),
+        ("--evaluation={run}/metrics.jsonl", 3, "not an evaluation"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, code: int, message: str
+) -> None:
+    run = write_run(tmp_path / "run", steps())
+    given = [f"--evaluation={evaluation_file(tmp_path)}", f"--output-dir={tmp_path / 'out'}"]
+    assert report.main([*given, flag.format(run=run)]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_figure_needs_gain_and_forgetting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = evaluation_file(tmp_path)
+    document = json.loads(path.read_text())
+    for model in document["models"]:
+        del model["general"]
+    path.write_text(json.dumps(document))
+    assert report.main([f"--evaluation={path}", f"--output-dir={tmp_path}"]) == 3
+    assert "no gain against forgetting to draw" in capsys.readouterr().err
+    assert not (tmp_path / "report.md").exists()

@@ -1,0 +1,184 @@
+"""Generated SQL is untrusted: it may neither change anything nor match by luck."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_replay.errors import DataError
+from megatron_replay.evaluation.sql_execution import (
+    Limits,
+    QueryError,
+    execution_match,
+    is_ordered,
+    open_read_only,
+    run_query,
+    same_answer,
+)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    path = tmp_path / "shop?#.sqlite"  # characters that mean something in a URI
+    connection = sqlite3.connect(path)
+    connection.execute("create table book (title text, pages integer)")
+    connection.executemany("insert into book values (?, ?)", [("b", 20), ("a", 10), ("a", 10)])
+    connection.execute("insert into book values (?, ?)", ("none", None))
+    connection.commit()
+    connection.close()
+    return path
+
+
+def reason(database: Path, sql: str, **limits: float) -> str:
+    with open_read_only(database) as connection, pytest.raises(QueryError) as caught:
+        run_query(connection, sql, limits=Limits(**limits))  # type: ignore[arg-type]
+    return caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("sql", "expected"),
+    [
+        ("", "not a query"),
+        ("-- nothing", "not a query"),
+        ("drop table book", "not a query"),
+        ("delete from book", "not a query"),
+        ("explain select 1", "not a query"),
+        ("pragma writable_schema=1", "not a query"),
+        ("attach 'x.db' as y", "not a query"),
+        ("vacuum into 'x.db'", "not a query"),
+        ("/* select */ insert into book values ('x', 1)", "not a query"),
+        ("with x as (select 1) insert into book select 'x', 1", "denied"),
+        ("select * from pragma_table_info('book')", "denied"),
+        ("select load_extension('x')", "denied"),
+        ("select random()", "denied"),
+        ("select 1; drop table book", "sql error"),
+        ("select nothing from book", "sql error"),
+        ("select 'a\0b'", "sql error"),
+        ("select '\ud800'", "sql error"),
+        ("select zeroblob(900000000)", "too large"),
+        ("select hex(zeroblob(6000000))", "too large"),
+    ],
+)
+def test_refuses(database: Path, sql: str, expected: str) -> None:
+    before = hashlib.sha256(database.read_bytes()).digest()
+    assert reason(database, sql) == expected
+    assert hashlib.sha256(database.read_bytes()).digest() == before
+    assert [p.name for p in database.parent.iterdir()] == [database.name]
+
+
+def test_connection_itself_cannot_write(database: Path) -> None:
+    with open_read_only(database) as connection, pytest.raises(sqlite3.OperationalError):
+        connection.execute("delete from book")
+
+
+def test_deadline(database: Path) -> None:
+    endless = "with recursive t(i) as (select 1 union all select i + 1 from t) select sum(i) from t"
+    assert reason(database, endless, seconds=0.05) == "timeout"
+
+
+def test_row_limit(database: Path) -> None:
+    with open_read_only(database) as connection:
+        assert len(run_query(connection, "select * from book", limits=Limits(max_rows=4))) == 4
+    assert reason(database, "select * from book", max_rows=3) == "too large"
+
+
+def test_deadline_of_one_query_does_not_reach_the_next(database: Path) -> None:
+    with open_read_only(database) as connection:
+        run_query(connection, "select 1", limits=Limits(seconds=1e-9))
+        assert run_query(connection, "select count(*) from book a, book b, book c") == [(64,)]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "select avg(pages), upper(title) from book where title like 'a%' group by title",
+        "select title, row_number() over (order by pages) from book",
+        "WITH t AS (SELECT * FROM book) SELECT count(*) FROM t",
+        "select(1)",
+        "select date('2020-01-01'), coalesce(null, 1), '{}' -> '$'",
+    ],
+)
+def test_allows_reading(database: Path, sql: str) -> None:
+    with open_read_only(database) as connection:
+        assert run_query(connection, sql)
+
+
+@pytest.mark.parametrize(
+    ("sql", "ordered"),
+    [
+        ("select a from t order by a", True),
+        ("select a from t ORDER\n BY a limit 1", True),
+        ("select a from (select a from t order by a)", False),
+        ("select row_number() over (order by a) from t", False),
+        ("select 'order by' from t", False),
+        ('select "order by" from t -- order by', False),
+        ("select ')' from t order by a", True),
+    ],
+)
+def test_order_is_that_of_the_outermost_query(sql: str, ordered: bool) -> None:
+    assert is_ordered(sql) is ordered
+
+
+rows = st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["x", None])), max_size=5)
+
+
+@given(rows, rows, st.randoms())
+def test_multisets(gold: list, predicted: list, rng: object) -> None:
+    shuffled = list(gold)
+    rng.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert same_answer(gold, shuffled, ordered=False)
+    assert same_answer(gold, shuffled, ordered=True) == (gold == shuffled)
+    assert same_answer(gold, predicted, ordered=False) == (
+        sorted(map(repr, gold)) == sorted(map(repr, predicted))
+    )
+    assert same_answer(gold, gold * 2, ordered=False, bird_compatible=True)
+
+
+def test_counts(database: Path) -> None:
+    titles = "select title from book where pages = 10"
+    result = execution_match(
+        database,
+        [
+            (titles, "select 'a' from book where pages = 10"),
+            (titles, "select distinct title from book where pages = 10"),  # a set would match
+            ("select pages from book where pages > 0 order by pages", titles),
+            ("select title from book order by title", "select title from book"),
+            ("select title from book where pages > 99", "select title from book where 0"),
+            ("select max(pages) from book where pages > 99", ""),
+            (titles, "drop table book"),
+        ],
+    )
+    assert (result.matches, result.total, result.empty_gold) == (1, 5, 2)
+    assert Counter(result.failures) == {"other answer": 3, "not a query": 1}
+    assert result.accuracy == 0.2
+    # Agresti-Coull by hand: p = 3/9, √(3/9 · 6/9 / 9).
+    assert result.standard_error == pytest.approx(0.15713484026)
+
+
+def test_bird_compatible_matches_sets(database: Path) -> None:
+    pair = ("select title from book where pages = 10", "select distinct title from book limit 1")
+    other = ("select 'a' union all select 'a'", "select 'a'")
+    assert execution_match(database, [pair, other], bird_compatible=True).matches == 1
+    assert execution_match(database, [pair, other]).matches == 0
+
+
+def test_user_mistakes(database: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such database"):
+        execution_match(tmp_path / "missing", [("select 1", "select 1")])
+    text = tmp_path / "text"
+    text.write_text("no database at all, but long enough to look like one" * 40)
+    with pytest.raises(DataError, match="not an SQLite database"):
+        execution_match(text, [("select 1", "select 1")])
+    with pytest.raises(DataError, match=r"gold query of question 2 fails.*no such table"):
+        execution_match(database, [("select 1", ""), ("select 1 from shelf", "")])
+    with pytest.raises(DataError, match="every gold answer is empty"):
+        execution_match(database, [("select null", "select 1")])
+    database.with_name(database.name + "-wal").write_bytes(b"pending")
+    with pytest.raises(DataError, match="unfinished transaction"):
+        execution_match(database, [("select 1", "select 1")])

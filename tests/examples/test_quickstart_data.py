@@ -1,0 +1,177 @@
+"""The quick start's files: deterministic, split without overlap, answered by the database."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sqlite3
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from transformers import AutoTokenizer
+
+from megatron_replay.evaluation.sql_execution import execution_match
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+SMALL = [
+    "--base-questions=300",
+    "--practice-tables=4",
+    "--domain-train=400",
+    "--domain-test=60",
+    "--general-train=300",
+    "--general-heldout=20",
+]
+
+
+@pytest.fixture(scope="module")
+def make_data() -> Iterator[ModuleType]:
+    """The program, as Python sees it when it is run from its folder; documents are read once."""
+    sys.path.insert(0, str(QUICKSTART))
+    try:
+        module = importlib.import_module("make_data")
+        documents = module.general_documents(seed=0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "general_documents", lambda *, seed: list(documents))
+            yield module
+    finally:
+        sys.path.remove(str(QUICKSTART))
+        for name in ("make_data", "nl2sql", "general_text"):
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def data(make_data: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("quickstart") / "data"
+    assert make_data.main([f"--output={output}", *SMALL]) == 0
+    return output
+
+
+def rows(data: Path, name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
+
+
+def contents(data: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(data)): p.read_bytes() for p in data.rglob("*") if p.is_file()}
+
+
+def test_counts(data: Path) -> None:
+    counts = {p.stem: len(rows(data, p.stem)) for p in data.glob("*.jsonl")}
+    assert counts == {
+        "general_train": 300,
+        "general_heldout": 20,
+        "base_sql": 300,
+        "base_train": 600,
+        "domain_train": 400,
+        "domain_test": 60,
+    }
+
+
+def test_same_arguments_give_the_same_bytes(
+    make_data: ModuleType, data: Path, tmp_path: Path
+) -> None:
+    assert make_data.main([f"--output={tmp_path}", *SMALL]) == 0
+    assert contents(tmp_path) == contents(data)
+    assert make_data.main([f"--output={tmp_path}", *SMALL, "--seed=1"]) == 0
+    assert contents(tmp_path)["domain_train.jsonl"] != contents(data)["domain_train.jsonl"]
+
+
+def test_rerun_does_nothing_and_mends_damage(
+    make_data: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "data"
+    make_data.main([f"--output={output}", *SMALL])
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+    capsys.readouterr()
+    assert make_data.main([f"--output={output}", *SMALL]) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
+    (output / "domain_test.jsonl").write_text("{}")
+    assert make_data.main([f"--output={output}", *SMALL]) == 0
+    assert contents(output) == contents(data)
+
+
+def test_no_question_or_text_is_on_both_sides(data: Path) -> None:
+    train, test = rows(data, "domain_train"), rows(data, "domain_test")
+    questions = [row["prompt"] for row in train + test]
+    assert len(set(questions)) == len(questions)
+    texts = [row["text"] for row in rows(data, "general_train") + rows(data, "general_heldout")]
+    assert len(set(texts)) == len(texts)
+
+
+def test_every_answer_counts(data: Path) -> None:
+    for name in ("domain_train", "domain_test"):
+        pairs = [(row["completion"], row["completion"]) for row in rows(data, name)]
+        result = execution_match(data / "domain.sqlite", pairs)
+        assert (result.matches, result.empty_gold) == (len(pairs), 0)
+    connection = sqlite3.connect(data / "domain.sqlite")
+    answers = [connection.execute(r["completion"]).fetchall() for r in rows(data, "domain_test")]
+    connection.close()
+    assert all(any(value not in (None, 0) for row in rows for value in row) for rows in answers)
+
+
+def test_every_form_is_tested(data: Path) -> None:
+    queries = " ".join(row["completion"] for row in rows(data, "domain_test"))
+    for part in ("count(*)", "group by", "order by", "avg(", "limit", " and ", "where"):
+        assert part in queries
+
+
+def test_base_never_sees_the_domain(make_data: ModuleType, data: Path) -> None:
+    nl2sql = sys.modules["nl2sql"]
+    new = {table.name for table in nl2sql.NEW_TABLES}
+    for row in rows(data, "base_sql"):
+        assert row["completion"].split(" from ")[1].split()[0] not in new
+    domain_words = {
+        word
+        for table in nl2sql.NEW_TABLES
+        for word in (table.name, table.category, *table.numbers, *table.values)
+    }
+    practised = {
+        word
+        for table in nl2sql.practice_tables(500, seed=0)
+        for word in (table.name, table.category, *table.numbers, *table.values)
+    }
+    assert not domain_words & practised
+
+
+def test_tokenizer(data: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer", local_files_only=True)
+    assert len(tokenizer) == 1024
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 3)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 2
+    text = "select naïve\n\tfrom 'ünïcode' — 数\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    for row in rows(data, "base_sql")[:50]:
+        # base_train joins them as text, fine-tuning as prompt and completion: the same tokens.
+        joined = tokenizer.encode(row["prompt"] + row["completion"])
+        assert joined == tokenizer.encode(row["prompt"]) + tokenizer.encode(row["completion"])
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--domain-train=99999", "99999 questions asked for, the grammar has"),
+        ("--domain-test=0", "--domain-test: must be positive (found 0)"),
+        ("--general-train=99999", "this installation documents less than that"),
+        ("--vocab-size=99999", "--vocab-size: the text does not give a tokenizer of this size"),
+    ],
+)
+def test_mistakes_are_one_line(
+    make_data: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    message: str,
+) -> None:
+    assert make_data.main([f"--output={tmp_path}", *SMALL, flag]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "data.json").exists()

@@ -1,0 +1,106 @@
+"""Flags, YAML, and the checks of the configuration tree."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from megatron_replay import flags
+from megatron_replay.config import Stage0Config, Stage1Config
+from megatron_replay.errors import ConfigError
+
+STAGE1 = ["--load", "m", "--data-path", "d", "--store", "t", "--save", "s", "--lr", "1e-3"]
+STAGE0 = ["--load", "m", "--data-path", "d", "--store", "t"]
+
+
+def parse(argv, root=Stage1Config):
+    return flags.parse(root, argv, program="stage1").config
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: {load: m}\ndata: {data_path: d, seq_length: 128}\n"
+        "loss: {store: t}\ntraining: {save: s}\noptimizer: {lr: 1e-5, max_angle: 60}\n"
+    )
+    config = parse(["--config", str(file), "--seq-length", "256"])
+    assert config.data.seq_length == 256  # flag
+    assert config.optimizer.lr == 1e-5  # file; YAML reads it as a string
+    assert config.optimizer.max_angle == 60.0
+    assert config.data.micro_batch_size == 1  # default
+
+
+def test_printed_configuration_reads_back_equal(tmp_path):
+    config = parse([*STAGE1, "--sequence-parallel", "--tensor-model-parallel-size", "2"])
+    file = tmp_path / "resolved.yaml"
+    file.write_text(flags.to_yaml(config))
+    assert parse(["--config", str(file)]) == config
+    assert yaml.safe_load(flags.to_yaml(config))["parallel"]["sequence_parallel"] is True
+
+
+def test_boolean_flags_can_be_negated():
+    assert parse([*STAGE1, "--bf16", "--no-bf16"]).model.bf16 is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--leorning-rate", "1"], "unknown flag --leorning-rate"),
+        (["--micro-batchsize", "1"], "did you mean --micro-batch-size?"),
+        (["--obtuse", "flat"], "--obtuse: unusable value (expected one of line, zero"),
+        (["--lr", "fast"], "--lr"),
+        (["--lr", "0"], "--lr: unusable value (expected a number above 0; found 0.0)"),
+        (["--max-angle", "91"], "--max-angle"),
+        (["--min-lr", "1"], "--min-lr: unusable value (expected 0 to --lr"),
+        (["--loss", "full", "--tail", "ghost"], "--tail: unusable value (expected none under"),
+        (["--sequence-parallel"], "--tensor-model-parallel-size above 1"),
+        (["--global-batch-size", "5", "--micro-batch-size", "2"], "a multiple of --micro-batch"),
+    ],
+)
+def test_a_mistake_gives_one_line(argv, message):
+    with pytest.raises(ConfigError) as error:
+        parse([*STAGE1, *argv])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_flag_is_named():
+    with pytest.raises(ConfigError, match="--load is required"):
+        parse(STAGE1[2:])
+    with pytest.raises(ConfigError, match=r"--store: unusable value .expected a store"):
+        parse([flag for flag in STAGE1 if flag not in ("--store", "t")])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--coverage", "0"),
+        ("--coverage", "1.5"),
+        ("--max-candidates", "256"),
+        ("--num-buckets", "0"),
+    ],
+)
+def test_stage0_ranges(option, value):
+    with pytest.raises(ConfigError, match=option):
+        parse([*STAGE0, option, value], Stage0Config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimiser: {lr: 1}", "unknown section 'optimiser'; did you mean optimizer?"),
+        ("optimizer: {learning_rate: 1}", "unknown key 'learning_rate' under 'optimizer'"),
+        ("optimizer: {max_angel: 1}", "did you mean max_angle?"),
+        ("seq_length: 5", "unknown section 'seq_length'; it belongs under data:"),
+        ("data: {seq_length: 4.5}", "data.seq_length: unusable value (expected int; found 4.5)"),
+        ("data: [1]", "section 'data' is not a mapping"),
+        ("data: {seq", "not YAML"),
+    ],
+)
+def test_a_mistake_in_the_file_gives_one_line(tmp_path, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        parse(["--config", str(file), *STAGE1])
+    assert message in str(error.value)
+    assert str(file) in str(error.value)

@@ -1,0 +1,68 @@
+"""A Qwen3 small enough to differentiate in float64, made by transformers, and a corpus for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.corpus_writer import CorpusWriter
+from megatron_replay.data.document import Document
+
+VOCAB_SIZE = 512
+
+
+def save_qwen3(directory: Path, *, tied: bool, seed: int = 0, **changes: Any) -> Path:
+    """Save a randomly initialised Qwen3; heads x kv_channels differs from the hidden size."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": tied,
+        "attention_bias": False,
+        "initializer_range": 0.08,
+        **changes,
+    }
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(Qwen3Config(**settings)).float()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms start at one, where a missing norm would go unseen
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(directory)
+    return directory
+
+
+def load_reference(directory: Path) -> Qwen3ForCausalLM:
+    """transformers' own model in float32, plain attention: the independent reference."""
+    return Qwen3ForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+
+
+def save_corpus(prefix: Path, *, num_documents: int, seed: int = 0, longest: int = 24) -> Corpus:
+    """Random documents of 6 to ``longest`` tokens; the last 3 to half of each carry loss."""
+    tokenizer = SimpleNamespace(
+        vocab_size=VOCAB_SIZE, eos_id=0, pad_id=0, path="random", fingerprint="random"
+    )
+    rng = np.random.default_rng(seed)
+    with CorpusWriter(prefix, tokenizer, row_format="random", source={"seed": seed}) as writer:
+        for _ in range(num_documents):
+            length = int(rng.integers(6, longest + 1))
+            loss_mask = np.zeros(length, np.bool_)
+            loss_mask[-int(rng.integers(3, max(4, length // 2))) :] = True
+            tokens = rng.integers(0, VOCAB_SIZE, length).astype(np.int32)
+            writer.add(Document(tokens, loss_mask))
+    return Corpus(prefix)

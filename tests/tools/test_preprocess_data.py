@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.tokenizer import load_tokenizer
+from tests.data.tiny_tokenizers import save_hugging_face, save_sentencepiece
+from tools import preprocess_data
+
+ROWS = [{"prompt": f"what is {i} + 1?", "completion": f" {i + 1}"} for i in range(5)]
+SUFFIXES = ("bin", "idx", "loss_mask", "json")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+    return save_hugging_face(tmp_path_factory.mktemp("hf") / "tokenizer")
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    def write(rows, name="rows.jsonl"):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def run(tokenizer_dir, tmp_path, capsys):
+    """Run the command line; return exit code, stdout and stderr."""
+
+    def call(*inputs, prefix="corpus", flags=(), tokenizer=tokenizer_dir):
+        argv = ["--input", *map(str, inputs), "--tokenizer", str(tokenizer)]
+        code = preprocess_data.main([*argv, "--output-prefix", str(tmp_path / prefix), *flags])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def contents(tmp_path, prefix="corpus"):
+    return [(tmp_path / f"{prefix}.{suffix}").read_bytes() for suffix in SUFFIXES]
+
+
+def test_rows_of_all_inputs_in_order(run, write_rows, tmp_path, tokenizer_dir):
+    code, out, err = run(write_rows(ROWS[:2], "b.jsonl"), write_rows(ROWS[2:], "a.jsonl"))
+    assert code == 0
+    tokenizer = load_tokenizer(tokenizer_dir)
+    corpus = Corpus(tmp_path / "corpus")
+    assert [tokenizer.decode(corpus[i].tokens.tolist()) for i in range(5)] == [
+        f"what is {i} + 1? {i + 1}<|endoftext|>" for i in range(5)
+    ]
+    about = corpus.description
+    assert out.strip() == (
+        f"{tmp_path}/corpus: 5 documents (prompt), {about.num_tokens} tokens, "
+        f"{about.num_loss_tokens} with loss, longest {corpus.lengths.max()}, fingerprint "
+        f"{about.fingerprint[:12]}; written, 0 of 5 rows skipped"
+    )
+    assert "tokenize: 5/5 rows (100 %)" in err
+
+
+def test_same_input_same_bytes_and_reuse(run, write_rows, tmp_path):
+    rows = write_rows(ROWS)
+    run(rows)
+    first = contents(tmp_path)
+    before = (tmp_path / "corpus.json").stat().st_mtime_ns
+    code, out, err = run(rows)
+    assert (code, err) == (0, "")
+    assert out.endswith("; up to date\n")
+    assert (tmp_path / "corpus.json").stat().st_mtime_ns == before
+    run(rows, prefix="again")
+    assert contents(tmp_path, "again") == first
+
+
+@pytest.mark.parametrize("change", ["rows", "tokenizer", "flags"])
+def test_what_changed_is_written_again(run, write_rows, tmp_path, change):
+    run(write_rows(ROWS))
+    other = save_hugging_face(tmp_path / "other", chat_template="{{ messages }}")
+    rows = write_rows(ROWS[:4] if change == "rows" else ROWS)
+    keywords = {
+        "rows": {},
+        "tokenizer": {"tokenizer": other},
+        "flags": {"flags": ["--on-bad-row", "skip"]},
+    }
+    _, out, _ = run(rows, **keywords[change])
+    assert "; written" in out
+
+
+def test_a_damaged_corpus_is_written_again(run, write_rows, tmp_path):
+    rows = write_rows(ROWS)
+    run(rows)
+    whole = contents(tmp_path)
+    for suffix, damage in (("bin", whole[0][:-4]), ("bin", bytes(4) + whole[0][4:])):
+        (tmp_path / f"corpus.{suffix}").write_bytes(damage)
+        code, out, err = run(rows)
+        assert code == 0
+        assert "; written" in out
+        assert err.startswith("writing again: ")
+        assert contents(tmp_path) == whole
+
+
+def test_a_bad_row_stops_with_one_line(run, write_rows, tmp_path):
+    rows = write_rows([ROWS[0], {"prompt": "x"}, ROWS[1]])
+    code, out, err = run(rows)
+    assert (code, out) == (3, "")
+    assert err == f"error: {rows}:2: missing key (expected 'completion'; found 'prompt')\n"
+    assert not list(tmp_path.glob("*corpus*"))
+
+
+def test_bad_rows_are_listed_and_counted(run, write_rows, tmp_path):
+    rows = write_rows(["{", ROWS[0], {"text": "raw"}, ROWS[1], ""])
+    code, out, err = run(rows, flags=["--on-bad-row", "skip"])
+    assert code == 0
+    assert "; written, 3 of 5 rows skipped" in out
+    skipped = [line for line in err.splitlines() if line.startswith("skipped: ")]
+    assert [line.split(": ")[1] for line in skipped] == [f"{rows}:{n}" for n in (1, 3, 5)]
+    assert len(Corpus(tmp_path / "corpus")) == 2
+
+
+def test_only_bad_rows(run, write_rows, tmp_path):
+    code, _, err = run(write_rows(["{", "{"]), flags=["--on-bad-row", "skip"])
+    assert code == 3
+    assert "no row to take the format from" in err
+    flags = ["--on-bad-row", "skip", "--format", "text"]
+    code, _, err = run(write_rows(["{", "{"]), flags=flags)
+    assert code == 3
+    assert err.endswith(f"error: {tmp_path}/corpus: no document to write\n")
+
+
+def test_mixed_formats_do_not_pass_for_the_first(run, write_rows):
+    code, _, err = run(write_rows([ROWS[0], {"text": "raw"}]))
+    assert code == 3
+    assert "rows.jsonl:2: missing key (expected 'prompt'; found 'text')" in err
+
+
+def test_show_marks_what_carries_loss(run, write_rows, monkeypatch):
+    rows = write_rows(ROWS)
+    _, out, _ = run(rows, flags=["--show", "1"])
+    assert "what is 0 + 1?[[ 1<|endoftext|>]]\n" in out
+    assert "what is 1" not in out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    _, out, _ = run(rows, flags=["--show", "9"])
+    assert "what is 4 + 1?\033[32m 5<|endoftext|>\033[0m\n" in out
+
+
+def test_raw_text_is_split(run, write_rows, tmp_path):
+    text = "select name from router where ports > 5 " * 4
+    run(write_rows([{"text": text}]), prefix="whole")
+    run(write_rows([{"text": text}]), flags=["--max-document-tokens", "10"])
+    whole, split = Corpus(tmp_path / "whole"), Corpus(tmp_path / "corpus")
+    assert split.lengths.max() == 10
+    assert split.description.num_loss_tokens == whole.description.num_loss_tokens
+    joined = [t for i in range(len(split)) for t in split[i].tokens[int(i > 0) :].tolist()]
+    assert joined == whole[0].tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-document-tokens", "10"], "splits raw text only (expected text rows; found prompt"),
+        (["--max-document-tokens", "1"], "too small (expected 2 or more; found 1)"),
+        (["--show", "-1"], "--show: negative"),
+    ],
+)
+def test_options_that_cannot_work(run, write_rows, flags, message):
+    code, _, err = run(write_rows(ROWS), flags=flags)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_missing_input(run, tmp_path):
+    code, _, err = run(tmp_path / "none.jsonl")
+    assert code == 3
+    assert err == f"error: {tmp_path}/none.jsonl: cannot read: No such file or directory\n"
+
+
+def test_from_a_shell_with_sentencepiece(write_rows, tmp_path):
+    model = save_sentencepiece(tmp_path / "tiny.model")
+    root = Path(preprocess_data.__file__).parents[1]
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "tools.preprocess_data", "--input", write_rows(ROWS),
+            "--tokenizer", model, "--output-prefix", tmp_path / "deep" / "corpus", "--show", "1",
+        ],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "5 documents (prompt)" in done.stdout
+    assert len(Corpus(tmp_path / "deep" / "corpus")) == 5

@@ -1,0 +1,86 @@
+"""Measure models: what they gained, what they kept.
+
+    python tools/evaluate.py --base runs/base --model full=runs/full --model replay=runs/replay \
+        --sql-questions test.jsonl --database domain.sqlite --general-text heldout.jsonl \
+        --output eval.json
+
+Every input is optional, and what is not given is not measured. A model that ``--output`` already
+holds a result for, made from the same files and settings, is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from megatron_replay.errors import ConfigError, ReplayError
+from megatron_replay.evaluation.inputs import Inputs, Settings, named_directories
+from megatron_replay.evaluation.suite import BASE, evaluate
+from megatron_replay.files import make_directory
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    settings = Settings()
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument(
+        "--base", type=Path, required=True, help="Hugging Face directory; measured too"
+    )
+    flags.add_argument(
+        "--model", action="append", default=[], metavar="NAME=DIR", help="repeatable"
+    )
+    flags.add_argument("--output", type=Path, required=True, help="the JSON to write")
+    inputs = flags.add_argument_group("inputs")
+    inputs.add_argument(
+        "--sql-questions", type=Path, help="prompt/completion rows: question, gold SQL"
+    )
+    inputs.add_argument("--database", type=Path, help="SQLite file of the questions")
+    inputs.add_argument("--general-text", type=Path, help="text rows: forgetting")
+    inputs.add_argument("--task-data", type=Path, help="prompt/completion rows: answer tokens")
+    inputs.add_argument("--data", type=Path, help="held-out rows of any known format")
+    inputs.add_argument("--data-path", type=Path, help="corpus prefix, for the outside mass")
+    inputs.add_argument("--store", type=Path, help="candidate store of that corpus")
+    how = flags.add_argument_group("settings")
+    how.add_argument("--device", default=settings.device, help="torch device")
+    how.add_argument("--dtype", choices=("float32", "bfloat16"), default=settings.dtype)
+    how.add_argument("--batch-size", type=int, default=settings.batch_size)
+    how.add_argument(
+        "--window", type=int, default=settings.window, help="tokens of a piece of text"
+    )
+    how.add_argument("--max-new-tokens", type=int, default=settings.max_new_tokens)
+    how.add_argument("--max-documents", type=int, default=settings.max_documents)
+    how.add_argument("--query-seconds", type=float, default=settings.query_seconds)
+    how.add_argument("--bird-compatible", action="store_true", help="compare answers as sets")
+    return flags
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate and print one line a model."""
+    argv = sys.argv[1:] if argv is None else argv
+    given = vars(parser().parse_args(argv))
+    try:
+        models = named_directories(given["model"], flag="--model")
+        if BASE in models:
+            raise ConfigError("this name is the base's own", where="--model", found=BASE)
+        make_directory(given["output"].absolute().parent)
+        document = evaluate(
+            given["base"],
+            models,
+            Inputs(**{name: given[name] for name in Inputs.__dataclass_fields__}),
+            Settings(**{name: given[name] for name in Settings.__dataclass_fields__}),
+            output=given["output"],
+            command=shlex.join(["python", "tools/evaluate.py", *argv]),
+        )
+    except ReplayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{given['output']}: {len(document['models'])} models")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

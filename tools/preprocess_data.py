@@ -1,0 +1,236 @@
+"""Freeze JSON lines into a corpus: tokens, loss mask and document table under one prefix.
+
+    python tools/preprocess_data.py --input train.jsonl --tokenizer MODEL_DIR --output-prefix corpus
+
+The same rows, tokenizer and options give the same bytes; a corpus that is already there and was
+made from the same is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Any
+
+from megatron_replay.data.corpus import Corpus, corpus_file
+from megatron_replay.data.corpus_writer import CorpusWriter
+from megatron_replay.data.document import Document
+from megatron_replay.data.rows import (
+    FORMATS,
+    Row,
+    detect_format,
+    parse_row,
+    read_lines,
+    tokenize_row,
+)
+from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, DataError, ReplayError
+from megatron_replay.files import sha256_of_files
+from megatron_replay.progress import Progress
+
+_GREEN, _PLAIN = "\033[32m", "\033[0m"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="preprocess_data.py",
+        description=(__doc__ or "").splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSON-lines files"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="PATH",
+        help="Hugging Face directory, or a sentencepiece .model file",
+    )
+    parser.add_argument(
+        "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, …"
+    )
+    parser.add_argument(
+        "--format",
+        default="auto",
+        choices=("auto", *FORMATS),
+        help="of every row; auto: by the keys of the first one",
+    )
+    parser.add_argument(
+        "--on-bad-row",
+        default="error",
+        choices=("error", "skip"),
+        help="skip lists and counts the rows it leaves out",
+    )
+    parser.add_argument(
+        "--show", type=int, default=0, metavar="N", help="print N documents, loss tokens marked"
+    )
+    parser.add_argument(
+        "--max-document-tokens",
+        type=int,
+        metavar="N",
+        help="split text rows into documents of at most N tokens",
+    )
+    return parser
+
+
+def _require_options(options: argparse.Namespace) -> None:
+    if options.show < 0:
+        raise ConfigError("negative", where="--show", expected="0 or more", found=options.show)
+    limit = options.max_document_tokens
+    if limit is not None and limit < 2:
+        raise ConfigError(
+            "too small", where="--max-document-tokens", expected="2 or more", found=limit
+        )
+
+
+def _read_inputs(paths: Sequence[Path]) -> tuple[int, list[dict[str, str]]]:
+    """Number of lines of all inputs, and name and SHA-256 of each."""
+    num_lines, inputs = 0, []
+    for path in paths:
+        num_lines += sum(1 for _ in read_lines(path))
+        inputs.append({"name": path.name, "sha256": sha256_of_files([path])})
+    return num_lines, inputs
+
+
+def _row_format(options: argparse.Namespace) -> str:
+    """The format of every row: as told, or that of the first row that is JSON."""
+    found: str = options.format
+    if found == "auto":
+        found = detect_format(_first_row(options))
+    if options.max_document_tokens is not None and found != "text":
+        raise ConfigError(
+            "splits raw text only",
+            where="--max-document-tokens",
+            expected="text rows",
+            found=f"{found} rows",
+        )
+    return found
+
+
+def _first_row(options: argparse.Namespace) -> Row:
+    for where, line in _lines(options.input):
+        try:
+            return parse_row(where, line)
+        except DataError:
+            if options.on_bad_row == "error":
+                raise
+    raise DataError("no row to take the format from", where=options.input[0], fix="Give --format")
+
+
+def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    return chain.from_iterable(map(read_lines, paths))
+
+
+def _write(
+    options: argparse.Namespace, tokenizer: Tokenizer, source: dict[str, Any], num_lines: int
+) -> int:
+    """Write the corpus; return the number of rows left out."""
+    row_format, num_skipped = _row_format(options), 0
+    with (
+        Progress("tokenize", num_lines, "rows") as progress,
+        CorpusWriter(
+            options.output_prefix, tokenizer, row_format=row_format, source=source
+        ) as writer,
+    ):
+        for where, line in _lines(options.input):
+            try:
+                document = tokenize_row(parse_row(where, line), row_format, tokenizer)
+            except DataError as error:
+                if options.on_bad_row == "error":
+                    raise
+                num_skipped += 1
+                print(f"skipped: {error}", file=sys.stderr)
+            else:
+                for piece in document.split(options.max_document_tokens or len(document)):
+                    writer.add(piece)
+            progress.advance()
+    return num_skipped
+
+
+def _existing(prefix: str, source: dict[str, Any]) -> Corpus | None:
+    """The corpus under ``prefix`` if it was made from ``source`` and is whole."""
+    if not corpus_file(prefix, "json").exists():
+        return None
+    try:
+        corpus = Corpus(prefix)
+        if corpus.description.source != source:
+            return None
+        corpus.verify()
+    except DataError as error:
+        print(f"writing again: {error}", file=sys.stderr)
+        return None
+    return corpus
+
+
+def _marked(document: Document, tokenizer: Tokenizer, *, colour: bool) -> str:
+    """The decoded document with its loss tokens in green, or in [[double brackets]]."""
+    before, after = (_GREEN, _PLAIN) if colour else ("[[", "]]")
+    pieces = []
+    pairs = zip(document.tokens.tolist(), document.loss_mask.tolist(), strict=True)
+    for carries_loss, run in groupby(pairs, key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in run])
+        pieces.append(f"{before}{text}{after}" if carries_loss else text)
+    return "".join(pieces)
+
+
+def _show(corpus: Corpus, tokenizer: Tokenizer, count: int) -> None:
+    for i in range(min(count, len(corpus))):
+        document = corpus[i]
+        loss = len(document.eligible_positions())
+        print(f"--- document {i}: {len(document)} tokens, {loss} with loss")
+        print(_marked(document, tokenizer, colour=sys.stdout.isatty()))
+
+
+def _summary(corpus: Corpus) -> str:
+    about = corpus.description
+    return (
+        f"{about.num_documents} documents ({about.format}), {about.num_tokens} tokens, "
+        f"{about.num_loss_tokens} with loss, longest {corpus.lengths.max()}, "
+        f"fingerprint {about.fingerprint[:12]}"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write or reuse the corpus, and print samples and a summary line.
+
+    Raises:
+        ReplayError: whatever keeps the corpus from being written.
+    """
+    _require_options(options)
+    tokenizer = load_tokenizer(options.tokenizer)
+    num_lines, inputs = _read_inputs(options.input)
+    source = {
+        "inputs": inputs,
+        "tokenizer": tokenizer.fingerprint,
+        "format": options.format,
+        "on_bad_row": options.on_bad_row,
+        "max_document_tokens": options.max_document_tokens,
+    }
+    corpus, outcome = _existing(options.output_prefix, source), "up to date"
+    if corpus is None:
+        num_skipped = _write(options, tokenizer, source, num_lines)
+        corpus = Corpus(options.output_prefix)
+        outcome = f"written, {num_skipped} of {num_lines} rows skipped"
+    _show(corpus, tokenizer, options.show)
+    print(f"{options.output_prefix}: {_summary(corpus)}; {outcome}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    try:
+        run(_parser().parse_args(argv))
+    except ReplayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted, nothing was written", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
