@@ -4,8 +4,7 @@
     python tools/inspect_store.py STORE --document 3 --tokenizer MODEL_DIR --data-path corpus
 
 The tokens of a document need ``--tokenizer``; its gold tokens need ``--data-path`` too, since the
-store itself keeps no text. Which golds were appended to their sets is not stored: a set larger than
-the cap is the only one that tells.
+store itself keeps no text.
 """
 
 from __future__ import annotations
@@ -17,19 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError, StoreError
-from megatron_replay.progress import Progress
-from megatron_replay.store import CandidateReader, DocumentCandidates
+from megatron_replay.store import CandidateReader
+from megatron_replay.store.summary import summarize, summary_text
 
 if TYPE_CHECKING:
     from megatron_replay.data.corpus import Corpus
     from megatron_replay.data.tokenizer import Tokenizer
-
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-HISTOGRAM_ROWS = 13  # 256 sizes in rows of 20
-BAR_WIDTH = 40
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,100 +57,6 @@ def _require_options(options: argparse.Namespace) -> None:
             expected="0 or more",
             found=options.show_candidates,
         )
-
-
-class _Tally:
-    """What a pass over the documents adds up."""
-
-    def __init__(self) -> None:
-        self.positions_of_size = np.zeros(257, np.int64)
-        self.documents_with_positions = 0
-        self._tail_masses: list[np.ndarray] = []
-        self._gold_logprobs: list[np.ndarray] = []
-
-    def add(self, document: DocumentCandidates) -> None:
-        self.positions_of_size += np.bincount(np.diff(document.offsets), minlength=257)
-        self.documents_with_positions += len(document.positions) > 0
-        self._tail_masses.append(document.tail_mass)
-        self._gold_logprobs.append(document.gold_logprob)
-
-    @property
-    def num_positions(self) -> int:
-        return int(self.positions_of_size.sum())
-
-    def set_sizes(self) -> dict[str, Any]:
-        """Mean, extremes, exact quantiles and histogram of the sizes of the sets."""
-        counts, sizes = self.positions_of_size, np.arange(257)
-        present = np.flatnonzero(counts)
-        below = np.cumsum(counts) / self.num_positions
-        width = -(-256 // HISTOGRAM_ROWS)
-        return {
-            "mean": float(counts @ sizes / self.num_positions),
-            "median": int(np.searchsorted(below, 0.5)),
-            "min": int(present[0]),
-            "max": int(present[-1]),
-            "quantiles": {f"{q:g}": int(np.searchsorted(below, q)) for q in QUANTILES},
-            "histogram": [
-                {
-                    "from": low,
-                    "to": min(low + width - 1, 256),
-                    "positions": int(counts[low : low + width].sum()),
-                }
-                for low in range(1, int(present[-1]) + 1, width)
-            ],
-        }
-
-    def coverage(self) -> dict[str, Any]:
-        """Mass of the base model inside the sets."""
-        inside_P = 1 - np.concatenate(self._tail_masses).astype(np.float64)
-        return {
-            "mean": float(inside_P.mean()),
-            "min": float(inside_P.min()),
-            "quantiles": {f"{q:g}": float(np.quantile(inside_P, q)) for q in QUANTILES},
-        }
-
-    def cap(self, max_candidates: object) -> dict[str, Any] | None:
-        """Shares of positions at the cap and above it, when the store tells the cap."""
-        if type(max_candidates) is not int or max_candidates < 1:
-            return None
-        counts = self.positions_of_size
-        return {
-            "max_candidates": max_candidates,
-            "share_at_or_above": float(counts[max_candidates:].sum() / self.num_positions),
-            # One more than the cap: the set was cut there and its gold appended.
-            "share_above": float(counts[max_candidates + 1 :].sum() / self.num_positions),
-        }
-
-    def mean_gold_logprob(self) -> float:
-        return float(np.concatenate(self._gold_logprobs).mean(dtype=np.float64))
-
-
-def summarise(reader: CandidateReader) -> dict[str, Any]:
-    """Read every document and describe the store as a JSON object."""
-    tally = _Tally()
-    with Progress("read", len(reader), "documents") as progress:
-        for document in reader:
-            tally.add(document)
-            progress.advance()
-    sizes = tally.positions_of_size @ np.arange(257)
-    bin_bytes = sum(path.stat().st_size for path in reader.directory.glob("shard-*.bin"))
-    summary: dict[str, Any] = {
-        "description": vars(reader.description),
-        "documents": len(reader),
-        "documents_with_positions": tally.documents_with_positions,
-        "positions": tally.num_positions,
-        "candidates": int(sizes),
-        "bin_bytes": bin_bytes,
-    }
-    if tally.num_positions:
-        summary |= {
-            "bytes_per_position": bin_bytes / tally.num_positions,
-            "set_size": tally.set_sizes(),
-            "coverage": tally.coverage(),
-            "cap": tally.cap(reader.description.selection.get("max_candidates")),
-            "mean_gold_logprob": tally.mean_gold_logprob(),
-        }
-    return summary
 
 
 def describe_document(
@@ -207,39 +106,6 @@ def describe_document(
             row["gold_in_set"] = gold in document.ids[chosen]
         positions.append(row)
     return {"document": document_id, "positions": positions}
-
-
-def summary_text(summary: dict[str, Any]) -> str:
-    """``summarise``'s object for a reader at a terminal."""
-    lines = [f"{name}: {value}" for name, value in summary["description"].items()]
-    lines += [
-        f"documents: {summary['documents']}, {summary['documents_with_positions']} with positions",
-        f"positions: {summary['positions']}",
-        f"candidates: {summary['candidates']}",
-    ]
-    if not summary["positions"]:
-        return "\n".join(lines)
-    size, coverage, cap = summary["set_size"], summary["coverage"], summary["cap"]
-    lines += [
-        f"bytes per position: {summary['bytes_per_position']:.1f}",
-        f"mean gold log-probability: {summary['mean_gold_logprob']:.4f}",
-        f"coverage: mean {coverage['mean']:.4f}, least {coverage['min']:.4f}, "
-        + ", ".join(f"{float(q):.0%} {v:.4f}" for q, v in coverage["quantiles"].items()),
-        f"|S|: mean {size['mean']:.1f}, median {size['median']}, {size['min']} to {size['max']}, "
-        + ", ".join(f"{float(q):.0%} {v}" for q, v in size["quantiles"].items()),
-    ]
-    if cap is None:
-        lines.append("at the cap: the store does not tell max_candidates")
-    else:
-        lines.append(
-            f"at the cap of {cap['max_candidates']}: {cap['share_at_or_above']:.2%} of positions, "
-            f"of all positions {cap['share_above']:.2%} cut there with the gold appended"
-        )
-    most = max(row["positions"] for row in size["histogram"])
-    for row in size["histogram"]:
-        bar = "#" * -(-BAR_WIDTH * row["positions"] // most)  # upwards: one position is seen
-        lines.append(f"{row['from']:5}-{row['to']:<3} {row['positions']:>10} {bar}".rstrip())
-    return "\n".join(lines)
 
 
 def _token_text(token: dict[str, Any]) -> str:
@@ -297,7 +163,7 @@ def run(options: argparse.Namespace) -> str:
         reader.verify()
         print(f"{options.store}: every byte as written", file=sys.stderr)
     if options.document is None:
-        summary = summarise(reader)
+        summary = summarize(reader)
         return json.dumps(summary, indent=2) if options.json else summary_text(summary)
     tokenizer = _open_tokenizer(options.tokenizer, reader)
     corpus = _open_corpus(options.data_path, reader)

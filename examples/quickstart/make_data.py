@@ -8,9 +8,9 @@ is left as it is.
     tokenizer/             byte-level BPE, a Hugging Face directory
     general_train.jsonl    {"text"}: documentation of Python and numpy
     general_heldout.jsonl  {"text"}: forgetting is measured here
-    base_sql.jsonl         {"prompt", "completion"}: questions over the OLD tables
+    base_sql.jsonl         {"prompt", "completion"}: questions over OLD and practice tables
     base_train.jsonl       {"text"}: general_train and base_sql mixed, what the base learns from
-    domain.sqlite          all tables
+    domain.sqlite          the OLD and the NEW tables
     domain_train.jsonl     {"prompt", "completion"}: questions over the NEW tables
     domain_test.jsonl      {"prompt", "completion"}: held-out questions and their gold SQL
 """

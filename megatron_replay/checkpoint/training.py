@@ -30,7 +30,7 @@ from megatron_replay.errors import CheckpointError, ConfigError, OutputError, Re
 from megatron_replay.files import atomic_file, fsync_directory, output_error, write_json
 from megatron_replay.model.gpt import ReplayGPTModel
 from megatron_replay.parallel import Parallel
-from megatron_replay.platform.megatron_core import forked_results_queue
+from megatron_replay.platform.megatron_core import checkpointing
 
 _LATEST = "latest_checkpointed_iteration.txt"
 
@@ -113,7 +113,7 @@ def save_checkpoint(
     content = {**_sharded_state(model, optimizer, parallel, is_loading=False)}
     error: BaseException | None = None
     try:
-        with forked_results_queue():
+        with checkpointing():
             dist_checkpointing.save(content, str(staged))
     except Exception as exception:  # any rank's failure surfaces on all of them, see below
         error = exception
@@ -138,7 +138,8 @@ def load_checkpoint(
     content = _sharded_state(model, optimizer, parallel, is_loading=True)
     try:
         state = TrainState(**json.loads((path / "train_state.json").read_text()))
-        loaded = dist_checkpointing.load(content, str(path))
+        with checkpointing():
+            loaded = dist_checkpointing.load(content, str(path))
         model.load_state_dict(loaded["model"])
         if optimizer is not None:
             optimizer.load_state_dict(loaded["optimizer"])

@@ -14,7 +14,7 @@ from megatron_replay.model.compatibility import require_vocabulary
 from megatron_replay.parallel import Parallel
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
-from megatron_replay.store.summary import summarize
+from megatron_replay.store.summary import summarize, summary_text
 
 
 def collect(config: Stage0Config, groups: Parallel) -> None:
@@ -46,7 +46,7 @@ def collect(config: Stage0Config, groups: Parallel) -> None:
     dist.barrier()
     if groups.rank == 0:
         writer.finish()
-        print(summarize(CandidateReader(config.candidates.store)).text(), flush=True)
+        print(summary_text(summarize(CandidateReader(config.candidates.store))), flush=True)
     dist.barrier()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -56,8 +56,11 @@ class ReplayTargets:
 
     def to(self, device: torch.device) -> ReplayTargets:
         """The same targets on ``device``."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return ReplayTargets(**{k: v if v is None else v.to(device) for k, v in values.items()})
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            moved[field.name] = None if tensor is None else tensor.to(device)
+        return ReplayTargets(**moved)
 
 
 @dataclass(frozen=True, eq=False)

@@ -185,7 +185,7 @@ def run_query(
         # ValueError: a NUL or a lone surrogate, which never reach SQLite.
         if authorizer.denied:
             raise QueryError("denied", f"denied: {authorizer.denied}") from error
-        reason = _REASONS.get(getattr(error, "sqlite_errorcode", None), "sql error")
+        reason = _REASONS.get(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR), "sql error")
         raise QueryError(reason, str(error)) from error
     if len(rows) > limits.max_rows:
         raise QueryError("too large", f"more than {limits.max_rows} rows")

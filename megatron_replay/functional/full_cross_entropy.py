@@ -43,7 +43,7 @@ def vocab_parallel_cross_entropy(
 
     Communication over ``tp_group``: all-reduce MAX [N], SUM [N, 2]; in backward SUM [N, H].
     """
-    return _FullCrossEntropy.apply(
+    return _FullCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_NH, weight_VH, labels_N, vocab_start, tp_group, reduce_hidden_grad
     )
 

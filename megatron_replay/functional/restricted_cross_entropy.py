@@ -87,7 +87,7 @@ def restricted_cross_entropy(
         raise ConfigError("no such head backend", expected=", ".join(BACKENDS), found=repr(backend))
     if validate:
         check_candidates(candidate_ids, candidate_offsets, labels_T, group_offsets)
-    return _RestrictedCrossEntropy.apply(
+    return _RestrictedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_TH,
         weight_VH,
         _Sets(candidate_ids, candidate_offsets, group_offsets, vocab_start, weight_VH.shape[0]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from typing import Any
 
 import torch
 
@@ -29,15 +30,20 @@ class NPU(Platform):
         if importlib.util.find_spec("torch_npu") is None:
             return False
         importlib.import_module("torch_npu")
-        return bool(torch.npu.is_available())
+        return bool(_npu().is_available())
 
     def prepare(self, local_rank: int = 0) -> None:
         """Bind this process to NPU ``local_rank`` and mend what ``transfer_to_npu`` leaves."""
         importlib.import_module("torch_npu.contrib.transfer_to_npu")
         self.device = torch.device("npu", local_rank)
-        torch.npu.set_device(self.device)
-        install(torch.npu, self.device, extra={})
+        _npu().set_device(self.device)
+        install(_npu(), self.device, extra={})
 
     def peak_memory_bytes(self) -> int:
         """Peak bytes of torch_npu's caching allocator."""
-        return int(torch.npu.max_memory_allocated(self.device))
+        return int(_npu().max_memory_allocated(self.device))
+
+
+def _npu() -> Any:
+    """``torch.npu``, which exists once torch_npu is imported."""
+    return getattr(torch, "npu")  # noqa: B009 - unknown to type checkers
