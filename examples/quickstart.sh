@@ -21,10 +21,11 @@ with your own model and data:
   --tp N                tensor parallel size         (default 2)
   --seq-length N        positions in a pack          (default 1024)
   --lr X                learning rate of AdamW       (default 1e-5)
+  --long-documents P    error, drop or truncate what does not fit (default error)
 TEXT
 }
 
-OUT=runs/quickstart SEED=0 TP=2 HF_CHECKPOINT="" DATA="" SEQ_LENGTH="" LR=""
+OUT=runs/quickstart SEED=0 TP=2 HF_CHECKPOINT="" DATA="" SEQ_LENGTH="" LR="" LONG=error
 while (($#)); do
     case $1 in
         --output) OUT=$2 ;;
@@ -34,6 +35,7 @@ while (($#)); do
         --data) DATA=$2 ;;
         --seq-length) SEQ_LENGTH=$2 ;;
         --lr) LR=$2 ;;
+        --long-documents) LONG=$2 ;;
         -h | --help) usage && exit 0 ;;
         *) echo "error: unknown option $1" >&2 && usage >&2 && exit 2 ;;
     esac
@@ -43,31 +45,51 @@ if [[ -n $HF_CHECKPOINT && -z $DATA || -z $HF_CHECKPOINT && -n $DATA ]]; then
     echo "error: --hf-checkpoint and --data go together" >&2 && exit 2
 fi
 
+base_model() { # full loss on general text and some SQL, two data-parallel processes
+    launch 2 megatron_replay.stage1 --load "$CACHE/init" --data-path "$CACHE/corpus" \
+        --save "$CACHE/train" --loss full --optimizer adamw --seq-length 128 \
+        --micro-batch-size 8 --global-batch-size 16 --train-epochs 8 --train-iters 800 \
+        --lr 4e-3 --min-lr 4e-5 --lr-decay-style linear --lr-warmup-iters 50 \
+        --weight-decay 0.1 --save-interval 200
+    "$PYTHON" tools/convert_checkpoint.py --load "$CACHE/train" --save "$CACHE/hf"
+}
+
 # Spinning OpenMP threads of several ranks on few cores slow each other down several times.
 export GOMP_SPINCOUNT=0 OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
-# No hub: everything is local. PyTorch's launcher warns of OMP_NUM_THREADS unless it is set.
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false # everything is local
 
 make --silent setup
 PYTHON=.venv/bin/python
 mkdir -p "$OUT"
-TIMINGS=$OUT/timings.jsonl
+TIMINGS=$OUT/timings.txt # a line a part; a part run again comes last and counts
+STARTED=$SECONDS
 
-part() { # part NAME COMMAND...: run, time, and keep the time of the last full run
-    local name=$1 start status=0
-    shift
-    printf '\n== %s\n' "$name"
-    start=$(date +%s.%N)
+# One output directory holds one experiment: other settings need another directory.
+SETTINGS="seed=$SEED tp=$TP hf_checkpoint=$HF_CHECKPOINT data=$DATA seq_length=$SEQ_LENGTH lr=$LR long=$LONG"
+if [[ -f $OUT/settings && $(<"$OUT/settings") != "$SETTINGS" ]]; then
+    echo "error: $OUT holds a run with other settings ($(<"$OUT/settings")); give another --output" >&2
+    exit 2
+fi
+echo "$SETTINGS" >"$OUT/settings"
+
+part() { # part PRODUCT NAME COMMAND...: unless PRODUCT exists, run COMMAND and note how long it took
+    local product=$1 name=$2 start status=0
+    shift 2
+    if [[ -e $product ]]; then
+        echo "== $name: reused ($product)"
+        return
+    fi
+    echo "== $name"
+    start=$(date +%s%N)
     "$@" || status=$?
-    ((status == 0)) || { echo "== $name failed (exit code $status)" >&2 && exit "$status"; }
-    "$PYTHON" - "$TIMINGS" "$name" "$start" <<'PY'
-import json, sys, time
-path, name, start = sys.argv[1:]
-seconds = time.time() - float(start)
-print(f"   {name}: {seconds:.1f} s")
-with open(path, "a") as file:
-    file.write(json.dumps({"part": name, "seconds": round(seconds, 1)}) + "\n")
-PY
+    if ((status)); then
+        echo "== $name stopped (exit code $status); run the same command again to go on" >&2
+        exit "$status"
+    fi
+    local milliseconds=$((($(date +%s%N) - start) / 1000000))
+    printf '== %s: %d.%03d s\n' "$name" $((milliseconds / 1000)) $((milliseconds % 1000))
+    printf '"%s": %d.%03d\n' \
+        "$name" $((milliseconds / 1000)) $((milliseconds % 1000)) >>"$TIMINGS"
 }
 
 launch() { # launch PROCESSES MODULE FLAGS...
@@ -76,6 +98,83 @@ launch() { # launch PROCESSES MODULE FLAGS...
     "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m "$@"
 }
 
-export_arm() { # export_arm NAME: the newest checkpoint of an arm as a Hugging Face directory
-    "$PYTHON" tools/convert_checkpoint.py --load "$OUT/$1/train" --save "$OUT/$1/hf" --skip-existing
+preprocess() { # preprocess PREFIX FLAGS...
+    local prefix=$1
+    shift
+    "$PYTHON" tools/preprocess_data.py --output-prefix "$prefix" "$@"
 }
+
+# ---------------------------------------------------------------- base model and domain data
+if [[ -z $HF_CHECKPOINT ]]; then
+    CACHE=runs/quickstart-base # made once, used by every --output and --seed
+    BASE=$CACHE/hf TOKENIZER=$CACHE/data/tokenizer DATA=$CACHE/data
+    SEQ_LENGTH=${SEQ_LENGTH:-512} LR=${LR:-2e-4} MICRO_BATCH=2 GLOBAL_BATCH=2 EPOCHS=2
+    part "$DATA/data.json" "data" \
+        "$PYTHON" examples/quickstart/make_data.py --output "$DATA"
+    part "$CACHE/corpus.json" "base: corpus" \
+        preprocess "$CACHE/corpus" --input "$DATA/base_train.jsonl" --tokenizer "$TOKENIZER" \
+        --max-document-tokens 129
+    part "$CACHE/init/config.json" "base: random weights" \
+        "$PYTHON" examples/quickstart/init_base.py --tokenizer "$TOKENIZER" --output "$CACHE/init"
+    part "$CACHE/hf/config.json" "base: training, DP 2" base_model
+    TRAIN_ROWS=$DATA/domain_train.jsonl
+    EVALUATE=(--sql-questions "$DATA/domain_test.jsonl" --database "$DATA/domain.sqlite"
+        --task-data "$DATA/domain_test.jsonl" --general-text "$DATA/general_heldout.jsonl")
+else
+    BASE=$HF_CHECKPOINT TOKENIZER=$HF_CHECKPOINT
+    SEQ_LENGTH=${SEQ_LENGTH:-1024} LR=${LR:-1e-5} MICRO_BATCH=1 GLOBAL_BATCH=16 EPOCHS=1
+    part "$OUT/data/data.json" "data: hold out every tenth row" \
+        "$PYTHON" examples/quickstart/split_data.py --input "$DATA" --output "$OUT/data"
+    TRAIN_ROWS=$OUT/data/train.jsonl
+    EVALUATE=(--data "$OUT/data/heldout.jsonl" --general-text "$OUT/data/general_heldout.jsonl")
+fi
+part "$OUT/corpus.json" "corpus" \
+    preprocess "$OUT/corpus" --input "$TRAIN_ROWS" --tokenizer "$TOKENIZER" --show 2
+
+# ---------------------------------------------------------------- Stage 0: once
+COMMON=(--data-path "$OUT/corpus" --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH"
+    --tensor-model-parallel-size "$TP" --long-documents "$LONG")
+part "$OUT/store/manifest.json" "Stage 0, TP $TP" \
+    launch "$TP" megatron_replay.stage0 --load "$BASE" --store "$OUT/store" "${COMMON[@]}" \
+    --position-seed "$SEED" --position-strategy all --documents-per-shard 256
+
+# ---------------------------------------------------------------- Stage 1: four ways
+train() { # train ARM FLAGS...: to the end, then export
+    local arm=$1
+    shift
+    launch "$TP" megatron_replay.stage1 --load "$BASE" --store "$OUT/store" "${COMMON[@]}" \
+        --save "$OUT/$arm" --seed "$SEED" --global-batch-size "$GLOBAL_BATCH" \
+        --train-epochs "$EPOCHS" --lr-decay-style linear --lr-warmup-iters 10 --weight-decay 0.0 \
+        --save-interval 50 --probe-interval 25 --probe-documents 64 "$@"
+    "$PYTHON" tools/convert_checkpoint.py --load "$OUT/$arm" --save "$OUT/$arm/export" --overwrite
+}
+
+times() { "$PYTHON" -c 'import sys; print(float(sys.argv[1]) * float(sys.argv[2]))' "$1" "$2"; }
+
+part "$OUT/adamw/export" "Stage 1: AdamW, full softmax" \
+    train adamw --loss full --optimizer adamw --lr "$LR"
+part "$OUT/replay-moclip/export" "Stage 1: replay + MoClip" \
+    train replay-moclip --loss restricted --optimizer moclip --lr "$(times "$LR" 3)"
+part "$OUT/replay-document/export" "Stage 1: replay, document scope + ghost" \
+    train replay-document --loss restricted --candidate-scope document --tail ghost \
+    --optimizer adamw --lr "$LR"
+MATCHED_LR=$("$PYTHON" examples/quickstart/match_learning_rate.py --base "$BASE" --lr "$LR" \
+    --moved "$OUT/adamw/export" --target "$OUT/replay-moclip/export")
+part "$OUT/adamw-matched/export" "Stage 1: AdamW, moving as little as replay + MoClip" \
+    train adamw-matched --loss full --optimizer adamw --lr "$MATCHED_LR"
+
+# ---------------------------------------------------------------- what was gained, kept, paid
+ARMS=(adamw adamw-matched replay-moclip replay-document)
+MODELS=() RUNS=()
+for arm in "${ARMS[@]}"; do
+    MODELS+=(--model "$arm=$OUT/$arm/export") RUNS+=(--run "$arm=$OUT/$arm")
+done
+part "$OUT/evaluation.json" "evaluation" \
+    "$PYTHON" tools/evaluate.py --base "$BASE" "${MODELS[@]}" "${EVALUATE[@]}" \
+    --data-path "$OUT/corpus" --store "$OUT/store" --output "$OUT/evaluation.json"
+printf '{%s}\n' "$(paste -sd, "$TIMINGS")" >"$OUT/timings.json"
+part "$OUT/report.png" "report" \
+    "$PYTHON" tools/report.py --evaluation "$OUT/evaluation.json" "${RUNS[@]}" \
+    --timings "$OUT/timings.json" --output-dir "$OUT"
+cat "$OUT/report.md"
+echo "done in $((SECONDS - STARTED)) s: $OUT/report.md, report.json, report.png"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -40,27 +41,57 @@ def fsync_directory(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open ``path`` for writing; it appears under its name complete, or not at all.
+    """Open ``path`` for writing, "w" or "wb"; it appears under its name complete, or not at all.
+
+    The temporary file beside it is removed when anything goes wrong. An OSError that the body
+    raises for reasons of its own, a file it reads being absent, say, passes through as it is.
 
     Raises:
-        OutputError: the file cannot be written. The temporary file is removed.
+        OutputError: the file cannot be created, written, synced or renamed.
     """
     path = Path(path)
     tmp = path.with_name(f".{path.name}.tmp.{os.getpid()}")
-    encoding = None if "b" in mode else "utf-8"
     try:
-        with open(tmp, mode, encoding=encoding) as handle:
+        with _open(tmp, path, mode) as handle:
             yield handle
             handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(tmp, path)
-        fsync_directory(path.parent)
-    except OSError as error:
-        tmp.unlink(missing_ok=True)
-        raise output_error(path, error) from error
+            with _reported(path):
+                os.fsync(handle.fileno())
+        with _reported(path):
+            os.replace(tmp, path)
+            fsync_directory(path.parent)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
+
+
+class _Output(io.FileIO):
+    """The file at ``tmp``; a write that fails is reported as one of ``path``."""
+
+    def __init__(self, tmp: Path, path: Path) -> None:
+        self._path = path
+        with _reported(path):
+            super().__init__(tmp, "w")
+
+    def write(self, data: Any, /) -> int:
+        with _reported(self._path):
+            return super().write(data)
+
+
+def _open(tmp: Path, path: Path, mode: str) -> IO[Any]:
+    if mode not in ("w", "wb"):
+        raise ValueError(f"atomic_file writes with mode 'w' or 'wb', not {mode!r}")
+    binary = io.BufferedWriter(_Output(tmp, path))
+    return binary if mode == "wb" else io.TextIOWrapper(binary, encoding="utf-8")
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into the line for ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise output_error(path, error) from error
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -81,7 +112,7 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another rank's machine may share directory and number
     except OSError as error:
         raise output_error(path, error) from error
     return path

@@ -72,11 +72,12 @@ class Progress:
         """The plain line: done/total, percentage, rate, time so far, time to go."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
         rate = (self.done - self._initial) / elapsed
-        eta = _clock((self.total - self.done) / rate) if rate > 0 else "?"
+        left = max(self.total - self.done, 0)
+        eta = _clock(left / rate) if rate > 0 else "?" if left else _clock(0)
         share = 100 * self.done / self.total if self.total else 100.0
         text = (
             f"{self.description}: {self.done}/{self.total} {self.unit} ({share:.0f} %), "
-            f"{rate:.1f}/s, elapsed {_clock(elapsed)}, ETA {eta}"
+            f"{rate:.{1 if rate >= 1 else 3}f}/s, elapsed {_clock(elapsed)}, ETA {eta}"
         )
         return f"{text}, {note}" if note else text
 

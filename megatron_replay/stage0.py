@@ -12,13 +12,15 @@ number of processes, nor on which shards an interrupted run had already finished
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_replay import cli, estimate, parallel, platform
 from megatron_replay.config import Stage0Config
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m megatron_replay.stage0``."""
-    return cli.launch("stage0", Stage0Config, run, estimate.stage0)
+    return cli.launch("stage0", Stage0Config, run, estimate.stage0, argv)
 
 
 def run(config: Stage0Config) -> None:

@@ -11,13 +11,15 @@ checkpoint; the same command goes on from there, in the same order of data.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_replay import cli, estimate, parallel, platform
 from megatron_replay.config import Stage1Config
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m megatron_replay.stage1``."""
-    return cli.launch("stage1", Stage1Config, run, estimate.stage1)
+    return cli.launch("stage1", Stage1Config, run, estimate.stage1, argv)
 
 
 def run(config: Stage1Config) -> None:

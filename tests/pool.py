@@ -45,8 +45,9 @@ def _child(
             timeout=datetime.timedelta(seconds=120),
         )
         result = ("ok", function(rank, world_size, *args))
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a whole program, as function, has left the group itself
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         result = ("error", traceback.format_exc())
     tmp = result_file.with_suffix(".tmp")

@@ -8,7 +8,7 @@ is left as it is.
     tokenizer/             byte-level BPE, a Hugging Face directory
     general_train.jsonl    {"text"}: documentation of Python and numpy
     general_heldout.jsonl  {"text"}: forgetting is measured here
-    base_sql.jsonl         {"prompt", "completion"}: questions over OLD and practice tables
+    base_sql.jsonl         {"prompt", "completion"}: over OLD and practice tables, few over NEW
     base_train.jsonl       {"text"}: general_train and base_sql mixed, what the base learns from
     domain.sqlite          the OLD and the NEW tables
     domain_train.jsonl     {"prompt", "completion"}: questions over the NEW tables
@@ -73,6 +73,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base-questions", type=int, default=12000, help="rows of base_sql.jsonl")
     parser.add_argument(
         "--practice-tables", type=int, default=300, help="invented tables the base also learns from"
+    )
+    parser.add_argument(
+        "--base-domain", type=int, default=100, help="of base_sql.jsonl, rows over NEW tables too"
     )
     parser.add_argument("--domain-train", type=int, default=2000, help="rows of domain_train.jsonl")
     parser.add_argument("--domain-test", type=int, default=200, help="rows of domain_test.jsonl")
@@ -151,7 +154,9 @@ def write_everything(output: Path, arguments: argparse.Namespace) -> None:
         base_tables = OLD_TABLES + practice_tables(arguments.practice_tables, seed=seed)
         base_sql = sql_rows(draw(question_pools(base_tables), arguments.base_questions, seed=seed))
         rest, heldout = hold_out(answerable_pools(NEW_TABLES, database), every=10, seed=seed)
-        domain_train = sql_rows(draw(rest, arguments.domain_train, seed=seed))
+        asked = draw(rest, arguments.base_domain + arguments.domain_train, seed=seed)
+        base_sql += sql_rows(asked[: arguments.base_domain])
+        domain_train = sql_rows(asked[arguments.base_domain :])
         domain_test = sql_rows(draw(heldout, arguments.domain_test, seed=seed))
     except ValueError as error:
         raise ConfigError(str(error), fix="Ask for fewer rows") from error

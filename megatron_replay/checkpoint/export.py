@@ -1,31 +1,37 @@
 """Write Hugging Face directories: streaming out of any TP x PP layout, or from random weights.
 
-The directory is staged beside its final name and renamed when all of it is on disk.
+The directory is staged beside its final name and renamed when all of it is on disk. One that it
+replaces is moved aside just before and removed after: no death leaves half of either under the
+name.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_replay.checkpoint.hf import INDEX, HFReader
+from megatron_replay.checkpoint.hf import INDEX, HFReader, same_bits
 from megatron_replay.checkpoint.names import hf_tensor_shapes, mapping_of
-from megatron_replay.errors import CheckpointError, OutputError
-from megatron_replay.files import fsync_directory, output_error, write_json
+from megatron_replay.errors import CheckpointError, OutputError, ReplayError
+from megatron_replay.files import atomic_file, fsync_directory, output_error, write_json
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.parallel import Parallel
 
 #: Copied from the source: what a Hugging Face directory holds beside weights and their index.
 _SIDE_FILES = (".json", ".model", ".txt", ".jinja")
+
+T = TypeVar("T")
 
 
 def export_hf(
@@ -48,31 +54,61 @@ def export_hf(
         source: directory whose config.json and tokenizer go with the weights.
 
     Raises:
-        OutputError: ``directory`` is not empty, or cannot be written.
+        OutputError: ``directory`` is not empty, or cannot be written; raised on every rank.
     """
     final = Path(directory)
-    if parallel.rank == 0:
-        start_directory(final, overwrite=overwrite)
-    dist.barrier()
+    _on_rank_zero(lambda: start_directory(final, overwrite=overwrite), parallel)
     tensors = gathered_tensors(
         named_parameters, config, layer_offset=layer_offset, tp_group=parallel.tp_group
     )
-    written = write_weights(
-        staging_directory(final),
-        tensors,
-        dtype=dtype,
-        stage=parallel.pp_rank,
-        writes=parallel.tp_rank == 0 and parallel.dp_rank == 0,
-        max_shard_bytes=max_shard_bytes,
+    written = _agreed(
+        lambda: write_weights(
+            staging_directory(final),
+            tensors,
+            dtype=dtype,
+            stage=parallel.pp_rank,
+            writes=parallel.tp_rank == 0 and parallel.dp_rank == 0,
+            max_shard_bytes=max_shard_bytes,
+        ),
+        parallel,
     )
-    of_all_ranks: list[dict[str, tuple[str, int]]] = [{} for _ in range(parallel.world_size)]
-    dist.all_gather_object(of_all_ranks, written)
-    if parallel.rank == 0:
-        merged = {name: entry for part in of_all_ranks for name, entry in part.items()}
-        finish_directory(
-            staging_directory(final), final, merged, read_config(source), dtype=dtype, source=source
-        )
-    dist.barrier()
+    merged = {name: entry for part in written for name, entry in part.items()}
+    _on_rank_zero(
+        lambda: finish_directory(
+            staging_directory(final),
+            final,
+            merged,
+            read_config(source),
+            dtype=dtype,
+            source=source,
+            overwrite=overwrite,
+        ),
+        parallel,
+    )
+
+
+def _agreed(work: Callable[[], T], parallel: Parallel) -> list[T]:
+    """What ``work()`` gave on each rank; where it failed on any, the error is raised on all.
+
+    Otherwise the others would wait for the failed one until the collectives time out. One
+    all-gather of objects over the world.
+    """
+    outcome: T | ReplayError
+    try:
+        outcome = work()
+    except ReplayError as error:
+        outcome = error
+    outcomes: list[Any] = [None] * parallel.world_size
+    dist.all_gather_object(outcomes, outcome)
+    for result in outcomes:
+        if isinstance(result, ReplayError):
+            raise result
+    return outcomes
+
+
+def _on_rank_zero(work: Callable[[], object], parallel: Parallel) -> None:
+    """Do ``work`` on rank 0; the others wait for it, and share its error."""
+    _agreed(work if parallel.rank == 0 else lambda: None, parallel)
 
 
 def gathered_tensors(
@@ -106,31 +142,49 @@ def write_weights(
 ) -> dict[str, tuple[str, int]]:
     """Write ``tensors`` into numbered shards of ``directory``; {name: (file, bytes)}.
 
-    Consumes the tensors on every rank, since producing them is collective; writes where ``writes``.
-    Holds at most one shard and one tensor in memory.
+    Consumes the tensors on every rank, since producing them is collective, and after a failure too;
+    writes where ``writes``. Holds at most one shard and one tensor in memory.
+
+    Raises:
+        OutputError: a shard cannot be written.
     """
-    written: dict[str, tuple[str, int]] = {}
-    shard: dict[str, Tensor] = {}
-    size = 0
-
-    def flush() -> None:
-        nonlocal size
-        if shard:
-            file = f"model-{stage:03d}-{len({f for f, _ in written.values()}):05d}.safetensors"
-            _save(shard, directory / file)
-            written.update((k, (file, v.numel() * v.element_size())) for k, v in shard.items())
-            shard.clear()
-            size = 0
-
+    shards = _ShardFiles(directory, stage, max_shard_bytes)
+    failure: OutputError | None = None
     for name, tensor in tensors:
-        if writes:
-            copy = tensor.to("cpu", dtype, copy=True).contiguous()
-            if size + copy.numel() * copy.element_size() > max_shard_bytes:
-                flush()
-            shard[name] = copy
-            size += copy.numel() * copy.element_size()
-    flush()
-    return written
+        if writes and failure is None:
+            try:
+                shards.add(name, tensor.to("cpu", dtype, copy=True).contiguous())
+            except OutputError as error:
+                failure = error
+    if failure is not None:
+        raise failure
+    shards.flush()
+    return shards.written
+
+
+class _ShardFiles:
+    """Collects tensors into files of at most ``max_bytes``, or of one tensor larger than that."""
+
+    def __init__(self, directory: Path, stage: int, max_bytes: int) -> None:
+        self.written: dict[str, tuple[str, int]] = {}
+        self._directory, self._stage, self._max_bytes = directory, stage, max_bytes
+        self._shard: dict[str, Tensor] = {}
+        self._num_files = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor; the shard before it is written if it would grow too large."""
+        if sum(held.nbytes for held in self._shard.values()) + tensor.nbytes > self._max_bytes:
+            self.flush()
+        self._shard[name] = tensor
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if self._shard:
+            file = f"model-{self._stage:03d}-{self._num_files:05d}.safetensors"
+            _save(self._shard, self._directory / file)
+            self.written |= {name: (file, held.nbytes) for name, held in self._shard.items()}
+            self._num_files += 1
+            self._shard = {}
 
 
 def finish_directory(
@@ -141,11 +195,17 @@ def finish_directory(
     *,
     dtype: torch.dtype,
     source: Path,
+    overwrite: bool = False,
 ) -> None:
-    """Write index and config.json, copy tokenizer files from ``source``, rename to ``final``."""
-    for file in sorted(source.iterdir()):
-        if file.suffix in _SIDE_FILES and file.name not in (INDEX, "config.json"):
-            shutil.copyfile(file, staged / file.name)
+    """Write index and config.json, copy tokenizer files from ``source``, rename to ``final``.
+
+    Raises:
+        CheckpointError: ``source`` cannot be read.
+        OutputError: ``staged`` cannot be written, or ``final`` has meanwhile been filled.
+    """
+    for name, content in _side_files(source):
+        with atomic_file(staged / name) as handle:
+            handle.write(content)
     name = str(dtype).removeprefix("torch.")
     write_json(staged / "config.json", {**config, "dtype": name, "torch_dtype": name})
     total = sum(size for _, size in written.values())
@@ -154,35 +214,69 @@ def finish_directory(
         "weight_map": {name: file for name, (file, _) in sorted(written.items())},
     }
     write_json(staged / INDEX, index)
+    try:
+        _publish(staged, final.resolve(), overwrite=overwrite)
+    except OSError as error:
+        raise output_error(final, error) from error
+
+
+def _side_files(source: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of what goes along with the weights."""
+    try:
+        for file in sorted(source.iterdir()):
+            is_ours = file.name == "config.json" or file.name.endswith(".index.json")
+            if file.suffix in _SIDE_FILES and file.is_file() and not is_ours:
+                yield file.name, file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read: {error.strerror}", where=source) from error
+
+
+def _publish(staged: Path, final: Path, *, overwrite: bool) -> None:
+    retired = final.with_name(f".{final.name}.replaced")
     fsync_directory(staged)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(staged, final)
+    if overwrite and final.exists():
+        if retired.exists():
+            shutil.rmtree(retired)
+        os.replace(final, retired)
+    os.replace(staged, final)  # fails if there is a directory that is not empty
     fsync_directory(final.parent)
+    if overwrite and retired.exists():
+        shutil.rmtree(retired)
 
 
 def start_directory(final: Path, *, overwrite: bool = False) -> Path:
     """Create the staging directory of ``final``; what a killed export left there is removed.
 
     Raises:
-        OutputError: ``final`` holds something and ``overwrite`` was not asked for.
+        OutputError: ``final`` holds something and ``overwrite`` was not asked for, or it is no
+            model: what else lies there is never removed.
     """
-    if final.exists() and any(final.iterdir()) and not overwrite:
-        raise OutputError(
-            "the directory is not empty", where=final, fix="Choose another, or give --overwrite"
-        )
     staged = staging_directory(final)
     try:
+        held = {path.name for path in final.iterdir()} if final.exists() else set()
+        if held and not overwrite:
+            raise OutputError(
+                "the directory is not empty", where=final, fix="Choose another, or give --overwrite"
+            )
+        if held and "config.json" not in held:
+            raise OutputError(
+                "the directory holds something else than a Hugging Face model",
+                where=final,
+                expected="config.json",
+                found=", ".join(sorted(held)[:3]),
+                fix="Choose another, or remove it yourself",
+            )
         if staged.exists():
             shutil.rmtree(staged)
         staged.mkdir(parents=True)
     except OSError as error:
-        raise output_error(staged, error) from error
+        raise output_error(final, error) from error
     return staged
 
 
 def staging_directory(final: Path) -> Path:
-    """Where ``final`` is built."""
+    """Where ``final`` is built: beside it, or beside what it links to."""
+    final = final.resolve()
     return final.with_name(f".{final.name}.incomplete")
 
 
@@ -222,7 +316,7 @@ def require_equal(directory: str | Path, reference: str | Path) -> None:
         name = sorted(ours.names() ^ theirs.names())[0]
         raise CheckpointError(f"only one of the two holds {name}", where=directory)
     for name in sorted(ours.names()):
-        if not torch.equal(ours.slice(name)[:], theirs.slice(name)[:]):
+        if not same_bits(ours.slice(name)[:], theirs.slice(name)[:]):
             raise CheckpointError(f"{name} differs from {reference}", where=directory)
 
 
@@ -238,3 +332,10 @@ def _save(shard: dict[str, Tensor], path: Path) -> None:
             os.fsync(handle.fileno())
     except OSError as error:
         raise output_error(path, error) from error
+    except SafetensorError as error:
+        # safetensors reports what the system said in its own words: "... (os error 28)".
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        reason = OSError(int(code[1]), os.strerror(int(code[1])))
+        raise output_error(path, reason) from error

@@ -8,6 +8,7 @@ the right shape.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,12 @@ from megatron_replay.model.config import ModelConfig
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: The safetensors format's own limit on a header.
 _MAX_HEADER = 100_000_000
+#: What a weight may be stored as; anything else would be cast without being what was meant.
+_DTYPES = ("F64", "F32", "F16", "BF16")
+#: All that reading untrusted JSON, and looking into it, may raise.
+_MALFORMED = (
+    ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError,
+)  # fmt: skip
 
 
 class HFReader:
@@ -37,9 +44,7 @@ class HFReader:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._files = self._tensor_files()
-        self._open: dict[str, Any] = {}
-        for file in sorted(set(self._files.values())):
-            self._check_shard(self.directory / file)
+        self._open = {file: self._open_shard(file) for file in sorted(set(self._files.values()))}
 
     def names(self) -> set[str]:
         """All tensors."""
@@ -47,46 +52,51 @@ class HFReader:
 
     def slice(self, name: str) -> Any:
         """A tensor that is read when indexed; ``get_shape()`` reads nothing."""
-        file = self._files[name]
-        if file not in self._open:
-            self._open[file] = safe_open(self.directory / file, "pt")
-        try:
-            return self._open[file].get_slice(name)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"the index places {name} in this shard, which does not hold it",
-                where=self.directory / file,
-            ) from error
+        if name not in self._files:
+            raise CheckpointError(f"no tensor {name}", where=self.directory)
+        return self._open[self._files[name]].get_slice(name)
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json and all weights."""
-        files = [self.directory / file for file in sorted(set(self._files.values()))]
-        return sha256_of_files([self.directory / "config.json", *files])
+        config = self.directory / "config.json"
+        if not config.is_file():
+            raise CheckpointError("no such file", where=config)
+        return sha256_of_files([config, *(self.directory / file for file in self._open)])
 
     def check(self, config: ModelConfig) -> None:
         """Raise CheckpointError unless the tensors are just those of ``config``.
 
         The one allowance: a tied checkpoint may carry ``lm_head.weight``, equal to the embedding.
         """
-        expected, found = hf_tensor_shapes(config), self.names()
+        found = self.names()
+        if config.num_layers > len(found):  # before a table of as many names is made
+            raise CheckpointError(
+                "config.json counts more layers than there are tensors",
+                where=self.directory,
+                expected=f"{config.num_layers} layers",
+                found=f"{len(found)} tensors",
+            )
+        expected = hf_tensor_shapes(config)
+        self._report_difference("missing", sorted(expected.keys() - found))
+        for name, shape in expected.items():
+            tensor, where = self.slice(name), self.directory / self._files[name]
+            if (actual := tuple(tensor.get_shape())) != shape:
+                raise CheckpointError(
+                    f"wrong shape of {name}", where=where, expected=shape, found=actual
+                )
+            if (dtype := tensor.get_dtype()) not in _DTYPES:
+                raise CheckpointError(
+                    f"wrong dtype of {name}", where=where, expected=", ".join(_DTYPES), found=dtype
+                )
         if config.tie_embeddings and HEAD in found:
-            if not torch.equal(self.slice(HEAD)[:], self.slice(EMBEDDING)[:]):
+            if not same_bits(self.slice(HEAD)[:], self.slice(EMBEDDING)[:]):
                 raise CheckpointError(
                     "tie_word_embeddings is set, yet lm_head.weight differs from the embedding",
                     where=self.directory,
                     fix="Correct config.json, or remove one of the two",
                 )
             found = found - {HEAD}
-        self._report_difference("missing", sorted(expected.keys() - found))
         self._report_difference("not part of the model", sorted(found - expected.keys()))
-        for name, shape in expected.items():
-            if (actual := tuple(self.slice(name).get_shape())) != shape:
-                raise CheckpointError(
-                    f"wrong shape of {name}",
-                    where=self.directory / self._files[name],
-                    expected=shape,
-                    found=actual,
-                )
 
     def _report_difference(self, what: str, names: list[str]) -> None:
         if names:
@@ -96,9 +106,8 @@ class HFReader:
             )
 
     def _tensor_files(self) -> dict[str, str]:
-        index = self.directory / INDEX
+        index, single = self.directory / INDEX, self.directory / SINGLE
         if not index.exists():
-            single = self.directory / SINGLE
             if not single.exists():
                 raise CheckpointError(
                     "no weights here", where=self.directory, expected=f"{SINGLE} or {INDEX}"
@@ -107,30 +116,48 @@ class HFReader:
         try:
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             pairs = {str(name): str(file) for name, file in files.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *_MALFORMED) as error:
             raise CheckpointError("not an index of weights", where=index) from error
         for file in set(pairs.values()):
             if Path(file).name != file or file in ("", ".", ".."):
                 raise CheckpointError("unsafe shard name", where=index, found=repr(file))
-            if not (self.directory / file).is_file():
+            if file not in os.listdir(self.directory):
                 raise CheckpointError(
                     "the index names a file that is not there", where=index, found=file
                 )
+        if single.exists() and SINGLE not in pairs.values():
+            # transformers would load the one, we the other.
+            raise CheckpointError(
+                f"{SINGLE} lies beside an index that does not name it",
+                where=self.directory,
+                fix="Remove the one that is not meant",
+            )
         return pairs
 
-    def _check_shard(self, path: Path) -> None:
-        """The shard holds what the index places in it, and is as long as its header says."""
+    def _open_shard(self, file: str) -> Any:
+        """The shard, once known to be whole and to hold what the index places in it, no more."""
+        path = self.directory / file
         held = set(_header(path))
-        listed = {name for name, file in self._files.items() if file == path.name}
-        if held - listed:
-            raise CheckpointError(
-                f"holds tensors the index does not list here: {sorted(held - listed)[0]}",
-                where=path,
-            )
-        if listed - held:
-            raise CheckpointError(
-                f"lacks a tensor that the index places here: {sorted(listed - held)[0]}", where=path
-            )
+        listed = {name for name, place in self._files.items() if place == file}
+        for what, names in (
+            ("holds a tensor that the index does not place here", held - listed),
+            ("lacks a tensor that the index places here", listed - held),
+        ):
+            if names:
+                raise CheckpointError(f"{what}: {min(names)}", where=path)
+        try:
+            return safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"the header is damaged: {error}", where=path) from error
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one: shape, dtype, and every bit, be it of a NaN."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(
+        one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8)
+    )
 
 
 def load_hf_weights(
@@ -150,7 +177,9 @@ def load_hf_weights(
 
     Raises:
         CheckpointError: a tensor is missing, left over, or of another shape.
+        ConfigError: ``tp_size`` does not divide the model.
     """
+    config.check_layout(tp_size, 1)
     reader.check(config)
     with torch.no_grad():
         for name, parameter in named_parameters:
@@ -169,20 +198,24 @@ def load_hf_weights(
 
 def _header(path: Path) -> dict[str, Any]:
     """The shard's table of tensors, once the file is known to be as long as the table says."""
-    size = path.stat().st_size
-    with open(path, "rb") as handle:
-        start = handle.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER
-        if length >= min(size - 8, _MAX_HEADER):
-            raise CheckpointError(
-                "truncated, or not a safetensors file", where=path, found=f"{size} bytes"
-            )
-        try:
-            table = json.loads(handle.read(length))
-            table.pop("__metadata__", None)
-            end = max((int(entry["data_offsets"][1]) for entry in table.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise CheckpointError("the header is damaged", where=path) from error
+    try:
+        with open(path, "rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            start = handle.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if length > min(size - 8, _MAX_HEADER):
+                raise CheckpointError(
+                    "truncated, or not a safetensors file", where=path, found=f"{size} bytes"
+                )
+            content = handle.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read: {error.strerror}", where=path) from error
+    try:
+        table = json.loads(content)
+        table.pop("__metadata__", None)
+        end = max((int(entry["data_offsets"][1]) for entry in table.values()), default=0)
+    except _MALFORMED as error:
+        raise CheckpointError("the header is damaged", where=path) from error
     if size != 8 + length + end:
         raise CheckpointError(
             "truncated" if size < 8 + length + end else "longer than its header says",

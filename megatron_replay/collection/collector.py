@@ -109,6 +109,8 @@ class Collector:
         others choose before the forward pass and skip the output layer elsewhere.
         """
         rows = eligible_rows(batch).numpy()
+        if not len(rows):
+            return
         owners = batch.document_BS.flatten().numpy()[rows]
         positions = batch.position_BS.flatten().numpy()[rows]
         starts = np.flatnonzero(np.diff(owners, prepend=-1))

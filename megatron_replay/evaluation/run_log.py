@@ -29,8 +29,9 @@ class RunSummary:
         tokens_per_second: over the logged iterations.
         final_loss: mean over the last tenth of the logged losses.
         loss_std: standard deviation of the linearly detrended loss over the last half.
-        gradient_norm_cv: std/mean of the norm before clipping.
-        loss_spikes: merged excursions above mean + 6σ of the 128 values before.
+        gradient_norm_cv: std/mean of the norm before clipping, warm-up included.
+        loss_spikes: merged excursions above mean + 6σ of the 128 values before; None where the run
+            is too short to judge a single step.
         gradient_spikes: the same of the norm.
         non_finite: logged steps whose loss or norm was not a finite number; left out above.
         probes: the lines of the run's own probe, in order.
@@ -45,8 +46,8 @@ class RunSummary:
     final_loss: float
     loss_std: float
     gradient_norm_cv: float
-    loss_spikes: int
-    gradient_spikes: int
+    loss_spikes: int | None
+    gradient_spikes: int | None
     non_finite: int
     probes: list[Line]
     config: str
@@ -117,12 +118,17 @@ def summarize_run(directory: Path) -> RunSummary:
         final_loss=float(losses[-max(1, len(losses) // 10) :].mean()),
         loss_std=float(loss_std(losses)),
         gradient_norm_cv=float(gradient_norm_cv(norms)),
-        loss_spikes=spikes(losses).count,
-        gradient_spikes=spikes(norms).count,
+        loss_spikes=_spike_count(losses),
+        gradient_spikes=_spike_count(norms),
         non_finite=int((~finite).sum()),
         probes=[line for line in lines if line.get("probe")],
         config=str(config),
     )
+
+
+def _spike_count(values: npt.NDArray[np.float64]) -> int | None:
+    found = spikes(values)
+    return found.count if found.judged else None
 
 
 def _series(steps: list[Line], name: str, directory: Path) -> npt.NDArray[np.float64]:

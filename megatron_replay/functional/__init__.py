@@ -13,13 +13,31 @@ from megatron_replay.functional.restricted_cross_entropy import (
     restricted_cross_entropy,
     restricted_cross_entropy_dense,
 )
+from megatron_replay.functional.stability import (
+    Spikes,
+    delta_ppl,
+    gradient_norm_cv,
+    loss_std,
+    loss_variance,
+    relative_l2,
+    retention,
+    spikes,
+)
 
 __all__ = [
     "CandidateSets",
+    "Spikes",
+    "delta_ppl",
+    "gradient_norm_cv",
+    "loss_std",
+    "loss_variance",
     "outside_mass",
+    "relative_l2",
     "restricted_cross_entropy",
     "restricted_cross_entropy_dense",
+    "retention",
     "select_candidates",
     "select_positions",
+    "spikes",
     "vocab_parallel_cross_entropy",
 ]

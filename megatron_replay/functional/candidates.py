@@ -1,15 +1,19 @@
 """Dynamic Top-K candidate sets (Eq. 1 and 2), exact and alike for every vocabulary sharding.
 
-Shapes: T positions, V ids of this rank's shard, K = max_candidates, G = tensor parallel size.
+Shapes: T positions, n of a chunk, V ids of this rank's shard, K = min(max_candidates, V) or, over
+all shards, max_candidates.
 
 The cut asks whether a sum of probabilities reaches the coverage. Floating-point sums depend on
 their order, and the order on the sharding, so a cut near the threshold would move with TP. Here a
-probability's numerator exp(z - max) is counted in units of 2^-38, as an int64: integer sums do not
-depend on order, so equal logits give bitwise equal sets on one process and on many.
+token's mass exp(z - max) is counted in units of 2^-38, as an int64: integer sums do not depend on
+order, so equal logits give bitwise equal sets on one process and on many.
 
-Rounding to units errs by at most 2^-39 a token, V * 2^-39 in all, where the largest numerator is
-one: 2.8e-7 of the total for V = 151,936, about one unit in the last place of fp32. The total is
-below 2^63 for V <= 2^24.
+What that costs in accuracy, against real arithmetic on the fp32 logits: fp32 exp and the fp32
+difference z - max err by less than 2^-19 of a mass (the difference rounds by half a unit of its
+last place, 2^-20 where it is below 32); rounding to units errs by at most 2^-39 a token, V * 2^-39
+in all: 2.8e-7 for V = 151,936, where the largest mass is one. So a cut may differ from that of
+real arithmetic only where a cumulative probability lies within 2^-19 + V * 2^-39 of the coverage.
+Tokens below e^-27 of the largest count as nothing. The total is below 2^63 for V <= 2^24.
 """
 
 from __future__ import annotations
@@ -21,10 +25,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_replay.errors import ConfigError, DataError, TrainingError
+
 MASS_BITS = 38
 MAX_VOCAB_SIZE = 1 << 24
-#: Entries of [rows, V] that exist as int64 at one time: 128 MiB.
-_ENTRIES_AT_A_TIME = 1 << 24
+#: The store counts a set's other members in one byte.
+MAX_CANDIDATES = 255
+#: Logits handled at a time. Temporaries are an int64 and three fp32 of them: 320 MiB.
+_CHUNK_ENTRIES = 1 << 24
 _ID_BITS = 32
 
 
@@ -35,20 +43,22 @@ class CandidateSets:
     Attributes:
         ids: int32 [nnz], the sets one after another, each ascending.
         offsets: int64 [T + 1] into ``ids``.
+        num_candidates_T: int64, K: the size of the set before the label was added.
+        gold_appended_T: bool, the label was not among the first K.
         lse_T: fp32, log-sum-exp of the logits over the whole vocabulary.
         gold_logprob_T: fp32, log p of the label.
-        tail_mass_T: fp32, probability outside the set.
         max_logprob_T: fp32, log of the largest probability: the position's confidence.
-        gold_appended_T: bool, the label was not among the first K.
+        tail_mass_T: fp32, probability outside the set.
     """
 
     ids: Tensor
     offsets: Tensor
+    num_candidates_T: Tensor
+    gold_appended_T: Tensor
     lse_T: Tensor
     gold_logprob_T: Tensor
-    tail_mass_T: Tensor
     max_logprob_T: Tensor
-    gold_appended_T: Tensor
+    tail_mass_T: Tensor
 
 
 @torch.no_grad()
@@ -67,7 +77,8 @@ def select_candidates(
     hold a probability of at least ``coverage``. Decisions are made on fp32 logits.
 
     Args:
-        logits_TV: [T, V] logits of ids ``vocab_start`` to ``vocab_start + V``; any float dtype.
+        logits_TV: [T, V] logits of ids ``vocab_start`` to ``vocab_start + V``; any float dtype. A
+            shard may be of any size but zero; -inf is a token of probability 0.
         labels_T: int64 [T], the gold tokens x_t, ids of the whole vocabulary.
         coverage: tau in (0, 1].
         max_candidates: K_max, 1 to 255.
@@ -77,179 +88,194 @@ def select_candidates(
         The sets; on equal logits, bitwise the same for every sharding.
 
     Raises:
-        ValueError: an argument is out of range, or a row of logits holds NaN or +inf.
+        ConfigError: ``coverage`` or ``max_candidates`` is out of range.
+        DataError: shapes do not fit, or a label is outside the vocabulary.
+        TrainingError: a row holds NaN or +inf, or nothing but -inf, or its label has -inf.
 
-    Communication over ``tp_group``: all-reduce MAX [T, 2], SUM int64 [T]; all-gather of
-    max_candidates fp32 and int32 a row.
+    Communication over ``tp_group``, whatever T is: all-reduce MAX fp32 [T, 3], all-reduce SUM
+    int64 [T], all-gather int64 [T, max_candidates]. Memory beside the logits: the chunk's
+    temporaries (320 MiB at most, or four rows) and the gathered keys, 8 bytes * T * K_max * TP.
     """
-    _check_arguments(logits_TV, labels_T, coverage, max_candidates)
-    rows = max(1, _ENTRIES_AT_A_TIME // max(1, logits_TV.shape[1]))
-    parts = [
-        _select_rows(logits, labels, coverage, max_candidates, vocab_start, tp_group)
-        for logits, labels in zip(logits_TV.split(rows), labels_T.split(rows), strict=True)
-        if len(logits)
-    ]
-    if not parts:
-        parts = [_no_rows(logits_TV.device)]
-    sizes = torch.cat([part.offsets.diff() for part in parts])
-    joined = {
-        name: torch.cat([getattr(part, name) for part in parts])
-        for name in CandidateSets.__dataclass_fields__
-        if name != "offsets"
-    }
-    return CandidateSets(offsets=_offsets(sizes), **joined)
-
-
-def _select_rows(
-    logits_TV: Tensor,
-    labels_T: Tensor,
-    coverage: float,
-    max_candidates: int,
-    vocab_start: int,
-    tp_group: dist.ProcessGroup | None,
-) -> CandidateSets:
-    logits_TV = logits_TV.float() + 0.0  # -0.0 becomes +0.0: they tie
+    _check_arguments(logits_TV, labels_T, coverage, max_candidates, vocab_start)
     gold_T, max_T = _gold_and_max(logits_TV, labels_T, vocab_start, tp_group)
-    total_T = _masses(logits_TV, max_T).sum(1)
-    if tp_group is not None:
+    rows = max(1, _CHUNK_ENTRIES // logits_TV.shape[1])
+    totals, tops = [], []
+    for chunk, max_n in zip(logits_TV.split(rows), max_T.split(rows), strict=True):
+        logits_nV = chunk.float()
+        totals.append(_masses(logits_nV, max_n).sum(1))
+        tops.append(_top_of_shard(logits_nV, vocab_start, max_candidates))
+    total_T, keys_TK = torch.cat(totals), torch.cat(tops)
+    if _is_shared(tp_group, labels_T):
         dist.all_reduce(total_T, group=tp_group)
-    values_TK, ids_TK = _top(logits_TV, vocab_start, max_candidates, tp_group)
+        keys_TK = _merge(keys_TK, max_candidates, tp_group)
+    return _cut(keys_TK, total_T, labels_T, gold_T, max_T, coverage)
+
+
+def _cut(
+    keys_TK: Tensor,
+    total_T: Tensor,
+    labels_T: Tensor,
+    gold_T: Tensor,
+    max_T: Tensor,
+    coverage: float,
+) -> CandidateSets:
+    """Cut the ordered tokens where the mass behind is at most 1 - coverage, and add the labels."""
+    values_TK, ids_TK = _values_and_ids(keys_TK)
     masses_TK = _masses(values_TK, max_T)
-    # mass of the first k >= coverage * total, decided in integers
-    needed_T = torch.ceil(total_T.double() * coverage).long()
-    short_TK = masses_TK.cumsum(1) < needed_T[:, None]
-    num_T = (short_TK.sum(1) + 1).clamp(max=values_TK.shape[1])
-    chosen_TK = torch.arange(values_TK.shape[1], device=ids_TK.device) < num_T[:, None]
-    gold_appended_T = ~(chosen_TK & (ids_TK == labels_T[:, None])).any(1)
-    # One column more for the gold; absent entries sort behind every id.
-    absent = torch.iinfo(torch.int32).max
-    padded = torch.cat([ids_TK, labels_T[:, None].int()], 1)
-    keep = torch.cat([chosen_TK, gold_appended_T[:, None]], 1)
-    ordered, _ = padded.masked_fill(~keep, absent).sort(1)
+    # Asked of the mass behind the cut, an integer: rho <= 1 - coverage then holds as computed, and
+    # a coverage of 1 asks for all of the mass rather than for a rounding of it.
+    allowed_T = (total_T.double() * (1.0 - coverage)).long()
+    behind_TK = total_T[:, None] - masses_TK.cumsum(1)
+    num_T = ((behind_TK > allowed_T[:, None]).sum(1) + 1).clamp_(max=keys_TK.shape[1])
+    chosen_TK = torch.arange(keys_TK.shape[1], device=ids_TK.device) < num_T[:, None]
+    appended_T = ~(chosen_TK & (ids_TK == labels_T[:, None])).any(1)
+
+    # One column more for the label; tokens left out sort behind every id.
+    with_gold = torch.cat([ids_TK, labels_T[:, None].int()], 1)
+    keep = torch.cat([chosen_TK, appended_T[:, None]], 1)
+    ordered = with_gold.masked_fill(~keep, MAX_VOCAB_SIZE).sort(1).values
+
     gold_mass_T = _masses(gold_T[:, None], max_T).squeeze(1)
-    inside_T = (masses_TK * chosen_TK).sum(1) + gold_mass_T * gold_appended_T
-    log_total_T = torch.log(total_T.double()) - MASS_BITS * math.log(2)
-    lse_T = (max_T.double() + log_total_T).float()
+    inside_T = (masses_TK * chosen_TK).sum(1) + gold_mass_T * appended_T
+    log_total_T = torch.log(total_T.double() * 2.0**-MASS_BITS)  # 0 exactly, never below
     return CandidateSets(
-        ids=ordered[ordered != absent],
-        offsets=_offsets(keep.sum(1)),
-        lse_T=lse_T,
+        ids=ordered[ordered < MAX_VOCAB_SIZE],
+        offsets=torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)),
+        num_candidates_T=num_T,
+        gold_appended_T=appended_T,
+        lse_T=(max_T.double() + log_total_T).float(),
         gold_logprob_T=(gold_T.double() - max_T.double() - log_total_T).float(),
+        max_logprob_T=(0.0 - log_total_T).float(),
         tail_mass_T=((total_T - inside_T).double() / total_T.double()).float(),
-        max_logprob_T=(-log_total_T).float(),
-        gold_appended_T=gold_appended_T,
     )
 
 
 def _gold_and_max(
     logits_TV: Tensor, labels_T: Tensor, vocab_start: int, tp_group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """The labels' logits and the rows' maxima over the whole vocabulary. One all-reduce MAX."""
+    """The labels' logits and the rows' maxima over the whole vocabulary: fp32 [T] each.
+
+    Checked after the all-reduce, so that every rank raises when one has to.
+    """
+    V = logits_TV.shape[1]
     local_T = labels_T - vocab_start
-    owned_T = (local_T >= 0) & (local_T < logits_TV.shape[1])
-    gold_T = logits_TV.gather(1, local_T.clamp(0, logits_TV.shape[1] - 1)[:, None]).squeeze(1)
+    owned_T = (local_T >= 0) & (local_T < V)
+    gold_T = logits_TV.gather(1, local_T.clamp(0, V - 1)[:, None]).squeeze(1).float()
     gold_T = torch.where(owned_T, gold_T, -math.inf)
-    both_T2 = torch.stack([gold_T, logits_TV.amax(1)], 1)
     # MAX drops a NaN on some backends: it travels as +inf, which is refused as well.
-    both_T2[:, 1] = torch.where(both_T2[:, 1].isnan(), math.inf, both_T2[:, 1])
-    if tp_group is not None:
-        dist.all_reduce(both_T2, op=dist.ReduceOp.MAX, group=tp_group)
-    gold_T, max_T = both_T2.unbind(1)
-    bad = (~max_T.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"row {bad[0]} of the logits holds NaN or infinity ({len(bad)} rows do)")
-    if (gold_T == -math.inf).any():
-        row = int((gold_T == -math.inf).nonzero()[0])
-        raise ValueError(f"label {int(labels_T[row])} of row {row} is outside the vocabulary")
+    max_T = logits_TV.amax(1).float()
+    max_T = torch.where(max_T.isnan(), math.inf, max_T)
+    facts_T3 = torch.stack([gold_T, max_T, owned_T.float()], 1)
+    if _is_shared(tp_group, labels_T):
+        dist.all_reduce(facts_T3, op=dist.ReduceOp.MAX, group=tp_group)
+    gold_T, max_T, owned_T = facts_T3.unbind(1)
+    if (row := _first(owned_T == 0)) is not None:
+        raise DataError(
+            "a label is outside the vocabulary",
+            where=f"row {row}",
+            found=int(labels_T[row]),
+            fix="The corpus must be made with the model's own tokenizer",
+        )
+    if (row := _first(~max_T.isfinite())) is not None:
+        raise TrainingError(
+            "the logits hold NaN or infinity, or nothing above -infinity",
+            where=f"row {row}",
+            found=f"{int((~max_T.isfinite()).sum())} such rows of {len(max_T)}",
+        )
+    if (row := _first(gold_T == -math.inf)) is not None:
+        raise TrainingError(
+            "the label's logit is -infinity: the loss would be infinite",
+            where=f"row {row}",
+            found=f"label {int(labels_T[row])}",
+        )
     return gold_T, max_T
 
 
 def _masses(logits: Tensor, max_T: Tensor) -> Tensor:
-    """exp(z - max) in units of 2^-38, int64."""
+    """exp(z - max) in units of 2^-38, int64; a token's is the same wherever it is computed."""
     return torch.exp(logits - max_T[:, None]).mul_(2.0**MASS_BITS).round_().long()
 
 
-def _top(
-    logits_TV: Tensor, vocab_start: int, count: int, tp_group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """The first ``count`` (values fp32, ids int32) of the whole vocabulary, in order."""
-    values_TK, ids_TK = _top_of_shard(logits_TV, count)
-    ids_TK = ids_TK + vocab_start
-    if tp_group is None or dist.get_world_size(tp_group) == 1:
-        return values_TK, ids_TK
-    # Every shard sends the same number, padded with values that lose against any logit.
-    missing = count - values_TK.shape[1]
-    values_TK = torch.nn.functional.pad(values_TK, (0, missing), value=-math.inf)
-    ids_TK = torch.nn.functional.pad(ids_TK, (0, missing), value=-1)
-    size = dist.get_world_size(tp_group)
-    all_values = [torch.empty_like(values_TK) for _ in range(size)]
-    all_ids = [torch.empty_like(ids_TK) for _ in range(size)]
-    dist.all_gather(all_values, values_TK.contiguous(), group=tp_group)
-    dist.all_gather(all_ids, ids_TK.contiguous(), group=tp_group)
-    values, ids = torch.cat(all_values, 1), torch.cat(all_ids, 1)
-    real = int((ids[0] >= 0).sum())
-    keys = torch.where(ids >= 0, _keys(values, ids), torch.iinfo(torch.int64).min)
-    return _from_keys(keys.topk(min(count, real), dim=1).values)
+def _top_of_shard(logits_nV: Tensor, vocab_start: int, count: int) -> Tensor:
+    """Keys of the shard's first ``count`` tokens (all, if it has fewer), descending.
 
-
-def _top_of_shard(logits_TV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Like ``_top`` for one shard, ids from 0.
-
-    ``torch.topk`` leaves open which of equal values it returns. Only a tie across the cut matters,
-    so rows with one are done again on keys that hold value and id; in fp32 they are rare.
+    ``torch.topk`` leaves open which of equal values it returns. That matters only where a tie
+    straddles the cut, which bf16 logits do often: there the tied places get the tied ids, in
+    ascending order.
     """
-    V = logits_TV.shape[1]
+    V = logits_nV.shape[1]
     count = min(count, V)
-    values, ids = logits_TV.topk(min(count + 1, V), dim=1)
-    keys = _keys(values[:, :count], ids[:, :count])
+    values, ids = logits_nV.topk(min(count + 1, V), dim=1)
     if count < V:
-        tied = (values[:, count - 1] == values[:, count]).nonzero().flatten()
-        if len(tied):
-            every_id = torch.arange(V, device=logits_TV.device)
-            keys[tied] = _keys(logits_TV[tied], every_id).topk(count, dim=1).values
-    return _from_keys(keys.sort(1, descending=True).values)
+        straddled = (values[:, count - 1] == values[:, count]).nonzero().squeeze(1)
+        cut = values[straddled, count - 1, None]
+        num_above = (values[straddled] > cut).sum(1)
+        row, tied_id = (logits_nV[straddled] == cut).nonzero().unbind(1)
+        place = num_above[row] + torch.arange(len(row), device=row.device)
+        place -= torch.searchsorted(row, row)  # counted from the row's first tie
+        fits = place < count
+        ids[straddled[row[fits]], place[fits]] = tied_id[fits]
+    keys = _keys(values[:, :count], ids[:, :count] + vocab_start)
+    return keys.sort(1, descending=True).values
+
+
+def _merge(keys_TK: Tensor, count: int, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """Keys of the first ``count`` tokens of all shards, descending. One all-gather."""
+    # A shard with fewer sends absent ones: they lose against every token and have mass 0.
+    missing = count - keys_TK.shape[1]
+    absent = torch.tensor(-math.inf), torch.tensor(MAX_VOCAB_SIZE)
+    keys_TK = torch.nn.functional.pad(keys_TK, (0, missing), value=int(_keys(*absent)))
+    shards = [torch.empty_like(keys_TK) for _ in range(dist.get_world_size(tp_group))]
+    dist.all_gather(shards, keys_TK, group=tp_group)
+    return torch.cat(shards, 1).topk(count, dim=1).values
 
 
 def _keys(values: Tensor, ids: Tensor) -> Tensor:
     """int64 keys that sort as (value ascending, id descending): value's bits high, id's low."""
-    bits = values.contiguous().view(torch.int32)
+    bits = (values + 0.0).view(torch.int32)  # -0.0 becomes +0.0: they tie
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats sort backwards as integers
     return (ordered.long() << _ID_BITS) + (MAX_VOCAB_SIZE - ids.long())
 
 
-def _from_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+def _values_and_ids(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 values and int32 ids: ``_keys`` undone."""
     ordered = (keys >> _ID_BITS).int()
     bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
     ids = MAX_VOCAB_SIZE - (keys & ((1 << _ID_BITS) - 1))
     return bits.view(torch.float32), ids.int()
 
 
-def _offsets(sizes: Tensor) -> Tensor:
-    return torch.nn.functional.pad(sizes.long().cumsum(0), (1, 0))
+def _is_shared(tp_group: dist.ProcessGroup | None, labels_T: Tensor) -> bool:
+    """Whether there is anything to exchange, and anyone to exchange it with."""
+    return tp_group is not None and len(labels_T) > 0 and dist.get_world_size(tp_group) > 1
 
 
-def _no_rows(device: torch.device) -> CandidateSets:
-    empty = torch.empty(0, device=device)
-    return CandidateSets(
-        ids=empty.int(),
-        offsets=torch.zeros(1, dtype=torch.int64, device=device),
-        lse_T=empty,
-        gold_logprob_T=empty,
-        tail_mass_T=empty,
-        max_logprob_T=empty,
-        gold_appended_T=empty.bool(),
-    )
+def _first(wrong_T: Tensor) -> int | None:
+    rows = wrong_T.nonzero()
+    return int(rows[0]) if len(rows) else None
 
 
 def _check_arguments(
-    logits_TV: Tensor, labels_T: Tensor, coverage: float, max_candidates: int
+    logits_TV: Tensor, labels_T: Tensor, coverage: float, max_candidates: int, vocab_start: int
 ) -> None:
-    if logits_TV.dim() != 2 or labels_T.shape != logits_TV.shape[:1]:
-        raise ValueError(
-            f"expected logits [T, V] and labels [T], found {tuple(logits_TV.shape)} and "
-            f"{tuple(labels_T.shape)}"
-        )
     if not 0 < coverage <= 1:
-        raise ValueError(f"coverage must be above 0 and at most 1, found {coverage}")
-    if not 1 <= max_candidates <= 255:
-        raise ValueError(f"max_candidates must be 1 to 255, found {max_candidates}")
+        raise ConfigError("out of range", where="coverage", expected="(0, 1]", found=coverage)
+    if not 1 <= max_candidates <= MAX_CANDIDATES:
+        raise ConfigError(
+            "out of range",
+            where="max_candidates",
+            expected=f"1 to {MAX_CANDIDATES}",
+            found=max_candidates,
+        )
+    if logits_TV.dim() != 2 or labels_T.shape != logits_TV.shape[:1] or not logits_TV.shape[1]:
+        raise DataError(
+            "shapes do not fit",
+            expected="logits [T, V] with V > 0, labels [T]",
+            found=f"{list(logits_TV.shape)} and {list(labels_T.shape)}",
+        )
+    if vocab_start < 0 or vocab_start + logits_TV.shape[1] > MAX_VOCAB_SIZE:
+        raise ConfigError(
+            "the vocabulary is too large for exact integer masses",
+            expected=f"ids 0 to {MAX_VOCAB_SIZE - 1}",
+            found=f"{vocab_start} to {vocab_start + logits_TV.shape[1] - 1}",
+        )

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_replay.errors import CheckpointError, ConfigError
 
 SUPPORTED_MODEL_TYPES = ("qwen3",)
+#: The largest integer that every reader of JSON agrees on.
+_LARGEST = 2**53
+_KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}
+
+T = TypeVar("T", int, float, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,15 @@ class ModelConfig:
     tie_embeddings: bool
     qk_layernorm: bool = True
 
+    def __post_init__(self) -> None:
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        for what, number, divisor in (
+            ("query groups do not divide the attention heads", heads, groups),
+            ("rotary embeddings need channels in pairs", self.kv_channels, 2),
+        ):
+            if number % divisor:
+                raise ConfigError(what, expected=f"a multiple of {divisor}", found=number)
+
     @classmethod
     def from_hf(cls, directory: str | Path) -> ModelConfig:
         """Read ``directory/config.json``.
@@ -42,27 +56,24 @@ class ModelConfig:
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise CheckpointError(f"cannot read: {error.strerror}", where=path) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"not JSON: {error}", where=path) from error
         _refuse_unsupported(content, path)
         # transformers 5 moved rope_theta into rope_parameters.
-        rope = content.get("rope_parameters") or {}
-        try:
-            return cls(
-                num_layers=int(content["num_hidden_layers"]),
-                hidden_size=int(content["hidden_size"]),
-                ffn_hidden_size=int(content["intermediate_size"]),
-                num_attention_heads=int(content["num_attention_heads"]),
-                num_query_groups=int(content["num_key_value_heads"]),
-                kv_channels=int(content["head_dim"]),
-                vocab_size=int(content["vocab_size"]),
-                max_position_embeddings=int(content["max_position_embeddings"]),
-                rotary_base=float(rope.get("rope_theta") or content["rope_theta"]),
-                layernorm_epsilon=float(content["rms_norm_eps"]),
-                tie_embeddings=bool(content["tie_word_embeddings"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"missing or unusable key {error}", where=path) from error
+        rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
+        return cls(
+            num_layers=_read(content, "num_hidden_layers", int, path),
+            hidden_size=_read(content, "hidden_size", int, path),
+            ffn_hidden_size=_read(content, "intermediate_size", int, path),
+            num_attention_heads=_read(content, "num_attention_heads", int, path),
+            num_query_groups=_read(content, "num_key_value_heads", int, path),
+            kv_channels=_read(content, "head_dim", int, path),
+            vocab_size=_read(content, "vocab_size", int, path),
+            max_position_embeddings=_read(content, "max_position_embeddings", int, path),
+            rotary_base=_read({**content, **rope}, "rope_theta", float, path),
+            layernorm_epsilon=_read(content, "rms_norm_eps", float, path),
+            tie_embeddings=_read(content, "tie_word_embeddings", bool, path),
+        )
 
     def num_parameters(self) -> int:
         """Parameters of the whole model; tied embeddings count once."""
@@ -137,13 +148,46 @@ def _refuse_unsupported(content: Any, path: Path) -> None:
             expected=" or ".join(SUPPORTED_MODEL_TYPES),
             found=found,
         )
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    for key in ("rope_parameters", "rope_scaling"):
+        _refuse_unsupported_rope(content.get(key) or {}, key, path)
+    for key, expected in (
+        ("attention_bias", False),
+        ("use_sliding_window", False),
+        ("hidden_act", "silu"),
+        ("partial_rotary_factor", 1.0),
+        ("quantization_config", None),
+    ):
+        found = content.get(key) or expected
+        if found != expected:
+            raise ConfigError(f"unsupported {key}", where=path, expected=expected, found=found)
+    layer_types = content.get("layer_types") or []
+    for found in layer_types if isinstance(layer_types, list) else [layer_types]:
+        if found != "full_attention":
+            raise ConfigError(
+                "unsupported layer_types", where=path, expected="full_attention", found=found
+            )
+
+
+def _refuse_unsupported_rope(rope: Any, key: str, path: Path) -> None:
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"unusable {key}", where=path, expected="a mapping", found=rope)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for what, found, expected in (
-        ("attention_bias", content.get("attention_bias", False), False),
-        ("use_sliding_window", content.get("use_sliding_window", False), False),
-        ("hidden_act", content.get("hidden_act", "silu"), "silu"),
+    for name, found, expected in (
         ("rope_type", rope_type, "default"),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor") or 1.0, 1.0),
     ):
         if found != expected:
-            raise ConfigError(f"unsupported {what}", where=path, expected=expected, found=found)
+            raise ConfigError(f"unsupported {name}", where=path, expected=expected, found=found)
+
+
+def _read(content: dict[str, Any], key: str, kind: type[T], path: Path) -> T:
+    """``content[key]``, which must be a ``kind``; numbers must be positive, and not absurd."""
+    if key not in content:
+        raise CheckpointError(f"lacks the key {key}", where=path)
+    value = content[key]
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if not fits or (kind is not bool and not 0 < value <= _LARGEST):
+        raise CheckpointError(
+            f"unusable {key}", where=path, expected=_KINDS[kind], found=repr(value)[:80]
+        )
+    return kind(value)

@@ -1,13 +1,11 @@
 """MoClip (Sec. 2.1): AdamW with a cap on the angle between gradient and momentum, and atan2 steps.
 
-    D = <m, g>,  M = |m|,  n = |g|,  c = D / (M n) = cos phi
-    g' = a g + b m                                   (a, b) = (1, 0) where phi <= max_angle
+    g' = a g + b m                                   a, b from the angle of m and g: angle.py
     m  <- beta1 m + (1 - beta1) g'
     v  <- beta2 v + (1 - beta2) g^2                  the raw g, or g' with second_moment="clipped"
     p  <- (1 - lr wd) p - lr A atan2(m_hat, B sqrt(v_hat))
 
-Every reading of Eq. 5 is a pair (a, b), so one pass over memory takes three dot products and one
-pass updates. docs/method.md says why ``line`` is the default.
+One pass over memory takes three dot products, one pass updates.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,76 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
-
-OBTUSE = ("line", "zero", "reflect", "project", "rotate")
-ANGLE_SCOPES = ("model", "tensor")
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """g' = a g + b m, and the angle it was found from; fp32 tensors of one element."""
-
-    a: Tensor
-    b: Tensor
-    cosine: Tensor
-    clipped: Tensor
-
-
-def rotation(
-    dot: Tensor, momentum_sq: Tensor, grad_sq: Tensor, *, max_angle: float, obtuse: str = "line"
-) -> Rotation:
-    """The coefficients of g' from D, M^2 and n^2. Stays on the device; works elementwise.
-
-    With t = tan(max_angle), s = sin phi, for phi > max_angle:
-
-    ========  ===================================================  ===============================
-    obtuse    a, b                                                 property
-    ========  ===================================================  ===============================
-    line      a = t |c| / s,       b = D (1 - a) / M^2             |cos phi'| >= cos(max_angle);
-                                                                   <g', g> > 0; Lemma 2 to 90 deg
-    zero      line to 90 degrees, then a = b = 0                   Lemma 2 always
-    reflect   a = t |c| / s,       b = (|D| - a D) / M^2           Lemma 2; may ascend
-    project   the nearest point of the cone around m               Lemma 2
-    rotate    |g'| = |g|, turned onto the cone                     Lemma 2
-    ========  ===================================================  ===============================
-
-    Without momentum or gradient, (a, b) = (1, 0). At phi = 180 degrees, s = 0: a = 0.
-    """
-    limit = math.radians(max_angle)
-    tangent = math.tan(limit) if max_angle < 90 else math.inf
-    defined = (momentum_sq > 0) & (grad_sq > 0)
-    momentum_sq = torch.where(defined, momentum_sq, 1.0)
-    norms = momentum_sq.sqrt() * torch.where(defined, grad_sq, 1.0).sqrt()
-    cosine = torch.where(defined, dot / norms, 1.0).clamp(-1.0, 1.0)
-    sine = (1 - cosine * cosine).sqrt()
-    acute = cosine >= 0
-    clipped = cosine < math.cos(limit)
-    ratio = (norms / momentum_sq).to(cosine.dtype)  # n / M
-    if obtuse in ("project", "rotate"):
-        if obtuse == "rotate":
-            length = torch.ones_like(cosine)
-        else:  # n cos(phi - limit) along the cone's edge, nothing where that points away
-            length = (cosine * math.cos(limit) + sine * math.sin(limit)).clamp(min=0.0)
-        a = length * math.sin(limit) / sine
-        b = ratio * (length * math.cos(limit) - a * cosine)
-    else:
-        # Keep what lies along m, shorten what lies across to t times it. At 90 degrees the cap on
-        # acute angles is never reached, and an obtuse gradient keeps all that lies across.
-        a = torch.ones_like(cosine) if math.isinf(tangent) else tangent * cosine.abs() / sine
-        a = torch.where(sine > 0, a.clamp(max=1.0), 0.0)
-        if obtuse == "line":
-            along = torch.zeros_like(cosine) if math.isinf(tangent) else cosine
-        else:
-            along = cosine.abs() if obtuse == "reflect" else cosine
-        b = ratio * (along - a * cosine)
-        if obtuse == "zero":
-            a, b = torch.where(acute, a, 0.0), torch.where(acute, b, 0.0)
-    if obtuse in ("project", "rotate"):
-        # On the axis there is no direction to turn in: keep the part along m, forwards.
-        on_axis = sine == 0
-        a = torch.where(on_axis, 0.0, a)
-        b = torch.where(on_axis, ratio * length * math.cos(limit), b)
-    return Rotation(torch.where(clipped, a, 1.0), torch.where(clipped, b, 0.0), cosine, clipped)
+from megatron_replay.optim.angle import (
+    READINGS,
+    Angle,
+    cosine,
+    dot_products,
+    rotation_coefficients,
+)
 
 
 def moclip_update(
@@ -112,91 +46,87 @@ def moclip_update(
     atan_a: float,
     atan_b: float,
 ) -> None:
-    """One parameter's update, in place; the equations of this module after g' = a g + b m."""
-    if second_moment == "clipped":
-        grad_for_v = a * grad + b * exp_avg
-    else:
-        grad_for_v = grad
-    exp_avg_sq.mul_(beta2).addcmul_(grad_for_v, grad_for_v, value=1 - beta2)
-    # beta1 m + (1 - beta1)(a g + b m), without a temporary for g'
-    exp_avg.mul_(beta1 + (1 - beta1) * b).add_(grad * ((1 - beta1) * a))
-    denominator = exp_avg_sq.sqrt().mul_(atan_b / math.sqrt(1 - beta2**step))
-    update = torch.atan2(exp_avg / (1 - beta1**step), denominator)  # atan2(0, 0) = 0
+    """One parameter's update, in place; the plain form of it, with ``step`` counted from 1:
+
+    g' = a grad + b exp_avg;  h = grad, or g' with second_moment="clipped"
+    exp_avg = beta1 exp_avg + (1 - beta1) g'
+    exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) h^2
+    update = atan2(exp_avg / (1 - beta1^step), atan_b sqrt(exp_avg_sq / (1 - beta2^step)))
+    param = (1 - lr weight_decay) param - lr atan_a update          atan2(0, 0) = 0
+    """
+    squared = grad if second_moment == "raw" else a * grad + b * exp_avg
+    exp_avg_sq.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
+    # beta1 m + (1 - beta1)(a g + b m), without a temporary for g'.
+    exp_avg.mul_(beta1 + (1 - beta1) * b).addcmul_(grad, (1 - beta1) * a)
+    # atan2 does not change when both sides are scaled: both corrections go to the one temporary.
+    scale = atan_b * (1 - beta1**step) / math.sqrt(1 - beta2**step)
+    update = exp_avg_sq.sqrt().mul_(scale)
+    torch.atan2(exp_avg, update, out=update)
     param.mul_(1 - lr * weight_decay).sub_(update.mul_(lr * atan_a))
-
-
-@dataclass(frozen=True)
-class Angle:
-    """What the last step's clipping did: tensors of one element, read when logged."""
-
-    cosine: Tensor
-    a: Tensor
-    b: Tensor
-    clipped: Tensor
-    grad_norm: Tensor
-    momentum_norm: Tensor
-
-    def as_floats(self) -> dict[str, float]:
-        """Numbers for a log: the mean over tensors under ``angle_scope="tensor"``."""
-        cosine = self.cosine.float().mean().item()
-        return {
-            "degrees": math.degrees(math.acos(max(-1.0, min(1.0, cosine)))),
-            "cosine": cosine,
-            "a": self.a.float().mean().item(),
-            "b": self.b.float().mean().item(),
-            "clipped": self.clipped.float().mean().item(),
-            "obtuse": (self.cosine < 0).float().mean().item(),
-            "grad_norm": self.grad_norm.float().square().sum().sqrt().item(),
-            "momentum_norm": self.momentum_norm.float().square().sum().sqrt().item(),
-        }
 
 
 class MoClip(torch.optim.AdamW):
     """A drop-in replacement for ``torch.optim.AdamW``; state keys and checkpoints are AdamW's.
 
     Args:
+        params, lr, betas, weight_decay: as in AdamW, also per group. There is no epsilon.
         max_angle: degrees between momentum and gradient beyond which the gradient is turned.
-        obtuse: reading of Eq. 5; see ``rotation``.
+        obtuse: reading of Eq. 5; see ``rotation_coefficients``.
+        obtuse_patience: with ``zero``, so many obtuse gradients in a row are dropped; the next one
+            passes unchanged, for otherwise momentum and gradient can face each other for ever.
         angle_scope: one angle for the whole "model", or one for each "tensor".
         second_moment: v averages the squares of the "raw" gradient, or of the "clipped" one.
         atan_a, atan_b: A and B in lr A atan2(m, B sqrt v). |update| <= lr A pi / 2 (Lemma 3).
 
-    A step whose angle is not finite changes nothing, warns, and counts in ``skipped_steps``.
+    A step whose dot products are not finite changes nothing, warns, and counts in
+    ``skipped_steps``. That check is the step's one read of the device.
 
     Attributes:
-        last_angle: what the last step did, or None before the first.
+        last_angle: what the last step did; None before the first one and after a skipped one.
         skipped_steps: steps left out.
+
+    Raises:
+        ConfigError: a setting of MoClip's own that cannot work; in ``step``, a parameter that is
+            not fp32 or fp64 (a step of 1e-6 is lost in bf16: keep fp32 masters) or has a sparse
+            gradient.
+        ValueError: a setting that AdamW refuses as well.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float,
+        lr: float | Tensor,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         *,
         max_angle: float = 45.0,
         obtuse: str = "line",
+        obtuse_patience: int = 3,
         angle_scope: str = "model",
         second_moment: str = "raw",
         atan_a: float = 1.0,
         atan_b: float = 1.0,
     ) -> None:
         _require("max_angle", 0 < max_angle <= 90, "degrees above 0, at most 90", max_angle)
-        _require("obtuse", obtuse in OBTUSE, ", ".join(OBTUSE), obtuse)
-        _require("angle_scope", angle_scope in ANGLE_SCOPES, ", ".join(ANGLE_SCOPES), angle_scope)
+        _require("obtuse", obtuse in READINGS, ", ".join(READINGS), obtuse)
+        _require("obtuse_patience", obtuse_patience >= 0, "a count from 0", obtuse_patience)
+        _require("angle_scope", angle_scope in ("model", "tensor"), "model, tensor", angle_scope)
+        if angle_scope == "tensor":  # the count of obtuse steps is one for the model
+            _require("obtuse with angle_scope='tensor'", obtuse != "zero", "another", obtuse)
         _require(
             "second_moment", second_moment in ("raw", "clipped"), "raw, clipped", second_moment
         )
-        _require("atan_a", atan_a > 0, "a number above 0", atan_a)
-        _require("atan_b", atan_b > 0, "a number above 0", atan_b)
-        super().__init__(params, lr=lr, betas=betas, eps=0.0, weight_decay=weight_decay)
+        _require("atan_a", 0 < atan_a < math.inf, "a number above 0", atan_a)
+        _require("atan_b", 0 < atan_b < math.inf, "a number above 0", atan_b)
         self.max_angle, self.obtuse, self.angle_scope = max_angle, obtuse, angle_scope
-        self.second_moment, self.atan_a, self.atan_b = second_moment, atan_a, atan_b
+        self.obtuse_patience, self.second_moment = obtuse_patience, second_moment
+        self.atan_a, self.atan_b = atan_a, atan_b
         self.last_angle: Angle | None = None
         self.skipped_steps = 0
         self._group: dist.ProcessGroup | None = None
-        self._counts: Callable[[Tensor], bool] = lambda _: True
+        self._counts: Callable[[Tensor], bool] | None = None
+        # AdamW's own epsilon stays in the groups: back under AdamW, 0 would give 0 / 0.
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
 
     def reduce_angle_over(self, group: dist.ProcessGroup, counts: Callable[[Tensor], bool]) -> None:
         """Sum the angle's dot products over ``group``, the processes that share one model.
@@ -210,7 +140,9 @@ class MoClip(torch.optim.AdamW):
         """
         if self.angle_scope == "tensor" and dist.get_world_size(group) > 1:
             raise ConfigError(
-                "angle_scope='tensor' is not available where tensors are sharded",
+                "angle_scope='tensor' is not available under model parallelism yet",
+                expected="one process",
+                found=f"{dist.get_world_size(group)} processes that share the model",
                 fix="Use angle_scope='model'",
             )
         self._group, self._counts = group, counts
@@ -223,32 +155,26 @@ class MoClip(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         entries = self._entries()
-        if not entries and self._group is None:
+        # Of several processes one may have nothing to add, and must still answer the others.
+        if not entries and (self._group is None or self.angle_scope == "tensor"):
             return loss
         sums = self._sums(entries)
         if not torch.isfinite(sums).all():
-            self.skipped_steps += 1
-            warnings.warn(
-                f"MoClip: the gradient is not finite, step skipped ({self.skipped_steps} so far)",
-                stacklevel=2,
-            )
+            self._skip()
             return loss
-        turn = rotation(*sums.unbind(-1), max_angle=self.max_angle, obtuse=self.obtuse)
+        a, b = self._coefficients(sums)
         norms = sums[..., 1:].sqrt()
-        self.last_angle = Angle(
-            turn.cosine, turn.a, turn.b, turn.clipped, norms[..., 1], norms[..., 0]
-        )
+        self.last_angle = Angle(cosine(*sums.unbind(-1)), a, b, norms[..., 1], norms[..., 0])
         for i, (param, grad, group) in enumerate(entries):
-            state = self.state[param]
+            state, row = self.state[param], i if self.angle_scope == "tensor" else ()
             state["step"] += 1
-            row = i if self.angle_scope == "tensor" else ()
             moclip_update(
                 param,
                 grad,
                 state["exp_avg"],
                 state["exp_avg_sq"],
-                a=turn.a[row].to(param.dtype),
-                b=turn.b[row].to(param.dtype),
+                a=a[row].to(param),
+                b=b[row].to(param),
                 step=int(state["step"]),
                 lr=group["lr"],
                 beta1=group["betas"][0],
@@ -267,45 +193,99 @@ class MoClip(torch.optim.AdamW):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                if param.grad.is_sparse or param.is_complex():
-                    raise RuntimeError(
-                        "MoClip supports neither sparse gradients nor complex numbers"
-                    )
+                _require_usable(param, param.grad)
                 state = self.state[param]
                 if not state:
-                    state["step"] = torch.tensor(0.0)
+                    state["step"] = torch.tensor(0.0, dtype=torch.float32)
                     state["exp_avg"] = torch.zeros_like(param)
                     state["exp_avg_sq"] = torch.zeros_like(param)
                 entries.append((param, param.grad, group))
         return entries
 
     def _sums(self, entries: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> Tensor:
-        """(<m, g>, |m|^2, |g|^2): fp32 [3] over the model, or [tensors, 3]."""
+        """(<m, g>, |m|^2, |g|^2): [3] over the model, or [tensors, 3]."""
+        # Megatron gives every rank the same list of groups: on some ranks the first may be empty.
+        device = next(p.device for group in self.param_groups for p in group["params"])
         rows = [
-            _dot_products(self.state[param]["exp_avg"], grad)
+            dot_products(self.state[param]["exp_avg"], grad).to(device)
             for param, grad, _ in entries
-            if self._counts(param)
+            if self.angle_scope == "tensor" or self._counts is None or self._counts(param)
         ]
         if self.angle_scope == "tensor":
             return torch.stack(rows)
-        if rows:
-            sums = torch.stack(rows).sum(0)
-        else:  # this rank holds only copies of what others count
-            sums = torch.zeros(3, dtype=torch.float32, device=self._device())
-        sums = sums.float()
+        # A rank may hold nothing but copies of what others count.
+        sums = torch.stack(rows).sum(0) if rows else torch.zeros(3, device=device)
         if self._group is not None:
+            sums = sums.float()  # HCCL has no fp64
             dist.all_reduce(sums, group=self._group)
         return sums
 
-    def _device(self) -> torch.device:
-        return next(p.device for group in self.param_groups for p in group["params"])
+    def _coefficients(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = rotation_coefficients(*sums.unbind(-1), max_angle=self.max_angle, obtuse=self.obtuse)
+        if self.obtuse == "zero" and self._patience_is_spent(is_obtuse=bool(sums[0] < 0)):
+            return torch.ones_like(a), torch.zeros_like(b)
+        return a, b
+
+    def _patience_is_spent(self, *, is_obtuse: bool) -> bool:
+        """Count obtuse gradients in a row; the count is saved with the groups, as ``lr`` is."""
+        streak = self.param_groups[0].get("obtuse_streak", 0) + 1 if is_obtuse else 0
+        spent = streak > self.obtuse_patience
+        for group in self.param_groups:
+            group["obtuse_streak"] = 0 if spent else streak
+        return spent
+
+    def _skip(self) -> None:
+        self.last_angle = None
+        self.skipped_steps += 1
+        warnings.warn(
+            "MoClip: gradient or momentum is not finite, step skipped "
+            f"({self.skipped_steps} so far)",
+            stacklevel=3,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in AdamW. Raises ConfigError for AdamW's options that MoClip lacks."""
+        _require_no_variant(param_group)
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch copies and pickles state and groups alone; without its settings a copy cannot step.
+        if self._group is not None:
+            raise ConfigError("MoClip cannot be copied once its angle is reduced over processes")
+        return {name: value for name, value in vars(self).items() if name in _OWN} | (
+            super().__getstate__()
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            _require_no_variant(group)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
-def _dot_products(exp_avg: Tensor, grad: Tensor) -> Tensor:
-    m, g = exp_avg.flatten().float(), grad.flatten().float()
-    return torch.stack([torch.dot(m, g), torch.dot(m, m), torch.dot(g, g)])
+#: What a copy of a MoClip needs beyond what torch copies.
+_OWN = frozenset(
+    "max_angle obtuse obtuse_patience angle_scope second_moment atan_a atan_b "
+    "last_angle skipped_steps _group _counts".split()
+)
 
 
 def _require(name: str, condition: bool, expected: str, found: object) -> None:
     if not condition:
-        raise ConfigError(f"unusable {name}", expected=expected, found=repr(found))
+        raise ConfigError(f"unusable {name}", where="MoClip", expected=expected, found=repr(found))
+
+
+def _require_usable(param: Tensor, grad: Tensor) -> None:
+    if param.dtype not in (torch.float32, torch.float64):
+        raise ConfigError(
+            "unusable parameter",
+            where="MoClip",
+            expected="float32 or float64",
+            found=param.dtype,
+            fix="Give MoClip fp32 masters of the model's weights",
+        )
+    _require("gradient", grad.layout == torch.strided, "a dense one", grad.layout)
+
+
+def _require_no_variant(group: dict[str, Any]) -> None:
+    for name in ("amsgrad", "maximize", "differentiable"):
+        _require(f"option {name} of a group", not group.get(name), "False", group.get(name))

@@ -8,10 +8,11 @@ from megatron_replay.config import OptimizerConfig
 
 
 def learning_rate(iteration: int, config: OptimizerConfig, train_iters: int) -> float:
-    """Learning rate of ``iteration`` (from 0), as Megatron's scheduler defines it.
+    """Learning rate of ``iteration`` (from 0), in the shapes of Megatron's scheduler.
 
-    Linear warm-up to ``lr`` over ``lr_warmup_iters`` (the first iteration already takes a step),
-    then ``lr_decay_style`` down to ``min_lr``, reached after the last iteration.
+    With w = ``lr_warmup_iters``: lr (k + 1) / w for k < w, so that the first iteration moves too
+    (Megatron's stands still); then from ``lr`` at k = w along ``lr_decay_style`` to ``min_lr`` at
+    k = ``train_iters``, one after the last. ``constant`` stays at ``lr``.
     """
     warmup = config.lr_warmup_iters
     if iteration < warmup:

@@ -7,6 +7,7 @@ import os
 import torch
 
 from megatron_replay.platform.base import Platform
+from megatron_replay.platform.megatron_core import check_version
 
 
 class CUDA(Platform):
@@ -23,6 +24,7 @@ class CUDA(Platform):
 
     def prepare(self, local_rank: int = 0) -> None:
         """Bind this process to GPU ``local_rank``."""
+        check_version()
         # megatron-core's overlap needs one queue: collectives start before the matmul they hide in.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         self.device = torch.device("cuda", local_rank)

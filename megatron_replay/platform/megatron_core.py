@@ -19,8 +19,8 @@ import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import logging
-import multiprocessing
 import os
+import queue
 import sys
 import types
 import warnings
@@ -79,7 +79,7 @@ def install(
     global _installed
     if _installed:
         return
-    _check_version()
+    check_version()
     if any(name.startswith(_PACKAGE) for name in sys.modules):
         raise RuntimeError("platform.prepare() must come before the first import of megatron.core")
     stand_in = _torch_stand_in(device_module, device, extra)
@@ -93,7 +93,8 @@ def install(
 _installed = False
 
 
-def _check_version() -> None:
+def check_version() -> None:
+    """Raise ConfigError unless megatron-core is the release whose private details we rely on."""
     try:
         found = importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError:
@@ -155,14 +156,23 @@ def _rebind(module: types.ModuleType, stand_in: _Module) -> None:
     if getattr(module, "torch", None) is torch:
         module.torch = stand_in  # type: ignore[attr-defined]
     if module.__name__ == f"{_PACKAGE}.tensor_parallel.random":
-        # These two reach into torch.cuda.default_generators and the CUDA graph API.
-        device = stand_in.cuda
-        module._get_cuda_rng_state = (  # type: ignore[attr-defined]
-            lambda device_="", clone=False, graph_safe=False: device.get_rng_state()
-        )
-        module._set_cuda_rng_state = (  # type: ignore[attr-defined]
-            lambda state, device_=-1, graph_safe=False: device.set_rng_state(state)
-        )
+        _replace_rng_functions(module, stand_in.cuda)
+
+
+def _replace_rng_functions(module: types.ModuleType, device_module: types.ModuleType) -> None:
+    """They reach into torch.cuda.default_generators and the CUDA graph API; same signatures."""
+
+    def get_state(
+        device: int | str | torch.device = "cuda", clone: bool = False, graph_safe: bool = False
+    ) -> torch.Tensor:
+        state: torch.Tensor = device_module.get_rng_state()
+        return state
+
+    def set_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        device_module.set_rng_state(new_state)
+
+    module._get_cuda_rng_state = get_state  # type: ignore[attr-defined]
+    module._set_cuda_rng_state = set_state  # type: ignore[attr-defined]
 
 
 def _patch_tensor(stand_in: _Module, device: torch.device) -> None:
@@ -222,19 +232,17 @@ def _no_compile(function: Callable[..., Any] | None = None, **_: Any) -> Any:
 def checkpointing() -> Iterator[None]:
     """Surround every call of dist_checkpointing with this.
 
-    Patches ``filesystem_async._results_queue``, on which checkpoint writers answer, to come from a
-    forked manager. Left alone, megatron-core starts the manager by spawn: it re-imports the main
-    module and torch, 4 to 18 seconds on every rank. Silences torch's notices that the ShardedTensor
-    API underneath will go one day: nothing a user of the pinned release can do about.
+    Patches ``filesystem_async._results_queue``, on which a checkpoint's writers answer. It is made
+    for writers in other processes and lives in a manager that is spawned: it imports the main
+    module and torch again, 4 to 18 seconds on every rank, and outlives a rank that is killed. We
+    save synchronously, so writer and reader are one process and a plain queue does.
+
+    Silences torch's notices that the ShardedTensor API underneath will go one day: nothing a user
+    of the pinned release can do about.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    if filesystem_async._results_queue is None:
-        with warnings.catch_warnings():
-            # Python 3.12 warns of forking beside threads; this child runs Python code only.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            manager = multiprocessing.get_context("fork").Manager()
-        filesystem_async._results_queue = manager.Queue()
+    filesystem_async._results_queue = queue.Queue()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_replay.errors import ConfigError
 from megatron_replay.platform.base import Platform
 from megatron_replay.platform.megatron_core import install
 
@@ -29,7 +30,15 @@ class NPU(Platform):
         """Whether torch_npu is installed and sees a device."""
         if importlib.util.find_spec("torch_npu") is None:
             return False
-        importlib.import_module("torch_npu")
+        try:
+            importlib.import_module("torch_npu")
+        except (ImportError, OSError) as error:
+            # "auto" would go on with the CPU, days slower than what this machine was bought for.
+            raise ConfigError(
+                f"torch_npu is installed and cannot be imported: {error}",
+                where="--platform",
+                fix="Source CANN's set_env.sh, or give --platform cpu",
+            ) from error
         return bool(_npu().is_available())
 
     def prepare(self, local_rank: int = 0) -> None:

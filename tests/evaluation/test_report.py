@@ -90,7 +90,14 @@ def test_run_summary_against_numpy(tmp_path: Path) -> None:
     assert summary.loss_std == pytest.approx((last - line).std(), rel=0.06)  # either ddof
     assert summary.final_loss == pytest.approx(last[-4:].mean())
     assert summary.probes == [{"iteration": 40, "probe": probe}]
-    assert summary.loss_spikes == 0
+    assert summary.loss_spikes is None  # too short to judge
+
+
+def test_spikes(tmp_path: Path) -> None:
+    lines = steps(200)
+    lines[150]["loss"] += 1000
+    summary = summarize_run(write_run(tmp_path / "run", lines))
+    assert (summary.loss_spikes, summary.gradient_spikes) == (1, 0)
 
 
 def test_totals_are_not_guessed_and_null_is_counted(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""Empty parameters as megatron-core names and shapes them, for every rank of a TP x PP grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_replay.checkpoint.export import finish_directory, read_config, write_weights
+from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
+from megatron_replay.checkpoint.names import mapping_of
+from megatron_replay.model.config import ModelConfig
+
+LOCAL_NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
+TE_NORMS = (
+    "self_attention.linear_qkv.layer_norm_weight",
+    "mlp.linear_fc1.layer_norm_weight",
+)
+
+
+def empty_stage(config: ModelConfig, tp: int, pp: int, stage: int, te: bool) -> dict[str, Tensor]:
+    """One rank's parameters, full of NaN: a parameter left unfilled differs from everything."""
+    hidden, channels = config.hidden_size, config.kv_channels
+    queries, groups = config.num_attention_heads // tp, config.num_query_groups // tp
+    layer = {
+        **dict.fromkeys(TE_NORMS if te else LOCAL_NORMS, (hidden,)),
+        "self_attention.linear_qkv.weight": ((queries + 2 * groups) * channels, hidden),
+        "self_attention.linear_proj.weight": (hidden, queries * channels),
+        "self_attention.q_layernorm.weight": (channels,),
+        "self_attention.k_layernorm.weight": (channels,),
+        "mlp.linear_fc1.weight": (2 * config.ffn_hidden_size // tp, hidden),
+        "mlp.linear_fc2.weight": (hidden, config.ffn_hidden_size // tp),
+    }
+    vocabulary = (config.vocab_size // tp, hidden)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if stage == 0:
+        shapes["embedding.word_embeddings.weight"] = vocabulary
+    for number in range(config.num_layers // pp):
+        shapes |= {f"decoder.layers.{number}.{name}": shape for name, shape in layer.items()}
+    if stage == pp - 1:
+        shapes["decoder.final_layernorm.weight"] = (hidden,)
+        if pp > 1 or not config.tie_embeddings:
+            shapes["output_layer.weight"] = vocabulary
+    return {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+
+
+def load_grid(
+    directory: Path, tp: int, pp: int, *, te: bool = False
+) -> dict[int, list[dict[str, Tensor]]]:
+    """{stage: [parameters of TP rank 0, 1, ...]}, loaded."""
+    config, reader = ModelConfig.from_hf(directory), HFReader(directory)
+    grid: dict[int, list[dict[str, Tensor]]] = {}
+    for stage in range(pp):
+        grid[stage] = [empty_stage(config, tp, pp, stage, te) for _ in range(tp)]
+        for rank, parameters in enumerate(grid[stage]):
+            load_hf_weights(
+                parameters.items(),
+                reader,
+                config,
+                tp_rank=rank,
+                tp_size=tp,
+                layer_offset=stage * config.num_layers // pp,
+            )
+    return grid
+
+
+def save_grid(
+    grid: dict[int, list[dict[str, Tensor]]],
+    source: Path,
+    staged: Path,
+    final: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = 2 << 30,
+    overwrite: bool = False,
+) -> None:
+    """Join the ranks' shards and write them as the stages do."""
+    config = ModelConfig.from_hf(source)
+    written = {}
+    for stage, ranks in grid.items():
+        tensors = []
+        for name in ranks[0]:
+            if name == "output_layer.weight" and config.tie_embeddings:
+                continue
+            mapping = mapping_of(name, config, stage * config.num_layers // len(grid))
+            joined = mapping.layout.join([rank[name] for rank in ranks])
+            tensors += zip(mapping.names, joined, strict=True)
+        written |= write_weights(
+            staged, tensors, dtype=dtype, stage=stage, max_shard_bytes=max_shard_bytes
+        )
+    finish_directory(
+        staged,
+        final,
+        written,
+        read_config(source),
+        dtype=dtype,
+        source=source,
+        overwrite=overwrite,
+    )

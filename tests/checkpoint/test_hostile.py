@@ -1,0 +1,385 @@
+"""Directories that are broken, or made to mislead: each is refused with a line that says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_replay.checkpoint.hf import INDEX, SINGLE, HFReader, load_hf_weights
+from megatron_replay.errors import CheckpointError, ConfigError
+from megatron_replay.model.config import ModelConfig
+from tests import tiny
+
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+
+def read(directory: Path) -> None:
+    """Everything loading does to a directory before it reads the numbers."""
+    config = ModelConfig.from_hf(directory)
+    HFReader(directory).check(config)
+
+
+@pytest.fixture
+def single(qwen3, tmp_path) -> Path:
+    return Path(shutil.copytree(qwen3[True], tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(sharded_qwen3, tmp_path) -> Path:
+    return Path(shutil.copytree(sharded_qwen3[True], tmp_path / "model"))
+
+
+def change_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(directory / SINGLE)
+    change(tensors)
+    save_file(tensors, directory / SINGLE)
+
+
+def change_index(directory: Path, change: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((directory / INDEX).read_text())
+    change(index["weight_map"])
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def shard_files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("model-*.safetensors"))
+
+
+def test_the_untouched_ones_are_accepted(single, sharded_qwen3):
+    read(single)
+    read(sharded_qwen3[True])
+    read(sharded_qwen3[False])
+
+
+def test_no_directory_and_no_weights(single, tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere/config\.json: cannot read: No such file"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="nowhere: no weights here"):
+        HFReader(tmp_path / "nowhere")
+    (single / SINGLE).unlink()
+    with pytest.raises(CheckpointError, match=r"no weights here \(expected model\.safetensors or"):
+        read(single)
+    (single / SINGLE).mkdir()
+    with pytest.raises(CheckpointError, match="cannot read: Is a directory"):
+        read(single)
+
+
+def test_fingerprint_needs_config_and_sees_every_file(sharded):
+    before = HFReader(sharded).fingerprint()
+    assert HFReader(sharded).fingerprint() == before
+    for path in (sharded / "config.json", *shard_files(sharded)):
+        content = path.read_bytes()
+        path.write_bytes(content[:-2] + bytes([content[-2] ^ 1, content[-1]]))
+        assert HFReader(sharded).fingerprint() != before, path
+        path.write_bytes(content)
+    (sharded / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+        HFReader(sharded).fingerprint()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 200, 10_000, -1])
+def test_truncated_shard(sharded, kept):
+    victim = shard_files(sharded)[1]
+    victim.write_bytes(victim.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=f"{victim.name}: truncated") as caught:
+        read(sharded)
+    assert f"found {victim.stat().st_size} bytes" in str(caught.value)
+
+
+def test_longer_than_its_header_says(single):
+    with open(single / SINGLE, "ab") as handle:
+        handle.write(b"more")
+    with pytest.raises(CheckpointError, match="longer than its header says"):
+        read(single)
+
+
+def rewrite_header(path: Path, change: Callable[[dict], object], length: int | None = None) -> None:
+    content = path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    table = json.loads(content[8 : 8 + size])
+    change(table)
+    header = json.dumps(table).encode()
+    path.write_bytes(struct.pack("<Q", length or len(header)) + header + content[8 + size :])
+
+
+HEADER_LIES: dict[str, tuple[Callable[[dict], object], str]] = {
+    "offsets beyond the file": (
+        lambda t: t[NORM].update(data_offsets=[0, 10**12]), "truncated .*expected 1000"
+    ),
+    "offsets as infinity": (
+        lambda t: t[NORM].update(data_offsets=[0, float("inf")]), "header is damaged"
+    ),
+    "offsets backwards": (
+        lambda t: t["model.layers.0.mlp.up_proj.weight"]["data_offsets"].reverse(), "is damaged"
+    ),
+    "offsets negative": (
+        lambda t: t[NORM].update(data_offsets=[-4, t[NORM]["data_offsets"][1]]), "header is damaged"
+    ),
+    "offsets overlapping": (
+        lambda t: t[NORM].update(data_offsets=[0, 256]), "header is damaged|longer"
+    ),
+    "offsets missing": (lambda t: t[NORM].pop("data_offsets"), "header is damaged"),
+    "shape and size disagree": (lambda t: t[NORM].update(shape=[65]), "header is damaged"),
+    "unknown dtype": (lambda t: t[NORM].update(dtype="F31"), "header is damaged"),
+    "entry is a list": (lambda t: t.update({NORM: [1]}), "header is damaged"),
+    "integers for weights": (
+        lambda t: t[NORM].update(dtype="I32"), f"wrong dtype of {NORM} .*expected F64.*found I32"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", HEADER_LIES)
+def test_lying_header(single, lie):
+    change, message = HEADER_LIES[lie]
+    rewrite_header(single / SINGLE, change)
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: .*{message}"):
+        read(single)
+
+
+@pytest.mark.parametrize("length", [2**64 - 1, 2**63, 100_000_001, 10_000_000, 3])
+def test_header_of_another_length(single, length):
+    rewrite_header(single / SINGLE, lambda table: None, length)
+    with pytest.raises(CheckpointError, match=r"truncated, or not a safe|is damaged"):
+        read(single)
+
+
+@pytest.mark.parametrize(
+    "header", [b"", b"[]", b"7", b"\xff\xfe", b"[" * 100_000, b'{"a": {}}', b'{"a": 1e999}']
+)
+def test_garbage_header(single, header):
+    (single / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the header is damaged"):
+        read(single)
+
+
+def test_pickle_under_the_name_of_weights(single):
+    torch.save({"a": torch.ones(3)}, single / SINGLE)
+    with pytest.raises(CheckpointError, match="truncated, or not a safetensors file"):
+        read(single)
+
+
+INDEX_LIES: dict[str, tuple[Callable[[dict[str, str]], object], str]] = {
+    "missing file": (lambda m: m.update({NORM: "model-9.safetensors"}), "a file that is not there"),
+    "parent": (lambda m: m.update({NORM: "../model.safetensors"}), r"unsafe shard name .*'\.\./"),
+    "absolute": (lambda m: m.update({NORM: "/etc/passwd"}), "unsafe shard name .*'/etc/passwd'"),
+    "nested": (lambda m: m.update({NORM: "a/b.safetensors"}), "unsafe shard name"),
+    "dots": (lambda m: m.update({NORM: ".."}), "unsafe shard name"),
+    "itself": (lambda m: m.update({NORM: "."}), "unsafe shard name"),
+    "no name": (lambda m: m.update({NORM: ""}), "unsafe shard name"),
+    "no string": (lambda m: m.update({NORM: None}), "a file that is not there"),
+    "zero byte": (lambda m: m.update({NORM: "a\0b"}), "a file that is not there"),
+    "endless name": (lambda m: m.update({NORM: "a" * 5000}), "a file that is not there"),
+    "not weights": (lambda m: m.update({NORM: "config.json"}), "truncated, or not a safetensors"),
+    "another shard": (
+        lambda m: m.update({EMBEDDING: m[NORM]} if m[NORM] != m[EMBEDDING] else {NORM: "?"}),
+        "(holds|lacks) a tensor that the index",
+    ),
+    "unlisted tensor": (lambda m: m.pop(NORM), f"does not place here: {NORM}"),
+    "invented tensor": (lambda m: m.update(extra=m[NORM]), "index places here: extra"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", INDEX_LIES)
+def test_lying_index(sharded, lie):
+    change, message = INDEX_LIES[lie]
+    change_index(sharded, change)
+    with pytest.raises(CheckpointError, match=message):
+        read(sharded)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[]", b"{}", b'{"weight_map": 3}', b'{"weight_map": ["a"]}', b"\xff", b"[" * 9**5],
+)
+def test_garbage_index(sharded, text):
+    (sharded / INDEX).write_bytes(text)
+    with pytest.raises(CheckpointError, match=rf"{INDEX}: not an index of weights"):
+        read(sharded)
+
+
+def test_weights_beside_an_index_of_others_are_ambiguous(sharded):
+    """transformers loads the single file, others the index."""
+    shutil.copyfile(shard_files(sharded)[0], sharded / SINGLE)
+    with pytest.raises(CheckpointError, match="beside an index that does not name it"):
+        read(sharded)
+
+
+def test_an_index_of_one_file_under_the_plain_name_is_fine(single):
+    names = load_file(single / SINGLE).keys()
+    (single / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, SINGLE)}))
+    read(single)
+
+
+def test_shards_may_be_links(sharded, tmp_path):
+    """As in the hub's cache, where a snapshot links to blobs elsewhere."""
+    (tmp_path / "blobs").mkdir()
+    for number, path in enumerate(shard_files(sharded)):
+        path.rename(tmp_path / "blobs" / str(number))
+        path.symlink_to(tmp_path / "blobs" / str(number))
+    read(sharded)
+    (tmp_path / "blobs" / "1").unlink()
+    with pytest.raises(CheckpointError, match="cannot read: No such file"):
+        read(sharded)
+
+
+TENSOR_CHANGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "missing": (lambda t: t.pop(NORM), f"tensors missing: {NORM}$"),
+    "many missing": (
+        lambda t: [t.pop(n) for n in list(t) if "mlp" in n], "up_proj.weight and 9 more$"
+    ),
+    "extra": (lambda t: t.update(x=torch.ones(1)), "tensors not part of the model: x$"),
+    "bias": (
+        lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(128)}), "q_proj.bias"
+    ),
+    "one layer more": (
+        lambda t: t.update({"model.layers.4.input_layernorm.weight": torch.ones(64)}),
+        r"not part of the model: model\.layers\.4",
+    ),
+    "wrong shape": (
+        lambda t: t.update({NORM: torch.ones(65)}),
+        rf"wrong shape of {NORM} \(expected \(64,\); found \(65,\)\)",
+    ),
+    "transposed": (
+        lambda t: t.update({EMBEDDING: t[EMBEDDING].T.contiguous()}), "found \\(64, 512\\)"
+    ),
+    "another head": (
+        lambda t: t.update({HEAD: t[EMBEDDING] + 1}), "lm_head.weight differs from the embedding"
+    ),
+    "head of another dtype": (
+        lambda t: t.update({HEAD: t[EMBEDDING].bfloat16()}), "lm_head.weight differs"
+    ),
+    "head without embedding": (
+        lambda t: t.update({HEAD: t.pop(EMBEDDING)}), f"tensors missing: {EMBEDDING}"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TENSOR_CHANGES)
+def test_wrong_tensors(single, name):
+    change, message = TENSOR_CHANGES[name]
+    change_tensors(single, change)
+    with pytest.raises(CheckpointError, match=message):
+        read(single)
+
+
+def test_a_tied_model_may_carry_an_equal_head(single):
+    change_tensors(single, lambda t: t.update({HEAD: t[EMBEDDING].clone()}))
+    read(single)
+
+
+@pytest.mark.parametrize("num_layers", [5, 10**6, 2**53])
+def test_more_layers_than_tensors(single, num_layers):
+    """Answered at once, whatever the number: no table of that many names is made."""
+    config = json.loads((single / "config.json").read_text())
+    config = {**config, "num_hidden_layers": num_layers, "layer_types": None}
+    (single / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"tensors missing|counts more layers"):
+        read(single)
+
+
+def test_an_untied_model_needs_its_head(single):
+    config = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(CheckpointError, match=r"tensors missing: lm_head\.weight"):
+        read(single)
+
+
+def test_parameters_of_another_shape_and_unknown_tensors(single):
+    config, reader = ModelConfig.from_hf(single), HFReader(single)
+
+    def load(parameters, tp=1):
+        load_hf_weights(
+            parameters.items(), reader, config, tp_rank=0, tp_size=tp, layer_offset=0
+        )  # fmt: skip
+
+    with pytest.raises(CheckpointError, match=r"expected \(63,\); found \(64,\)"):
+        load({"decoder.final_layernorm.weight": torch.empty(63)})
+    with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.4\."):
+        load({"decoder.layers.4.input_layernorm.weight": torch.empty(64)})
+    with pytest.raises(ConfigError, match=r"TP does not divide .*attention heads"):
+        load({"decoder.final_layernorm.weight": torch.empty(64)}, tp=3)
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory) -> Path:
+    """A model whose weights take a few kilobytes."""
+    return tiny.save_qwen3(
+        tmp_path_factory.mktemp("smallest") / "model",
+        tied=True,
+        vocab_size=8,
+        hidden_size=4,
+        intermediate_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=2,
+    )
+
+
+def refusal(directory: Path) -> str | None:
+    """The line a user reads, or None; any other exception is a failure."""
+    try:
+        read(directory)
+    except (CheckpointError, ConfigError) as error:
+        return str(error)
+    return None
+
+
+def test_every_flipped_byte_of_a_header_is_refused_or_harmless(smallest):
+    """Any of the first 200 bytes, three ways: read well, or CheckpointError, and nothing else."""
+    path = smallest / SINGLE
+    content = path.read_bytes()
+    refused = 0
+    try:
+        for place in range(200):
+            for flip in (0x01, 0x20, 0xFF):
+                damaged = bytearray(content)
+                damaged[place] ^= flip
+                path.write_bytes(damaged)
+                line = refusal(smallest)
+                assert line is None or str(smallest) in line
+                refused += line is not None
+    finally:
+        path.write_bytes(content)
+    assert refused > 500  # what passes is in "__metadata__", or in white space
+    read(smallest)
+
+
+def test_every_truncation_is_refused(smallest):
+    path = smallest / SINGLE
+    content = path.read_bytes()
+    try:
+        for cut in range(50):
+            path.write_bytes(content[: len(content) * cut // 50])
+            with pytest.raises(CheckpointError, match=SINGLE):
+                read(smallest)
+    finally:
+        path.write_bytes(content)
+
+
+def test_flipped_bytes_of_config_and_index_are_refused_or_harmless(smallest):
+    """Bits of config.json: a number may become another, which the tensors' shapes then betray."""
+    names = load_file(smallest / SINGLE).keys()
+    index = smallest / INDEX
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, SINGLE)}))
+    try:
+        for path in (smallest / "config.json", index):
+            content = path.read_bytes()
+            for place in range(0, len(content), 3):
+                damaged = bytearray(content)
+                damaged[place] ^= 0x10
+                path.write_bytes(damaged)
+                line = refusal(smallest)
+                assert line is None or any(w in line for w in (str(smallest), "divide", "pairs"))
+            path.write_bytes(content)
+    finally:
+        os.unlink(index)
+    read(smallest)

@@ -1,0 +1,69 @@
+"""Run a stage's main function on forked ranks, as torchrun would run the program."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_replay import stage0, stage1
+from megatron_replay.training.metrics import read_metrics
+from tests import pool
+
+MAINS: dict[str, Callable[[Sequence[str]], int]] = {"stage0": stage0.main, "stage1": stage1.main}
+
+
+def _main(
+    rank: int, world_size: int, stage: str, argv: list[str], before: Callable[[int], None] | None
+) -> tuple[int, str, str]:
+    if before is not None:
+        before(rank)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = MAINS[stage](argv)
+    return code, out.getvalue(), err.getvalue()
+
+
+def run(
+    stage: str,
+    *argv: object,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    before: Callable[[int], None] | None = None,
+) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each rank; ``before(rank)`` runs first in each."""
+    layout = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
+    return pool.run(tp * pp * dp, _main, stage, [*map(str, argv), *layout], before)
+
+
+def succeed(stage: str, *argv: object, **layout: Any) -> str:
+    """Run, insist on success, return everything the ranks wrote."""
+    results = run(stage, *argv, **layout)
+    assert [code for code, _, _ in results] == [0] * len(results), results
+    return "".join(out + err for _, out, err in results)
+
+
+def fail(stage: str, *argv: object, code: int, **layout: Any) -> str:
+    """Run, insist that every rank leaves with ``code``, return rank 0's one line of error."""
+    results = run(stage, *argv, **layout)
+    assert [c for c, _, _ in results] == [code] * len(results), results
+    lines = [line for line in results[0][2].splitlines() if line.startswith("error")]
+    assert len(lines) == 1, results[0][2]
+    assert "Traceback" not in results[0][2]
+    return lines[0]
+
+
+def losses(save: Path) -> list[float]:
+    """The losses that a run logged, in order."""
+    return [line["loss"] for line in read_metrics(save / "metrics.jsonl") if "loss" in line]
+
+
+def same_tree(ours: Path, theirs: Path) -> None:
+    """Assert that two directories hold the same files with the same bytes."""
+    names = {p.relative_to(theirs) for p in theirs.rglob("*") if p.is_file()}
+    assert {p.relative_to(ours) for p in ours.rglob("*") if p.is_file()} == names
+    for name in names:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name

@@ -1,0 +1,146 @@
+"""Stage 0 as a program: one store, whatever the layout, the batch, or the interruptions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_replay.store import CandidateReader
+from tests import tiny
+from tests.e2e import stages
+
+SIZES = ["--seq-length", 64, "--documents-per-shard", 16]
+LAYOUTS = [
+    {"tp": 1},
+    {"tp": 2},
+    {"tp": 4},
+    {"tp": 4, "pp": 2},
+    {"tp": 2, "dp": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stage0")
+    tiny.save_corpus(folder / "corpus", num_documents=40)
+    tiny.save_qwen3(folder / "model", tied=False)
+    tiny.save_qwen3(folder / "exact", tied=False, rms_norm_eps=1e-30)
+    _make_exact(folder / "exact" / "model.safetensors")
+    return folder
+
+
+def _make_exact(weights) -> None:
+    """Weights for which every logit is exact in fp32, in any order of summation.
+
+    Attention and MLP add zero; embeddings are +-1, so RMSNorm (eps ~ 0, weight 1) leaves them; the
+    output layer holds small multiples of 1/64. Then all layouts compute bitwise equal logits, with
+    many ties, and the stores must be equal to the byte.
+    """
+    tensors = load_file(weights)
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor.zero_()
+        elif name == "model.norm.weight":
+            tensor.fill_(1)
+        elif name == "model.embed_tokens.weight":
+            tensor.copy_(torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1)
+        elif name == "lm_head.weight":
+            tensor.copy_(torch.randint(-40, 41, tensor.shape, generator=generator) / 64)
+    save_file(tensors, weights, {"format": "pt"})
+
+
+def collect(folder, store, *extra, model="exact", **layout) -> str:
+    return stages.succeed(
+        "stage0",
+        "--load", folder / model, "--data-path", folder / "corpus", "--store", store,
+        *SIZES, *extra, **layout,
+    )  # fmt: skip
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["bucket", "random"])
+def test_stores_are_byte_identical_for_equal_logits(folder, tmp_path, strategy):
+    reference = tmp_path / "reference"
+    flags = ["--position-strategy", strategy]
+    collect(folder, reference, *flags)
+    reader = CandidateReader(reference)
+    sizes = np.concatenate([np.diff(reader[i].offsets) for i in range(len(reader))])
+    assert len(np.unique(sizes)) > 20  # the sets are worth comparing
+    for layout in LAYOUTS[1:] if strategy == "bucket" else LAYOUTS[3:4]:
+        store = tmp_path / "-".join(f"{k}{v}" for k, v in layout.items())
+        collect(folder, store, *flags, **layout)
+        stages.same_tree(store, reference)
+    for extra in (["--micro-batch-size", 3], ["--logits-chunk-size", 7]):
+        store = tmp_path / extra[0]
+        collect(folder, store, *flags, *extra)
+        stages.same_tree(store, reference)
+
+
+@pytest.mark.distributed
+def test_sets_of_a_real_model_differ_only_by_rounding(folder, tmp_path):
+    """Where a layout rounds logits otherwise, a set may gain or lose a token at the very cut."""
+    flags = ["--position-strategy", "all", "--coverage", 0.4]
+    collect(folder, tmp_path / "a", *flags, model="model")
+    collect(folder, tmp_path / "b", *flags, model="model", tp=4, pp=2)
+    a, b = CandidateReader(tmp_path / "a"), CandidateReader(tmp_path / "b")
+    differing = total = 0
+    for i in range(len(a)):
+        assert np.array_equal(a[i].positions, b[i].positions)
+        assert np.allclose(a[i].tail_mass, b[i].tail_mass, atol=1e-3)  # stored in fp16
+        for t in range(len(a[i].positions)):
+            ours = set(a[i].ids[a[i].offsets[t] : a[i].offsets[t + 1]].tolist())
+            theirs = set(b[i].ids[b[i].offsets[t] : b[i].offsets[t + 1]].tolist())
+            total += 1
+            differing += ours != theirs
+            assert len(ours ^ theirs) <= 2
+    assert total > 100
+    assert differing <= 0.02 * total
+
+
+@pytest.mark.distributed
+def test_an_interrupted_run_is_finished_by_another_layout(folder, tmp_path):
+    collect(folder, tmp_path / "whole")
+    collect(folder, tmp_path / "store")
+    (tmp_path / "store" / "manifest.json").unlink()
+    (tmp_path / "store" / "shard-000001.idx").unlink()  # published last: the shard is not there
+    collect(folder, tmp_path / "store", tp=2, dp=2)
+    stages.same_tree(tmp_path / "store", tmp_path / "whole")
+
+
+@pytest.mark.distributed
+def test_stored_logits_are_the_model_s(folder, tmp_path):
+    collect(folder, tmp_path / "a", "--store-logits", tp=2)
+    reader = CandidateReader(tmp_path / "a")
+    document = reader[0]
+    logits = document.logits[: document.offsets[1]].astype(np.float64)
+    inside = np.log(np.exp(logits).sum())
+    assert inside - document.lse[0] == pytest.approx(np.log1p(-document.tail_mass[0]), abs=2e-2)
+
+
+@pytest.mark.distributed
+def test_other_settings_are_refused_by_name(folder, tmp_path):
+    collect(folder, tmp_path / "store")
+    message = stages.fail(
+        "stage0",
+        "--load", folder / "exact", "--data-path", folder / "corpus", "--store", tmp_path / "store",
+        *SIZES, "--coverage", 0.9, code=5,
+    )  # fmt: skip
+    assert "coverage" in message
+    assert "0.95" in message
+    assert "0.9" in message
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("policy", "said"), [("drop", "--long-documents drop"), ("truncate", "--long-documents trunc")]
+)
+def test_long_documents_are_counted(folder, tmp_path, policy, said):
+    argv = ["--load", folder / "exact", "--data-path", folder / "corpus", "--seq-length", 16]
+    message = stages.fail("stage0", *argv, "--store", tmp_path / "store", code=3)
+    assert "--long-documents" in message
+    store = tmp_path / policy
+    assert said in stages.succeed("stage0", *argv, "--long-documents", policy, "--store", store)
+    assert len(CandidateReader(store)) == 40

@@ -1,0 +1,110 @@
+"""Independent float64 references, and random cases to try them on.
+
+Shapes: T positions, V vocabulary, H hidden channels, G candidate sets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_replay.functional import restricted_cross_entropy_dense
+
+#: A cut may differ from real arithmetic's only this close to the coverage (candidates.py says why).
+CUT_MARGIN = 2.0**-19
+
+
+def first_tokens(logits_V: np.ndarray) -> np.ndarray:
+    """All ids by (logit descending, id ascending)."""
+    return np.lexsort((np.arange(len(logits_V)), -logits_V))
+
+
+def probabilities(logits_V: np.ndarray) -> np.ndarray:
+    masses = np.exp(logits_V - logits_V.max())
+    return masses / masses.sum()
+
+
+@dataclass
+class HeadCase:
+    """Random operands of a head, and candidate sets that hold the labels."""
+
+    hidden_TH: Tensor
+    weight_VH: Tensor
+    labels_T: Tensor
+    upstream_T: Tensor
+    mask_GV: Tensor
+    group_offsets: Tensor | None
+
+    @property
+    def ids(self) -> Tensor:
+        return self.mask_GV.nonzero()[:, 1].int()
+
+    @property
+    def offsets(self) -> Tensor:
+        return torch.nn.functional.pad(self.mask_GV.sum(1).cumsum(0), (1, 0))
+
+    @property
+    def mask_TV(self) -> Tensor:
+        if self.group_offsets is None:
+            return self.mask_GV
+        return self.mask_GV.repeat_interleave(self.group_offsets.diff(), 0)
+
+    @property
+    def terms(self) -> tuple[float, float]:
+        """Size of the terms p·w and y·w whose difference is a gradient: hidden's and weight's.
+
+        A confident position's gradient is their small difference, and keeps their rounding: in
+        fp32 the error is to be measured against them.
+        """
+        upstream = float(self.upstream_T.abs().max())
+        return (
+            upstream * float(self.weight_VH.abs().max()),
+            upstream * float(self.hidden_TH.abs().max()),
+        )
+
+    def dense(self, tail_logit_T: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss and the gradients in hidden and weight, by autograd through [T, V] in float64."""
+        hidden_TH = self.hidden_TH.double().requires_grad_()
+        weight_VH = self.weight_VH.double().requires_grad_()
+        tail_logit_T = None if tail_logit_T is None else tail_logit_T.double()
+        loss_T = restricted_cross_entropy_dense(
+            hidden_TH @ weight_VH.T, self.mask_TV, self.labels_T, tail_logit_T
+        )
+        (loss_T * self.upstream_T.double()).sum().backward()
+        assert hidden_TH.grad is not None
+        assert weight_VH.grad is not None
+        return loss_T.detach(), hidden_TH.grad, weight_VH.grad
+
+
+def head_case(
+    *, T: int, V: int, H: int, seed: int, share: float = 0.2, groups: int = 0, scale: float = 1.0
+) -> HeadCase:
+    """``groups`` sets shared by runs of positions, some empty; 0 for a set for each position."""
+    generator = torch.Generator().manual_seed(seed)
+    group_offsets = None
+    if groups:
+        cuts = torch.randint(0, T + 1, (groups - 1,), generator=generator).sort().values
+        group_offsets = torch.cat([torch.tensor([0]), cuts, torch.tensor([T])])
+    labels_T = torch.randint(V, (T,), generator=generator)
+    mask_GV = torch.rand(groups or T, V, generator=generator) < share
+    set_of_T = torch.arange(T)
+    if group_offsets is not None:
+        set_of_T = torch.arange(groups).repeat_interleave(group_offsets.diff())
+    mask_GV[set_of_T, labels_T] = True
+    return HeadCase(
+        hidden_TH=torch.randn(T, H, generator=generator) * scale,
+        weight_VH=torch.randn(V, H, generator=generator),
+        labels_T=labels_T,
+        upstream_T=torch.randn(T, generator=generator),
+        mask_GV=mask_GV,
+        group_offsets=group_offsets,
+    )
+
+
+def error(found: Tensor, expected: Tensor, *, floor: float = 1e-30) -> float:
+    """Largest error, relative to the largest entry, or to ``floor`` if that is larger."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=floor))

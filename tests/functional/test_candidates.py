@@ -1,0 +1,188 @@
+"""Candidate sets against a float64 numpy reference; ties, bf16, bounds, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_replay.errors import ConfigError, DataError, TrainingError
+from megatron_replay.functional import CandidateSets, candidates, select_candidates
+from tests.functional.references import CUT_MARGIN, first_tokens, probabilities
+
+
+def set_of(sets: CandidateSets, t: int) -> list[int]:
+    return sets.ids[sets.offsets[t] : sets.offsets[t + 1]].tolist()
+
+
+def check(logits_TV: torch.Tensor, labels_T: torch.Tensor, **options: Any) -> None:
+    """Every field against float64. K may differ only where a sum lies on the coverage."""
+    sets = select_candidates(logits_TV, labels_T, **options)
+    tau, cap = options.get("coverage", 0.95), options.get("max_candidates", 200)
+    for t, logits_V in enumerate(logits_TV.double().numpy()):
+        V, gold = len(logits_V), int(labels_T[t])
+        order, p_V = first_tokens(logits_V), probabilities(logits_V)
+        cumulative = np.cumsum(p_V[order])
+        margin = CUT_MARGIN + V * 2.0**-39
+        fewest = int((cumulative < tau - margin).sum()) + 1
+        most = int((cumulative < tau + margin).sum()) + 1
+        K = int(sets.num_candidates_T[t])
+        assert min(fewest, cap, V) <= K <= min(most, cap, V)
+        chosen = set(order[:K].tolist())
+        assert set_of(sets, t) == sorted(chosen | {gold})
+        assert bool(sets.gold_appended_T[t]) == (gold not in chosen)
+        lse = logits_V.max() + math.log(np.exp(logits_V - logits_V.max()).sum())
+        inside = p_V[sorted(chosen | {gold})].sum()
+        assert float(sets.lse_T[t]) == pytest.approx(lse, rel=1e-6, abs=2e-6)
+        assert float(sets.gold_logprob_T[t]) == pytest.approx(logits_V[gold] - lse, abs=4e-6)
+        assert float(sets.max_logprob_T[t]) == pytest.approx(logits_V.max() - lse, abs=2e-6)
+        assert float(sets.tail_mass_T[t]) == pytest.approx(1 - inside, abs=margin)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    V=st.integers(1, 400),
+    cap=st.integers(1, 255),
+    coverage=st.sampled_from([0.05, 0.5, 0.9, 0.95, 0.999]),
+    scale=st.sampled_from([0.0, 0.3, 2.0, 8.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+@settings(max_examples=120, deadline=None, derandomize=True)
+def test_against_float64(
+    seed: int, V: int, cap: int, coverage: float, scale: float, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits_TV = (torch.randn(4, V, generator=generator) * scale).to(dtype)
+    labels_T = torch.randint(V, (4,), generator=generator)
+    check(logits_TV, labels_T, coverage=coverage, max_candidates=cap)
+
+
+@given(seed=st.integers(0, 2**31), levels=st.integers(1, 6), cap=st.integers(1, 60))
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_ties_go_to_the_smaller_id(seed: int, levels: int, cap: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits_TV = torch.randint(levels, (5, 300), generator=generator).float() - 3
+    negated_TV = (logits_TV == 0) & (torch.rand(5, 300, generator=generator) < 0.5)
+    logits_TV[negated_TV] = -0.0
+    labels_T = torch.randint(300, (5,), generator=generator)
+    check(logits_TV, labels_T, coverage=0.99, max_candidates=cap)
+
+
+def test_minus_zero_ties_with_zero() -> None:
+    sets = select_candidates(
+        torch.tensor([[-0.0, 0.0, -0.0, 0.0], [0.0, -0.0, 0.0, -0.0]]),
+        torch.tensor([0, 0]),
+        coverage=0.4,
+        max_candidates=2,
+    )
+    assert sets.ids.tolist() == [0, 1, 0, 1]
+
+
+def test_negative_logits_are_ordered() -> None:
+    sets = select_candidates(
+        torch.tensor([[-5.0, -1.0, -9.0, -1.5]]), torch.tensor([1]), coverage=0.9
+    )
+    assert sets.ids.tolist() == [1, 3]
+
+
+def test_coverage_reached_exactly_counts_as_reached() -> None:
+    """Four equal tokens: two hold one half, not less."""
+    logits_TV, labels_T = torch.zeros(1, 4), torch.tensor([0])
+    for coverage, size in [(0.25, 1), (0.5, 2), (0.5 + 1e-9, 3), (0.75, 3), (1.0, 4)]:
+        sets = select_candidates(logits_TV, labels_T, coverage=coverage)
+        assert int(sets.num_candidates_T) == size
+
+
+@given(seed=st.integers(0, 2**31), coverage=st.sampled_from([0.3, 0.8, 0.95, 0.99]))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_corollary_1_tail_is_at_most_one_minus_coverage(seed: int, coverage: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits_TV = torch.randn(8, 200, generator=generator) * 2
+    labels_T = torch.randint(200, (8,), generator=generator)
+    sets = select_candidates(logits_TV, labels_T, coverage=coverage, max_candidates=200)
+    assert (sets.tail_mass_T <= torch.tensor(1 - coverage)).all()
+
+
+def test_a_coverage_of_one_takes_all_that_has_mass() -> None:
+    """exp(-26) is one unit of 2^-38; exp(-40) is none."""
+    logits_TV = torch.tensor([[0.0, -26.0, -40.0, -math.inf]])
+    sets = select_candidates(logits_TV, torch.tensor([0]), coverage=1.0)
+    assert sets.ids.tolist() == [0, 1]
+    assert float(sets.tail_mass_T) == 0.0
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_TV = torch.randn(23, 500, generator=generator).bfloat16()
+    labels_T = torch.randint(500, (23,), generator=generator)
+    whole = select_candidates(logits_TV, labels_T, max_candidates=30)
+    monkeypatch.setattr(candidates, "_CHUNK_ENTRIES", 4 * 500)
+    cut = select_candidates(logits_TV, labels_T, max_candidates=30)
+    for name in CandidateSets.__dataclass_fields__:
+        assert torch.equal(getattr(whole, name), getattr(cut, name)), name
+
+
+def test_types_and_no_positions() -> None:
+    for T in (0, 3):
+        sets = select_candidates(torch.zeros(T, 7), torch.zeros(T, dtype=torch.int64))
+        assert (sets.ids.dtype, sets.offsets.dtype) == (torch.int32, torch.int64)
+        assert len(sets.offsets) == T + 1
+        for name in ("lse_T", "gold_logprob_T", "max_logprob_T", "tail_mass_T"):
+            assert getattr(sets, name).dtype == torch.float32
+            assert getattr(sets, name).shape == (T,)
+        assert sets.num_candidates_T.shape == sets.gold_appended_T.shape == (T,)
+
+
+def test_nothing_is_kept_for_autograd() -> None:
+    logits_TV = torch.zeros(2, 5, requires_grad=True)
+    assert not select_candidates(logits_TV, torch.tensor([0, 1])).lse_T.requires_grad
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_not_finite_are_refused_by_row(value: float, dtype: torch.dtype) -> None:
+    logits_TV = torch.zeros(4, 9, dtype=dtype)
+    logits_TV[2, 5] = value
+    with pytest.raises(TrainingError, match=r"row 2: .*NaN or infinity.*1 such rows of 4"):
+        select_candidates(logits_TV, torch.zeros(4, dtype=torch.int64))
+
+
+def test_minus_infinity_is_probability_zero_but_not_for_a_label() -> None:
+    logits_TV = torch.tensor([[0.0, -math.inf, 1.0]])
+    assert select_candidates(logits_TV, torch.tensor([0])).ids.tolist() == [0, 2]
+    with pytest.raises(TrainingError, match=r"row 0: the label's logit is -infinity.*label 1"):
+        select_candidates(logits_TV, torch.tensor([1]))
+    with pytest.raises(TrainingError, match=r"row 0: .*nothing above -infinity"):
+        select_candidates(torch.full((1, 3), -math.inf), torch.tensor([1]))
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_a_label_outside_the_vocabulary_is_refused(label: int) -> None:
+    with pytest.raises(DataError, match=rf"row 1: a label is outside .*found {label}\)"):
+        select_candidates(torch.zeros(2, 5), torch.tensor([0, label]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coverage": 0.0}, "coverage: out of range"),
+        ({"coverage": 1.1}, "coverage: out of range"),
+        ({"max_candidates": 0}, "max_candidates: out of range"),
+        ({"max_candidates": 256}, r"max_candidates: out of range \(expected 1 to 255; found 256\)"),
+        ({"vocab_start": 1 << 24}, "vocabulary is too large"),
+    ],
+)
+def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        select_candidates(torch.zeros(1, 5), torch.tensor([0]), **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1, 0), (5,)])
+def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(DataError, match="shapes do not fit"):
+        select_candidates(torch.zeros(shape), torch.zeros(1, dtype=torch.int64))

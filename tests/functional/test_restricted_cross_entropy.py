@@ -1,0 +1,297 @@
+"""The restricted loss: the paper's Appendix C.2 as properties, and float64 autograd as the oracle.
+
+Shapes: T positions, V vocabulary, H hidden channels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.functional import (
+    restricted_cross_entropy,
+    restricted_cross_entropy_dense,
+    select_candidates,
+)
+from tests.functional.references import HeadCase, error, head_case
+
+seeds = st.integers(0, 2**31)
+
+
+def run(
+    case: HeadCase, *, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and the gradients in hidden and weight."""
+    hidden_TH = case.hidden_TH.detach().to(dtype).requires_grad_()
+    weight_VH = case.weight_VH.detach().to(dtype).requires_grad_()
+    options = {"group_offsets": case.group_offsets, **options}
+    loss_T = restricted_cross_entropy(
+        hidden_TH, weight_VH, case.ids, case.offsets, case.labels_T, **options
+    )
+    (loss_T * case.upstream_T).sum().backward()
+    assert hidden_TH.grad is not None
+    assert weight_VH.grad is not None
+    return loss_T.detach(), hidden_TH.grad, weight_VH.grad
+
+
+def logit_gradient(logits_TV: Tensor, mask_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """dL/dz [T, V] of the sharded form: with the identity as weight, the hidden state is z."""
+    V = logits_TV.shape[1]
+    logits_TV = logits_TV.clone().requires_grad_()
+    offsets = F.pad(mask_TV.sum(1).cumsum(0), (1, 0))
+    ids = mask_TV.nonzero()[:, 1].int()
+    restricted_cross_entropy(logits_TV, torch.eye(V), ids, offsets, labels_T).sum().backward()
+    assert logits_TV.grad is not None
+    return logits_TV.grad.double()
+
+
+@given(seed=seeds, V=st.integers(2, 50), share=st.floats(0.0, 1.0))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_lemma_1_proposition_1(seed: int, V: int, share: float) -> None:
+    """g = p~ - y in S, 0 outside; dg against the full loss has l1 norm 2 rho, l2 at most that."""
+    case = head_case(T=6, V=V, H=V, seed=seed, share=share, scale=2.0)
+    logits_TV, mask_TV = case.hidden_TH, case.mask_TV
+    grad_TV = logit_gradient(logits_TV, mask_TV, case.labels_T)
+    p_TV = logits_TV.double().softmax(1)
+    y_TV = F.one_hot(case.labels_T, V)
+    rho_T1 = (p_TV * ~mask_TV).sum(1, keepdim=True)
+    expected_TV = torch.where(mask_TV, p_TV / (1 - rho_T1) - y_TV, 0.0)
+    assert (grad_TV[~mask_TV] == 0).all()
+    assert (grad_TV - expected_TV).abs().max() < 1e-6
+    bias_TV = grad_TV - (p_TV - y_TV)
+    assert (bias_TV.abs().sum(1, keepdim=True) - 2 * rho_T1).abs().max() < 5e-6
+    assert (bias_TV.norm(dim=1, keepdim=True) <= 2 * rho_T1 + 1e-6).all()
+
+
+@given(seed=seeds, coverage=st.sampled_from([0.5, 0.9, 0.99]))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_corollary_1_bias_is_bounded_by_coverage(seed: int, coverage: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits_TV = torch.randn(8, 60, generator=generator) * 2
+    labels_T = torch.randint(60, (8,), generator=generator)
+    sets = select_candidates(logits_TV, labels_T, coverage=coverage)
+    mask_TV = torch.zeros(8, 60, dtype=torch.bool)
+    mask_TV[torch.arange(8).repeat_interleave(sets.offsets.diff()), sets.ids.long()] = True
+    full_TV = logits_TV.double().softmax(1) - F.one_hot(labels_T, 60)
+    bias_TV = logit_gradient(logits_TV, mask_TV, labels_T) - full_TV
+    assert (bias_TV.abs().sum(1) <= 2 * (1 - coverage) + 5e-6).all()
+
+
+@pytest.mark.parametrize("groups", [0, 3])
+def test_the_whole_vocabulary_gives_full_cross_entropy(groups: int) -> None:
+    case = head_case(T=9, V=33, H=8, seed=0, share=1.0, groups=groups)
+    case.mask_GV[:] = True
+    loss_T, hidden_grad, weight_grad = run(case)
+    hidden_TH = case.hidden_TH.double().requires_grad_()
+    weight_VH = case.weight_VH.double().requires_grad_()
+    full_T = F.cross_entropy(hidden_TH @ weight_VH.T, case.labels_T, reduction="none")
+    (full_T * case.upstream_T).sum().backward()
+    for found, expected in zip(
+        (loss_T, hidden_grad, weight_grad), (full_T, hidden_TH.grad, weight_VH.grad), strict=True
+    ):
+        assert expected is not None
+        assert error(found, expected) < 1e-6
+
+
+@given(seed=seeds)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_the_definition_is_cross_entropy_on_the_picked_logits(seed: int) -> None:
+    case = head_case(T=5, V=20, H=3, seed=seed)
+    logits_TV = (case.hidden_TH @ case.weight_VH.T).double()
+    tail_T = case.upstream_T.double()
+    loss_T = restricted_cross_entropy_dense(logits_TV, case.mask_TV, case.labels_T, tail_T)
+    for t, logits_V in enumerate(logits_TV):
+        picked = case.mask_TV[t].nonzero().squeeze(1)
+        label = (picked == case.labels_T[t]).nonzero().squeeze()
+        terms = torch.cat([logits_V[picked], tail_T[t, None]])
+        assert float(loss_T[t]) == pytest.approx(float(F.cross_entropy(terms, label)), rel=1e-12)
+
+
+@given(
+    seed=seeds,
+    T=st.integers(1, 300),
+    V=st.integers(2, 90),
+    groups=st.integers(0, 6),
+    tail=st.booleans(),
+    scale=st.sampled_from([0.1, 1.0, 5.0]),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_against_float64_autograd(
+    seed: int, T: int, V: int, groups: int, tail: bool, scale: float
+) -> None:
+    case = head_case(T=T, V=V, H=8, seed=seed, groups=groups, scale=scale)
+    tail_logit_T = torch.randn(T, generator=torch.Generator().manual_seed(seed)) * 3
+    tail_logit_T[::3] = -math.inf
+    tail_logit_T = tail_logit_T if tail else None
+    loss_T, hidden_grad, weight_grad = run(case, tail_logit_T=tail_logit_T)
+    dense_T, dense_hidden_grad, dense_weight_grad = case.dense(tail_logit_T)
+    assert loss_T.dtype == torch.float32
+    # A logit is a sum of H products: its rounding, not the loss's own, grows with the scale.
+    bound = 1e-6 * max(1.0, scale)
+    hidden_terms, weight_terms = case.terms
+    assert error(loss_T, dense_T, floor=1.0) < bound
+    assert error(hidden_grad, dense_hidden_grad, floor=hidden_terms) < bound
+    assert error(weight_grad, dense_weight_grad, floor=weight_terms) < bound
+
+
+@pytest.mark.parametrize("groups", [0, 5])
+@pytest.mark.parametrize("ghost", [False, True])
+def test_gradients_are_within_a_millionth_of_their_largest_entry(groups: int, ghost: bool) -> None:
+    for seed in range(5):
+        case = head_case(T=200, V=300, H=32, seed=seed, groups=groups, scale=0.3)
+        tail_logit_T = case.upstream_T * 2 if ghost else None
+        found = run(case, tail_logit_T=tail_logit_T)
+        for ours, dense in zip(found, case.dense(tail_logit_T), strict=True):
+            assert error(ours, dense) < 1e-6
+
+
+def test_rows_outside_every_set_get_no_gradient() -> None:
+    case = head_case(T=12, V=60, H=4, seed=1, share=0.05)
+    weight_grad = run(case)[2]
+    untouched = ~case.mask_TV.any(0)
+    assert untouched.any()
+    assert (weight_grad[untouched] == 0).all()
+
+
+def test_a_ghost_of_minus_infinity_is_none() -> None:
+    case = head_case(T=12, V=30, H=4, seed=2)
+    ghost = run(case, tail_logit_T=torch.full((12,), -math.inf))
+    for found, expected in zip(ghost, run(case), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_large_tiles_and_small_ones_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    # By name: the package's attribute is the function.
+    module = importlib.import_module("megatron_replay.functional.restricted_cross_entropy")
+    for groups in (0, 2):
+        case = head_case(T=40, V=50, H=4, seed=3, groups=groups)
+        whole = run(case)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_TILE_POSITIONS", 7)
+            patch.setattr(module, "_SHARED_TILE_POSITIONS", 7)
+            cut = run(case)
+        for found, expected in zip(cut, whole, strict=True):
+            assert error(found, expected.double()) < 1e-6
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+def test_bitwise_repeatable(groups: int) -> None:
+    case = head_case(T=150, V=80, H=16, seed=4, groups=groups)
+    for first, second in zip(run(case), run(case), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_operands_are_multiplied_in_fp32(autocast: bool) -> None:
+    """Equal to the fp32 result on the rounded operands, up to the rounding of the gradients."""
+    case = head_case(T=20, V=40, H=64, seed=5)
+    case.hidden_TH, case.weight_VH = case.hidden_TH.bfloat16(), case.weight_VH.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss_T, hidden_grad, weight_grad = run(case, dtype=torch.bfloat16)
+    exact_T, exact_hidden_grad, exact_weight_grad = run(case, dtype=torch.float32)
+    assert torch.equal(loss_T, exact_T)
+    assert torch.equal(hidden_grad, exact_hidden_grad.bfloat16())
+    assert torch.equal(weight_grad, exact_weight_grad.bfloat16())
+
+
+def test_only_what_is_asked_for_is_computed() -> None:
+    case = head_case(T=5, V=10, H=3, seed=6)
+    for frozen in ("hidden_TH", "weight_VH"):
+        operands = {"hidden_TH": case.hidden_TH.clone(), "weight_VH": case.weight_VH.clone()}
+        for name, operand in operands.items():
+            operand.requires_grad_(name != frozen)
+        restricted_cross_entropy(
+            operands["hidden_TH"], operands["weight_VH"], case.ids, case.offsets, case.labels_T
+        ).sum().backward()
+        assert operands.pop(frozen).grad is None
+        assert all(operand.grad is not None for operand in operands.values())
+
+
+@pytest.mark.parametrize("group_offsets", [None, torch.tensor([0]), torch.tensor([0, 0, 0])])
+def test_no_positions_give_no_loss_and_zero_gradients(group_offsets: Tensor | None) -> None:
+    hidden_TH, weight_VH = torch.randn(0, 4).requires_grad_(), torch.randn(9, 4).requires_grad_()
+    sets = 0 if group_offsets is None else len(group_offsets) - 1
+    loss_T = restricted_cross_entropy(
+        hidden_TH,
+        weight_VH,
+        torch.zeros(0, dtype=torch.int32),
+        torch.zeros(sets + 1, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64),
+        group_offsets=group_offsets,
+    )
+    assert loss_T.shape == (0,)
+    loss_T.sum().backward()
+    assert hidden_TH.grad is not None
+    assert hidden_TH.grad.shape == (0, 4)
+    assert weight_VH.grad is not None
+    assert (weight_VH.grad == 0).all()
+
+
+def call(**changes: Any) -> Tensor:
+    """Two positions over a vocabulary of 6, with one thing changed."""
+    operands: dict[str, Any] = {
+        "hidden_TH": torch.ones(2, 3),
+        "weight_VH": torch.ones(6, 3),
+        "candidate_ids": torch.tensor([0, 2, 1, 5], dtype=torch.int32),
+        "candidate_offsets": torch.tensor([0, 2, 4]),
+        "labels_T": torch.tensor([2, 1]),
+    }
+    return restricted_cross_entropy(**{**operands, **changes})
+
+
+def ids(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels_T": torch.tensor([2, 2])}, "position 1: the label is not in .*label 2; 1 such"),
+        ({"candidate_ids": ids(2, 2, 1, 5)}, "set 0: ids must ascend.*2 before 2"),
+        ({"candidate_ids": ids(0, 2, 5, 1)}, "set 1: ids must ascend.*5 before 1"),
+        ({"candidate_ids": ids(0, 2, 1, 6)}, "outside the vocabulary .*ids 0 to 5; found 6"),
+        ({"candidate_ids": ids(-1, 2, 1, 5)}, "outside the vocabulary .*found -1"),
+        ({"candidate_offsets": torch.tensor([0, 3, 2])}, "candidate_offsets: .*not decrease"),
+        ({"candidate_offsets": torch.tensor([0, 2, 3])}, "expected 0 to 4; found 0 to 3"),
+        ({"candidate_offsets": torch.tensor([0, 4])}, "expected 2 sets; found 1"),
+        ({"group_offsets": torch.tensor([0, 2])}, "expected 1 sets; found 2"),
+        ({"group_offsets": torch.tensor([0, 1, 1])}, "group_offsets: .*expected 0 to 2"),
+        ({"tail_logit_T": torch.tensor([0.0, math.inf])}, "a tail logit is NaN"),
+        ({"tail_logit_T": torch.tensor([math.nan, 0.0])}, "a tail logit is NaN"),
+        ({"tail_logit_T": torch.zeros(3)}, r"shapes do not fit .*\[2\], \[3\]"),
+        ({"weight_VH": torch.ones(6, 4)}, "shapes do not fit"),
+        ({"labels_T": torch.tensor([2])}, "shapes do not fit"),
+    ],
+)
+def test_sets_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    call()
+    with pytest.raises(DataError, match=message):
+        call(**changes)
+
+
+def test_an_unknown_backend_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"expected auto, torch; found 'triton'"):
+        call(backend="triton")
+
+
+def test_a_label_without_logit_is_loud_even_unvalidated() -> None:
+    loss_T = call(labels_T=torch.tensor([2, 2]), validate=False)
+    assert loss_T.isinf().tolist() == [False, True]
+
+
+def test_a_constant_in_the_logits_changes_nothing_however_large() -> None:
+    """Stable where exp alone overflows."""
+    case = head_case(T=6, V=20, H=4, seed=7)
+    case.hidden_TH[:, 0], case.weight_VH[:, 0] = 64.0, 64.0
+    loss_T = run(case)[0]
+    assert loss_T.isfinite().all()
+    assert (loss_T - case.dense()[0]).abs().max() < 1e-3  # one unit of a logit of 4096 is 2.4e-4

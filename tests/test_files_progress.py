@@ -1,0 +1,250 @@
+"""Files that appear whole or not at all, their errors, and the lines of progress."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+
+from megatron_replay import files, progress
+from megatron_replay.errors import OutputError
+from megatron_replay.files import atomic_file, make_directory, sha256_of_files, write_json
+from megatron_replay.progress import Progress
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize(("mode", "content"), [("wb", b"new\x00"), ("w", "neu: \u00e4\n")])
+def test_content_appears_only_at_the_end(tmp_path, mode, content):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with atomic_file(path, mode) as handle:
+        handle.write(content)
+        handle.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == (content if mode == "wb" else content.encode("utf-8"))
+    assert names(tmp_path) == ["file"]
+
+
+def test_only_writing_is_offered(tmp_path):
+    with pytest.raises(ValueError, match="'ab'"), atomic_file(tmp_path / "file", "ab"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_order_of_the_steps(tmp_path, monkeypatch):
+    steps = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, name=name, call=call: (steps.append(name), call(*a))
+        )
+    with atomic_file(tmp_path / "file") as handle:
+        handle.write(b"x")
+    assert steps == ["fsync", "replace", "fsync"]
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), KeyboardInterrupt()])
+def test_a_failing_body_leaves_nothing(tmp_path, error):
+    (tmp_path / "file").write_bytes(b"old")
+
+    def write_half():
+        with atomic_file(tmp_path / "file") as handle:
+            handle.write(b"half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write_half()
+    assert names(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_an_os_error_of_the_body_is_not_a_write_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"), atomic_file(tmp_path / "file") as handle:
+        handle.write((tmp_path / "absent").read_bytes())
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_failing_steps_are_output_errors(tmp_path, monkeypatch, step, code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, step, fail)
+    expected = os.strerror(code) if code == errno.EIO else "no space left on the device"
+    with pytest.raises(OutputError, match=f"file: .*{expected}"):
+        write_json(tmp_path / "file", {})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("mode", ["w", "wb"])
+def test_a_real_write_that_fails_is_an_output_error(tmp_path, mode):
+    """The kernel refuses to let a file of this process grow past 4 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OutputError) as caught, atomic_file(tmp_path / "file", mode) as handle:
+            handle.writelines(["x" * 1024 if mode == "w" else b"x" * 1024] * 64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert str(caught.value).startswith(f"{tmp_path / 'file'}: cannot write: File too large")
+    assert names(tmp_path) == []
+
+
+def test_error_lines(tmp_path):
+    with pytest.raises(OutputError) as missing, atomic_file(tmp_path / "no" / "file"):
+        pass
+    assert str(missing.value) == (
+        f"{tmp_path}/no/file: cannot write: No such file or directory. "
+        "Choose a directory you may write to"
+    )
+    full = files.output_error("x", OSError(errno.ENOSPC, "No space left on device"))
+    assert str(full) == (
+        "x: no space left on the device. "
+        "Nothing was published: free some space and run the same command again"
+    )
+    assert str(files.output_error("x", OSError("odd"))).startswith("x: cannot write: odd.")
+    assert full.exit_code == 6
+
+
+def test_make_directory(tmp_path):
+    made = make_directory(tmp_path / "a" / "b")
+    assert made.is_dir()
+    assert make_directory(str(made)) == made
+    assert names(made) == []
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OutputError, match=r"file.*: cannot write"):
+            make_directory(path)
+
+
+def test_make_directory_notices_what_it_may_not_write(tmp_path, monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(OutputError, match="cannot write: Permission denied"):
+        make_directory(tmp_path)
+
+
+def test_write_json_is_sorted_and_whole(tmp_path):
+    write_json(tmp_path / "x.json", {"b": 1, "a": [2]})
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == {"a": [2], "b": 1}
+    assert text.index('"a"') < text.index('"b"')
+    assert text.endswith("}\n")
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"c": object()})
+    assert (tmp_path / "x.json").read_text() == text
+    assert names(tmp_path) == ["x.json"]
+
+
+def test_sha256_depends_on_names_cuts_and_contents_not_on_order(tmp_path):
+    def digest(**contents):
+        paths = [tmp_path / name for name in contents]
+        for path in paths:
+            path.write_bytes(contents[path.name])
+        assert sha256_of_files(paths) == sha256_of_files(paths[::-1])
+        return sha256_of_files(paths)
+
+    variants = [
+        digest(a=b"12", b=b"3"),
+        digest(a=b"1", b=b"23"),  # the same bytes in a row, cut elsewhere
+        digest(a=b"12", c=b"3"),
+        digest(a=b"12", b=b"4"),
+        digest(a=b"12"),
+    ]
+    assert len(set(variants)) == len(variants)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only when told to: ``clock[0]`` is now."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_line(clock):
+    stream = io.StringIO()
+    with Progress("collect", 400, "documents", stream=stream, initial=100) as bar:
+        clock[0] += 9.9
+        bar.advance(99)
+        assert stream.getvalue() == ""
+        clock[0] += 0.1
+        bar.advance(1, "loss 1.25")
+        assert stream.getvalue() == (
+            "collect: 200/400 documents (50 %), 10.0/s, elapsed 00:10, ETA 00:20, loss 1.25\n"
+        )
+        clock[0] += 9.9
+        bar.advance(100)  # the interval counts from the line before
+        assert stream.getvalue().count("\n") == 1
+        bar.advance(100)
+        assert stream.getvalue().splitlines()[-1].startswith("collect: 400/400 documents (100 %)")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "done", "expected"),
+    [
+        (3, 0, "0/8 steps (0 %), 0.000/s, elapsed 00:03, ETA ?"),
+        (3700, 1, "1/8 steps (12 %), 0.000/s, elapsed 1:01:40, ETA 7:11:40"),
+        (100, 4, "4/8 steps (50 %), 0.040/s, elapsed 01:40, ETA 01:40"),
+        (4, 8, "8/8 steps (100 %), 2.0/s, elapsed 00:04, ETA 00:00"),
+        (1, 9, "9/8 steps (112 %), 9.0/s, elapsed 00:01, ETA 00:00"),
+    ],
+)
+def test_rates_and_times(clock, seconds, done, expected):
+    bar = Progress("train", 8, "steps", stream=io.StringIO(), interval=1e9)
+    clock[0] += seconds
+    bar.advance(done)
+    assert bar.line() == f"train: {expected}"
+
+
+def test_nothing_left_needs_no_rate(clock):
+    resumed = Progress("x", 5, "steps", initial=5, stream=io.StringIO())
+    assert resumed.line().endswith("ETA 00:00")
+    assert "0/0 steps (100 %)" in Progress("x", 0, "steps", stream=io.StringIO()).line()
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_disabled_counts_and_is_silent(stream):
+    shown = stream()
+    with Progress("x", 2, "steps", stream=shown, enabled=False) as bar:
+        bar.advance(2)
+    assert bar.done == 2
+    assert shown.getvalue() == ""
+
+
+def test_bar_on_a_terminal():
+    terminal = Terminal()
+    with Progress("read", 4, "documents", stream=terminal, initial=1) as bar:
+        bar.advance(3, "loss 2.0")
+    text = terminal.getvalue()
+    assert "\r" in text
+    assert "read: 100%" in text
+    assert "4/4" in text
+    assert "documents" in text
+    assert text.endswith("\n")  # closed: the prompt does not land in the bar
+
+
+def test_bar_is_closed_when_the_work_fails():
+    terminal = Terminal()
+    with pytest.raises(ValueError, match="work"), Progress("x", 4, "n", stream=terminal):
+        raise ValueError("work")
+    assert terminal.getvalue().endswith("\n")
