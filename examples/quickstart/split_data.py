@@ -34,7 +34,9 @@ def split(source: Path, output: Path) -> dict[str, int]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read: {error}", where=source) from error
     if len(lines) < EVERY:
-        raise DataError("too few rows", where=source, expected=f"at least {EVERY}", found=len(lines))
+        raise DataError(
+            "too few rows", where=source, expected=f"at least {EVERY}", found=len(lines)
+        )
     heldout = lines[::EVERY][:MOST_HELD_OUT]
     train = [line for i, line in enumerate(lines) if i % EVERY or i // EVERY >= MOST_HELD_OUT]
     general = [json.dumps({"text": text}) for text in general_documents(seed=0)[:GENERAL_DOCUMENTS]]

@@ -17,7 +17,6 @@ import dataclasses
 import errno
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_replay.errors import CheckpointError, ConfigError, OutputError, ReplayError
 from megatron_replay.files import atomic_file, fsync_directory, output_error, write_json
@@ -115,7 +115,7 @@ def save_checkpoint(
     try:
         with checkpointing():
             dist_checkpointing.save(content, str(staged))
-    except Exception as exception:  # any rank's failure surfaces on all of them, see below
+    except (Exception, CheckpointException) as exception:  # the second is a BaseException
         error = exception
     _agree(error, staged, parallel)
     _on_rank_zero(lambda: _publish(directory, staged, final, state), parallel)
@@ -143,9 +143,9 @@ def load_checkpoint(
         model.load_state_dict(loaded["model"])
         if optimizer is not None:
             optimizer.load_state_dict(loaded["optimizer"])
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(
-            f"cannot load the checkpoint: {type(error).__name__}: {error}",
+            f"cannot load the checkpoint: {type(error).__name__}: {_reason(error)}",
             where=path,
             fix=f"Remove it and write the number of another iteration into {_LATEST}",
         ) from error
@@ -220,7 +220,7 @@ def _on_rank_zero(work: Any, parallel: Parallel) -> None:
 def _agree(error: BaseException | None, path: Path, parallel: Parallel) -> None:
     """Raise on every rank when any rank has an error; a rank's own error is the one it raises."""
     messages: list[str | None] = [None] * parallel.world_size
-    dist.all_gather_object(messages, None if error is None else str(error))
+    dist.all_gather_object(messages, None if error is None else _reason(error))
     first = next((message for message in messages if message), None)
     if first is None:
         return
@@ -228,6 +228,17 @@ def _agree(error: BaseException | None, path: Path, parallel: Parallel) -> None:
         raise error
     if isinstance(error, OSError):
         raise output_error(path, error)
-    if re.search(r"No space left|Errno 28", first):
+    if "Errno 28" in first:
         raise output_error(path, OSError(errno.ENOSPC, "No space left on device"))
-    raise OutputError(f"saving failed: {first}", where=path)
+    raise OutputError(
+        f"saving failed, nothing was published: {first}",
+        where=path,
+        fix="Mend the cause (a full disk or a limit, often) and run the same command again",
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The line that tells why; dist_checkpointing wraps the tracebacks of all ranks in one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "Errno" in line] or lines[-1:]
+    return telling[0] if telling else type(error).__name__

@@ -93,8 +93,8 @@ def select_candidates(
         TrainingError: a row holds NaN or +inf, or nothing but -inf, or its label has -inf.
 
     Communication over ``tp_group``, whatever T is: all-reduce MAX fp32 [T, 3], all-reduce SUM
-    int64 [T], all-gather int64 [T, max_candidates]. Memory beside the logits: the chunk's
-    temporaries (320 MiB at most, or four rows) and the gathered keys, 8 bytes * T * K_max * TP.
+    int64 [T], all-gather int64 [T, max_candidates]. Memory beside the logits: a chunk's temporaries,
+    320 MiB at most, and the gathered keys, 8 bytes * T * K_max * TP.
     """
     _check_arguments(logits_TV, labels_T, coverage, max_candidates, vocab_start)
     gold_T, max_T = _gold_and_max(logits_TV, labels_T, vocab_start, tp_group)
@@ -137,7 +137,7 @@ def _cut(
 
     gold_mass_T = _masses(gold_T[:, None], max_T).squeeze(1)
     inside_T = (masses_TK * chosen_TK).sum(1) + gold_mass_T * appended_T
-    log_total_T = torch.log(total_T.double() * 2.0**-MASS_BITS)  # 0 exactly, never below
+    log_total_T = torch.log(total_T.double() * 2.0**-MASS_BITS)  # the largest has 2^38: log >= 0
     return CandidateSets(
         ids=ordered[ordered < MAX_VOCAB_SIZE],
         offsets=torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)),

@@ -1,0 +1,28 @@
+"""Stage 1 with a fault: rank 1 raises, or hangs, at its third step. Run by torchrun in a test."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from megatron_replay import cli, platform, stage1
+
+platform.select("cpu").prepare()
+
+from megatron_replay.training.loop import Trainer  # noqa: E402
+
+take_step = Trainer._step
+
+
+def step(self):
+    if os.environ["RANK"] == "1" and self.state.iteration == 2:
+        if os.environ["FAULT"] == "hang":
+            Path(os.environ["HUNG"]).write_text(str(os.getpid()))
+            time.sleep(600)
+        raise RuntimeError("the device of this rank is broken")
+    return take_step(self)
+
+
+if __name__ == "__main__":
+    Trainer._step = step
+    cli.exit_now(stage1.main(sys.argv[1:]))

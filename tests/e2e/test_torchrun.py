@@ -1,0 +1,138 @@
+"""The programs as users start them: torchrun, real processes, signals, a rank that dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_replay.checkpoint import training
+from tests import tiny
+from tests.e2e import stages
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def torchrun(processes: int, *argv: object) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc_per_node", str(processes), *map(str, argv)]
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=180
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("torchrun")
+    tiny.save_corpus(folder / "corpus", num_documents=100)
+    tiny.save_qwen3(folder / "model", tied=True)
+    return folder
+
+
+def stage1_argv(folder: Path, save: Path, *extra: object) -> list[object]:
+    return [
+        "--load", folder / "model", "--data-path", folder / "corpus", "--seq-length", 64,
+        "--save", save, "--lr", 1e-3, "--global-batch-size", 4,
+        "--tensor-model-parallel-size", 2, *extra,
+    ]  # fmt: skip
+
+
+@pytest.mark.distributed
+def test_from_checkpoint_to_export(folder, tmp_path):
+    common = ["--load", folder / "model", "--data-path", folder / "corpus", "--seq-length", 64]
+    store = tmp_path / "store"
+    done = run(
+        torchrun(2, "-m", "megatron_replay.stage0", *common, "--store", store,
+                 "--tensor-model-parallel-size", 2)
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "coverage" in done.stdout
+    assert "Warning" not in done.stderr
+    argv = stage1_argv(folder, tmp_path / "run", "--store", store)
+    done = run(torchrun(2, "-m", "megatron_replay.stage1", *argv))
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    convert = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), "--load"]
+    done = run([*convert, str(tmp_path / "run"), "--save", str(tmp_path / "export")])
+    assert done.returncode == 0, done.stderr
+    assert "verified" in done.stdout
+    tuned, base = (tiny.load_reference(d) for d in (tmp_path / "export", folder / "model"))
+    tokens = torch.arange(12)[None]
+    assert not torch.equal(tuned(tokens).logits, base(tokens).logits)
+    done = run([*convert, str(tmp_path / "export"), "--save", str(tmp_path / "mcore"),
+                "--save-format", "mcore"])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = run([*convert, str(tmp_path / "mcore"), "--save", str(tmp_path / "back")])
+    assert done.returncode == 0, done.stderr
+    again = tiny.load_reference(tmp_path / "back")
+    assert torch.equal(again(tokens).logits, tuned(tokens).logits)
+
+
+@pytest.mark.distributed
+def test_a_failing_rank_speaks_first_and_all_end(folder, tmp_path):
+    argv = stage1_argv(folder, tmp_path / "run", "--loss", "full")
+    started = time.monotonic()
+    script = ROOT / "tests" / "e2e" / "failing_rank.py"
+    done = run(torchrun(2, script, *argv), FAULT="raise")
+    assert time.monotonic() - started < 60
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert errors == ["error (rank 1): RuntimeError: the device of this rank is broken"]
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_ends_all(folder, tmp_path):
+    hung = tmp_path / "hung"
+    argv = stage1_argv(folder, tmp_path / "run", "--loss", "full")
+    script = ROOT / "tests" / "e2e" / "failing_rank.py"
+    process = subprocess.Popen(
+        torchrun(2, script, *argv),
+        env={**ENVIRONMENT, "FAULT": "hang", "HUNG": str(hung)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (hung.exists() and hung.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.kill(int(hung.read_text()), signal.SIGKILL)
+    started = time.monotonic()
+    process.communicate(timeout=90)
+    assert time.monotonic() - started < 60
+    assert process.returncode != 0
+
+
+@pytest.mark.distributed
+def test_ctrl_c_saves_and_the_rerun_finishes(folder, tmp_path):
+    """A terminal sends SIGINT to the launcher and to every rank at once."""
+    argv = stage1_argv(folder, tmp_path / "run", "--loss", "full", "--train-epochs", 40)
+    process = subprocess.Popen(
+        torchrun(2, "-m", "megatron_replay.stage1", *argv),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "saved, the same command goes on from here" in stderr
+    reached = training.latest_iteration(tmp_path / "run")
+    assert reached is not None
+    assert reached == len(stages.losses(tmp_path / "run"))
+    done = run(torchrun(2, "-m", "megatron_replay.stage1", *argv, "--exit-interval", reached + 2))
+    assert f"resuming {tmp_path / 'run'} after iteration {reached}" in done.stderr
+    assert len(stages.losses(tmp_path / "run")) == reached + 2
