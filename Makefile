@@ -8,8 +8,8 @@ STAMP := .venv/.ready
 setup: $(STAMP)  ## create .venv with pinned packages and this package in place
 
 $(STAMP): requirements/cpu.txt setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "error: Python 3.10 or newer is needed, found $$($(PYTHON) --version)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "error: the pinned packages are for Python 3.11, found $$($(PYTHON) --version); name one with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 		{ echo "error: the venv module is missing; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
@@ -17,7 +17,7 @@ $(STAMP): requirements/cpu.txt setup.py
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-test: setup  ## all tests, fast ones first
+test: setup  ## all tests, those of one process first
 	$(BIN)/python -m pytest --durations=15
 
 check: setup  ## style, types, shell scripts, layer laws

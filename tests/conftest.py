@@ -15,3 +15,8 @@ torch.set_num_threads(1)
 from megatron_replay import platform  # noqa: E402
 
 platform.select("cpu").prepare()
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of one process first: a mistake shows in seconds, not after minutes of ranks."""
+    items.sort(key=lambda item: item.get_closest_marker("distributed") is not None)

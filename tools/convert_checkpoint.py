@@ -11,6 +11,7 @@ written is loaded with transformers and compared on a few tokens, unless ``--no-
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--load", required=True, help="what to convert")
     parser.add_argument("--save", required=True, help="directory to write")
     parser.add_argument("--save-format", choices=("hf", "mcore"), default="hf")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: as config.json says",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what --save holds")
     parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
@@ -69,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
 def convert(options: argparse.Namespace, config: ParallelConfig, groups: Parallel) -> None:
     """Load this rank's part, write it in the other format, verify."""
     from megatron_replay.checkpoint.export import export_hf
-    from megatron_replay.checkpoint.load import load_model
+    from megatron_replay.checkpoint.load import load_model, model_files
     from megatron_replay.checkpoint.training import (
         TrainState,
         keep_model_files,
@@ -88,7 +94,7 @@ def convert(options: argparse.Namespace, config: ParallelConfig, groups: Paralle
             found=options.save_format,
         )
     target = Path(options.save)
-    dtype = getattr(torch, options.dtype)
+    dtype = _dtype(options.dtype, model_files(options.load))
     source = ModelConfigSource(load=options.load, bf16=dtype is torch.bfloat16)
     model = load_model(source, config, groups)
     if to_hf:
@@ -109,7 +115,19 @@ def convert(options: argparse.Namespace, config: ParallelConfig, groups: Paralle
     if options.verify:
         verify(model, target if to_hf else Path(options.load), groups)
     if groups.rank == 0:
-        print(f"wrote {target} ({options.save_format}, {options.dtype})")
+        print(f"wrote {target} ({options.save_format}, {dtype})")
+
+
+def _dtype(name: str, files: Path) -> torch.dtype:
+    """The dtype asked for, or the one config.json names (float32 when it names none)."""
+    if name == "auto":
+        content = json.loads((files / "config.json").read_text(encoding="utf-8"))
+        name = content.get("dtype") or content.get("torch_dtype") or "float32"
+    if name not in ("float32", "bfloat16"):
+        raise ConfigError(
+            "unsupported dtype", where="--dtype", expected="float32 or bfloat16", found=name
+        )
+    return torch.float32 if name == "float32" else torch.bfloat16
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
 """Hold out every tenth row of the user's own data, and write general text to measure forgetting.
 
-    python examples/quickstart/split_data.py --input FILE.jsonl --output DIR
+python examples/quickstart/split_data.py --input FILE.jsonl --output DIR
 
-    train.jsonl            nine of ten rows, as they are
-    heldout.jsonl          every tenth row, 200 at most
-    general_heldout.jsonl  {"text"}: documentation of Python and numpy, found in this installation
-    data.json              counts, written last
+train.jsonl            nine of ten rows, as they are
+heldout.jsonl          every tenth row, 200 at most
+general_heldout.jsonl  {"text"}: documentation of Python and numpy, found in this installation
+data.json              counts, written last
 """
 
 from __future__ import annotations

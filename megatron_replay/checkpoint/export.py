@@ -73,6 +73,8 @@ def export_hf(
         parallel,
     )
     merged = {name: entry for part in written for name, entry in part.items()}
+    if missing := sorted(hf_tensor_shapes(config).keys() - merged.keys()):
+        raise CheckpointError(f"no parameter gave the tensor {missing[0]}", where=directory)
     _on_rank_zero(
         lambda: finish_directory(
             staging_directory(final),

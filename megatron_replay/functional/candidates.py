@@ -93,8 +93,8 @@ def select_candidates(
         TrainingError: a row holds NaN or +inf, or nothing but -inf, or its label has -inf.
 
     Communication over ``tp_group``, whatever T is: all-reduce MAX fp32 [T, 3], all-reduce SUM
-    int64 [T], all-gather int64 [T, max_candidates]. Memory beside the logits: a chunk's temporaries,
-    320 MiB at most, and the gathered keys, 8 bytes * T * K_max * TP.
+    int64 [T], all-gather int64 [T, max_candidates]. Memory beside the logits: a chunk's
+    temporaries, 320 MiB at most, and the gathered keys, 8 bytes * T * K_max * TP.
     """
     _check_arguments(logits_TV, labels_T, coverage, max_candidates, vocab_start)
     gold_T, max_T = _gold_and_max(logits_TV, labels_T, vocab_start, tp_group)

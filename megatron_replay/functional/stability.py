@@ -97,9 +97,7 @@ def spikes(values_N: npt.ArrayLike, *, window: int = 128, sigmas: float = 6.0) -
     if judged == 0:
         return Spikes((), 0)
     before = np.lib.stride_tricks.sliding_window_view(values, window)[:-1]
-    # Relative to the judged value, so that a constant series cannot spike by a rounding.
-    below = values[window:, None] - before
-    hit = below.mean(1) > sigmas * below.std(1)
+    hit = values[window:] > before.mean(1) + sigmas * before.std(1)
     first = hit & ~np.concatenate([[False], hit[:-1]])
     return Spikes(tuple(int(i) + window for i in np.flatnonzero(first)), judged)
 
