@@ -149,12 +149,10 @@ train() { # train ARM FLAGS...: to the end, then export
     "$PYTHON" tools/convert_checkpoint.py --load "$OUT/$arm" --save "$OUT/$arm/export" --overwrite
 }
 
-times() { "$PYTHON" -c 'import sys; print(float(sys.argv[1]) * float(sys.argv[2]))' "$1" "$2"; }
-
 part "$OUT/adamw/export" "Stage 1: AdamW, full softmax" \
     train adamw --loss full --optimizer adamw --lr "$LR"
 part "$OUT/replay-moclip/export" "Stage 1: replay + MoClip" \
-    train replay-moclip --loss restricted --optimizer moclip --lr "$(times "$LR" 3)"
+    train replay-moclip --loss restricted --optimizer moclip --lr "$LR"
 part "$OUT/replay-document/export" "Stage 1: replay, document scope + ghost" \
     train replay-document --loss restricted --candidate-scope document --tail ghost \
     --optimizer adamw --lr "$LR"

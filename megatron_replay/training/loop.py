@@ -76,6 +76,7 @@ class Trainer:
             config.optimizer, self.wrapped, groups, bf16=config.model.bf16
         )
         self.state = self._resume()
+        self._warned = False  # of drifting mass: said when it starts, and at the end
 
     def train(self, stop: StopRequest) -> None:
         """Take every step that is left, logging, probing and saving on the way."""
@@ -234,7 +235,8 @@ class Trainer:
         if log is None or reading is None:
             return
         log.write(self.state.iteration, {"probe": reading.values()})
-        if reading.drifts:
+        if reading.drifts and (not self._warned or self.state.iteration == self.train_iters):
+            self._warned = True
             print(
                 f"warning: iteration {self.state.iteration}: {reading.warning()}", file=sys.stderr
             )
