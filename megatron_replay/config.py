@@ -185,6 +185,9 @@ class OptimizerConfig(Section):
         "line",
         ("line", "zero", "reflect", "project", "rotate"),
     )
+    obtuse_patience: int = option(
+        "MoClip, --obtuse zero: obtuse steps in a row before one passes unturned", 3
+    )
     second_moment: str = option("MoClip: gradient that feeds v", "raw", ("raw", "clipped"))
     atan_a: float = option("MoClip: A in lr A atan2(m, B sqrt v)", 1.0)
     atan_b: float = option("MoClip: B in lr A atan2(m, B sqrt v)", 1.0)
@@ -192,6 +195,7 @@ class OptimizerConfig(Section):
     def _check(self) -> None:
         self.require_positive("lr", "atan_a", "atan_b")
         self.require(0 <= self.min_lr <= self.lr, "min_lr", "0 to --lr")
+        self.require(self.obtuse_patience >= 0, "obtuse_patience", "a number from 0")
         for name in ("lr_warmup_iters", "weight_decay", "clip_grad", "adam_eps"):
             self.require(getattr(self, name) >= 0, name, "a number from 0")
         for name in ("adam_beta1", "adam_beta2"):

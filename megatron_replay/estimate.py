@@ -9,8 +9,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_replay.config import DataConfig, ModelConfigSource, ParallelConfig, Stage0Config
-from megatron_replay.config import Stage1Config as Stage1
+from megatron_replay.config import (
+    DataConfig,
+    ModelConfigSource,
+    ParallelConfig,
+    Stage0Config,
+    Stage1Config,
+)
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import document_order, fit_documents, plan_packs
 from megatron_replay.data.sampler import GlobalBatches
@@ -59,7 +64,7 @@ def stage0(config: Stage0Config) -> str:
     )
 
 
-def stage1(config: Stage1) -> str:
+def stage1(config: Stage1Config) -> str:
     """The estimate for Stage 1, as text."""
     shape, dp = _layout(config.model, config.parallel)
     corpus = Corpus(config.data.data_path)

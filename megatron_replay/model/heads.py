@@ -73,7 +73,8 @@ def probe(targets: ReplayTargets, parallel: Parallel) -> Head:
             vocab_start=parallel.tp_rank * weight_VH.shape[0],
             tp_group=parallel.tp_group,
         )
-        restricted_N = full_loss_N + torch.log1p(-outside_N)
+        # Below one: where rounding puts all mass outside, the loss is large, not -inf.
+        restricted_N = full_loss_N + torch.log1p(-outside_N.clamp(max=1 - 2**-24))
         count = torch.tensor(float(outside_N.numel()), device=outside_N.device)
         return torch.stack([outside_N.sum(), restricted_N.sum(), full_loss_N.sum(), count])
 

@@ -72,6 +72,7 @@ def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch
         groups,
         max_angle=config.max_angle,
         obtuse=config.obtuse,
+        obtuse_patience=config.obtuse_patience,
         second_moment=config.second_moment,
         atan_a=config.atan_a,
         atan_b=config.atan_b,
