@@ -145,8 +145,10 @@ train() { # train ARM FLAGS...: to the end, then export
     launch "$TP" megatron_replay.stage1 --load "$BASE" --store "$OUT/store" "${COMMON[@]}" \
         --save "$OUT/$arm" --seed "$SEED" --global-batch-size "$GLOBAL_BATCH" \
         --train-epochs "$EPOCHS" --lr-decay-style linear --lr-warmup-iters 10 --weight-decay 0.0 \
-        --save-interval 50 --probe-interval 25 --probe-documents 64 "$@"
-    "$PYTHON" tools/convert_checkpoint.py --load "$OUT/$arm" --save "$OUT/$arm/export" --overwrite
+        --save-interval 50 --probe-interval 40 --probe-documents 64 "$@"
+    # transformers loads every export below, to evaluate it; no need to load it here as well
+    "$PYTHON" tools/convert_checkpoint.py --load "$OUT/$arm" --save "$OUT/$arm/export" \
+        --overwrite --no-verify
 }
 
 part "$OUT/adamw/export" "Stage 1: AdamW, full softmax" \
@@ -168,7 +170,7 @@ for arm in "${ARMS[@]}"; do
     MODELS+=(--model "$arm=$OUT/$arm/export") RUNS+=(--run "$arm=$OUT/$arm")
 done
 part "$OUT/evaluation.json" "evaluation" \
-    "$PYTHON" tools/evaluate.py --base "$BASE" "${MODELS[@]}" "${EVALUATE[@]}" \
+    env OMP_NUM_THREADS="$(nproc)" "$PYTHON" tools/evaluate.py --base "$BASE" "${MODELS[@]}" "${EVALUATE[@]}" \
     --data-path "$OUT/corpus" --store "$OUT/store" --output "$OUT/evaluation.json"
 printf '{%s}\n' "$(paste -sd, "$TIMINGS")" >"$OUT/timings.json"
 part "$OUT/report.png" "report" \
