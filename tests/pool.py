@@ -42,7 +42,7 @@ def _child(
             init_method=f"file://{folder}/rendezvous",
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=120),
+            timeout=datetime.timedelta(seconds=300),
         )
         result = ("ok", function(rank, world_size, *args))
         if dist.is_initialized():  # a whole program, as function, has left the group itself
@@ -57,7 +57,7 @@ def _child(
 
 
 def run(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180.0
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0
 ) -> list[Any]:
     """Run ``function(rank, world_size, *args)`` on ``world_size`` forked gloo ranks."""
     context = multiprocessing.get_context("fork")

@@ -95,6 +95,7 @@ def compare(
     reference = torch.load(expected / "reference.pt")
     batches = micro_batches(groups, corpus)
     report: dict[str, Any] = {"logits": 0.0, "loss": 0.0, "gradients": (0.0, "")}
+    _check_sequence_shards(layout, model)
     outputs = forward_only(model.module, [(batch, lambda h, w: h @ w.T) for batch in batches])
     for batch, logits_TV in zip(batches, outputs, strict=False):
         shard = slice(
@@ -126,6 +127,17 @@ def compare(
             report["grad_norm"] = result.grad_norm
     report["losses"] = losses
     return report
+
+
+def _check_sequence_shards(layout: Layout, model: LoadedModel) -> None:
+    """Sequence parallelism that is silently off would pass every comparison: look at the shapes."""
+    length = SEQ_LENGTH // (layout.tp if layout.sequence_parallel else 1)
+
+    def check(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert inputs[0].shape[0] == length, (str(layout), inputs[0].shape)
+
+    for layer in model.module.decoder.layers:
+        layer.pre_mlp_layernorm.register_forward_pre_hook(check)
 
 
 def _work(groups: parallel.Parallel, batches: list[Any]) -> list[Any]:

@@ -104,6 +104,18 @@ def test_layouts_agree_with_every_option(folder, tmp_path):
 
 
 @pytest.mark.distributed
+def test_a_store_serves_any_packing(folder, tmp_path):
+    """Packs of 64 made the store; packs of 48 and 96 train on the same sets, so start alike."""
+    starts = []
+    for length in (48, 64, 96):
+        extra = ["--seq-length", length, "--global-batch-size", 40, "--tail", "ghost"]
+        stages.succeed("stage1", *argv(folder, tmp_path / str(length), *extra))
+        starts.append(read_metrics(tmp_path / str(length) / "metrics.jsonl")[1])
+    assert len({line["positions"] for line in starts}) == 1  # the whole corpus in one batch
+    assert [line["loss"] for line in starts] == pytest.approx([starts[0]["loss"]] * 3, abs=2e-6)
+
+
+@pytest.mark.distributed
 def test_bf16_trains_fp32_masters(folder, tmp_path):
     """A learning rate below bf16's resolution still moves the masters: the loss falls."""
     stages.succeed("stage1", *argv(folder, tmp_path / "run", "--bf16", "--train-epochs", 4), tp=2)
