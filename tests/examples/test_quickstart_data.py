@@ -18,6 +18,7 @@ from megatron_replay.evaluation.sql_execution import execution_match
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 SMALL = [
     "--base-questions=300",
+    "--base-domain=20",
     "--practice-tables=4",
     "--domain-train=400",
     "--domain-test=60",
@@ -62,8 +63,8 @@ def test_counts(data: Path) -> None:
     assert counts == {
         "general_train": 300,
         "general_heldout": 20,
-        "base_sql": 300,
-        "base_train": 600,
+        "base_sql": 320,
+        "base_train": 620,
         "domain_train": 400,
         "domain_test": 60,
     }
@@ -118,11 +119,17 @@ def test_every_form_is_tested(data: Path) -> None:
         assert part in queries
 
 
-def test_base_never_sees_the_domain(make_data: ModuleType, data: Path) -> None:
+def test_base_sees_few_questions_of_the_domain_and_none_of_ours(
+    make_data: ModuleType, data: Path
+) -> None:
     nl2sql = sys.modules["nl2sql"]
     new = {table.name for table in nl2sql.NEW_TABLES}
-    for row in rows(data, "base_sql"):
-        assert row["completion"].split(" from ")[1].split()[0] not in new
+    base = rows(data, "base_sql")
+    tables = [row["completion"].split(" from ")[1].split()[0] for row in base]
+    assert sum(table in new for table in tables) == 20
+    asked = {row["prompt"] for row in base}
+    assert not asked & {row["prompt"] for row in rows(data, "domain_train")}
+    assert not asked & {row["prompt"] for row in rows(data, "domain_test")}
     domain_words = {
         word
         for table in nl2sql.NEW_TABLES
@@ -156,7 +163,7 @@ def test_tokenizer(data: Path) -> None:
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--domain-train=99999", "99999 questions asked for, the grammar has"),
+        ("--domain-train=99999", " questions asked for, the grammar has"),
         ("--domain-test=0", "--domain-test: must be positive (found 0)"),
         ("--general-train=99999", "this installation documents less than that"),
         ("--vocab-size=99999", "--vocab-size: the text does not give a tokenizer of this size"),
