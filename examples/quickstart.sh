@@ -8,7 +8,6 @@
 # Run it again after Ctrl-C: finished parts are kept, unfinished ones go on where they stopped.
 # Results: runs/quickstart/report.md, report.json, report.png.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
     cat <<'TEXT'
@@ -21,28 +20,40 @@ with your own model and data:
   --tp N                tensor parallel size         (default 2)
   --seq-length N        positions in a pack          (default 1024)
   --lr X                learning rate of AdamW       (default 1e-5)
+  --epochs N            passes over the data         (default 1)
+  --global-batch-size N packs in one step            (default 4)
   --long-documents P    error, drop or truncate what does not fit (default error)
 TEXT
 }
 
-OUT=runs/quickstart SEED=0 TP=2 HF_CHECKPOINT="" DATA="" SEQ_LENGTH="" LR="" LONG=error
+OUT="" SEED=0 TP=2 HF_CHECKPOINT="" DATA="" SEQ_LENGTH="" LR="" LONG=error EPOCHS="" GLOBAL_BATCH=""
+fail() { echo "error: $*" >&2 && exit 2; }
 while (($#)); do
+    [[ $1 == -h || $1 == --help ]] && usage && exit 0
+    (($# >= 2)) || fail "$1 is unknown or lacks its value; see --help"
     case $1 in
-        --output) OUT=$2 ;;
+        --output) OUT=$(realpath -m -- "$2") ;; # relative to where the user stands
         --seed) SEED=$2 ;;
         --tp) TP=$2 ;;
-        --hf-checkpoint) HF_CHECKPOINT=$2 ;;
-        --data) DATA=$2 ;;
+        --hf-checkpoint) HF_CHECKPOINT=$(realpath -m -- "$2") ;;
+        --data) DATA=$(realpath -m -- "$2") ;;
         --seq-length) SEQ_LENGTH=$2 ;;
         --lr) LR=$2 ;;
         --long-documents) LONG=$2 ;;
-        -h | --help) usage && exit 0 ;;
-        *) echo "error: unknown option $1" >&2 && usage >&2 && exit 2 ;;
+        --epochs) EPOCHS=$2 ;;
+        --global-batch-size) GLOBAL_BATCH=$2 ;;
+        *) fail "unknown option $1; see --help" ;;
     esac
-    shift 2 || { echo "error: the last option lacks its value" >&2 && exit 2; }
+    shift 2
 done
-if [[ -n $HF_CHECKPOINT && -z $DATA || -z $HF_CHECKPOINT && -n $DATA ]]; then
-    echo "error: --hf-checkpoint and --data go together" >&2 && exit 2
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUT=${OUT:-runs/quickstart}
+CONTENT=""
+if [[ -n $HF_CHECKPOINT || -n $DATA ]]; then
+    [[ -n $HF_CHECKPOINT && -n $DATA ]] || fail "--hf-checkpoint and --data go together"
+    [[ -f $HF_CHECKPOINT/config.json ]] || fail "$HF_CHECKPOINT: no Hugging Face checkpoint here (expected config.json)"
+    [[ -f $DATA ]] || fail "$DATA: no such file"
+    CONTENT=$(sha256sum <"$DATA" | cut -c1-16)
 fi
 
 base_model() { # full loss on general text and some SQL, two data-parallel processes
@@ -50,8 +61,8 @@ base_model() { # full loss on general text and some SQL, two data-parallel proce
         --save "$CACHE/train" --loss full --optimizer adamw --seq-length 128 \
         --micro-batch-size 8 --global-batch-size 16 --train-epochs 8 --train-iters 800 \
         --lr 4e-3 --min-lr 4e-5 --lr-decay-style linear --lr-warmup-iters 50 \
-        --weight-decay 0.1 --save-interval 200
-    "$PYTHON" tools/convert_checkpoint.py --load "$CACHE/train" --save "$CACHE/hf"
+        --weight-decay 0.1 --save-interval 200 &&
+        "$PYTHON" tools/convert_checkpoint.py --load "$CACHE/train" --save "$CACHE/hf"
 }
 
 # Spinning OpenMP threads of several ranks on few cores slow each other down several times.
@@ -65,7 +76,8 @@ TIMINGS=$OUT/timings.txt # a line a part; a part run again comes last and counts
 STARTED=$SECONDS
 
 # One output directory holds one experiment: other settings need another directory.
-SETTINGS="seed=$SEED tp=$TP hf_checkpoint=$HF_CHECKPOINT data=$DATA seq_length=$SEQ_LENGTH lr=$LR long=$LONG"
+SETTINGS="seed=$SEED tp=$TP hf_checkpoint=$HF_CHECKPOINT data=$DATA $CONTENT seq_length=$SEQ_LENGTH \
+lr=$LR long=$LONG epochs=$EPOCHS global_batch=$GLOBAL_BATCH"
 if [[ -f $OUT/settings && $(<"$OUT/settings") != "$SETTINGS" ]]; then
     echo "error: $OUT holds a run with other settings ($(<"$OUT/settings")); give another --output" >&2
     exit 2
@@ -73,6 +85,7 @@ fi
 echo "$SETTINGS" >"$OUT/settings"
 
 part() { # part PRODUCT NAME COMMAND...: unless PRODUCT exists, run COMMAND and note how long it took
+    # A function called with || runs without set -e: those below chain their commands with &&.
     local product=$1 name=$2 start status=0
     shift 2
     if [[ -e $product ]]; then
@@ -108,7 +121,8 @@ preprocess() { # preprocess PREFIX FLAGS...
 if [[ -z $HF_CHECKPOINT ]]; then
     CACHE=runs/quickstart-base # made once, used by every --output and --seed
     BASE=$CACHE/hf TOKENIZER=$CACHE/data/tokenizer DATA=$CACHE/data
-    SEQ_LENGTH=${SEQ_LENGTH:-512} LR=${LR:-2e-4} MICRO_BATCH=2 GLOBAL_BATCH=2 EPOCHS=2
+    SEQ_LENGTH=${SEQ_LENGTH:-512} LR=${LR:-2e-4} MICRO_BATCH=2 WARMUP=10
+    GLOBAL_BATCH=${GLOBAL_BATCH:-2} EPOCHS=${EPOCHS:-2}
     part "$DATA/data.json" "data" \
         "$PYTHON" examples/quickstart/make_data.py --output "$DATA"
     part "$CACHE/corpus.json" "base: corpus" \
@@ -122,7 +136,8 @@ if [[ -z $HF_CHECKPOINT ]]; then
         --task-data "$DATA/domain_test.jsonl" --general-text "$DATA/general_heldout.jsonl")
 else
     BASE=$HF_CHECKPOINT TOKENIZER=$HF_CHECKPOINT
-    SEQ_LENGTH=${SEQ_LENGTH:-1024} LR=${LR:-1e-5} MICRO_BATCH=1 GLOBAL_BATCH=16 EPOCHS=1
+    SEQ_LENGTH=${SEQ_LENGTH:-1024} LR=${LR:-1e-5} MICRO_BATCH=1 WARMUP=0
+    GLOBAL_BATCH=${GLOBAL_BATCH:-4} EPOCHS=${EPOCHS:-1}
     part "$OUT/data/data.json" "data: hold out every tenth row" \
         "$PYTHON" examples/quickstart/split_data.py --input "$DATA" --output "$OUT/data"
     TRAIN_ROWS=$OUT/data/train.jsonl
@@ -144,11 +159,11 @@ train() { # train ARM FLAGS...: to the end, then export
     shift
     launch "$TP" megatron_replay.stage1 --load "$BASE" --store "$OUT/store" "${COMMON[@]}" \
         --save "$OUT/$arm" --seed "$SEED" --global-batch-size "$GLOBAL_BATCH" \
-        --train-epochs "$EPOCHS" --lr-decay-style linear --lr-warmup-iters 10 --weight-decay 0.0 \
-        --save-interval 50 --probe-interval 40 --probe-documents 64 "$@"
-    # transformers loads every export below, to evaluate it; no need to load it here as well
-    "$PYTHON" tools/convert_checkpoint.py --load "$OUT/$arm" --save "$OUT/$arm/export" \
-        --overwrite --no-verify
+        --train-epochs "$EPOCHS" --lr-decay-style linear --lr-warmup-iters "$WARMUP" --weight-decay 0.0 \
+        --save-interval 50 --probe-interval 40 --probe-documents 64 "$@" &&
+        # transformers loads every export below, to evaluate it; no need to load it here as well
+        "$PYTHON" tools/convert_checkpoint.py --load "$OUT/$arm" --save "$OUT/$arm/export" \
+            --overwrite --no-verify
 }
 
 part "$OUT/adamw/export" "Stage 1: AdamW, full softmax" \

@@ -19,6 +19,7 @@ from megatron_replay.config import (
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import document_order, fit_documents, plan_packs
 from megatron_replay.data.sampler import GlobalBatches
+from megatron_replay.errors import CheckpointError
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.parallel import data_parallel_size
 
@@ -111,7 +112,15 @@ def stage1(config: Stage1Config) -> str:
 def _layout(source: ModelConfigSource, parallel: ParallelConfig) -> tuple[ModelConfig, int]:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     files = Path(source.load)
-    shape = ModelConfig.from_hf(files if (files / "config.json").exists() else files / "hf")
+    places = [place for place in (files, files / "hf") if (place / "config.json").exists()]
+    if not places:
+        raise CheckpointError(
+            "no checkpoint here",
+            where=files,
+            expected="config.json (Hugging Face) or hf/config.json (a training checkpoint)",
+            found="neither" if files.is_dir() else "no such directory",
+        )
+    shape = ModelConfig.from_hf(places[0])
     shape.check_layout(tp, pp)
     return shape, data_parallel_size(parallel, int(os.environ.get("WORLD_SIZE", tp * pp)))
 

@@ -60,7 +60,8 @@ def parse(root: type[Config], argv: Sequence[str], *, program: str) -> Invocatio
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
-        raise ConfigError(f"unknown flag {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+        hint = nearest(unknown[0].split("=")[0], known)
+        raise ConfigError(f"unknown flag {unknown[0]}{hint}", fix=f"See {program} --help")
     flags = vars(given)
     control = {key: flags.pop(key) for key in ("config", "print_config", "dry_run")}
     from_file = _read_yaml(Path(control["config"]), sections) if control["config"] else {}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_replay.config import ParallelConfig
-from megatron_replay.errors import ConfigError
+from megatron_replay.errors import ConfigError, ReplayError
 from megatron_replay.platform import Platform
 
 T = TypeVar("T")
@@ -59,6 +60,31 @@ class Parallel:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def agreed(self, work: Callable[[], T]) -> list[T]:
+        """What ``work()`` gave on each process; where it failed on any, all raise the error.
+
+        Otherwise the others would wait for the failed one until the collectives time out. One
+        all-gather of objects over the world.
+
+        Raises:
+            ReplayError: the one of the lowest rank that has one.
+        """
+        outcome: T | ReplayError
+        try:
+            outcome = work()
+        except ReplayError as error:
+            outcome = error
+        outcomes: list[Any] = [None] * self.world_size
+        dist.all_gather_object(outcomes, outcome)
+        for result in outcomes:
+            if isinstance(result, ReplayError):
+                raise result
+        return outcomes
+
+    def on_rank_zero(self, work: Callable[[], object]) -> None:
+        """Do ``work`` on rank 0; the others wait for it, and share its error."""
+        self.agreed(work if self.rank == 0 else lambda: None)
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` holds on any process. One all-reduce of an int32 over the world."""

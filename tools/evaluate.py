@@ -15,7 +15,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_replay.errors import ConfigError, ReplayError
+from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
 from megatron_replay.evaluation.inputs import Inputs, Settings, named_directories
 from megatron_replay.evaluation.suite import BASE, evaluate
 from megatron_replay.files import make_directory
@@ -78,6 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     except ReplayError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     print(f"{given['output']}: {len(document['models'])} models")
     return 0
 

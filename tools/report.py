@@ -14,7 +14,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_replay.errors import ReplayError
+from megatron_replay.errors import EXIT_INTERRUPTED, ReplayError
 from megatron_replay.evaluation.figure import draw_report
 from megatron_replay.evaluation.inputs import named_directories
 from megatron_replay.evaluation.report import build_report, read_timings, render_markdown
@@ -56,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     except ReplayError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     print(markdown, end="")
     return 0
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_replay.checkpoint.hf import INDEX, HFReader, same_bits
 from megatron_replay.checkpoint.names import hf_tensor_shapes, mapping_of
-from megatron_replay.errors import CheckpointError, OutputError, ReplayError
+from megatron_replay.errors import CheckpointError, OutputError
 from megatron_replay.files import atomic_file, fsync_directory, output_error, write_json
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.parallel import Parallel
@@ -57,11 +57,11 @@ def export_hf(
         OutputError: ``directory`` is not empty, or cannot be written; raised on every rank.
     """
     final = Path(directory)
-    _on_rank_zero(lambda: start_directory(final, overwrite=overwrite), parallel)
+    parallel.on_rank_zero(lambda: start_directory(final, overwrite=overwrite))
     tensors = gathered_tensors(
         named_parameters, config, layer_offset=layer_offset, tp_group=parallel.tp_group
     )
-    written = _agreed(
+    written = parallel.agreed(
         lambda: write_weights(
             staging_directory(final),
             tensors,
@@ -69,13 +69,12 @@ def export_hf(
             stage=parallel.pp_rank,
             writes=parallel.tp_rank == 0 and parallel.dp_rank == 0,
             max_shard_bytes=max_shard_bytes,
-        ),
-        parallel,
+        )
     )
     merged = {name: entry for part in written for name, entry in part.items()}
     if missing := sorted(hf_tensor_shapes(config).keys() - merged.keys()):
         raise CheckpointError(f"no parameter gave the tensor {missing[0]}", where=directory)
-    _on_rank_zero(
+    parallel.on_rank_zero(
         lambda: finish_directory(
             staging_directory(final),
             final,
@@ -84,33 +83,8 @@ def export_hf(
             dtype=dtype,
             source=source,
             overwrite=overwrite,
-        ),
-        parallel,
+        )
     )
-
-
-def _agreed(work: Callable[[], T], parallel: Parallel) -> list[T]:
-    """What ``work()`` gave on each rank; where it failed on any, the error is raised on all.
-
-    Otherwise the others would wait for the failed one until the collectives time out. One
-    all-gather of objects over the world.
-    """
-    outcome: T | ReplayError
-    try:
-        outcome = work()
-    except ReplayError as error:
-        outcome = error
-    outcomes: list[Any] = [None] * parallel.world_size
-    dist.all_gather_object(outcomes, outcome)
-    for result in outcomes:
-        if isinstance(result, ReplayError):
-            raise result
-    return outcomes
-
-
-def _on_rank_zero(work: Callable[[], object], parallel: Parallel) -> None:
-    """Do ``work`` on rank 0; the others wait for it, and share its error."""
-    _agreed(work if parallel.rank == 0 else lambda: None, parallel)
 
 
 def gathered_tensors(

@@ -21,12 +21,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_replay.errors import CheckpointError, ConfigError, OutputError, ReplayError
+from megatron_replay.errors import CheckpointError, ConfigError, OutputError
 from megatron_replay.files import atomic_file, fsync_directory, output_error, write_json
 from megatron_replay.model.gpt import ReplayGPTModel
 from megatron_replay.parallel import Parallel
@@ -109,16 +108,10 @@ def save_checkpoint(
     if final.exists():
         return final
     staged = directory / f".{final.name}.incomplete"
-    _on_rank_zero(lambda: _start_staging(directory, staged), parallel)
-    content = {**_sharded_state(model, optimizer, parallel, is_loading=False)}
-    error: BaseException | None = None
-    try:
-        with checkpointing():
-            dist_checkpointing.save(content, str(staged))
-    except (Exception, CheckpointException) as exception:  # the second is a BaseException
-        error = exception
-    _agree(error, staged, parallel)
-    _on_rank_zero(lambda: _publish(directory, staged, final, state), parallel)
+    parallel.on_rank_zero(lambda: _start_staging(directory, staged))
+    content = _sharded_state(model, optimizer, parallel, is_loading=False)
+    parallel.agreed(lambda: _write(content, staged))
+    parallel.on_rank_zero(lambda: _publish(directory, staged, final, state))
     return final
 
 
@@ -192,53 +185,47 @@ def _sharded_state(
 
 
 def _start_staging(directory: Path, staged: Path) -> None:
-    for leftover in directory.glob(".iter_*.incomplete"):
-        shutil.rmtree(leftover)
-    staged.mkdir(parents=True)
+    try:
+        for leftover in directory.glob(".iter_*.incomplete"):
+            shutil.rmtree(leftover)
+        staged.mkdir(parents=True)
+    except OSError as error:
+        raise output_error(staged, error) from error
+
+
+def _write(content: dict[str, Any], staged: Path) -> None:
+    """This rank's files. CheckpointException is no Exception, and holds the errors of all ranks."""
+    try:
+        with checkpointing():
+            dist_checkpointing.save(content, str(staged))
+    except (Exception, CheckpointException) as error:
+        reason = _reason(error)
+        if "Errno 28" in reason:
+            full = OSError(errno.ENOSPC, "No space left on device")
+            raise output_error(staged, full) from error
+        raise OutputError(
+            f"saving failed, nothing was published: {reason}",
+            where=staged,
+            fix="Mend the cause (a full disk or a limit, often) and run the same command again",
+        ) from error
 
 
 def _publish(directory: Path, staged: Path, final: Path, state: TrainState) -> None:
-    write_json(staged / "train_state.json", dataclasses.asdict(state))
-    fsync_directory(staged)
-    os.replace(staged, final)
-    fsync_directory(directory)
-    with atomic_file(directory / _LATEST, "w") as handle:
-        handle.write(f"{state.iteration}\n")
-
-
-def _on_rank_zero(work: Any, parallel: Parallel) -> None:
-    """Do ``work`` on rank 0 and learn everywhere whether it succeeded."""
-    error: BaseException | None = None
-    if parallel.rank == 0:
-        try:
-            work()
-        except (OSError, ReplayError) as exception:
-            error = exception
-    _agree(error, Path("checkpoint"), parallel)
-
-
-def _agree(error: BaseException | None, path: Path, parallel: Parallel) -> None:
-    """Raise on every rank when any rank has an error; a rank's own error is the one it raises."""
-    messages: list[str | None] = [None] * parallel.world_size
-    dist.all_gather_object(messages, None if error is None else _reason(error))
-    first = next((message for message in messages if message), None)
-    if first is None:
-        return
-    if isinstance(error, ReplayError):
-        raise error
-    if isinstance(error, OSError):
-        raise output_error(path, error)
-    if "Errno 28" in first:
-        raise output_error(path, OSError(errno.ENOSPC, "No space left on device"))
-    raise OutputError(
-        f"saving failed, nothing was published: {first}",
-        where=path,
-        fix="Mend the cause (a full disk or a limit, often) and run the same command again",
-    )
+    try:
+        write_json(staged / "train_state.json", dataclasses.asdict(state))
+        fsync_directory(staged)
+        os.replace(staged, final)
+        fsync_directory(directory)
+        with atomic_file(directory / _LATEST, "w") as handle:
+            handle.write(f"{state.iteration}\n")
+    except OSError as error:
+        raise output_error(final, error) from error
 
 
 def _reason(error: BaseException) -> str:
     """The line that tells why; dist_checkpointing wraps the tracebacks of all ranks in one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "Errno" in line] or lines[-1:]
+    if telling and "inline_container" in telling[0]:  # torch's zip writer, short of space
+        return "a file could not be written whole; is the disk full?"
     return telling[0] if telling else type(error).__name__

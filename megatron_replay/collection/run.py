@@ -10,7 +10,7 @@ from megatron_replay.collection.collector import NO_CANDIDATES, Collector
 from megatron_replay.config import Stage0Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import report_long_documents
-from megatron_replay.model.compatibility import require_vocabulary
+from megatron_replay.model.compatibility import require_context, require_vocabulary
 from megatron_replay.parallel import Parallel
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
@@ -24,6 +24,7 @@ def collect(config: Stage0Config, groups: Parallel) -> None:
     require_vocabulary(corpus, model.shape)
     writer = _open_writer(config, corpus, model, groups)
     collector = Collector(config.candidates, config.data, corpus, model, groups)
+    require_context(collector.fitted.lengths, model.shape)
     if groups.rank == 0:
         report_long_documents(collector.fitted, config.data.long_documents)
     missing = groups.broadcast(writer.missing_shards())

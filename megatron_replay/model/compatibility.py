@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.errors import ConfigError
 from megatron_replay.model.config import ModelConfig
@@ -17,6 +20,22 @@ def require_vocabulary(corpus: Corpus, model: ModelConfig) -> None:
             expected=f"at most {model.vocab_size} tokens",
             found=f"a tokenizer of {corpus.vocab_size}",
             fix="Run tools/preprocess_data.py with the tokenizer of --load",
+        )
+
+
+def require_context(lengths: npt.NDArray[np.int32], model: ModelConfig) -> None:
+    """Raise ConfigError when a document is longer than the model's context.
+
+    A pack may be: attention stays inside a document, and rotary positions are relative.
+    """
+    longest = int(lengths.max()) - 1
+    if longest > model.max_position_embeddings:
+        raise ConfigError(
+            f"document {int(lengths.argmax())} is longer than the model's context",
+            where="--data-path",
+            expected=f"at most {model.max_position_embeddings} positions",
+            found=longest,
+            fix="Set --seq-length to that and choose --long-documents drop or truncate",
         )
 
 

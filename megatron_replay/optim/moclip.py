@@ -65,6 +65,9 @@ def moclip_update(
     param.mul_(1 - lr * weight_decay).sub_(update.mul_(lr * atan_a))
 
 
+_WHOLE_OPTIMIZER = {"max_angle", "obtuse", "angle_scope", "second_moment", "atan_a", "atan_b"}
+
+
 class MoClip(torch.optim.AdamW):
     """A drop-in replacement for ``torch.optim.AdamW``; state keys and checkpoints are AdamW's.
 
@@ -244,7 +247,7 @@ class MoClip(torch.optim.AdamW):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in AdamW. Raises ConfigError for AdamW's options that MoClip lacks."""
+        """Add a group, as in AdamW. Raises ConfigError for options a group cannot have."""
         _require_no_variant(param_group)
         super().add_param_group(param_group)
 
@@ -289,3 +292,5 @@ def _require_usable(param: Tensor, grad: Tensor) -> None:
 def _require_no_variant(group: dict[str, Any]) -> None:
     for name in ("amsgrad", "maximize", "differentiable"):
         _require(f"option {name} of a group", not group.get(name), "False", group.get(name))
+    for name in sorted(_WHOLE_OPTIMIZER & group.keys()):  # the angle is one for all groups
+        _require(f"option {name} of a group", False, "it to be given to MoClip", group[name])

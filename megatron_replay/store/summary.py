@@ -160,9 +160,10 @@ def summary_text(summary: dict[str, Any]) -> str:
         lines.append("at the cap: the store does not tell max_candidates")
     else:
         lines.append(
-            f"at the cap of {cap['max_candidates']}: {cap['share_at_or_above']:.2%} of positions, "
-            f"of all positions {cap['share_above']:.2%} cut there with the gold appended"
+            f"at the cap of {cap['max_candidates']}: {cap['share_at_or_above']:.2%} of positions; "
+            f"cut there and the gold appended: {cap['share_above']:.2%}"
         )
+    lines += [f"advice: {line}" for line in _advice(summary)]
     most = max(row["positions"] for row in size["histogram"])
     for row in size["histogram"]:
         bar = "#" * -(-BAR_WIDTH * row["positions"] // most)  # upwards: one position is seen
@@ -174,3 +175,22 @@ def _appended_line(share: float | None) -> str:
     if share is None:
         return "gold appended: the store does not tell coverage and max_candidates"
     return f"gold appended to its set: {share:.2%} of positions"
+
+
+#: Beyond these shares of positions, the paper's loss has been seen to leak (docs/log.md).
+_MANY_APPENDED, _MANY_AT_CAP = 0.10, 0.20
+
+
+def _advice(summary: dict[str, Any]) -> list[str]:
+    """What the numbers say of whether restricting the loss will hurt."""
+    advice = []
+    if (summary["share_gold_appended"] or 0) > _MANY_APPENDED:
+        advice.append(
+            "the base model misses many golds: use --candidate-scope document and --tail ghost, "
+            "or --loss full"
+        )
+    if summary["cap"] and summary["cap"]["share_at_or_above"] > _MANY_AT_CAP:
+        advice.append(
+            "many sets are cut at the cap, so coverage is below --coverage: raise --max-candidates"
+        )
+    return advice

@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_replay import cli, flags
 from megatron_replay.checkpoint.load import LoadedModel, load_model, model_files
 from megatron_replay.checkpoint.training import (
@@ -25,11 +23,11 @@ from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import Pack, fit_documents, pack_batch, report_long_documents
 from megatron_replay.data.replay import full_targets, join_candidates
 from megatron_replay.data.sampler import GlobalBatches
-from megatron_replay.errors import TrainingError
+from megatron_replay.errors import ConfigError, TrainingError
 from megatron_replay.files import atomic_file, make_directory
 from megatron_replay.forward import Work
 from megatron_replay.model import heads
-from megatron_replay.model.compatibility import open_store, require_vocabulary
+from megatron_replay.model.compatibility import open_store, require_context, require_vocabulary
 from megatron_replay.optim.build import apply_hyperparameters, build_optimizer
 from megatron_replay.optim.schedule import learning_rate
 from megatron_replay.parallel import Parallel
@@ -66,8 +64,10 @@ class Trainer:
             dp_size=groups.dp_size,
         )
         self.train_iters = config.training.train_iters or self.batches.num_batches
+        self._require_iterations()
         self.model = self._load_model()
         require_vocabulary(self.corpus, self.model.shape)
+        require_context(self.lengths, self.model.shape)
         self.reader: CandidateReader | None = None
         if config.loss.store is not None:
             self.reader = open_store(config.loss.store, self.corpus, self.model.shape)
@@ -106,18 +106,35 @@ class Trainer:
         if log is not None:
             log.close()
         if self.state.iteration < self.train_iters:
-            raise cli.Interrupted(
+            why = stop.received or ("--exit-interval" if self._slice_is_over() else "another rank")
+            message = (
                 f"stopped after iteration {self.state.iteration} of {self.train_iters} "
-                f"({stop.received or '--exit-interval'}); saved, the same command goes on from here"
+                f"({why}); saved, the same command goes on from here"
             )
+            if not self._slice_is_over():  # a planned stop is a success
+                raise cli.Interrupted(message)
+            if self.groups.writer:
+                print(message, file=sys.stderr)
 
     def _prepare_directory(self) -> None:
-        if self.groups.rank == 0:
+        def prepare() -> None:
             make_directory(self.directory)
             with atomic_file(self.directory / "resolved_config.yaml", "w") as handle:
                 handle.write(flags.to_yaml(self.config))
             keep_model_files(model_files(self.config.model.load), self.directory)
-        dist.barrier()
+
+        self.groups.on_rank_zero(prepare)
+
+    def _require_iterations(self) -> None:
+        warmup = self.config.optimizer.lr_warmup_iters
+        if warmup >= self.train_iters:
+            raise ConfigError(
+                "the warm-up is as long as the run",
+                where="--lr-warmup-iters",
+                expected=f"below the run's {self.train_iters} iterations",
+                found=warmup,
+                fix="Shorten it, or lower --global-batch-size or --seq-length for more iterations",
+            )
 
     def _load_model(self) -> LoadedModel:
         """Weights from ``--load``; ``_resume`` overwrites them where ``--save`` has newer ones."""
@@ -244,11 +261,14 @@ class Trainer:
     def _must_leave(self, stop: StopRequest) -> bool:
         """Save when it is time; whether any rank was asked to stop, or the slice is over."""
         at, training = self.state.iteration, self.config.training
-        if self.groups.any(stop.received is not None) or at == training.exit_interval:
+        if self.groups.any(stop.received is not None) or self._slice_is_over():
             return True
         if training.save_interval and at % training.save_interval == 0:
             self._save()
         return False
+
+    def _slice_is_over(self) -> bool:
+        return self.state.iteration == self.config.training.exit_interval
 
     def _save(self) -> None:
         save_checkpoint(self.directory, self.state, self.model.module, self.optimizer, self.groups)
