@@ -71,8 +71,10 @@ def test_stores_are_byte_identical_for_equal_logits(folder, tmp_path, strategy):
     assert len(np.unique(sizes)) > 20  # the sets are worth comparing
     for layout in LAYOUTS[1:] if strategy == "bucket" else LAYOUTS[3:4]:
         store = tmp_path / "-".join(f"{k}{v}" for k, v in layout.items())
-        collect(folder, store, *flags, **layout)
+        said = collect(folder, store, *flags, **layout)
         stages.same_tree(store, reference)
+        if "dp" in layout:  # replicas share the work: shards 0 and 2 of 16, 16 and 8 documents
+            assert "24/24 documents (1 of 2 replicas)" in said
     for extra in (["--micro-batch-size", 3], ["--logits-chunk-size", 7]):
         store = tmp_path / extra[0]
         collect(folder, store, *flags, *extra)

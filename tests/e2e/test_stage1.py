@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from megatron_replay.checkpoint import training
+from megatron_replay.store import CandidateReader
 from megatron_replay.training.metrics import read_metrics
 from tests import tiny
 from tests.e2e import stages
@@ -101,6 +102,15 @@ def test_layouts_agree_with_every_option(folder, tmp_path):
     ]:
         stages.succeed("stage1", *argv(folder, tmp_path / name, *flags, *extra), **layout)
         assert stages.losses(tmp_path / name) == pytest.approx(reference, abs=1e-5), name
+
+
+@pytest.mark.distributed
+def test_an_epoch_sees_every_recorded_position_once(folder, tmp_path):
+    stages.succeed("stage1", *argv(folder, tmp_path / "run"), dp=2)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    reader = CandidateReader(folder / "store")
+    recorded = sum(len(reader[i].positions) for i in range(len(reader)))
+    assert sum(line.get("positions", 0) for line in lines) == recorded
 
 
 @pytest.mark.distributed
