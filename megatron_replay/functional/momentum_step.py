@@ -103,7 +103,7 @@ def momentum_step(
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         given = coefficients if coefficients.dim() == 1 else coefficients[i]
         proceed = given[0] != 0
-        c = Coefficients(*torch.where(proceed, given, given.new_tensor(AT_REST)).unbind())
+        c = Coefficients(*torch.where(proceed, given, AT_REST.pack(given)).unbind())
         # What is not finite survives a multiplication by 0: take it out first.
         g = torch.where(proceed, g, 0.0)
         h = g * c.square_g + m * c.square_m
