@@ -1,6 +1,9 @@
-"""Package metadata. Compiled kernels (csrc/) join here when they exist; today all is Python."""
+"""Package metadata, and the kernels compiled for the CPU (csrc/cpu)."""
 
+import os
 import re
+import sys
+import textwrap
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -11,6 +14,42 @@ assert VERSION is not None
 
 REPORT = ["matplotlib"]
 
+
+def compiled():
+    """Arguments of ``setup`` that build ``megatron_replay.kernels._cpu``, or end with one line."""
+    if os.environ.get("MEGATRON_REPLAY_BUILD_KERNELS", "1") == "0":
+        return {}
+    # Imported here: an installation without kernels does not need it.
+    from pybind11.setup_helpers import Pybind11Extension, build_ext
+
+    class Build(build_ext):
+        def build_extension(self, extension):
+            try:
+                super().build_extension(extension)
+            except Exception as error:  # setuptools has several, and renames them
+                found = textwrap.shorten(str(error), 80)
+                sys.exit(
+                    "error: csrc/cpu: the kernels cannot be compiled (expected a C++17 compiler "
+                    f"with OpenMP, and Python's headers; found {found}). Install them, on Debian: "
+                    "apt-get install g++ python3-dev; or set MEGATRON_REPLAY_BUILD_KERNELS=0 to "
+                    "install without"
+                )
+
+    # Level by level of the processor: csrc/cpu/levels.h. So no -march; and no -ffast-math, under
+    # which infinities and NaN lose their meaning. A square root that sets no errno, and comparisons
+    # that raise no signals, are what SIMD needs.
+    exact = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+    extension = Pybind11Extension(
+        "megatron_replay.kernels._cpu",
+        sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.h")),
+        extra_compile_args=["-O3", "-fopenmp", *exact],
+        extra_link_args=["-fopenmp"],
+        cxx_std=17,
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+
+
 setup(
     name="megatron-replay",
     version=VERSION[1],
@@ -19,6 +58,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_replay", "megatron_replay.*"]),
+    **compiled(),
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -1,0 +1,71 @@
+// megatron_replay.kernels._cpu. Tensors come as integers, their data pointers: nothing of torch's
+// ABI is used, so the module fits every torch. kernels/cpu.py checks what it passes; nothing here
+// does.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "momentum_step.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Addresses = std::vector<Address>;
+using Sizes = std::vector<std::int64_t>;
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+std::vector<T*> pointers(const Addresses& addresses) {
+    std::vector<T*> found;
+    found.reserve(addresses.size());
+    for (const Address address : addresses) found.push_back(pointer<T>(address));
+    return found;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+    module.doc() = "Compiled for the CPU; called through megatron_replay.kernels.cpu.";
+    const py::call_guard<py::gil_scoped_release> without_gil;
+
+    module.def(
+        "dot_products",
+        [](const Addresses& exp_avgs, const Addresses& grads, const Sizes& sizes, Address sums,
+           int threads) {
+            dot_products(pointers<const float>(exp_avgs), pointers<const float>(grads), sizes,
+                         pointer<double>(sums), threads);
+        },
+        without_gil);
+    module.def(
+        "square_sums",
+        [](const Addresses& grads, const Sizes& sizes, Address sums, int threads) {
+            square_sums(pointers<const float>(grads), sizes, pointer<double>(sums), threads);
+        },
+        without_gil);
+    module.def(
+        "momentum_step",
+        [](const Addresses& params, const Addresses& grads, const Addresses& exp_avgs,
+           const Addresses& exp_avg_sqs, const Addresses& copies, const Sizes& sizes,
+           Address coefficients, std::int64_t stride, bool bounded, Address sums, int threads) {
+            const Step step{pointers<float>(params),           pointers<const float>(grads),
+                            pointers<float>(exp_avgs),         pointers<float>(exp_avg_sqs),
+                            pointers<std::uint16_t>(copies),   sizes};
+            momentum_step(step, pointer<const Coefficients>(coefficients), stride, bounded,
+                          pointer<double>(sums), threads);
+        },
+        without_gil);
+    module.def(
+        "arctangent",
+        [](Address y, Address x, Address out, std::int64_t size) {
+            arctangent(pointer<const float>(y), pointer<const float>(x), pointer<float>(out), size);
+        },
+        without_gil);
+}
