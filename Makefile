@@ -2,16 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
+PEERS := .venv/.peers
+BUILD_KERNELS := $(or $(MEGATRON_REPLAY_BUILD_KERNELS),1)
 
-.PHONY: setup test check bench clean
+.PHONY: setup test check bench bench-optim clean
 
 setup: $(STAMP)  ## create .venv with pinned packages and this package in place
 
-$(STAMP): requirements/cpu.txt setup.py
+$(STAMP): requirements/cpu.txt setup.py $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "error: the pinned packages are for Python 3.11, found $$($(PYTHON) --version); name one with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 		{ echo "error: the venv module is missing; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@test $(BUILD_KERNELS) = 0 || command -v $(CXX) >/dev/null || \
+		{ echo "error: no C++ compiler ($(CXX)); on Debian: apt-get install g++; or set MEGATRON_REPLAY_BUILD_KERNELS=0 to install without compiled kernels" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile -r requirements/cpu.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
@@ -27,8 +31,14 @@ check: setup  ## style, types, shell scripts, layer laws
 	$(BIN)/shellcheck .ci/run $$(git ls-files '*.sh')
 	$(BIN)/python -m pytest tests/test_laws.py
 
-bench: setup  ## nothing is measured yet: the kernels and their benchmarks come with csrc/
-	@echo "no benchmarks yet"
+$(PEERS): $(STAMP) requirements/bench.txt
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements/bench.txt
+	@touch $@
+
+bench: bench-optim  ## every benchmark; each compares with its peers in one run
+
+bench-optim: $(PEERS)  ## the optimizer's step: ns and bytes per parameter
+	$(BIN)/python -m benchmarks.optim
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build megatron_replay/kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

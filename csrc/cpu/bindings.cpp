@@ -4,9 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
+#include "levels.h"
 #include "momentum_step.h"
 
 namespace py = pybind11;
@@ -30,12 +34,25 @@ std::vector<T*> pointers(const Addresses& addresses) {
     return found;
 }
 
+const std::array<std::string, 3> kLevels{"base", "avx2", "avx512"};
+
+void use_level(const std::string& name) {
+    for (int i = 0; i <= static_cast<int>(best_level()); ++i)
+        if (kLevels[i] == name) {
+            level() = static_cast<Level>(i);
+            return;
+        }
+    throw std::invalid_argument("this processor has no level " + name);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "Compiled for the CPU; called through megatron_replay.kernels.cpu.";
     const py::call_guard<py::gil_scoped_release> without_gil;
 
+    module.def("level", [] { return kLevels[static_cast<int>(level())]; });
+    module.def("use_level", use_level);
     module.def(
         "dot_products",
         [](const Addresses& exp_avgs, const Addresses& grads, const Sizes& sizes, Address sums,
