@@ -39,7 +39,7 @@ INLINE double square_body(const float* g, std::int64_t size) {
     return total;
 }
 
-// To nearest, ties to even; any NaN becomes torch's.
+// To nearest, ties to even; a NaN stays one.
 INLINE std::uint16_t to_bf16(float x) {
     std::uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);

@@ -1,0 +1,60 @@
+"""Results of the compiled passes have the same bits for any number of threads, in every run."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.kernels.reference import Problem, bits, problem
+from tests.kernels.test_momentum_step import USUAL, pack
+
+SIZES = [100_003, 5, 0, 32_768, 65_537]
+
+
+def in_threads(count: int, work):
+    """``work()`` by ``count`` threads. In a thread of its own: later tests fork, and OpenMP's
+    team, which would not survive in a child, belongs to the thread that started it.
+    """
+
+    def run():
+        torch.set_num_threads(count)
+        return work()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result(timeout=60)
+
+
+def all_passes(kernels, given: Problem) -> list[torch.Tensor]:
+    one = given.clone()
+    dots = kernels.dot_products(one.exp_avgs, one.grads)
+    squares = kernels.square_sums(one.grads)
+    sums = one.step_with(kernels, pack(USUAL), bounded=True)
+    return [dots, squares, sums, *one.parts()]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_bits_do_not_depend_on_threads(compiled, threads):
+    given = problem(SIZES)
+    expected = all_passes(compiled, given)
+    for _ in range(3):
+        found = in_threads(threads, lambda: all_passes(compiled, given))
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_bits_do_not_depend_on_where_a_tensor_lies(compiled):
+    expected = all_passes(compiled, problem(SIZES))
+    for offset in (1, 2, 3, 7, 8):
+        shifted = problem(SIZES)
+        for part in (shifted.params, shifted.grads, shifted.exp_avgs, shifted.exp_avg_sqs):
+            for i, tensor in enumerate(part):
+                memory = torch.empty(tensor.numel() + offset)
+                part[i] = memory[offset:].copy_(tensor)
+        found = [
+            compiled.dot_products(shifted.exp_avgs, shifted.grads),
+            compiled.square_sums(shifted.grads),
+            shifted.step_with(compiled, pack(USUAL), bounded=True),
+            *shifted.parts(),
+        ]
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found, expected, strict=True))
