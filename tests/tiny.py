@@ -1,4 +1,4 @@
-"""A Qwen3 small enough to differentiate in float64, made by transformers, and a corpus for it."""
+"""Models small enough to differentiate in float64, made by transformers, and a corpus for them."""
 
 from __future__ import annotations
 
@@ -8,34 +8,62 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.document import Document
 
 VOCAB_SIZE = 512
+_SETTINGS: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "initializer_range": 0.08,
+}
 
 
 def save_qwen3(directory: Path, *, tied: bool, seed: int = 0, **changes: Any) -> Path:
     """Save a randomly initialised Qwen3; heads x kv_channels differs from the hidden size."""
     settings: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
+        **_SETTINGS,
         "num_key_value_heads": 4,
         "head_dim": 16,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-6,
         "tie_word_embeddings": tied,
-        "attention_bias": False,
-        "initializer_range": 0.08,
         **changes,
     }
+    return _save(directory, Qwen3ForCausalLM, Qwen3Config(**settings), seed)
+
+
+def save_llama(directory: Path, *, tied: bool, seed: int = 0, **changes: Any) -> Path:
+    """Save a randomly initialised Llama; heads x kv_channels is the hidden size, as is usual."""
+    settings: dict[str, Any] = {
+        **_SETTINGS,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": tied,
+        **changes,
+    }
+    return _save(directory, LlamaForCausalLM, LlamaConfig(**settings), seed)
+
+
+def _save(
+    directory: Path, model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int
+) -> Path:
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(Qwen3Config(**settings)).float()
+    model = model_class(config).float()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -45,9 +73,9 @@ def save_qwen3(directory: Path, *, tied: bool, seed: int = 0, **changes: Any) ->
     return directory
 
 
-def load_reference(directory: Path) -> Qwen3ForCausalLM:
+def load_reference(directory: Path) -> PreTrainedModel:
     """transformers' own model in float32, plain attention: the independent reference."""
-    return Qwen3ForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         directory, attn_implementation="eager", dtype=torch.float32
     ).eval()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _MAX_HEADER = 100_000_000
 #: What a weight may be stored as; anything else would be cast without being what was meant.
 _DTYPES = ("F64", "F32", "F16", "BF16")
+#: What Llama 1 and 2 were published with; transformers has long made it from config.json.
+_ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 #: All that reading untrusted JSON, and looking into it, may raise.
 _MALFORMED = (
     ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError,
@@ -66,7 +69,8 @@ class HFReader:
     def check(self, config: ModelConfig) -> None:
         """Raise CheckpointError unless the tensors are just those of ``config``.
 
-        The one allowance: a tied checkpoint may carry ``lm_head.weight``, equal to the embedding.
+        Two allowances: a tied checkpoint may carry ``lm_head.weight``, equal to the embedding; an
+        old one its rotary frequencies, equal to those of ``rope_theta``.
         """
         found = self.names()
         if config.num_layers > len(found):  # before a table of as many names is made
@@ -96,7 +100,28 @@ class HFReader:
                     fix="Correct config.json, or remove one of the two",
                 )
             found = found - {HEAD}
+        found = found - self._rotary_frequencies(config)
         self._report_difference("not part of the model", sorted(found - expected.keys()))
+
+    def _rotary_frequencies(self, config: ModelConfig) -> set[str]:
+        """Names of stored rotary frequencies; rope_theta^(-2i / D) for channel pair i of D / 2."""
+        channels = config.kv_channels
+        expected = config.rotary_base ** -(torch.arange(0, channels, 2).double() / channels)
+        names = {name for name in self.names() if _ROTARY.fullmatch(name)}
+        for name in sorted(names):
+            tensor, where = self.slice(name), self.directory / self._files[name]
+            # Half precision keeps 3 digits of them, and of the smallest fewer.
+            if (
+                tensor.get_dtype() not in _DTYPES
+                or tuple(tensor.get_shape()) != tuple(expected.shape)
+                or not torch.allclose(tensor[:].double(), expected, rtol=1e-2, atol=1e-6)
+            ):
+                raise CheckpointError(
+                    f"{name} differs from the frequencies of config.json's rope_theta",
+                    where=where,
+                    expected=f"{config.rotary_base} ** -(2i / {channels})",
+                )
+        return names
 
     def _report_difference(self, what: str, names: list[str]) -> None:
         if names:

@@ -141,9 +141,11 @@ def _layer_table(config: ModelConfig) -> dict[str, Mapping]:
         "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",  # TE
         "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
         "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",  # TE
-        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     }
+    if config.qk_layernorm:
+        norms |= {
+            f"self_attention.{x}_layernorm.weight": f"self_attn.{x}_norm.weight" for x in "qk"
+        }
     return {
         **{ours: Mapping((theirs,), Replicated()) for ours, theirs in norms.items()},
         "self_attention.linear_qkv.weight": Mapping(
@@ -164,14 +166,14 @@ def hf_tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.q_proj.weight": (queries, hidden),
         "self_attn.k_proj.weight": (keys, hidden),
         "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.q_norm.weight": (channels,),
-        "self_attn.k_norm.weight": (channels,),
         "self_attn.o_proj.weight": (hidden, queries),
         "post_attention_layernorm.weight": (hidden,),
         "mlp.gate_proj.weight": (config.ffn_hidden_size, hidden),
         "mlp.up_proj.weight": (config.ffn_hidden_size, hidden),
         "mlp.down_proj.weight": (hidden, config.ffn_hidden_size),
     }
+    if config.qk_layernorm:
+        layer |= {"self_attn.q_norm.weight": (channels,), "self_attn.k_norm.weight": (channels,)}
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for number in range(config.num_layers):
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}

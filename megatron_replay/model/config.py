@@ -1,4 +1,4 @@
-"""The shape of a Qwen3 model, read from a Hugging Face config.json."""
+"""The shape of a Qwen3 or Llama model, read from a Hugging Face config.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from megatron_replay.errors import CheckpointError, ConfigError
 
-SUPPORTED_MODEL_TYPES = ("qwen3",)
+SUPPORTED_MODEL_TYPES = ("qwen3", "llama")
 #: The largest integer that every reader of JSON agrees on.
 _LARGEST = 2**53
 _KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}
@@ -19,7 +19,10 @@ T = TypeVar("T", int, float, bool)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A dense decoder with grouped-query attention, QK-norm, RMSNorm, SwiGLU and RoPE."""
+    """A dense decoder with grouped-query attention, RMSNorm, SwiGLU, RoPE and no biases.
+
+    ``qk_layernorm``, a norm of each query and key head, tells Qwen3 from Llama, which has none.
+    """
 
     num_layers: int
     hidden_size: int
@@ -59,6 +62,9 @@ class ModelConfig:
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"not JSON: {error}", where=path) from error
         _refuse_unsupported(content, path)
+        is_llama = content["model_type"] == "llama"
+        if is_llama:
+            content = _with_llama_defaults(content, path)
         # transformers 5 moved rope_theta into rope_parameters.
         rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
         return cls(
@@ -73,13 +79,14 @@ class ModelConfig:
             rotary_base=_read({**content, **rope}, "rope_theta", float, path),
             layernorm_epsilon=_read(content, "rms_norm_eps", float, path),
             tie_embeddings=_read(content, "tie_word_embeddings", bool, path),
+            qk_layernorm=not is_llama,
         )
 
     def num_parameters(self) -> int:
         """Parameters of the whole model; tied embeddings count once."""
         heads, groups, channels = self.num_attention_heads, self.num_query_groups, self.kv_channels
-        attention = self.hidden_size * channels * (2 * heads + 2 * groups) + 2 * channels
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        attention = self.hidden_size * channels * (2 * heads + 2 * groups)
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + self._norms_of_a_layer()
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
@@ -88,11 +95,14 @@ class ModelConfig:
         heads, groups, channels = self.num_attention_heads, self.num_query_groups, self.kv_channels
         matrices = self.hidden_size * channels * (2 * heads + 2 * groups)
         matrices += 3 * self.hidden_size * self.ffn_hidden_size
-        layer = matrices // tp + 2 * self.hidden_size + 2 * channels
+        layer = matrices // tp + self._norms_of_a_layer()
         embedding = self.vocab_size * self.hidden_size // tp
         # With PP, first and last stage hold an embedding each, tied or not; without, both or one.
         copies = 1 if pp > 1 or self.tie_embeddings else 2
         return self.num_layers // pp * layer + copies * embedding + self.hidden_size
+
+    def _norms_of_a_layer(self) -> int:
+        return 2 * self.hidden_size + 2 * self.kv_channels * self.qk_layernorm
 
     def check_layout(self, tp: int, pp: int) -> None:
         """Raise ConfigError unless TP and PP divide what they split."""
@@ -120,8 +130,8 @@ class ModelConfig:
     def to_hf_dict(self) -> dict[str, Any]:
         """A config.json that transformers 4 and 5 load."""
         return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM" if self.qk_layernorm else "LlamaForCausalLM"],
+            "model_type": "qwen3" if self.qk_layernorm else "llama",
             "num_hidden_layers": self.num_layers,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.ffn_hidden_size,
@@ -152,6 +162,7 @@ def _refuse_unsupported(content: Any, path: Path) -> None:
         _refuse_unsupported_rope(content.get(key) or {}, key, path)
     for key, expected in (
         ("attention_bias", False),
+        ("mlp_bias", False),
         ("use_sliding_window", False),
         ("hidden_act", "silu"),
         ("partial_rotary_factor", 1.0),
@@ -178,6 +189,28 @@ def _refuse_unsupported_rope(rope: Any, key: str, path: Path) -> None:
     ):
         if found != expected:
             raise ConfigError(f"unsupported {name}", where=path, expected=expected, found=found)
+
+
+def _with_llama_defaults(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What LlamaConfig takes for a key that is absent or null: Llama 1 and 2 came without these."""
+    content = {key: value for key, value in content.items() if value is not None}
+    hidden, heads = (
+        _read(content, key, int, path) for key in ("hidden_size", "num_attention_heads")
+    )
+    if hidden % heads:
+        raise ConfigError(
+            "the attention heads do not divide hidden_size",
+            where=path,
+            expected=f"a multiple of {heads}",
+            found=hidden,
+        )
+    return {
+        "num_key_value_heads": heads,
+        "head_dim": hidden // heads,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        **content,
+    }
 
 
 def _read(content: dict[str, Any], key: str, kind: type[T], path: Path) -> T:

@@ -1,4 +1,4 @@
-"""Qwen3 as a megatron-core GPTModel whose output layer is whatever function the caller brings.
+"""Qwen3 or Llama as a megatron-core GPTModel whose output layer is any function the caller brings.
 
 Stage 0 selects candidates there, Stage 1 computes a loss, the probe both; none of them wants the
 [S, B, V] logits that megatron-core would make.

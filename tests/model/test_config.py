@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from transformers import LlamaConfig
 
 from megatron_replay import parallel
 from megatron_replay.config import ParallelConfig
@@ -30,6 +31,7 @@ TINY: dict[str, Any] = {
     "rotary_base": 10000.0,
     "layernorm_epsilon": 1e-6,
 }
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 #: From the config.json each is published with.
 QWEN3_4B = ModelConfig(
     num_layers=36, hidden_size=2560, ffn_hidden_size=9728, num_attention_heads=32,
@@ -41,29 +43,44 @@ QWEN3_8B = ModelConfig(
     num_query_groups=8, kv_channels=128, vocab_size=151936, max_position_embeddings=40960,
     rotary_base=1e6, layernorm_epsilon=1e-6, tie_embeddings=False,
 )  # fmt: skip
+LLAMA_2_7B = ModelConfig(
+    num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32,
+    num_query_groups=32, kv_channels=128, vocab_size=32000, max_position_embeddings=4096,
+    rotary_base=1e4, layernorm_epsilon=1e-5, tie_embeddings=False, qk_layernorm=False,
+)  # fmt: skip
+LLAMA_3_8B = ModelConfig(
+    num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32,
+    num_query_groups=8, kv_channels=128, vocab_size=128256, max_position_embeddings=8192,
+    rotary_base=5e5, layernorm_epsilon=1e-5, tie_embeddings=False, qk_layernorm=False,
+)  # fmt: skip
+QK_NORMS = ("q_layernorm.weight", "k_layernorm.weight")
+#: What is told apart: (tied, QK-norm).
+KINDS = [(True, True), (False, True), (True, False)]
 GRIDS = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2), (1, 4)]}
 
 
 def test_published_totals():
     assert QWEN3_4B.num_parameters() == 4_022_468_096
     assert QWEN3_8B.num_parameters() == 8_190_735_360
-    assert QWEN3_4B.parameters_per_device(1, 1) == QWEN3_4B.num_parameters()
-    assert QWEN3_8B.parameters_per_device(1, 1) == QWEN3_8B.num_parameters()
+    assert LLAMA_2_7B.num_parameters() == 6_738_415_616
+    assert LLAMA_3_8B.num_parameters() == 8_030_261_248
+    for model in (QWEN3_4B, QWEN3_8B, LLAMA_2_7B, LLAMA_3_8B):
+        assert model.parameters_per_device(1, 1) == model.num_parameters()
 
 
 def real_shapes(rank: int, world_size: int) -> dict[tuple, tuple[int, dict[str, tuple[int, ...]]]]:
-    """{(tied, tp, pp): (stage, {name: shape})} of this rank's part of what megatron-core builds."""
+    """{(kind, tp, pp): (stage, {name: shape})} of this rank's part of what megatron-core builds."""
     shapes = {}
     for tp, pp in GRIDS[world_size]:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         layout = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
         groups = parallel.build_groups(layout, torch.device("cpu"))
-        for tied in (True, False):
-            shape = ModelConfig(**TINY, tie_embeddings=tied)
+        for tied, qk_layernorm in KINDS:
+            shape = ModelConfig(**TINY, tie_embeddings=tied, qk_layernorm=qk_layernorm)
             model = build_model(shape, transformer_config(shape, layout), groups)
             named = {name: tuple(p.shape) for name, p in model.named_parameters()}
-            shapes[tied, tp, pp] = (groups.pp_rank, named)
+            shapes[(tied, qk_layernorm), tp, pp] = (groups.pp_rank, named)
     return shapes
 
 
@@ -71,20 +88,19 @@ def real_shapes(rank: int, world_size: int) -> dict[tuple, tuple[int, dict[str, 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_counts_are_those_of_megatron_core(world_size):
     per_rank = pool.run(world_size, real_shapes)
-    for tied, tp, pp in per_rank[0]:
-        config = ModelConfig(**TINY, tie_embeddings=tied)
+    for kind, tp, pp in per_rank[0]:
+        config = ModelConfig(**TINY, tie_embeddings=kind[0], qk_layernorm=kind[1])
         counts = []
         for ranks in per_rank:
-            stage, named = ranks[tied, tp, pp]
-            fake = empty_stage(config, tp, pp, stage, te=False)
-            assert named == {name: tuple(tensor.shape) for name, tensor in fake.items()}, (
-                tied,
-                tp,
-                pp,
-                stage,
-            )
+            stage, named = ranks[kind, tp, pp]
+            fake = {
+                name: tuple(tensor.shape)
+                for name, tensor in empty_stage(config, tp, pp, stage, te=False).items()
+                if config.qk_layernorm or not name.endswith(QK_NORMS)
+            }
+            assert named == fake, (kind, tp, pp, stage)
             counts.append(sum(torch.Size(shape).numel() for shape in named.values()))
-        assert config.parameters_per_device(tp, pp) == max(counts), (tied, tp, pp)
+        assert config.parameters_per_device(tp, pp) == max(counts), (kind, tp, pp)
         if world_size == 1:
             assert config.num_parameters() == counts[0]
 
@@ -113,6 +129,46 @@ def test_reads_what_transformers_writes_and_back(tmp_path, tied):
         assert getattr(again, key) == getattr(model.config, key), key
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_llama_is_read_and_written_as_transformers_does(tmp_path, tied):
+    tiny.save_llama(
+        tmp_path, tied=tied, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}
+    )
+    config, model = ModelConfig.from_hf(tmp_path), tiny.load_reference(tmp_path)
+    assert not config.qk_layernorm
+    assert config.num_parameters() == model.num_parameters()
+    assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (8, 2, 8)
+    assert (config.rotary_base, config.tie_embeddings) == (5e5, tied)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf_dict()))
+    assert ModelConfig.from_hf(tmp_path) == config
+    again = tiny.load_reference(tmp_path).config
+    assert type(again) is type(model.config)
+    written = (*config.to_hf_dict(), "mlp_bias")
+    for key in written:
+        if key not in ("rope_theta", "architectures"):
+            assert getattr(again, key) == getattr(model.config, key), key
+    assert again.architectures == model.config.architectures == ["LlamaForCausalLM"]
+
+
+def test_what_old_llama_files_leave_out(tmp_path):
+    """As LlamaConfig reads it: as many key heads as heads, their size, theta, tied or not."""
+    silent = {
+        "model_type": "llama", "hidden_size": 48, "intermediate_size": 96, "vocab_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 16,
+        "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_scaling": None, "pretraining_tp": 1,
+    }  # fmt: skip
+    nulls = {"head_dim": None, "num_key_value_heads": None, "rope_parameters": None}
+    for number, content in enumerate((silent, silent | nulls)):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps(content))
+        config, theirs = ModelConfig.from_hf(directory), LlamaConfig.from_pretrained(directory)
+        assert (config.kv_channels, config.num_query_groups) == (12, 4)
+        assert (theirs.head_dim, theirs.num_key_value_heads) == (12, 4)
+        assert config.rotary_base == theirs.rope_parameters["rope_theta"] == 1e4
+        assert config.tie_embeddings is theirs.tie_word_embeddings is False
+
+
 def write(directory: Path, **changes: Any) -> Path:
     content = ModelConfig(**TINY, tie_embeddings=True).to_hf_dict()
     content = {key: value for key, value in (content | changes).items() if value != "absent"}
@@ -135,7 +191,7 @@ def test_spelling_of_older_files(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, r"unsupported model \(expected qwen3; found llama\)"),
+        ({"model_type": "mistral"}, r"model \(expected qwen3 or llama; found mistral\)"),
         ({"model_type": "absent"}, "unsupported model"),
         ({"attention_bias": True}, r"unsupported attention_bias \(expected False; found True\)"),
         ({"use_sliding_window": True}, "unsupported use_sliding_window"),
@@ -152,6 +208,16 @@ def test_spelling_of_older_files(tmp_path):
         ({"quantization_config": {"quant_method": "fp8"}}, "unsupported quantization_config"),
         ({"num_key_value_heads": 3}, r"groups do not divide .*expected a multiple of 3; found 8"),
         ({"head_dim": 7}, "channels in pairs"),
+        (LLAMA | {"mlp_bias": True}, r"unsupported mlp_bias \(expected False; found True\)"),
+        (LLAMA | {"attention_bias": True}, "unsupported attention_bias"),
+        (
+            LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            r"unsupported rope_type \(expected default; found llama3\)",
+        ),
+        (
+            LLAMA | {"head_dim": "absent", "num_attention_heads": 5},
+            r"heads do not divide hidden_size \(expected a multiple of 5; found 32\)",
+        ),
     ],
 )
 def test_unsupported(tmp_path, changes, message):
@@ -176,6 +242,8 @@ def test_unsupported(tmp_path, changes, message):
         ({"vocab_size": 10**30}, "unusable vocab_size"),
         ({"rms_norm_eps": float("nan")}, "unusable rms_norm_eps .*expected a positive number"),
         ({"rms_norm_eps": float("inf")}, "unusable rms_norm_eps"),
+        (LLAMA | {"hidden_size": None}, "lacks the key hidden_size"),
+        (LLAMA | {"rope_parameters": {"rope_theta": None}}, "unusable rope_theta .*found None"),
         ({"tie_word_embeddings": "false"}, "unusable tie_word_embeddings .*expected true or false"),
     ],
 )
