@@ -1,0 +1,143 @@
+"""The measurement of the largest attention logits, against float64, one pair at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_replay.config import ParallelConfig
+from megatron_replay.model.config import ModelConfig
+from megatron_replay.model.gpt import transformer_config
+from megatron_replay.model.layers import PackedAttention, document_attention_mask, largest_logits
+
+#: Two packs: documents of 4, 3 and 1 positions and padding; one document, then padding alone.
+DOCUMENTS = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, -1, -1], [3, 3, 3, 3, 3, 3, 3, 3, -1, -1]])
+HEADS, GROUPS, CHANNELS = 6, 2, 4
+
+
+def heads_of(number: int, length: int, packs: int = 2, *, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(packs, number, length, CHANNELS, generator=generator)
+
+
+def one_by_one(query: Tensor, key: Tensor, document: Tensor, scale: float) -> Tensor:
+    query, key, largest = query.double(), key.double(), []
+    for head in range(query.shape[1]):
+        shared = head // (query.shape[1] // key.shape[1])
+        logits = [
+            scale * float(query[b, head, s] @ key[b, shared, r])
+            for b, row in enumerate(document.tolist())
+            for s in range(len(row))
+            for r in range(s + 1)
+            if row[s] == row[r] != -1
+        ]
+        largest.append(max(logits, default=-math.inf))
+    return torch.tensor(largest)
+
+
+def test_the_mask():
+    mask = document_attention_mask(DOCUMENTS)[:, 0]
+    for b, row in enumerate(DOCUMENTS.tolist()):
+        for s, document in enumerate(row):
+            looks_at = mask[b, s].nonzero().flatten().tolist()
+            if document == -1:
+                assert looks_at == [s - 1]
+            else:
+                assert looks_at == [r for r in range(s + 1) if row[r] == document]
+
+
+def test_padding_alone_has_no_empty_row_and_no_logit():
+    nothing = torch.full((1, 5), -1)
+    mask = document_attention_mask(nothing)
+    assert mask[0, 0].sum(1).tolist() == [1] * 5
+    logits = largest_logits(heads_of(HEADS, 5, 1), heads_of(GROUPS, 5, 1), mask, scale=1.0)
+    assert logits.tolist() == [-math.inf] * HEADS
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 10, 256])
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_largest_logits(rows, groups):
+    query, key = heads_of(HEADS, 10), heads_of(groups, 10, seed=1)
+    query[:, :, 8:] *= 100  # padding, which must not count
+    mask = document_attention_mask(DOCUMENTS)
+    ours = largest_logits(query, key, mask, scale=0.3, rows=rows)
+    assert ours.dtype == torch.float32
+    theirs = one_by_one(query, key, DOCUMENTS, 0.3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    half = largest_logits(query.bfloat16(), key.bfloat16(), mask, scale=0.3, rows=rows)
+    exact = one_by_one(query.bfloat16(), key.bfloat16(), DOCUMENTS, 0.3)
+    torch.testing.assert_close(half, exact, rtol=1e-6, atol=1e-6)  # accumulated in fp32
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest floating-point tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                self.elements = max(self.elements, leaf.numel())
+        return out
+
+
+def test_no_more_logits_in_memory_than_a_block_of_rows():
+    length, rows = 512, 32
+    mask = document_attention_mask(torch.zeros(1, length, dtype=torch.int32))
+    query, key = heads_of(HEADS, length, 1), heads_of(GROUPS, length, 1, seed=1)
+    with LargestTensor() as seen:
+        ours = largest_logits(query, key, mask, scale=1.0, rows=rows)
+    assert seen.elements == HEADS * rows * length
+    whole = (query @ key.repeat_interleave(HEADS // GROUPS, 1).mT).masked_fill(~mask, -math.inf)
+    torch.testing.assert_close(ours, whole.amax((0, 2, 3)))
+
+
+@pytest.fixture
+def attention() -> PackedAttention:
+    shape = ModelConfig(
+        num_layers=1, hidden_size=24, ffn_hidden_size=8, num_attention_heads=HEADS,
+        num_query_groups=GROUPS, kv_channels=CHANNELS, vocab_size=8, max_position_embeddings=16,
+        rotary_base=1e4, layernorm_epsilon=1e-6, tie_embeddings=True, qk_layernorm=False,
+    )  # fmt: skip
+    config = transformer_config(shape, ParallelConfig())
+    return PackedAttention(config, 1, AttnMaskType.causal, "self")
+
+
+def run(attention: PackedAttention, seed: int) -> tuple[Tensor, Tensor]:
+    """(output, expected maxima) of one micro-batch."""
+    query, key, value = (
+        heads_of(n, 10, seed=10 * seed + i) for i, n in enumerate((HEADS, GROUPS, GROUPS))
+    )
+    query.requires_grad_()
+    mask = document_attention_mask(DOCUMENTS)
+    out = attention(*(x.permute(2, 0, 1, 3) for x in (query, key, value)), mask)
+    return out, one_by_one(query.detach(), key, DOCUMENTS, CHANNELS**-0.5)
+
+
+def test_recording_is_off_until_asked_for_and_changes_nothing(attention, monkeypatch):
+    monkeypatch.setattr("megatron_replay.model.layers.largest_logits", None)  # would raise
+    plain, _ = run(attention, 0)
+    assert attention.max_logits is None
+    monkeypatch.undo()
+    attention.record_max_logits = True
+    recorded, _ = run(attention, 0)
+    assert torch.equal(plain, recorded)
+    assert not attention.max_logits.requires_grad
+    assert attention.state_dict() == {}
+
+
+def test_the_maximum_runs_over_micro_batches_with_gradients(attention):
+    attention.record_max_logits = True
+    expected = torch.stack([run(attention, seed)[1] for seed in range(3)]).amax(0)
+    torch.testing.assert_close(attention.max_logits, expected, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():  # a probe, or the first pass of a layer that will be recomputed
+        for seed in range(3, 6):
+            run(attention, seed)
+    torch.testing.assert_close(attention.max_logits, expected, rtol=1e-6, atol=1e-6)
