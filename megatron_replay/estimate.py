@@ -140,7 +140,9 @@ def _layer_activations(
     whole = 4 * shape.hidden_size  # two norms' inputs and outputs
     if parallel.sequence_parallel:
         whole //= tp
-    attention = (3 * heads + 4 * groups) * shape.kv_channels  # q, k before and after norm; v; out
+    attention = (2 * heads + 3 * groups) * shape.kv_channels  # q, k, v; out
+    if shape.qk_layernorm:
+        attention += (heads + groups) * shape.kv_channels  # q, k before their norm
     sharded = (attention + 4 * shape.ffn_hidden_size) // tp  # gate, up, silu, their product
     tokens = data.seq_length * data.micro_batch_size
     mask = data.micro_batch_size * data.seq_length**2
