@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_replay.errors import ConfigError
 
 
 def option(
-    help_text: str, default: Any = dataclasses.MISSING, choices: tuple[str, ...] | None = None
+    help_text: str,
+    default: Any = dataclasses.MISSING,
+    choices: tuple[str, ...] | None = None,
+    only: tuple[str, ...] | None = None,
 ) -> Any:
-    """A dataclass field with its help; without ``default`` the user must give it."""
-    return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices})
+    """A dataclass field with its help; without ``default`` the user must give it.
+
+    ``only`` names the values of the branch's ``SWITCH`` under which the field means something;
+    under another it must keep its default.
+    """
+    metadata = {"help": help_text, "choices": choices, "only": only}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag_name(field_name: str) -> str:
@@ -27,7 +35,10 @@ def flag_name(field_name: str) -> str:
 
 
 class Section:
-    """Base of the tree's branches: checks ``choices`` and offers ``require``."""
+    """Base of the tree's branches: checks ``choices`` and ``only``, and offers ``require``."""
+
+    #: The field that decides which of the others mean something.
+    SWITCH: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Check every choice, then what the branch itself demands."""
@@ -35,6 +46,13 @@ class Section:
             choices, value = field.metadata.get("choices"), getattr(self, field.name)
             if choices is not None and value not in choices:
                 self.require(False, field.name, "one of " + ", ".join(choices))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            only = field.metadata.get("only")
+            if only is not None and getattr(self, self.SWITCH) not in only:
+                switch = f"{flag_name(self.SWITCH)} {getattr(self, self.SWITCH)}"
+                unused = getattr(self, field.name) == field.default
+                expected = f"{field.default} under {switch}, or {' or '.join(only)} there"
+                self.require(unused, field.name, expected)
         self._check()
 
     def _check(self) -> None:
@@ -169,7 +187,11 @@ class LossConfig(Section):
 class OptimizerConfig(Section):
     """The update rule and its schedule."""
 
-    optimizer: str = option("update rule", "moclip", ("moclip", "adamw"))
+    SWITCH: ClassVar[str] = "optimizer"
+
+    optimizer: str = option(
+        "update rule", "moclip", ("moclip", "adamw", "mofo", "tam", "adamuon", "muonclip")
+    )
     lr: float = option("peak learning rate")
     min_lr: float = option("learning rate at the end of the decay", 0.0)
     lr_decay_style: str = option("shape of the decay", "cosine", ("cosine", "linear", "constant"))
@@ -178,29 +200,97 @@ class OptimizerConfig(Section):
     clip_grad: float = option("global gradient norm to clip at; 0: never", 1.0)
     adam_beta1: float = option("decay of the first moment", 0.9)
     adam_beta2: float = option("decay of the second moment", 0.95)
-    adam_eps: float = option("epsilon of AdamW; MoClip has none", 1e-8)
-    max_angle: float = option("MoClip: degrees between gradient and momentum", 45.0)
+    adam_eps: float = option(
+        "epsilon; MoClip has none", 1e-8, only=("adamw", "mofo", "tam", "adamuon", "muonclip")
+    )
+    use_distributed_optimizer: bool = option(
+        "shard the optimizer's state over data parallel ranks (ZeRO-1)", False
+    )
+    optimizer_backend: str = option(
+        "form of the update's passes: the device's compiled one, or torch's",
+        "auto",
+        ("auto", "torch", "cpu", "triton"),
+    )
+    angle_scope: str = option(
+        "one angle for the whole model, or one for each parameter",
+        "model",
+        ("model", "tensor"),
+        only=("moclip", "tam"),
+    )
+    max_angle: float = option("degrees between gradient and momentum", 45.0, only=("moclip",))
     obtuse: str = option(
-        "MoClip: reading of Eq. 5 beyond 90 degrees (docs/method.md)",
+        "reading of Eq. 5 beyond 90 degrees (docs/method.md)",
         "line",
         ("line", "zero", "reflect", "project", "rotate"),
+        only=("moclip",),
     )
     obtuse_patience: int = option(
-        "MoClip, --obtuse zero: obtuse steps in a row before one passes unturned", 3
+        "--obtuse zero: obtuse steps in a row before one passes unturned", 3, only=("moclip",)
     )
-    second_moment: str = option("MoClip: gradient that feeds v", "raw", ("raw", "clipped"))
-    atan_a: float = option("MoClip: A in lr A atan2(m, B sqrt v)", 1.0)
-    atan_b: float = option("MoClip: B in lr A atan2(m, B sqrt v)", 1.0)
+    second_moment: str = option(
+        "gradient that feeds v", "raw", ("raw", "clipped"), only=("moclip",)
+    )
+    atan_a: float = option("A in lr A atan2(m, B sqrt v)", 1.0, only=("moclip",))
+    atan_b: float = option("B in lr A atan2(m, B sqrt v)", 1.0, only=("moclip",))
+    mofo_fraction: float = option("share of each matrix that moves", 0.2, only=("mofo",))
+    torque: str = option(
+        "cosine: damp the step (the paper's); smoothed: damp what enters the momentum",
+        "cosine",
+        ("cosine", "smoothed"),
+        only=("tam",),
+    )
+    muon_momentum: float = option(
+        "decay of the momentum that is orthogonalised", 0.95, only=("adamuon", "muonclip")
+    )
+    newton_schulz_dtype: str = option(
+        "precision of the orthogonalisation",
+        "float32",
+        ("float32", "bfloat16"),
+        only=("adamuon", "muonclip"),
+    )
+    attention_clip_grad: float = option(
+        "norm to clip each attention layer's gradient at; 0: never", 1.0, only=("muonclip",)
+    )
+    qk_clip_threshold: float | None = option(
+        "largest attention logit (QK-Clip); for models without QK-norm", None, only=("muonclip",)
+    )
 
     def _check(self) -> None:
         self.require_positive("lr", "atan_a", "atan_b")
         self.require(0 <= self.min_lr <= self.lr, "min_lr", "0 to --lr")
         self.require(self.obtuse_patience >= 0, "obtuse_patience", "a number from 0")
-        for name in ("lr_warmup_iters", "weight_decay", "clip_grad", "adam_eps"):
+        for name in (
+            "lr_warmup_iters",
+            "weight_decay",
+            "clip_grad",
+            "adam_eps",
+            "attention_clip_grad",
+        ):
             self.require(getattr(self, name) >= 0, name, "a number from 0")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
             self.require(0 <= getattr(self, name) < 1, name, "0 to below 1")
         self.require(0 < self.max_angle <= 90, "max_angle", "degrees above 0, at most 90")
+        self.require(0 < self.mofo_fraction <= 1, "mofo_fraction", "a share above 0, at most 1")
+        qk_clip = self.qk_clip_threshold
+        self.require(qk_clip is None or qk_clip > 0, "qk_clip_threshold", "a number above 0")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Refuse what cannot be had together, with the reason."""
+        if self.angle_scope == "tensor":
+            self.require(
+                self.obtuse != "zero", "obtuse", "another: zero counts obtuse steps of the model"
+            )
+            self.require(
+                self.torque == "cosine", "torque", "cosine: smoothed averages the model's angle"
+            )
+        if self.optimizer in ("adamuon", "muonclip"):
+            self.require(
+                not self.use_distributed_optimizer,
+                "use_distributed_optimizer",
+                f"False under --optimizer {self.optimizer}, which orthogonalises whole matrices: "
+                "sharding over data parallel ranks cuts them anywhere",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,26 +310,47 @@ class TrainingConfig(Section):
     )
     log_interval: int = option("iterations between lines of metrics.jsonl and TensorBoard", 1)
     tensorboard_dir: str | None = option("TensorBoard events; default: under --save", None)
+    stability_interval: int = option(
+        "iterations between readings of the stability metrics; 0: at the end only", 50
+    )
+    distance_interval: int = option(
+        "iterations between readings of the weights' distance from --load; 0: at the end only", 0
+    )
 
     def _check(self) -> None:
         self.require_positive("global_batch_size", "train_epochs", "log_interval")
         for name in ("train_iters", "exit_interval"):
             value = getattr(self, name)
             self.require(value is None or value > 0, name, "a number above 0")
-        for name in ("seed", "save_interval", "max_skipped_steps"):
+        for name in (
+            "seed",
+            "save_interval",
+            "max_skipped_steps",
+            "stability_interval",
+            "distance_interval",
+        ):
             self.require(getattr(self, name) >= 0, name, "a number from 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig(Section):
-    """The fixed sample on which Stage 1 watches mass drift out of the candidate sets."""
+    """The fixed samples on which Stage 1 watches mass leave the candidate sets, and forgetting."""
 
     probe_interval: int = option("iterations between probes; 0: never", 50)
     probe_documents: int = option("documents of the sample", 64)
+    general_data_path: str | None = option(
+        "prefix of a corpus of general text: logs its perplexity against that of --load", None
+    )
+    general_documents: int = option("documents of the sample of general text", 64)
 
     def _check(self) -> None:
-        self.require_positive("probe_documents")
+        self.require_positive("probe_documents", "general_documents")
         self.require(self.probe_interval >= 0, "probe_interval", "a number from 0")
+        self.require(
+            self.general_data_path is None or self.probe_interval > 0,
+            "general_data_path",
+            "nothing under --probe-interval 0",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

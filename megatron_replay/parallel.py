@@ -22,7 +22,8 @@ T = TypeVar("T")
 class Parallel:
     """This process's place in the TP x PP x DP grid, and its groups.
 
-    ``model_group`` spans TP x PP: one whole copy of the model. ``writer`` is the one process that
+    ``model_group`` spans TP x PP: one whole copy of the model; ``tp_dp_group`` all that hold one
+    stage. ``writer`` is the one process that
     logs: last pipeline stage, where the loss is, tensor rank 0, data rank 0.
     """
 
@@ -38,6 +39,7 @@ class Parallel:
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     model_group: dist.ProcessGroup
+    tp_dp_group: dist.ProcessGroup
     device: torch.device
 
     @property
@@ -161,6 +163,7 @@ def build_groups(config: ParallelConfig, device: torch.device) -> Parallel:
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         model_group=parallel_state.get_model_parallel_group(),
+        tp_dp_group=parallel_state.get_tensor_and_data_parallel_group(),
         device=device,
     )
 

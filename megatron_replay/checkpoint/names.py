@@ -31,7 +31,13 @@ class TensorSlice(Protocol):
 
 
 class Layout:
-    """How Hugging Face tensors make up a parameter's TP shard, and back."""
+    """How Hugging Face tensors make up a parameter's TP shard, and back.
+
+    Attributes:
+        dim: the dimension of the Hugging Face tensors that is cut over TP; None: not cut.
+    """
+
+    dim: int | None
 
     def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
         """This rank's shard, reading no more than it needs."""
@@ -41,9 +47,15 @@ class Layout:
         """The Hugging Face tensors from all ranks' shards, in rank order."""
         raise NotImplementedError
 
+    def rows(self, num_rows: int, size: int) -> list[list[range]]:
+        """Where each Hugging Face tensor's rows lie in a shard of ``num_rows`` rows."""
+        return [[range(num_rows)]]
+
 
 class Replicated(Layout):
     """The same on every rank: norms."""
+
+    dim = None
 
     def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
         """All of it."""
@@ -72,6 +84,8 @@ class Split(Layout):
 class GateUp(Layout):
     """[gate_r; up_r] on rank r: SwiGLU's two matrices, so that each rank has both halves."""
 
+    dim = 0
+
     def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
         """Rows of gate, then the same rows of up."""
         return torch.cat([_part(tensor, 0, rank, size) for tensor in whole])
@@ -81,6 +95,10 @@ class GateUp(Layout):
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([half[i] for half in halves]) for i in (0, 1)]
 
+    def rows(self, num_rows: int, size: int) -> list[list[range]]:
+        """The first half, the second half."""
+        return [[range(num_rows // 2)], [range(num_rows // 2, num_rows)]]
+
 
 @dataclass(frozen=True)
 class QueryKeyValue(Layout):
@@ -88,6 +106,7 @@ class QueryKeyValue(Layout):
 
     channels: int
     groups: int
+    dim = 0
 
     def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
         """Interleave this rank's groups."""
@@ -104,6 +123,13 @@ class QueryKeyValue(Layout):
         grouped = torch.cat(list(shards)).view(self.groups, -1, self.channels, hidden)
         queries, keys, values = grouped[:, :-2], grouped[:, -2], grouped[:, -1]
         return [part.reshape(-1, hidden) for part in (queries, keys, values)]
+
+    def rows(self, num_rows: int, size: int) -> list[list[range]]:
+        """In each group its query heads, then its key head, then its value head."""
+        stride = num_rows // (self.groups // size)
+        cuts = (0, stride - 2 * self.channels, stride - self.channels, stride)
+        starts = range(0, num_rows, stride)
+        return [[range(s + cuts[i], s + cuts[i + 1]) for s in starts] for i in range(3)]
 
 
 @dataclass(frozen=True)

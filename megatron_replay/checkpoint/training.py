@@ -42,7 +42,7 @@ class TrainState:
         iteration: optimizer steps taken, skipped ones included.
         consumed_tokens: positions computed so far.
         skipped_steps: steps left out because a gradient was not finite.
-        identity: the settings that decide which documents an iteration sees.
+        identity: the settings that decide which documents an iteration sees, and what is stored.
     """
 
     iteration: int

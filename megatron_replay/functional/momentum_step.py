@@ -23,7 +23,7 @@ Scalar = float | Tensor
 
 
 class Coefficients(NamedTuple):
-    """The scalars of a step: numbers, or tensors [] on the device. The order is the kernels'."""
+    """The scalars of a step: numbers, or tensors [] or [tensors] on the device, in this order."""
 
     proceed: Scalar
     keep_m: Scalar
@@ -38,16 +38,18 @@ class Coefficients(NamedTuple):
     move: Scalar
 
     def pack(self, like: Tensor) -> Tensor:
-        """[11] in the precision of ``like`` and on its device; reads nothing back from there."""
-        # Numbers become device fills: a copy from the host would have to wait for it.
-        return torch.stack(
-            [
-                x.to(like.dtype)
-                if isinstance(x, Tensor)
-                else torch.full((), x, dtype=like.dtype, device=like.device)
-                for x in self
-            ]
-        )
+        """[11], or [tensors, 11] where a scalar is [tensors]; dtype and device of ``like``.
+
+        Reads nothing back from the device, and numbers become fills of it: a copy from the host
+        would have to wait for the host.
+        """
+        scalars = [
+            x.to(like)
+            if isinstance(x, Tensor)
+            else torch.full((), x, dtype=like.dtype, device=like.device)
+            for x in self
+        ]
+        return torch.stack(torch.broadcast_tensors(*scalars), dim=-1)
 
 
 def dot_products(exp_avgs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:

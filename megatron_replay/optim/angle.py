@@ -16,32 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Elements summed by one BLAS call on a CPU.
-_BLOCK = 1 << 16
 
-
-def dot_products(exp_avg: Tensor, grad: Tensor) -> Tensor:
-    """(<m, g>, |m|^2, |g|^2) of two tensors of one shape, as [3] in their precision."""
-    m, g = exp_avg.flatten(), grad.flatten()
-    return torch.stack([_dot(m, g), _dot(m, m), _dot(g, g)])
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """<x, y>. A CPU's BLAS adds up in a few fp32 numbers, which lose small terms: over 2^26 normal
-    squares it was 0.4 % off, in blocks 1e-7. Accelerators add up in a tree.
-    """
-    if not x.is_cpu:
-        return torch.dot(x, y)
-    blocks = zip(x.split(_BLOCK), y.split(_BLOCK), strict=True)
-    return torch.stack([torch.dot(u, v) for u, v in blocks]).sum()
-
-
-def cosine(dot: Tensor, momentum_sq: Tensor, grad_sq: Tensor) -> Tensor:
-    """c = D / (M n), elementwise; 1 where momentum or gradient is zero and no angle exists."""
+def cosine(dot: Tensor, momentum_sq: Tensor, grad_sq: Tensor, *, undefined: float = 1.0) -> Tensor:
+    """c = D / (M n), elementwise; ``undefined`` where momentum or gradient is zero."""
     defined = (momentum_sq > 0) & (grad_sq > 0)
     # Two roots: the product of the squares leaves fp32's range where that of the norms does not.
     norms = momentum_sq.sqrt() * grad_sq.sqrt()
-    return torch.where(defined, dot / norms, 1.0).clamp(-1.0, 1.0)
+    return torch.where(defined, dot / norms, undefined).clamp(-1.0, 1.0)
 
 
 def rotation_coefficients(
@@ -131,25 +112,30 @@ READINGS: dict[str, Callable[[Tensor, Tensor, _Cone], tuple[Tensor, Tensor]]] = 
 
 @dataclass(frozen=True)
 class Angle:
-    """What the last step's clipping did: tensors on the device, [] or [tensors], read when logged.
+    """The angle a step saw and what became of the gradient: tensors on the device, [] or [tensors].
 
-    ``cosine``, ``grad_norm`` and ``momentum_norm`` are of g and m before the step.
+    D, M^2 and n^2 are of m and the clipped g before the step; g' = a g + b m.
     """
 
-    cosine: Tensor
+    dot: Tensor
+    momentum_sq: Tensor
+    grad_sq: Tensor
     a: Tensor
     b: Tensor
-    grad_norm: Tensor
-    momentum_norm: Tensor
+
+    @property
+    def cosine(self) -> Tensor:
+        """cos phi; 1 where there is no angle, at the first step among others."""
+        return cosine(self.dot, self.momentum_sq, self.grad_sq)
 
     @property
     def degrees(self) -> Tensor:
-        """phi; 0 where there is no angle, the first step among others."""
+        """phi."""
         return self.cosine.acos().rad2deg()
 
     @property
     def clipped(self) -> Tensor:
-        """Whether the gradient was changed."""
+        """Whether the gradient was turned."""
         return (self.a != 1) | (self.b != 0)
 
     @property
@@ -157,10 +143,22 @@ class Angle:
         """Whether the gradient pointed against the momentum."""
         return self.cosine < 0
 
-    def as_floats(self) -> dict[str, float]:
-        """Numbers for a log, in one read of the device: means over tensors, norms of the whole."""
-        names = ("degrees", "cosine", "a", "b", "clipped", "obtuse")
-        values = [getattr(self, name).float().mean() for name in names]
-        norms = [torch.linalg.vector_norm(x) for x in (self.grad_norm, self.momentum_norm)]
-        numbers = torch.stack(values + [norm.float() for norm in norms]).tolist()
-        return dict(zip((*names, "grad_norm", "momentum_norm"), numbers, strict=True))
+    def scalars(self) -> dict[str, Tensor]:
+        """What a log wants, [] each: means over tensors; ratios of norms are the whole's.
+
+        ``snr`` is D / (n^2 - D), an estimate of |signal|^2 / |noise|^2: gradients of two batches
+        share the signal alone.
+        """
+        dot, momentum_sq, grad_sq = (x.sum() for x in (self.dot, self.momentum_sq, self.grad_sq))
+        turned_sq = (
+            self.a**2 * self.grad_sq + 2 * self.a * self.b * self.dot + self.b**2 * self.momentum_sq
+        )
+        means = {
+            name: getattr(self, name).to(dot.dtype).mean()
+            for name in ("degrees", "cosine", "a", "b", "clipped", "obtuse")
+        }
+        return means | {
+            "turned_over_grad_norm": (turned_sq.clamp(min=0).sum() / grad_sq).sqrt(),
+            "momentum_over_grad_norm": (momentum_sq / grad_sq).sqrt(),
+            "snr": dot / (grad_sq - dot),
+        }

@@ -1,16 +1,16 @@
 """From settings to a megatron-core optimizer around one of our update rules.
 
 megatron-core has no registry of optimizers: its own factory knows Adam and SGD. Here is the same
-assembly (parameter groups with Megatron's weight-decay exclusions, fp32 masters for bf16, gradient
-statistics over the model-parallel group) around any torch optimizer.
+assembly (parameter groups with Megatron's weight-decay exclusions, fp32 masters for bf16, state
+sharded over data parallel ranks) around any of ours.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     OptimizerConfig as MegatronOptimizerConfig,
 )
@@ -18,24 +18,68 @@ from megatron.core.optimizer import (
     _get_param_groups,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
     Float16OptimizerWithFloat16Params,
     FP32Optimizer,
     MegatronOptimizer,
 )
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
 
+from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.config import OptimizerConfig
+from megatron_replay.optim.adamuon import AdaMuon
+from megatron_replay.optim.adamw import AdamW
+from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.moclip import MoClip
+from megatron_replay.optim.model_placement import place_model
+from megatron_replay.optim.mofo import MoFO
+from megatron_replay.optim.muonclip import MuonClip
+from megatron_replay.optim.tam import TAM
 from megatron_replay.parallel import Parallel
+from megatron_replay.platform.megatron_core import torch_optimizer_state
+
+
+class MixedPrecision(Float16OptimizerWithFloat16Params):
+    """bf16 weights under fp32 masters; the update's pass over memory writes both."""
+
+    def _copy_main_params_to_model_params(self) -> None: ...
+
+
+class Sharded(DistributedOptimizer):
+    """State sharded over data parallel ranks; the update's pass over memory writes both weights."""
+
+    def _copy_main_params_to_model_params(self) -> None: ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients; megatron-core's asks for those of views first, which warns."""
+        for groups in (
+            self.model_float16_groups,
+            self.model_fp32_groups,
+            self.shard_fp32_groups,
+            self.shard_fp32_from_float16_groups,
+        ):
+            for param in (param for group in groups for param in group):
+                param.grad = None
+
+    def state_dict(self) -> Any:
+        """As megatron-core's, with our rules' state, which is torch's, also beside apex."""
+        with torch_optimizer_state():
+            return super().state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """The counterpart of ``state_dict``."""
+        with torch_optimizer_state():
+            super().load_state_dict(state_dict)
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: torch.nn.Module, parallel: Parallel, *, bf16: bool
+    config: OptimizerConfig,
+    model: LoadedModel,
+    wrapped: DistributedDataParallel,
+    parallel: Parallel,
 ) -> MegatronOptimizer:
-    """The optimizer of ``model`` (wrapped in megatron-core's DistributedDataParallel)."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    """The optimizer of ``model``, which is ``wrapped`` for training."""
+    bf16 = model.config.bf16
     settings = MegatronOptimizerConfig(
         optimizer="adam",  # read by megatron-core for defaults only; the rule is ours
         lr=config.lr,
@@ -43,60 +87,86 @@ def build_optimizer(
         weight_decay=config.weight_decay,
         clip_grad=config.clip_grad,
         bf16=bf16,
-        params_dtype=dtype,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=config.use_distributed_optimizer,
     )
-    groups = _get_param_groups([model], settings, get_standard_config_overrides(settings))
+    groups = _get_param_groups([wrapped], settings, get_standard_config_overrides(settings))
     rule = _update_rule(config, groups)
-    if bf16:
-        wrapped = Float16OptimizerWithFloat16Params(rule, settings, None, _create_state)
+    optimizer: MegatronOptimizer
+    if config.use_distributed_optimizer:
+        optimizer = Sharded(
+            rule,
+            settings,
+            None,
+            _create_state,
+            model_chunks=[wrapped],
+            per_model_buffers={0: wrapped.buffers},
+            data_parallel_group=parallel.dp_group,
+            data_parallel_group_gloo=None,
+            data_parallel_group_idx=torch.distributed.get_rank(parallel.model_group),
+            distributed_optimizer_instance_id=0,
+        )
+    elif bf16:
+        optimizer = MixedPrecision(rule, settings, None, _create_state)
     else:
-        wrapped = FP32Optimizer(rule, settings, _create_state)
-    wrapped.grad_stats_parallel_group = parallel.model_group
-    wrapped.tp_group = parallel.tp_group
-    if isinstance(rule, MoClip):
-        counts = functools.partial(counts_once, tp_group=parallel.tp_group)
-        rule.reduce_angle_over(parallel.model_group, counts)
-    apply_hyperparameters(wrapped, config)
-    return wrapped
+        optimizer = FP32Optimizer(rule, settings, _create_state)
+    placement, copies = place_model(optimizer, model, parallel)
+    optimizer.grad_stats_parallel_group = placement.model_group
+    optimizer.tp_group = parallel.tp_group
+    rule.distribute(placement, copies)
+    apply_hyperparameters(optimizer, config)
+    # A checkpoint is loaded into state that exists.
+    _create_state(rule)
+    return optimizer
 
 
-def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> UpdateRule:
     common: dict[str, Any] = {
         "lr": config.lr,
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.weight_decay,
+        "clip_grad": config.clip_grad,
+        "backend": config.optimizer_backend,
     }
+    if config.optimizer == "moclip":
+        return MoClip(
+            groups,
+            max_angle=config.max_angle,
+            obtuse=config.obtuse,
+            obtuse_patience=config.obtuse_patience,
+            angle_scope=config.angle_scope,
+            second_moment=config.second_moment,
+            atan_a=config.atan_a,
+            atan_b=config.atan_b,
+            **common,
+        )
+    common["eps"] = config.adam_eps
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, eps=config.adam_eps, **common)
-    return MoClip(
-        groups,
-        max_angle=config.max_angle,
-        obtuse=config.obtuse,
-        obtuse_patience=config.obtuse_patience,
-        second_moment=config.second_moment,
-        atan_a=config.atan_a,
-        atan_b=config.atan_b,
-        **common,
-    )
+        return AdamW(groups, **common)
+    if config.optimizer == "mofo":
+        return MoFO(groups, fraction=config.mofo_fraction, **common)
+    if config.optimizer == "tam":
+        return TAM(groups, torque=config.torque, angle_scope=config.angle_scope, **common)
+    common |= {
+        "momentum": config.muon_momentum,
+        "newton_schulz_dtype": config.newton_schulz_dtype,
+    }
+    if config.optimizer == "adamuon":
+        return AdaMuon(groups, **common)
+    return MuonClip(groups, attention_clip_grad=config.attention_clip_grad, **common)
 
 
-def counts_once(param: torch.Tensor, *, tp_group: Any) -> bool:
-    """Whether ``param`` enters this rank's share of a sum over the whole model.
-
-    A weight that every TP rank holds whole (a norm) counts on TP rank 0; the last stage's copy of a
-    tied embedding does not count, since the first stage's does.
-    """
-    return bool(
-        param_is_not_shared(param)
-        and param_is_not_tensor_parallel_duplicate(param, tp_group=tp_group)
-    )
+def state_kind(config: OptimizerConfig) -> str:
+    """Optimizers of one kind go on with each other's checkpoints; others have other state."""
+    return config.optimizer if config.optimizer in ("adamuon", "muonclip") else "adam"
 
 
 def apply_hyperparameters(optimizer: MegatronOptimizer, config: OptimizerConfig) -> None:
-    """Set decay and betas: what a resumed run is given wins over what was stored."""
+    """Set decay, betas and epsilon: what a resumed run is given wins over what was stored."""
     for group in optimizer.param_groups:
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
         group["betas"] = (config.adam_beta1, config.adam_beta2)
+        group["eps"] = config.adam_eps
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
@@ -105,13 +175,9 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_mult"]
 
 
-def _create_state(optimizer: torch.optim.Optimizer, _: Any = None) -> None:
-    """Create AdamW's state for every parameter, so that a checkpoint can be loaded into it."""
-    for group in optimizer.param_groups:
+def _create_state(rule: UpdateRule, _: Any = None) -> None:
+    """Create every parameter's state, so that a checkpoint can be loaded into it."""
+    for group in rule.param_groups:
         for param in group["params"]:
-            if not optimizer.state[param]:
-                optimizer.state[param] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(param),
-                    "exp_avg_sq": torch.zeros_like(param),
-                }
+            if not rule.state[param]:
+                rule.create_state(param, group)

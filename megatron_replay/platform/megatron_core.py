@@ -246,3 +246,21 @@ def checkpointing() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
+
+
+@contextlib.contextmanager
+def torch_optimizer_state() -> Iterator[None]:
+    """Surround a distributed optimizer's ``state_dict`` and ``load_state_dict`` with this.
+
+    Patches ``distrib_optimizer.HAVE_APEX_OR_TE``: where apex or Transformer Engine is installed,
+    megatron-core takes every optimizer for one of theirs, which counts steps in its groups. Ours
+    counts them in its state, as torch's does, and would lose the count.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    found = distrib_optimizer.HAVE_APEX_OR_TE
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    try:
+        yield
+    finally:
+        distrib_optimizer.HAVE_APEX_OR_TE = found

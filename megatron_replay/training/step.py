@@ -1,8 +1,7 @@
-"""One optimizer step: micro-batches, gradients, clipping, the finite check, the update."""
+"""One optimizer step: micro-batches, gradients, the update, and what it did."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,26 +15,37 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.forward import Work, forward_backward
-from megatron_replay.optim import MoClip
+from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.build import set_learning_rate
 from megatron_replay.parallel import Parallel
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did. ``loss`` is the mean over the global batch's positions, None before the
-    last pipeline stage; ``skipped`` says that the gradient was not finite and nothing moved."""
+    """What a step did.
+
+    Attributes:
+        loss: mean over the global batch's positions; None before the last pipeline stage.
+        positions: their number.
+        grad_norm: of the whole gradient before clipping.
+        skipped: the gradient was not finite and nothing moved.
+        update: ``UpdateRule.report``, where it was asked for.
+    """
 
     loss: float | None
     positions: int
     grad_norm: float
     skipped: bool
-    angle: dict[str, float] | None
+    update: dict[str, float]
 
 
-def wrap_for_training(model: LoadedModel) -> DistributedDataParallel:
+def wrap_for_training(
+    model: LoadedModel, *, use_distributed_optimizer: bool = False
+) -> DistributedDataParallel:
     """Give the model fp32 main gradients, summed over DP when a step's last micro-batch is done."""
-    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
+    )
     wrapped = DistributedDataParallel(model.config, config, model.module)
     model.config.finalize_model_grads_func = finalize_model_grads
     return wrapped
@@ -48,24 +58,28 @@ def train_step(
     parallel: Parallel,
     *,
     lr: float,
-    clip_grad: float,
+    report: bool = True,
 ) -> StepResult:
     """Take one step on the global batch of which ``work`` is this rank's share."""
+    rule: UpdateRule = optimizer.optimizer
     set_learning_rate(optimizer, lr)
     model.zero_grad_buffer()
     optimizer.zero_grad()
     sums = forward_backward(model, work)
     optimizer.prepare_grads()
-    grad_norm = optimizer.clip_grad_norm(clip_grad) if clip_grad else optimizer.get_grad_norm()
-    # The norm is reduced over TP x PP and the gradients over DP, so every rank sees the same
-    # number and takes the same branch.
-    skipped = not math.isfinite(grad_norm)
-    if not skipped:
-        optimizer.step_with_ready_grads()
+    # Clipping and the finite check are the rule's. Its sums are the whole model's, and gradients
+    # are reduced over DP, so every rank takes the same branch.
+    skipped_before = rule.skipped_steps
+    optimizer.step_with_ready_grads()
     loss, positions = _global_mean(sums, parallel)
-    rule = optimizer.optimizer
-    angle = rule.last_angle if isinstance(rule, MoClip) and not skipped else None
-    return StepResult(loss, positions, grad_norm, skipped, angle.as_floats() if angle else None)
+    assert rule.grad_norm is not None
+    return StepResult(
+        loss,
+        positions,
+        rule.grad_norm,
+        skipped=rule.skipped_steps > skipped_before,
+        update=rule.report() if report else {},
+    )
 
 
 def _global_mean(sums: torch.Tensor | None, parallel: Parallel) -> tuple[float | None, int]:

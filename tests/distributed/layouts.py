@@ -115,13 +115,11 @@ def compare(
     settings = OptimizerConfig(
         optimizer="adamw", lr=LR, weight_decay=0.01, clip_grad=1.0, lr_decay_style="constant"
     )
-    optimizer = build_optimizer(settings, ddp, groups, bf16=layout.bf16)
+    optimizer = build_optimizer(settings, model, ddp, groups)
     losses = []
     for k in range(STEPS):
-        result = train_step(
-            ddp, optimizer, _work(groups, micro_batches(groups, corpus, k)), groups,
-            lr=LR, clip_grad=1.0,
-        )  # fmt: skip
+        work = _work(groups, micro_batches(groups, corpus, k))
+        result = train_step(ddp, optimizer, work, groups, lr=LR)
         losses.append(result.loss)
         if k == 0:
             report["grad_norm"] = result.grad_norm

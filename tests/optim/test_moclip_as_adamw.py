@@ -173,19 +173,22 @@ def test_torchs_scheduler_sets_the_learning_rate():
     assert moves == pytest.approx([0.1 * 0.5**k * math.pi / 4 for k in range(3)], rel=1e-5)
 
 
-def test_last_angle_says_what_the_step_did():
+def test_the_report_says_what_the_step_did():
     param = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
     optimizer = MoClip([param], lr=0.1, betas=(0.5, 0.5), max_angle=45.0)
     take_steps(optimizer, [param], [[torch.tensor([4.0, 0.0])]])
-    first = optimizer.last_angle.as_floats()
-    assert (first["degrees"], first["clipped"], first["momentum_norm"]) == (0.0, 0.0, 0.0)
+    first = optimizer.report()
+    assert (first["degrees"], first["clipped"], first["momentum_over_grad_norm"]) == (0, 0, 0)
     take_steps(optimizer, [param], [[torch.tensor([-3.0, 3 * math.sqrt(3)])]])  # m = (2, 0)
-    second = optimizer.last_angle.as_floats()
-    assert second == pytest.approx(
+    # g' = (-3, 3); m_hat = (-2/3, 2), v_hat = (34/3, 18).
+    u = [math.atan2(-2 / 3, math.sqrt(34 / 3)), math.atan2(2, math.sqrt(18))]
+    assert optimizer.report() == pytest.approx(
         {
             "degrees": 120.0, "cosine": -0.5, "a": 1 / math.sqrt(3),
             "b": -6 * (1 - 1 / math.sqrt(3)) / 4, "clipped": 1.0, "obtuse": 1.0,
-            "grad_norm": 6.0, "momentum_norm": 2.0,
+            "grad_norm": 6.0, "clipped_grad_norm": 6.0, "momentum_over_grad_norm": 1 / 3,
+            "turned_over_grad_norm": 1 / math.sqrt(2), "snr": -6 / 42,
+            "update_rms_over_lr": math.sqrt((u[0] ** 2 + u[1] ** 2) / 2),
         },
         rel=1e-6,
     )  # fmt: skip

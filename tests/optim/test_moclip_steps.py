@@ -50,7 +50,7 @@ def test_the_gradients_of_these_tests_are_clipped_and_obtuse_now_and_then():
     optimizer = MoClip(params, lr=0.05, betas=(0.8, 0.95), max_angle=30.0)
     for row in gradients(20):
         take_steps(optimizer, params, [row])
-        seen.append(optimizer.last_angle.as_floats())
+        seen.append(optimizer.report())
     assert {s["clipped"] for s in seen} == {0.0, 1.0}
     assert {s["obtuse"] for s in seen} == {0.0, 1.0}
 

@@ -1,0 +1,69 @@
+"""AdamW (Loshchilov and Hutter, 2019), the baseline of all comparisons.
+
+m <- beta1 m + (1 - beta1) g
+v <- beta2 v + (1 - beta2) g^2
+p <- (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps)
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from megatron_replay.functional.momentum_step import Coefficients, Scalar
+from megatron_replay.optim.base import Batch, Scalars, UpdateRule
+
+
+def adamw_coefficients(
+    *,
+    step: int,
+    lr: Scalar,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clip: Scalar = 1.0,
+    proceed: Scalar = 1.0,
+) -> Coefficients:
+    """The step above on ``clip`` g, with ``step`` counted from 1; u is m_hat / (sqrt(v_hat) + eps).
+
+    Both bias corrections go to the denominator: (m / c1) / (sqrt(v / c2) + eps) is
+    m / ((c1 / sqrt c2) sqrt v + c1 eps).
+    """
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    return Coefficients(
+        proceed=proceed,
+        keep_m=beta1,
+        take_g=(1 - beta1) * clip,
+        square_m=0.0,
+        square_g=clip,
+        keep_v=beta2,
+        take_v=1 - beta2,
+        scale_v=correction1 / math.sqrt(correction2),
+        eps=correction1 * eps,
+        decay=1 - lr * weight_decay,
+        move=lr,
+    )
+
+
+def coefficients_of(batch: Batch, scalars: Scalars) -> Coefficients:
+    """AdamW's, with the batch's settings."""
+    group = batch.group
+    return adamw_coefficients(
+        step=batch.step,
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        clip=scalars.clip,
+        proceed=scalars.proceed,
+    )
+
+
+class AdamW(UpdateRule):
+    """``torch.optim.AdamW`` over a model on many processes, with clipping in the same pass."""
+
+    def _move(self, batch: Batch, scalars: Scalars) -> Tensor:
+        return batch.take_step(coefficients_of(batch, scalars), bounded=False)

@@ -1,0 +1,415 @@
+"""The loop that all update rules share.
+
+    1. one pass over gradients (and momenta) adds up their squares and products
+    2. one all-reduce makes them the whole model's; from it come norm, clipping and angle
+    3. one pass moves the weights
+    4. one read of the device: was the gradient finite?
+
+A rule says what its coefficients are (``_move``); what is summed, counted, clipped, skipped and
+logged is the same for all. Gradients are never rewritten: clipping is a factor of the second pass.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_replay.errors import ConfigError
+from megatron_replay.functional.momentum_step import Coefficients
+from megatron_replay.kernels import OptimizerKernels, optimizer_kernels
+from megatron_replay.optim.angle import Angle
+from megatron_replay.optim.placement import Place, Placement, place_alone
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """What a step knows of the whole model; tensors on the device.
+
+    Attributes:
+        proceed: [] bool; False where a gradient is not finite, and nothing may move.
+        grad_sq: |g|^2 before clipping, [].
+        clip: factor that brings |g| to the clipping norm, [].
+        sums: (<m, g>, |m|^2, |g|^2) of the clipped g, [3] or [tensors, 3]; for a rule that does
+            not look at the angle (|g|^2), [1].
+    """
+
+    proceed: Tensor
+    grad_sq: Tensor
+    clip: Tensor
+    sums: Tensor
+
+    def if_proceeding(self, value: float | Tensor) -> Tensor:
+        """``value``, or 0 in a step that is skipped."""
+        return torch.where(self.proceed, value, 0.0)
+
+
+@dataclass
+class Batch:
+    """Parameters that take the same step: one group, one count of steps, one kind of kernel."""
+
+    group: dict[str, Any]
+    step: int
+    kernels: OptimizerKernels
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    copies: list[Tensor] | None = None
+
+    def state(self, key: str) -> list[Tensor]:
+        """One of the states of each parameter."""
+        return [state[key] for state in self.states]
+
+    def rows(self, values: Tensor) -> Tensor:
+        """The entries of [tensors] that are these parameters'; [] is everybody's."""
+        return values if values.dim() == 0 else values[[place.row for place in self.places]]
+
+    def take_step(self, coefficients: Coefficients, *, bounded: bool, copy: bool = True) -> Tensor:
+        """``functional.momentum_step`` on these parameters: the sum of u^2 of each."""
+        return self.kernels.momentum_step(
+            self.params,
+            self.grads,
+            self.state("exp_avg"),
+            self.state("exp_avg_sq"),
+            coefficients.pack(self.params[0]),
+            bounded=bounded,
+            copies=self.copies if copy else None,
+        )
+
+    def write_copies(self) -> None:
+        """Write the parameters to their bf16 copies, where a step did not."""
+        for param, copy in zip(self.params, self.copies or (), strict=self.copies is not None):
+            copy.copy_(param)
+
+    def only(self, keep: Callable[[Place], bool]) -> Batch:
+        """The parameters whose place is as asked."""
+        chosen = [i for i, place in enumerate(self.places) if keep(place)]
+        return Batch(
+            self.group,
+            self.step,
+            self.kernels,
+            [self.params[i] for i in chosen],
+            [self.grads[i] for i in chosen],
+            [self.states[i] for i in chosen],
+            [self.places[i] for i in chosen],
+            [self.copies[i] for i in chosen] if self.copies is not None else None,
+        )
+
+
+class UpdateRule(torch.optim.AdamW):
+    """Base of the update rules: ``torch.optim.AdamW``'s groups, state keys and checkpoints.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as in AdamW, also per group.
+        clip_grad: norm of the whole gradient to clip at; 0: never.
+        backend: compiled form of the two passes; see ``kernels.optimizer_kernels``.
+
+    A step whose gradient is not finite changes nothing, warns, and counts in ``skipped_steps``.
+
+    Attributes:
+        grad_norm: of the last step's gradient before clipping; None before the first.
+        last_angle: the angle the last step saw; None for rules that do not look at one, before the
+            first step and after a skipped one.
+        skipped_steps: steps left out.
+
+    Raises:
+        ConfigError: a setting that cannot work; in ``step``, a parameter that is not fp32 or fp64
+            (a step of 1e-6 is lost in bf16: keep fp32 masters) or has a sparse gradient.
+        ValueError: a setting that AdamW refuses as well.
+    """
+
+    #: Whether pass 1 also needs the products with the momentum.
+    looks_at_angle: ClassVar[bool] = False
+    #: Attributes that a copy needs beyond what torch copies.
+    own: ClassVar[tuple[str, ...]] = (
+        *"clip_grad backend grad_norm last_angle skipped_steps angle_scope".split(),
+        *"_placement _copies _update_sq _counted".split(),
+    )
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        clip_grad: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        self._require("clip_grad", 0 <= clip_grad < math.inf, "a norm from 0", clip_grad)
+        self.clip_grad, self.backend = clip_grad, backend
+        self.angle_scope = "model"
+        self.grad_norm: float | None = None
+        self.last_angle: Angle | None = None
+        self.skipped_steps = 0
+        self._placement: Placement | None = None
+        self._copies: dict[Tensor, Tensor] = {}
+        self._update_sq: Tensor | None = None
+        self._counted: float | None = None
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def distribute(self, placement: Placement, copies: dict[Tensor, Tensor]) -> None:
+        """Say how the model is spread over processes, and where its weights in bf16 are.
+
+        Skipped steps are then the caller's to tell of, once for all processes.
+
+        Args:
+            placement: of every tensor in the groups.
+            copies: for a parameter, the bf16 tensor that each step shall write it to as well.
+        """
+        self._placement, self._copies = placement, copies
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Communication: one all-reduce over the model's processes, if any, of three fp32 numbers (one
+        where the rule does not look at the angle; three for each tensor in its scope), and what the
+        rule's own docstring adds. One read of the device, when all its work is queued.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        batches = self._batches()
+        # Of several processes one may have nothing to add, and must still answer the others.
+        if not batches and self._placement is None:
+            return loss
+        scalars = self._scalars(self._reduced(self._sums(batches)))
+        self._prepare(scalars)
+        moved = [self._counted_sum(batch, self._move(batch, scalars)) for batch in batches]
+        moved.append(self._complete(batches, scalars))
+        self._update_sq = torch.stack([x.to(scalars.grad_sq) for x in moved]).sum()
+        self._finish(batches, scalars)
+        return loss
+
+    def _prepare(self, scalars: Scalars) -> None:
+        """What a rule works out once for all batches."""
+
+    def _move(self, batch: Batch, scalars: Scalars) -> Tensor:
+        """Move the batch; returns the sum of squares of (move / lr) of each tensor."""
+        raise NotImplementedError
+
+    def _complete(self, batches: Sequence[Batch], scalars: Scalars) -> Tensor:
+        """What a rule does when all batches have moved; returns what to add to the sum of squares.
+
+        Called on every process, also on one without a batch.
+        """
+        return torch.zeros(())
+
+    def _kind(self, place: Place) -> object:
+        """Parameters of different kinds come in different batches."""
+        return None
+
+    def _memory(self) -> dict[str, Tensor]:
+        """Numbers that a rule carries from step to step on the device; kept with the groups."""
+        return {}
+
+    def _batches(self) -> list[Batch]:
+        """What has a gradient; state is created as AdamW creates it."""
+        batches: dict[Any, Batch] = {}
+        row = 0
+        for number, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                self._require_usable(param, param.grad)
+                state = self.state[param] or self.create_state(param, group)
+                step = int(state["step"]) + 1
+                kernels = optimizer_kernels(self.backend, param)
+                grad = param.grad.contiguous() if param.is_contiguous() else param.grad
+                place = self._place(param, group, row)
+                key = (number, step, kernels.name, self._kind(place))
+                batch = batches.setdefault(key, Batch(group, step, kernels))
+                batch.params.append(param)
+                batch.grads.append(grad)
+                batch.states.append(state)
+                batch.places.append(place)
+                row += 1
+        for batch in batches.values():
+            if self._copies:
+                batch.copies = [self._copies[param] for param in batch.params]
+        return list(batches.values())
+
+    def create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state before its first step: zeros."""
+        state = self.state[param]
+        state["step"] = torch.tensor(0.0, dtype=torch.float32)
+        for key in self._state_keys(self._place(param, group, 0)):
+            state[key] = torch.zeros_like(param, requires_grad=False)
+        return state
+
+    def _state_keys(self, place: Place) -> tuple[str, ...]:
+        """The states that a parameter has beside its count of steps."""
+        return ("exp_avg", "exp_avg_sq")
+
+    def _place(self, param: Tensor, group: dict[str, Any], row: int) -> Place:
+        if self._placement is not None:
+            return self._placement.places[param]
+        return place_alone(param, row, orthogonal=group.get("orthogonalize", True))
+
+    def _sums(self, batches: Sequence[Batch]) -> Tensor:
+        """This process's part of the sums: [3] or [1], or [tensors, 3]."""
+        values, places = self._counted_values(batches)
+        if self.angle_scope == "model":
+            return values.sum(0)
+        tensors = self._placement.num_tensors if self._placement else len(places)
+        sums = values.new_zeros(tensors, values.shape[1])
+        sums[[place.row for place in places]] = values
+        return sums
+
+    def _counted_values(self, batches: Sequence[Batch]) -> tuple[Tensor, list[Place]]:
+        """Pass 1: what each tensor that counts here contributes, [counted, 3] or [counted, 1]."""
+        # Megatron gives every rank the same list of groups: on some ranks the first may be empty.
+        device = next(p.device for group in self.param_groups for p in group["params"])
+        rows = [torch.zeros(0, 3 if self.looks_at_angle else 1, device=device)]
+        places = []
+        for batch in batches:
+            # A rank may hold nothing but copies of what others count.
+            counted = batch.only(lambda place: place.counts)
+            if not counted.params:
+                continue
+            if self.looks_at_angle:
+                rows.append(counted.kernels.dot_products(counted.state("exp_avg"), counted.grads))
+            else:
+                rows.append(counted.kernels.square_sums(counted.grads)[:, None])
+            places += counted.places
+        fp64 = any(row.dtype == torch.float64 for row in rows)
+        dtype = torch.float64 if fp64 else torch.float32
+        return torch.cat([row.to(device, dtype) for row in rows]), places
+
+    def _reduced(self, sums: Tensor) -> Tensor:
+        """The whole model's sums. One all-reduce in fp32 (HCCL has no fp64) over its processes."""
+        if self._placement is not None:
+            sums = sums.float()
+            dist.all_reduce(sums, group=self._placement.model_group)
+        return sums
+
+    def _scalars(self, sums: Tensor) -> Scalars:
+        proceed = torch.isfinite(sums).all()
+        grad_sq = sums[..., -1].sum()
+        clip = torch.ones_like(grad_sq)
+        if self.clip_grad:
+            # Megatron's 1e-6, which keeps a zero gradient from dividing by zero.
+            clip = (self.clip_grad / (grad_sq.sqrt() + 1e-6)).clamp(max=1.0)
+        if self.looks_at_angle:
+            sums = torch.stack(
+                [sums[..., 0] * clip, sums[..., 1], sums[..., 2] * clip * clip], dim=-1
+            )
+        return Scalars(proceed, grad_sq, clip, sums)
+
+    def _counted_sum(self, batch: Batch, values: Tensor) -> Tensor:
+        counts = [i for i, place in enumerate(batch.places) if place.counts]
+        return values[counts].sum() if len(counts) < len(values) else values.sum()
+
+    def _finish(self, batches: Sequence[Batch], scalars: Scalars) -> None:
+        """Read, at once, whether the step proceeded, the norm, and what the rule remembers."""
+        memory = self._memory()
+        read = [scalars.proceed, scalars.grad_sq, *memory.values()]
+        proceeded, grad_sq, *remembered = torch.stack(
+            [x.to(scalars.grad_sq.dtype) for x in read]
+        ).tolist()
+        self.grad_norm = math.sqrt(grad_sq) if grad_sq >= 0 else math.nan
+        if not proceeded:
+            self.last_angle, self._update_sq = None, None
+            self.skipped_steps += 1
+            if self._placement is not None:
+                return
+            warnings.warn(
+                f"{type(self).__name__}: gradient or momentum is not finite, step skipped "
+                f"({self.skipped_steps} so far)",
+                stacklevel=3,
+            )
+            return
+        for batch in batches:
+            for state in batch.states:
+                # Not in place: megatron-core loads one tensor for all.
+                state["step"] = state["step"] + 1
+        for group in self.param_groups:
+            group.update(zip(memory, remembered, strict=True))
+
+    @torch.no_grad()
+    def report(self) -> dict[str, float]:
+        """The last step in numbers, for a log; {} after a skipped one.
+
+        Communication: one all-reduce of one fp32 over the model's processes (and one more at the
+        first call); every one of them must call it. One read of the device.
+
+        Returns:
+            grad_norm, clipped_grad_norm, update_rms_over_lr (root mean square over the model's
+            parameters), and ``Angle.scalars`` for the rules that look at it.
+        """
+        if self._update_sq is None or self.grad_norm is None:
+            return {}
+        if self._counted is None:
+            params = [(p, g) for g in self.param_groups for p in g["params"]]
+            mine = sum(p.numel() for p, g in params if self._place(p, g, 0).counts)
+            self._counted = self._reduced(self._update_sq.new_tensor([mine])).item()
+        total = self._reduced(self._update_sq.reshape(1))[0]
+        scalars = {
+            "update_rms_over_lr": (total / self._counted).sqrt(),
+            **(self.last_angle.scalars() if self.last_angle is not None else {}),
+        }
+        values = torch.stack([x.to(total.dtype) for x in scalars.values()]).tolist()
+        norm, clip = self.grad_norm, self.clip_grad
+        return {
+            "grad_norm": norm,
+            "clipped_grad_norm": min(norm, clip) if clip else norm,
+            **dict(zip(scalars, values, strict=True)),
+        }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in AdamW. Raises ConfigError for options a group cannot have."""
+        self._require_no_variant(param_group)
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch copies and pickles state and groups alone; without its settings a copy cannot step.
+        if self._placement is not None:
+            raise ConfigError(
+                f"{type(self).__name__} cannot be copied once it is spread over processes"
+            )
+        return {name: getattr(self, name) for name in self.own} | super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            self._require_no_variant(group)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+    def _require_no_variant(self, group: dict[str, Any]) -> None:
+        for name in ("amsgrad", "maximize", "differentiable"):
+            self._require(
+                f"option {name} of a group", not group.get(name), "False", group.get(name)
+            )
+        for name in sorted(set(self.own) & group.keys()):
+            what = f"it to be given to {type(self).__name__}"
+            self._require(f"option {name} of a group", False, what, group[name])
+
+    def _require_usable(self, param: Tensor, grad: Tensor) -> None:
+        if param.dtype not in (torch.float32, torch.float64):
+            raise ConfigError(
+                "unusable parameter",
+                where=type(self).__name__,
+                expected="float32 or float64",
+                found=param.dtype,
+                fix="Give the optimizer fp32 masters of the model's weights",
+            )
+        self._require("gradient", grad.layout == torch.strided, "a dense one", grad.layout)
+
+    def _require(self, name: str, condition: bool, expected: str, found: object) -> None:
+        """Raise ConfigError for an unusable setting unless ``condition`` holds."""
+        if not condition:
+            raise ConfigError(
+                f"unusable {name}",
+                where=type(self).__name__,
+                expected=expected,
+                found=repr(found),
+            )
