@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_replay.optim.base import Batch, Scalars
+from megatron_replay.optim.batch import Batch, Scalars
 from megatron_replay.optim.muon import MatrixRule
 from megatron_replay.optim.placement import Piece
 

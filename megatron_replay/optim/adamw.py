@@ -12,7 +12,8 @@ import math
 from torch import Tensor
 
 from megatron_replay.functional.momentum_step import Coefficients, Scalar
-from megatron_replay.optim.base import Batch, Scalars, UpdateRule
+from megatron_replay.optim.base import UpdateRule
+from megatron_replay.optim.batch import Batch, Scalars
 
 
 def adamw_coefficients(

@@ -27,6 +27,7 @@ from megatron.core.optimizer.optimizer import (
 
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.config import OptimizerConfig
+from megatron_replay.errors import ConfigError
 from megatron_replay.optim.adamuon import AdaMuon
 from megatron_replay.optim.adamw import AdamW
 from megatron_replay.optim.base import UpdateRule
@@ -78,7 +79,17 @@ def build_optimizer(
     wrapped: DistributedDataParallel,
     parallel: Parallel,
 ) -> MegatronOptimizer:
-    """The optimizer of ``model``, which is ``wrapped`` for training."""
+    """The optimizer of ``model``, which is ``wrapped`` for training.
+
+    Raises:
+        ConfigError: QK-Clip for a model whose QK-norm undoes it.
+    """
+    if config.qk_clip_threshold is not None and model.shape.qk_layernorm:
+        raise ConfigError(
+            "QK-Clip would do nothing: this model's QK-norm undoes any scaling of its projections",
+            where="--qk-clip-threshold",
+            fix="Leave it out; --attention-clip-grad is what the paper puts in its place",
+        )
     bf16 = model.config.bf16
     settings = MegatronOptimizerConfig(
         optimizer="adam",  # read by megatron-core for defaults only; the rule is ours

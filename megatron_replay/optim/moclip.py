@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_replay.functional.momentum_step import Coefficients, Scalar
 from megatron_replay.optim.angle import READINGS, Angle, rotation_coefficients
-from megatron_replay.optim.base import Batch, Scalars, UpdateRule
+from megatron_replay.optim.base import UpdateRule
+from megatron_replay.optim.batch import Batch, Scalars
 
 
 def moclip_coefficients(

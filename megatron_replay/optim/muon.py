@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_replay.functional.newton_schulz import newton_schulz, on_whole_matrices
 from megatron_replay.optim.adamw import coefficients_of
-from megatron_replay.optim.base import Batch, Scalars, UpdateRule
+from megatron_replay.optim.base import UpdateRule
+from megatron_replay.optim.batch import Batch, Scalars
 from megatron_replay.optim.placement import Piece, Place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_replay.optim.base import Batch, Scalars
+from megatron_replay.optim.batch import Batch, Scalars
 from megatron_replay.optim.muon import MatrixRule
 from megatron_replay.optim.placement import Piece, Place
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from megatron_replay.functional.momentum_step import Coefficients, Scalar
 from megatron_replay.optim.adamw import coefficients_of
 from megatron_replay.optim.angle import Angle, cosine
-from megatron_replay.optim.base import Batch, Scalars, UpdateRule
+from megatron_replay.optim.base import UpdateRule
+from megatron_replay.optim.batch import Batch, Scalars
 
 TORQUES = ("cosine", "smoothed")
 #: Decay of s, and what keeps the momentum moving at s = -1: the original's.

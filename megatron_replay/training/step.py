@@ -15,8 +15,10 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.forward import Work, forward_backward
+from megatron_replay.model.layers import take_max_logits
 from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.build import set_learning_rate
+from megatron_replay.optim.qk_clip import max_over_replicas, qk_clip_factors, scale_query_key_
 from megatron_replay.parallel import Parallel
 
 
@@ -59,8 +61,13 @@ def train_step(
     *,
     lr: float,
     report: bool = True,
+    qk_clip_threshold: float | None = None,
 ) -> StepResult:
-    """Take one step on the global batch of which ``work`` is this rank's share."""
+    """Take one step on the global batch of which ``work`` is this rank's share.
+
+    ``qk_clip_threshold`` asks for QK-Clip after the step, from logits that ``record_max_logits``
+    has had measured.
+    """
     rule: UpdateRule = optimizer.optimizer
     set_learning_rate(optimizer, lr)
     model.zero_grad_buffer()
@@ -71,6 +78,8 @@ def train_step(
     # are reduced over DP, so every rank takes the same branch.
     skipped_before = rule.skipped_steps
     optimizer.step_with_ready_grads()
+    if qk_clip_threshold is not None and rule.skipped_steps == skipped_before:
+        _clip_attention(model, parallel, threshold=qk_clip_threshold)
     loss, positions = _global_mean(sums, parallel)
     assert rule.grad_norm is not None
     return StepResult(
@@ -88,3 +97,18 @@ def _global_mean(sums: torch.Tensor | None, parallel: Parallel) -> tuple[float |
     dist.all_reduce(sums, group=parallel.dp_group)
     total, count = sums.tolist()
     return (total / count if count else 0.0), int(count)
+
+
+def _clip_attention(
+    model: DistributedDataParallel, parallel: Parallel, *, threshold: float
+) -> None:
+    """QK-Clip of every layer of this stage, on its fp32 masters. One all-reduce over DP."""
+    weights, logits = zip(*take_max_logits(model), strict=True)
+    channels = model.config.kv_channels
+    for weight, logits_N in zip(weights, max_over_replicas(logits, parallel.dp_group), strict=True):
+        groups = (weight.shape[0] // channels - len(logits_N)) // 2
+        factors = qk_clip_factors(logits_N, threshold=threshold, num_query_groups=groups)
+        master = getattr(weight, "main_param", weight)
+        scale_query_key_(master, *factors)
+        if master is not weight:
+            weight.data.copy_(master)
