@@ -107,6 +107,9 @@ _KEPT = (
     ("outside mass %", "candidates.outside_mass", _number(".2f", 100)),
     ("restricted loss", "candidates.restricted_loss", _number(".4f")),
     ("full loss", "candidates.full_loss", _number(".4f")),
+    ("run: relative L2 %", "run.relative_l2", _number(".2f", 100)),
+    ("run: general perplexity", "run.general_perplexity", _number(".2f")),
+    ("run: Δ perplexity", "run.delta_ppl", _number("+.2f")),
 )
 _COST = (
     ("iterations", "run.iterations", _number("d", 1)),
@@ -117,9 +120,12 @@ _COST = (
 _STABILITY = (
     ("final loss", "run.final_loss", _number(".4f")),
     ("loss std", "run.loss_std", _number(".4f")),
+    ("loss variance", "run.loss_variance", _number(".3g")),
     ("gradient-norm CV", "run.gradient_norm_cv", _number(".3f")),
     ("loss spikes", "run.loss_spikes", _number("d", 1)),
+    ("per 1,000 steps", "run.loss_spike_rate", _number(".2f", 1000)),
     ("gradient spikes", "run.gradient_spikes", _number("d", 1)),
+    ("per 1,000 steps", "run.gradient_spike_rate", _number(".2f", 1000)),
     ("non-finite steps", "run.non_finite", _number("d", 1)),
 )
 
@@ -153,7 +159,8 @@ def render_markdown(report: Report) -> str:
         lines += [f"## {title}", "", *_table(methods, columns), ""]
     lines += [
         "± is one standard error over the questions. Δ perplexity and relative L2 are against the "
-        "base; outside mass is the probability outside the stored candidate sets.",
+        "base; outside mass is the probability outside the stored candidate sets. What a run "
+        "measured itself (run:) is of its own sample of general text and its fp32 weights.",
         "",
     ]
     if report["timings"]:

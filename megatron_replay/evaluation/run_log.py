@@ -9,11 +9,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import yaml
 
 from megatron_replay.errors import DataError
-from megatron_replay.functional.stability import gradient_norm_cv, loss_std, spikes
+from megatron_replay.functional.stability import (
+    Spikes,
+    gradient_norm_cv,
+    loss_std,
+    loss_variance,
+    spikes,
+)
 
-METRICS, CONFIG = "metrics.jsonl", "resolved_config.yaml"
+METRICS, CONFIG, _WARMUP = "metrics.jsonl", "resolved_config.yaml", "lr_warmup_iters"
 Line = dict[str, Any]
 
 
@@ -29,11 +36,18 @@ class RunSummary:
         tokens_per_second: over the logged iterations.
         final_loss: mean over the last tenth of the logged losses.
         loss_std: standard deviation of the linearly detrended loss over the last half.
-        gradient_norm_cv: std/mean of the norm before clipping, warm-up included.
+        loss_variance: its square.
+        gradient_norm_cv: std/mean of the norm before clipping, after the run's warm-up; None where
+            nothing comes after it.
         loss_spikes: merged excursions above mean + 6σ of the 128 values before; None where the run
             is too short to judge a single step.
-        gradient_spikes: the same of the norm.
+        loss_spike_rate: the same per judged step.
+        gradient_spikes, gradient_spike_rate: the same of the norm.
         non_finite: logged steps whose loss or norm was not a finite number; left out above.
+        relative_l2: how far the run found its weights from their start, at its last reading; None
+            without one, here and below.
+        general_perplexity: of the run's sample of general text, at its last reading.
+        delta_ppl: the same less that of the weights it started from.
         probes: the lines of the run's own probe, in order.
         config: where the run's whole configuration is.
     """
@@ -45,10 +59,16 @@ class RunSummary:
     tokens_per_second: float
     final_loss: float
     loss_std: float
-    gradient_norm_cv: float
+    loss_variance: float
+    gradient_norm_cv: float | None
     loss_spikes: int | None
+    loss_spike_rate: float | None
     gradient_spikes: int | None
+    gradient_spike_rate: float | None
     non_finite: int
+    relative_l2: float | None
+    general_perplexity: float | None
+    delta_ppl: float | None
     probes: list[Line]
     config: str
 
@@ -109,6 +129,10 @@ def summarize_run(directory: Path) -> RunSummary:
     tokens, seconds = _series(steps, "tokens", directory), _series(steps, "seconds", directory)
     complete = steps[-1]["iteration"] == len(steps)
     losses, norms = losses[finite], norms[finite]
+    iterations = np.array([step["iteration"] for step in steps])[finite]
+    norms_after_warmup = norms[iterations > _warmup_iters(config)]
+    loss_spikes, gradient_spikes = _spikes(losses), _spikes(norms)
+    general = _last(lines, "general") or {}
     return RunSummary(
         iterations=steps[-1]["iteration"],
         logged=len(steps),
@@ -116,19 +140,40 @@ def summarize_run(directory: Path) -> RunSummary:
         seconds=float(seconds.sum()) if complete else None,
         tokens_per_second=float(tokens.sum() / seconds.sum()),
         final_loss=float(losses[-max(1, len(losses) // 10) :].mean()),
-        loss_std=float(loss_std(losses)),
-        gradient_norm_cv=float(gradient_norm_cv(norms)),
-        loss_spikes=_spike_count(losses),
-        gradient_spikes=_spike_count(norms),
+        loss_std=loss_std(losses),
+        loss_variance=loss_variance(losses),
+        gradient_norm_cv=gradient_norm_cv(norms_after_warmup) if len(norms_after_warmup) else None,
+        loss_spikes=loss_spikes and loss_spikes.count,
+        loss_spike_rate=loss_spikes and loss_spikes.rate,
+        gradient_spikes=gradient_spikes and gradient_spikes.count,
+        gradient_spike_rate=gradient_spikes and gradient_spikes.rate,
         non_finite=int((~finite).sum()),
+        relative_l2=_last(lines, "relative_l2"),
+        general_perplexity=general.get("perplexity"),
+        delta_ppl=general.get("delta_ppl"),
         probes=[line for line in lines if line.get("probe")],
         config=str(config),
     )
 
 
-def _spike_count(values: npt.NDArray[np.float64]) -> int | None:
+def _warmup_iters(config: Path) -> int:
+    try:
+        return int(yaml.safe_load(config.read_text(encoding="utf-8"))["optimizer"][_WARMUP])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise DataError(
+            "the warm-up, which the gradient norm's CV leaves out, is not in it",
+            where=config,
+            expected=f"optimizer: {{{_WARMUP}: a number}}",
+        ) from error
+
+
+def _spikes(values: npt.NDArray[np.float64]) -> Spikes | None:
     found = spikes(values)
-    return found.count if found.judged else None
+    return found if found.judged else None
+
+
+def _last(lines: list[Line], name: str) -> Any:
+    return next((line[name] for line in reversed(lines) if name in line), None)
 
 
 def _series(steps: list[Line], name: str, directory: Path) -> npt.NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Stage 1's loop: data, model, optimizer and logs, and the steps between two checkpoints."""
+"""Stage 1's loop: data, model, optimizer and watch, and the steps between two checkpoints."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from megatron_replay.files import atomic_file, make_directory
 from megatron_replay.forward import Work
 from megatron_replay.model import heads
 from megatron_replay.model.compatibility import open_store, require_context, require_vocabulary
-from megatron_replay.optim.build import apply_hyperparameters, build_optimizer
+from megatron_replay.model.layers import record_max_logits
+from megatron_replay.optim.build import apply_hyperparameters, build_optimizer, state_kind
 from megatron_replay.optim.schedule import learning_rate
 from megatron_replay.parallel import Parallel
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
 from megatron_replay.training.interrupt import StopRequest
-from megatron_replay.training.metrics import MetricsLog
-from megatron_replay.training.probe import Probe
 from megatron_replay.training.step import StepResult, train_step, wrap_for_training
+from megatron_replay.training.watch import Watch
 
 
 class Trainer:
-    """The state of a run, in the order it is built: data, model, optimizer, logs."""
+    """The state of a run, in the order it is built: data, model, optimizer, watch."""
 
     def __init__(self, config: Stage1Config, groups: Parallel) -> None:
         self.config, self.groups = config, groups
@@ -71,17 +71,28 @@ class Trainer:
         self.reader: CandidateReader | None = None
         if config.loss.store is not None:
             self.reader = open_store(config.loss.store, self.corpus, self.model.shape)
-        self.wrapped = wrap_for_training(self.model)
-        self.optimizer = build_optimizer(
-            config.optimizer, self.wrapped, groups, bf16=config.model.bf16
+        self.wrapped = wrap_for_training(
+            self.model, use_distributed_optimizer=config.optimizer.use_distributed_optimizer
         )
+        self.optimizer = build_optimizer(config.optimizer, self.model, self.wrapped, groups)
+        if config.optimizer.qk_clip_threshold is not None:
+            record_max_logits(self.model.module)
         self.state = self._resume()
-        self._warned = False  # of drifting mass: said when it starts, and at the end
+        self.watch = Watch(
+            config,
+            groups,
+            model=self.model,
+            wrapped=self.wrapped,
+            optimizer=self.optimizer,
+            corpus=self.corpus,
+            reader=self.reader,
+            lengths=self.lengths,
+            iteration=self.state.iteration,
+            train_iters=self.train_iters,
+        )
 
     def train(self, stop: StopRequest) -> None:
-        """Take every step that is left, logging, probing and saving on the way."""
-        log = self._open_log()
-        probe = self._build_probe()
+        """Take every step that is left, watching and saving on the way."""
         with Progress(
             "Stage 1",
             self.train_iters,
@@ -90,21 +101,15 @@ class Trainer:
             enabled=self.groups.writer,
             interval=self.config.progress.progress_interval,
         ) as progress:
-            if probe is not None and self.state.iteration == 0:
-                self._log_probe(probe, log)
+            self.watch.begin(self.state.iteration)
             while self.state.iteration < self.train_iters:
                 result, values = self._step()
-                at = self.state.iteration
-                if log is not None and at % self.config.training.log_interval == 0:
-                    log.write(at, values)
                 progress.advance(note="" if result.loss is None else f"loss {result.loss:.4f}")
-                if probe is not None and self._probe_is_due(at):
-                    self._log_probe(probe, log)
+                self.watch.step(self.state.iteration, values)
                 if self._must_leave(stop):
                     break
         self._save()
-        if log is not None:
-            log.close()
+        self.watch.close()
         if self.state.iteration < self.train_iters:
             why = stop.received or ("--exit-interval" if self._slice_is_over() else "another rank")
             message = (
@@ -160,24 +165,32 @@ class Trainer:
         return state
 
     def _identity(self) -> dict[str, Any]:
-        """What decides which documents an iteration sees: a resumed run must agree on it."""
+        """What a resumed run must agree on: which documents an iteration sees, what is stored."""
         return {
             "corpus_fingerprint": self.corpus.fingerprint,
             "seq_length": self.config.data.seq_length,
             "long_documents": self.config.data.long_documents,
             "global_batch_size": self.config.training.global_batch_size,
             "seed": self.config.training.seed,
+            "optimizer_state": state_kind(self.config.optimizer),
+            "use_distributed_optimizer": self.config.optimizer.use_distributed_optimizer,
         }
 
     def _step(self) -> tuple[StepResult, dict[str, Any]]:
         """One optimizer step on the next global batch, and what to log of it."""
         started = time.perf_counter()
-        settings = self.config.optimizer
-        lr = learning_rate(self.state.iteration, settings, self.train_iters)
+        lr = learning_rate(self.state.iteration, self.config.optimizer, self.train_iters)
         k = self.state.iteration % self.batches.num_batches
         work = [self._work(packs) for packs in self.batches.micro_batches(k)]
+        is_logged = (self.state.iteration + 1) % self.config.training.log_interval == 0
         result = train_step(
-            self.wrapped, self.optimizer, work, self.groups, lr=lr, clip_grad=settings.clip_grad
+            self.wrapped,
+            self.optimizer,
+            work,
+            self.groups,
+            lr=lr,
+            report=is_logged,
+            qk_clip_threshold=self.config.optimizer.qk_clip_threshold,
         )
         tokens = sum(int((self.lengths[pack] - 1).sum()) for pack in self.batches.global_batch(k))
         self.state = dataclasses.replace(
@@ -196,7 +209,7 @@ class Trainer:
             "tokens": tokens,
             "seconds": time.perf_counter() - started,
             "skipped_steps": self.state.skipped_steps,
-            "angle": result.angle or {},
+            "update": result.update,
         }
 
     def _work(self, packs: list[Pack]) -> Work:
@@ -230,34 +243,6 @@ class Trainer:
                 + ("none" if last is None else str(iteration_directory(self.directory, last))),
             )
 
-    def _build_probe(self) -> Probe | None:
-        settings = self.config.probe
-        if self.reader is None or settings.probe_interval == 0:
-            return None
-        return Probe(
-            self.corpus,
-            self.reader,
-            self.lengths,
-            self.groups,
-            num_documents=settings.probe_documents,
-            seq_length=self.config.data.seq_length,
-            micro_batch_size=self.config.data.micro_batch_size,
-        )
-
-    def _probe_is_due(self, iteration: int) -> bool:
-        return iteration % self.config.probe.probe_interval == 0 or iteration == self.train_iters
-
-    def _log_probe(self, probe: Probe, log: MetricsLog | None) -> None:
-        reading = probe.read(self.wrapped)
-        if log is None or reading is None:
-            return
-        log.write(self.state.iteration, {"probe": reading.values()})
-        if reading.drifts and (not self._warned or self.state.iteration == self.train_iters):
-            self._warned = True
-            print(
-                f"warning: iteration {self.state.iteration}: {reading.warning()}", file=sys.stderr
-            )
-
     def _must_leave(self, stop: StopRequest) -> bool:
         """Save when it is time; whether any rank was asked to stop, or the slice is over."""
         at, training = self.state.iteration, self.config.training
@@ -272,9 +257,3 @@ class Trainer:
 
     def _save(self) -> None:
         save_checkpoint(self.directory, self.state, self.model.module, self.optimizer, self.groups)
-
-    def _open_log(self) -> MetricsLog | None:
-        if not self.groups.writer:
-            return None
-        events = self.config.training.tensorboard_dir or str(self.directory / "tensorboard")
-        return MetricsLog(self.directory, Path(events), resume_iteration=self.state.iteration)

@@ -17,16 +17,22 @@ class MetricsLog:
 
     A run that resumes at iteration k drops the lines after k first: they belong to steps whose
     weights were lost, and will be taken again.
+
+    Attributes:
+        kept: the lines up to k, for whatever must go on as if the run had never stopped.
     """
 
     def __init__(self, directory: Path, tensorboard_dir: Path, *, resume_iteration: int) -> None:
         self._path = directory / "metrics.jsonl"
         self._keep_lines_until(resume_iteration)
+        self.kept = read_metrics(self._path) if self._path.exists() else []
         self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._events = SummaryWriter(str(tensorboard_dir), purge_step=resume_iteration + 1)
 
     def write(self, iteration: int, values: dict[str, Any]) -> None:
-        """Log ``values`` (numbers, or one level of named numbers) under ``iteration``.
+        """Log ``values`` (numbers, or one level of named ones) under ``iteration``.
+
+        A text goes into ``metrics.jsonl`` only.
 
         Raises:
             OutputError: the disk is full.
@@ -69,8 +75,8 @@ def _iteration_of(line: str) -> float:
 
 def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
     if isinstance(value, dict):
-        return [(f"{name}/{key}", float(v)) for key, v in value.items() if v is not None]
-    return [] if value is None else [(name, float(value))]
+        return [scalar for key, v in value.items() for scalar in _scalars(f"{name}/{key}", v)]
+    return [] if value is None or isinstance(value, str) else [(name, float(value))]
 
 
 def _finite(value: Any) -> Any:

@@ -217,9 +217,10 @@ def test_the_probe_and_tensorboard(folder, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert {"loss", "grad_norm", "lr", "probe/outside_mass", "angle/degrees"} <= set(
-        events.Tags()["scalars"]
-    )
+    assert {
+        "loss", "grad_norm", "lr", "probe/outside_mass", "update/degrees", "update/obtuse",
+        "stability/loss_std", "relative_l2",
+    } <= set(events.Tags()["scalars"])  # fmt: skip
     logged = [event.value for event in events.Scalars("loss")]
     assert logged == pytest.approx(stages.losses(tmp_path / "run"), rel=1e-6)
 

@@ -53,9 +53,9 @@ def evaluation_file(directory: Path) -> Path:
     return path
 
 
-def write_run(directory: Path, lines: list[dict[str, Any]]) -> Path:
+def write_run(directory: Path, lines: list[dict[str, Any]], *, warmup: int = 10) -> Path:
     directory.mkdir()
-    (directory / "resolved_config.yaml").write_text("train_iters: 40\n")
+    (directory / "resolved_config.yaml").write_text(f"optimizer:\n  lr_warmup_iters: {warmup}\n")
     (directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     return directory
 
@@ -88,9 +88,13 @@ def test_run_summary_against_numpy(tmp_path: Path) -> None:
     last = np.array([line["loss"] for line in lines[20:]])
     line = np.polyval(np.polyfit(np.arange(20), last, 1), np.arange(20))
     assert summary.loss_std == pytest.approx((last - line).std(), rel=0.06)  # either ddof
+    assert summary.loss_variance == pytest.approx(summary.loss_std**2)
+    norms = np.array([line["grad_norm"] for line in lines[10:]])  # after the warm-up
+    assert summary.gradient_norm_cv == pytest.approx(norms.std() / norms.mean())
     assert summary.final_loss == pytest.approx(last[-4:].mean())
     assert summary.probes == [{"iteration": 40, "probe": probe}]
-    assert summary.loss_spikes is None  # too short to judge
+    assert summary.loss_spikes is summary.gradient_spike_rate is None  # too short to judge
+    assert summary.relative_l2 is summary.general_perplexity is summary.delta_ppl is None
 
 
 def test_spikes(tmp_path: Path) -> None:
@@ -98,6 +102,40 @@ def test_spikes(tmp_path: Path) -> None:
     lines[150]["loss"] += 1000
     summary = summarize_run(write_run(tmp_path / "run", lines))
     assert (summary.loss_spikes, summary.gradient_spikes) == (1, 0)
+    assert (summary.loss_spike_rate, summary.gradient_spike_rate) == (1 / 72, 0.0)
+
+
+def test_warm_up_is_told_by_iteration(tmp_path: Path) -> None:
+    """Of lines 2, 4, ... 40, five lie in ten iterations of warm-up; a null is not one of them."""
+    lines = steps()[1::2]
+    lines[1] |= {"loss": None, "grad_norm": None}
+    norms = np.array([line["grad_norm"] for line in lines[5:]])
+    summary = summarize_run(write_run(tmp_path / "run", lines))
+    assert summary.gradient_norm_cv == pytest.approx(norms.std() / norms.mean())
+    all_warmup = summarize_run(write_run(tmp_path / "short", lines, warmup=40))
+    assert all_warmup.gradient_norm_cv is None
+
+
+def test_the_last_readings_of_a_run_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = steps()
+    for at, distance, perplexity in ((40, 0.0123, 21.5), (20, 0.01, 20.0), (0, None, 19.25)):
+        general = {"perplexity": perplexity, "delta_ppl": perplexity - 19.25, "sample": "5" * 16}
+        more = {} if distance is None else {"relative_l2": distance}
+        lines.insert(at, {"iteration": at, "general": general, **more})
+    run = write_run(tmp_path / "run", lines)
+    summary = summarize_run(run)
+    assert (summary.relative_l2, summary.general_perplexity, summary.delta_ppl) == (
+        0.0123, 21.5, 2.25,
+    )  # fmt: skip
+    evaluation = evaluation_file(tmp_path)
+    given = [f"--evaluation={evaluation}", f"--run=replay={run}", f"--output-dir={tmp_path}"]
+    assert report.main(given) == 0
+    text = capsys.readouterr().out
+    assert "| run: relative L2 % | run: general perplexity | run: Δ perplexity |" in text
+    assert "| 0.2000 | 1.23 | 21.50 | +2.25 |" in text
+    assert f"| {summary.loss_std:.4f} | {summary.loss_variance:.3g} |" in text
 
 
 def test_totals_are_not_guessed_and_null_is_counted(tmp_path: Path) -> None:
@@ -120,6 +158,11 @@ def test_damaged_runs_are_refused(tmp_path: Path) -> None:
         summarize_run(write_run(tmp_path / "back", [*steps(2), *steps(1)]))
     with pytest.raises(DataError, match="no 'grad_norm' in the line of iteration 1"):
         summarize_run(write_run(tmp_path / "less", [{"iteration": 1, "loss": 1.0}]))
+    no_warmup = write_run(tmp_path / "old", steps())
+    for content in ("optimizer: {lr: 1.0}\n", "- 1\n", "optimizer: [\n", ""):
+        (no_warmup / "resolved_config.yaml").write_text(content)
+        with pytest.raises(DataError, match="the warm-up, which the gradient norm's CV leaves out"):
+            summarize_run(no_warmup)
     with pytest.raises(DataError, match="no training step is logged"):
         summarize_run(write_run(tmp_path / "empty", []))
     with pytest.raises(DataError, match="is this a run's directory"):

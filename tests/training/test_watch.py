@@ -1,0 +1,204 @@
+"""What a run says of itself, through the program: equal to other means, and unmoved by a stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.evaluation.run_log import summarize_run
+from megatron_replay.evaluation.weight_distance import relative_l2
+from megatron_replay.training.metrics import read_metrics
+from tests import pool, tiny
+from tests.e2e import stages
+from tools import convert_checkpoint
+
+pytestmark = pytest.mark.distributed
+SEQ_LENGTH = 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Checkpoint, training corpus, and general text with documents longer than a pack."""
+    folder = tmp_path_factory.mktemp("watch")
+    tiny.save_corpus(folder / "corpus", num_documents=60, longest=SEQ_LENGTH)
+    tiny.save_corpus(folder / "general", num_documents=30, seed=7, longest=2 * SEQ_LENGTH)
+    tiny.save_qwen3(folder / "model", tied=True, num_hidden_layers=2)
+    return folder
+
+
+def argv(folder, save, *extra) -> list[object]:
+    return [
+        "--load", folder / "model", "--data-path", folder / "corpus", "--save", save,
+        "--seq-length", SEQ_LENGTH, "--micro-batch-size", 2, "--global-batch-size", 4,
+        "--loss", "full", "--lr", 1e-2, "--optimizer", "adamw", *extra,
+    ]  # fmt: skip
+
+
+def general(folder, *extra) -> list[object]:
+    return [
+        "--general-data-path", folder / "general", "--general-documents", 30,
+        "--probe-interval", 4, *extra,
+    ]  # fmt: skip
+
+
+def lines_without_time(save) -> list[dict]:
+    return [
+        {key: value for key, value in line.items() if key != "seconds"}
+        for line in read_metrics(save / "metrics.jsonl")
+    ]
+
+
+def export(rank: int, world_size: int, *argv: object) -> int:
+    sys.argv = ["convert_checkpoint", *map(str, argv)]
+    return convert_checkpoint.main()
+
+
+def perplexity(model_directory, prefix) -> float:
+    """transformers' own, document by document, in float64 from the logits on."""
+    model, total, count = tiny.load_reference(model_directory), 0.0, 0
+    for document in (Corpus(prefix)[i] for i in range(len(Corpus(prefix)))):
+        tokens = torch.from_numpy(document.tokens[: SEQ_LENGTH + 1].astype("int64"))
+        carries_loss = torch.from_numpy(document.loss_mask[1 : SEQ_LENGTH + 1].copy())
+        with torch.no_grad():
+            logits = model(tokens[None, :-1]).logits[0].double()
+        losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+        total, count = total + losses[carries_loss].sum().item(), count + int(carries_loss.sum())
+    return math.exp(total / count)
+
+
+@pytest.mark.parametrize(
+    ("extra", "layout"),
+    [(["--sequence-parallel"], {"tp": 2}), (["--use-distributed-optimizer"], {"pp": 2, "dp": 2})],
+    ids=str,
+)
+def test_distance_and_forgetting_are_those_of_the_exported_model(folder, tmp_path, extra, layout):
+    run, tuned = tmp_path / "run", tmp_path / "tuned"
+    flags = ["--train-iters", 6, *general(folder), *extra]
+    said = stages.succeed("stage1", *argv(folder, run, *flags), **layout)
+    assert "longer documents of the sample the first 20 positions are scored" in said
+    assert pool.run(1, export, "--load", run, "--save", tuned, "--no-verify") == [0]
+    lines = read_metrics(run / "metrics.jsonl")
+    readings = {line["iteration"]: line["general"] for line in lines if "general" in line}
+    assert list(readings) == [0, 4, 6]
+    assert readings[0]["delta_ppl"] == 0.0
+    before, after = (perplexity(d, folder / "general") for d in (folder / "model", tuned))
+    assert readings[0]["perplexity"] == pytest.approx(before, rel=1e-5)
+    assert readings[6]["perplexity"] == pytest.approx(after, rel=1e-5)
+    assert readings[6]["delta_ppl"] == pytest.approx(after - before, abs=1e-2)
+    assert abs(after - before) > 1
+    [found] = [line["relative_l2"] for line in lines if "relative_l2" in line]
+    assert found == pytest.approx(relative_l2(tuned, folder / "model"), rel=1e-9)
+    stability = lines[-1]["stability"]
+    assert (stability["steps"], stability["non_finite"]) == (6, 0)
+    assert f"The weights moved by {100 * found:.3g} %." in said
+    summary = summarize_run(run)
+    assert summary.relative_l2 == found
+    assert (summary.general_perplexity, summary.delta_ppl) == (
+        readings[6]["perplexity"], readings[6]["delta_ppl"],
+    )  # fmt: skip
+    for name in ("loss_std", "loss_variance", "gradient_norm_cv"):
+        assert getattr(summary, name) == stability[name]
+    assert "loss_spikes" not in said  # nothing but sentences is printed
+
+
+def test_a_resumed_run_logs_what_an_uninterrupted_one_does(folder, tmp_path):
+    flags = [
+        "--train-iters", 12, "--lr-warmup-iters", 5, "--log-interval", 2, "--stability-interval", 3,
+        "--distance-interval", 4, *general(folder),
+    ]  # fmt: skip
+    stages.succeed("stage1", *argv(folder, tmp_path / "whole", *flags))
+    stages.succeed("stage1", *argv(folder, tmp_path / "parts", *flags, "--exit-interval", 7))
+    stages.succeed("stage1", *argv(folder, tmp_path / "parts", *flags))
+    lines = lines_without_time(tmp_path / "whole")
+    assert lines_without_time(tmp_path / "parts") == lines
+    assert [x["iteration"] for x in lines if "stability" in x] == [3, 6, 9, 12]
+    assert [x["iteration"] for x in lines if "relative_l2" in x] == [4, 8, 12]
+    assert lines[-1]["stability"]["steps"] == 6
+    assert lines[-1]["general"]["delta_ppl"] != 0.0
+
+
+def test_a_training_checkpoint_may_be_the_start(folder, tmp_path):
+    flags = ["--train-iters", 3]
+    stages.succeed("stage1", *argv(folder, tmp_path / "first", *flags))
+    extra = [*flags, "--load", tmp_path / "first", "--bf16"]
+    stages.succeed("stage1", *argv(folder, tmp_path / "second", *extra), tp=2)
+    last = read_metrics(tmp_path / "second" / "metrics.jsonl")[-1]
+    assert 0.001 < last["relative_l2"] < 0.5
+    # From its own directory a run goes on, but what it started from is not there.
+    extra = ["--train-iters", 5, "--load", tmp_path / "first"]
+    said = stages.succeed("stage1", *argv(folder, tmp_path / "first", *extra))
+    assert "warning: iteration 5: relative L2 is not measured" in said
+    last = read_metrics(tmp_path / "first" / "metrics.jsonl")[-1]
+    assert last["stability"]["steps"] == 5
+    assert "relative_l2" not in last
+
+
+def _spike_at_step_135(rank: int) -> None:
+    from megatron_replay.training import loop
+
+    take_step = loop.train_step
+
+    def step(model, optimizer, work, *args, **kwargs):
+        step.calls += 1
+        if step.calls == 135:
+            work = [(batch, lambda h, w, head=head: 1e3 * head(h, w)) for batch, head in work]
+        return take_step(model, optimizer, work, *args, **kwargs)
+
+    step.calls = 0
+    loop.train_step = step
+
+
+def test_a_spike_is_told_and_counted(folder, tmp_path):
+    flags = ["--train-iters", 140, "--lr", 1e-4, "--global-batch-size", 2]
+    said = stages.succeed(
+        "stage1", *argv(folder, tmp_path / "run", *flags), before=_spike_at_step_135
+    )
+    told = [line for line in said.splitlines() if "spikes to" in line]
+    assert [line.split(" spikes to")[0] for line in told] == [
+        "warning: iteration 135: loss", "warning: iteration 135: gradient norm",
+    ]  # fmt: skip
+    assert "1 loss and 1 gradient-norm spikes in 12 steps judged" in said
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["stability"]
+    assert (last["loss_spikes"], last["gradient_spikes"], last["steps"]) == (1, 1, 140)
+    summary = summarize_run(tmp_path / "run")
+    assert (summary.loss_spikes, summary.loss_spike_rate) == (1, last["loss_spike_rate"])
+    assert summary.gradient_spike_rate == last["gradient_spike_rate"] == 1 / 12
+
+
+class TestMistakes:
+    def test_a_run_that_did_not_measure_its_start(self, folder, tmp_path):
+        stages.succeed("stage1", *argv(folder, tmp_path / "run", "--exit-interval", 2), tp=2)
+        more = general(folder)
+        message = stages.fail("stage1", *argv(folder, tmp_path / "run", *more), tp=2, code=2)
+        assert "before the first step is not known" in message
+
+    def test_another_sample_than_at_the_start(self, folder, tmp_path):
+        flags = general(folder, "--exit-interval", 2)
+        stages.succeed("stage1", *argv(folder, tmp_path / "run", *flags))
+        more = general(folder, "--general-documents", 29)
+        message = stages.fail("stage1", *argv(folder, tmp_path / "run", *more), code=2)
+        assert "begun with another sample" in message
+
+    def test_text_of_another_tokenizer(self, folder, tmp_path):
+        for suffix in ("bin", "idx", "loss_mask"):
+            (tmp_path / f"other.{suffix}").symlink_to(folder / f"general.{suffix}")
+        description = json.loads((folder / "general.json").read_text())
+        description["tokenizer_fingerprint"] = "another"
+        (tmp_path / "other.json").write_text(json.dumps(description))
+        more = ["--general-data-path", tmp_path / "other"]
+        message = stages.fail("stage1", *argv(folder, tmp_path / "run", *more), code=2)
+        assert message.startswith("error: --general-data-path: ")
+        assert (
+            "expected 512 tokens, fingerprint random; found 512 tokens, fingerprint another"
+            in message
+        )
+
+    def test_a_probe_that_never_runs(self, folder, tmp_path):
+        more = general(folder, "--probe-interval", 0)
+        message = stages.fail("stage1", *argv(folder, tmp_path / "run", *more), code=2)
+        assert "--general-data-path" in message
