@@ -12,13 +12,7 @@ import numpy.typing as npt
 import yaml
 
 from megatron_replay.errors import DataError
-from megatron_replay.functional.stability import (
-    Spikes,
-    gradient_norm_cv,
-    loss_std,
-    loss_variance,
-    spikes,
-)
+from megatron_replay.functional.stability import gradient_norm_cv, loss_std, loss_variance, spikes
 
 METRICS, CONFIG, _WARMUP = "metrics.jsonl", "resolved_config.yaml", "lr_warmup_iters"
 Line = dict[str, Any]
@@ -131,7 +125,8 @@ def summarize_run(directory: Path) -> RunSummary:
     losses, norms = losses[finite], norms[finite]
     iterations = np.array([step["iteration"] for step in steps])[finite]
     norms_after_warmup = norms[iterations > _warmup_iters(config)]
-    loss_spikes, gradient_spikes = _spikes(losses), _spikes(norms)
+    loss_spikes, loss_spike_rate = _spikes(losses)
+    gradient_spikes, gradient_spike_rate = _spikes(norms)
     general = _last(lines, "general") or {}
     return RunSummary(
         iterations=steps[-1]["iteration"],
@@ -143,10 +138,10 @@ def summarize_run(directory: Path) -> RunSummary:
         loss_std=loss_std(losses),
         loss_variance=loss_variance(losses),
         gradient_norm_cv=gradient_norm_cv(norms_after_warmup) if len(norms_after_warmup) else None,
-        loss_spikes=loss_spikes and loss_spikes.count,
-        loss_spike_rate=loss_spikes and loss_spikes.rate,
-        gradient_spikes=gradient_spikes and gradient_spikes.count,
-        gradient_spike_rate=gradient_spikes and gradient_spikes.rate,
+        loss_spikes=loss_spikes,
+        loss_spike_rate=loss_spike_rate,
+        gradient_spikes=gradient_spikes,
+        gradient_spike_rate=gradient_spike_rate,
         non_finite=int((~finite).sum()),
         relative_l2=_last(lines, "relative_l2"),
         general_perplexity=general.get("perplexity"),
@@ -167,9 +162,10 @@ def _warmup_iters(config: Path) -> int:
         ) from error
 
 
-def _spikes(values: npt.NDArray[np.float64]) -> Spikes | None:
+def _spikes(values: npt.NDArray[np.float64]) -> tuple[int | None, float | None]:
+    """Count and rate."""
     found = spikes(values)
-    return found if found.judged else None
+    return (found.count, found.rate) if found.judged else (None, None)
 
 
 def _last(lines: list[Line], name: str) -> Any:
