@@ -40,7 +40,7 @@ class AdaMuon(MatrixRule):
         for (batch, i, piece), orthogonal in zip(pieces, orthogonals, strict=True):
             stored = batch.states[i]["exp_avg_sq"]
             variance = piece.gather(stored)
-            weight = scalars.if_proceeding(1 - self.momentum)
+            weight = scalars.if_proceeding(1 - self.momentum).to(variance)
             variance = torch.lerp(variance, orthogonal.square(), weight)
             piece.scatter(variance, stored)
             updates.append(rescaled(orthogonal, variance, eps=batch.group["eps"]))

@@ -32,7 +32,9 @@ class Scalars:
     sums: Tensor
 
     def if_proceeding(self, value: float | Tensor) -> Tensor:
-        """``value``, or 0 in a step that is skipped."""
+        """``value``, or 0 in a step that is skipped; a number in the sums' precision."""
+        if not isinstance(value, Tensor):
+            value = self.grad_sq.new_full((), value)
         return torch.where(self.proceed, value, 0.0)
 
 

@@ -74,7 +74,8 @@ class MatrixRule(UpdateRule):
             return batch.take_step(coefficients_of(batch, scalars), bounded=False)
         for i, (grad, state) in enumerate(zip(batch.grads, batch.states, strict=True)):
             clipped = scalars.if_proceeding(grad) * self._clip(batch.places[i], scalars)
-            state["exp_avg"].lerp_(clipped, scalars.if_proceeding(1 - self.momentum))
+            weight = scalars.if_proceeding(1 - self.momentum).to(grad)
+            state["exp_avg"].lerp_(clipped, weight)
         return torch.zeros(len(batch.params), device=scalars.grad_sq.device)
 
     def _clip(self, place: Place, scalars: Scalars) -> Tensor:

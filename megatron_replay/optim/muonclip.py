@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from megatron_replay.errors import ConfigError
 from megatron_replay.optim.batch import Batch, Scalars
 from megatron_replay.optim.muon import MatrixRule
 from megatron_replay.optim.placement import Piece, Place
@@ -63,6 +64,13 @@ class MuonClip(MatrixRule):
 
     def _sums(self, batches: Sequence[Batch]) -> Tensor:
         """[1 + layers]: |g|^2 of the whole, and of each layer's attention."""
+        if self.attention_clip_grad and self._placement is None:
+            raise ConfigError(
+                "attention cannot be clipped: a list of tensors does not say which parameters are "
+                "attention's",
+                where="MuonClip",
+                fix="Leave attention_clip_grad at 0, or place the model (distribute)",
+            )
         values, places = self._counted_values(batches)
         layers = self._placement.num_layers if self._placement is not None else 0
         sums = values.new_zeros(1 + layers)
