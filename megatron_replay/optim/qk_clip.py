@@ -54,6 +54,7 @@ def scale_query_key_(weight: Tensor, query_N: Tensor, key_G: Tensor) -> None:
             shard of megatron-core's ``linear_qkv``, or its fp32 master.
         query_N, key_G: of ``qk_clip_factors``.
     """
+    assert weight.dim() == 2, "a whole projection, not ZeRO-1's flat part of a master"
     groups, heads_of_a_group = len(key_G), len(query_N) // len(key_G)
     heads = weight.unflatten(0, (groups, heads_of_a_group + 2, -1))  # [G, N / G + 2, D, H], a view
     heads[:, :-2].mul_(query_N.view(groups, -1, 1, 1))
