@@ -3,6 +3,14 @@
 // With q = min(|y|, x) / max(|y|, x) in [0, 1] the angle is atan(q), or pi/2 - atan(q) above the
 // diagonal. atan(q) = q + q s P(s), s = q^2; fit_arctangent.py makes P, which alone is off by
 // 1.7e-8, 0.28 ulp.
+//
+// Largest error against float64's atan2, in spacings of fp32 at the exact value:
+//                                    with FMA    without
+//     every fp32 q in [0, 1]: (q, 1)     1.10       1.28
+//                             (1, q)     1.34       1.51
+//     84 million pairs of any sizes      1.73       1.76
+// Zeros, denormals, a NaN, and one infinity give what C's atan2 gives; two infinities give NaN,
+// for a comparison and a selection less.
 #pragma once
 
 #include <cmath>
@@ -14,16 +22,17 @@ INLINE float atan2_of_nonnegative(float y, float x) {
     const bool steep = a > x;
     const float larger = steep ? a : x;
     const float smaller = steep ? x : a;
-    // 0/0 is 0 and inf/inf is 1, as in C's atan2; a NaN on either side is in larger or smaller.
-    const float q = smaller == larger ? (larger > 0.0f ? 1.0f : 0.0f) : smaller / larger;
+    // So that 0 / 0 is 0. Asked in this way, for a NaN must stay one.
+    constexpr float least = 1e-45f;
+    const float q = smaller / (larger < least ? least : larger);
     const float s = q * q;
-    float series = 0.002920693216f;
-    series = series * s - 0.01636793205f;
-    series = series * s + 0.0432118676f;
-    series = series * s - 0.07552214878f;
-    series = series * s + 0.1066600493f;
+    float series = 0.002920692236f;
+    series = series * s - 0.01636792865f;
+    series = series * s + 0.04321186309f;
+    series = series * s - 0.07552214603f;
+    series = series * s + 0.1066600486f;
     series = series * s - 0.1421105538f;
-    series = series * s + 0.1999377284f;
+    series = series * s + 0.1999377285f;
     series = series * s - 0.3333315274f;
     const float flat = series * s * q + q;
     // pi/2 as the sum of two floats: one alone is off by 0.37 ulp.

@@ -11,9 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_replay.kernels import OptimizerKernels, optimizer_kernels
-
-from megatron_replay.kernels import _cpu  # isort: skip
+from megatron_replay.kernels import OptimizerKernels, _cpu, optimizer_kernels
 
 LEVELS = ("base", "avx2", "avx512")
 CPU_FORMS = tuple(f"cpu-{level}" for level in LEVELS)

@@ -1,0 +1,222 @@
+"""What an optimizer's step costs, per parameter, beside its peers: python -m benchmarks.optim
+
+Contenders step the same parameters and gradients, with states of their own. A row's bytes are those
+its passes must move per parameter if no cache helps: fp32 state, bf16 copies. "x" is the time over
+that of torch's fused AdamW with the gradient's norm, both medians, in the same rounds.
+
+Muon-like rules multiply matrices and are orders of magnitude slower: they step one layer, in few
+rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytorch_optimizer
+import torch
+from torch import Tensor
+
+from benchmarks.timing import Times, interleave, machine
+from megatron_replay.functional.momentum_step import Coefficients
+from megatron_replay.kernels import optimizer_kernels, why_not
+from megatron_replay.optim import MoClip
+
+HIDDEN, FFN = 1024, 2816
+LAYER = [(HIDDEN,), *[(HIDDEN, HIDDEN)] * 4, (HIDDEN,), *[(FFN, HIDDEN)] * 2, (HIDDEN, FFN)]
+BASELINE = "torch AdamW(fused) + norm"
+Step = Callable[[], object]
+
+
+@dataclass
+class Model:
+    """Parameters with gradients, in the shapes of a transformer's layers."""
+
+    params: list[Tensor]
+
+    @property
+    def grads(self) -> list[Tensor]:
+        return [param.grad for param in self.params if param.grad is not None]
+
+    @property
+    def numel(self) -> int:
+        return sum(param.numel() for param in self.params)
+
+
+def make_model(numel: int, device: torch.device) -> Model:
+    """Layer after layer, until there are ``numel`` parameters; the last tensor is cut."""
+    generator = torch.Generator(device).manual_seed(0)
+    params: list[Tensor] = []
+    while numel > 0:
+        for shape in LAYER:
+            rows = min(shape[0], numel // torch.Size(shape[1:]).numel())
+            if rows == 0:
+                numel = 0
+                break
+            size = (rows, *shape[1:])
+            param = torch.randn(size, generator=generator, device=device).mul_(0.02)
+            param.requires_grad_().grad = torch.randn(size, generator=generator, device=device)
+            params.append(param)
+            numel -= param.numel()
+    return Model(params)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the table: ``make`` prepares the states and returns one step."""
+
+    name: str
+    bytes: int | None
+    make: Callable[[Model], Step]
+    multiplies_matrices: bool = False
+
+
+def passes(form: str, *, bounded: bool, copies: bool = False) -> Callable[[Model], Step]:
+    """Our two passes as they are, without an optimizer around them."""
+
+    def make(model: Model) -> Step:
+        kernels = optimizer_kernels(form, model.params[0])
+        params, grads = [param.detach() for param in model.params], model.grads
+        m, v = ([torch.rand_like(param) for param in params] for _ in range(2))
+        copied = [param.bfloat16() for param in params] if copies else None
+        packed = Coefficients(
+            proceed=1.0, keep_m=0.9, take_g=0.1, square_m=0.0, square_g=1.0, keep_v=0.95,
+            take_v=0.05, scale_v=1.0, eps=1e-8, decay=0.9999, move=1e-6,
+        ).pack(params[0])  # fmt: skip
+
+        def step() -> None:
+            if bounded:
+                kernels.dot_products(m, grads)
+            else:
+                kernels.square_sums(grads)
+            kernels.momentum_step(params, grads, m, v, packed, bounded=bounded, copies=copied)
+
+        return step
+
+    return make
+
+
+def optimizer(cls: type, *, norm: bool, clip: bool = False, **options: object):
+    """An optimizer class, with the gradient's norm and its clipping as separate passes."""
+
+    def make(model: Model) -> Step:
+        stepper = cls(model.params, lr=1e-6, weight_decay=0.1, **options)
+        grads = model.grads
+
+        def step() -> None:
+            if norm:
+                torch.nn.utils.get_total_norm(grads, foreach=True)
+            if clip:
+                torch._foreach_mul_(grads, 1.0)
+            stepper.step()
+
+        return step
+
+    return make
+
+
+def muon(cls: type) -> Callable[[Model], Step]:
+    """Matrices by Newton and Schulz; norms by AdamW, as such optimizers are used."""
+
+    def make(model: Model) -> Step:
+        groups = [
+            {"params": [p for p in model.params if (p.dim() == 2) is two], "use_muon": two}
+            for two in (True, False)
+        ]
+        return cls(groups).step
+
+    return make
+
+
+def norm_alone(model: Model) -> Step:
+    return lambda: torch.nn.utils.get_total_norm(model.grads, foreach=True)
+
+
+def copy_alone(model: Model) -> Step:
+    """The stream that all others are measured by: read 4 bytes, write 4."""
+    targets = [torch.empty_like(param) for param in model.params]
+    return lambda: torch._foreach_copy_(targets, model.grads)
+
+
+def contenders(device: torch.device) -> list[Contender]:
+    fast = "cpu" if device.type == "cpu" else "triton"
+    adamw, theirs = torch.optim.AdamW, pytorch_optimizer
+    return [
+        Contender("copy", 8, copy_alone),
+        Contender("gradient norm (foreach)", 4, norm_alone),
+        Contender(BASELINE, 32, optimizer(adamw, norm=True, fused=True)),
+        Contender(
+            "torch AdamW(fused) + norm + clip, as Megatron", 40,
+            optimizer(adamw, norm=True, clip=True, fused=True),
+        ),
+        Contender("torch AdamW(foreach) + norm", None, optimizer(adamw, norm=True, foreach=True)),
+        Contender(f"MoClip, {fast} passes", 36, passes(fast, bounded=True)),
+        Contender(f"MoClip, {fast} passes + bf16", 38, passes(fast, bounded=True, copies=True)),
+        Contender("MoClip, torch passes", None, passes("torch", bounded=True)),
+        Contender("MoClip(...).step()", 36, optimizer(MoClip, norm=False)),
+        Contender(f"AdamW, {fast} passes", 32, passes(fast, bounded=False)),
+        Contender(f"AdamW, {fast} passes + bf16", 34, passes(fast, bounded=False, copies=True)),
+        Contender("pytorch-optimizer StableAdamW", None, optimizer(theirs.StableAdamW, norm=False)),
+        Contender("pytorch-optimizer TAM", None, optimizer(theirs.TAM, norm=False)),
+        Contender("pytorch-optimizer AdaTAM", None, optimizer(theirs.AdaTAM, norm=False)),
+        Contender(
+            "pytorch-optimizer Prodigy(eps=None): atan2", None,
+            optimizer(theirs.Prodigy, norm=False, eps=None),
+        ),
+        Contender("pytorch-optimizer Muon", None, muon(theirs.Muon), True),
+        Contender("pytorch-optimizer AdaMuon", None, muon(theirs.AdaMuon), True),
+    ]  # fmt: skip
+
+
+def measure(
+    chosen: list[Contender], model: Model, *, rounds: int, device: torch.device
+) -> dict[str, Times]:
+    """Nanoseconds would hide what a step is: times are of whole steps."""
+    return interleave({c.name: c.make(model) for c in chosen}, rounds=rounds, device=device)
+
+
+def table(chosen: list[Contender], times: dict[str, Times], numel: int, baseline: float) -> str:
+    """``baseline``: nanoseconds per parameter that "x" is over."""
+    lines = [f"{'':46}{'B/param':>8}{'ns/param':>10}{'least':>8}{'GB/s':>7}{'x':>7}"]
+    for c in chosen:
+        median, least = (1e9 * t / numel for t in (times[c.name].median, times[c.name].least))
+        moved = f"{c.bytes:8}" if c.bytes else f"{'-':>8}"
+        rate = f"{c.bytes / median:7.1f}" if c.bytes else f"{'-':>7}"
+        lines.append(f"{c.name:46}{moved}{median:10.3f}{least:8.3f}{rate}{median / baseline:7.2f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--numel", type=int, default=1 << 26, help="parameters")
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads(), 1])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--only", default="", help="contenders whose name has this in it")
+    options = parser.parse_args()
+    device = options.device
+
+    model = make_model(options.numel, device)
+    print(f"{machine(device)}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    print(f"{model.numel:,} parameters in {len(model.params)} tensors, {options.rounds} rounds")
+    if reason := why_not("cpu" if device.type == "cpu" else "triton", model.params[0]):
+        raise SystemExit(f"error: no compiled kernels to measure: {reason}")
+    rows = [c for c in contenders(device) if options.only in c.name or c.name == BASELINE]
+    passing = [c for c in rows if not c.multiplies_matrices]
+    multiplying = [c for c in rows if c.multiplies_matrices]
+    layer = Model(model.params[: len(LAYER)])
+    for threads in options.threads if device.type == "cpu" else [1]:
+        torch.set_num_threads(threads)
+        times = measure(passing, model, rounds=options.rounds, device=device)
+        baseline = 1e9 * times[BASELINE].median / model.numel
+        print(f"\n{threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else "")
+        print(table(passing, times, model.numel, baseline))
+        if multiplying:
+            times = measure(multiplying, layer, rounds=3, device=device)
+            print(table(multiplying, times, layer.numel, baseline).split("\n", 1)[1], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Contenders timed in turn, round by round, so that what disturbs the machine disturbs all."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Times:
+    """Seconds of each round."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def least(self) -> float:
+        return min(self.seconds)
+
+
+def interleave(
+    work: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device
+) -> dict[str, Times]:
+    """Run each once unmeasured, then ``rounds`` times in turn."""
+    times = {name: Times() for name in work}
+    for run in work.values():
+        run()
+    for _ in range(rounds):
+        for name, run in work.items():
+            finish(device)
+            start = time.perf_counter()
+            run()
+            finish(device)
+            times[name].seconds.append(time.perf_counter() - start)
+    return times
+
+
+def finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def machine(device: torch.device) -> str:
+    """What the numbers were measured on."""
+    if device.type != "cpu":
+        return torch.cuda.get_device_name(device)
+    name = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor() or platform.machine(),
+    )
+    load = os.getloadavg()[0]
+    return f"{name}, {os.cpu_count()} cores, load {load:.1f} at the start"
