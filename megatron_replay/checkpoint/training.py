@@ -121,28 +121,40 @@ def load_checkpoint(
     model: ReplayGPTModel,
     optimizer: MegatronOptimizer | None,
     parallel: Parallel,
+    *,
+    identity: dict[str, Any] | None = None,
 ) -> TrainState:
     """Load weights, and the optimizer's state when ``optimizer`` is given, into any layout.
 
     Raises:
         CheckpointError: files are missing, damaged, or of another model.
+        ConfigError: it is a run's of another ``identity``; found out before anything is loaded.
     """
     path = iteration_directory(directory, iteration)
-    content = _sharded_state(model, optimizer, parallel, is_loading=True)
     try:
         state = TrainState(**json.loads((path / "train_state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise _unloadable(path, error) from error
+    if identity is not None:
+        state.require_identity(identity, directory)
+    content = _sharded_state(model, optimizer, parallel, is_loading=True)
+    try:
         with checkpointing():
             loaded = dist_checkpointing.load(content, str(path))
         model.load_state_dict(loaded["model"])
         if optimizer is not None:
             optimizer.load_state_dict(loaded["optimizer"])
     except (Exception, CheckpointException) as error:
-        raise CheckpointError(
-            f"cannot load the checkpoint: {type(error).__name__}: {_reason(error)}",
-            where=path,
-            fix=f"Remove it and write the number of another iteration into {_LATEST}",
-        ) from error
+        raise _unloadable(path, error) from error
     return state
+
+
+def _unloadable(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"cannot load the checkpoint: {type(error).__name__}: {_reason(error)}",
+        where=path,
+        fix=f"Remove it and write the number of another iteration into {_LATEST}",
+    )
 
 
 def model_files_directory(directory: Path) -> Path:

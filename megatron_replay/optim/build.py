@@ -72,6 +72,11 @@ class Sharded(DistributedOptimizer):
         with torch_optimizer_state():
             super().load_state_dict(state_dict)
 
+    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: Any) -> None:
+        # megatron-core asks for every state, yet loads the count of steps elsewhere.
+        step = self._get_main_param_and_optimizer_states(model_param)["step"]
+        super()._set_main_param_and_optimizer_states(model_param, {"step": step, **tensors})
+
 
 def build_optimizer(
     config: OptimizerConfig,

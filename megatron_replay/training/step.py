@@ -78,15 +78,19 @@ def train_step(
     # are reduced over DP, so every rank takes the same branch.
     skipped_before = rule.skipped_steps
     optimizer.step_with_ready_grads()
-    if qk_clip_threshold is not None and rule.skipped_steps == skipped_before:
-        _clip_attention(model, parallel, threshold=qk_clip_threshold)
+    skipped = rule.skipped_steps > skipped_before
+    if qk_clip_threshold is not None:
+        # Taken from a skipped step as well: what it measured must not enter the next.
+        measured = take_max_logits(model)
+        if not skipped:
+            _clip_attention(measured, model, parallel, threshold=qk_clip_threshold)
     loss, positions = _global_mean(sums, parallel)
     assert rule.grad_norm is not None
     return StepResult(
         loss,
         positions,
         rule.grad_norm,
-        skipped=rule.skipped_steps > skipped_before,
+        skipped=skipped,
         update=rule.report() if report else {},
     )
 
@@ -100,10 +104,14 @@ def _global_mean(sums: torch.Tensor | None, parallel: Parallel) -> tuple[float |
 
 
 def _clip_attention(
-    model: DistributedDataParallel, parallel: Parallel, *, threshold: float
+    measured: list[tuple[torch.Tensor, torch.Tensor]],
+    model: DistributedDataParallel,
+    parallel: Parallel,
+    *,
+    threshold: float,
 ) -> None:
     """QK-Clip of every layer of this stage, on its fp32 masters. One all-reduce over DP."""
-    weights, logits = zip(*take_max_logits(model), strict=True)
+    weights, logits = zip(*measured, strict=True)
     channels = model.config.kv_channels
     for weight, logits_N in zip(weights, max_over_replicas(logits, parallel.dp_group), strict=True):
         groups = (weight.shape[0] // channels - len(logits_N)) // 2
