@@ -98,6 +98,15 @@ def optimizer_kernels(name: str, like: Tensor) -> OptimizerKernels:
     )
 
 
+def describe(name: str, like: Tensor) -> str:
+    """What runs for tensors such as ``like``, and what keeps "auto" from better; for a log."""
+    chosen = optimizer_kernels(name, like).name
+    best = COMPILED.get(like.device.type)
+    if chosen != "torch" or name == "torch" or best is None:
+        return f"{chosen} kernels"
+    return f"torch kernels, not the faster {best} ones: {why_not(best, like)}"
+
+
 @functools.cache
 def _load(name: str) -> ModuleType | str:
     """The module, imported when first wanted, or why it cannot be."""

@@ -25,6 +25,7 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 
+from megatron_replay import kernels
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.config import OptimizerConfig
 from megatron_replay.errors import ConfigError
@@ -170,6 +171,12 @@ def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Updat
     if config.optimizer == "adamuon":
         return AdaMuon(groups, **common)
     return MuonClip(groups, attention_clip_grad=config.attention_clip_grad, **common)
+
+
+def kernels_of(optimizer: MegatronOptimizer) -> str:
+    """Which form of the update's passes runs, for a log."""
+    param = next(p for group in optimizer.param_groups for p in group["params"])
+    return kernels.describe(optimizer.optimizer.backend, param)
 
 
 def state_kind(config: OptimizerConfig) -> str:
