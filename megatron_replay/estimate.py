@@ -83,7 +83,9 @@ def stage1(config: Stage1Config) -> str:
     width = 2 if config.model.bf16 else 4
     local = _parameters_per_device(shape, config.parallel)
     masters = 4 if config.model.bf16 else 0
-    state = local * (4 + masters + 8)  # main gradient, fp32 master, exp_avg and exp_avg_sq
+    # Main gradient; fp32 master, exp_avg and exp_avg_sq, which ZeRO-1 shards.
+    sharded = dp if config.optimizer.use_distributed_optimizer else 1
+    state = local * 4 + local * (masters + 8) // sharded
     pp = config.parallel.pipeline_model_parallel_size
     per_layer = _layer_activations(shape, config.parallel, config.data, width)
     if config.training.recompute_granularity == "full":

@@ -19,6 +19,7 @@ from megatron.core import optimizer as megatron_optimizer
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random as megatron_random
@@ -220,9 +221,41 @@ def test_signatures_we_call_and_override():
     assert {"grad_stats_parallel_group", "tp_group"} <= set(
         source_of("optimizer.optimizer").replace("'", " ").replace(".", " ").split()
     )  # set by us, read there
+    assert {
+        "model_chunks", "per_model_buffers", "data_parallel_group", "data_parallel_group_gloo",
+        "data_parallel_group_idx", "distributed_optimizer_instance_id",
+    } <= set(parameters(DistributedOptimizer.__init__))  # fmt: skip
     assert {"forward_step_func", "collect_non_loss_data", "forward_only"} <= set(
         parameters(schedules.forward_backward_no_pipelining)
     )
+
+
+def test_what_our_optimizers_override_is_still_called():
+    for kind in (Float16OptimizerWithFloat16Params, DistributedOptimizer):
+        assert parameters(kind._copy_main_params_to_model_params) == ["self"]
+        assert parameters(kind.zero_grad) == ["self", "set_to_none"]
+    sharded = source_of("optimizer.distrib_optimizer")
+    for name in ("model_float16_groups", "model_fp32_groups", "shard_fp32_groups",
+                 "shard_fp32_from_float16_groups"):  # fmt: skip
+        assert f"            self.{name},\n" in sharded
+    assert parameters(DistributedOptimizer._get_model_param_range_map) == ["self", "param"]
+    # Ours hands it the count of steps, which it asks for and does not load.
+    assert (
+        "for key in dst_tensors:\n                dst_tensors[key].copy_(tensors[key])" in sharded
+    )
+    # One tensor for the counts of all parameters: ours counts out of place.
+    assert 's["step"] = step' in sharded
+    assert "self._copy_main_params_to_model_params()" in source_of("optimizer.optimizer")
+
+
+def test_a_sharded_optimizer_keeps_its_count_of_steps_beside_apex(monkeypatch):
+    from megatron.core.optimizer import distrib_optimizer
+
+    monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+    with megatron_core.torch_optimizer_state():
+        assert distrib_optimizer.HAVE_APEX_OR_TE is False
+    assert distrib_optimizer.HAVE_APEX_OR_TE is True
+    assert "if not HAVE_APEX_OR_TE:" in source_of("optimizer.distrib_optimizer")
 
 
 def test_layer_spec_has_the_places_we_fill():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from megatron_replay.checkpoint import training
@@ -170,3 +172,21 @@ def test_qk_clip_bounds_the_logits_of_a_model_without_qk_norm(folder, tmp_path):
     assert abs(one[1] - free[1]) > 1e-5
     assert many == pytest.approx(one, abs=1e-5)
     assert bf16 == pytest.approx(one, abs=2e-2)
+
+
+def test_the_estimate_knows_that_state_is_sharded(folder, tmp_path, monkeypatch, capsys):
+    from megatron_replay import stage1
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    config |= {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sizes = []
+    for extra in ([], ["--use-distributed-optimizer"]):
+        flags = argv(folder, tmp_path / "run", "adamw", "--load", tmp_path, "--dry-run", *extra)
+        assert stage1.main(list(map(str, flags))) == 0
+        [line] = [x for x in capsys.readouterr().out.splitlines() if "gradients, masters" in x]
+        sizes.append(float(line.split()[-2]))
+    assert sizes[0] > 0
+    # fp32: 4 bytes of gradient and 8 of state, of which a quarter stays.
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.01)
