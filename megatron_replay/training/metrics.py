@@ -16,7 +16,7 @@ class MetricsLog:
     """Appends to ``directory/metrics.jsonl`` and to TensorBoard; only the writer rank has one.
 
     A run that resumes at iteration k drops the lines after k first: they belong to steps whose
-    weights were lost, and will be taken again.
+    weights were lost, and will be taken again. A run that starts anew (k = 0) drops all.
 
     Attributes:
         kept: the lines up to k, for whatever must go on as if the run had never stopped.
@@ -27,7 +27,8 @@ class MetricsLog:
         self._keep_lines_until(resume_iteration)
         self.kept = read_metrics(self._path) if self._path.exists() else []
         self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        self._events = SummaryWriter(str(tensorboard_dir), purge_step=resume_iteration + 1)
+        first = resume_iteration + 1 if resume_iteration else 0
+        self._events = SummaryWriter(str(tensorboard_dir), purge_step=first)
 
     def write(self, iteration: int, values: dict[str, Any]) -> None:
         """Log ``values`` (numbers, or one level of named ones) under ``iteration``.
@@ -54,7 +55,7 @@ class MetricsLog:
         if not self._path.exists():
             return
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if _iteration_of(line) <= iteration]
+        kept = [line for line in lines if iteration > 0 and _iteration_of(line) <= iteration]
         if len(kept) < len(lines):
             with atomic_file(self._path, "w") as handle:
                 handle.writelines(kept)
