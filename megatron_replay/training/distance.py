@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
@@ -20,8 +21,9 @@ from megatron_replay.optim.model_placement import counts_once
 from megatron_replay.parallel import Parallel
 from megatron_replay.training.starting_weights import starting_weights
 
-#: Elements converted to float64 at once: 32 MiB for each of θ and θ₀.
-_BLOCK = 1 << 22
+#: Elements converted to float64 at once: they stay in the cache. 1.4 ns a weight on a CPU core,
+#: where blocks of 2^22 cost 10.
+_BLOCK = 1 << 16
 
 #: A parameter's name, fp32 values, and the part of the flattened parameter they are; None: all.
 Master = tuple[str, Tensor, slice | None]
@@ -64,13 +66,13 @@ class Distance:
     ) -> None:
         self._load, self._directory = Path(load), directory
         self._model, self._optimizer, self._parallel = model, optimizer, parallel
-        # Now: the run may save into a directory that another link names.
+        # Now, with the model just loaded: what --load names may move on while this run trains.
         self._iteration = parallel.broadcast(latest_iteration(self._load))
 
     def read(self) -> float:
         """Relative L2, the same number on every rank. One all-gather of objects over the world.
 
-        Memory: one parameter of θ₀, and some blocks in float64.
+        Memory: one parameter of θ₀, on the host.
 
         Raises:
             CheckpointError: θ₀ cannot be read, on any rank, or is not known.
@@ -103,9 +105,10 @@ class Distance:
                     (whole if part is None else whole[part]).split(_BLOCK),
                     strict=True,
                 ):
-                    before = theta_0.cpu().double()
-                    distance += (theta.cpu().double() - before).square().sum().item()
-                    norm += before.square().sum().item()
+                    before = theta_0.double()
+                    moved = theta.cpu().double().sub_(before)
+                    distance += torch.dot(moved, moved).item()
+                    norm += torch.dot(before, before).item()
         except ReplayError:
             raise
         except Exception as error:  # whatever a damaged file raises: the other ranks are waiting
