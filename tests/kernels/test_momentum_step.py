@@ -84,8 +84,10 @@ def test_without_copies_none_are_written(kernels):
 def test_copies_round_to_even_as_torch_does(kernels):
     """Ties, denormals, overflow to infinity, infinities and NaN, which torch writes in two ways."""
     ties = torch.cat([torch.arange(0x3F80, 0x3F90) << 16 | low for low in (0x7FFF, 0x8000, 0x8001)])
+    full_nan = torch.tensor([0x7FFF_FFFF, -1])  # would round to zero, as the integers they are
     special = [0.0, -0.0, 1e-45, -1e-40, 3.4e38, -3.4028e38, torch.inf, -torch.inf, torch.nan]
-    values = torch.cat([ties.to(torch.int32).view(torch.float32), torch.tensor(special)])
+    patterns = torch.cat([ties, full_nan]).to(torch.int32).view(torch.float32)
+    values = torch.cat([patterns, torch.tensor(special)])
     still = problem([len(values)])
     still.params[0] = values.clone()
     rest = USUAL._replace(decay=1.0, move=0.0).pack(torch.zeros(1))
