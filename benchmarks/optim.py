@@ -1,8 +1,8 @@
 """What an optimizer's step costs, per parameter, beside its peers: python -m benchmarks.optim
 
 Contenders step the same parameters and gradients, with states of their own. A row's bytes are those
-its passes must move per parameter if no cache helps: fp32 state, bf16 copies. "x" is the time over
-that of torch's fused AdamW with the gradient's norm, both medians, in the same rounds.
+its passes must move per parameter if no cache helps. Times are the median and the least of the
+rounds, "x" is each over that of torch's fused AdamW with the gradient's norm, GB/s is of the least.
 
 Muon-like rules multiply matrices and are orders of magnitude slower: they step one layer, in few
 rounds.
@@ -173,26 +173,30 @@ def contenders(device: torch.device) -> list[Contender]:
 def measure(
     chosen: list[Contender], model: Model, *, rounds: int, device: torch.device
 ) -> dict[str, Times]:
-    """Nanoseconds would hide what a step is: times are of whole steps."""
-    return interleave({c.name: c.make(model) for c in chosen}, rounds=rounds, device=device)
+    """Nanoseconds per parameter."""
+    steps = {c.name: c.make(model) for c in chosen}
+    return interleave(steps, rounds=rounds, each=model.numel, device=device)
 
 
-def table(chosen: list[Contender], times: dict[str, Times], numel: int, baseline: float) -> str:
-    """``baseline``: nanoseconds per parameter that "x" is over."""
-    lines = [f"{'':46}{'B/param':>8}{'ns/param':>10}{'least':>8}{'GB/s':>7}{'x':>7}"]
-    for c in chosen:
-        median, least = (1e9 * t / numel for t in (times[c.name].median, times[c.name].least))
-        moved = f"{c.bytes:8}" if c.bytes else f"{'-':>8}"
-        rate = f"{c.bytes / median:7.1f}" if c.bytes else f"{'-':>7}"
-        lines.append(f"{c.name:46}{moved}{median:10.3f}{least:8.3f}{rate}{median / baseline:7.2f}")
-    return "\n".join(lines)
+HEADING = f"{'':46}{'B/param':>8}{'ns/param':>10}{'x':>7}{'least':>9}{'x':>7}{'GB/s':>7}"
+
+
+def row(contender: Contender, times: Times, baseline: Times) -> str:
+    moved, rate = "-", "-"
+    if contender.bytes is not None:
+        moved, rate = str(contender.bytes), f"{contender.bytes / times.least:.1f}"
+    return (
+        f"{contender.name:46}{moved:>8}"
+        f"{times.median:10.3f}{times.median / baseline.median:7.2f}"
+        f"{times.least:9.3f}{times.least / baseline.least:7.2f}{rate:>7}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--numel", type=int, default=1 << 26, help="parameters")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads(), 1])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--only", default="", help="contenders whose name has this in it")
     options = parser.parse_args()
@@ -209,13 +213,16 @@ def main() -> None:
     layer = Model(model.params[: len(LAYER)])
     for threads in options.threads if device.type == "cpu" else [1]:
         torch.set_num_threads(threads)
+        if device.type == "cpu":
+            print(f"\n{threads} thread{'s' * (threads > 1)}")
+        print(HEADING)
         times = measure(passing, model, rounds=options.rounds, device=device)
-        baseline = 1e9 * times[BASELINE].median / model.numel
-        print(f"\n{threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else "")
-        print(table(passing, times, model.numel, baseline))
-        if multiplying:
-            times = measure(multiplying, layer, rounds=3, device=device)
-            print(table(multiplying, times, layer.numel, baseline).split("\n", 1)[1], flush=True)
+        for c in passing:
+            print(row(c, times[c.name], times[BASELINE]))
+        baseline = times[BASELINE]
+        times = measure(multiplying, layer, rounds=3, device=device)
+        for c in multiplying:
+            print(row(c, times[c.name], baseline), flush=True)
 
 
 if __name__ == "__main__":

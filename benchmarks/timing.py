@@ -13,35 +13,35 @@ from pathlib import Path
 import torch
 
 
-@dataclass
+@dataclass(frozen=True)
 class Times:
-    """Seconds of each round."""
+    """What each round took."""
 
-    seconds: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.values)
 
     @property
     def least(self) -> float:
-        return min(self.seconds)
+        return min(self.values)
 
 
 def interleave(
-    work: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device
+    work: Mapping[str, Callable[[], object]], *, rounds: int, each: int, device: torch.device
 ) -> dict[str, Times]:
-    """Run each once unmeasured, then ``rounds`` times in turn."""
+    """Run each once unmeasured, then ``rounds`` times in turn: nanoseconds over ``each``."""
     times = {name: Times() for name in work}
     for run in work.values():
         run()
     for _ in range(rounds):
         for name, run in work.items():
             finish(device)
-            start = time.perf_counter()
+            start = time.perf_counter_ns()
             run()
             finish(device)
-            times[name].seconds.append(time.perf_counter() - start)
+            times[name].values.append((time.perf_counter_ns() - start) / each)
     return times
 
 
