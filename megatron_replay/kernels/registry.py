@@ -11,7 +11,6 @@ import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -88,14 +87,9 @@ def optimizer_kernels(name: str, like: Tensor) -> OptimizerKernels:
             found=reason,
             fix='Choose "auto" or "torch"',
         )
-    form = plain if name == "torch" else _load(name)
-    assert isinstance(form, ModuleType)
-    return OptimizerKernels(
-        name=name,
-        dot_products=form.dot_products,
-        square_sums=form.square_sums,
-        momentum_step=form.momentum_step,
-    )
+    kernels = _load(name)
+    assert isinstance(kernels, OptimizerKernels)
+    return kernels
 
 
 def describe(name: str, like: Tensor) -> str:
@@ -108,13 +102,19 @@ def describe(name: str, like: Tensor) -> str:
 
 
 @functools.cache
-def _load(name: str) -> ModuleType | str:
-    """The module, imported when first wanted, or why it cannot be."""
+def _load(name: str) -> OptimizerKernels | str:
+    """The form, imported when first wanted, or why it cannot be."""
     try:
-        return importlib.import_module(f"megatron_replay.kernels.{name}")
+        form = plain if name == "torch" else importlib.import_module(f"{__package__}.{name}")
     except ImportError as error:
         fix = {
             "cpu": "was not built; pip install -e . --no-build-isolation builds it",
             "triton": "needs triton",
         }
         return f"a module that {fix[name]} ({error})"
+    return OptimizerKernels(
+        name=name,
+        dot_products=form.dot_products,
+        square_sums=form.square_sums,
+        momentum_step=form.momentum_step,
+    )
