@@ -72,9 +72,9 @@ PYBIND11_MODULE(_cpu, module) {
         [](const Addresses& params, const Addresses& grads, const Addresses& exp_avgs,
            const Addresses& exp_avg_sqs, const Addresses& copies, const Sizes& sizes,
            Address coefficients, std::int64_t stride, bool bounded, Address sums, int threads) {
-            const Step step{pointers<float>(params),           pointers<const float>(grads),
-                            pointers<float>(exp_avgs),         pointers<float>(exp_avg_sqs),
-                            pointers<std::uint16_t>(copies),   sizes};
+            const Step step{pointers<float>(params),         pointers<const float>(grads),
+                            pointers<float>(exp_avgs),       pointers<float>(exp_avg_sqs),
+                            pointers<std::uint16_t>(copies), sizes};
             momentum_step(step, pointer<const Coefficients>(coefficients), stride, bounded,
                           pointer<double>(sums), threads);
         },

@@ -27,21 +27,16 @@ inline std::vector<Chunk> split(const std::vector<std::int64_t>& sizes) {
     return chunks;
 }
 
-enum class Order { forward, backward };
-
 // sums[tensor][k] = sum over the tensor's chunks of work(chunk)[k].
 template <std::size_t K, class Work>
-void sum_over_chunks(const std::vector<std::int64_t>& sizes, Order order, int threads, double* sums,
+void sum_over_chunks(const std::vector<std::int64_t>& sizes, int threads, double* sums,
                      const Work& work) {
     const std::vector<Chunk> chunks = split(sizes);
     const std::int64_t count = static_cast<std::int64_t>(chunks.size());
     std::vector<std::array<double, K>> partial(chunks.size());
     const int team = static_cast<int>(std::clamp<std::int64_t>(count, 1, std::max(threads, 1)));
 #pragma omp parallel for schedule(dynamic) num_threads(team)
-    for (std::int64_t i = 0; i < count; ++i) {
-        const std::int64_t at = order == Order::forward ? i : count - 1 - i;
-        partial[at] = work(chunks[at]);
-    }
+    for (std::int64_t i = 0; i < count; ++i) partial[i] = work(chunks[i]);
     std::fill(sums, sums + sizes.size() * K, 0.0);
     for (std::size_t i = 0; i < chunks.size(); ++i)
         for (std::size_t k = 0; k < K; ++k) sums[chunks[i].tensor * K + k] += partial[i][k];

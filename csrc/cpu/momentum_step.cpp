@@ -1,3 +1,5 @@
+// Plain loops that the compiler turns into SIMD: each is bound by memory, but for the arctangent on
+// a single core. What was tried to make them faster is in docs/log.md.
 #include "momentum_step.h"
 
 #include <array>
@@ -116,7 +118,7 @@ FOR_EVERY_LEVEL(void, arctangent_chunk,
 
 void dot_products(const std::vector<const float*>& exp_avgs, const std::vector<const float*>& grads,
                   const std::vector<std::int64_t>& sizes, double* sums, int threads) {
-    sum_over_chunks<3>(sizes, Order::forward, threads, sums, [&](const Chunk& chunk) {
+    sum_over_chunks<3>(sizes, threads, sums, [&](const Chunk& chunk) {
         return dot_chunk(exp_avgs[chunk.tensor] + chunk.start, grads[chunk.tensor] + chunk.start,
                          chunk.size);
     });
@@ -124,22 +126,24 @@ void dot_products(const std::vector<const float*>& exp_avgs, const std::vector<c
 
 void square_sums(const std::vector<const float*>& grads, const std::vector<std::int64_t>& sizes,
                  double* sums, int threads) {
-    sum_over_chunks<1>(sizes, Order::forward, threads, sums, [&](const Chunk& chunk) {
+    sum_over_chunks<1>(sizes, threads, sums, [&](const Chunk& chunk) {
         return std::array{square_chunk(grads[chunk.tensor] + chunk.start, chunk.size)};
     });
 }
 
 void momentum_step(const Step& step, const Coefficients* coefficients, std::int64_t stride,
                    bool bounded, double* sums, int threads) {
-    // Backward: the first pass went forward, and left the last chunks in the cache.
-    sum_over_chunks<1>(step.sizes, Order::backward, threads, sums, [&](const Chunk& chunk) {
+    sum_over_chunks<1>(step.sizes, threads, sums, [&](const Chunk& chunk) {
         const std::size_t i = chunk.tensor;
         const Coefficients& c = coefficients[static_cast<std::int64_t>(i) * stride];
         if (c.proceed == 0.0f) return std::array{0.0};
         std::uint16_t* const copy = step.copies.empty() ? nullptr : step.copies[i] + chunk.start;
-        const Slice slice{step.params[i] + chunk.start,      step.grads[i] + chunk.start,
-                          step.exp_avgs[i] + chunk.start,    step.exp_avg_sqs[i] + chunk.start,
-                          copy,                              chunk.size};
+        const Slice slice{step.params[i] + chunk.start,
+                          step.grads[i] + chunk.start,
+                          step.exp_avgs[i] + chunk.start,
+                          step.exp_avg_sqs[i] + chunk.start,
+                          copy,
+                          chunk.size};
         return std::array{step_chunk(slice, c, bounded)};
     });
 }
