@@ -1,8 +1,10 @@
 """What an optimizer's step costs, per parameter, beside its peers: python -m benchmarks.optim
 
-Contenders step the same parameters and gradients, with states of their own. A row's bytes are those
-its passes must move per parameter if no cache helps. Times are the median and the least of the
-rounds, "x" is each over that of torch's fused AdamW with the gradient's norm, GB/s is of the least.
+Contenders step the same parameters, gradients and, under AdamW's names, moments: where a tensor
+happens to lie in memory changes the speed by a quarter. A row's bytes are those that its passes
+must move per parameter if no cache helps; "bf16" rows also write the model's weights. Times are the
+median and the least of the rounds, "x" is each over that of torch's fused AdamW with the gradient's
+norm, GB/s is of the least.
 
 Muon-like rules multiply matrices and are orders of magnitude slower: they step one layer, in few
 rounds.
@@ -22,6 +24,7 @@ from torch import Tensor
 from benchmarks.timing import Times, interleave, machine
 from megatron_replay.functional.momentum_step import Coefficients
 from megatron_replay.kernels import optimizer_kernels, why_not
+from megatron_replay.kernels.registry import COMPILED
 from megatron_replay.optim import MoClip
 
 HIDDEN, FFN = 1024, 2816
@@ -32,9 +35,11 @@ Step = Callable[[], object]
 
 @dataclass
 class Model:
-    """Parameters with gradients, in the shapes of a transformer's layers."""
+    """Parameters with gradients and moments, in the shapes of a transformer's layers."""
 
     params: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
 
     @property
     def grads(self) -> list[Tensor]:
@@ -60,7 +65,8 @@ def make_model(numel: int, device: torch.device) -> Model:
             param.requires_grad_().grad = torch.randn(size, generator=generator, device=device)
             params.append(param)
             numel -= param.numel()
-    return Model(params)
+    moments = ([torch.zeros_like(p, requires_grad=False) for p in params] for _ in range(2))
+    return Model(params, *moments)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def passes(form: str, *, bounded: bool, copies: bool = False) -> Callable[[Model
     def make(model: Model) -> Step:
         kernels = optimizer_kernels(form, model.params[0])
         params, grads = [param.detach() for param in model.params], model.grads
-        m, v = ([torch.rand_like(param) for param in params] for _ in range(2))
+        m, v = model.exp_avgs, model.exp_avg_sqs
         copied = [param.bfloat16() for param in params] if copies else None
         packed = Coefficients(
             proceed=1.0, keep_m=0.9, take_g=0.1, square_m=0.0, square_g=1.0, keep_v=0.95,
@@ -98,19 +104,28 @@ def passes(form: str, *, bounded: bool, copies: bool = False) -> Callable[[Model
     return make
 
 
-def optimizer(cls: type, *, norm: bool, clip: bool = False, **options: object):
-    """An optimizer class, with the gradient's norm and its clipping as separate passes."""
+def optimizer(cls: type, *, norm: bool, megatron: bool = False, **options: object):
+    """An optimizer class; what surrounds it in Megatron are passes of their own: the gradient's
+    norm, its clipping, the copy to the model's bf16 weights.
+    """
 
     def make(model: Model) -> Step:
         stepper = cls(model.params, lr=1e-6, weight_decay=0.1, **options)
-        grads = model.grads
+        stepper.step()  # creates the states
+        for param, m, v in zip(model.params, model.exp_avgs, model.exp_avg_sqs, strict=True):
+            state = stepper.state[param]
+            state.update({k: x for k, x in (("exp_avg", m), ("exp_avg_sq", v)) if k in state})
+        params, grads = [param.detach() for param in model.params], model.grads
+        copies = [param.bfloat16() for param in params] if megatron else []
 
         def step() -> None:
             if norm:
                 torch.nn.utils.get_total_norm(grads, foreach=True)
-            if clip:
+            if megatron:
                 torch._foreach_mul_(grads, 1.0)
             stepper.step()
+            if megatron:
+                torch._foreach_copy_(copies, params)
 
         return step
 
@@ -141,15 +156,15 @@ def copy_alone(model: Model) -> Step:
 
 
 def contenders(device: torch.device) -> list[Contender]:
-    fast = "cpu" if device.type == "cpu" else "triton"
+    fast = COMPILED[device.type]
     adamw, theirs = torch.optim.AdamW, pytorch_optimizer
     return [
         Contender("copy", 8, copy_alone),
         Contender("gradient norm (foreach)", 4, norm_alone),
         Contender(BASELINE, 32, optimizer(adamw, norm=True, fused=True)),
         Contender(
-            "torch AdamW(fused) + norm + clip, as Megatron", 40,
-            optimizer(adamw, norm=True, clip=True, fused=True),
+            "torch AdamW(fused) + norm + clip + bf16", 46,
+            optimizer(adamw, norm=True, megatron=True, fused=True),
         ),
         Contender("torch AdamW(foreach) + norm", None, optimizer(adamw, norm=True, foreach=True)),
         Contender(f"MoClip, {fast} passes", 36, passes(fast, bounded=True)),
@@ -168,6 +183,13 @@ def contenders(device: torch.device) -> list[Contender]:
         Contender("pytorch-optimizer Muon", None, muon(theirs.Muon), True),
         Contender("pytorch-optimizer AdaMuon", None, muon(theirs.AdaMuon), True),
     ]  # fmt: skip
+
+
+def level() -> str:
+    """Of the processor's vector instructions."""
+    from megatron_replay.kernels import _cpu
+
+    return _cpu.level()
 
 
 def measure(
@@ -195,8 +217,10 @@ def row(contender: Contender, times: Times, baseline: Times) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--numel", type=int, default=1 << 26, help="parameters")
-    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads(), 1])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=sorted({torch.get_num_threads(), 1})
+    )
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--only", default="", help="contenders whose name has this in it")
     options = parser.parse_args()
@@ -205,12 +229,14 @@ def main() -> None:
     model = make_model(options.numel, device)
     print(f"{machine(device)}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print(f"{model.numel:,} parameters in {len(model.params)} tensors, {options.rounds} rounds")
-    if reason := why_not("cpu" if device.type == "cpu" else "triton", model.params[0]):
+    fast = COMPILED[device.type]
+    if reason := why_not(fast, model.params[0]):
         raise SystemExit(f"error: no compiled kernels to measure: {reason}")
+    print(f"{fast} kernels" + (f", level {level()}" if fast == "cpu" else ""))
     rows = [c for c in contenders(device) if options.only in c.name or c.name == BASELINE]
     passing = [c for c in rows if not c.multiplies_matrices]
     multiplying = [c for c in rows if c.multiplies_matrices]
-    layer = Model(model.params[: len(LAYER)])
+    layer = make_model(sum(torch.Size(shape).numel() for shape in LAYER), device)
     for threads in options.threads if device.type == "cpu" else [1]:
         torch.set_num_threads(threads)
         if device.type == "cpu":
