@@ -56,10 +56,12 @@ class ReplayGPTModel(GPTModel):
             return hidden_states
         assert self._head is not None
         if self.config.sequence_parallel:
-            hidden_SBH = gather_from_sequence_parallel_region(hidden_states)
-        else:
-            hidden_SBH = copy_to_tensor_model_parallel_region(hidden_states)
-        hidden_TH = hidden_SBH.transpose(0, 1).flatten(0, 1)
+            hidden_states = gather_from_sequence_parallel_region(hidden_states)
+        hidden_TH = hidden_states.transpose(0, 1).flatten(0, 1)
+        if not self.config.sequence_parallel:
+            # Last of all: megatron-core's backward all-reduces a contiguous copy of the gradient,
+            # and that of the transposed states is not contiguous: the sum would be lost.
+            hidden_TH = copy_to_tensor_model_parallel_region(hidden_TH)
         return self._head(hidden_TH, self.output_weight())
 
     def output_weight(self) -> Tensor:

@@ -38,6 +38,7 @@ class Layout:
     dp: int = 1
     sequence_parallel: bool = False
     bf16: bool = False
+    micro_batch_size: int = 1
 
     @property
     def world_size(self) -> int:
@@ -53,6 +54,7 @@ class Layout:
     def __str__(self) -> str:
         return (
             f"TP{self.tp}PP{self.pp}DP{self.dp}{'SP' * self.sequence_parallel}{'bf16' * self.bf16}"
+            f"MBS{self.micro_batch_size}"
         )
 
 
@@ -69,12 +71,14 @@ def build(layout: Layout, groups: parallel.Parallel, checkpoint: Path) -> Loaded
     return load_model(source, layout.config(), groups)
 
 
-def micro_batches(groups: parallel.Parallel, corpus: Corpus, k: int = 0) -> list[Any]:
+def micro_batches(
+    groups: parallel.Parallel, corpus: Corpus, k: int = 0, *, size: int = 1
+) -> list[Any]:
     batches = GlobalBatches(
         corpus.lengths,
         seq_length=SEQ_LENGTH,
         global_batch_size=GLOBAL_BATCH_SIZE,
-        micro_batch_size=1,
+        micro_batch_size=size,
         seed=1,
         epochs=4,
         dp_rank=groups.dp_rank,
@@ -93,7 +97,7 @@ def compare(
     corpus = Corpus(corpus_prefix)
     model = build(layout, groups, checkpoint)
     reference = torch.load(expected / "reference.pt")
-    batches = micro_batches(groups, corpus)
+    batches = micro_batches(groups, corpus, size=layout.micro_batch_size)
     report: dict[str, Any] = {"logits": 0.0, "loss": 0.0, "gradients": (0.0, "")}
     _check_sequence_shards(layout, model)
     outputs = forward_only(model.module, [(batch, lambda h, w: h @ w.T) for batch in batches])
@@ -118,7 +122,7 @@ def compare(
     optimizer = build_optimizer(settings, model, ddp, groups)
     losses = []
     for k in range(STEPS):
-        work = _work(groups, micro_batches(groups, corpus, k))
+        work = _work(groups, micro_batches(groups, corpus, k, size=layout.micro_batch_size))
         result = train_step(ddp, optimizer, work, groups, lr=LR)
         losses.append(result.loss)
         if k == 0:
