@@ -29,7 +29,12 @@ from megatron_replay.forward import Work
 from megatron_replay.model import heads
 from megatron_replay.model.compatibility import open_store, require_context, require_vocabulary
 from megatron_replay.model.layers import record_max_logits
-from megatron_replay.optim.build import apply_hyperparameters, build_optimizer, state_kind
+from megatron_replay.optim.build import (
+    apply_hyperparameters,
+    build_optimizer,
+    kernels_of,
+    state_kind,
+)
 from megatron_replay.optim.schedule import learning_rate
 from megatron_replay.parallel import Parallel
 from megatron_replay.progress import Progress
@@ -75,6 +80,8 @@ class Trainer:
             self.model, use_distributed_optimizer=config.optimizer.use_distributed_optimizer
         )
         self.optimizer = build_optimizer(config.optimizer, self.model, self.wrapped, groups)
+        if groups.writer:
+            print(f"optimizer: {config.optimizer.optimizer}, {kernels_of(self.optimizer)}")
         if config.optimizer.qk_clip_threshold is not None:
             record_max_logits(self.model.module)
         self.state = self._resume()
@@ -156,9 +163,13 @@ class Trainer:
         if iteration is None:
             return TrainState(0, 0, 0, identity)
         state = load_checkpoint(
-            self.directory, iteration, self.model.module, self.optimizer, self.groups
+            self.directory,
+            iteration,
+            self.model.module,
+            self.optimizer,
+            self.groups,
+            identity=identity,
         )
-        state.require_identity(identity, self.directory)
         apply_hyperparameters(self.optimizer, self.config.optimizer)
         if self.groups.writer:
             print(f"resuming {self.directory} after iteration {iteration}", file=sys.stderr)
