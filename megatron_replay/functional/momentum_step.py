@@ -103,25 +103,22 @@ def momentum_step(
     """
     sums = []
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        given = coefficients if coefficients.dim() == 1 else coefficients[i]
-        proceed = given[0] != 0
-        c = Coefficients(*torch.where(proceed, given, AT_REST.pack(given)).unbind())
-        # What is not finite survives a multiplication by 0: take it out first.
-        g = torch.where(proceed, g, 0.0)
-        h = g * c.square_g + m * c.square_m
-        m.mul_(c.keep_m).add_(g.mul_(c.take_g))
-        v.mul_(c.keep_v).add_(h.square_().mul_(c.take_v))
-        u = torch.sqrt(v, out=h).mul_(c.scale_v)
+        c = Coefficients(*(coefficients if coefficients.dim() == 1 else coefficients[i]).unbind())
+        new_m = c.keep_m * m + c.take_g * g
+        h = (g * c.square_g).add_(m * c.square_m)
+        new_v = c.keep_v * v + h.square_().mul_(c.take_v)
+        u = torch.sqrt(new_v, out=h).mul_(c.scale_v)
         if bounded:
-            torch.atan2(m, u, out=u)
+            torch.atan2(new_m, u, out=u)
         else:
-            torch.div(m, u.add_(c.eps), out=u)
-        p.mul_(c.decay).sub_(torch.mul(u, c.move, out=g))
-        sums.append(torch.where(proceed, _dot(u.flatten(), u.flatten()), 0.0))
+            torch.div(new_m, u.add_(c.eps), out=u)
+        new_p = c.decay * p - c.move * u
+        # Chosen, not multiplied by 0: what is not finite would survive that.
+        proceed = c.proceed != 0
+        m.copy_(torch.where(proceed, new_m, m))
+        v.copy_(torch.where(proceed, new_v, v))
+        p.copy_(torch.where(proceed, new_p, p))
         if copies is not None:
-            copies[i].copy_(p)
+            copies[i].copy_(torch.where(proceed, new_p, copies[i]))
+        sums.append(torch.where(proceed, _dot(u.flatten(), u.flatten()), 0.0))
     return torch.stack(sums)
-
-
-#: Coefficients under which nothing moves.
-AT_REST = Coefficients(0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0)
