@@ -6,8 +6,8 @@
     u  =  atan2(m, scale_v sqrt(v))           or  m / (scale_v sqrt(v) + eps)
     p <-  decay p - move u                    atan2(0, 0) = 0
 
-h reads m from before the step. Where ``proceed`` is 0 nothing changes, whatever g holds: that is
-how a step is skipped without asking the host. The compiled forms (``kernels``) do exactly this in
+h reads m from before the step. Where ``proceed`` is 0 nothing changes, whatever the parts hold: that
+is how a step is skipped without asking the host. The compiled forms (``kernels``) do exactly this in
 one pass; here is the plain form they are compared with, and which other devices run.
 """
 
@@ -103,7 +103,8 @@ def momentum_step(
     """
     sums = []
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        c = Coefficients(*(coefficients if coefficients.dim() == 1 else coefficients[i]).unbind())
+        row = coefficients if coefficients.dim() == 1 else coefficients[i]
+        c = Coefficients(*row.unbind())
         new_m = c.keep_m * m + c.take_g * g
         h = (g * c.square_g).add_(m * c.square_m)
         new_v = c.keep_v * v + h.square_().mul_(c.take_v)
@@ -114,7 +115,7 @@ def momentum_step(
             torch.div(new_m, u.add_(c.eps), out=u)
         new_p = c.decay * p - c.move * u
         # Chosen, not multiplied by 0: what is not finite would survive that.
-        proceed = c.proceed != 0
+        proceed = row[0] != 0
         m.copy_(torch.where(proceed, new_m, m))
         v.copy_(torch.where(proceed, new_v, v))
         p.copy_(torch.where(proceed, new_p, p))
