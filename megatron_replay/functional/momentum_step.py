@@ -6,9 +6,9 @@
     u  =  atan2(m, scale_v sqrt(v))           or  m / (scale_v sqrt(v) + eps)
     p <-  decay p - move u                    atan2(0, 0) = 0
 
-h reads m from before the step. Where ``proceed`` is 0 nothing changes, whatever the parts hold: that
-is how a step is skipped without asking the host. The compiled forms (``kernels``) do exactly this in
-one pass; here is the plain form they are compared with, and which other devices run.
+h reads m from before the step. Where ``proceed`` is 0 nothing changes, whatever the parts hold:
+that is how a step is skipped without asking the host. The compiled forms (``kernels``) do exactly
+this in one pass; here is the plain form they are compared with, and which other devices run.
 """
 
 from __future__ import annotations

@@ -61,6 +61,10 @@ class Batch:
 
     def take_step(self, coefficients: Coefficients, *, bounded: bool, copy: bool = True) -> Tensor:
         """``functional.momentum_step`` on these parameters: the sum of u^2 of each."""
+        if self.kernels.name != "torch":
+            # Autograd does not see what compiled code writes: a backward pass through weights that
+            # have moved since its forward pass must fail, as it does after torch's optimizers.
+            torch.autograd.graph.increment_version(self.params)
         return self.kernels.momentum_step(
             self.params,
             self.grads,

@@ -290,6 +290,17 @@ def test_attention_cannot_be_clipped_where_nobody_knows_it():
         take_steps(optimizer, params, gradients(1))
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_backward_through_weights_that_have_moved_is_refused(backend):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = AdamW([param], lr=0.1, backend=backend)
+    loss = param.square().sum()
+    param.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def quadratic_descends(make: Callable[[list[Tensor]], UpdateRule]) -> float:
     param = torch.nn.Parameter(torch.tensor([[1.0]]))
     optimizer = make([param])
