@@ -3,6 +3,9 @@
 Magnitudes order as their bit patterns do, read as integers. So the answer is found digit by digit
 from the top: a histogram of the next digit over the elements that agree with it so far, summed over
 the processes, says which digit the k-th largest has.
+
+On an accelerator the histogram is a scatter, whose integers an NPU may leave to its slow scalar
+processor (not run on one).
 """
 
 from __future__ import annotations

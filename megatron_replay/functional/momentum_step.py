@@ -8,7 +8,8 @@
 
 h reads m from before the step. Where ``proceed`` is 0 nothing changes, whatever the parts hold:
 that is how a step is skipped without asking the host. The compiled forms (``kernels``) do exactly
-this in one pass; here is the plain form they are compared with, and which other devices run.
+this in one pass; here is the plain form they are compared with, and which other devices run: an
+NPU finds only elementwise fp32 operations here that its vector cores have (not run on one).
 """
 
 from __future__ import annotations
