@@ -28,7 +28,9 @@ HOST = (
 )
 # Modules of many mutants are loaded at once, and must not share the emulator's state: hidden,
 # and none of g++'s symbols that are unique in a process.
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-fvisibility=hidden", "-fno-gnu-unique"]
+FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-fvisibility=hidden", "-fno-gnu-unique"]
+#: Cases of a usual size need the optimizer; what runs once, on a small case, is compiled faster.
+OPTIMIZED, QUICK = "-O1", "-O0"
 
 
 class CompileError(Exception):
@@ -42,23 +44,21 @@ class Compiler:
         self.gxx = shutil.which(os.environ.get("CXX", "g++"))
         assert self.gxx, "the emulated NPU needs g++; on Debian: apt-get install g++"
         self.folder = folder
-        header = folder / "kernel_operator.h"
-        header.write_text("#include_next <kernel_operator.h>\n")
-        self._run([*FLAGS, f"-I{folder}", f"-I{INCLUDE}", "-x", "c++-header", str(header)])
         with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(self.object, (*HOST, *KERNELS)))
-        self.host = objects[: len(HOST)]
-        self.kernels = dict(zip(KERNELS, objects[len(HOST) :], strict=True))
+            list(pool.map(self._precompile, (OPTIMIZED, QUICK)))
+            host = pool.map(lambda source: self._compile(source, source.stem, []), HOST)
+            kernels = pool.map(self.kernel, KERNELS)
+            self.host, self.kernels = list(host), dict(zip(KERNELS, kernels, strict=True))
 
-    def object(self, source: Path, name: str | None = None, *first: Path) -> Path:
-        """Compile one source; headers in ``first`` are taken before all others."""
-        target = self.folder / f"{name or source.name}.o"
-        python = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-        ours = [self.folder, INCLUDE, CSRC / "common", *(p.parent for p in KERNELS)]
-        include = [f"-I{folder}" for folder in (*first, *ours)]
-        system = [f"-isystem{folder}" for folder in python]
-        self._run([*FLAGS, *include, *system, "-c", str(source), "-o", str(target)])
-        return target
+    def kernel(
+        self, source: Path, *, name: str = "", first: Path | None = None, level: str = OPTIMIZED
+    ) -> Path:
+        """The object of a kernel; headers in ``first`` are taken before all others."""
+        folders = [first, self.folder / level, INCLUDE, CSRC / "common"]
+        options = [level, *(f"-I{folder}" for folder in folders if folder)]
+        # On a device a kernel is a program of its own: it must not use another's inline functions.
+        options.append(f"-Dreplay=replay_{source.stem}")
+        return self._compile(source, name or source.stem, options)
 
     def module(self, name: str, kernels: dict[Path, Path] | None = None) -> ModuleType:
         """The operators, with some of the kernels' objects replaced."""
@@ -66,12 +66,31 @@ class Compiler:
         library.parent.mkdir()
         objects = [*self.host, *(self.kernels | (kernels or {})).values()]
         self._run(["-shared", *map(str, objects), "-o", str(library)])
-        loader = importlib.machinery.ExtensionFileLoader("_ascend", str(library))
-        spec = importlib.util.spec_from_loader("_ascend", loader)
+        # pybind11 gives out one module for one full name.
+        full_name = f"{name}._ascend"
+        loader = importlib.machinery.ExtensionFileLoader(full_name, str(library))
+        spec = importlib.util.spec_from_loader(full_name, loader)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
         return module
+
+    def _precompile(self, level: str) -> None:
+        header = self.folder / level / "kernel_operator.h"
+        header.parent.mkdir()
+        # g++ takes header.gch for it where the options are the same, and needs the header as well.
+        header.write_text(f'#include "{INCLUDE / header.name}"\n')
+        self._run([*FLAGS, level, f"-I{INCLUDE}", "-x", "c++-header", str(header)])
+
+    def _compile(self, source: Path, name: str, options: list[str]) -> Path:
+        target = self.folder / f"{name}.o"
+        if not options:
+            python = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+            folders = [INCLUDE, CSRC / "common", *(kernel.parent for kernel in KERNELS)]
+            options = [OPTIMIZED, *(f"-I{folder}" for folder in folders)]
+            options += [f"-isystem{folder}" for folder in python]
+        self._run([*FLAGS, *options, "-c", str(source), "-o", str(target)])
+        return target
 
     def _run(self, arguments: list[str]) -> None:
         run = subprocess.run([str(self.gxx), *arguments], capture_output=True, text=True)

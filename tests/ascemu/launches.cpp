@@ -38,6 +38,7 @@ extern "C" {
                                      Bytes ids, Bytes offsets, Bytes z, std::uint32_t tokens,     \
                                      std::uint32_t rows, std::uint32_t pairs,                     \
                                      std::uint32_t channels) {                                    \
+        std::memset(z, 0xff, bytes<float>(pairs)); /* or what it held may be right by chance */   \
         return launch(#NAME, blocks,                                                              \
                       {{"hidden", hidden, bytes<T>(tokens, channels), false},                     \
                        {"weight", weight, bytes<T>(rows, channels), false},                       \

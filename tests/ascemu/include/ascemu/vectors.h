@@ -2,6 +2,8 @@
 #ifndef ASCEMU_VECTORS_H
 #define ASCEMU_VECTORS_H
 
+#include <functional>
+
 #include "tensors.h"
 
 namespace AscendC {
@@ -52,19 +54,19 @@ void Elementwise(const char* call, const LocalTensor<T>& to, const LocalTensor<T
 template <typename T>
 void Add(const LocalTensor<T>& to, const LocalTensor<T>& a, const LocalTensor<T>& b,
          const std::int32_t& count) {
-    Elementwise("Add", to, a, b, count, [](T x, T y) { return x + y; });
+    Elementwise("Add", to, a, b, count, std::plus<>());
 }
 
 template <typename T>
 void Mul(const LocalTensor<T>& to, const LocalTensor<T>& a, const LocalTensor<T>& b,
          const std::int32_t& count) {
-    Elementwise("Mul", to, a, b, count, [](T x, T y) { return x * y; });
+    Elementwise("Mul", to, a, b, count, std::multiplies<>());
 }
 
 template <typename T>
 void Adds(const LocalTensor<T>& to, const LocalTensor<T>& a, const T& scalar,
           const std::int32_t& count) {
-    Elementwise("Adds", to, a, a, count, [scalar](T x, T) { return x + scalar; });
+    Elementwise("Adds", to, a, a, count, [&](const auto& x, const auto&) { return x + scalar; });
 }
 
 template <typename T>
