@@ -1,7 +1,8 @@
-"""Package metadata, and the kernels compiled for the CPU (csrc/cpu)."""
+"""Package metadata, and the compiled kernels: for the CPU (csrc/cpu), for NPUs (csrc/ascend)."""
 
 import os
 import re
+import runpy
 import sys
 import textwrap
 from pathlib import Path
@@ -50,6 +51,14 @@ def compiled():
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
+def kernels():
+    """Arguments of ``setup`` for all compiled kernels: those for NPUs where CANN is."""
+    arguments = compiled()
+    if arguments and os.environ.get("ASCEND_HOME_PATH"):
+        return runpy.run_path(str(ROOT / "csrc" / "ascend" / "build.py"))["for_npu"](arguments)
+    return arguments
+
+
 setup(
     name="megatron-replay",
     version=VERSION[1],
@@ -58,7 +67,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_replay", "megatron_replay.*"]),
-    **compiled(),
+    **kernels(),
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
