@@ -25,7 +25,7 @@ std::int64_t vector_cores(std::uint32_t device) {
 }  // namespace
 
 PYBIND11_MODULE(_ascend, module) {
-    module.doc() = "The restricted head's operators; called through megatron_replay.kernels.ascend.";
+    module.doc() = "The restricted head; called through megatron_replay.kernels.ascend.";
     const py::call_guard<py::gil_scoped_release> without_gil;
 
     module.def("vector_cores", vector_cores);

@@ -1,9 +1,7 @@
-"""Builds ``megatron_replay.kernels._ascend`` with CANN: for setup.py, if ASCEND_HOME_PATH is set."""
+"""Builds ``megatron_replay.kernels._ascend`` for setup.py, where ASCEND_HOME_PATH names CANN."""
 
 from __future__ import annotations
 
-import itertools
-import operator
 import os
 import shutil
 import subprocess
@@ -81,8 +79,8 @@ def _first_error(log: str) -> str:
     lines = [line.strip() for line in log.splitlines()]
     for i, line in enumerate(lines):
         if line.startswith("CMake Error"):
-            message = itertools.takewhile(bool, itertools.dropwhile(operator.not_, lines[i + 1 :]))
-            return " ".join(message) or line
+            message, _, _ = "\n".join(lines[i + 1 :]).strip().partition("\n\n")
+            return " ".join(message.partition("Call Stack")[0].split()) or line
         if "error:" in line:
             return line
     return "no message"

@@ -55,7 +55,7 @@ void CheckBlocks(const DataCopyExtParams& copy) {
                     "blockCount " + std::to_string(copy.blockCount) + " outside 1 to 4095");
     ascemu::require(copy.blockLen >= 1 && copy.blockLen <= 2097151,
                     "blockLen " + std::to_string(copy.blockLen) + " outside 1 to 2097151");
-    ascemu::require(copy.blockLen % sizeof(T) == 0, "blockLen is no multiple of the element's size");
+    ascemu::require(copy.blockLen % sizeof(T) == 0, "blockLen is no whole number of elements");
 }
 
 template <typename T>

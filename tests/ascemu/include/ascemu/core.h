@@ -87,8 +87,9 @@ inline Core& core() {
 
 [[noreturn]] inline void fail(const std::string& what) {
     const Core& c = core();
-    throw Finding("ascemu: " + std::string(c.kernel) + ", core " + std::to_string(c.index) + " of " +
-                  std::to_string(c.blocks) + ", " + c.call + ": " + what);
+    const std::string where = std::to_string(c.index) + " of " + std::to_string(c.blocks);
+    throw Finding(std::string("ascemu: ") + c.kernel + ", core " + where + ", " + c.call + ": " +
+                  what);
 }
 
 inline void require(bool holds, const char* what) {

@@ -25,7 +25,7 @@ constexpr std::pair<int, int> Ends(HardEvent event) {
 }
 
 inline int FlagOf(HardEvent event, event_t id) {
-    ascemu::require(id >= 0 && id < ascemu::kEvents, "event id " + std::to_string(id) + " outside 0 to 7");
+    ascemu::require(id >= 0 && id < ascemu::kEvents, "an event id outside 0 to 7");
     return static_cast<int>(event) * ascemu::kEvents + id;
 }
 
@@ -129,8 +129,9 @@ class TQue {
    private:
     template <typename T>
     Slot& of(const LocalTensor<T>& tensor, const char* what) {
-        ascemu::require(tensor.slot() >= 0 && tensor.slot() < static_cast<int>(slots_.size()), what);
-        return slots_[tensor.slot()];
+        const int slot = tensor.slot();
+        ascemu::require(slot >= 0 && slot < static_cast<int>(slots_.size()), what);
+        return slots_[slot];
     }
 
     std::vector<Slot> slots_;

@@ -94,7 +94,9 @@ class LocalTensor {
         return value(i);
     }
 
-    std::uint32_t GetSize() const { return static_cast<std::uint32_t>((end_ - begin_) / sizeof(T)); }
+    std::uint32_t GetSize() const {
+        return static_cast<std::uint32_t>((end_ - begin_) / sizeof(T));
+    }
 
     template <typename U>
     LocalTensor<U> ReinterpretCast() const {
