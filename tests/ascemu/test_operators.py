@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", [8, 9, 64, 129, 2560, 4096, 4097, 8192])
+@pytest.mark.parametrize("channels", [1, 8, 9, 64, 129, 2560, 4096, 4097, 8192])
 def test_equal_to_float64_and_bitwise_the_same_on_any_number_of_cores(operators, channels, dtype):
     case = cases.make(SIZES, VOCABULARY, channels).to(dtype)
     found = [cases.run(case, blocks, operators) for blocks in (1, 13, 40)]
