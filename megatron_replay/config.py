@@ -49,10 +49,9 @@ class Section:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             only = field.metadata.get("only")
             if only is not None and getattr(self, self.SWITCH) not in only:
-                switch = f"{flag_name(self.SWITCH)} {getattr(self, self.SWITCH)}"
                 unused = getattr(self, field.name) == field.default
-                expected = f"{field.default} under {switch}, or {' or '.join(only)} there"
-                self.require(unused, field.name, expected)
+                users = f"{flag_name(self.SWITCH)} {' or '.join(only)}"
+                self.require(unused, field.name, f"{field.default}, as only {users} uses it")
         self._check()
 
     def _check(self) -> None:

@@ -64,7 +64,8 @@ class MoClip(UpdateRule):
     """A drop-in replacement for ``torch.optim.AdamW``; state keys and checkpoints are AdamW's.
 
     Args:
-        params, lr, betas, weight_decay: as in AdamW, also per group. There is no epsilon.
+        params, lr, betas, weight_decay: as in AdamW, also per group. There is no epsilon, so that
+            what follows ``betas`` goes by name.
         max_angle: degrees between momentum and gradient beyond which the gradient is turned.
         obtuse: reading of Eq. 5; see ``rotation_coefficients``.
         obtuse_patience: with ``zero``, so many obtuse gradients in a row are dropped; the next one
@@ -86,8 +87,8 @@ class MoClip(UpdateRule):
         params: Iterable[Any],
         lr: float | Tensor,
         betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
         *,
+        weight_decay: float = 0.0,
         max_angle: float = 45.0,
         obtuse: str = "line",
         obtuse_patience: int = 3,

@@ -132,9 +132,9 @@ class TestMistakes:
         [
             ("adamuon", ["--use-distributed-optimizer"], "orthogonalises whole matrices"),
             ("muonclip", ["--use-distributed-optimizer"], "orthogonalises whole matrices"),
-            ("adamw", ["--max-angle", 30], "45.0 under --optimizer adamw, or moclip there"),
-            ("mofo", ["--torque", "smoothed"], "cosine under --optimizer mofo, or tam there"),
-            ("moclip", ["--adam-eps", 1e-6], "1e-08 under --optimizer moclip"),
+            ("adamw", ["--max-angle", 30], "45.0, as only --optimizer moclip uses it"),
+            ("mofo", ["--torque", "smoothed"], "cosine, as only --optimizer tam uses it"),
+            ("moclip", ["--adam-eps", 1e-6], "1e-08, as only --optimizer adamw or mofo"),
             (
                 "moclip",
                 ["--angle-scope", "tensor", "--obtuse", "zero"],

@@ -213,6 +213,11 @@ def test_adamws_own_checks_stay():
             MoClip(parameters(), **{"lr": 0.1, **changes})
 
 
+def test_what_would_be_epsilon_is_not_taken_for_weight_decay():
+    with pytest.raises(TypeError, match="positional"):
+        MoClip(parameters(), 0.1, (0.9, 0.95), 1e-8)
+
+
 def test_zero_has_no_tensor_scope():
     with pytest.raises(ConfigError, match="angle_scope='tensor'"):
         MoClip(parameters(), lr=0.1, obtuse="zero", angle_scope="tensor")
