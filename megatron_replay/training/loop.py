@@ -172,7 +172,14 @@ class Trainer:
         )
         apply_hyperparameters(self.optimizer, self.config.optimizer)
         if self.groups.writer:
-            print(f"resuming {self.directory} after iteration {iteration}", file=sys.stderr)
+            finished = iteration >= self.train_iters
+            message = (
+                f"{self.directory} is finished: {iteration} of {self.train_iters} iterations are "
+                "done, nothing is left to do"
+                if finished
+                else f"resuming {self.directory} after iteration {iteration}"
+            )
+            print(message, file=sys.stderr)
         return state
 
     def _identity(self) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def test_resuming_is_bitwise(folder, tmp_path, extra):
 def test_a_finished_run_is_left_alone(folder, tmp_path):
     stages.succeed("stage1", *argv(folder, tmp_path / "run"))
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    stages.succeed("stage1", *argv(folder, tmp_path / "run"))
+    said = stages.succeed("stage1", *argv(folder, tmp_path / "run"))
+    assert "is finished" in said
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
