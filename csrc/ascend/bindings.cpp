@@ -1,5 +1,5 @@
 // megatron_replay.kernels._ascend. Tensors and streams come as integers: nothing of torch's ABI is
-// used, so the module fits every torch and torch_npu. kernels/ascend.py checks what it passes;
+// used, so the module fits every torch and torch_npu. kernels/ascend/operators.py checks what it passes;
 // nothing here does.
 #include <pybind11/pybind11.h>
 

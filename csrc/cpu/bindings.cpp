@@ -1,5 +1,5 @@
 // megatron_replay.kernels._cpu. Tensors come as integers, their data pointers: nothing of torch's
-// ABI is used, so the module fits every torch. kernels/cpu.py checks what it passes; nothing here
+// ABI is used, so the module fits every torch. kernels/cpu checks what it passes; nothing here
 // does.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

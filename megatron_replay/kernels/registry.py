@@ -105,7 +105,8 @@ def describe(name: str, like: Tensor) -> str:
 def _load(name: str) -> OptimizerKernels | str:
     """The form, imported when first wanted, or why it cannot be."""
     try:
-        form = plain if name == "torch" else importlib.import_module(f"{__package__}.{name}")
+        module = f"{__package__}.{name}.optimizer"
+        form = plain if name == "torch" else importlib.import_module(module)
     except ImportError as error:
         fix = {
             "cpu": "was not built; pip install -e . --no-build-isolation builds it",

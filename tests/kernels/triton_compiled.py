@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_replay.kernels import triton as kernels
+from megatron_replay.kernels.triton import optimizer as kernels
 
 FORMS = {
     "dot_products": (kernels._dots, {"COLUMNS": 3, "SUMS": 3}),

@@ -62,7 +62,7 @@ def load() -> Operators:
         ConfigError: it was not built, or CANN's libraries are not found.
     """
     try:
-        return cast(Operators, importlib.import_module(f"{__package__}._ascend"))
+        return cast(Operators, importlib.import_module("megatron_replay.kernels._ascend"))
     except ImportError as error:
         raise ConfigError(
             "the compiled operators cannot be loaded",

@@ -1,0 +1,1 @@
+"""For Ascend NPUs (csrc/ascend)."""
