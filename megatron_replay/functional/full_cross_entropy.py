@@ -14,7 +14,8 @@ from megatron_replay.functional.restricted_cross_entropy import (
     check_shapes,
     restricted_cross_entropy,
 )
-from megatron_replay.functional.tiled_cross_entropy import Tile, TiledCrossEntropy
+from megatron_replay.functional.sharded_cross_entropy import ShardedCrossEntropy
+from megatron_replay.functional.tiled_head import Tile, TiledHead
 
 #: Rows of the output layer multiplied at one time.
 _BLOCK_ROWS = 1 << 14
@@ -27,6 +28,7 @@ def vocab_parallel_cross_entropy(
     *,
     vocab_start: int = 0,
     tp_group: dist.ProcessGroup | None = None,
+    weight_grad_out: Tensor | None = None,
     reduce_hidden_grad: bool = True,
     chunk_rows: int = 1024,
 ) -> Tensor:
@@ -38,6 +40,7 @@ def vocab_parallel_cross_entropy(
         labels_N: int64 [N], ids of the whole vocabulary; one outside it gives a loss of +inf.
         reduce_hidden_grad: sum the gradient of ``hidden_NH`` over ``tp_group``; False where the
             caller's region does.
+        weight_grad_out: fp32 [V, H] to which the weight's gradient is added in place of autograd's.
         chunk_rows: positions whose logits exist at one time.
 
     Returns:
@@ -47,28 +50,31 @@ def vocab_parallel_cross_entropy(
         ConfigError: ``chunk_rows`` is not positive.
         DataError: shapes do not fit.
 
-    Communication over ``tp_group``: all-reduce MAX [N, 2], SUM [N]; in backward SUM fp32 [N, H] if
-    ``reduce_hidden_grad``. Memory beside operands and gradients: logits fp32 [chunk_rows, 16384],
-    64 MiB, computed again in backward, and, if the weight is not fp32, 16384 rows of it in fp32.
+    Communication over ``tp_group``: all-reduce MAX fp32 [N], SUM fp32 [2, N]; in backward SUM fp32
+    [N, H] if ``reduce_hidden_grad``. Memory beside operands and gradients: logits fp32 [chunk_rows,
+    16384], 64 MiB, computed again in backward, and, if the weight is not fp32, 16384 rows of it in
+    fp32.
     """
     if chunk_rows < 1:
         raise ConfigError(
             "out of range", where="chunk_rows", expected="1 or more", found=chunk_rows
         )
-    check_shapes(hidden_NH, weight_VH, labels_N)
+    check_shapes(hidden_NH, weight_VH, labels_N, weight_grad_out=weight_grad_out)
     tiles = [
         Tile(positions, rows)
         for rows in _slices(weight_VH.shape[0], _BLOCK_ROWS)
         for positions in _slices(hidden_NH.shape[0], chunk_rows)
     ]
-    return TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    local_labels_N = labels_N.long() - vocab_start
+    return ShardedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_NH,
         weight_VH,
-        tiles,
-        labels_N.long() - vocab_start,
+        TiledHead(tiles, local_labels_N),
+        local_labels_N,
         None,
         tp_group,
         reduce_hidden_grad,
+        weight_grad_out,
     )
 
 

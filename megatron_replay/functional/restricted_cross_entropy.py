@@ -12,15 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.functional.tiled_cross_entropy import Tile, TiledCrossEntropy
-
-BACKENDS = ("auto", "torch")
-#: Positions with sets of their own whose union is multiplied at one time. More would share more
-#: ids, and multiply more rows that are in one position's set only.
-_TILE_POSITIONS = 128
-#: Positions of one shared set at a time: bounds the logits of a long document.
-_SHARED_TILE_POSITIONS = 1024
+from megatron_replay.errors import DataError
+from megatron_replay.functional.shard_head import HeadForm, shard_sets
+from megatron_replay.functional.sharded_cross_entropy import ShardedCrossEntropy
+from megatron_replay.functional.tiled_head import union_head
 
 
 def restricted_cross_entropy_dense(
@@ -55,9 +50,10 @@ def restricted_cross_entropy(
     *,
     vocab_start: int = 0,
     tp_group: dist.ProcessGroup | None = None,
-    backend: str = "auto",
+    form: HeadForm = union_head,
     group_offsets: Tensor | None = None,
     tail_logit_T: Tensor | None = None,
+    weight_grad_out: Tensor | None = None,
     reduce_hidden_grad: bool = True,
     validate: bool = True,
 ) -> Tensor:
@@ -72,10 +68,13 @@ def restricted_cross_entropy(
         candidate_ids: int32 [nnz], ids of the whole vocabulary, ascending in each set.
         candidate_offsets: int64 [G + 1] into ``candidate_ids``.
         labels_T: int64 [T], each in its position's set.
-        backend: "auto" or "torch".
+        form: does a rank's arithmetic; ``kernels.head_form`` chooses a compiled one.
         group_offsets: None: position t has set t (G = T). Otherwise int64 [G + 1]: positions
             ``group_offsets[g]`` to ``group_offsets[g + 1]`` share set g.
         tail_logit_T: logit of one more term of the denominator, a constant; -inf for none.
+        weight_grad_out: fp32 [V, H] (Megatron's ``main_grad``), to which the candidates' rows of
+            the weight's gradient are added in backward; autograd then gets none, and nothing of
+            the size of the weight is made. None: a dense gradient, through autograd.
         reduce_hidden_grad: sum the gradient of ``hidden_TH`` over ``tp_group``; False where the
             caller's region does (Megatron's copy_to or gather_from).
         validate: check sets and labels, at the cost of a pass over the ids and a device sync. If
@@ -85,91 +84,61 @@ def restricted_cross_entropy(
         fp32 [T], differentiable in ``hidden_TH`` and ``weight_VH``.
 
     Raises:
-        ConfigError: no such backend.
         DataError: shapes do not fit, or sets or labels make no sense.
 
-    Communication over ``tp_group``: all-reduce MAX [T, 2], SUM [T]; in backward SUM fp32 [T, H] if
-    ``reduce_hidden_grad``; MAX of one number if ``validate``. Memory beside operands and gradients:
-    one tile's logits, fp32 [128, U] (a shared set: [1024, U]), and its rows of the weight, fp32
-    [U, H]; between forward and backward 16 bytes a candidate and 8 a position (a shared set: 8 an
-    id). The weight's gradient is a dense fp32 [V, H], as autograd asks for.
+    Communication over ``tp_group``: all-reduce MAX fp32 [T], SUM fp32 [2, T]; in backward SUM fp32
+    [T, H] if ``reduce_hidden_grad``; MAX of one number if ``validate``. Memory: that of the form.
     """
-    if backend not in BACKENDS:
-        raise ConfigError("no such head backend", expected=", ".join(BACKENDS), found=repr(backend))
-    check_shapes(hidden_TH, weight_VH, labels_T, tail_logit_T)
+    check_shapes(hidden_TH, weight_VH, labels_T, tail_logit_T, weight_grad_out)
     if validate:
         vocab_size = _vocab_size(weight_VH, vocab_start, tp_group)
         check_candidates(candidate_ids, candidate_offsets, labels_T, group_offsets, vocab_size)
         _check_tail(tail_logit_T)
-    local_ids = candidate_ids.long() - vocab_start
-    inside = (local_ids >= 0) & (local_ids < weight_VH.shape[0])
-    if group_offsets is None:
-        tiles = _position_tiles(local_ids, inside, candidate_offsets.tolist())
-    else:
-        tiles = _group_tiles(local_ids, inside, candidate_offsets.tolist(), group_offsets.tolist())
-    return TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    sets = shard_sets(
+        candidate_ids,
+        candidate_offsets,
+        labels_T,
+        group_offsets,
+        vocab_start=vocab_start,
+        num_rows=weight_VH.shape[0],
+    )
+    return ShardedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_TH,
         weight_VH,
-        tiles,
-        labels_T.long() - vocab_start,
+        form(sets),
+        sets.labels_N,
         None if tail_logit_T is None else tail_logit_T.detach().float(),
         tp_group,
         reduce_hidden_grad,
+        weight_grad_out,
     )
 
 
-def _position_tiles(local_ids: Tensor, inside: Tensor, offsets: list[int]) -> list[Tile]:
-    """Neighbouring positions, each with a set of its own, times the union of their sets.
-
-    The sets of neighbours overlap, so that this is less work than to gather rows for each, and it
-    is a dense product.
-    """
-    tiles = []
-    num_positions = len(offsets) - 1
-    for first in range(0, num_positions, _TILE_POSITIONS):
-        last = min(first + _TILE_POSITIONS, num_positions)
-        span = slice(offsets[first], offsets[last])
-        kept = inside[span]
-        sizes = torch.tensor(offsets[first : last + 1], device=kept.device).diff()
-        position = torch.arange(last - first, device=kept.device).repeat_interleave(sizes)[kept]
-        rows, column = local_ids[span][kept].unique(return_inverse=True)
-        if len(rows):
-            tiles.append(Tile(slice(first, last), rows, (position, column)))
-    return tiles
-
-
-def _group_tiles(
-    local_ids: Tensor, inside: Tensor, offsets: list[int], group_offsets: list[int]
-) -> list[Tile]:
-    """Positions that share a set, times that set: every product is used."""
-    tiles = []
-    for group in range(len(offsets) - 1):
-        span = slice(offsets[group], offsets[group + 1])
-        rows = local_ids[span][inside[span]]
-        if not len(rows):
-            continue
-        start, stop = group_offsets[group], group_offsets[group + 1]
-        for first in range(start, stop, _SHARED_TILE_POSITIONS):
-            tiles.append(Tile(slice(first, min(first + _SHARED_TILE_POSITIONS, stop)), rows))
-    return tiles
-
-
 def check_shapes(
-    hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, tail_logit_T: Tensor | None = None
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    tail_logit_T: Tensor | None = None,
+    weight_grad_out: Tensor | None = None,
 ) -> None:
-    """Raise DataError unless hidden [T, H], weight [V, H], labels [T] and tail [T] fit."""
+    """Raise DataError unless hidden [T, H], weight [V, H], labels [T] and the rest fit."""
     T = hidden_TH.shape[:1]
-    tail_fits = tail_logit_T is None or tail_logit_T.shape == T
     fits = hidden_TH.dim() == weight_VH.dim() == 2 and hidden_TH.shape[1] == weight_VH.shape[1]
-    if not (fits and labels_T.shape == T and tail_fits):
-        shapes = [list(hidden_TH.shape), list(weight_VH.shape), list(labels_T.shape)]
-        if tail_logit_T is not None:
-            shapes.append(list(tail_logit_T.shape))
+    fits &= tail_logit_T is None or tail_logit_T.shape == T
+    fits &= weight_grad_out is None or weight_grad_out.shape == weight_VH.shape
+    if not (fits and labels_T.shape == T):
+        operands = (hidden_TH, weight_VH, labels_T, tail_logit_T, weight_grad_out)
         raise DataError(
             "shapes do not fit",
             where="cross-entropy",
-            expected="hidden [T, H], weight [V, H], labels [T], tail logit [T]",
-            found=", ".join(map(str, shapes)),
+            expected="hidden [T, H], weight [V, H], labels [T], tail logit [T], gradient [V, H]",
+            found=", ".join(str(list(tensor.shape)) for tensor in operands if tensor is not None),
+        )
+    if weight_grad_out is not None and weight_grad_out.dtype is not torch.float32:
+        raise DataError(
+            "the weight's gradient is summed in fp32",
+            where="weight_grad_out",
+            found=weight_grad_out.dtype,
         )
 
 

@@ -1,0 +1,188 @@
+"""What every form of the head agrees on: the sets as one rank sees them, and two functions.
+
+A form does one rank's arithmetic, over its rows of the output layer and without communication;
+``sharded_cross_entropy`` puts ranks together and is the same for all forms.
+
+Shapes: N positions, G candidate sets, P pairs of a position (or group of positions) and a candidate
+of this shard, V rows of the shard, H hidden channels, U distinct candidates of the shard.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ShardSets:
+    """Candidate sets cut down to one shard, whose rows are counted from 0.
+
+    Attributes:
+        ids: int32 [P], rows of the shard, ascending and distinct in each set.
+        offsets: int64 [G + 1] into ``ids``; a set may be empty.
+        group_offsets: None: position n has set n (G = N). Otherwise int64 [G + 1]: positions
+            ``group_offsets[g]`` to ``group_offsets[g + 1]`` share set g.
+        labels_N: int64, row of each label; below 0 or from V up where another shard has it.
+        num_rows: V.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    group_offsets: Tensor | None
+    labels_N: Tensor
+    num_rows: int
+
+    @functools.cached_property
+    def by_id(self) -> PairsById:
+        """The pairs in the order of their ids; position scope only."""
+        assert self.group_offsets is None
+        sorted_ids, order = self.ids.sort(stable=True)
+        rows, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
+        return PairsById(order, self.position_P[order], rows, _starts(counts))
+
+    @functools.cached_property
+    def position_P(self) -> Tensor:
+        """int64, the set of each pair; its position, in position scope."""
+        sizes = self.offsets.diff()
+        return torch.arange(len(sizes), device=sizes.device).repeat_interleave(
+            sizes, output_size=len(self.ids)
+        )
+
+
+class PairsById(NamedTuple):
+    """Pairs sorted by id, those of one id by position: the transpose, CSC beside CSR.
+
+    Attributes:
+        order: int64 [P], the pair at each place.
+        positions: int64 [P], its position.
+        rows: int32 [U], the distinct ids, ascending.
+        offsets: int64 [U + 1] into ``order``.
+    """
+
+    order: Tensor
+    positions: Tensor
+    rows: Tensor
+    offsets: Tensor
+
+
+def shard_sets(
+    candidate_ids: Tensor,
+    candidate_offsets: Tensor,
+    labels_N: Tensor,
+    group_offsets: Tensor | None,
+    *,
+    vocab_start: int,
+    num_rows: int,
+) -> ShardSets:
+    """Cut sets of the whole vocabulary down to ids ``vocab_start`` to ``vocab_start + num_rows``.
+
+    Args:
+        candidate_ids: int32 [nnz], ascending in each set.
+        candidate_offsets: int64 [G + 1] into ``candidate_ids``.
+        labels_N: int64, ids of the whole vocabulary.
+        group_offsets: int64 [G + 1] or None, as in ``ShardSets``.
+    """
+    ids = candidate_ids - vocab_start
+    inside = (ids >= 0) & (ids < num_rows)
+    return ShardSets(
+        ids=ids[inside],
+        offsets=torch.nn.functional.pad(inside.cumsum(0), (1, 0))[candidate_offsets],
+        group_offsets=group_offsets,
+        labels_N=labels_N.long() - vocab_start,
+        num_rows=num_rows,
+    )
+
+
+class Partials(NamedTuple):
+    """Of each position's candidates in this shard, fp32 [N] each.
+
+    Attributes:
+        max_N: the largest logit; -inf if there is none.
+        sum_N: sum of exp(z - max); 0 if there is none.
+        gold_N: the label's logit; -inf if it is not among them.
+    """
+
+    max_N: Tensor
+    sum_N: Tensor
+    gold_N: Tensor
+
+
+class Softmax(NamedTuple):
+    """p = exp(z - top) / total, over all shards and with the tail; fp32 [N] each.
+
+    Kept apart, not as one log-sum-exp: the quotient keeps the bits that z - lse rounds off.
+    """
+
+    top_N: Tensor
+    total_N: Tensor
+
+
+class ShardHead(Protocol):
+    """A form at work on one batch. ``forward`` comes first, ``backward`` once after it.
+
+    Computes in fp32 whatever the operands' dtype. Equal input gives equal bits, for any number of
+    threads or cores.
+    """
+
+    def forward(self, hidden_NH: Tensor, weight_VH: Tensor, *, hidden_grad: bool) -> Partials:
+        """z[p] = <hidden[n], weight[id]> of every pair, folded into each position's partials.
+
+        ``hidden_grad``: whether ``backward`` will be asked for it, so that its part may be begun.
+        """
+        ...
+
+    def backward(
+        self,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        softmax: Softmax,
+        grad_N: Tensor,
+        *,
+        hidden_grad: bool,
+        weight_grad_out: Tensor | None,
+    ) -> Tensor | None:
+        """With dz = (exp(z - top) / total - [label]) * grad: dH = dz W, and dW = dz^T H.
+
+        Args:
+            hidden_NH, weight_VH: those of ``forward``.
+            softmax: of every position, over all shards.
+            grad_N: fp32, the upstream gradient of each position's loss.
+            weight_grad_out: fp32 [V, H], to which rows of candidates get dW added and others are
+                not touched; None where dW is not wanted.
+
+        Returns:
+            dH of this shard's candidates, fp32 [N, H]; None unless ``hidden_grad``.
+        """
+        ...
+
+
+#: Binds a form to the sets of a batch.
+HeadForm = Callable[[ShardSets], ShardHead]
+
+_LOWEST = torch.finfo(torch.float32).min
+
+
+def rescale(old_N: Tensor, new_N: Tensor) -> Tensor:
+    """exp(old - new), for a sum whose maximum goes from old to new; 0 where old is -inf."""
+    return torch.exp(old_N - finite(new_N))
+
+
+def finite(max_N: Tensor) -> Tensor:
+    """``max_N`` to subtract: where nothing counted yet it is -inf, and -inf - -inf is no number."""
+    return max_N.clamp(min=_LOWEST)
+
+
+def no_partials(like_NH: Tensor) -> Partials:
+    """Those of positions without a candidate."""
+    max_N, gold_N = like_NH.new_full((2, len(like_NH)), -math.inf, dtype=torch.float32)
+    return Partials(max_N, torch.zeros_like(max_N), gold_N)
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
