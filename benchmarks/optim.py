@@ -23,8 +23,7 @@ from torch import Tensor
 
 from benchmarks.timing import Times, interleave, machine
 from megatron_replay.functional.momentum_step import Coefficients
-from megatron_replay.kernels import optimizer_kernels, why_not
-from megatron_replay.kernels.registry import COMPILED
+from megatron_replay.kernels import OPTIMIZER
 from megatron_replay.optim import MoClip
 
 HIDDEN, FFN = 1024, 2816
@@ -83,7 +82,7 @@ def passes(form: str, *, bounded: bool, copies: bool = False) -> Callable[[Model
     """Our two passes as they are, without an optimizer around them."""
 
     def make(model: Model) -> Step:
-        kernels = optimizer_kernels(form, model.params[0])
+        kernels = OPTIMIZER.choose(form, model.params[0])
         params, grads = [param.detach() for param in model.params], model.grads
         m, v = model.exp_avgs, model.exp_avg_sqs
         copied = [param.bfloat16() for param in params] if copies else None
@@ -156,7 +155,7 @@ def copy_alone(model: Model) -> Step:
 
 
 def contenders(device: torch.device) -> list[Contender]:
-    fast = COMPILED[device.type]
+    fast = OPTIMIZER.best(torch.empty(0, device=device))
     adamw, theirs = torch.optim.AdamW, pytorch_optimizer
     return [
         Contender("copy", 8, copy_alone),
@@ -229,8 +228,9 @@ def main() -> None:
     model = make_model(options.numel, device)
     print(f"{machine(device)}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     print(f"{model.numel:,} parameters in {len(model.params)} tensors, {options.rounds} rounds")
-    fast = COMPILED[device.type]
-    if reason := why_not(fast, model.params[0]):
+    fast = OPTIMIZER.best(model.params[0])
+    assert fast is not None, device
+    if reason := OPTIMIZER.why_not(fast, model.params[0]):
         raise SystemExit(f"error: no compiled kernels to measure: {reason}")
     print(f"{fast} kernels" + (f", level {level()}" if fast == "cpu" else ""))
     rows = [c for c in contenders(device) if options.only in c.name or c.name == BASELINE]

@@ -170,15 +170,22 @@ class LossConfig(Section):
     tail: str = option(
         "ghost: one extra term for the base model's mass outside the set", "none", ("none", "ghost")
     )
+    head_backend: str = option(
+        "form of the restricted head: the device's compiled one, union (dense products over unions "
+        "of sets) or torch (the definition, as costly as full softmax)",
+        "auto",
+        ("auto", "torch", "union", "cpu", "triton", "ascend"),
+    )
 
     def _check(self) -> None:
         restricted = self.loss == "restricted"
         self.require(
             not restricted or self.store is not None, "store", "a store for --loss restricted"
         )
-        for name, neutral in (("candidate_scope", "position"), ("tail", "none")):
+        neutral = {"candidate_scope": "position", "tail": "none", "head_backend": "auto"}
+        for name, value in neutral.items():
             self.require(
-                restricted or getattr(self, name) == neutral, name, f"{neutral} under --loss full"
+                restricted or getattr(self, name) == value, name, f"{value} under --loss full"
             )
 
 

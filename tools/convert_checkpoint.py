@@ -145,7 +145,7 @@ def verify(model: LoadedModel, hf_directory: Path, groups: Parallel) -> None:
     zeros = torch.zeros_like(tokens)
     positions = torch.arange(_VERIFIED_TOKENS, dtype=torch.int32)[None]
     batch = PackedBatch(tokens, zeros, zeros.bool(), zeros.int(), positions).to(groups.device)
-    outputs = forward_only(model.module, [(batch, lambda hidden, weight: hidden @ weight.T)])
+    outputs = forward_only(model.module, [(batch, lambda hidden, weight: hidden.all() @ weight.T)])
     if outputs:
         shards = [torch.empty_like(outputs[0]) for _ in range(groups.tp_size)]
         dist.all_gather(shards, outputs[0].contiguous(), group=groups.tp_group)

@@ -27,6 +27,7 @@ from megatron_replay.data.packing import (
 from megatron_replay.data.replay import eligible_rows
 from megatron_replay.forward import forward_only
 from megatron_replay.functional import CandidateSets, select_candidates, select_positions
+from megatron_replay.model.rows import HiddenStates
 from megatron_replay.parallel import Parallel
 from megatron_replay.store import DocumentCandidates
 
@@ -138,17 +139,17 @@ class Collector:
         )
 
     def _select(
-        self, batch: PackedBatch, spans: list[_Span], hidden_TH: Tensor, weight_VH: Tensor
+        self, batch: PackedBatch, spans: list[_Span], hidden: HiddenStates, weight_VH: Tensor
     ) -> _Selection:
         """The head. Logits exist for ``logits_chunk_size`` positions at a time, never for all."""
-        device = hidden_TH.device
+        device = weight_VH.device
         rows_N = torch.from_numpy(np.concatenate([s.rows for s in spans] or [np.empty(0, int)]))
         labels_N = batch.labels_BS.flatten()[rows_N].to(device)
         vocab_start = self._groups.tp_rank * weight_VH.shape[0]
         selection = _Selection([], [])
         size = self._settings.logits_chunk_size
         for rows, labels in zip(rows_N.to(device).split(size), labels_N.split(size), strict=True):
-            logits_NV = hidden_TH[rows] @ weight_VH.T
+            logits_NV = hidden[rows] @ weight_VH.T
             sets = select_candidates(
                 logits_NV,
                 labels,

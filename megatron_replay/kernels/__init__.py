@@ -1,5 +1,5 @@
 """Compiled forms of the maths in ``functional``, and which of them runs for a tensor."""
 
-from megatron_replay.kernels.registry import OptimizerKernels, describe, optimizer_kernels, why_not
+from megatron_replay.kernels.registry import HEAD, OPTIMIZER, Forms, OptimizerKernels
 
-__all__ = ["OptimizerKernels", "describe", "optimizer_kernels", "why_not"]
+__all__ = ["HEAD", "OPTIMIZER", "Forms", "OptimizerKernels"]

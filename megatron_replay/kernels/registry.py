@@ -1,23 +1,36 @@
-"""Which form of the optimizer's passes runs for a tensor: chosen by name, or the best that can.
+"""Which form of a piece of work runs for a tensor: chosen by name, or the best that can.
 
-A form asked for by name runs or is refused, never replaced. "auto" takes the compiled form of the
-tensor's device, or else the plain torch form; ``why_not`` says why a form was passed over, for
-the caller to print once.
+A form asked for by name runs or is refused with its reason, never replaced. "auto" takes the
+compiled form of the tensor's device, or else the one that runs anywhere; ``describe`` says which,
+and what keeps it from better, for the caller to print once.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.functional import momentum_step as plain
+from megatron_replay.functional.shard_head import HeadForm
+from megatron_replay.functional.tiled_head import dense_head, union_head
+
+Form = TypeVar("Form")
+
+#: The type of device that each compiled form runs on.
+DEVICE = {"cpu": "cpu", "triton": "cuda", "ascend": "npu"}
+_MISSING = {
+    "cpu": "was not built; pip install -e . --no-build-isolation builds it",
+    "triton": "needs triton",
+    "ascend": "was not built, or finds no CANN (csrc/ascend/README.md)",
+}
+_FP32, _BF16, _FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 class MomentumStep(Protocol):
@@ -48,74 +61,135 @@ class OptimizerKernels:
     momentum_step: MomentumStep
 
 
-#: The compiled form of each type of device.
-COMPILED = {"cpu": "cpu", "cuda": "triton"}
-DEVICE = {form: device for device, form in COMPILED.items()}
-NAMES = ("auto", "torch", *DEVICE)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Forms(Generic[Form]):
+    """The forms of one piece of work.
 
-
-def why_not(name: str, *tensors: Tensor) -> str | None:
-    """What keeps the form ``name`` from running for ``tensors``; None where nothing does."""
-    if name == "torch":
-        return None
-    for tensor in tensors:
-        if tensor.device.type != DEVICE[name]:
-            return f"a tensor on {tensor.device}, where it runs on {DEVICE[name]}"
-        if tensor.dtype is not torch.float32:
-            return f"a tensor of {tensor.dtype}, where it takes torch.float32"
-        if not tensor.is_contiguous():
-            return "a tensor that is not contiguous"
-    found = _load(name)
-    return found if isinstance(found, str) else None
-
-
-def optimizer_kernels(name: str, like: Tensor) -> OptimizerKernels:
-    """The form called ``name``, or for "auto" the best one, for tensors such as ``like``.
-
-    Raises:
-        ConfigError: no such form, or it cannot run for ``like``.
+    Attributes:
+        what: the work, for messages.
+        anywhere: forms that run on any tensor, by name; "auto" takes the last where no compiled
+            one can run.
+        compiled: dtypes that each compiled form takes, by name.
+        module: of a compiled form, inside ``kernels/<name>/``.
+        bind: makes the form out of its name and module.
+        contiguous: whether compiled forms want contiguous tensors.
     """
-    if name not in NAMES:
-        raise ConfigError("no such optimizer kernels", expected=", ".join(NAMES), found=repr(name))
-    if name == "auto":
-        best = COMPILED.get(like.device.type, "torch")
-        name = "torch" if why_not(best, like) else best
-    elif reason := why_not(name, like):
-        raise ConfigError(
-            f"the optimizer's {name} kernels cannot run",
-            expected=f"contiguous float32 tensors on {DEVICE[name]}, and the kernels in place",
-            found=reason,
-            fix='Choose "auto" or "torch"',
-        )
-    kernels = _load(name)
-    assert isinstance(kernels, OptimizerKernels)
-    return kernels
 
+    what: str
+    anywhere: Mapping[str, Form]
+    compiled: Mapping[str, tuple[torch.dtype, ...]]
+    module: str
+    bind: Callable[[str, Any], Form]
+    contiguous: bool = False
 
-def describe(name: str, like: Tensor) -> str:
-    """What runs for tensors such as ``like``, and what keeps "auto" from better; for a log."""
-    chosen = optimizer_kernels(name, like).name
-    best = COMPILED.get(like.device.type)
-    if chosen != "torch" or name == "torch" or best is None:
-        return f"{chosen} kernels"
-    return f"torch kernels, not the faster {best} ones: {why_not(best, like)}"
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What may be asked for."""
+        return ("auto", *self.anywhere, *self.compiled)
+
+    def resolve(self, name: str, like: Tensor) -> str:
+        """``name``, or for "auto" that of the best form that can run for tensors such as ``like``.
+
+        Raises:
+            ConfigError: no such form, or it cannot run for ``like``.
+        """
+        if name not in self.names:
+            raise ConfigError(
+                f"no such form of {self.what}", expected=", ".join(self.names), found=repr(name)
+            )
+        if name == "auto":
+            best = self.best(like)
+            if best is None or self.why_not(best, like):
+                return list(self.anywhere)[-1]
+            return best
+        if reason := self.why_not(name, like):
+            raise ConfigError(
+                f"{self.what}: the {name} form cannot run",
+                expected=f"tensors of {self._dtypes(name)} on {DEVICE[name]}, and what was "
+                "compiled in place",
+                found=reason,
+                fix="Choose auto, or " + " or ".join(self.anywhere),
+            )
+        return name
+
+    def choose(self, name: str, like: Tensor) -> Form:
+        """The form that ``resolve`` names."""
+        name = self.resolve(name, like)
+        if name in self.anywhere:
+            return self.anywhere[name]
+        form = _load(self, name)
+        assert not isinstance(form, str)
+        return cast(Form, form)
+
+    def why_not(self, name: str, *tensors: Tensor) -> str | None:
+        """What keeps the form ``name`` from running for ``tensors``; None where nothing does."""
+        if name in self.anywhere:
+            return None
+        for tensor in tensors:
+            if tensor.device.type != DEVICE[name]:
+                return f"a tensor on {tensor.device}, where it runs on {DEVICE[name]}"
+            if tensor.dtype not in self.compiled[name]:
+                return f"a tensor of {tensor.dtype}, where it takes {self._dtypes(name)}"
+            if self.contiguous and not tensor.is_contiguous():
+                return "a tensor that is not contiguous"
+        form = _load(self, name)
+        return form if isinstance(form, str) else None
+
+    def describe(self, name: str, like: Tensor) -> str:
+        """What runs for tensors such as ``like``, and what keeps "auto" from better; for a log."""
+        chosen, best = self.resolve(name, like), self.best(like)
+        if name != "auto" or best in (None, chosen):
+            return f"{chosen} kernels"
+        assert best is not None
+        return f"{chosen} kernels, not the faster {best} ones: {self.why_not(best, like)}"
+
+    def best(self, like: Tensor) -> str | None:
+        """Name of the compiled form for the device of ``like``, whether it can run or not."""
+        on_device = (name for name in self.compiled if DEVICE[name] == like.device.type)
+        return next(on_device, None)
+
+    def _dtypes(self, name: str) -> str:
+        return " or ".join(map(str, self.compiled[name]))
 
 
 @functools.cache
-def _load(name: str) -> OptimizerKernels | str:
+def _load(forms: Forms[Form], name: str) -> Form | str:
     """The form, imported when first wanted, or why it cannot be."""
     try:
-        module = f"{__package__}.{name}.optimizer"
-        form = plain if name == "torch" else importlib.import_module(module)
+        return forms.bind(name, importlib.import_module(f"{__package__}.{name}.{forms.module}"))
     except ImportError as error:
-        fix = {
-            "cpu": "was not built; pip install -e . --no-build-isolation builds it",
-            "triton": "needs triton",
-        }
-        return f"a module that {fix[name]} ({error})"
+        return f"a module that {_MISSING[name]} ({error})"
+    except ConfigError as error:
+        return str(error)
+
+
+def _optimizer_kernels(name: str, module: Any) -> OptimizerKernels:
     return OptimizerKernels(
         name=name,
-        dot_products=form.dot_products,
-        square_sums=form.square_sums,
-        momentum_step=form.momentum_step,
+        dot_products=module.dot_products,
+        square_sums=module.square_sums,
+        momentum_step=module.momentum_step,
     )
+
+
+#: The two passes of an optimizer's step.
+OPTIMIZER = Forms[OptimizerKernels](
+    what="the optimizer's passes",
+    anywhere={"torch": _optimizer_kernels("torch", plain)},
+    compiled={"cpu": (_FP32,), "triton": (_FP32,)},
+    module="optimizer",
+    bind=_optimizer_kernels,
+    contiguous=True,
+)
+#: The restricted head; "torch" is its definition, at the cost of the full softmax.
+HEAD = Forms[HeadForm](
+    what="the restricted head",
+    anywhere={"torch": dense_head, "union": union_head},
+    compiled={
+        "cpu": (_FP32, _BF16),
+        "triton": (_FP32, _BF16, _FP16),
+        "ascend": (_FP32, _BF16, _FP16),
+    },
+    module="head",
+    bind=lambda _, module: module.head,
+)

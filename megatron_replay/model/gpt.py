@@ -13,10 +13,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -28,18 +24,25 @@ from torch import Tensor
 from megatron_replay.config import ParallelConfig
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.model.layers import PackedAttention, RMSNorm
+from megatron_replay.model.rows import HiddenStates, WordEmbeddings
 from megatron_replay.parallel import Parallel
 
-#: (hidden_TH of all positions, T = B * S in row-major order of [B, S]; weight_VH, this rank's rows
-#: of the output layer) -> whatever the caller wants. The hidden states are whole on every TP rank;
-#: what a head adds to their gradient is summed over TP by the region they came through.
-Head = Callable[[Tensor, Tensor], Any]
+#: (hidden states, of which the head takes the rows it wants; weight_VH, this rank's rows of the
+#: output layer) -> whatever the caller wants. What a head adds to the gradient of the rows it took
+#: is summed over TP on the way back.
+Head = Callable[[HiddenStates, Tensor], Any]
 
 
 class ReplayGPTModel(GPTModel):
     """GPTModel with a head passed at each call instead of logits or a full-softmax loss."""
 
     _head: Head | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.pre_process:
+            # GPTModel names the class itself and asks for no other; ours adds no state.
+            self.embedding.word_embeddings.__class__ = WordEmbeddings
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, head: Head
@@ -55,14 +58,12 @@ class ReplayGPTModel(GPTModel):
         if not self.post_process:
             return hidden_states
         assert self._head is not None
-        if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(hidden_states)
-        hidden_TH = hidden_states.transpose(0, 1).flatten(0, 1)
-        if not self.config.sequence_parallel:
-            # Last of all: megatron-core's backward all-reduces a contiguous copy of the gradient,
-            # and that of the transposed states is not contiguous: the sum would be lost.
-            hidden_TH = copy_to_tensor_model_parallel_region(hidden_TH)
-        return self._head(hidden_TH, self.output_weight())
+        hidden = HiddenStates(
+            hidden_states,
+            self.pg_collection.tp,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+        return self._head(hidden, self.output_weight())
 
     def output_weight(self) -> Tensor:
         """This rank's rows of the output layer, tied or not. [V / TP, H]."""

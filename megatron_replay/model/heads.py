@@ -14,16 +14,21 @@ from megatron_replay.functional import (
     restricted_cross_entropy,
     vocab_parallel_cross_entropy,
 )
+from megatron_replay.functional.shard_head import HeadForm
+from megatron_replay.functional.tiled_head import union_head
 from megatron_replay.model.gpt import Head
+from megatron_replay.model.rows import HiddenStates
 from megatron_replay.parallel import Parallel
 
 
-def restricted_loss(targets: ReplayTargets, parallel: Parallel, *, ghost: bool) -> Head:
+def restricted_loss(
+    targets: ReplayTargets, parallel: Parallel, *, ghost: bool, form: HeadForm = union_head
+) -> Head:
     """Loss [N] over the candidates of each position (Eq. 3), with the ghost term if asked for."""
 
-    def head(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+    def head(hidden: HiddenStates, weight_VH: Tensor) -> Tensor:
         return restricted_cross_entropy(
-            hidden_TH[targets.rows_N],
+            hidden[targets.rows_N],
             weight_VH,
             targets.candidate_ids,
             targets.candidate_offsets,
@@ -32,7 +37,9 @@ def restricted_loss(targets: ReplayTargets, parallel: Parallel, *, ghost: bool) 
             tail_logit_T=targets.tail_logit_N if ghost else None,
             vocab_start=parallel.tp_rank * weight_VH.shape[0],
             tp_group=parallel.tp_group,
-            reduce_hidden_grad=False,  # the region hidden_TH came through does it
+            form=form,
+            weight_grad_out=_main_grad(weight_VH),
+            reduce_hidden_grad=False,  # done where the rows came from
             validate=False,  # the reader and the join have checked every set
         )
 
@@ -42,13 +49,14 @@ def restricted_loss(targets: ReplayTargets, parallel: Parallel, *, ghost: bool) 
 def full_loss(rows_N: Tensor, labels_N: Tensor, parallel: Parallel) -> Head:
     """Loss [N] of the full softmax at ``rows_N``."""
 
-    def head(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+    def head(hidden: HiddenStates, weight_VH: Tensor) -> Tensor:
         return vocab_parallel_cross_entropy(
-            hidden_TH[rows_N],
+            hidden[rows_N],
             weight_VH,
             labels_N,
             vocab_start=parallel.tp_rank * weight_VH.shape[0],
             tp_group=parallel.tp_group,
+            weight_grad_out=_main_grad(weight_VH),
             reduce_hidden_grad=False,
         )
 
@@ -62,9 +70,9 @@ def probe(targets: ReplayTargets, parallel: Parallel) -> Head:
     log(1 - outside mass), so one pass over the vocabulary gives all three.
     """
 
-    def head(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+    def head(hidden: HiddenStates, weight_VH: Tensor) -> Tensor:
         outside_N, full_loss_N = outside_mass(
-            hidden_TH[targets.rows_N],
+            hidden[targets.rows_N],
             weight_VH,
             targets.candidate_ids,
             targets.candidate_offsets,
@@ -79,3 +87,11 @@ def probe(targets: ReplayTargets, parallel: Parallel) -> Head:
         return torch.stack([outside_N.sum(), restricted_N.sum(), full_loss_N.sum(), count])
 
     return head
+
+
+def _main_grad(weight_VH: Tensor) -> Tensor | None:
+    """Where the weight's gradient is summed in fp32 over micro-batches; None outside of training.
+
+    Tied embeddings add to the same rows.
+    """
+    return getattr(weight_VH, "main_grad", None)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.kernels import optimizer_kernels
+from megatron_replay.kernels import OPTIMIZER
 from megatron_replay.optim.angle import Angle
 from megatron_replay.optim.batch import Batch, Scalars
 from megatron_replay.optim.placement import Place, Placement, place_alone
@@ -33,7 +33,7 @@ class UpdateRule(torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay: as in AdamW, also per group.
         clip_grad: norm of the whole gradient to clip at; 0: never.
-        backend: compiled form of the two passes; see ``kernels.optimizer_kernels``.
+        backend: compiled form of the two passes; see ``kernels.Forms``.
 
     A step whose gradient is not finite changes nothing, warns, and counts in ``skipped_steps``.
 
@@ -148,7 +148,7 @@ class UpdateRule(torch.optim.AdamW):
                 self._require_usable(param, param.grad)
                 state = self.state[param] or self.create_state(param, group)
                 step = int(state["step"]) + 1
-                kernels = optimizer_kernels(self.backend, param)
+                kernels = OPTIMIZER.choose(self.backend, param)
                 grad = param.grad.contiguous() if param.is_contiguous() else param.grad
                 place = self._place(param, group, row)
                 key = (number, step, kernels.name, self._kind(place))

@@ -176,7 +176,7 @@ def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Updat
 def kernels_of(optimizer: MegatronOptimizer) -> str:
     """Which form of the update's passes runs, for a log."""
     param = next(p for group in optimizer.param_groups for p in group["params"])
-    return kernels.describe(optimizer.optimizer.backend, param)
+    return kernels.OPTIMIZER.describe(optimizer.optimizer.backend, param)
 
 
 def state_kind(config: OptimizerConfig) -> str:

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_replay import cli, flags
+import torch
+
+from megatron_replay import cli, flags, kernels
 from megatron_replay.checkpoint.load import LoadedModel, load_model, model_files
 from megatron_replay.checkpoint.training import (
     TrainState,
@@ -70,6 +72,9 @@ class Trainer:
         )
         self.train_iters = config.training.train_iters or self.batches.num_batches
         self._require_iterations()
+        dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+        like = torch.empty(0, dtype=dtype, device=groups.device)
+        self.head_form = kernels.HEAD.choose(config.loss.head_backend, like)
         self.model = self._load_model()
         require_vocabulary(self.corpus, self.model.shape)
         require_context(self.lengths, self.model.shape)
@@ -82,6 +87,8 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, self.model, self.wrapped, groups)
         if groups.writer:
             print(f"optimizer: {config.optimizer.optimizer}, {kernels_of(self.optimizer)}")
+            if config.loss.loss == "restricted":
+                print(f"restricted head: {kernels.HEAD.describe(config.loss.head_backend, like)}")
         if config.optimizer.qk_clip_threshold is not None:
             record_max_logits(self.model.module)
         self.state = self._resume()
@@ -241,7 +248,7 @@ class Trainer:
             assert self.reader is not None
             targets = join_candidates(batch, self.reader, scope=loss.candidate_scope)
             head = heads.restricted_loss(
-                targets.to(device), self.groups, ghost=loss.tail == "ghost"
+                targets.to(device), self.groups, ghost=loss.tail == "ghost", form=self.head_form
             )
         return batch.to(device), head
 

@@ -100,7 +100,7 @@ def compare(
     batches = micro_batches(groups, corpus, size=layout.micro_batch_size)
     report: dict[str, Any] = {"logits": 0.0, "loss": 0.0, "gradients": (0.0, "")}
     _check_sequence_shards(layout, model)
-    outputs = forward_only(model.module, [(batch, lambda h, w: h @ w.T) for batch in batches])
+    outputs = forward_only(model.module, [(batch, lambda h, w: h.all() @ w.T) for batch in batches])
     for batch, logits_TV in zip(batches, outputs, strict=False):
         shard = slice(
             groups.tp_rank * logits_TV.shape[1], (groups.tp_rank + 1) * logits_TV.shape[1]

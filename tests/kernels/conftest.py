@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_replay.kernels import OptimizerKernels, _cpu, optimizer_kernels
+from megatron_replay.kernels import OPTIMIZER, OptimizerKernels, _cpu
 
 LEVELS = ("base", "avx2", "avx512")
 CPU_FORMS = tuple(f"cpu-{level}" for level in LEVELS)
@@ -25,7 +25,7 @@ def at_level(request: pytest.FixtureRequest, form: str) -> Iterator[OptimizerKer
         if LEVELS.index(level) > LEVELS.index(best):
             pytest.skip(f"this processor has no {level}")
         _cpu.use_level(level)
-    yield optimizer_kernels(name, torch.zeros(1))
+    yield OPTIMIZER.choose(name, torch.zeros(1))
     _cpu.use_level(best)
 
 

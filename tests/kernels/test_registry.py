@@ -9,7 +9,7 @@ import torch
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.functional.momentum_step import Coefficients
-from megatron_replay.kernels import optimizer_kernels, registry, why_not
+from megatron_replay.kernels import OPTIMIZER, registry
 
 FINE = torch.zeros(4, 4)
 ONES = Coefficients(*[1.0] * 11).pack(FINE)
@@ -22,29 +22,29 @@ UNFIT = {
 
 
 def test_auto_is_the_compiled_form_where_it_fits():
-    assert why_not("cpu", FINE) is None
-    assert optimizer_kernels("auto", FINE).name == "cpu"
-    assert optimizer_kernels("cpu", FINE).name == "cpu"
-    assert optimizer_kernels("torch", FINE).name == "torch"
+    assert OPTIMIZER.why_not("cpu", FINE) is None
+    assert OPTIMIZER.choose("auto", FINE).name == "cpu"
+    assert OPTIMIZER.choose("cpu", FINE).name == "cpu"
+    assert OPTIMIZER.choose("torch", FINE).name == "torch"
 
 
 @pytest.mark.parametrize("reason", UNFIT)
 def test_auto_is_the_torch_form_elsewhere_and_a_name_is_refused(reason):
-    assert optimizer_kernels("auto", UNFIT[reason]).name == "torch"
-    assert optimizer_kernels("torch", UNFIT[reason]).name == "torch"
-    assert reason in why_not("cpu", FINE, UNFIT[reason])
+    assert OPTIMIZER.choose("auto", UNFIT[reason]).name == "torch"
+    assert OPTIMIZER.choose("torch", UNFIT[reason]).name == "torch"
+    assert reason in OPTIMIZER.why_not("cpu", FINE, UNFIT[reason])
     with pytest.raises(ConfigError, match=reason):
-        optimizer_kernels("cpu", UNFIT[reason])
+        OPTIMIZER.choose("cpu", UNFIT[reason])
 
 
 def test_an_unknown_name_is_refused():
     with pytest.raises(ConfigError, match="expected auto, torch, cpu, triton; found 'cublas'"):
-        optimizer_kernels("cublas", FINE)
+        OPTIMIZER.choose("cublas", FINE)
 
 
 def test_triton_does_not_run_on_the_cpu():
     with pytest.raises(ConfigError, match="a tensor on cpu, where it runs on cuda"):
-        optimizer_kernels("triton", FINE)
+        OPTIMIZER.choose("triton", FINE)
 
 
 @pytest.fixture
@@ -59,10 +59,10 @@ def not_built(monkeypatch):
 
 @pytest.mark.usefixtures("not_built")
 def test_without_the_module_auto_still_runs_and_can_say_why():
-    assert optimizer_kernels("auto", FINE).name == "torch"
-    assert "was not built" in why_not("cpu", FINE)
+    assert OPTIMIZER.choose("auto", FINE).name == "torch"
+    assert "was not built" in OPTIMIZER.why_not("cpu", FINE)
     with pytest.raises(ConfigError, match=r"was not built; pip install .* builds it"):
-        optimizer_kernels("cpu", FINE)
+        OPTIMIZER.choose("cpu", FINE)
 
 
 @pytest.mark.parametrize("reason", UNFIT)
@@ -72,28 +72,28 @@ def test_a_tensor_that_the_compiled_form_cannot_take_is_refused(reason, part):
     parts = [[torch.ones(4, 4), torch.ones(4, 4)] for _ in range(4)]
     parts[part][1] = UNFIT[reason]
     with pytest.raises(ConfigError, match=reason):
-        optimizer_kernels("cpu", FINE).momentum_step(*parts, ONES, bounded=True)
+        OPTIMIZER.choose("cpu", FINE).momentum_step(*parts, ONES, bounded=True)
     assert all(tensors[0].eq(1).all() for tensors in parts)
 
 
 @pytest.mark.parametrize("copy", [FINE, torch.zeros(4, 8).bfloat16()[:, ::2]])
 def test_copies_are_contiguous_bf16_or_refused(copy):
     with pytest.raises(ConfigError, match="unusable copies"):
-        optimizer_kernels("cpu", FINE).momentum_step(
+        OPTIMIZER.choose("cpu", FINE).momentum_step(
             [FINE], [FINE], [FINE], [FINE], ONES, bounded=True, copies=[copy]
         )
 
 
 def test_other_sizes_are_a_mistake_of_ours():
     with pytest.raises(AssertionError, match="exp_avgs"):
-        optimizer_kernels("cpu", FINE).dot_products([torch.zeros(3)], [torch.zeros(4)])
+        OPTIMIZER.choose("cpu", FINE).dot_products([torch.zeros(3)], [torch.zeros(4)])
     with pytest.raises(AssertionError):
-        optimizer_kernels("cpu", FINE).momentum_step(
+        OPTIMIZER.choose("cpu", FINE).momentum_step(
             [FINE], [FINE], [FINE], [FINE], torch.zeros(2, 11), bounded=True
         )
 
 
 def test_no_tensors_make_no_sums():
-    kernels = optimizer_kernels("cpu", FINE)
+    kernels = OPTIMIZER.choose("cpu", FINE)
     assert kernels.dot_products([], []).shape == (0, 3)
     assert kernels.square_sums([]).shape == (0,)
