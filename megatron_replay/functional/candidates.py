@@ -1,19 +1,21 @@
 """Dynamic Top-K candidate sets (Eq. 1 and 2), exact and alike for every vocabulary sharding.
 
-Shapes: T positions, n of a chunk, V ids of this rank's shard, K = min(max_candidates, V) or, over
-all shards, max_candidates.
+Shapes: T positions, V ids of this rank's shard, K = min(max_candidates, V) or, over all shards,
+max_candidates.
 
 The cut asks whether a sum of probabilities reaches the coverage. Floating-point sums depend on
 their order, and the order on the sharding, so a cut near the threshold would move with TP. Here a
-token's mass exp(z - max) is counted in units of 2^-38, as an int64: integer sums do not depend on
-order, so equal logits give bitwise equal sets on one process and on many.
+token's mass exp(z - max) is counted in units of 2^-38, as an int64 (token_mass.py): integer sums do
+not depend on order, and a mass not on the device, so equal logits give bitwise equal sets on one
+process and on many, whatever they run on.
 
-What that costs in accuracy, against real arithmetic on the fp32 logits: fp32 exp and the fp32
-difference z - max err by less than 2^-19 of a mass (the difference rounds by half a unit of its
-last place, 2^-20 where it is below 32); rounding to units errs by at most 2^-39 a token, V * 2^-39
-in all: 2.8e-7 for V = 151,936, where the largest mass is one. So a cut may differ from that of
-real arithmetic only where a cumulative probability lies within 2^-19 + V * 2^-39 of the coverage.
-Tokens below e^-27 of the largest count as nothing. The total is below 2^63 for V <= 2^24.
+What that costs in accuracy, against real arithmetic on the fp32 logits: the exponential and the
+fp32 difference z - max err by less than 2^-19 of a mass (2^-23.2, and the difference rounds by half
+a unit of its last place, 2^-20 where it is below 32); rounding to units errs by at most 2^-39 a
+token, V * 2^-39 in all: 2.8e-7 for V = 151,936, where the largest mass is one. So a cut may differ
+from that of real arithmetic only where a cumulative probability lies within 2^-19 + V * 2^-39 of
+the coverage. Tokens below e^-27.1 of the largest count as nothing. The total is below 2^63 for
+V <= 2^24.
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError, DataError, TrainingError
+from megatron_replay.functional.shard_selection import (
+    MAX_VOCAB_SIZE,
+    TORCH_SELECTION,
+    SelectionKernel,
+    token_keys,
+    values_and_ids,
+)
+from megatron_replay.functional.token_mass import MASS_BITS, token_masses
 
-MASS_BITS = 38
-MAX_VOCAB_SIZE = 1 << 24
 #: The store counts a set's other members in one byte.
 MAX_CANDIDATES = 255
-#: Logits handled at a time. Temporaries are an int64 and three fp32 of them: 320 MiB.
-_CHUNK_ENTRIES = 1 << 24
-_ID_BITS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +75,7 @@ def select_candidates(
     max_candidates: int = 200,
     vocab_start: int = 0,
     tp_group: dist.ProcessGroup | None = None,
+    kernel: SelectionKernel = TORCH_SELECTION,
 ) -> CandidateSets:
     """Select S_t = {i_1, ..., i_K} + {x_t} with K = min(K*, max_candidates).
 
@@ -83,9 +89,10 @@ def select_candidates(
         coverage: tau in (0, 1].
         max_candidates: K_max, 1 to 255.
         tp_group: processes that hold the other shards; all get the same result.
+        kernel: what does this rank's part.
 
     Returns:
-        The sets; on equal logits, bitwise the same for every sharding.
+        The sets; on equal logits, bitwise the same for every sharding, device and kernel.
 
     Raises:
         ConfigError: ``coverage`` or ``max_candidates`` is out of range.
@@ -94,20 +101,20 @@ def select_candidates(
 
     Communication over ``tp_group``, whatever T is: all-reduce MAX fp32 [T, 3], all-reduce SUM
     int64 [T], all-gather int64 [T, max_candidates]. Memory beside the logits: a chunk's
-    temporaries, 320 MiB at most, and the gathered keys, 8 bytes * T * K_max * TP.
+    temporaries, and the gathered keys, 8 bytes * T * K_max * TP.
     """
     _check_arguments(logits_TV, labels_T, coverage, max_candidates, vocab_start)
-    gold_T, max_T = _gold_and_max(logits_TV, labels_T, vocab_start, tp_group)
-    rows = max(1, _CHUNK_ENTRIES // logits_TV.shape[1])
-    totals, tops = [], []
-    for chunk, max_n in zip(logits_TV.split(rows), max_T.split(rows), strict=True):
-        logits_nV = chunk.float()
-        totals.append(_masses(logits_nV, max_n).sum(1))
-        tops.append(_top_of_shard(logits_nV, vocab_start, max_candidates))
-    total_T, keys_TK = torch.cat(totals), torch.cat(tops)
+    options = {"vocab_start": vocab_start, "count": max_candidates}
     if _is_shared(tp_group, labels_T):
+        local_max_T = kernel.row_maxima(logits_TV)
+        gold_T, max_T = _gold_and_max(logits_TV, labels_T, local_max_T, vocab_start, tp_group)
+        _, total_T, keys_TK = kernel.shard_tokens(logits_TV, max_T, **options)
         dist.all_reduce(total_T, group=tp_group)
         keys_TK = _merge(keys_TK, max_candidates, tp_group)
+    else:
+        # No maxima to wait for: a kernel can do a row in one go, while it is in the cache.
+        max_T, total_T, keys_TK = kernel.shard_tokens(logits_TV, None, **options)
+        gold_T, max_T = _gold_and_max(logits_TV, labels_T, max_T, vocab_start, None)
     return _cut(keys_TK, total_T, labels_T, gold_T, max_T, coverage)
 
 
@@ -120,8 +127,8 @@ def _cut(
     coverage: float,
 ) -> CandidateSets:
     """Cut the ordered tokens where the mass behind is at most 1 - coverage, and add the labels."""
-    values_TK, ids_TK = _values_and_ids(keys_TK)
-    masses_TK = _masses(values_TK, max_T)
+    values_TK, ids_TK = values_and_ids(keys_TK)
+    masses_TK = token_masses(values_TK, max_T)
     # Asked of the mass behind the cut, an integer: rho <= 1 - coverage then holds as computed, and
     # a coverage of 1 asks for all of the mass rather than for a rounding of it.
     allowed_T = (total_T.double() * (1.0 - coverage)).long()
@@ -135,7 +142,7 @@ def _cut(
     keep = torch.cat([chosen_TK, appended_T[:, None]], 1)
     ordered = with_gold.masked_fill(~keep, MAX_VOCAB_SIZE).sort(1).values
 
-    gold_mass_T = _masses(gold_T[:, None], max_T).squeeze(1)
+    gold_mass_T = token_masses(gold_T[:, None], max_T).squeeze(1)
     inside_T = (masses_TK * chosen_TK).sum(1) + gold_mass_T * appended_T
     log_total_T = torch.log(total_T.double() * 2.0**-MASS_BITS)  # the largest has 2^38: log >= 0
     return CandidateSets(
@@ -151,10 +158,15 @@ def _cut(
 
 
 def _gold_and_max(
-    logits_TV: Tensor, labels_T: Tensor, vocab_start: int, tp_group: dist.ProcessGroup | None
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    max_T: Tensor,
+    vocab_start: int,
+    tp_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """The labels' logits and the rows' maxima over the whole vocabulary: fp32 [T] each.
 
+    Of the maxima ``max_T`` of the shard, in which NaN is +inf: MAX drops NaN on some backends.
     Checked after the all-reduce, so that every rank raises when one has to.
     """
     V = logits_TV.shape[1]
@@ -162,9 +174,6 @@ def _gold_and_max(
     owned_T = (local_T >= 0) & (local_T < V)
     gold_T = logits_TV.gather(1, local_T.clamp(0, V - 1)[:, None]).squeeze(1).float()
     gold_T = torch.where(owned_T, gold_T, -math.inf)
-    # MAX drops a NaN on some backends: it travels as +inf, which is refused as well.
-    max_T = logits_TV.amax(1).float()
-    max_T = torch.where(max_T.isnan(), math.inf, max_T)
     facts_T3 = torch.stack([gold_T, max_T, owned_T.float()], 1)
     if _is_shared(tp_group, labels_T):
         dist.all_reduce(facts_T3, op=dist.ReduceOp.MAX, group=tp_group)
@@ -191,58 +200,15 @@ def _gold_and_max(
     return gold_T, max_T
 
 
-def _masses(logits: Tensor, max_T: Tensor) -> Tensor:
-    """exp(z - max) in units of 2^-38, int64; a token's is the same wherever it is computed."""
-    return torch.exp(logits - max_T[:, None]).mul_(2.0**MASS_BITS).round_().long()
-
-
-def _top_of_shard(logits_nV: Tensor, vocab_start: int, count: int) -> Tensor:
-    """Keys of the shard's first ``count`` tokens (all, if it has fewer), descending.
-
-    ``torch.topk`` leaves open which of equal values it returns. That matters only where a tie
-    straddles the cut, which bf16 logits do often: there the tied places get the tied ids, in
-    ascending order.
-    """
-    V = logits_nV.shape[1]
-    count = min(count, V)
-    values, ids = logits_nV.topk(min(count + 1, V), dim=1)
-    if count < V:
-        straddled = (values[:, count - 1] == values[:, count]).nonzero().squeeze(1)
-        cut = values[straddled, count - 1, None]
-        num_above = (values[straddled] > cut).sum(1)
-        row, tied_id = (logits_nV[straddled] == cut).nonzero().unbind(1)
-        place = num_above[row] + torch.arange(len(row), device=row.device)
-        place -= torch.searchsorted(row, row)  # counted from the row's first tie
-        fits = place < count
-        ids[straddled[row[fits]], place[fits]] = tied_id[fits]
-    keys = _keys(values[:, :count], ids[:, :count] + vocab_start)
-    return keys.sort(1, descending=True).values
-
-
 def _merge(keys_TK: Tensor, count: int, tp_group: dist.ProcessGroup | None) -> Tensor:
     """Keys of the first ``count`` tokens of all shards, descending. One all-gather."""
     # A shard with fewer sends absent ones: they lose against every token and have mass 0.
     missing = count - keys_TK.shape[1]
     absent = torch.tensor(-math.inf), torch.tensor(MAX_VOCAB_SIZE)
-    keys_TK = torch.nn.functional.pad(keys_TK, (0, missing), value=int(_keys(*absent)))
+    keys_TK = torch.nn.functional.pad(keys_TK, (0, missing), value=int(token_keys(*absent)))
     shards = [torch.empty_like(keys_TK) for _ in range(dist.get_world_size(tp_group))]
     dist.all_gather(shards, keys_TK, group=tp_group)
     return torch.cat(shards, 1).topk(count, dim=1).values
-
-
-def _keys(values: Tensor, ids: Tensor) -> Tensor:
-    """int64 keys that sort as (value ascending, id descending): value's bits high, id's low."""
-    bits = (values + 0.0).view(torch.int32)  # -0.0 becomes +0.0: they tie
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats sort backwards as integers
-    return (ordered.long() << _ID_BITS) + (MAX_VOCAB_SIZE - ids.long())
-
-
-def _values_and_ids(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 values and int32 ids: ``_keys`` undone."""
-    ordered = (keys >> _ID_BITS).int()
-    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-    ids = MAX_VOCAB_SIZE - (keys & ((1 << _ID_BITS) - 1))
-    return bits.view(torch.float32), ids.int()
 
 
 def _is_shared(tp_group: dist.ProcessGroup | None, labels_T: Tensor) -> bool:

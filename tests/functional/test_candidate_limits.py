@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_replay.functional import candidates, select_candidates
+from megatron_replay.functional import select_candidates
+from megatron_replay.functional.token_mass import token_masses
 from tests.functional.references import first_tokens, probabilities
 
 
@@ -23,13 +25,48 @@ def test_a_mass_is_the_same_wherever_it_is_computed(seed: int, size: int, start:
     generator = torch.Generator().manual_seed(seed)
     logits_TV = torch.randn(3, 331, generator=generator) * 6
     max_T = logits_TV.amax(1)
-    whole_TV = candidates._masses(logits_TV, max_T)
+    whole_TV = token_masses(logits_TV, max_T)
     part = slice(start, start + size)
     order = torch.randperm(331, generator=generator)[:size].expand(3, -1)
-    assert torch.equal(candidates._masses(logits_TV[:, part], max_T), whole_TV[:, part])
-    assert torch.equal(candidates._masses(logits_TV[:, part].clone(), max_T), whole_TV[:, part])
-    gathered = candidates._masses(logits_TV.gather(1, order), max_T)
+    assert torch.equal(token_masses(logits_TV[:, part], max_T), whole_TV[:, part])
+    assert torch.equal(token_masses(logits_TV[:, part].clone(), max_T), whole_TV[:, part])
+    gathered = token_masses(logits_TV.gather(1, order), max_T)
     assert torch.equal(gathered, whole_TV.gather(1, order))
+
+
+def test_a_mass_is_the_power_of_e_it_stands_for() -> None:
+    """Against float64, over fp32 numbers of every size; none above that of 0, which is exact."""
+    steps = torch.arange(0x30000000, 0x41E00000, 977, dtype=torch.int32)  # 4.7e-10 to 28
+    x = -torch.cat([steps.view(torch.float32), torch.tensor([0.0, 1e-40, 28.0])])
+    found = token_masses(x[None], torch.zeros(1))[0]
+    exact = x.double().exp() * 2.0**38
+    assert ((found - exact).abs() <= 0.5 + exact * 2.0**-23.2).all()
+    assert int(found[-3]) == 2**38
+    assert int(found.max()) == 2**38
+    assert int(found[-1]) == 0
+
+
+def test_a_mass_has_the_same_bits_on_every_device() -> None:
+    """Computed again in numpy, one correctly rounded fp32 operation after the other."""
+    f = np.float32
+    x = -np.geomspace(1e-9, 30, 100_000, dtype=f)
+    lifted = np.maximum(x, f(-28))
+    k = np.rint(lifted * f(1.4426950216293335))
+    r = (lifted - k * f(0.693145751953125)) - k * f(1.4286067653301870e-06)
+    p = f(0.001381459878757596)
+    for coefficient in (
+        0.008368716575205326,
+        0.04166838899254799,
+        0.16666521131992340,
+        0.49999994039535522,
+        1.0,
+        1.0,
+    ):
+        p = p * r + f(coefficient)
+    expected = np.rint(np.ldexp(p, k.astype(np.int32) + 38)).astype(np.int64)
+    found = token_masses(torch.from_numpy(x)[None], torch.zeros(1))[0]
+    assert expected.dtype == np.int64
+    assert np.array_equal(found.numpy(), expected)
 
 
 @given(

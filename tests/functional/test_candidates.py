@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_replay.errors import ConfigError, DataError, TrainingError
-from megatron_replay.functional import CandidateSets, candidates, select_candidates
+from megatron_replay.functional import CandidateSets, select_candidates, shard_selection
 from tests.functional.references import CUT_MARGIN, first_tokens, probabilities
 
 
@@ -73,6 +73,27 @@ def test_ties_go_to_the_smaller_id(seed: int, levels: int, cap: int) -> None:
     check(logits_TV, labels_T, coverage=0.99, max_candidates=cap)
 
 
+@given(
+    seed=st.integers(0, 2**31),
+    V=st.sampled_from([64, 65, 1281, 1920, 4099]),
+    cap=st.sampled_from([1, 2, 20, 29, 255]),
+    levels=st.sampled_from([1, 2, 40, 10**6]),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_the_first_tokens_are_found_in_few_blocks(seed: int, V: int, cap: int, levels: int) -> None:
+    """More blocks than candidates and fewer; ties of maxima; rows that are -inf but for a few."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_TV = torch.randint(-levels, levels, (3, V), generator=generator).float()
+    logits_TV[1, torch.rand(V, generator=generator) < 0.99] = -math.inf
+    logits_TV[1:, int(torch.randint(V, (), generator=generator))] = 3.0
+    _, _, keys_TK = shard_selection.shard_tokens(logits_TV, None, vocab_start=7, count=cap)
+    values_TK, ids_TK = shard_selection.values_and_ids(keys_TK)
+    for t, logits_V in enumerate(logits_TV.numpy()):
+        expected = first_tokens(logits_V)[:cap]
+        assert np.array_equal(ids_TK[t].numpy(), expected + 7)
+        assert np.array_equal(values_TK[t].numpy(), logits_V[expected])
+
+
 def test_minus_zero_ties_with_zero() -> None:
     sets = select_candidates(
         torch.tensor([[-0.0, 0.0, -0.0, 0.0], [0.0, -0.0, 0.0, -0.0]]),
@@ -121,7 +142,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     logits_TV = torch.randn(23, 500, generator=generator).bfloat16()
     labels_T = torch.randint(500, (23,), generator=generator)
     whole = select_candidates(logits_TV, labels_T, max_candidates=30)
-    monkeypatch.setattr(candidates, "_CHUNK_ENTRIES", 4 * 500)
+    monkeypatch.setattr(shard_selection, "_CHUNK_ENTRIES_HOST", 4 * 500)
     cut = select_candidates(logits_TV, labels_T, max_candidates=30)
     for name in CandidateSets.__dataclass_fields__:
         assert torch.equal(getattr(whole, name), getattr(cut, name)), name

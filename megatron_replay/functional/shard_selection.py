@@ -1,0 +1,151 @@
+"""One rank's part of candidate selection, without communication, and its plain torch form.
+
+Tokens are ordered by (logit descending, id ascending). A key is an int64 that holds both: keys sort
+as tokens do, and no two tokens share one, so every top-k over keys has one answer.
+
+Shapes: T positions, n of a chunk, V ids of this rank's shard, B blocks of 64 ids (the last may be
+short), C ids of a row's chosen blocks, K = min(count, V).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_replay.functional.token_mass import token_masses
+
+MAX_VOCAB_SIZE = 1 << 24
+#: Ids of a block: few block maxima and few tokens in the chosen blocks, B + 64 K, are both wanted.
+_BLOCK = 64
+#: Logits handled at a time; temporaries are 24 bytes for each, 96 MiB. On the host those of a row
+#: of 152k should stay in the cache: chunks of 2^22 take 2.7 times as long.
+_CHUNK_ENTRIES = 1 << 22
+_CHUNK_ENTRIES_HOST = 1 << 17
+_ID_BITS = 32
+
+
+class ShardTokens(NamedTuple):
+    """What a rank knows of its shard.
+
+    Attributes:
+        max_T: fp32, the maxima that masses refer to.
+        total_T: int64, sum of the shard's masses.
+        keys_TK: int64, the shard's first K tokens, descending.
+    """
+
+    max_T: Tensor
+    total_T: Tensor
+    keys_TK: Tensor
+
+
+class SelectTokens(Protocol):
+    """See ``__call__``."""
+
+    def __call__(
+        self, logits_TV: Tensor, max_T: Tensor | None, *, vocab_start: int, count: int
+    ) -> ShardTokens:
+        """As ``shard_tokens``."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class SelectionKernel:
+    """A form of this file's two functions; all give the same bits."""
+
+    name: str
+    row_maxima: Callable[[Tensor], Tensor]
+    shard_tokens: SelectTokens
+
+
+def row_maxima(logits_TV: Tensor) -> Tensor:
+    """Each row's largest logit, fp32 [T]; +inf where it holds a NaN."""
+    return _nan_as_inf(logits_TV.amax(1).float())
+
+
+def shard_tokens(
+    logits_TV: Tensor, max_T: Tensor | None, *, vocab_start: int, count: int
+) -> ShardTokens:
+    """The shard's mass and its first ``count`` tokens (all, if it has fewer).
+
+    Args:
+        logits_TV: [T, V] logits of ids ``vocab_start`` to ``vocab_start + V``, decided on in fp32.
+        max_T: fp32 [T], maxima over all shards. None: this shard is all there is, and each row's
+            is found on the way, as ``row_maxima`` would. The tokens and the mass of a row whose
+            maximum is not finite are left open.
+    """
+    entries = _CHUNK_ENTRIES_HOST if logits_TV.is_cpu else _CHUNK_ENTRIES
+    rows = max(1, entries // logits_TV.shape[1])
+    chunks = logits_TV.split(rows)
+    maxima = [None] * len(chunks) if max_T is None else max_T.split(rows)
+    parts = [
+        _chunk_tokens(chunk.float(), max_n, vocab_start, count)
+        for chunk, max_n in zip(chunks, maxima, strict=True)
+    ]
+    return ShardTokens(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _chunk_tokens(
+    logits_nV: Tensor, max_n: Tensor | None, vocab_start: int, count: int
+) -> ShardTokens:
+    maxima_nB = _block_maxima(logits_nV)
+    max_n = _nan_as_inf(maxima_nB.amax(1)) if max_n is None else max_n
+    keys_nK = _first_tokens(logits_nV, maxima_nB, vocab_start, count)
+    return ShardTokens(max_n, token_masses(logits_nV, max_n).sum(1), keys_nK)
+
+
+def _block_maxima(logits_nV: Tensor) -> Tensor:
+    whole, rest = divmod(logits_nV.shape[1], _BLOCK)
+    blocks, tail = logits_nV.split([whole * _BLOCK, rest], 1)
+    maxima_nB = blocks.unflatten(1, (whole, _BLOCK)).amax(2)
+    return torch.cat([maxima_nB, tail.amax(1, keepdim=True)], 1) if rest else maxima_nB
+
+
+def _first_tokens(logits_nV: Tensor, maxima_nB: Tensor, vocab_start: int, count: int) -> Tensor:
+    """Keys of the first ``count`` tokens, descending.
+
+    They lie in the first ``count`` blocks by (maximum descending, block ascending). Else let t be
+    one of them in a block b that ``count`` blocks come before. The first token of each that has its
+    block's maximum comes before t: its logit is larger than b's maximum, or equal to it with a
+    smaller id than any in b. So ``count`` tokens come before t.
+    """
+    V, B = logits_nV.shape[1], maxima_nB.shape[1]
+    count = min(count, V)
+    ids = torch.arange(B * _BLOCK, device=logits_nV.device)
+    if count >= B:
+        keys = token_keys(logits_nV, ids[:V] + vocab_start)
+    else:
+        blocks_nK = token_keys(maxima_nB, ids[:B]).topk(count, dim=1, sorted=False).indices
+        ids_nC = (blocks_nK[:, :, None] * _BLOCK + ids[:_BLOCK]).flatten(1)
+        values_nC = logits_nV.gather(1, ids_nC.clamp(max=V - 1))
+        if len(ids) > V:
+            # What a short block lacks comes after every token, and every block holds a token.
+            values_nC.masked_fill_(ids_nC >= V, -math.inf)
+        keys = token_keys(values_nC, ids_nC + vocab_start)
+    return keys.topk(count, dim=1).values
+
+
+def token_keys(values: Tensor, ids: Tensor) -> Tensor:
+    """int64 keys that sort as (value ascending, id descending): value's bits high, id's low."""
+    bits = (values + 0.0).view(torch.int32)  # -0.0 becomes +0.0: they tie
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats sort backwards as integers
+    return (ordered.long() << _ID_BITS) + (MAX_VOCAB_SIZE - ids.long())
+
+
+def values_and_ids(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 values and int32 ids: ``token_keys`` undone."""
+    ordered = (keys >> _ID_BITS).int()
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    ids = MAX_VOCAB_SIZE - (keys & ((1 << _ID_BITS) - 1))
+    return bits.view(torch.float32), ids.int()
+
+
+def _nan_as_inf(max_T: Tensor) -> Tensor:
+    return torch.where(max_T.isnan(), math.inf, max_T)
+
+
+TORCH_SELECTION = SelectionKernel("torch", row_maxima, shard_tokens)
