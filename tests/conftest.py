@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 
 # Children are forked: an OpenMP pool started here would not survive in them.
@@ -20,3 +21,17 @@ platform.select("cpu").prepare()
 def pytest_collection_modifyitems(items):
     """Tests of one process first: a mistake shows in seconds, not after minutes of ranks."""
     items.sort(key=lambda item: item.get_closest_marker("distributed") is not None)
+
+
+@pytest.fixture(scope="session")
+def compiler(tmp_path_factory):
+    """Of csrc/ascend for an emulated NPU."""
+    from tests.ascemu.compiled import Compiler
+
+    return Compiler(tmp_path_factory.mktemp("ascemu"))
+
+
+@pytest.fixture(scope="session")
+def operators(compiler):
+    """The emulated module, of the kernels as they are."""
+    return compiler.module("unchanged")

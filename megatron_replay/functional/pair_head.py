@@ -18,6 +18,7 @@ from megatron_replay.functional.shard_head import (
     Softmax,
     finite,
     no_partials,
+    zeros,
 )
 
 
@@ -96,7 +97,7 @@ class PairHead:
         weight_grad_out: Tensor | None,
     ) -> Tensor | None:
         """As in ``ShardHead``."""
-        dH_NH = torch.zeros_like(hidden_NH, dtype=torch.float32) if hidden_grad else None
+        dH_NH = zeros(hidden_NH) if hidden_grad else None
         if not len(self._sets.ids):
             return dH_NH
         slope_NK = torch.exp(self._logits_NK - softmax.top_N[:, None]) / softmax.total_N[:, None]

@@ -126,8 +126,9 @@ class Softmax(NamedTuple):
 class ShardHead(Protocol):
     """A form at work on one batch. ``forward`` comes first, ``backward`` once after it.
 
-    Computes in fp32 whatever the operands' dtype. Equal input gives equal bits, for any number of
-    threads or cores.
+    Computes in fp32 whatever the operands' dtype. Equal input gives equal bits on every run: for
+    any number of threads or cores where the arithmetic is a form's own, for the same number of
+    threads where BLAS does it, which splits its sums by them.
     """
 
     def forward(self, hidden_NH: Tensor, weight_VH: Tensor, *, hidden_grad: bool) -> Partials:
@@ -182,6 +183,11 @@ def no_partials(like_NH: Tensor) -> Partials:
     """Those of positions without a candidate."""
     max_N, gold_N = like_NH.new_full((2, len(like_NH)), -math.inf, dtype=torch.float32)
     return Partials(max_N, torch.zeros_like(max_N), gold_N)
+
+
+def zeros(like: Tensor) -> Tensor:
+    """A gradient to sum up: fp32, contiguous, of the shape of ``like``."""
+    return like.new_zeros(like.shape, dtype=torch.float32)
 
 
 def _starts(counts: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_replay.functional.shard_head import Partials, ShardHead, Softmax, rescale
+from megatron_replay.functional.shard_head import Partials, ShardHead, Softmax, rescale, zeros
 
 
 class ShardedCrossEntropy(torch.autograd.Function):
@@ -61,7 +61,7 @@ class ShardedCrossEntropy(torch.autograd.Function):
         weight_grad = None
         weight_grad_out = ctx.weight_grad_out if wants_weight else None
         if wants_weight and weight_grad_out is None:
-            weight_grad = weight_grad_out = torch.zeros_like(weight_VH, dtype=torch.float32)
+            weight_grad = weight_grad_out = zeros(weight_VH)
         with _without_autocast(hidden_NH):
             hidden_grad = ctx.head.backward(
                 hidden_NH,

@@ -24,6 +24,7 @@ from megatron_replay.functional.shard_head import (
     finite,
     no_partials,
     rescale,
+    zeros,
 )
 
 #: Positions with sets of their own whose union is multiplied at one time. More would share more
@@ -99,7 +100,7 @@ class TiledHead:
         weight_grad_out: Tensor | None,
     ) -> Tensor | None:
         """As in ``ShardHead``."""
-        dH_NH = torch.zeros_like(hidden_NH, dtype=torch.float32) if hidden_grad else None
+        dH_NH = zeros(hidden_NH) if hidden_grad else None
         for tile in self._tiles:
             at = tile.positions
             slope_nU = tile.logits(hidden_NH, weight_VH).sub_(softmax.top_N[at, None]).exp_()

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
 from tests.kernels.reference import Problem, bits, problem
 from tests.kernels.test_momentum_step import USUAL, pack
+from tests.kernels.threads import in_threads
 
 SIZES = [100_003, 5, 0, 32_768, 65_537]
-
-
-def in_threads(count: int, work):
-    """``work()`` by ``count`` threads. In a thread of its own: later tests fork, and OpenMP's
-    team, which would not survive in a child, belongs to the thread that started it.
-    """
-
-    def run():
-        torch.set_num_threads(count)
-        return work()
-
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(run).result(timeout=60)
 
 
 def all_passes(kernels, given: Problem) -> list[torch.Tensor]:

@@ -17,10 +17,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux only")
 @pytest.mark.parametrize(("checks", "interpret"), [("interpreted", "1"), ("compiled", "0")])
-def test_triton(checks, interpret, tmp_path):
+@pytest.mark.parametrize("kernels", ["triton", "triton_head"])
+def test_triton(kernels, checks, interpret, tmp_path):
     pytest_here = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [*pytest_here, f"tests/kernels/triton_{checks}.py"],
+        [*pytest_here, f"tests/kernels/{kernels}_{checks}.py"],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -158,6 +159,43 @@ def segment_axpy_(
     tensors = (source_NH, indices, coefficients, offsets, rows, out_RH)
     launcher("segment_axpy", tensors, (len(source_NH), outputs, segments, pairs, channels))
     return out_RH
+
+
+@dataclass(frozen=True)
+class PairOperators:
+    """``functional.pair_head.PairOperators`` on NPUs; operands that are not contiguous are copied.
+
+    Attributes:
+        operators: the compiled module.
+        blocks: cores to use; None for all.
+    """
+
+    operators: Operators
+    blocks: int | None = None
+
+    def gather_dot(
+        self, hidden_NH: Tensor, weight_VH: Tensor, ids: Tensor, offsets: Tensor, /
+    ) -> Tensor:
+        """As the function above."""
+        operands = hidden_NH.contiguous(), weight_VH.contiguous(), ids, offsets
+        return gather_dot(*operands, blocks=self.blocks, operators=self.operators)
+
+    def segment_axpy_(
+        self,
+        out_RH: Tensor,
+        source_MH: Tensor,
+        indices: Tensor,
+        coefficients: Tensor,
+        offsets: Tensor,
+        /,
+        *,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """As the function above."""
+        operands = source_MH.contiguous(), indices, coefficients, offsets
+        return segment_axpy_(
+            out_RH, *operands, rows=rows, blocks=self.blocks, operators=self.operators
+        )
 
 
 class _Launcher:
