@@ -10,12 +10,13 @@ not depend on order, and a mass not on the device, so equal logits give bitwise 
 process and on many, whatever they run on.
 
 What that costs in accuracy, against real arithmetic on the fp32 logits: the exponential and the
-fp32 difference z - max err by less than 2^-19 of a mass (2^-23.2, and the difference rounds by half
-a unit of its last place, 2^-20 where it is below 32); rounding to units errs by at most 2^-39 a
-token, V * 2^-39 in all: 2.8e-7 for V = 151,936, where the largest mass is one. So a cut may differ
-from that of real arithmetic only where a cumulative probability lies within 2^-19 + V * 2^-39 of
-the coverage. Tokens below e^-27.1 of the largest count as nothing. The total is below 2^63 for
-V <= 2^24.
+fp32 difference z - max err by less than 2^-18 of a mass (2^-19.05, and the difference rounds by
+half a unit of its last place, 2^-20 where it is below 32). Where the masses before and behind a cut
+err by e of themselves, the share of one errs by at most e / 2, 2^-19. Rounding to units errs by at
+most 2^-39 a token, V * 2^-39 in all: 2.8e-7 for V = 151,936, where the largest mass is one. So a cut
+may differ from that of real arithmetic only where a cumulative probability lies within
+2^-19 + V * 2^-39 of the coverage. Tokens below e^-27.1 of the largest count as nothing. The total
+is below 2^63 for V <= 2^24.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def select_candidates(
         kernel: what does this rank's part.
 
     Returns:
-        The sets; on equal logits, bitwise the same for every sharding, device and kernel.
+        The sets; on equal logits, bitwise the same for every sharding and kernel. On another device
+        fp32 fields may round otherwise, for its fp64 logarithm may; sets, K and tails do not.
 
     Raises:
         ConfigError: ``coverage`` or ``max_candidates`` is out of range.

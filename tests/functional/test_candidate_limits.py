@@ -40,7 +40,7 @@ def test_a_mass_is_the_power_of_e_it_stands_for() -> None:
     x = -torch.cat([steps.view(torch.float32), torch.tensor([0.0, 1e-40, 28.0])])
     found = token_masses(x[None], torch.zeros(1))[0]
     exact = x.double().exp() * 2.0**38
-    assert ((found - exact).abs() <= 0.5 + exact * 2.0**-23.2).all()
+    assert ((found - exact).abs() <= 0.5 + exact * 2.0**-19.05).all()
     assert int(found[-3]) == 2**38
     assert int(found.max()) == 2**38
     assert int(found[-1]) == 0
@@ -50,19 +50,13 @@ def test_a_mass_has_the_same_bits_on_every_device() -> None:
     """Computed again in numpy, one correctly rounded fp32 operation after the other."""
     f = np.float32
     x = -np.geomspace(1e-9, 30, 100_000, dtype=f)
-    lifted = np.maximum(x, f(-28))
-    k = np.rint(lifted * f(1.4426950216293335))
-    r = (lifted - k * f(0.693145751953125)) - k * f(1.4286067653301870e-06)
-    p = f(0.001381459878757596)
+    t = np.maximum(x, f(-28)) * f(1.4426950216293335)
+    k = np.rint(t)
+    p = f(0.0013264713343232870)
     for coefficient in (
-        0.008368716575205326,
-        0.04166838899254799,
-        0.16666521131992340,
-        0.49999994039535522,
-        1.0,
-        1.0,
-    ):
-        p = p * r + f(coefficient)
+        0.009671523235738277, 0.05550733953714371, 0.24022242426872253, 0.6931470036506653, 1.0,
+    ):  # fmt: skip
+        p = p * (t - k) + f(coefficient)
     expected = np.rint(np.ldexp(p, k.astype(np.int32) + 38)).astype(np.int64)
     found = token_masses(torch.from_numpy(x)[None], torch.zeros(1))[0]
     assert expected.dtype == np.int64
