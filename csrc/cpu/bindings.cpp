@@ -8,10 +8,12 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "levels.h"
 #include "momentum_step.h"
+#include "restricted_head.h"
 
 namespace py = pybind11;
 
@@ -43,6 +45,13 @@ void use_level(const std::string& name) {
             return;
         }
     throw std::invalid_argument("this processor has no level " + name);
+}
+
+using Matrix = std::tuple<Address, std::int64_t, bool>;
+
+Operand operand(const Matrix& matrix) {
+    const auto [address, stride, is_bf16] = matrix;
+    return {pointer<const void>(address), stride, is_bf16};
 }
 
 }  // namespace
@@ -85,4 +94,32 @@ PYBIND11_MODULE(_cpu, module) {
             arctangent(pointer<const float>(y), pointer<const float>(x), pointer<float>(out), size);
         },
         without_gil);
+    py::class_<RestrictedHead>(module, "RestrictedHead")
+        .def(py::init([](Address ids, Address offsets, Address labels, std::int64_t positions,
+                         std::int64_t rows) {
+                 return new RestrictedHead(pointer<const std::int32_t>(ids),
+                                           pointer<const std::int64_t>(offsets),
+                                           pointer<const std::int64_t>(labels), positions, rows);
+             }),
+             without_gil)
+        .def(
+            "forward",
+            [](RestrictedHead& head, const Matrix& hidden, const Matrix& weight,
+               std::int64_t channels, Address max, Address sum, Address gold, int threads) {
+                head.forward(operand(hidden), operand(weight), channels, pointer<float>(max),
+                             pointer<float>(sum), pointer<float>(gold), threads);
+            },
+            without_gil)
+        .def(
+            "backward",
+            [](RestrictedHead& head, const Matrix& hidden, const Matrix& weight,
+               std::int64_t channels, Address top, Address total, Address grad,
+               Address hidden_grad, Address weight_grad, std::int64_t weight_grad_stride,
+               int threads) {
+                head.backward(operand(hidden), operand(weight), channels,
+                              pointer<const float>(top), pointer<const float>(total),
+                              pointer<const float>(grad), pointer<float>(hidden_grad),
+                              pointer<float>(weight_grad), weight_grad_stride, threads);
+            },
+            without_gil);
 }

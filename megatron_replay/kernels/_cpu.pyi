@@ -19,3 +19,31 @@ def momentum_step(
     threads: int,
 ) -> None: ...
 def arctangent(y: int, x: int, out: int, size: int) -> None: ...
+
+class RestrictedHead:
+    """csrc/cpu/restricted_head.h. An operand is (data pointer, row stride, whether it is bf16)."""
+
+    def __init__(self, ids: int, offsets: int, labels: int, positions: int, rows: int) -> None: ...
+    def forward(
+        self,
+        hidden: tuple[int, int, bool],
+        weight: tuple[int, int, bool],
+        channels: int,
+        max: int,
+        sum: int,
+        gold: int,
+        threads: int,
+    ) -> None: ...
+    def backward(
+        self,
+        hidden: tuple[int, int, bool],
+        weight: tuple[int, int, bool],
+        channels: int,
+        top: int,
+        total: int,
+        grad: int,
+        hidden_grad: int,
+        weight_grad: int,
+        weight_grad_stride: int,
+        threads: int,
+    ) -> None: ...

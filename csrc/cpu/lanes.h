@@ -1,0 +1,94 @@
+// SIMD in gcc's vectors, which every level lowers to the instructions it has: 16 lanes of fp32, one
+// register of AVX-512, two of AVX2, four of SSE or NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "levels.h"
+
+// How vectors would be passed differs between levels; here all is inlined, and none is.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+constexpr int kLanes = 16;
+
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+
+using bf16 = std::uint16_t;
+
+INLINE float widened(float x) { return x; }
+INLINE float widened(bf16 x) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+// From memory of any alignment.
+INLINE Lanes load(const float* from) {
+    Lanes lanes;
+    std::memcpy(&lanes, from, sizeof lanes);
+    return lanes;
+}
+INLINE Lanes load(const bf16* from) {
+    typedef std::uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+    typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes)));
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    const Words words = __builtin_convertvector(halves, Words) << 16;
+    Lanes lanes;
+    std::memcpy(&lanes, &words, sizeof lanes);
+    return lanes;
+}
+INLINE void store(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof lanes); }
+
+// sums[i] += the sum of lanes[16 i] to lanes[16 i + 15], for i < 4.
+INLINE void add_sums_of_4(float* sums, const float* lanes) {
+    typedef float Four __attribute__((vector_size(16)));
+    typedef std::int32_t Places __attribute__((vector_size(16)));
+    Four quarter[4];
+    for (int i = 0; i < 4; ++i) {
+        Four part[4];
+        std::memcpy(part, lanes + kLanes * i, sizeof part);
+        quarter[i] = (part[0] + part[1]) + (part[2] + part[3]);
+    }
+    // Each step halves what is left of a vector and puts two vectors into one.
+    constexpr Places low{0, 4, 1, 5}, high{2, 6, 3, 7};
+    const Four a = __builtin_shuffle(quarter[0], quarter[1], low) +
+                   __builtin_shuffle(quarter[0], quarter[1], high);
+    const Four b = __builtin_shuffle(quarter[2], quarter[3], low) +
+                   __builtin_shuffle(quarter[2], quarter[3], high);
+    Four total;
+    std::memcpy(&total, sums, sizeof total);
+    total += __builtin_shuffle(a, b, Places{0, 1, 4, 5}) +
+             __builtin_shuffle(a, b, Places{2, 3, 6, 7});
+    std::memcpy(sums, &total, sizeof total);
+}
+
+// exp(x) for x <= 0, 0 where that is below the normal numbers; NaN for NaN. Without branches.
+//
+// With n = round(x / ln 2) and r = x - n ln 2, in [-0.347, 0.347]: 2^n (1 + r + r^2 P(r)), P the
+// Taylor series to r^7, which leaves off 6e-9. ln 2 is taken off in two parts, of which n times the
+// first is exact.
+INLINE float exp_of_nonpositive(float x) {
+    constexpr float lowest = -87.3365402f;  // ln of the smallest normal number
+    constexpr float round = 12582912.0f;    // 1.5 * 2^23: adding it rounds to a whole number
+    const float clamped = x < lowest ? lowest : x;
+    const float shifted = clamped * 1.44269502f + round;
+    const float n = shifted - round;
+    float r = clamped - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    float series = 1.98412698e-4f;
+    series = series * r + 1.38888889e-3f;
+    series = series * r + 8.33333333e-3f;
+    series = series * r + 4.16666667e-2f;
+    series = series * r + 1.66666667e-1f;
+    series = series * r + 0.5f;
+    const float value = series * (r * r) + r + 1.0f;
+    std::uint32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits << 23) + 0x3f800000u;  // n is in the low bits of the shifted number
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return x < lowest ? 0.0f : value * power;
+}
