@@ -5,7 +5,7 @@ STAMP := .venv/.ready
 PEERS := .venv/.peers
 BUILD_KERNELS := $(or $(MEGATRON_REPLAY_BUILD_KERNELS),1)
 
-.PHONY: setup test check bench bench-optim clean
+.PHONY: setup test check bench bench-optim bench-head bench-select bench-skew clean
 
 setup: $(STAMP)  ## create .venv with pinned packages and this package in place
 
@@ -35,10 +35,19 @@ $(PEERS): $(STAMP) requirements/bench.txt
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements/bench.txt
 	@touch $@
 
-bench: bench-optim  ## every benchmark; each compares with its peers in one run
+bench: bench-optim bench-head bench-select bench-skew  ## all of them, each beside its peers
 
 bench-optim: $(PEERS)  ## the optimizer's step: ns and bytes per parameter
 	$(BIN)/python -m benchmarks.optim
+
+bench-head: $(PEERS)  ## the restricted head, forward and backward, at 152k vocabulary
+	$(BIN)/python -m benchmarks.head
+
+bench-select: $(PEERS)  ## choosing candidates, beside the output layer that it follows
+	$(BIN)/python -m benchmarks.select
+
+bench-skew: $(PEERS)  ## what a vocabulary cut in contiguous shards costs the rank with most pairs
+	$(BIN)/python -m benchmarks.skew
 
 clean:
 	rm -rf .venv build megatron_replay/kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

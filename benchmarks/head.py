@@ -1,0 +1,235 @@
+"""The restricted head beside its peers, forward and backward: python -m benchmarks.head
+
+A row's times are the median and the least of the rounds; "x" is each over that of the first row
+that ran, our best form. "sgemm" is the share that 6 P H flops in the least time are of torch's fp32
+matrix product in the same rounds; with 6 N V H for a full softmax, and for documents' unions P the
+sum of length times union. "MiB" is the most resident memory beyond operands and main_grad, of one
+pass in a fresh process; autograd's dense gradient of the weight is in it. "error" is the largest
+of either gradient against float64, over the largest entry, at the candidates' rows.
+
+Restricted heads add to main_grad in place. Full softmaxes are slow: they are measured on the first
+positions ("of N"), and their times multiplied; their memory is that of so many positions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.head_case import (
+    REGIMES,
+    Batch,
+    full_reference,
+    gradient_error,
+    make_batch,
+    restricted_reference,
+    sets_of,
+)
+from benchmarks.head_contenders import Contender, Pass, contenders
+from benchmarks.memory import available_bytes, peak_bytes
+from benchmarks.timing import Times, interleave, machine
+from megatron_replay.platform import select
+
+VOCAB_SIZE = 151_936
+SGEMM = "sgemm"
+SGEMM_SIZE = 2048
+#: Positions on which a full softmax is checked, in float64 over the whole vocabulary.
+CHECKED = 16
+#: More would be a wrong gradient, even a rounded one.
+TOLERANCE = 1e-2
+GIB = 1 << 30
+
+
+@dataclass
+class Row:
+    """What became known of a contender."""
+
+    contender: Contender
+    times: Times = field(default_factory=Times)
+    scale: float = 1.0
+    flops: int | None = None
+    error: float | None = None
+    peak: int | None = None
+    note: str = ""
+
+    def text(self, ours: Row | None, rate: float) -> str:
+        name = f"{self.contender.name:48}"
+        if not self.times.values:
+            return f"{name}{self.note:>16}"
+        median, least = (self.scale * t / 1e6 for t in (self.times.median, self.times.least))
+        ratios = "-", "-"
+        if ours is not None:
+            ratios = tuple(  # type: ignore[assignment]
+                f"{self.scale * theirs / best:.2f}"
+                for theirs, best in (
+                    (self.times.median, ours.times.median),
+                    (self.times.least, ours.times.least),
+                )
+            )
+        share = "-" if self.flops is None else f"{100 * self.flops / self.times.least / rate:.0f} %"
+        peak = "-" if self.peak is None else f"{self.peak / 2**20:.1f}"
+        error = "-" if self.error is None else f"{self.error:.0e}"
+        return (
+            f"{name}{median:10.2f}{ratios[0]:>9}{least:10.2f}{ratios[1]:>9}{share:>7}{peak:>9}"
+            f"{error:>8}  {self.note}"
+        )
+
+
+HEADING = f"{'':48}{'ms':>10}{'x':>9}{'least':>10}{'x':>9}{'sgemm':>7}{'MiB':>9}{'error':>8}"
+
+
+def sgemm(device: torch.device) -> Pass:
+    a, b = torch.randn(2, SGEMM_SIZE, SGEMM_SIZE, device=device)
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def check(contender: Contender, batch: Batch) -> float:
+    """Run once on clean gradients and compare."""
+    batch.clear()
+    batch.weight_grad.zero_()
+    contender.make(batch)()
+    documents = contender.documents
+    if contender.full and contender.flops is not None:
+        reference = full_reference(batch)
+    else:
+        reference = restricted_reference(batch, documents=documents)
+    error = gradient_error(batch, reference, documents=documents)
+    batch.clear()
+    if not error <= TOLERANCE:
+        raise SystemExit(f"error: wrong gradients: {contender.name} is {error:.1e} off")
+    return error
+
+
+def measure(
+    chosen: Sequence[Contender], batch: Batch, *, rounds: int, device: torch.device
+) -> tuple[list[Row], float]:
+    """Rows of one table's part, and the matrix product's rate in flops per ns."""
+    rows, work = [], {SGEMM: sgemm(device)}
+    rounded = batch.rounded() if any(c.bf16 and not c.why_not for c in chosen) else batch
+    for contender in chosen:
+        operands = rounded if contender.bf16 else batch
+        row = Row(contender, note=contender.why_not or "")
+        rows.append(row)
+        if contender.why_not:
+            continue
+        if contender.has_gradients:
+            row.error = check(contender, operands.first(CHECKED) if contender.full else operands)
+        row.flops = contender.flops(operands) if contender.flops else None
+        work[contender.name] = contender.make(operands)
+    times = interleave(work, rounds=rounds, each=1, device=device)
+    for row in rows:
+        row.times = times.get(row.contender.name, Times())
+    batch.clear()
+    rounded.clear()
+    return rows, 2 * SGEMM_SIZE**3 / times[SGEMM].least
+
+
+def peak_of(options: argparse.Namespace, contender: Contender, case: Sequence[str]) -> int | None:
+    """Ask a fresh process."""
+    if contender.why_not or not contender.has_gradients:
+        return None
+    command = [sys.executable, "-m", "benchmarks.head", "--peak-of", contender.name, *case]
+    command += ["--device", str(options.device), "--threads", str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: memory of {contender.name}: {done.stderr[-2000:]}")
+    return int(done.stdout.split()[-1])
+
+
+def print_peak(options: argparse.Namespace) -> None:
+    """The fresh process: one position first, so that libraries are loaded and threads started."""
+    torch.set_num_threads(options.threads[0])
+    contender = next(c for c in contenders(options.device) if c.name == options.peak_of)
+    regime, N, H = options.regimes[0], options.positions[0], options.hidden[0]
+    batch = make_batch(
+        sets_of(regime, N, VOCAB_SIZE),
+        hidden_size=H, vocab_size=VOCAB_SIZE, device=options.device, constant=True,
+    )  # fmt: skip
+    batch = batch.rounded() if contender.bf16 else batch
+    alone = batch.first(1)
+    contender.make(alone)()
+    alone.clear()
+    print(peak_bytes(contender.make(batch), options.device))
+
+
+def table(options: argparse.Namespace, regime: str, N: int, H: int) -> None:
+    """One shape and regime: restricted heads in many rounds, full softmaxes in few.
+
+    Full softmaxes, whose times do not depend on the sets, and memory with the first regime alone.
+    """
+    device, first = options.device, regime == options.regimes[0]
+    sets = sets_of(regime, N, VOCAB_SIZE)
+    batch = make_batch(sets, hidden_size=H, vocab_size=VOCAB_SIZE, device=device)
+    chosen = [c for c in contenders(device) if options.only in c.name]
+    small = [c for c in chosen if not c.full and (regime == "real" or not c.documents)]
+    print(f"\n(H, V) = ({H}, {VOCAB_SIZE:,}), N {N}, {regime} sets: {sets.describe()}")
+    rows, rate = measure(small, batch, rounds=options.rounds, device=device)
+    few = min(options.slice or N, N)
+    if first and not options.no_full:
+        large = [c for c in chosen if c.full]
+        more, _ = measure(large, batch.first(few), rounds=options.full_rounds, device=device)
+        for row in more:
+            row.scale = N / few
+            row.note = row.note or (f"of {few}" if few < N else "")
+        rows += more
+    del batch
+    for row in rows if first and not options.no_memory else []:
+        positions = few if row.contender.full else N
+        case = ["--regimes", regime, "--positions", str(positions), "--hidden", str(H)]
+        row.peak = peak_of(options, row.contender, case)
+    print(f"{torch.get_num_threads()} threads, sgemm {rate:.1f} GFLOP/s, {options.rounds} rounds")
+    print(HEADING)
+    ours = next((row for row in rows if row.times.values), None)
+    for row in rows:
+        print(row.text(ours, rate), flush=True)
+
+
+def require_memory(hidden: int) -> None:
+    """Weight and main_grad in fp32, the weight in bf16, a dense gradient, logits of a slice."""
+    needed = VOCAB_SIZE * hidden * (4 + 4 + 2 + 4) + 2 * GIB
+    if needed > available_bytes():
+        raise SystemExit(
+            f"error: H {hidden} takes {needed / GIB:.0f} GiB, {available_bytes() / GIB:.0f} are "
+            "left; choose others with --hidden"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 2560, 4096])
+    parser.add_argument("--positions", type=int, nargs="+", default=[1024])
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--full-rounds", type=int, default=2)
+    parser.add_argument("--slice", type=int, default=256, help="positions of a full softmax; 0 all")
+    parser.add_argument("--no-full", action="store_true", help="leave full softmaxes out")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--only", default="", help="contenders whose name has this in it")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    select("cpu").prepare()
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    if options.peak_of:
+        print_peak(options)
+        return
+    print(f"{machine(options.device)}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    for threads, H, N in itertools.product(options.threads, options.hidden, options.positions):
+        torch.set_num_threads(threads)
+        require_memory(H)
+        for regime in options.regimes:
+            table(options, regime, N, H)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The most memory that a pass takes beyond what was there before it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Of one ``run``; to be asked in a fresh process, whose allocator has nothing set aside.
+
+    CPU: the kernel's high-water mark of resident memory (VmHWM), set back before the run. Others:
+    their allocator's.
+    """
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
+        run()
+        torch.accelerator.synchronize(device)
+        return torch.accelerator.max_memory_allocated(device) - before
+    _CLEAR.write_text("5")
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def available_bytes() -> int:
+    """What the machine has left, by the kernel's estimate."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def _status(name: str) -> int:
+    lines = _STATUS.read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name + ":"))

@@ -1,0 +1,146 @@
+"""Choosing candidate sets beside torch's pieces of it: python -m benchmarks.select
+
+Rows of 151,936 logits, 200 candidates at most, coverage 0.95; ms a row, the median and the least of
+the rounds. "x" is each over that of ``topk`` + ``logsumexp``, which find neither the cut nor equal
+sets for ties and shards. Stage 0 reads these logits right after the output layer's matrix product:
+the last rows are that pass, and "of h W" is each row's least time over that of H 2560.
+
+gauss: independent normal. peaked: those times 8, few tokens hold the mass. real: log p of
+benchmarks.real_sets. tied: gauss rounded to bf16, so that ties straddle the cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.real_sets import VOCAB_SIZE, real_logits
+from benchmarks.timing import Times, interleave, machine
+from megatron_replay.functional.candidates import select_candidates
+from megatron_replay.functional.shard_selection import TORCH_SELECTION, SelectionKernel
+
+COVERAGE, MAX_CANDIDATES = 0.95, 200
+BASELINE = "torch.topk + torch.logsumexp"
+LAYERS = (1024, 2560)
+Pass = Callable[[], object]
+KINDS = ("gauss", "peaked", "real", "tied")
+
+
+def logits_of(kind: str, rows: int) -> Tensor:
+    """fp32 [n, V]."""
+    if kind == "real":
+        return real_logits()[:rows].clone()
+    logits_nV = torch.randn(rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+    if kind == "peaked":
+        logits_nV *= 8
+    return logits_nV.bfloat16().float() if kind == "tied" else logits_nV
+
+
+def compiled_kernel() -> SelectionKernel | str:
+    """The compiled form, or why there is none."""
+    try:
+        module = importlib.import_module("megatron_replay.kernels.cpu.selection")
+    except ImportError as error:
+        return f"not built: {error}"
+    kernels = (value for value in vars(module).values() if isinstance(value, SelectionKernel))
+    return next((kernel for kernel in kernels if kernel is not TORCH_SELECTION), "none found")
+
+
+def contenders(logits_nV: Tensor, compiled: SelectionKernel | str) -> dict[str, Pass]:
+    labels_n = torch.randint(VOCAB_SIZE, logits_nV.shape[:1])
+
+    def ours(kernel: SelectionKernel) -> Pass:
+        return lambda: select_candidates(
+            logits_nV,
+            labels_n,
+            coverage=COVERAGE,
+            max_candidates=MAX_CANDIDATES,
+            kernel=kernel,
+        )
+
+    def both() -> None:
+        logits_nV.topk(MAX_CANDIDATES, dim=1)
+        logits_nV.logsumexp(1)
+
+    work: dict[str, Pass] = {
+        BASELINE: both,
+        "torch.topk": lambda: logits_nV.topk(MAX_CANDIDATES, dim=1),
+        "torch.logsumexp": lambda: logits_nV.logsumexp(1),
+        "torch.sort, descending": lambda: logits_nV.sort(1, descending=True),
+        "select_candidates, torch form": ours(TORCH_SELECTION),
+    }
+    if isinstance(compiled, SelectionKernel):
+        work[f"select_candidates, {compiled.name} form"] = ours(compiled)
+    return work
+
+
+def layer(hidden_size: int, rows: int, dtype: torch.dtype) -> Pass:
+    """The output layer's product that makes the logits."""
+    hidden_nH = torch.randn(rows, hidden_size).to(dtype)
+    weight_VH = torch.randn(VOCAB_SIZE, hidden_size).to(dtype)
+    out_nV = torch.empty(rows, VOCAB_SIZE, dtype=dtype)
+    return lambda: torch.mm(hidden_nH, weight_VH.T, out=out_nV)
+
+
+def require_equal(logits_nV: Tensor, compiled: SelectionKernel | str) -> None:
+    """Both forms' sets, bit for bit, before either is timed."""
+    if isinstance(compiled, str):
+        return
+    labels_n = torch.zeros(len(logits_nV), dtype=torch.long)
+    one, other = (
+        select_candidates(
+            logits_nV, labels_n, coverage=COVERAGE, max_candidates=MAX_CANDIDATES, kernel=kernel
+        )
+        for kernel in (TORCH_SELECTION, compiled)
+    )
+    for name, value in vars(one).items():
+        if not torch.equal(value, getattr(other, name)):
+            raise SystemExit(f"error: the forms differ in {name}")
+
+
+HEADING = f"{'':40}{'ms/row':>9}{'x':>7}{'least':>9}{'x':>7}{'of h W':>9}"
+
+
+def text(name: str, times: Times, baseline: Times, pass_: Times) -> str:
+    return (
+        f"{name:40}{times.median / 1e6:9.4f}{times.median / baseline.median:7.3f}"
+        f"{times.least / 1e6:9.4f}{times.least / baseline.least:7.3f}"
+        f"{100 * times.least / pass_.least:7.1f} %"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    options = parser.parse_args()
+
+    cpu, rows = torch.device("cpu"), options.rows
+    print(f"{machine(cpu)}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    compiled = compiled_kernel()
+    if isinstance(compiled, str):
+        print(f"no compiled form: {compiled}")
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for dtype in (getattr(torch, name) for name in options.dtypes):
+            layers = {f"h W, H {size}": layer(size, rows, dtype) for size in LAYERS}
+            for kind in options.kinds:
+                logits_nV = logits_of(kind, rows).to(dtype)
+                require_equal(logits_nV, compiled)
+                work = contenders(logits_nV, compiled) | layers
+                times = interleave(work, rounds=options.rounds, each=rows, device=cpu)
+                print(f"\n[{rows}, {VOCAB_SIZE}] {kind}, {dtype}, threads {threads}\n{HEADING}")
+                for name, each in times.items():
+                    print(text(name, each, times[BASELINE], times["h W, H 2560"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
