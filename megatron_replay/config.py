@@ -141,6 +141,11 @@ class CandidatesConfig(Section):
     store_logits: bool = option("also record the candidates' logits (fp16)", False)
     documents_per_shard: int = option("documents in a shard file, the unit of resuming", 1024)
     logits_chunk_size: int = option("positions whose logits exist at one time", 1024)
+    selection_backend: str = option(
+        "form of candidate selection: the device's compiled one, or torch's; all give the same",
+        "auto",
+        ("auto", "torch", "cpu", "triton"),
+    )
 
     def _check(self) -> None:
         self.require(0 < self.coverage <= 1, "coverage", "a share above 0, at most 1")

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_replay import kernels
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.config import CandidatesConfig, DataConfig
 from megatron_replay.data.corpus import Corpus
@@ -76,6 +77,10 @@ class Collector:
     ) -> None:
         self._settings, self._data = settings, data
         self._corpus, self._model, self._groups = corpus, model, groups
+        like = next(model.module.parameters())
+        self._kernel = kernels.SELECTION.choose(settings.selection_backend, like)
+        #: For the log.
+        self.kernel = kernels.SELECTION.describe(settings.selection_backend, like)
         self.fitted = fit_documents(corpus.lengths, data.seq_length, data.long_documents)
 
     def collect(self, documents: np.ndarray) -> dict[int, DocumentCandidates]:
@@ -157,6 +162,7 @@ class Collector:
                 max_candidates=self._settings.max_candidates,
                 vocab_start=vocab_start,
                 tp_group=self._groups.tp_group,
+                kernel=self._kernel,
             )
             selection.sets.append(sets)
             if self._settings.store_logits:

@@ -26,6 +26,7 @@ def collect(config: Stage0Config, groups: Parallel) -> None:
     collector = Collector(config.candidates, config.data, corpus, model, groups)
     require_context(collector.fitted.lengths, model.shape)
     if groups.rank == 0:
+        print(f"candidate selection: {collector.kernel}")
         report_long_documents(collector.fitted, config.data.long_documents)
     missing = groups.broadcast(writer.missing_shards())
     mine = missing[groups.dp_rank :: groups.dp_size]

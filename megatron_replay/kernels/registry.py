@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_replay.errors import ConfigError
 from megatron_replay.functional import momentum_step as plain
 from megatron_replay.functional.shard_head import HeadForm
+from megatron_replay.functional.shard_selection import TORCH_SELECTION, SelectionKernel
 from megatron_replay.functional.tiled_head import dense_head, union_head
 
 Form = TypeVar("Form")
@@ -192,4 +193,12 @@ HEAD = Forms[HeadForm](
     },
     module="head",
     bind=lambda _, module: module.head,
+)
+#: Candidate selection in Stage 0.
+SELECTION = Forms[SelectionKernel](
+    what="candidate selection",
+    anywhere={"torch": TORCH_SELECTION},
+    compiled={"cpu": (_FP32, _BF16, _FP16), "triton": (_FP32, _BF16, _FP16)},
+    module="selection",
+    bind=lambda _, module: module.selection,
 )

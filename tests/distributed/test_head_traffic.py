@@ -1,0 +1,179 @@
+"""What the head sends over TP, collective by collective, and that rows arrive where they belong.
+
+Shapes: S positions of a pack, B packs, N selected positions, V vocabulary, H hidden channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_replay import kernels
+from megatron_replay.data.replay import ReplayTargets
+from megatron_replay.model import heads
+from megatron_replay.model.rows import HiddenStates
+from tests import pool
+from tests.distributed.layouts import Layout, join_groups
+from tests.functional.references import HeadCase, error, head_case
+
+pytestmark = pytest.mark.distributed
+
+S, B, V, H = 16, 2, 40, 8
+LAYOUTS = [
+    Layout(tp=2), Layout(tp=4), Layout(tp=2, sequence_parallel=True),
+    Layout(tp=4, sequence_parallel=True),
+]  # fmt: skip
+
+
+class Traffic(TorchDispatchMode):
+    """Every collective of torch's process groups: name, reduction, and the numbers it moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, str, list[int], torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func.overloadpacket.__name__.strip("_")
+            tensor = args[0][0] if isinstance(args[0], list) else args[0]
+            operation = self._operation if name == "allreduce" else ""
+            self.seen.append((name, operation, list(tensor.shape), tensor.dtype))
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Traffic:
+        """As of the mode, which does not see what an all-reduce computes: its caller says."""
+        self._all_reduce = dist.all_reduce
+
+        def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, **options: Any) -> Any:
+            self._operation = "MAX" if op == dist.ReduceOp.MAX else "SUM"
+            return self._all_reduce(tensor, op=op, **options)
+
+        dist.all_reduce = all_reduce
+        return super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        dist.all_reduce = self._all_reduce
+        super().__exit__(*args)
+
+
+def selected() -> tuple[HeadCase, Tensor]:
+    """Eleven positions, most of them at the beginning: some sequence shards have none."""
+    rows_N = torch.tensor([0, 1, 2, 3, 5, 9, 16, 17, 18, 24, 25])
+    return head_case(T=len(rows_N), V=V, H=H, seed=3, scale=0.4), rows_N
+
+
+def targets(scope: str) -> tuple[HeadCase, ReplayTargets]:
+    case, rows_N = selected()
+    if scope == "document":
+        case.group_offsets, case.mask_GV = torch.tensor([0, 6, 11]), case.mask_GV[:2].clone()
+        case.mask_GV[torch.tensor([0] * 6 + [1] * 5), case.labels_T] = True
+    return case, ReplayTargets(
+        rows_N=rows_N,
+        labels_N=case.labels_T,
+        candidate_ids=case.ids,
+        candidate_offsets=case.offsets,
+        group_offsets=case.group_offsets,
+        lse_N=torch.zeros(len(rows_N)),
+        tail_logit_N=case.upstream_T,
+    )
+
+
+def head_on(rank: int, world_size: int, layout: Layout, scope: str, backend: str) -> dict[str, Any]:
+    """One forward and backward of the head on this layout, recorded."""
+    groups = join_groups(layout)
+    case, replay = targets(scope)
+    everything_TH = torch.randn(B * S, H, generator=torch.Generator().manual_seed(1))
+    everything_TH[replay.rows_N] = case.hidden_TH
+    hidden_SBH = everything_TH.view(B, S, H).transpose(0, 1).contiguous()
+    if layout.sequence_parallel:
+        hidden_SBH = hidden_SBH.chunk(layout.tp)[groups.tp_rank].contiguous()
+    hidden_SBH.requires_grad_()
+    weight_VH = case.weight_VH.chunk(layout.tp)[groups.tp_rank].clone().requires_grad_()
+    weight_VH.main_grad = torch.zeros_like(weight_VH, requires_grad=False)
+    form = kernels.HEAD.choose(backend, weight_VH)
+    head = heads.restricted_loss(replay, groups, ghost=True, form=form)
+    hidden = HiddenStates(hidden_SBH, groups.tp_group, sequence_parallel=layout.sequence_parallel)
+    with Traffic() as forward:
+        loss_N = head(hidden, weight_VH)
+    with Traffic() as backward:
+        (loss_N * case.upstream_T).sum().backward()
+    assert weight_VH.grad is None
+    assert hidden_SBH.grad is not None
+    return {
+        "loss": loss_N.detach(),
+        "hidden_grad": hidden_SBH.grad,
+        "weight_grad": weight_VH.main_grad,
+        "forward": forward.seen,
+        "backward": backward.seen,
+    }
+
+
+@pytest.mark.parametrize("backend", ["union", "cpu"])
+@pytest.mark.parametrize("scope", ["position", "document"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_three_small_collectives_and_the_right_numbers(
+    layout: Layout, scope: str, backend: str
+) -> None:
+    case, replay = targets(scope)
+    ranks = pool.run(layout.tp, head_on, layout, scope, backend)
+    N, fp32 = len(replay.rows_N), torch.float32
+    most = max(torch.bincount(replay.rows_N % S // (S // layout.tp)).tolist())
+    for found in ranks:
+        sums = [("allreduce", "MAX", [N], fp32), ("allreduce", "SUM", [2, N], fp32)]
+        if layout.sequence_parallel:
+            assert found["forward"] == [
+                ("allgather_base", "", [layout.tp * most, H], fp32), *sums
+            ]  # fmt: skip
+            assert found["backward"] == [("reduce_scatter_base", "", [most, H], fp32)]
+        else:
+            assert found["forward"] == sums
+            assert found["backward"] == [("allreduce", "SUM", [N, H], fp32)]
+    loss_N, dense_hidden_grad, dense_weight_grad = case.dense(replay.tail_logit_N)
+    everything_TH = torch.zeros(B * S, H, dtype=torch.float64)
+    everything_TH[replay.rows_N] = dense_hidden_grad
+    expected_SBH = everything_TH.view(B, S, H).transpose(0, 1)
+    for rank, found in enumerate(ranks):
+        assert error(found["loss"], loss_N) < 1e-6
+        shard = expected_SBH.chunk(layout.tp)[rank] if layout.sequence_parallel else expected_SBH
+        assert error(found["hidden_grad"], shard, floor=float(expected_SBH.abs().max())) < 1e-6
+    weight_grad = torch.cat([found["weight_grad"] for found in ranks])
+    assert error(weight_grad, dense_weight_grad) < 1e-6
+
+
+def nothing_selected_on(rank: int, world_size: int, layout: Layout) -> list[Any]:
+    """A micro-batch without a position: no rank may wait for another."""
+    groups = join_groups(layout)
+    shards = layout.tp if layout.sequence_parallel else 1
+    hidden_SBH = torch.randn(S // shards, B, H, requires_grad=True)
+    hidden = HiddenStates(hidden_SBH, groups.tp_group, sequence_parallel=layout.sequence_parallel)
+    rows_NH = hidden[torch.empty(0, dtype=torch.int64)]
+    rows_NH.sum().backward()
+    assert hidden_SBH.grad is not None
+    return [list(rows_NH.shape), bool(hidden_SBH.grad.any())]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[::2], ids=str)
+def test_no_position_at_all(layout: Layout) -> None:
+    assert pool.run(layout.tp, nothing_selected_on, layout) == [[[0, H], False]] * layout.tp
+
+
+def all_rows_on(rank: int, world_size: int, layout: Layout) -> Tensor:
+    groups = join_groups(layout)
+    hidden_SBH = torch.arange(S * B * H).view(S, B, H).float()
+    if layout.sequence_parallel:
+        hidden_SBH = hidden_SBH.chunk(layout.tp)[groups.tp_rank]
+    return HiddenStates(
+        hidden_SBH, groups.tp_group, sequence_parallel=layout.sequence_parallel
+    ).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_all_rows_are_pack_after_pack(layout: Layout) -> None:
+    expected = torch.arange(S * B * H).view(S, B, H).float().transpose(0, 1).flatten(0, 1)
+    for found in pool.run(layout.tp, all_rows_on, layout):
+        assert torch.equal(found, expected)
