@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <new>
 
 #include "head_blocks.h"
 
@@ -156,9 +157,15 @@ void pack_operand(const Operand& operand, int64_t channel, const int32_t* indice
         pack(rows_of<float>(operand, channel), indices, begin, end, width, packed);
 }
 
+struct Free {
+    void operator()(float* block) const { ::operator delete[](block, kAlignment); }
+    static constexpr std::align_val_t kAlignment{64};  // else every load takes two cache lines
+};
+using Packed = std::unique_ptr<float[], Free>;
+
 // Of any content, so that the thread that packs a part touches it first.
-std::unique_ptr<float[]> block_of(int64_t rows) {
-    return std::unique_ptr<float[]>(new float[static_cast<std::size_t>(rows) * kBlock]);
+Packed packed_rows(int64_t rows) {
+    return Packed(new (Free::kAlignment) float[static_cast<std::size_t>(rows) * kBlock]);
 }
 
 }  // namespace
@@ -213,7 +220,7 @@ void RestrictedHead::sort_by_id(const int32_t* ids, int64_t rows) {
 void RestrictedHead::forward(const Operand& hidden, const Operand& weight, int64_t channels,
                              float* max, float* sum, float* gold, int threads) {
     const int64_t pairs = offsets_.back(), slices = static_cast<int64_t>(cuts_.size()) - 1;
-    const auto packed = block_of(positions());
+    const auto packed = packed_rows(positions());
     std::vector<float> by_place(pairs);
     logits_.resize(pairs);
 #pragma omp parallel num_threads(threads)
@@ -253,8 +260,8 @@ void RestrictedHead::backward(const Operand& hidden, const Operand& weight, int6
                               float* hidden_grad, float* weight_grad, int64_t weight_grad_stride,
                               int threads) {
     const int64_t pairs = offsets_.back(), slices = static_cast<int64_t>(cuts_.size()) - 1;
-    const auto packed_hidden = block_of(weight_grad ? positions() : 0);
-    const auto packed_weight = block_of(hidden_grad ? distinct() : 0);
+    const auto packed_hidden = packed_rows(weight_grad ? positions() : 0);
+    const auto packed_weight = packed_rows(hidden_grad ? distinct() : 0);
     std::vector<float> slopes(pairs), by_place(pairs);
 #pragma omp parallel num_threads(threads)
     {
