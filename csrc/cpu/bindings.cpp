@@ -14,6 +14,7 @@
 #include "levels.h"
 #include "momentum_step.h"
 #include "restricted_head.h"
+#include "select_candidates.h"
 
 namespace py = pybind11;
 
@@ -54,6 +55,14 @@ Operand operand(const Matrix& matrix) {
     return {pointer<const void>(address), stride, is_bf16};
 }
 
+// Address, type (LogitType's order), rows, size, stride.
+using Rows = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t>;
+
+Logits rows(const Rows& given) {
+    const auto [address, type, count, size, stride] = given;
+    return {pointer<const void>(address), static_cast<LogitType>(type), count, size, stride};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -92,6 +101,20 @@ PYBIND11_MODULE(_cpu, module) {
         "arctangent",
         [](Address y, Address x, Address out, std::int64_t size) {
             arctangent(pointer<const float>(y), pointer<const float>(x), pointer<float>(out), size);
+        },
+        without_gil);
+    module.def(
+        "row_maxima",
+        [](const Rows& logits, Address maxima, int threads) {
+            row_maxima(rows(logits), pointer<float>(maxima), threads);
+        },
+        without_gil);
+    module.def(
+        "shard_tokens",
+        [](const Rows& logits, std::int64_t vocab_start, std::int64_t count, bool given,
+           Address maxima, Address totals, Address keys, int threads) {
+            shard_tokens(rows(logits), vocab_start, count, given, pointer<float>(maxima),
+                         pointer<std::int64_t>(totals), pointer<std::int64_t>(keys), threads);
         },
         without_gil);
     py::class_<RestrictedHead>(module, "RestrictedHead")

@@ -13,8 +13,8 @@ What that costs in accuracy, against real arithmetic on the fp32 logits: the exp
 fp32 difference z - max err by less than 2^-18 of a mass (2^-19.05, and the difference rounds by
 half a unit of its last place, 2^-20 where it is below 32). Where the masses before and behind a cut
 err by e of themselves, the share of one errs by at most e / 2, 2^-19. Rounding to units errs by at
-most 2^-39 a token, V * 2^-39 in all: 2.8e-7 for V = 151,936, where the largest mass is one. So a cut
-may differ from that of real arithmetic only where a cumulative probability lies within
+most 2^-39 a token, V * 2^-39 in all: 2.8e-7 for V = 151,936, where the largest mass is one. So a
+cut may differ from that of real arithmetic only where a cumulative probability lies within
 2^-19 + V * 2^-39 of the coverage. Tokens below e^-27.1 of the largest count as nothing. The total
 is below 2^63 for V <= 2^24.
 """

@@ -23,7 +23,7 @@ MAX_VOCAB_SIZE = 1 << 24
 #: Ids of a block: few block maxima and few tokens in the chosen blocks, B + 64 K, are both wanted.
 _BLOCK = 64
 #: Logits handled at a time; temporaries are 24 bytes for each, 96 MiB. On the host those of a row
-#: of 152k should stay in the cache: chunks of 2^22 take 2.7 times as long.
+#: of 152k should stay in the cache: chunks of 2^22 take three times as long.
 _CHUNK_ENTRIES = 1 << 22
 _CHUNK_ENTRIES_HOST = 1 << 17
 _ID_BITS = 32

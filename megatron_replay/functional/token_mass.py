@@ -23,8 +23,8 @@ MASS_BITS = 38
 LOWEST = -28.0
 # All constants are fp32 numbers.
 LOG2_E = float.fromhex("0x1.715476p+0")
-#: c5 to c0. Least relative error to 2^f for |f| <= 1/2, found by iterated least squares with c0 held
-#: at 1: 2^-23.1, and 2^-22.3 with p's roundings.
+#: c5 to c0. Least relative error to 2^f for |f| <= 1/2, found by iterated least squares with c0
+#: held at 1: 2^-23.1, and 2^-22.3 with p's roundings.
 POLYNOMIAL = (
     float.fromhex("0x1.5bb9fcp-10"),
     float.fromhex("0x1.3cea9ep-7"),

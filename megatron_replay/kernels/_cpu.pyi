@@ -19,6 +19,21 @@ def momentum_step(
     threads: int,
 ) -> None: ...
 def arctangent(y: int, x: int, out: int, size: int) -> None: ...
+def row_maxima(
+    logits: tuple[int, int, int, int, int],  # data pointer, type, rows, size, row stride
+    maxima: int,
+    threads: int,
+) -> None: ...
+def shard_tokens(
+    logits: tuple[int, int, int, int, int],
+    vocab_start: int,
+    count: int,
+    given: bool,
+    maxima: int,
+    totals: int,
+    keys: int,
+    threads: int,
+) -> None: ...
 
 class RestrictedHead:
     """csrc/cpu/restricted_head.h. An operand is (data pointer, row stride, whether it is bf16)."""

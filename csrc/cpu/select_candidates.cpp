@@ -1,0 +1,359 @@
+// A row at a time, from memory once. Pass 1 finds the maxima of blocks of 64 ids; the K-th largest
+// of them bounds the K-th largest logit from below, so that the first K tokens lie in K blocks,
+// which are read again; pass 2 sums the masses of a row that is still in the cache, and asks for
+// the next one meanwhile. Integers are summed, so nothing depends on order, level or threads.
+//
+// A mass is bits that torch computes by one operation after the other: nothing may be contracted.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#include "select_candidates.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "levels.h"
+
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#endif
+
+namespace {
+
+constexpr std::int64_t kBlock = 64;
+// Blocks whose masses are summed in 32 bits: 512 of at most 2^22 units of 2^16.
+constexpr std::int64_t kRun = 8;
+constexpr std::int64_t kMaxVocabSize = 1 << 24;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+template <class To, class From>
+INLINE To bits(From x) {
+    static_assert(sizeof(To) == sizeof(From));
+    To y;
+    std::memcpy(&y, &x, sizeof y);
+    return y;
+}
+
+struct Fp32 {
+    using Stored = float;
+    static INLINE float widen(float x) { return x; }
+};
+
+struct Bf16 {
+    using Stored = std::uint16_t;
+    static INLINE float widen(std::uint16_t x) {
+        return bits<float>(static_cast<std::uint32_t>(x) << 16);
+    }
+};
+
+struct Fp16 {
+    using Stored = std::uint16_t;
+    static INLINE float widen(std::uint16_t x) {
+        const std::uint32_t sign = (x & 0x8000u) << 16, rest = (x & 0x7fffu) << 13;
+        // Exact, denormals included; infinities and NaN have an exponent of their own.
+        const std::uint32_t finite = bits<std::uint32_t>(bits<float>(rest) * 0x1p112f);
+        return bits<float>(sign | (rest >= 0x0f800000u ? rest | 0x7f800000u : finite));
+    }
+};
+
+// Signed integers that sort as the floats; both zeros are 0.
+INLINE std::int32_t ordered(float x) {
+    const std::int32_t b = bits<std::int32_t>(x + 0.0f);
+    return b ^ ((b >> 31) & 0x7fffffff);
+}
+
+// token_mass.py, before rounding to units.
+INLINE float mass(float x, float max) {
+    constexpr float shift = 0x1.8p23f + 38;  // rounds to an integer, and adds 38 to it
+    // Differences are negative or +0, so that their bits sort backwards: the smaller are above.
+    const float d = bits<float>(std::min(bits<std::uint32_t>(x - max), 0xc1e00000u));  // -28
+    const float t = d * 0x1.715476p+0f;
+    const float k = t + shift;
+    const float f = t - (k - shift);
+    float p = f * 0x1.5bb9fcp-10f + 0x1.3cea9ep-7f;
+    p = p * f + 0x1.c6b754p-5f;
+    p = p * f + 0x1.ebf9bcp-3f;
+    p = p * f + 0x1.62e42ap-1f;
+    p = p * f + 1.0f;
+    // k's last bits are those of the integer; an exponent is 23 bits up.
+    return bits<float>(bits<std::uint32_t>(p) + (bits<std::uint32_t>(k) << 23));
+}
+
+// A number below 2^22 and this, added in fp32: the last bits are the number's, rounded.
+constexpr float kUnits = 0x1.8p23f;
+// The same in units of 2^16, for numbers up to 2^38.
+constexpr float kHighUnits = 0x1.8p39f;
+
+// Sum of n <= 512 masses. low: all are below 2^22.
+template <class Type, bool low>
+INLINE std::int64_t sum_run(const typename Type::Stored* x, std::int64_t n, float max) {
+    std::uint32_t low_bits = 0, high_bits = 0;
+#pragma omp simd reduction(+ : low_bits, high_bits)
+    for (std::int64_t i = 0; i < n; ++i) {
+        float y = mass(Type::widen(x[i]), max);
+        if (!low) {
+            const float high = y + kHighUnits;
+            high_bits += bits<std::uint32_t>(high);
+            y -= high - kHighUnits;  // exact, and of at most 2^15
+        }
+        low_bits += bits<std::uint32_t>(y + kUnits);
+    }
+    const std::uint32_t count = static_cast<std::uint32_t>(n);
+    low_bits -= count * bits<std::uint32_t>(kUnits);
+    if (low) return low_bits;
+    high_bits -= count * bits<std::uint32_t>(kHighUnits);
+    return (static_cast<std::int64_t>(high_bits) << 16) + static_cast<std::int32_t>(low_bits);
+}
+
+// 0: no mass; 1: each below 2^22 units; 2: any.
+INLINE int size_class(float block_max, float max) {
+    const float d = block_max - max;
+    return d > -11.5f ? 2 : d > -28.0f ? 1 : 0;
+}
+
+template <class Type>
+INLINE std::int64_t total_mass(const typename Type::Stored* x, std::int64_t size, float max,
+                               const float* block_maxima, const typename Type::Stored* next) {
+    constexpr std::int64_t line = 64 / sizeof(typename Type::Stored);
+    const std::int64_t blocks = (size + kBlock - 1) / kBlock;
+    std::int64_t total = 0;
+    for (std::int64_t b = 0; b < blocks;) {
+        const std::int64_t first = b;
+        const int kind = size_class(block_maxima[b], max);
+        while (++b < blocks && b < first + kRun && size_class(block_maxima[b], max) == kind) {
+        }
+        const std::int64_t start = first * kBlock, stop = std::min(b * kBlock, size);
+        if (next)
+            for (std::int64_t i = start; i < stop; i += line) __builtin_prefetch(next + i, 0, 2);
+        if (kind == 2) total += sum_run<Type, false>(x + start, stop - start, max);
+        if (kind == 1) total += sum_run<Type, true>(x + start, stop - start, max);
+    }
+    return total;
+}
+
+template <class Type>
+INLINE float block_max(const typename Type::Stored* x, std::int64_t n, bool& nan) {
+    float max = -kInfinity;
+    std::uint32_t unordered = 0;
+#pragma omp simd reduction(max : max) reduction(| : unordered)
+    for (std::int64_t i = 0; i < n; ++i) {
+        const float z = Type::widen(x[i]);
+        max = z > max ? z : max;
+        unordered |= z != z;
+    }
+    nan |= unordered != 0;
+    return max;
+}
+
+// Pass 1. Returns the row's maximum, or +inf if it holds a NaN.
+template <class Type>
+INLINE float find_maxima(const typename Type::Stored* x, std::int64_t size, float* block_maxima) {
+    const std::int64_t whole = size / kBlock;
+    float max = -kInfinity;
+    bool nan = false;
+    for (std::int64_t b = 0; b < whole; ++b) {
+        const float found = block_max<Type>(x + b * kBlock, kBlock, nan);
+        max = std::max(max, found);
+        if (block_maxima) block_maxima[b] = found;
+    }
+    if (whole * kBlock < size) {
+        const float found = block_max<Type>(x + whole * kBlock, size - whole * kBlock, nan);
+        max = std::max(max, found);
+        if (block_maxima) block_maxima[whole] = found;
+    }
+    return nan ? kInfinity : max;
+}
+
+// The largest number that at least ``count`` of ``values`` reach.
+INLINE std::int32_t kth_largest(const std::int32_t* values, std::int64_t n, std::int64_t count,
+                                std::int32_t largest) {
+    // values >= below: enough of them; values > above: not.
+    std::int64_t below = std::numeric_limits<std::int32_t>::min(), above = largest;
+    while (below < above) {
+        const std::int32_t middle = static_cast<std::int32_t>((below + above + 1) >> 1);
+        std::int32_t reached = 0;
+#pragma omp simd reduction(+ : reached)
+        for (std::int64_t i = 0; i < n; ++i) reached += values[i] >= middle;
+        if (reached >= count) below = middle;
+        else above = middle - 1;
+    }
+    return static_cast<std::int32_t>(below);
+}
+
+// Calls found(i), ascending, where wanted(i); n <= kBlock.
+template <class Wanted, class Found>
+INLINE void for_each(std::int64_t n, const Wanted& wanted, const Found& found) {
+    alignas(64) std::uint8_t flags[kBlock] = {};
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) flags[i] = wanted(i);
+    for (std::int64_t start = 0; start < n; start += 8) {
+        std::uint64_t word;
+        std::memcpy(&word, flags + start, 8);
+        if (!word) continue;
+        for (std::int64_t i = start; i < start + 8; ++i)
+            if (flags[i]) found(i);
+    }
+}
+
+struct Scratch {
+    std::vector<float> block_maxima;
+    std::vector<std::int32_t> ordered_maxima;
+    std::vector<std::int64_t> keys;
+
+    Scratch(std::int64_t size, std::int64_t count)
+        : block_maxima((size + kBlock - 1) / kBlock),
+          ordered_maxima(block_maxima.size()),
+          keys(std::min<std::int64_t>(count, block_maxima.size()) * kBlock) {}
+};
+
+// keys[0 .. count) = the largest of ``found``, descending; all differ.
+INLINE void sort_largest(std::int64_t* found, std::int64_t n, std::int64_t count,
+                         std::int64_t* keys) {
+    if (n > 2 * count) {
+        std::nth_element(found, found + count, found + n, std::greater<std::int64_t>());
+        n = count;
+    }
+    // A key's place is the number of keys above it: n^2 comparisons, by SIMD, are faster than the
+    // branches of a sort.
+    for (std::int64_t i = 0; i < n; ++i) {
+        const std::int64_t key = found[i];
+        std::int64_t place = 0;
+#pragma omp simd reduction(+ : place)
+        for (std::int64_t j = 0; j < n; ++j) place += found[j] > key;
+        if (place < count) keys[place] = key;
+    }
+}
+
+// The first tokens lie in the first ``count`` blocks by (maximum descending, block ascending);
+// shard_selection.py has the proof. None is below the least of those maxima.
+template <class Type>
+INLINE void first_tokens(const typename Type::Stored* x, std::int64_t size, float max,
+                         std::int64_t vocab_start, std::int64_t count, Scratch& scratch,
+                         std::int64_t* keys) {
+    const std::int64_t blocks = static_cast<std::int64_t>(scratch.block_maxima.size());
+    const float* const maxima = scratch.block_maxima.data();
+    std::int32_t* const values = scratch.ordered_maxima.data();
+    std::int64_t* const found = scratch.keys.data();
+#pragma omp simd
+    for (std::int64_t b = 0; b < blocks; ++b) values[b] = ordered(maxima[b]);
+    std::int32_t bound = std::numeric_limits<std::int32_t>::min();
+    std::int64_t num_tied = blocks;
+    if (blocks > count) {
+        bound = kth_largest(values, blocks, count, ordered(max));
+        std::int32_t above = 0;
+#pragma omp simd reduction(+ : above)
+        for (std::int64_t b = 0; b < blocks; ++b) above += values[b] > bound;
+        num_tied = count - above;
+    }
+    std::int64_t n = 0;
+    const auto take = [&](std::int64_t block) {
+        if (values[block] == bound && num_tied-- <= 0) return;
+        const std::int64_t start = block * kBlock;
+        const auto value = [&](std::int64_t i) { return ordered(Type::widen(x[start + i])); };
+        for_each(
+            std::min(kBlock, size - start), [&](std::int64_t i) { return value(i) >= bound; },
+            [&](std::int64_t i) {
+                found[n++] = (static_cast<std::int64_t>(value(i)) << 32) +
+                             (kMaxVocabSize - (vocab_start + start + i));
+            });
+    };
+    for (std::int64_t b = 0; b < blocks; b += kBlock)
+        for_each(
+            std::min(kBlock, blocks - b), [&](std::int64_t i) { return values[b + i] >= bound; },
+            [&](std::int64_t i) { take(b + i); });
+    sort_largest(found, n, count, keys);
+}
+
+struct Row {
+    const void *data, *next;
+    std::int64_t size, vocab_start, count;
+    bool given;
+    float* max;
+    std::int64_t *total, *keys;
+};
+
+template <class Type>
+INLINE void row_body(const Row& row, Scratch& scratch) {
+    const auto* x = static_cast<const typename Type::Stored*>(row.data);
+    const float found = find_maxima<Type>(x, row.size, scratch.block_maxima.data());
+    if (!row.given) *row.max = found;
+    const float max = *row.max;
+    if (!std::isfinite(max) || !(found <= max)) {
+        *row.total = 0;
+        std::fill(row.keys, row.keys + row.count, 0);
+        return;
+    }
+    first_tokens<Type>(x, row.size, found, row.vocab_start, row.count, scratch, row.keys);
+    *row.total = total_mass<Type>(x, row.size, max, scratch.block_maxima.data(),
+                                  static_cast<const typename Type::Stored*>(row.next));
+}
+
+#define ROWS_OF(TYPE)                                                                            \
+    FOR_EVERY_LEVEL(void, row_##TYPE, (const Row& row, Scratch& scratch), row_body<TYPE>,        \
+                    (row, scratch))                                                              \
+    FOR_EVERY_LEVEL(float, max_##TYPE,                                                           \
+                    (const TYPE::Stored* x, std::int64_t size, float* block_maxima),             \
+                    find_maxima<TYPE>, (x, size, block_maxima))
+ROWS_OF(Fp32)
+ROWS_OF(Bf16)
+ROWS_OF(Fp16)
+#undef ROWS_OF
+
+const char* address(const Logits& logits, std::int64_t row) {
+    const std::int64_t width = logits.type == LogitType::fp32 ? 4 : 2;
+    return static_cast<const char*>(logits.data) + row * logits.stride * width;
+}
+
+int team_size(const Logits& logits, int threads) {
+    return static_cast<int>(std::clamp<std::int64_t>(logits.rows, 1, std::max(threads, 1)));
+}
+
+}  // namespace
+
+void row_maxima(const Logits& logits, float* maxima, int threads) {
+#pragma omp parallel for schedule(static) num_threads(team_size(logits, threads))
+    for (std::int64_t i = 0; i < logits.rows; ++i) {
+        const void* const x = address(logits, i);
+        switch (logits.type) {
+            case LogitType::fp32:
+                maxima[i] = max_Fp32(static_cast<const float*>(x), logits.size, nullptr);
+                break;
+            case LogitType::bf16:
+                maxima[i] = max_Bf16(static_cast<const std::uint16_t*>(x), logits.size, nullptr);
+                break;
+            case LogitType::fp16:
+                maxima[i] = max_Fp16(static_cast<const std::uint16_t*>(x), logits.size, nullptr);
+                break;
+        }
+    }
+}
+
+void shard_tokens(const Logits& logits, std::int64_t vocab_start, std::int64_t count, bool given,
+                  float* maxima, std::int64_t* totals, std::int64_t* keys, int threads) {
+#pragma omp parallel num_threads(team_size(logits, threads))
+    {
+        Scratch scratch(logits.size, count);
+        // Rows that follow each other to one thread, which asks for the next one ahead.
+#pragma omp for schedule(static)
+        for (std::int64_t i = 0; i < logits.rows; ++i) {
+            const Row row{address(logits, i),
+                          i + 1 < logits.rows ? address(logits, i + 1) : nullptr,
+                          logits.size,
+                          vocab_start,
+                          count,
+                          given,
+                          maxima + i,
+                          totals + i,
+                          keys + i * count};
+            switch (logits.type) {
+                case LogitType::fp32: row_Fp32(row, scratch); break;
+                case LogitType::bf16: row_Bf16(row, scratch); break;
+                case LogitType::fp16: row_Fp16(row, scratch); break;
+            }
+        }
+    }
+}

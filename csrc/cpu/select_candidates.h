@@ -1,0 +1,23 @@
+// One rank's part of candidate selection; megatron_replay/functional/shard_selection.py and
+// token_mass.py have the definition, and these functions its bits.
+#pragma once
+
+#include <cstdint>
+
+enum class LogitType { fp32, bf16, fp16 };
+
+// [rows, size]; rows ``stride`` elements apart, of any alignment.
+struct Logits {
+    const void* data;
+    LogitType type;
+    std::int64_t rows, size, stride;
+};
+
+// maxima[row]: the row's largest logit; +inf where it holds a NaN.
+void row_maxima(const Logits& logits, float* maxima, int threads);
+
+// maxima[row]: given, or (when ``given`` is not) found; totals[row]: the shard's mass; keys[row]:
+// its first ``count`` tokens, descending; 1 <= count <= size. Of a row without a finite maximum,
+// zeros.
+void shard_tokens(const Logits& logits, std::int64_t vocab_start, std::int64_t count, bool given,
+                  float* maxima, std::int64_t* totals, std::int64_t* keys, int threads);

@@ -1,0 +1,74 @@
+"""Candidate selection compiled for the CPU (csrc/cpu): ``functional.shard_selection``'s functions,
+bit for bit, on fp32, bf16 and fp16 logits.
+
+Rows are divided among ``torch.get_num_threads()`` threads. Where a row's maximum is not known
+beforehand, the row is read from memory once. Importing this fails where the module was not built.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_replay.errors import ConfigError
+from megatron_replay.functional.shard_selection import SelectionKernel, ShardTokens
+from megatron_replay.kernels import _cpu
+
+#: The order is csrc/cpu/select_candidates.h's.
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def row_maxima(logits_TV: Tensor) -> Tensor:
+    """As ``functional.shard_selection.row_maxima``. Raises ConfigError: not logits of the CPU."""
+    logits_TV = _checked(logits_TV)
+    max_T = torch.empty(len(logits_TV), dtype=torch.float32)
+    _cpu.row_maxima(_rows(logits_TV), max_T.data_ptr(), torch.get_num_threads())
+    return max_T
+
+
+def shard_tokens(
+    logits_TV: Tensor, max_T: Tensor | None, *, vocab_start: int, count: int
+) -> ShardTokens:
+    """As ``functional.shard_selection.shard_tokens``. Raises ConfigError: as ``row_maxima``."""
+    logits_TV = _checked(logits_TV)
+    T, V = logits_TV.shape
+    count = min(count, V)
+    assert count > 0
+    # A copy: the compiled code finds maxima in the place where it otherwise reads them.
+    maxima_T = torch.empty(T) if max_T is None else max_T.clone()
+    assert maxima_T.is_cpu
+    assert (maxima_T.dtype, maxima_T.shape) == (torch.float32, (T,))
+    total_T = torch.empty(T, dtype=torch.int64)
+    keys_TK = torch.empty(T, count, dtype=torch.int64)
+    _cpu.shard_tokens(
+        _rows(logits_TV),
+        vocab_start,
+        count,
+        max_T is not None,
+        maxima_T.data_ptr(),
+        total_T.data_ptr(),
+        keys_TK.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return ShardTokens(maxima_T, total_T, keys_TK)
+
+
+def _checked(logits_TV: Tensor) -> Tensor:
+    """The logits, with each row's in one piece: a copy, if they are not."""
+    if not logits_TV.is_cpu or logits_TV.dtype not in _TYPES:
+        raise ConfigError(
+            "unusable logits",
+            where="candidate selection's cpu kernel",
+            expected=" or ".join(map(str, _TYPES)) + " on the CPU",
+            found=f"{logits_TV.dtype} on {logits_TV.device}",
+            fix='Choose "auto" or "torch"',
+        )
+    return logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
+
+
+def _rows(logits_TV: Tensor) -> tuple[int, int, int, int, int]:
+    address, type_ = logits_TV.data_ptr(), _TYPES.index(logits_TV.dtype)
+    return address, type_, *logits_TV.shape, logits_TV.stride(0)
+
+
+selection = SelectionKernel("cpu", row_maxima, shard_tokens)

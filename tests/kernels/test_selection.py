@@ -1,0 +1,114 @@
+"""Candidate selection's compiled forms have the torch form's bits: on every level of the processor,
+for any number of threads, and wherever logits lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_replay.errors import ConfigError
+from megatron_replay.functional import CandidateSets, select_candidates
+from megatron_replay.functional.shard_selection import TORCH_SELECTION, SelectionKernel
+from megatron_replay.kernels import _cpu
+from megatron_replay.kernels.cpu.selection import selection
+from tests.kernels.conftest import LEVELS
+from tests.kernels.selection_cases import COUNTS, DTYPES, Case, cases, logits, same
+from tests.kernels.test_threads import in_threads
+
+
+@pytest.fixture(params=LEVELS)
+def kernel(request: pytest.FixtureRequest) -> Iterator[SelectionKernel]:
+    best = _cpu.level()
+    if LEVELS.index(request.param) > LEVELS.index(best):
+        pytest.skip(f"this processor has no {request.param}")
+    _cpu.use_level(request.param)
+    yield selection
+    _cpu.use_level(best)
+
+
+def test_every_case_has_the_bits_of_torch(kernel):
+    assert [found for case in cases() for found in case.differences(kernel)] == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_vocabulary_of_a_real_model(kernel, dtype):
+    generator = torch.Generator().manual_seed(1)
+    for kind in ("gauss", "tied", "masked", "equal"):
+        logits_TV = logits(kind, 2, 151_936, generator).to(dtype)
+        assert Case(kind, logits_TV, None, 0, 200).differences(kernel) == []
+
+
+def test_masses_of_every_size(kernel):
+    """Each alone beside a maximum, so that one wrong in its last unit is seen."""
+    x = -torch.cat([torch.logspace(-9, math.log10(29), 6000), torch.arange(0, 29, 0.0078125)])
+    logits_TV = torch.stack([x, torch.zeros_like(x)], 1)
+    assert Case("one mass", logits_TV, None, 0, 2).differences(kernel) == []
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_bits_do_not_depend_on_threads(threads):
+    generator = torch.Generator().manual_seed(2)
+    case = Case("threads", logits("tied", 7, 3000, generator), None, 0, 200)
+    assert in_threads(threads, lambda: case.differences(selection)) == []
+
+
+def test_logits_may_lie_anywhere(kernel):
+    generator = torch.Generator().manual_seed(3)
+    around = logits("gauss", 8, 1300, generator)
+    for dtype in DTYPES:
+        memory = around.to(dtype)
+        for part in (memory[:, 3:1003], memory[::2, 7:], memory.T, memory[:, ::3], memory[:0]):
+            assert Case("a view", part, None, 5, 20).differences(kernel) == []
+
+
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_anywhere_makes_the_maximum_infinite(kernel, nan, dtype):
+    for place in (0, 1, 63, 64, 100, 129):
+        logits_TV = torch.zeros(3, 130, dtype=dtype)
+        logits_TV[1, place] = nan
+        logits_TV[2, place] = -math.inf
+        expected = torch.tensor([0.0, math.inf, 0.0])
+        assert same(kernel.row_maxima(logits_TV), expected)
+        assert same(kernel.shard_tokens(logits_TV, None, vocab_start=0, count=9).max_T, expected)
+
+
+def test_rows_without_a_finite_maximum_do_no_harm(kernel):
+    logits_TV = torch.tensor([[math.inf, 0.0, 1.0], [-math.inf] * 3, [0.0, -math.inf, 2.0]])
+    found = kernel.shard_tokens(logits_TV, None, vocab_start=0, count=2)
+    assert found.max_T.tolist() == [math.inf, -math.inf, 2.0]
+    alone = TORCH_SELECTION.shard_tokens(logits_TV[2:], None, vocab_start=0, count=2)
+    assert same(found.keys_TK[2:], alone.keys_TK)
+    assert same(found.total_T[2:], alone.total_T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sets_are_the_same_byte_for_byte(kernel, dtype):
+    generator = torch.Generator().manual_seed(4)
+    for count in COUNTS:
+        logits_TV = logits("gauss", 5, 2500, generator).to(dtype)
+        labels_T = torch.randint(2500, (5,), generator=generator)
+        plain, compiled = (
+            select_candidates(logits_TV, labels_T, max_candidates=count, kernel=form)
+            for form in (TORCH_SELECTION, kernel)
+        )
+        for name in CandidateSets.__dataclass_fields__:
+            assert same(getattr(plain, name), getattr(compiled, name)), name
+
+
+def test_the_given_maxima_are_not_written_to(kernel):
+    max_T = torch.ones(2)
+    kernel.shard_tokens(torch.zeros(2, 5), max_T, vocab_start=0, count=2)
+    assert max_T.tolist() == [1.0, 1.0]
+
+
+def test_other_logits_are_refused():
+    for wrong in (torch.zeros(2, 5).double(), torch.zeros(2, 5, device="meta")):
+        with pytest.raises(ConfigError, match="unusable logits"):
+            selection.row_maxima(wrong)
+        with pytest.raises(ConfigError, match="unusable logits"):
+            selection.shard_tokens(wrong, None, vocab_start=0, count=2)
