@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from megatron_replay.functional import restricted_cross_entropy
+from megatron_replay.functional.shard_head import Softmax, shard_sets
 from megatron_replay.kernels.triton import head as kernels
 from tests.functional.references import HeadCase, error, head_case
 
@@ -168,6 +169,38 @@ def test_the_head_is_that_of_float64(groups: int, ghost: bool, dtype: torch.dtyp
     assert error(loss_N, dense[0]) < 1e-6
     assert error(hidden_grad_NH, dense[1]) < (1e-6 if dtype is torch.float32 else 4e-3)
     assert error(weight_grad_VH, dense[2]) < 1e-6
+
+
+def test_a_shard_has_candidates_of_some_positions_only() -> None:
+    case = head_case(T=20, V=60, H=8, seed=3, share=0.05)
+    shard = slice(20, 45)
+    weight_VH, mask_NV = case.weight_VH[shard], case.mask_GV[:, shard]
+    sets = shard_sets(
+        case.ids, case.offsets, case.labels_T, None, vocab_start=20, num_rows=len(weight_VH)
+    )
+    assert not mask_NV.any(1).all()
+    head = kernels.head(sets)
+    max_N, sum_N, gold_N = head.forward(case.hidden_TH, weight_VH, hidden_grad=True)
+    z_NV = (case.hidden_TH.double() @ weight_VH.double().T).masked_fill(~mask_NV, -math.inf)
+    label_NV = torch.nn.functional.one_hot(case.labels_T, 60)[:, shard]
+    torch.testing.assert_close(max_N.double(), z_NV.amax(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(max_N + sum_N.log(), z_NV.logsumexp(1).float())
+    torch.testing.assert_close(gold_N, z_NV.masked_fill(label_NV == 0, -math.inf).amax(1).float())
+
+    softmax = Softmax(torch.full((20,), 2.0), torch.full((20,), 3.0))
+    weight_grad_VH = torch.zeros_like(weight_VH)
+    hidden_grad_NH = head.backward(
+        case.hidden_TH,
+        weight_VH,
+        softmax,
+        case.upstream_T,
+        hidden_grad=True,
+        weight_grad_out=weight_grad_VH,
+    )
+    slope_NV = ((z_NV - 2).exp() / 3 - label_NV) * case.upstream_T.double()[:, None]
+    assert hidden_grad_NH is not None
+    assert error(hidden_grad_NH, slope_NV @ weight_VH.double()) < 1e-6
+    assert error(weight_grad_VH, slope_NV.T @ case.hidden_TH.double()) < 1e-6
 
 
 def test_the_order_of_programs_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 from megatron_replay.functional import restricted_cross_entropy
 from megatron_replay.kernels.triton import head as pairwise
 from megatron_replay.kernels.triton import head_tiles as kernels
-from megatron_replay.kernels.triton.tile_map import BLOCK, TILE, minhash_order, tile_map
+from megatron_replay.kernels.triton.tile_map import BLOCK, TILE, overlap_order, tile_map
 from tests.functional.references import error, head_case
 from tests.kernels.triton_head_interpreted import apart, normal, owners, ragged
 
@@ -130,13 +130,16 @@ def test_the_map_tells_each_pair_once() -> None:
     assert tiles.segments.flatten()[: len(SIZES)].equal(order.int())
 
 
-def test_sets_that_share_their_least_hash_are_neighbours() -> None:
-    """Two kinds of sets in turns, each with an id of its own for each set."""
+def test_sets_that_share_ids_become_neighbours() -> None:
+    """Two kinds of sets in turns, each with an id of its own for each set; and larger ones."""
     kinds = torch.tensor([[0, 1, 2, 3, 4, 5], [10, 11, 12, 13, 14, 15]]).repeat(20, 1)
-    ids = torch.cat([kinds, 100 + torch.arange(40)[:, None]], 1).int().flatten()
-    order = minhash_order(ids, torch.arange(41) * 7)
-    assert order.sort().values.equal(torch.arange(40))
-    together = (order[1:] % 2 == order[:-1] % 2).sum()
+    sets = [*torch.cat([kinds, 100 + torch.arange(40)[:, None]], 1)]
+    sets[30:30] = [torch.arange(8)] * 2
+    sizes = torch.tensor([0, *map(len, sets)])
+    order = overlap_order(torch.cat(sets).int(), sizes.cumsum(0))
+    assert order.sort().values.equal(torch.arange(42))
+    assert order[:2].tolist() == [30, 31]
+    together = (order[3:] % 2 == order[2:-1] % 2).sum()
     assert together >= 30  # 0 in turns; an id of its own is the least of 7 once in 7
 
 

@@ -8,8 +8,8 @@ Segments share indices: the union of a tile's is fewer rows than its pairs, and 
 ``head.gather_dot`` gives them.
 
 bf16 operands, whose products and sums are exact to fp32: a coefficient is taken as the sum of three
-bf16 numbers. Others go to ``head``'s operators, for the matrix units would cut their bits. No
-atomics: equal input gives equal bits.
+bf16 numbers. Others go to ``head``'s operators, for the matrix units would cut their bits. A row
+that is not finite spoils its whole tile. No atomics: equal input gives equal bits.
 
 Compiled for sm_90 and run in Triton's interpreter on a CPU; not run on a GPU yet, so not timed and
 not the default.
@@ -34,7 +34,7 @@ from megatron_replay.kernels.triton.tile_map import (
     BLOCK,
     TILE,
     TileMap,
-    minhash_order,
+    overlap_order,
     tile_map,
 )
 
@@ -55,7 +55,7 @@ class TileOperators:
         H = hidden_NH.shape[1]
         if not (len(ids) and _are_bf16(hidden_NH, weight_VH)):
             return pairwise.gather_dot(hidden_NH, weight_VH, ids, offsets)
-        tiles = self._tiles_of_sets(ids, offsets, len(weight_VH))
+        tiles = self._tiles(ids, offsets, len(weight_VH))
         z = torch.empty(len(ids), dtype=torch.float32, device=ids.device)
         strides = (*hidden_NH.stride(), *weight_VH.stride())
         operands = (hidden_NH, weight_VH, z, *tiles, len(tiles.segments))
@@ -81,22 +81,18 @@ class TileOperators:
         if not (len(indices) and _are_bf16(source_MH)):
             pairs = (indices, coefficients, offsets)
             return pairwise.segment_axpy_(out_RH, source_MH, *pairs, rows=rows)
-        if rows is None:
-            tiles = self._tiles_of_sets(indices, offsets, len(source_MH))
-        else:
-            # An id of all positions would make the tiles of all the rare ones as long as its own.
-            order = offsets.diff().sort(descending=True, stable=True).indices
-            tiles = tile_map(indices, offsets, len(source_MH), order)
+        tiles = self._tiles(indices, offsets, len(source_MH))
         strides = (*out_RH.stride(), *source_MH.stride())
         operands = (out_RH, source_MH, coefficients, rows, *tiles)
         grid = (len(tiles.segments), triton.cdiv(H, AXPY["CHANNELS"]))
         launch(_tile_axpys, grid, *operands, grid[0], H, *strides, **AXPY)
         return out_RH
 
-    def _tiles_of_sets(self, ids: Tensor, offsets: Tensor, bound: int) -> TileMap:
-        """The same for z and for dH."""
-        if self._mapped is None or self._mapped[0] is not ids:
-            self._mapped = ids, tile_map(ids, offsets, bound, minhash_order(ids, offsets))
+    def _tiles(self, indices: Tensor, offsets: Tensor, bound: int) -> TileMap:
+        """Those of the last call are kept: z and dH have the same."""
+        if self._mapped is None or self._mapped[0] is not indices:
+            order_S = overlap_order(indices, offsets)
+            self._mapped = indices, tile_map(indices, offsets, bound, order_S)
         return self._mapped[1]
 
 

@@ -82,17 +82,20 @@ def tile_map(indices: Tensor, offsets: Tensor, bound: int, order_S: Tensor) -> T
     )
 
 
-def minhash_order(indices: Tensor, offsets: Tensor) -> Tensor:
-    """Segments by the least hash among their indices, int64 [S]: those that share it are together.
+def overlap_order(indices: Tensor, offsets: Tensor) -> Tensor:
+    """Segments whose indices are likely to be shared side by side: int64 [S].
 
-    Two sets share it with the probability |A and B| / |A or B|. Empty sets come last.
+    By size, to a power of two, the largest first: one large segment would make the union of 63
+    small ones large. Then by the least hash among the indices, which two segments share with the
+    probability |A and B| / |A or B|.
     """
     S = len(offsets) - 1
     segment_P = _segment_P(indices, offsets)
     # Knuth's multiplicative hash: odd, so that no two 32-bit ids share one.
     hash_P = indices.long() * 2654435761 & 0xFFFFFFFF
-    least_S = hash_P.new_full((S,), 1 << 32).scatter_reduce(0, segment_P, hash_P, "amin")
-    return least_S.sort(stable=True).indices
+    key_S = hash_P.new_full((S,), 1 << 32).scatter_reduce(0, segment_P, hash_P, "amin")
+    key_S -= torch.frexp(offsets.diff().double()).exponent.long() << 33
+    return key_S.sort(stable=True).indices
 
 
 def _segment_P(indices: Tensor, offsets: Tensor) -> Tensor:
