@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_replay import kernels
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.config import CandidatesConfig, DataConfig
 from megatron_replay.data.corpus import Corpus
@@ -28,6 +27,7 @@ from megatron_replay.data.packing import (
 from megatron_replay.data.replay import eligible_rows
 from megatron_replay.forward import forward_only
 from megatron_replay.functional import CandidateSets, select_candidates, select_positions
+from megatron_replay.functional.shard_selection import SelectionKernel
 from megatron_replay.model.rows import HiddenStates
 from megatron_replay.parallel import Parallel
 from megatron_replay.store import DocumentCandidates
@@ -74,13 +74,11 @@ class Collector:
         corpus: Corpus,
         model: LoadedModel,
         groups: Parallel,
+        kernel: SelectionKernel,
     ) -> None:
         self._settings, self._data = settings, data
         self._corpus, self._model, self._groups = corpus, model, groups
-        like = next(model.module.parameters())
-        self._kernel = kernels.SELECTION.choose(settings.selection_backend, like)
-        #: For the log.
-        self.kernel = kernels.SELECTION.describe(settings.selection_backend, like)
+        self._kernel = kernel
         self.fitted = fit_documents(corpus.lengths, data.seq_length, data.long_documents)
 
     def collect(self, documents: np.ndarray) -> dict[int, DocumentCandidates]:

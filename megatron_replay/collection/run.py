@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
+from megatron_replay import kernels
 from megatron_replay.checkpoint.load import LoadedModel, checkpoint_fingerprint, load_model
 from megatron_replay.collection.collector import NO_CANDIDATES, Collector
 from megatron_replay.config import Stage0Config
@@ -20,13 +22,17 @@ from megatron_replay.store.summary import summarize, summary_text
 def collect(config: Stage0Config, groups: Parallel) -> None:
     """Write the store, or what an interrupted run left of it, and print its summary."""
     corpus = Corpus(config.data.data_path)
+    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+    like = torch.empty(0, dtype=dtype, device=groups.device)
+    backend = config.candidates.selection_backend
+    kernel = kernels.SELECTION.choose(backend, like)  # before minutes of loading, if it cannot run
     model = load_model(config.model, config.parallel, groups)
     require_vocabulary(corpus, model.shape)
     writer = _open_writer(config, corpus, model, groups)
-    collector = Collector(config.candidates, config.data, corpus, model, groups)
+    collector = Collector(config.candidates, config.data, corpus, model, groups, kernel)
     require_context(collector.fitted.lengths, model.shape)
     if groups.rank == 0:
-        print(f"candidate selection: {collector.kernel}")
+        print(f"candidate selection: {kernels.SELECTION.describe(backend, like)}")
         report_long_documents(collector.fitted, config.data.long_documents)
     missing = groups.broadcast(writer.missing_shards())
     mine = missing[groups.dp_rank :: groups.dp_size]

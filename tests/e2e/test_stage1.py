@@ -106,6 +106,25 @@ def test_layouts_agree_with_every_option(folder, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("scope", ["position", "document"])
+def test_every_head_backend_trains_alike(folder, tmp_path, scope):
+    """The same losses, and one line that says which form it was."""
+    runs = {}
+    for backend, says in (
+        ("torch", "torch kernels"), ("union", "union kernels"), ("cpu", "cpu kernels"),
+        ("auto", "cpu kernels"),
+    ):  # fmt: skip
+        extra = ["--candidate-scope", scope, "--tail", "ghost", "--head-backend", backend]
+        said = stages.succeed("stage1", *argv(folder, tmp_path / backend, *extra), tp=2)
+        assert said.count("restricted head: ") == 1
+        assert f"restricted head: {says}\n" in said
+        runs[backend] = stages.losses(tmp_path / backend)
+    assert runs["auto"] == runs["cpu"]
+    for backend in ("union", "cpu"):
+        assert runs[backend] == pytest.approx(runs["torch"], abs=1e-5), backend
+
+
+@pytest.mark.distributed
 def test_an_epoch_sees_every_recorded_position_once(folder, tmp_path):
     stages.succeed("stage1", *argv(folder, tmp_path / "run"), dp=2)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -288,6 +307,18 @@ class TestMistakes:
         extra = ["--load", tmp_path / "short"]
         message = stages.fail("stage1", *argv(folder, tmp_path / "run", *extra), code=2)
         assert "at most 16 positions" in message
+
+    @pytest.mark.parametrize("backend", ["triton", "ascend"])
+    def test_a_head_backend_that_cannot_run(self, folder, tmp_path, backend):
+        extra = ["--head-backend", backend]
+        message = stages.fail("stage1", *argv(folder, tmp_path / "run", *extra), code=2)
+        assert f"the {backend} form cannot run" in message
+        assert "a tensor on cpu, where it runs on" in message
+
+    def test_a_head_backend_under_full_softmax(self, folder, tmp_path):
+        extra = ["--loss", "full", "--head-backend", "cpu"]
+        message = stages.fail("stage1", *argv(folder, tmp_path / "run", *extra), code=2)
+        assert "--head-backend" in message
 
     def test_tp_that_does_not_divide(self, folder, tmp_path):
         message = stages.fail("stage1", *argv(folder, tmp_path / "run"), tp=3, code=2)

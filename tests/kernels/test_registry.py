@@ -9,7 +9,8 @@ import torch
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.functional.momentum_step import Coefficients
-from megatron_replay.kernels import OPTIMIZER, registry
+from megatron_replay.kernels import HEAD, OPTIMIZER, SELECTION, registry
+from megatron_replay.kernels.ascend import operators as ascend_operators
 
 FINE = torch.zeros(4, 4)
 ONES = Coefficients(*[1.0] * 11).pack(FINE)
@@ -97,3 +98,50 @@ def test_no_tensors_make_no_sums():
     kernels = OPTIMIZER.choose("cpu", FINE)
     assert kernels.dot_products([], []).shape == (0, 3)
     assert kernels.square_sums([]).shape == (0,)
+
+
+def test_the_head_s_forms():
+    assert HEAD.names == ("auto", "torch", "union", "cpu", "triton", "ascend")
+    assert HEAD.resolve("auto", FINE) == HEAD.resolve("auto", FINE.bfloat16()) == "cpu"
+    assert HEAD.describe("auto", FINE) == "cpu kernels"
+    assert HEAD.describe("torch", FINE) == "torch kernels"
+
+
+def test_auto_says_what_keeps_it_from_better():
+    """fp16 is no dtype of the CPU's kernels: dense products over unions it is."""
+    half = FINE.half()
+    assert HEAD.resolve("auto", half) == "union"
+    assert HEAD.describe("auto", half) == (
+        "union kernels, not the faster cpu ones: a tensor of torch.float16, where it takes "
+        "torch.float32 or torch.bfloat16"
+    )
+    with pytest.raises(ConfigError, match="the restricted head: the cpu form cannot run"):
+        HEAD.choose("cpu", half)
+
+
+@pytest.mark.parametrize(("name", "device"), [("triton", "cuda"), ("ascend", "npu")])
+def test_a_head_of_another_device_is_refused(name, device):
+    with pytest.raises(ConfigError, match=f"a tensor on cpu, where it runs on {device}"):
+        HEAD.choose(name, FINE)
+
+
+def test_the_npu_s_head_needs_its_module(monkeypatch, operators):
+    """Without CANN there is none; with the emulated one in its place it runs."""
+    assert "pip install -e ." in registry._load(HEAD, "ascend")
+    registry._load.cache_clear()
+    monkeypatch.setitem(sys.modules, "megatron_replay.kernels._ascend", operators)
+    monkeypatch.delitem(sys.modules, "megatron_replay.kernels.ascend.head", raising=False)
+    ascend_operators.load.cache_clear()
+    try:
+        assert callable(registry._load(HEAD, "ascend"))
+    finally:
+        registry._load.cache_clear()
+        ascend_operators.load.cache_clear()
+        sys.modules.pop("megatron_replay.kernels.ascend.head", None)
+
+
+def test_selection_s_forms():
+    assert SELECTION.names == ("auto", "torch", "cpu", "triton")
+    assert SELECTION.choose("auto", FINE).name == "cpu"
+    assert SELECTION.choose("auto", FINE.half()).name == "cpu"
+    assert SELECTION.choose("torch", FINE).name == "torch"
