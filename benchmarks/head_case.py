@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.real_sets import Sets, real_sets
-from megatron_replay.functional.shard_head import ShardSets, shard_sets
+from megatron_replay.functional.shard_head import ShardSets, VocabShard, shard_sets
 
 MEAN_SIZE, LARGEST_SIZE = 100, 200
 REGIMES = ("real", "zipf", "uniform")
@@ -77,8 +77,7 @@ class Batch:
             sets.offsets,
             sets.labels,
             sets.starts if documents else None,
-            vocab_start=0,
-            num_rows=len(self.weight),
+            VocabShard(0, 1, len(self.weight)),
         )
 
     def clear(self) -> None:

@@ -14,6 +14,7 @@ from megatron_replay.functional.restricted_cross_entropy import (
     check_shapes,
     restricted_cross_entropy,
 )
+from megatron_replay.functional.shard_head import VocabShard, shard_labels
 from megatron_replay.functional.sharded_cross_entropy import ShardedCrossEntropy
 from megatron_replay.functional.tiled_head import Tile, TiledHead
 
@@ -27,6 +28,7 @@ def vocab_parallel_cross_entropy(
     labels_N: Tensor,
     *,
     vocab_start: int = 0,
+    vocab_stride: int = 1,
     tp_group: dist.ProcessGroup | None = None,
     weight_grad_out: Tensor | None = None,
     reduce_hidden_grad: bool = True,
@@ -36,7 +38,8 @@ def vocab_parallel_cross_entropy(
 
     Args:
         hidden_NH: [N, H], whole on every rank of ``tp_group``.
-        weight_VH: [V, H], this rank's rows, of ids ``vocab_start`` to ``vocab_start + V``.
+        weight_VH: [V, H], this rank's rows: row r is that of id ``vocab_start + r vocab_stride``.
+            Shards ascend with the rank.
         labels_N: int64 [N], ids of the whole vocabulary; one outside it gives a loss of +inf.
         reduce_hidden_grad: sum the gradient of ``hidden_NH`` over ``tp_group``; False where the
             caller's region does.
@@ -65,12 +68,13 @@ def vocab_parallel_cross_entropy(
         for rows in _slices(weight_VH.shape[0], _BLOCK_ROWS)
         for positions in _slices(hidden_NH.shape[0], chunk_rows)
     ]
-    local_labels_N = labels_N.long() - vocab_start
+    shard = VocabShard(vocab_start, vocab_stride, weight_VH.shape[0])
     return ShardedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_NH,
         weight_VH,
-        TiledHead(tiles, local_labels_N),
-        local_labels_N,
+        TiledHead(tiles, shard_labels(labels_N, shard)),
+        labels_N.long(),
+        shard,
         None,
         tp_group,
         reduce_hidden_grad,
@@ -87,6 +91,7 @@ def outside_mass(
     labels_N: Tensor,
     *,
     vocab_start: int = 0,
+    vocab_stride: int = 1,
     tp_group: dist.ProcessGroup | None = None,
     group_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -100,7 +105,12 @@ def outside_mass(
     of ``vocab_parallel_cross_entropy``.
     """
     full_N = vocab_parallel_cross_entropy(
-        hidden_NH, weight_VH, labels_N, vocab_start=vocab_start, tp_group=tp_group
+        hidden_NH,
+        weight_VH,
+        labels_N,
+        vocab_start=vocab_start,
+        vocab_stride=vocab_stride,
+        tp_group=tp_group,
     )
     restricted_N = restricted_cross_entropy(
         hidden_NH,
@@ -109,6 +119,7 @@ def outside_mass(
         candidate_offsets,
         labels_N,
         vocab_start=vocab_start,
+        vocab_stride=vocab_stride,
         tp_group=tp_group,
         group_offsets=group_offsets,
         validate=False,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.errors import DataError
-from megatron_replay.functional.shard_head import HeadForm, shard_sets
+from megatron_replay.functional.shard_head import HeadForm, VocabShard, shard_sets
 from megatron_replay.functional.sharded_cross_entropy import ShardedCrossEntropy
 from megatron_replay.functional.tiled_head import union_head
 
@@ -49,6 +49,7 @@ def restricted_cross_entropy(
     labels_T: Tensor,
     *,
     vocab_start: int = 0,
+    vocab_stride: int = 1,
     tp_group: dist.ProcessGroup | None = None,
     form: HeadForm = union_head,
     group_offsets: Tensor | None = None,
@@ -64,7 +65,8 @@ def restricted_cross_entropy(
 
     Args:
         hidden_TH: [T, H], whole on every rank of ``tp_group``.
-        weight_VH: [V, H], this rank's rows, of ids ``vocab_start`` to ``vocab_start + V``.
+        weight_VH: [V, H], this rank's rows: row r is that of id ``vocab_start + r vocab_stride``.
+            Shards ascend with the rank.
         candidate_ids: int32 [nnz], ids of the whole vocabulary, ascending in each set.
         candidate_offsets: int64 [G + 1] into ``candidate_ids``.
         labels_T: int64 [T], each in its position's set.
@@ -90,23 +92,18 @@ def restricted_cross_entropy(
     [T, H] if ``reduce_hidden_grad``; MAX of one number if ``validate``. Memory: that of the form.
     """
     check_shapes(hidden_TH, weight_VH, labels_T, tail_logit_T, weight_grad_out)
+    shard = VocabShard(vocab_start, vocab_stride, weight_VH.shape[0])
     if validate:
-        vocab_size = _vocab_size(weight_VH, vocab_start, tp_group)
+        vocab_size = _vocab_size(shard, weight_VH.device, tp_group)
         check_candidates(candidate_ids, candidate_offsets, labels_T, group_offsets, vocab_size)
         _check_tail(tail_logit_T)
-    sets = shard_sets(
-        candidate_ids,
-        candidate_offsets,
-        labels_T,
-        group_offsets,
-        vocab_start=vocab_start,
-        num_rows=weight_VH.shape[0],
-    )
+    sets = shard_sets(candidate_ids, candidate_offsets, labels_T, group_offsets, shard)
     return ShardedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_TH,
         weight_VH,
         form(sets),
-        sets.labels_N,
+        labels_T.long(),
+        shard,
         None if tail_logit_T is None else tail_logit_T.detach().float(),
         tp_group,
         reduce_hidden_grad,
@@ -212,9 +209,10 @@ def _check_tail(tail_logit_T: Tensor | None) -> None:
         raise DataError("a tail logit is NaN or +infinity", where="tail_logit_T")
 
 
-def _vocab_size(weight_VH: Tensor, vocab_start: int, tp_group: dist.ProcessGroup | None) -> int:
+def _vocab_size(shard: VocabShard, device: torch.device, tp_group: dist.ProcessGroup | None) -> int:
     """One past the last id of any shard."""
-    stop = torch.tensor(vocab_start + weight_VH.shape[0], device=weight_VH.device)
+    last = shard.start + shard.stride * (shard.num_rows - 1)
+    stop = torch.tensor(last + 1, device=device)
     if tp_group is not None:
         dist.all_reduce(stop, op=dist.ReduceOp.MAX, group=tp_group)
     return int(stop)

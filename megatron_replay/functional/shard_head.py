@@ -28,7 +28,7 @@ class ShardSets:
         offsets: int64 [G + 1] into ``ids``; a set may be empty.
         group_offsets: None: position n has set n (G = N). Otherwise int64 [G + 1]: positions
             ``group_offsets[g]`` to ``group_offsets[g + 1]`` share set g.
-        labels_N: int64, row of each label; below 0 or from V up where another shard has it.
+        labels_N: int64, row of each label; -1 where this shard does not have it.
         num_rows: V.
     """
 
@@ -71,16 +71,30 @@ class PairsById(NamedTuple):
     offsets: Tensor
 
 
+class VocabShard(NamedTuple):
+    """Ids ``start``, ``start + stride``, ...: row r of the shard's V has id start + r stride."""
+
+    start: int
+    stride: int
+    num_rows: int
+
+    def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(row of each id, whether the shard has it)."""
+        distance = ids - self.start
+        inside = (distance >= 0) & (distance < self.num_rows * self.stride)
+        if self.stride == 1:
+            return distance, inside
+        return distance // self.stride, inside & (distance % self.stride == 0)
+
+
 def shard_sets(
     candidate_ids: Tensor,
     candidate_offsets: Tensor,
     labels_N: Tensor,
     group_offsets: Tensor | None,
-    *,
-    vocab_start: int,
-    num_rows: int,
+    shard: VocabShard,
 ) -> ShardSets:
-    """Cut sets of the whole vocabulary down to ids ``vocab_start`` to ``vocab_start + num_rows``.
+    """Cut sets of the whole vocabulary down to those of ``shard``.
 
     Args:
         candidate_ids: int32 [nnz], ascending in each set.
@@ -88,15 +102,20 @@ def shard_sets(
         labels_N: int64, ids of the whole vocabulary.
         group_offsets: int64 [G + 1] or None, as in ``ShardSets``.
     """
-    ids = candidate_ids - vocab_start
-    inside = (ids >= 0) & (ids < num_rows)
+    rows, inside = shard.rows(candidate_ids)
     return ShardSets(
-        ids=ids[inside],
+        ids=rows[inside],
         offsets=torch.nn.functional.pad(inside.cumsum(0), (1, 0))[candidate_offsets],
         group_offsets=group_offsets,
-        labels_N=labels_N.long() - vocab_start,
-        num_rows=num_rows,
+        labels_N=shard_labels(labels_N, shard),
+        num_rows=shard.num_rows,
     )
+
+
+def shard_labels(labels_N: Tensor, shard: VocabShard) -> Tensor:
+    """Row of each label, int64; -1 where the shard does not have it."""
+    rows_N, inside_N = shard.rows(labels_N.long())
+    return rows_N.where(inside_N, -1)
 
 
 class Partials(NamedTuple):

@@ -14,16 +14,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_replay.functional.shard_head import Partials, ShardHead, Softmax, rescale, zeros
+from megatron_replay.functional.shard_head import (
+    Partials,
+    ShardHead,
+    Softmax,
+    VocabShard,
+    rescale,
+    zeros,
+)
 
 
 class ShardedCrossEntropy(torch.autograd.Function):
-    """``apply(hidden_NH, weight_VH, head, labels_N, tail_logit_N, tp_group, ...)``: loss, fp32 [N].
+    """``apply(hidden_NH, weight_VH, head, labels_N, shard, tail_logit_N, ...)``: loss, fp32 [N].
 
-    ``labels_N`` are counted from the shard's first row; one that no rank has gives a loss of +inf.
-    ``tail_logit_N`` is a constant or None. Then ``reduce_hidden_grad``: sum dH over ``tp_group``.
-    ``weight_grad_out``: fp32 [V, H] to which dW is added, autograd getting none; None for a dense
-    dW through autograd.
+    A label in ``labels_N``, ids of the whole vocabulary, that no rank's head finds gives a loss of
+    +inf. Shards ascend with the rank. ``tail_logit_N`` is a constant or None. Then ``tp_group``;
+    ``reduce_hidden_grad``: sum dH over it; ``weight_grad_out``: fp32 [V, H] to which dW is added,
+    autograd getting none, or None for a dense dW through autograd.
 
     Communication: all-reduce MAX fp32 [N], SUM fp32 [2, N]; in backward SUM fp32 [N, H] if
     ``reduce_hidden_grad``.
@@ -36,6 +43,7 @@ class ShardedCrossEntropy(torch.autograd.Function):
         weight_VH: Tensor,
         head: ShardHead,
         labels_N: Tensor,
+        shard: VocabShard,
         tail_logit_N: Tensor | None,
         tp_group: dist.ProcessGroup | None,
         reduce_hidden_grad: bool,
@@ -44,9 +52,7 @@ class ShardedCrossEntropy(torch.autograd.Function):
         """Each rank's partials, put together."""
         with _without_autocast(hidden_NH):
             partials = head.forward(hidden_NH, weight_VH, hidden_grad=ctx.needs_input_grad[0])
-        gold_N, softmax = _put_together(
-            partials, labels_N, weight_VH.shape[0], tail_logit_N, tp_group
-        )
+        gold_N, softmax = _put_together(partials, labels_N, shard, tail_logit_N, tp_group)
         ctx.save_for_backward(hidden_NH, weight_VH, *softmax)
         ctx.head, ctx.weight_grad_out = head, weight_grad_out
         ctx.summing_group = tp_group if reduce_hidden_grad else None
@@ -77,13 +83,13 @@ class ShardedCrossEntropy(torch.autograd.Function):
             hidden_grad = hidden_grad.to(hidden_NH.dtype)
         if weight_grad is not None:
             weight_grad = weight_grad.to(weight_VH.dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None, None
 
 
 def _put_together(
     partials: Partials,
     labels_N: Tensor,
-    num_rows: int,
+    shard: VocabShard,
     tail_logit_N: Tensor | None,
     tp_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Softmax]:
@@ -99,7 +105,7 @@ def _put_together(
     sum_N = sum_N * rescale(max_N, top_N)
     if shared:
         # The one rank that has the label adds its logit, the others 0: exact.
-        gold_N = torch.where(_is_others(labels_N, num_rows, tp_group), 0.0, gold_N)
+        gold_N = torch.where(_is_others(labels_N, shard, tp_group), 0.0, gold_N)
         packed_2N = torch.stack([sum_N, gold_N])
         dist.all_reduce(packed_2N, group=tp_group)
         sum_N, gold_N = packed_2N
@@ -108,12 +114,15 @@ def _put_together(
     return gold_N, Softmax(top_N, sum_N)
 
 
-def _is_others(labels_N: Tensor, num_rows: int, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """bool [N]: another rank has the label's row. One of no row at all is for the outer ranks."""
+def _is_others(labels_N: Tensor, shard: VocabShard, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """bool [N]: another rank has the label's row. The first and the last rank answer for labels
+    that none has.
+    """
     rank, size = dist.get_rank(tp_group), dist.get_world_size(tp_group)
-    below = (labels_N < 0) & (rank > 0)
-    above = (labels_N >= num_rows) & (rank < size - 1)
-    return below | above
+    last = shard.start + shard.stride * (shard.num_rows - 1)
+    below, above = labels_N < shard.start, labels_N > last
+    between = ~(below | above | shard.rows(labels_N)[1])
+    return (below & (rank > 0)) | (above & (rank < size - 1)) | between
 
 
 def _is_shared(tp_group: dist.ProcessGroup | None, num_positions: int) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_replay.errors import DataError
 from megatron_replay.functional import restricted_cross_entropy
 from megatron_replay.functional.pair_head import PairHead
-from megatron_replay.functional.shard_head import HeadForm, Softmax, rescale, shard_sets
+from megatron_replay.functional.shard_head import HeadForm, Softmax, VocabShard, rescale, shard_sets
 from megatron_replay.functional.tiled_head import dense_head, union_head
 from tests.functional.references import HeadCase, error, head_case
 from tests.kernels.threads import in_threads
@@ -161,10 +161,8 @@ def test_shards_put_together(form: HeadForm, bounds: list[int], groups: int) -> 
     case = head_case(T=11, V=31, H=16, seed=5, groups=groups, share=0.1, scale=0.25)
     shards = []
     for start, stop in itertools.pairwise(bounds):
-        sets = shard_sets(
-            case.ids, case.offsets, case.labels_T, case.group_offsets,
-            vocab_start=start, num_rows=stop - start,
-        )  # fmt: skip
+        shard = VocabShard(start, 1, stop - start)
+        sets = shard_sets(case.ids, case.offsets, case.labels_T, case.group_offsets, shard)
         head = form(sets)
         weight = case.weight_VH[start:stop].contiguous()
         shards.append((head, weight, head.forward(case.hidden_TH, weight, hidden_grad=True)))

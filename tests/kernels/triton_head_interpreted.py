@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from megatron_replay.functional import restricted_cross_entropy
-from megatron_replay.functional.shard_head import Softmax, shard_sets
+from megatron_replay.functional.shard_head import Softmax, VocabShard, shard_sets
 from megatron_replay.kernels.triton import head as kernels
 from tests.functional.references import HeadCase, error, head_case
 
@@ -175,9 +175,8 @@ def test_a_shard_has_candidates_of_some_positions_only() -> None:
     case = head_case(T=20, V=60, H=8, seed=3, share=0.05)
     shard = slice(20, 45)
     weight_VH, mask_NV = case.weight_VH[shard], case.mask_GV[:, shard]
-    sets = shard_sets(
-        case.ids, case.offsets, case.labels_T, None, vocab_start=20, num_rows=len(weight_VH)
-    )
+    vocabulary = VocabShard(20, 1, len(weight_VH))
+    sets = shard_sets(case.ids, case.offsets, case.labels_T, None, vocabulary)
     assert not mask_NV.any(1).all()
     head = kernels.head(sets)
     max_N, sum_N, gold_N = head.forward(case.hidden_TH, weight_VH, hidden_grad=True)
