@@ -21,7 +21,7 @@ from megatron_replay.functional.token_mass import token_masses
 
 MAX_VOCAB_SIZE = 1 << 24
 #: Ids of a block: few block maxima and few tokens in the chosen blocks, B + 64 K, are both wanted.
-_BLOCK = 64
+BLOCK = 64
 #: Logits handled at a time; temporaries are 24 bytes for each, 96 MiB. On the host those of a row
 #: of 152k should stay in the cache: chunks of 2^22 take three times as long.
 _CHUNK_ENTRIES = 1 << 22
@@ -94,19 +94,19 @@ def _chunk_tokens(
 ) -> ShardTokens:
     maxima_nB = _block_maxima(logits_nV)
     max_n = _nan_as_inf(maxima_nB.amax(1)) if max_n is None else max_n
-    keys_nK = _first_tokens(logits_nV, maxima_nB, vocab_start, count)
+    keys_nK = first_tokens(logits_nV, maxima_nB, vocab_start, count)
     return ShardTokens(max_n, token_masses(logits_nV, max_n).sum(1), keys_nK)
 
 
 def _block_maxima(logits_nV: Tensor) -> Tensor:
-    whole, rest = divmod(logits_nV.shape[1], _BLOCK)
-    blocks, tail = logits_nV.split([whole * _BLOCK, rest], 1)
-    maxima_nB = blocks.unflatten(1, (whole, _BLOCK)).amax(2)
+    whole, rest = divmod(logits_nV.shape[1], BLOCK)
+    blocks, tail = logits_nV.split([whole * BLOCK, rest], 1)
+    maxima_nB = blocks.unflatten(1, (whole, BLOCK)).amax(2)
     return torch.cat([maxima_nB, tail.amax(1, keepdim=True)], 1) if rest else maxima_nB
 
 
-def _first_tokens(logits_nV: Tensor, maxima_nB: Tensor, vocab_start: int, count: int) -> Tensor:
-    """Keys of the first ``count`` tokens, descending.
+def first_tokens(logits_nV: Tensor, maxima_nB: Tensor, vocab_start: int, count: int) -> Tensor:
+    """Keys of the first ``count`` tokens (all, if there are fewer), descending.
 
     They lie in the first ``count`` blocks by (maximum descending, block ascending). Else let t be
     one of them in a block b that ``count`` blocks come before. The first token of each that has its
@@ -115,13 +115,13 @@ def _first_tokens(logits_nV: Tensor, maxima_nB: Tensor, vocab_start: int, count:
     """
     V, B = logits_nV.shape[1], maxima_nB.shape[1]
     count = min(count, V)
-    ids = torch.arange(B * _BLOCK, device=logits_nV.device)
+    ids = torch.arange(B * BLOCK, device=logits_nV.device)
     if count >= B:
-        keys = token_keys(logits_nV, ids[:V] + vocab_start)
+        keys = token_keys(logits_nV.float(), ids[:V] + vocab_start)
     else:
         blocks_nK = token_keys(maxima_nB, ids[:B]).topk(count, dim=1, sorted=False).indices
-        ids_nC = (blocks_nK[:, :, None] * _BLOCK + ids[:_BLOCK]).flatten(1)
-        values_nC = logits_nV.gather(1, ids_nC.clamp(max=V - 1))
+        ids_nC = (blocks_nK[:, :, None] * BLOCK + ids[:BLOCK]).flatten(1)
+        values_nC = logits_nV.gather(1, ids_nC.clamp(max=V - 1)).float()
         if len(ids) > V:
             # What a short block lacks comes after every token, and every block holds a token.
             values_nC.masked_fill_(ids_nC >= V, -math.inf)

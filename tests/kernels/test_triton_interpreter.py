@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux only")
 @pytest.mark.parametrize(("checks", "interpret"), [("interpreted", "1"), ("compiled", "0")])
-@pytest.mark.parametrize("kernels", ["triton", "triton_head", "triton_head_tiles"])
+@pytest.mark.parametrize(
+    "kernels", ["triton", "triton_head", "triton_head_tiles", "triton_selection"]
+)
 def test_triton(kernels, checks, interpret, tmp_path):
     pytest_here = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider"]
     run = subprocess.run(
