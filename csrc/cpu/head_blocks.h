@@ -1,76 +1,82 @@
-// The restricted head's inner loops, over one block of 128 channels: eight registers of AVX-512.
+// The restricted head's inner loops, over one block of channels, as many as a few registers hold.
 //
-// A block of the positions' hidden states, or of the candidates' rows, is packed: contiguous and
-// fp32. So it stays in the L2 cache, where rows a power of two apart would evict each other; and a
-// row's part stays in registers while all its pairs pass.
+// A block of many rows is packed: fp32, a row's part beside the next row's. So it stays in the L2
+// cache, where parts of rows a power of two apart would evict each other.
 #pragma once
 
 #include <algorithm>
 
 #include "lanes.h"
 
-constexpr int kVectors = 8;
-constexpr int kBlock = kVectors * kLanes;
+// Channels of a block; a last block may have fewer, the others are then 0.
+template <int kVectors>
+constexpr int kWidth = kVectors * kLanes;
 
-// The loads of rows to come are begun this many rows ahead.
-constexpr std::int64_t kAhead = 6;
-
+template <int kVectors>
 struct Registers {
     Lanes v[kVectors];
 };
 
-template <class T>
-INLINE Registers load_block(const T* from) {
-    Registers r;
+template <int kVectors, class T>
+INLINE Registers<kVectors> load_block(const T* from) {
+    Registers<kVectors> r;
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) r.v[i] = load(from + kLanes * i);
     return r;
 }
 
-// Of a last block that has fewer channels: the others are 0.
-template <class T>
-INLINE Registers load_block(const T* from, int width) {
-    if (width == kBlock) return load_block(from);
-    float padded[kBlock] = {};
+template <int kVectors, class T>
+INLINE Registers<kVectors> load_block(const T* from, int width) {
+    if (width == kWidth<kVectors>) return load_block<kVectors>(from);
+    float padded[kWidth<kVectors>] = {};
     for (int i = 0; i < width; ++i) padded[i] = widened(from[i]);
-    return load_block(padded);
+    return load_block<kVectors>(padded);
 }
 
-INLINE void store_block(float* to, const Registers& r) {
+template <int kVectors>
+INLINE void store_block(float* to, const Registers<kVectors>& r) {
 #pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) store(to + kLanes * i, r.v[i]);
 }
 
-INLINE void add_block(float* to, const Registers& r, int width) {
-    if (width == kBlock) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kVectors; ++i) store(to + kLanes * i, load(to + kLanes * i) + r.v[i]);
-        return;
-    }
-    float padded[kBlock];
-    store_block(padded, r);
-    for (int i = 0; i < width; ++i) to[i] += padded[i];
-}
-
-INLINE void store_block(float* to, const Registers& r, int width) {
-    if (width == kBlock) return store_block(to, r);
-    float padded[kBlock];
+template <int kVectors>
+INLINE void store_block(float* to, const Registers<kVectors>& r, int width) {
+    if (width == kWidth<kVectors>) return store_block(to, r);
+    float padded[kWidth<kVectors>];
     store_block(padded, r);
     std::copy(padded, padded + width, to);
 }
 
-template <bool writing, class T>
+template <int kVectors>
+INLINE void add_block(float* to, const Registers<kVectors>& r, int width) {
+    if (width == kWidth<kVectors>) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; ++i) store(to + kLanes * i, load(to + kLanes * i) + r.v[i]);
+        return;
+    }
+    float padded[kWidth<kVectors>];
+    store_block(padded, r);
+    for (int i = 0; i < width; ++i) to[i] += padded[i];
+}
+
+// Begins to load a block, of a row that comes kAhead rows later: 64 cache lines of fp32.
+template <int kVectors>
+constexpr int kAhead = 64 / kVectors;
+
+template <int kVectors, bool writing, class T>
 INLINE void prefetch_block(const T* from) {
-    for (int i = 0; i < kBlock; i += 64 / static_cast<int>(sizeof(T)))
-        __builtin_prefetch(from + i, writing, 2);
+    constexpr int line = 64 / static_cast<int>(sizeof(T));
+    for (int i = 0; i < kWidth<kVectors>; i += line) __builtin_prefetch(from + i, writing, 2);
 }
 
 // sum over pairs of coefficient * packed[index].
-INLINE Registers weighted_sum(const float* packed, const std::int32_t* indices,
-                              const float* coefficients, std::int64_t pairs) {
-    Registers sum{};
+template <int kVectors>
+INLINE Registers<kVectors> weighted_sum(const float* packed, const std::int32_t* indices,
+                                        const float* coefficients, std::int64_t pairs) {
+    Registers<kVectors> sum{};
     for (std::int64_t k = 0; k < pairs; ++k) {
-        const float* const from = packed + static_cast<std::int64_t>(indices[k]) * kBlock;
+        const std::int64_t index = indices[k];
+        const float* const from = packed + index * kWidth<kVectors>;
         const float c = coefficients[k];
 #pragma GCC unroll 8
         for (int i = 0; i < kVectors; ++i) sum.v[i] += c * load(from + kLanes * i);
@@ -78,33 +84,36 @@ INLINE Registers weighted_sum(const float* packed, const std::int32_t* indices,
     return sum;
 }
 
-// Products of packed vectors with registers, summed over the block and added to consecutive floats,
-// in fours.
-class Sums {
+// Dot products over a block, added to consecutive floats, four at a time.
+class DotProducts {
   public:
-    INLINE explicit Sums(float* to) : to_(to) {}
-    INLINE void add(const Registers& a, const float* b) {
+    INLINE explicit DotProducts(float* to) : to_(to) {}
+
+    template <int kVectors>
+    INLINE void add(const Registers<kVectors>& a, const float* b) {
+        static_assert(kVectors % 2 == 0);
         Lanes even = a.v[0] * load(b), odd = a.v[1] * load(b + kLanes);
 #pragma GCC unroll 8
         for (int i = 2; i < kVectors; i += 2) {
             even += a.v[i] * load(b + kLanes * i);
             odd += a.v[i + 1] * load(b + kLanes * (i + 1));
         }
-        store(lanes_ + kLanes * waiting_, even + odd);
-        if (++waiting_ < 4) return;
-        add_sums_of_4(to_, lanes_);
+        waiting_[count_] = folded(even + odd);
+        if (++count_ < 4) return;
+        add_sums(to_, waiting_);
         to_ += 4;
-        waiting_ = 0;
+        count_ = 0;
     }
+
     INLINE void finish() {
         float sums[4] = {};
-        std::fill(lanes_ + kLanes * waiting_, lanes_ + 4 * kLanes, 0.0f);
-        add_sums_of_4(sums, lanes_);
-        for (int i = 0; i < waiting_; ++i) to_[i] += sums[i];
+        for (int i = count_; i < 4; ++i) waiting_[i] = Quarter{};
+        add_sums(sums, waiting_);
+        for (int i = 0; i < count_; ++i) to_[i] += sums[i];
     }
 
   private:
     float* to_;
-    int waiting_ = 0;
-    alignas(64) float lanes_[4 * kLanes];
+    int count_ = 0;
+    Quarter waiting_[4];
 };

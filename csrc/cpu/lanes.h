@@ -13,6 +13,7 @@
 constexpr int kLanes = 16;
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef float Quarter __attribute__((vector_size(kLanes)));
 
 using bf16 = std::uint16_t;
 
@@ -40,25 +41,31 @@ INLINE Lanes load(const bf16* from) {
     std::memcpy(&lanes, &words, sizeof lanes);
     return lanes;
 }
-INLINE void store(float* to, Lanes lanes) { std::memcpy(to, &lanes, sizeof lanes); }
+INLINE void store(float* to, const Lanes& lanes) { std::memcpy(to, &lanes, sizeof lanes); }
 
-// sums[i] += the sum of lanes[16 i] to lanes[16 i + 15], for i < 4.
-INLINE void add_sums_of_4(float* sums, const float* lanes) {
-    typedef float Four __attribute__((vector_size(16)));
-    typedef std::int32_t Places __attribute__((vector_size(16)));
-    Four quarter[4];
-    for (int i = 0; i < 4; ++i) {
-        Four part[4];
-        std::memcpy(part, lanes + kLanes * i, sizeof part);
-        quarter[i] = (part[0] + part[1]) + (part[2] + part[3]);
-    }
+// Four lanes whose sum is the sum of all.
+INLINE Quarter folded(const Lanes& lanes) {
+    typedef float Half __attribute__((vector_size(2 * kLanes)));
+    Half low, high;
+    std::memcpy(&low, &lanes, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&lanes) + sizeof low, sizeof high);
+    low += high;
+    Quarter first, second;
+    std::memcpy(&first, &low, sizeof first);
+    std::memcpy(&second, reinterpret_cast<const char*>(&low) + sizeof first, sizeof second);
+    return first + second;
+}
+
+// sums[i] += the sum of quarters[i], for i < 4.
+INLINE void add_sums(float* sums, const Quarter* quarters) {
+    typedef std::int32_t Places __attribute__((vector_size(sizeof(Quarter))));
     // Each step halves what is left of a vector and puts two vectors into one.
     constexpr Places low{0, 4, 1, 5}, high{2, 6, 3, 7};
-    const Four a = __builtin_shuffle(quarter[0], quarter[1], low) +
-                   __builtin_shuffle(quarter[0], quarter[1], high);
-    const Four b = __builtin_shuffle(quarter[2], quarter[3], low) +
-                   __builtin_shuffle(quarter[2], quarter[3], high);
-    Four total;
+    const Quarter a = __builtin_shuffle(quarters[0], quarters[1], low) +
+                      __builtin_shuffle(quarters[0], quarters[1], high);
+    const Quarter b = __builtin_shuffle(quarters[2], quarters[3], low) +
+                      __builtin_shuffle(quarters[2], quarters[3], high);
+    Quarter total;
     std::memcpy(&total, sums, sizeof total);
     total += __builtin_shuffle(a, b, Places{0, 1, 4, 5}) +
              __builtin_shuffle(a, b, Places{2, 3, 6, 7});

@@ -1,10 +1,10 @@
-// Block by block of channels: forward adds up z while a candidate's row is in registers and passes
-// all positions that have it; backward holds a row of dW, or of dH, and sums it up. What was tried
-// to make it faster is in docs/log.md.
+// Block by block of channels. A pass over rows of the weight, which come from memory, and one over
+// the packed hidden states, which are in the L2 cache, take turns slice by slice: at one time they
+// compete for the cache's few buffers of loads under way, and each is slower than alone. What else
+// was tried is in docs/log.md.
 #include "restricted_head.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <memory>
 #include <new>
@@ -16,10 +16,15 @@ namespace {
 using std::int32_t;
 using std::int64_t;
 
-// Pairs that a thread takes at a time, about: 1 ms of a core has ten of it.
-constexpr int64_t kPairs = 4096;
+// Registers of a block. Forward has one sum a pair and block, so wide blocks; backward has none, and
+// narrow blocks of more rows fit in the cache.
+constexpr int kForward = 8, kBackward = 4;
 // Positions that a thread takes at a time.
 constexpr int64_t kPositions = 32;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// To subtract instead of a lower maximum, where nothing counted: -inf - -inf is no number.
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 template <class T>
 struct Rows {
@@ -28,57 +33,56 @@ struct Rows {
     const T* operator[](int64_t row) const { return data + row * stride; }
 };
 
-// Pairs by id, between two cuts.
-struct Slice {
-    const int32_t* rows;
-    const int64_t* starts;
-    const int32_t* position;
-    int64_t begin, end;
-};
-
-// Copies rows, or rows[indices[i]], of one block.
-template <class T>
+// Row indices[i] of a block to place i, for begin <= i < end.
+template <int kVectors, class T>
 INLINE void pack_body(const Rows<T>& rows, const int32_t* indices, int64_t begin, int64_t end,
                       int width, float* packed) {
     for (int64_t i = begin; i < end; ++i) {
-        if (indices && i + kAhead < end) prefetch_block<false>(rows[indices[i + kAhead]]);
-        const T* const row = rows[indices ? indices[i] : i];
-        store_block(packed + i * kBlock, load_block(row, width));
+        if (i + kAhead<kVectors> < end)
+            prefetch_block<kVectors, false>(rows[indices[i + kAhead<kVectors>]]);
+        store_block(packed + i * kWidth<kVectors>, load_block<kVectors>(rows[indices[i]], width));
     }
 }
 
+// z += one block's part, of the pairs of ids begin to end, sorted by id.
 template <class T>
-INLINE void dot_body(const Rows<T>& weight, const Slice& slice, const float* hidden, int width,
-                     float* logits) {
-    Sums sums(logits + slice.starts[slice.begin]);
-    for (int64_t u = slice.begin; u < slice.end; ++u) {
-        if (u + kAhead < slice.end) prefetch_block<false>(weight[slice.rows[u + kAhead]]);
-        const Registers row = load_block(weight[slice.rows[u]], width);
-        for (int64_t k = slice.starts[u]; k < slice.starts[u + 1]; ++k)
-            sums.add(row, hidden + static_cast<int64_t>(slice.position[k]) * kBlock);
+INLINE void dot_body(const Rows<T>& weight, const HeadPairs& pairs, int64_t begin, int64_t end,
+                     const float* hidden, int width, float* logits) {
+    alignas(64) float staged[HeadPairs::kSliceRows * kWidth<kForward>];
+    pack_body<kForward>(weight, pairs.row.data() + begin, 0, end - begin, width, staged);
+    DotProducts products(logits + pairs.starts[begin]);
+    for (int64_t u = begin; u < end; ++u) {
+        const auto row = load_block<kForward>(staged + (u - begin) * kWidth<kForward>);
+        for (int64_t k = pairs.starts[u]; k < pairs.starts[u + 1]; ++k)
+            products.add(row, hidden + int64_t{pairs.rank[k]} * kWidth<kForward>);
     }
-    sums.finish();
+    products.finish();
 }
 
-INLINE void weight_grad_body(float* grad, int64_t stride, const Slice& slice, const float* hidden,
-                             const float* slopes, int width) {
-    for (int64_t u = slice.begin; u < slice.end; ++u) {
-        if (u + kAhead < slice.end)
-            prefetch_block<true>(grad + slice.rows[u + kAhead] * stride);
-        const int64_t start = slice.starts[u];
-        const Registers sum = weighted_sum(hidden, slice.position + start, slopes + start,
-                                           slice.starts[u + 1] - start);
-        add_block(grad + slice.rows[u] * stride, sum, width);
+INLINE void weight_grad_body(float* grad, int64_t stride, const HeadPairs& pairs, int64_t begin,
+                             int64_t end, const float* hidden, const float* slopes, int width) {
+    constexpr int ahead = kAhead<kBackward>;
+    alignas(64) float staged[HeadPairs::kSliceRows * kWidth<kBackward>];
+    for (int64_t u = begin; u < end; ++u) {
+        const int64_t start = pairs.starts[u];
+        store_block(staged + (u - begin) * kWidth<kBackward>,
+                    weighted_sum<kBackward>(hidden, pairs.rank.data() + start, slopes + start,
+                                            pairs.starts[u + 1] - start));
+    }
+    for (int64_t u = begin; u < end; ++u) {
+        if (u + ahead < end)
+            prefetch_block<kBackward, true>(grad + pairs.row[u + ahead] * stride);
+        add_block(grad + pairs.row[u] * stride,
+                  load_block<kBackward>(staged + (u - begin) * kWidth<kBackward>), width);
     }
 }
 
-INLINE void hidden_grad_body(float* grad, int64_t stride, const int64_t* offsets,
-                             const int32_t* slots, const float* weight, const float* slopes,
-                             int64_t begin, int64_t end, int width) {
-    for (int64_t n = begin; n < end; ++n) {
-        const int64_t start = offsets[n];
-        const Registers sum =
-            weighted_sum(weight, slots + start, slopes + start, offsets[n + 1] - start);
+INLINE void hidden_grad_body(float* grad, int64_t stride, const HeadPairs& pairs, int64_t begin,
+                             int64_t end, const float* weight, const float* slopes, int width) {
+    for (int64_t r = begin; r < end; ++r) {
+        const int64_t n = pairs.order[r], start = pairs.offsets[n];
+        const auto sum = weighted_sum<kBackward>(weight, pairs.slot.data() + start, slopes + start,
+                                                 pairs.offsets[n + 1] - start);
         store_block(grad + n * stride, sum, width);
     }
 }
@@ -87,22 +91,21 @@ struct Partial {
     float max, sum;
 };
 
-INLINE Partial partial_body(const float* logits, int64_t pairs) {
-    float max = -std::numeric_limits<float>::infinity(), sum = 0;
+INLINE Partial partial_body(const float* logits, int64_t size) {
+    float max = -kInfinity, sum = 0;
 #pragma omp simd reduction(max : max)
-    for (int64_t k = 0; k < pairs; ++k) max = logits[k] > max ? logits[k] : max;
-    // -inf - -inf is no number
-    const float top = std::max(max, std::numeric_limits<float>::lowest());
+    for (int64_t k = 0; k < size; ++k) max = logits[k] > max ? logits[k] : max;
+    const float top = std::max(max, kLowest);
 #pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < pairs; ++k) sum += exp_of_nonpositive(logits[k] - top);
+    for (int64_t k = 0; k < size; ++k) sum += exp_of_nonpositive(logits[k] - top);
     return {max, sum};
 }
 
 // The label's slope is (p - 1) * grad, not p * grad - grad: exactly 0 in a set of one.
-INLINE void slope_body(const float* logits, int64_t pairs, int64_t label, float top, float total,
+INLINE void slope_body(const float* logits, int64_t size, int64_t label, float top, float total,
                        float grad, float* slopes) {
 #pragma omp simd
-    for (int64_t k = 0; k < pairs; ++k)
+    for (int64_t k = 0; k < size; ++k)
         slopes[k] = exp_of_nonpositive(logits[k] - top) / total * grad;
     if (label >= 0)
         slopes[label] = (exp_of_nonpositive(logits[label] - top) / total - 1.0f) * grad;
@@ -120,137 +123,109 @@ INLINE void slope_body(const float* logits, int64_t pairs, int64_t label, float 
     using of_bf16::NAME;                                                    \
     using of_float::NAME;
 
-FOR_EVERY_LEVEL_AND_TYPE(void, pack,
+FOR_EVERY_LEVEL_AND_TYPE(void, pack_wide,
                          (const Rows<T>& rows, const int32_t* indices, int64_t begin, int64_t end,
                           int width, float* packed),
-                         pack_body, (rows, indices, begin, end, width, packed))
-FOR_EVERY_LEVEL_AND_TYPE(void, dot,
-                         (const Rows<T>& weight, const Slice& slice, const float* hidden, int width,
-                          float* logits),
-                         dot_body, (weight, slice, hidden, width, logits))
+                         pack_body<kForward>, (rows, indices, begin, end, width, packed))
+FOR_EVERY_LEVEL_AND_TYPE(void, pack_narrow,
+                         (const Rows<T>& rows, const int32_t* indices, int64_t begin, int64_t end,
+                          int width, float* packed),
+                         pack_body<kBackward>, (rows, indices, begin, end, width, packed))
+FOR_EVERY_LEVEL_AND_TYPE(void, add_dots,
+                         (const Rows<T>& weight, const HeadPairs& pairs, int64_t begin, int64_t end,
+                          const float* hidden, int width, float* logits),
+                         dot_body, (weight, pairs, begin, end, hidden, width, logits))
 FOR_EVERY_LEVEL(void, add_weight_grad,
-                (float* grad, int64_t stride, const Slice& slice, const float* hidden,
-                 const float* slopes, int width),
-                weight_grad_body, (grad, stride, slice, hidden, slopes, width))
+                (float* grad, int64_t stride, const HeadPairs& pairs, int64_t begin, int64_t end,
+                 const float* hidden, const float* slopes, int width),
+                weight_grad_body, (grad, stride, pairs, begin, end, hidden, slopes, width))
 FOR_EVERY_LEVEL(void, store_hidden_grad,
-                (float* grad, int64_t stride, const int64_t* offsets, const int32_t* slots,
-                 const float* weight, const float* slopes, int64_t begin, int64_t end, int width),
-                hidden_grad_body,
-                (grad, stride, offsets, slots, weight, slopes, begin, end, width))
-FOR_EVERY_LEVEL(Partial, partial, (const float* logits, int64_t pairs), partial_body,
-                (logits, pairs))
-FOR_EVERY_LEVEL(void, slope,
-                (const float* logits, int64_t pairs, int64_t label, float top, float total,
+                (float* grad, int64_t stride, const HeadPairs& pairs, int64_t begin, int64_t end,
+                 const float* weight, const float* slopes, int width),
+                hidden_grad_body, (grad, stride, pairs, begin, end, weight, slopes, width))
+FOR_EVERY_LEVEL(Partial, partial, (const float* logits, int64_t size), partial_body, (logits, size))
+FOR_EVERY_LEVEL(void, find_slopes,
+                (const float* logits, int64_t size, int64_t label, float top, float total,
                  float grad, float* slopes),
-                slope_body, (logits, pairs, label, top, total, grad, slopes))
+                slope_body, (logits, size, label, top, total, grad, slopes))
 
-template <class T>
-Rows<T> rows_of(const Operand& operand, int64_t channel) {
-    return {static_cast<const T*>(operand.data) + channel, operand.stride};
+// Calls work with the operand's rows, from a channel on, as what they are.
+template <class Work>
+void with_rows(const Operand& operand, int64_t channel, const Work& work) {
+    if (operand.is_bf16)
+        work(Rows<bf16>{static_cast<const bf16*>(operand.data) + channel, operand.stride});
+    else
+        work(Rows<float>{static_cast<const float*>(operand.data) + channel, operand.stride});
 }
 
-void pack_operand(const Operand& operand, int64_t channel, const int32_t* indices, int64_t begin,
-                  int64_t end, int width, float* packed) {
-    if (operand.is_bf16)
-        pack(rows_of<bf16>(operand, channel), indices, begin, end, width, packed);
-    else
-        pack(rows_of<float>(operand, channel), indices, begin, end, width, packed);
+// By all threads of a team, which then wait for each other.
+template <int kVectors>
+void pack(const Operand& operand, int64_t channel, int width, const std::vector<int32_t>& indices,
+          float* packed) {
+    const int64_t size = static_cast<int64_t>(indices.size());
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < size; i += HeadPairs::kSliceRows)
+        with_rows(operand, channel, [&](const auto& rows) {
+            const int64_t end = std::min(i + HeadPairs::kSliceRows, size);
+            if (kVectors == kForward)
+                pack_wide(rows, indices.data(), i, end, width, packed);
+            else
+                pack_narrow(rows, indices.data(), i, end, width, packed);
+        });
 }
 
 struct Free {
-    void operator()(float* block) const { ::operator delete[](block, kAlignment); }
-    static constexpr std::align_val_t kAlignment{64};  // else every load takes two cache lines
+    static constexpr std::align_val_t alignment{64};  // else every load takes two cache lines
+    void operator()(float* block) const { ::operator delete[](block, alignment); }
 };
 using Packed = std::unique_ptr<float[], Free>;
 
 // Of any content, so that the thread that packs a part touches it first.
+template <int kVectors>
 Packed packed_rows(int64_t rows) {
-    return Packed(new (Free::kAlignment) float[static_cast<std::size_t>(rows) * kBlock]);
+    return Packed(new (Free::alignment) float[static_cast<std::size_t>(rows) * kWidth<kVectors>]);
 }
 
 }  // namespace
 
 RestrictedHead::RestrictedHead(const int32_t* ids, const int64_t* offsets, const int64_t* labels,
                                int64_t positions, int64_t rows)
-    : offsets_(offsets, offsets + positions + 1) {
-    find_labels(ids, labels);
-    sort_by_id(ids, rows);
-}
-
-void RestrictedHead::find_labels(const int32_t* ids, const int64_t* labels) {
-    label_.resize(positions());
-    for (int64_t n = 0; n < positions(); ++n) {
-        const int32_t* const end = ids + offsets_[n + 1];
-        const int32_t* const found = std::lower_bound(ids + offsets_[n], end, labels[n]);
-        label_[n] = found != end && *found == labels[n] ? found - ids : -1;
+    : pairs_(ids, offsets, positions, rows), label_(positions) {
+    for (int64_t n = 0; n < positions; ++n) {
+        const int32_t* const first = ids + offsets[n];
+        const int32_t* const last = ids + offsets[n + 1];
+        const int32_t* const found = std::lower_bound(first, last, labels[n]);
+        label_[n] = found != last && *found == labels[n] ? found - first : -1;
     }
-}
-
-// A counting sort, stable.
-void RestrictedHead::sort_by_id(const int32_t* ids, int64_t rows) {
-    const int64_t pairs = offsets_.back();
-    std::vector<int32_t> slot_of(rows);
-    for (int64_t p = 0; p < pairs; ++p) ++slot_of[ids[p]];
-    std::vector<int64_t> next;
-    int64_t start = 0;
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t count = slot_of[row];
-        if (!count) continue;
-        if (cuts_.empty() || start - starts_[cuts_.back()] >= kPairs) cuts_.push_back(distinct());
-        slot_of[row] = static_cast<int32_t>(distinct());
-        rows_.push_back(static_cast<int32_t>(row));
-        starts_.push_back(start);
-        start += count;
-    }
-    next = starts_;
-    starts_.push_back(pairs);
-    cuts_.push_back(distinct());
-    position_.resize(pairs);
-    place_.resize(pairs);
-    slot_.resize(pairs);
-    for (int64_t n = 0; n < positions(); ++n)
-        for (int64_t p = offsets_[n]; p < offsets_[n + 1]; ++p) {
-            slot_[p] = slot_of[ids[p]];
-            const int64_t place = next[slot_[p]]++;
-            position_[place] = static_cast<int32_t>(n);
-            place_[p] = static_cast<int32_t>(place);
-        }
 }
 
 void RestrictedHead::forward(const Operand& hidden, const Operand& weight, int64_t channels,
                              float* max, float* sum, float* gold, int threads) {
-    const int64_t pairs = offsets_.back(), slices = static_cast<int64_t>(cuts_.size()) - 1;
-    const auto packed = packed_rows(positions());
-    std::vector<float> by_place(pairs);
-    logits_.resize(pairs);
+    const HeadPairs& pairs = pairs_;
+    const Packed packed_hidden = packed_rows<kForward>(pairs.positions());
+    std::vector<float> sorted(pairs.count());
+    logits_.resize(pairs.count());
 #pragma omp parallel num_threads(threads)
     {
-        for (int64_t channel = 0; channel < channels; channel += kBlock) {
-            const int width = static_cast<int>(std::min<int64_t>(kBlock, channels - channel));
-#pragma omp for schedule(static)
-            for (int64_t n = 0; n < positions(); n += kPositions)
-                pack_operand(hidden, channel, nullptr, n, std::min(n + kPositions, positions()),
-                             width, packed.get());
+        for (int64_t channel = 0; channel < channels; channel += kWidth<kForward>) {
+            const int width =
+                static_cast<int>(std::min<int64_t>(kWidth<kForward>, channels - channel));
+            pack<kForward>(hidden, channel, width, pairs.order, packed_hidden.get());
 #pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < slices; ++i) {
-                const Slice slice{rows_.data(), starts_.data(), position_.data(), cuts_[i],
-                                  cuts_[i + 1]};
-                if (weight.is_bf16)
-                    dot(rows_of<bf16>(weight, channel), slice, packed.get(), width,
-                        by_place.data());
-                else
-                    dot(rows_of<float>(weight, channel), slice, packed.get(), width,
-                        by_place.data());
-            }
+            for (int64_t i = 0; i < pairs.slices(); ++i)
+                with_rows(weight, channel, [&](const auto& rows) {
+                    add_dots(rows, pairs, pairs.cuts[i], pairs.cuts[i + 1], packed_hidden.get(),
+                             width, sorted.data());
+                });
         }
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < positions(); ++n) {
-            const int64_t start = offsets_[n], stop = offsets_[n + 1];
-            for (int64_t p = start; p < stop; ++p) logits_[p] = by_place[place_[p]];
+        for (int64_t n = 0; n < pairs.positions(); ++n) {
+            const int64_t start = pairs.offsets[n], stop = pairs.offsets[n + 1];
+            for (int64_t p = start; p < stop; ++p) logits_[p] = sorted[pairs.place[p]];
             const Partial found = partial(logits_.data() + start, stop - start);
             max[n] = found.max;
             sum[n] = found.sum;
-            gold[n] = label_[n] < 0 ? -std::numeric_limits<float>::infinity() : logits_[label_[n]];
+            gold[n] = label_[n] < 0 ? -kInfinity : logits_[start + label_[n]];
         }
     }
 }
@@ -259,45 +234,36 @@ void RestrictedHead::backward(const Operand& hidden, const Operand& weight, int6
                               const float* top, const float* total, const float* grad,
                               float* hidden_grad, float* weight_grad, int64_t weight_grad_stride,
                               int threads) {
-    const int64_t pairs = offsets_.back(), slices = static_cast<int64_t>(cuts_.size()) - 1;
-    const auto packed_hidden = packed_rows(weight_grad ? positions() : 0);
-    const auto packed_weight = packed_rows(hidden_grad ? distinct() : 0);
-    std::vector<float> slopes(pairs), by_place(pairs);
+    const HeadPairs& pairs = pairs_;
+    const Packed packed_hidden = packed_rows<kBackward>(weight_grad ? pairs.positions() : 0);
+    const Packed packed_weight = packed_rows<kBackward>(hidden_grad ? pairs.distinct() : 0);
+    std::vector<float> slopes(pairs.count()), sorted(pairs.count());
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < positions(); ++n) {
-            const int64_t start = offsets_[n], stop = offsets_[n + 1];
-            slope(logits_.data() + start, stop - start, label_[n] < 0 ? -1 : label_[n] - start,
-                  std::max(top[n], std::numeric_limits<float>::lowest()), total[n], grad[n],
-                  slopes.data() + start);
-            for (int64_t p = start; p < stop; ++p) by_place[place_[p]] = slopes[p];
+        for (int64_t n = 0; n < pairs.positions(); ++n) {
+            const int64_t start = pairs.offsets[n], stop = pairs.offsets[n + 1];
+            find_slopes(logits_.data() + start, stop - start, label_[n], std::max(top[n], kLowest),
+                        total[n], grad[n], slopes.data() + start);
+            for (int64_t p = start; p < stop; ++p) sorted[pairs.place[p]] = slopes[p];
         }
-        for (int64_t channel = 0; channel < channels; channel += kBlock) {
-            const int width = static_cast<int>(std::min<int64_t>(kBlock, channels - channel));
-            if (weight_grad) {
-#pragma omp for schedule(static)
-                for (int64_t n = 0; n < positions(); n += kPositions)
-                    pack_operand(hidden, channel, nullptr, n, std::min(n + kPositions, positions()),
-                                 width, packed_hidden.get());
-#pragma omp for schedule(dynamic)
-                for (int64_t i = 0; i < slices; ++i) {
-                    const Slice slice{rows_.data(), starts_.data(), position_.data(), cuts_[i],
-                                      cuts_[i + 1]};
-                    add_weight_grad(weight_grad + channel, weight_grad_stride, slice,
-                                    packed_hidden.get(), by_place.data(), width);
-                }
-            }
+        for (int64_t channel = 0; channel < channels; channel += kWidth<kBackward>) {
+            const int width =
+                static_cast<int>(std::min<int64_t>(kWidth<kBackward>, channels - channel));
             if (hidden_grad) {
-#pragma omp for schedule(static)
-                for (int64_t i = 0; i < slices; ++i)
-                    pack_operand(weight, channel, rows_.data(), cuts_[i], cuts_[i + 1], width,
-                                 packed_weight.get());
+                pack<kBackward>(weight, channel, width, pairs.row, packed_weight.get());
 #pragma omp for schedule(dynamic)
-                for (int64_t n = 0; n < positions(); n += kPositions)
-                    store_hidden_grad(hidden_grad + channel, channels, offsets_.data(),
-                                      slot_.data(), packed_weight.get(), slopes.data(), n,
-                                      std::min(n + kPositions, positions()), width);
+                for (int64_t r = 0; r < pairs.positions(); r += kPositions)
+                    store_hidden_grad(hidden_grad + channel, channels, pairs, r,
+                                      std::min(r + kPositions, pairs.positions()),
+                                      packed_weight.get(), slopes.data(), width);
+            }
+            if (weight_grad) {
+                pack<kBackward>(hidden, channel, width, pairs.order, packed_hidden.get());
+#pragma omp for schedule(dynamic)
+                for (int64_t i = 0; i < pairs.slices(); ++i)
+                    add_weight_grad(weight_grad + channel, weight_grad_stride, pairs, pairs.cuts[i],
+                                    pairs.cuts[i + 1], packed_hidden.get(), sorted.data(), width);
             }
         }
     }

@@ -37,10 +37,11 @@ def head(sets: ShardSets) -> ShardHead:
 
 
 class CpuHead:
-    """A ``ShardHead`` of position scope, with a position's set in any order of ids.
+    """A ``ShardHead`` of position scope.
 
-    Keeps 24 bytes a pair between forward and backward; while it works, 512 bytes a position and, in
-    backward, 512 a distinct candidate. Operands whose channels are not consecutive are copied.
+    Memory: 16 bytes a pair between forward and backward, 8 more while it works; beside them 512
+    bytes a position in forward, 256 a position and 256 a distinct candidate in backward. Operands
+    whose channels are not consecutive are copied.
     """
 
     def __init__(self, sets: ShardSets) -> None:
