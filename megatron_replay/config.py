@@ -175,6 +175,12 @@ class LossConfig(Section):
     tail: str = option(
         "ghost: one extra term for the base model's mass outside the set", "none", ("none", "ghost")
     )
+    vocab_sharding: str = option(
+        "ids of a TP rank: a piece of the vocabulary, or every TP-th id, which evens out the "
+        "restricted head's work (frequent tokens have low ids)",
+        "contiguous",
+        ("contiguous", "interleaved"),
+    )
     head_backend: str = option(
         "form of the restricted head: the device's compiled one, union (dense products over unions "
         "of sets) or torch (the definition, as costly as full softmax)",
@@ -400,6 +406,13 @@ class Stage1Config:
 
     def __post_init__(self) -> None:
         """Check what two branches must agree on."""
+        if self.loss.vocab_sharding == "interleaved":
+            self.optimizer.require(
+                not self.optimizer.use_distributed_optimizer,
+                "use_distributed_optimizer",
+                "False under --vocab-sharding interleaved: ZeRO-1's checkpoints cut the "
+                "parameters as they lie in memory",
+            )
         gbs, mbs = self.training.global_batch_size, self.data.micro_batch_size
         if gbs % mbs:
             raise ConfigError(

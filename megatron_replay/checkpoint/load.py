@@ -14,6 +14,7 @@ from megatron_replay.checkpoint.training import (
     load_checkpoint,
     model_files_directory,
 )
+from megatron_replay.checkpoint.vocabulary import interleave_parameters
 from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.errors import CheckpointError
 from megatron_replay.files import sha256_of_files
@@ -81,8 +82,12 @@ def load_model(
             tp_size=parallel.tp_size,
             layer_offset=offset,
         )
+        if parallel.interleaved_vocabulary:
+            interleave_parameters(module, parallel.tp_group)
     else:
         load_checkpoint(Path(source.load), iteration, module, None, parallel)
+    if parallel.interleaved_vocabulary:
+        module.interleave_vocabulary()
     return LoadedModel(shape, config, module, files, offset)
 
 

@@ -22,9 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_replay.checkpoint.vocabulary import (
+    change_places,
+    deinterleave,
+    interleave,
+    vocabulary_places,
+)
 from megatron_replay.errors import CheckpointError, ConfigError, OutputError
 from megatron_replay.files import atomic_file, fsync_directory, output_error, write_json
 from megatron_replay.model.gpt import ReplayGPTModel
@@ -110,6 +117,8 @@ def save_checkpoint(
     staged = directory / f".{final.name}.incomplete"
     parallel.on_rank_zero(lambda: _start_staging(directory, staged))
     content = _sharded_state(model, optimizer, parallel, is_loading=False)
+    if parallel.interleaved_vocabulary:
+        _to_contiguous_shards(content, parallel)
     parallel.agreed(lambda: _write(content, staged))
     parallel.on_rank_zero(lambda: _publish(directory, staged, final, state))
     return final
@@ -138,9 +147,12 @@ def load_checkpoint(
     if identity is not None:
         state.require_identity(identity, directory)
     content = _sharded_state(model, optimizer, parallel, is_loading=True)
+    places = vocabulary_places(content)
     try:
         with checkpointing():
             loaded = dist_checkpointing.load(content, str(path))
+        if parallel.interleaved_vocabulary:
+            change_places(loaded, places, lambda rows: interleave(rows, parallel.tp_group))
         model.load_state_dict(loaded["model"])
         if optimizer is not None:
             optimizer.load_state_dict(loaded["optimizer"])
@@ -194,6 +206,16 @@ def _sharded_state(
             weights, is_loading=is_loading, metadata=metadata
         )
     return content
+
+
+def _to_contiguous_shards(content: dict[str, Any], parallel: Parallel) -> None:
+    """As the files have them; a copy of the vocabulary's rows of weights and state, until saved."""
+
+    def contiguous(tensor: ShardedTensor) -> ShardedTensor:
+        rows = deinterleave(tensor.data.detach(), parallel.tp_group)
+        return dataclasses.replace(tensor, data=rows)
+
+    change_places(content, vocabulary_places(content), contiguous)
 
 
 def _start_staging(directory: Path, staged: Path) -> None:

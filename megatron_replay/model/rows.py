@@ -18,6 +18,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from torch import Tensor
 
+from megatron_replay.functional.shard_head import VocabShard
+
 
 class HiddenStates:
     """The last hidden states, of which a head takes the positions it wants, whole on every TP rank.
@@ -109,14 +111,20 @@ class WordEmbeddings(VocabParallelEmbedding):
 
     Autograd's would be a dense [V, H], as large as the weight, for a few thousand rows. A row's
     terms are added in the order of the tokens: bits repeat.
+
+    Attributes:
+        vocab_stride: 1, or with every nth id on each TP rank, n.
     """
+
+    vocab_stride = 1
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[S, B, H] or [B, S, H] of ids [B, S], as megatron-core's."""
-        rows = input_ids - self.vocab_start_index
-        inside = (rows >= 0) & (rows < self.num_embeddings_per_partition)
-        main_grad = getattr(self.weight, "main_grad", None)
+        start = self.vocab_start_index if self.vocab_stride == 1 else self.tp_group.rank()
+        shard = VocabShard(start, self.vocab_stride, self.num_embeddings_per_partition)
+        rows, inside = shard.rows(input_ids)
         rows = rows.clamp(0, self.num_embeddings_per_partition - 1)
+        main_grad = getattr(self.weight, "main_grad", None)
         embedded = _LookUp.apply(self.weight, rows, main_grad)  # type: ignore[no-untyped-call]
         if self.tp_group.size() > 1:  # by a product: boolean assignment is slow on NPUs
             embedded = embedded * inside[..., None]

@@ -50,6 +50,8 @@ class Trainer:
     """The state of a run, in the order it is built: data, model, optimizer, watch."""
 
     def __init__(self, config: Stage1Config, groups: Parallel) -> None:
+        interleaved = config.loss.vocab_sharding == "interleaved" and groups.tp_size > 1
+        groups = dataclasses.replace(groups, interleaved_vocabulary=interleaved)
         self.config, self.groups = config, groups
         self.directory = Path(config.training.save)
         self._prepare_directory()

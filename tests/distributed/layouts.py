@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_replay import parallel
 from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
 from megatron_replay.checkpoint.load import LoadedModel, load_model
+from megatron_replay.checkpoint.vocabulary import PARAMETERS, interleave
 from megatron_replay.config import ModelConfigSource, OptimizerConfig, ParallelConfig
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import pack_batch
@@ -39,6 +40,7 @@ class Layout:
     sequence_parallel: bool = False
     bf16: bool = False
     micro_batch_size: int = 1
+    interleaved: bool = False
 
     @property
     def world_size(self) -> int:
@@ -54,7 +56,7 @@ class Layout:
     def __str__(self) -> str:
         return (
             f"TP{self.tp}PP{self.pp}DP{self.dp}{'SP' * self.sequence_parallel}{'bf16' * self.bf16}"
-            f"MBS{self.micro_batch_size}"
+            f"MBS{self.micro_batch_size}{'interleaved' * self.interleaved}"
         )
 
 
@@ -63,7 +65,8 @@ def join_groups(layout: Layout) -> parallel.Parallel:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    return parallel.build_groups(layout.config(), torch.device("cpu"))
+    groups = parallel.build_groups(layout.config(), torch.device("cpu"))
+    return dataclasses.replace(groups, interleaved_vocabulary=layout.interleaved)
 
 
 def build(layout: Layout, groups: parallel.Parallel, checkpoint: Path) -> LoadedModel:
@@ -102,13 +105,12 @@ def compare(
     _check_sequence_shards(layout, model)
     outputs = forward_only(model.module, [(batch, lambda h, w: h.all() @ w.T) for batch in batches])
     for batch, logits_TV in zip(batches, outputs, strict=False):
-        shard = slice(
-            groups.tp_rank * logits_TV.shape[1], (groups.tp_rank + 1) * logits_TV.shape[1]
-        )
+        ids = groups.vocab_shard(logits_TV.shape[1])
+        columns = ids["vocab_start"] + ids["vocab_stride"] * torch.arange(logits_TV.shape[1])
         for document, reference_NV in reference["logits"].items():
             rows = (batch.document_BS.flatten() == document).nonzero().squeeze(1)
             if len(rows):
-                error = (logits_TV[rows].float() - reference_NV[:, shard]).abs().max().item()
+                error = (logits_TV[rows].float() - reference_NV[:, columns]).abs().max().item()
                 report["logits"] = max(report["logits"], error)
     ddp = wrap_for_training(model)
     sums = forward_backward(ddp, _work(groups, batches))
@@ -162,6 +164,9 @@ def _worst_gradient(
         tp_size=groups.tp_size,
         layer_offset=model.layer_offset,
     )
+    if groups.interleaved_vocabulary:
+        for name in sorted(gradients.keys() & set(PARAMETERS)):
+            gradients[name] = interleave(gradients[name], groups.tp_group)
     worst = (0.0, "")
     for name, parameter in model.module.named_parameters():
         error = (parameter.main_grad - gradients[name]).abs().max() / gradients[name].abs().max()

@@ -125,6 +125,38 @@ def test_every_head_backend_trains_alike(folder, tmp_path, scope):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("extra", [[], ["--bf16"]], ids=["fp32", "bf16"])
+def test_an_interleaved_vocabulary_is_seen_by_nobody(folder, tmp_path, extra):
+    """Same losses; a run goes on under either sharding, on other layouts, and exports alike."""
+    interleaved = ["--vocab-sharding", "interleaved", *extra]
+    stages.succeed("stage1", *argv(folder, tmp_path / "plain", *extra), tp=4)
+    stages.succeed("stage1", *argv(folder, tmp_path / "dealt", *interleaved), tp=4)
+    reference = stages.losses(tmp_path / "plain")
+    close = {"abs": 2e-2} if extra else {"abs": 1e-5}
+    assert stages.losses(tmp_path / "dealt") == pytest.approx(reference, **close)
+
+    first = [*interleaved, "--exit-interval", 3]
+    stages.run("stage1", *argv(folder, tmp_path / "run", *first), tp=4)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    stages.succeed("stage1", *argv(folder, tmp_path / "run", *interleaved), tp=4)
+    assert stages.losses(tmp_path / "run") == stages.losses(tmp_path / "dealt")
+    assert weights(tmp_path / "run") == weights(tmp_path / "dealt")
+    stages.succeed("stage1", *argv(folder, tmp_path / "other", *extra), tp=2)
+    assert stages.losses(tmp_path / "other") == pytest.approx(reference, **close)
+
+    first = [*extra, "--exit-interval", 3]
+    stages.run("stage1", *argv(folder, tmp_path / "back", *first), tp=1)
+    stages.succeed("stage1", *argv(folder, tmp_path / "back", *interleaved), tp=2)
+    assert stages.losses(tmp_path / "back") == pytest.approx(reference, **close)
+    probes = [
+        [line["probe"]["full_loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")
+         if "probe" in line]
+        for name in ("plain", "dealt")
+    ]  # fmt: skip
+    assert probes[0] == pytest.approx(probes[1], **close)
+
+
+@pytest.mark.distributed
 def test_an_epoch_sees_every_recorded_position_once(folder, tmp_path):
     stages.succeed("stage1", *argv(folder, tmp_path / "run"), dp=2)
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -319,6 +351,11 @@ class TestMistakes:
         extra = ["--loss", "full", "--head-backend", "cpu"]
         message = stages.fail("stage1", *argv(folder, tmp_path / "run", *extra), code=2)
         assert "--head-backend" in message
+
+    def test_an_interleaved_vocabulary_under_zero_1(self, folder, tmp_path):
+        extra = ["--vocab-sharding", "interleaved", "--use-distributed-optimizer"]
+        message = stages.fail("stage1", *argv(folder, tmp_path / "run", *extra), code=2)
+        assert "False under --vocab-sharding interleaved" in message
 
     def test_tp_that_does_not_divide(self, folder, tmp_path):
         message = stages.fail("stage1", *argv(folder, tmp_path / "run"), tp=3, code=2)

@@ -29,6 +29,8 @@ CASES = [
     (Layout(tp=2), False),
     (Layout(pp=2, bf16=True), False),
     (Layout(tp=2, pp=2), False),
+    (Layout(tp=4, interleaved=True), False),
+    (Layout(tp=2, pp=2, bf16=True, interleaved=True), False),
     (Layout(tp=2, dp=2, bf16=True), False),
     (Layout(dp=2), True),
     (Layout(pp=2, dp=2, bf16=True), True),
