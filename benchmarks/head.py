@@ -8,7 +8,8 @@ pass in a fresh process; autograd's dense gradient of the weight is in it. "erro
 of either gradient against float64, over the largest entry, at the candidates' rows.
 
 Restricted heads add to main_grad in place. Full softmaxes are slow: they are measured on the first
-positions ("of N"), and their times multiplied; their memory is that of so many positions.
+positions ("of N") in rounds of their own, which ours takes part in, and their times multiplied;
+their memory is that of so many positions.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from benchmarks.timing import Times, interleave, machine
 from megatron_replay.platform import select
 
 VOCAB_SIZE = 151_936
-SGEMM = "sgemm"
+SGEMM, OURS = "sgemm", "ours"
+#: By dtype of the operands, whether over the whole vocabulary, whether of documents' unions.
+References = dict[tuple[torch.dtype, bool, bool], tuple[torch.Tensor, torch.Tensor]]
 SGEMM_SIZE = 2048
 #: Positions on which a full softmax is checked, in float64 over the whole vocabulary.
 CHECKED = 16
@@ -60,30 +63,21 @@ class Row:
     peak: int | None = None
     note: str = ""
 
-    def text(self, ours: Row | None, rate: float) -> str:
-        name = f"{self.contender.name:48}"
+    def text(self, ours: Times, rate: float) -> str:
+        name = f"{self.contender.name:44}"
         if not self.times.values:
-            return f"{name}{self.note:>16}"
-        median, least = (self.scale * t / 1e6 for t in (self.times.median, self.times.least))
-        ratios = "-", "-"
-        if ours is not None:
-            ratios = tuple(  # type: ignore[assignment]
-                f"{self.scale * theirs / best:.2f}"
-                for theirs, best in (
-                    (self.times.median, ours.times.median),
-                    (self.times.least, ours.times.least),
-                )
-            )
-        share = "-" if self.flops is None else f"{100 * self.flops / self.times.least / rate:.0f} %"
+            return f"{name}{self.note}"
+        median, least = self.scale * self.times.median, self.scale * self.times.least
+        share = f"{100 * self.flops / self.times.least / rate:.0f} %" if self.flops else "-"
         peak = "-" if self.peak is None else f"{self.peak / 2**20:.1f}"
         error = "-" if self.error is None else f"{self.error:.0e}"
         return (
-            f"{name}{median:10.2f}{ratios[0]:>9}{least:10.2f}{ratios[1]:>9}{share:>7}{peak:>9}"
-            f"{error:>8}  {self.note}"
+            f"{name}{median / 1e6:10.2f}{median / ours.median:9.2f}{least / 1e6:10.2f}"
+            f"{least / ours.least:9.2f}{share:>7}{peak:>9}{error:>8}  {self.note}"
         )
 
 
-HEADING = f"{'':48}{'ms':>10}{'x':>9}{'least':>10}{'x':>9}{'sgemm':>7}{'MiB':>9}{'error':>8}"
+HEADING = f"{'':44}{'ms':>10}{'x':>9}{'least':>10}{'x':>9}{'sgemm':>7}{'MiB':>9}{'error':>8}"
 
 
 def sgemm(device: torch.device) -> Pass:
@@ -92,45 +86,68 @@ def sgemm(device: torch.device) -> Pass:
     return lambda: torch.mm(a, b, out=out)
 
 
-def check(contender: Contender, batch: Batch) -> float:
+def check(contender: Contender, batch: Batch, references: References) -> float:
     """Run once on clean gradients and compare."""
     batch.clear()
     batch.weight_grad.zero_()
     contender.make(batch)()
-    documents = contender.documents
-    if contender.full and contender.flops is not None:
-        reference = full_reference(batch)
-    else:
-        reference = restricted_reference(batch, documents=documents)
-    error = gradient_error(batch, reference, documents=documents)
+    full, documents = contender.full and contender.flops is not None, contender.documents
+    key = batch.hidden.dtype, full, documents
+    if key not in references:
+        exact = full_reference(batch) if full else restricted_reference(batch, documents=documents)
+        references[key] = exact
+    error = gradient_error(batch, references[key], documents=documents)
     batch.clear()
     if not error <= TOLERANCE:
         raise SystemExit(f"error: wrong gradients: {contender.name} is {error:.1e} off")
     return error
 
 
+@dataclass
+class Part:
+    """Rows measured in the same rounds, with what they are compared to."""
+
+    rows: list[Row]
+    ours: Times
+    rate: float
+
+    def print(self) -> None:
+        print(f"sgemm {self.rate:.1f} GFLOP/s, {len(self.ours.values)} rounds\n{HEADING}")
+        for row in self.rows:
+            print(row.text(self.ours, self.rate), flush=True)
+
+
 def measure(
-    chosen: Sequence[Contender], batch: Batch, *, rounds: int, device: torch.device
-) -> tuple[list[Row], float]:
-    """Rows of one table's part, and the matrix product's rate in flops per ns."""
-    rows, work = [], {SGEMM: sgemm(device)}
-    rounded = batch.rounded() if any(c.bf16 and not c.why_not for c in chosen) else batch
-    for contender in chosen:
+    chosen: Sequence[Contender],
+    batch: Batch,
+    *,
+    rounds: int,
+    device: torch.device,
+    ours: Pass | None = None,
+) -> Part:
+    """Times in turn with the matrix product, and with ``ours`` where it is not the first row."""
+    work, references = {SGEMM: sgemm(device)}, References()
+    rows = [Row(contender, note=contender.why_not or "") for contender in chosen]
+    able = [row for row in rows if not row.contender.why_not]
+    rounded = batch.rounded() if any(row.contender.bf16 for row in able) else batch
+    for row in able:
+        contender = row.contender
         operands = rounded if contender.bf16 else batch
-        row = Row(contender, note=contender.why_not or "")
-        rows.append(row)
-        if contender.why_not:
-            continue
         if contender.has_gradients:
-            row.error = check(contender, operands.first(CHECKED) if contender.full else operands)
+            some = operands.first(CHECKED) if contender.full else operands
+            row.error = check(contender, some, references)
         row.flops = contender.flops(operands) if contender.flops else None
         work[contender.name] = contender.make(operands)
-    times = interleave(work, rounds=rounds, each=1, device=device)
-    for row in rows:
-        row.times = times.get(row.contender.name, Times())
+    if ours:
+        work[OURS] = ours
+    # The check of a full softmax has been its warm-up.
+    times = interleave(work, rounds=rounds, each=1, device=device, warm_up=not ours)
+    for row in able:
+        row.times = times[row.contender.name]
     batch.clear()
     rounded.clear()
-    return rows, 2 * SGEMM_SIZE**3 / times[SGEMM].least
+    first = times[OURS if ours else able[0].contender.name]
+    return Part(rows, first, 2 * SGEMM_SIZE**3 / times[SGEMM].least)
 
 
 def peak_of(options: argparse.Namespace, contender: Contender, case: Sequence[str]) -> int | None:
@@ -171,26 +188,29 @@ def table(options: argparse.Namespace, regime: str, N: int, H: int) -> None:
     batch = make_batch(sets, hidden_size=H, vocab_size=VOCAB_SIZE, device=device)
     chosen = [c for c in contenders(device) if options.only in c.name]
     small = [c for c in chosen if not c.full and (regime == "real" or not c.documents)]
-    print(f"\n(H, V) = ({H}, {VOCAB_SIZE:,}), N {N}, {regime} sets: {sets.describe()}")
-    rows, rate = measure(small, batch, rounds=options.rounds, device=device)
+    print(f"\n(H, V) = ({H}, {VOCAB_SIZE:,}), N {N}, threads {torch.get_num_threads()}")
+    print(f"{regime} sets: {sets.describe()}")
+    parts = [measure(small, batch, rounds=options.rounds, device=device)]
     few = min(options.slice or N, N)
     if first and not options.no_full:
         large = [c for c in chosen if c.full]
-        more, _ = measure(large, batch.first(few), rounds=options.full_rounds, device=device)
-        for row in more:
+        ours = next(c for c in small if not c.why_not).make(batch)
+        rounds = options.full_rounds
+        part = measure(large, batch.first(few), rounds=rounds, device=device, ours=ours)
+        for row in part.rows:
             row.scale = N / few
             row.note = row.note or (f"of {few}" if few < N else "")
-        rows += more
+        parts.append(part)
+        del ours
     del batch
-    for row in rows if first and not options.no_memory else []:
+    for row in itertools.chain(*(part.rows for part in parts)):
         positions = few if row.contender.full else N
         case = ["--regimes", regime, "--positions", str(positions), "--hidden", str(H)]
-        row.peak = peak_of(options, row.contender, case)
-    print(f"{torch.get_num_threads()} threads, sgemm {rate:.1f} GFLOP/s, {options.rounds} rounds")
-    print(HEADING)
-    ours = next((row for row in rows if row.times.values), None)
-    for row in rows:
-        print(row.text(ours, rate), flush=True)
+        # Of full softmaxes at the first shape alone: it is that of logits and a dense gradient.
+        if first and not options.no_memory and not (row.contender.full and options.hidden[0] != H):
+            row.peak = peak_of(options, row.contender, case)
+    for part in parts:
+        part.print()
 
 
 def require_memory(hidden: int) -> None:
@@ -208,8 +228,11 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 2560, 4096])
     parser.add_argument("--positions", type=int, nargs="+", default=[1024])
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
+    parser.add_argument(
+        "--every", action="store_true", help="all regimes for each H, not the first"
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full-rounds", type=int, default=2)
     parser.add_argument("--slice", type=int, default=256, help="positions of a full softmax; 0 all")
     parser.add_argument("--no-full", action="store_true", help="leave full softmaxes out")
@@ -227,7 +250,8 @@ def main() -> None:
     for threads, H, N in itertools.product(options.threads, options.hidden, options.positions):
         torch.set_num_threads(threads)
         require_memory(H)
-        for regime in options.regimes:
+        every = options.every or options.hidden[0] == H
+        for regime in options.regimes if every else options.regimes[:1]:
             table(options, regime, N, H)
 
 

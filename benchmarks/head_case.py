@@ -69,16 +69,10 @@ class Batch:
     def num_document_pairs(self) -> int:
         return int((self.document_sets.offsets.diff() * self.sets.starts.diff()).sum())
 
-    def cut(self, *, documents: bool = False) -> ShardSets:
+    def cut(self) -> ShardSets:
         """Sets as a form takes them; made anew, so that nothing is cached in them."""
-        sets = self.document_sets if documents else self.sets
-        return shard_sets(
-            sets.ids,
-            sets.offsets,
-            sets.labels,
-            sets.starts if documents else None,
-            VocabShard(0, 1, len(self.weight)),
-        )
+        shard = VocabShard(0, 1, len(self.weight))
+        return shard_sets(self.sets.ids, self.sets.offsets, self.sets.labels, None, shard)
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None

@@ -12,7 +12,6 @@ benchmarks.real_sets. tied: gauss rounded to bf16, so that ties straddle the cut
 from __future__ import annotations
 
 import argparse
-import importlib
 import time
 from collections.abc import Callable
 
@@ -23,6 +22,7 @@ from benchmarks.real_sets import VOCAB_SIZE, real_logits
 from benchmarks.timing import Times, interleave, machine
 from megatron_replay.functional.candidates import select_candidates
 from megatron_replay.functional.shard_selection import TORCH_SELECTION, SelectionKernel
+from megatron_replay.kernels import SELECTION
 
 COVERAGE, MAX_CANDIDATES = 0.95, 200
 BASELINE = "torch.topk + torch.logsumexp"
@@ -41,17 +41,7 @@ def logits_of(kind: str, rows: int) -> Tensor:
     return logits_nV.bfloat16().float() if kind == "tied" else logits_nV
 
 
-def compiled_kernel() -> SelectionKernel | str:
-    """The compiled form, or why there is none."""
-    try:
-        module = importlib.import_module("megatron_replay.kernels.cpu.selection")
-    except ImportError as error:
-        return f"not built: {error}"
-    kernels = (value for value in vars(module).values() if isinstance(value, SelectionKernel))
-    return next((kernel for kernel in kernels if kernel is not TORCH_SELECTION), "none found")
-
-
-def contenders(logits_nV: Tensor, compiled: SelectionKernel | str) -> dict[str, Pass]:
+def contenders(logits_nV: Tensor, compiled: SelectionKernel) -> dict[str, Pass]:
     labels_n = torch.randint(VOCAB_SIZE, logits_nV.shape[:1])
 
     def ours(kernel: SelectionKernel) -> Pass:
@@ -74,7 +64,7 @@ def contenders(logits_nV: Tensor, compiled: SelectionKernel | str) -> dict[str, 
         "torch.sort, descending": lambda: logits_nV.sort(1, descending=True),
         "select_candidates, torch form": ours(TORCH_SELECTION),
     }
-    if isinstance(compiled, SelectionKernel):
+    if compiled is not TORCH_SELECTION:
         work[f"select_candidates, {compiled.name} form"] = ours(compiled)
     return work
 
@@ -87,10 +77,8 @@ def layer(hidden_size: int, rows: int, dtype: torch.dtype) -> Pass:
     return lambda: torch.mm(hidden_nH, weight_VH.T, out=out_nV)
 
 
-def require_equal(logits_nV: Tensor, compiled: SelectionKernel | str) -> None:
+def require_equal(logits_nV: Tensor, compiled: SelectionKernel) -> None:
     """Both forms' sets, bit for bit, before either is timed."""
-    if isinstance(compiled, str):
-        return
     labels_n = torch.zeros(len(logits_nV), dtype=torch.long)
     one, other = (
         select_candidates(
@@ -125,15 +113,14 @@ def main() -> None:
 
     cpu, rows = torch.device("cpu"), options.rows
     print(f"{machine(cpu)}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    compiled = compiled_kernel()
-    if isinstance(compiled, str):
-        print(f"no compiled form: {compiled}")
+    print(SELECTION.describe("auto", torch.empty(0)))
     for threads in options.threads:
         torch.set_num_threads(threads)
         for dtype in (getattr(torch, name) for name in options.dtypes):
             layers = {f"h W, H {size}": layer(size, rows, dtype) for size in LAYERS}
             for kind in options.kinds:
                 logits_nV = logits_of(kind, rows).to(dtype)
+                compiled = SELECTION.choose("auto", logits_nV)
                 require_equal(logits_nV, compiled)
                 work = contenders(logits_nV, compiled) | layers
                 times = interleave(work, rounds=options.rounds, each=rows, device=cpu)

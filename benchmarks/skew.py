@@ -23,7 +23,14 @@ from torch import Tensor
 from benchmarks.head import SGEMM, SGEMM_SIZE, sgemm
 from benchmarks.real_sets import VOCAB_SIZE, Sets, real_sets
 from benchmarks.timing import Times, interleave, machine
-from megatron_replay.functional.shard_head import HeadForm, ShardSets, Softmax, finite
+from megatron_replay.functional.shard_head import (
+    HeadForm,
+    ShardSets,
+    Softmax,
+    VocabShard,
+    finite,
+    shard_sets,
+)
 from megatron_replay.kernels import HEAD
 
 SEQUENCE, ATTENTION_WIDTH, KEY_VALUE_WIDTH = 4096, 4096, 1024
@@ -53,21 +60,8 @@ MODELS = Model("Qwen3-4B", 2560, 9728), Model("Qwen3-8B", 4096, 12288)
 def cut(sets: Sets, tp: int, rank: int, *, interleaved: bool) -> ShardSets:
     """A rank's part of the sets."""
     rows = VOCAB_SIZE // tp
-    owner, local = (
-        (sets.ids % tp, sets.ids // tp) if interleaved else (sets.ids // rows, sets.ids % rows)
-    )
-    mine, labels = owner == rank, sets.labels
-    if interleaved:
-        label_row = torch.where(labels % tp == rank, labels // tp, -1)
-    else:
-        label_row = labels - rank * rows
-    return ShardSets(
-        ids=local[mine],
-        offsets=torch.nn.functional.pad(mine.cumsum(0), (1, 0))[sets.offsets],
-        group_offsets=None,
-        labels_N=label_row,
-        num_rows=rows,
-    )
+    shard = VocabShard(rank, tp, rows) if interleaved else VocabShard(rank * rows, 1, rows)
+    return shard_sets(sets.ids, sets.offsets, sets.labels, None, shard)
 
 
 def head_pass(

@@ -29,11 +29,16 @@ class Times:
 
 
 def interleave(
-    work: Mapping[str, Callable[[], object]], *, rounds: int, each: int, device: torch.device
+    work: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    each: int,
+    device: torch.device,
+    warm_up: bool = True,
 ) -> dict[str, Times]:
     """Run each once unmeasured, then ``rounds`` times in turn: nanoseconds over ``each``."""
     times = {name: Times() for name in work}
-    for run in work.values():
+    for run in work.values() if warm_up else ():
         run()
     for _ in range(rounds):
         for name, run in work.items():
