@@ -46,8 +46,8 @@ References = dict[tuple[torch.dtype, bool, bool], tuple[torch.Tensor, torch.Tens
 SGEMM_SIZE = 2048
 #: Positions on which a full softmax is checked, in float64 over the whole vocabulary.
 CHECKED = 16
-#: More would be a wrong gradient, even a rounded one.
-TOLERANCE = 1e-2
+#: More would be a wrong gradient of fp32 operands, or of bf16 ones.
+TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2
 GIB = 1 << 30
 
 
@@ -98,7 +98,7 @@ def check(contender: Contender, batch: Batch, references: References) -> float:
         references[key] = exact
     error = gradient_error(batch, references[key], documents=documents)
     batch.clear()
-    if not error <= TOLERANCE:
+    if not error <= (TOLERANCE_BF16 if contender.bf16 else TOLERANCE):
         raise SystemExit(f"error: wrong gradients: {contender.name} is {error:.1e} off")
     return error
 
