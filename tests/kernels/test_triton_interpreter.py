@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,16 +42,15 @@ def run(file: str, interpret: str, cache: Path) -> subprocess.CompletedProcess[s
 @pytest.fixture(scope="module")
 def runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Future[subprocess.CompletedProcess[str]]]:
+) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
     """Of the files that tests were asked for."""
     wanted = {item.callspec.params["file"] for item in request.session.items if run_of(item)}
-    pool = ThreadPoolExecutor(2)
-    request.addfinalizer(lambda: pool.shutdown(cancel_futures=True))
-    return {
-        file: pool.submit(run, file, interpret, tmp_path_factory.mktemp("triton"))
-        for file, interpret in FILES
-        if file in wanted
-    }
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            file: pool.submit(run, file, interpret, tmp_path_factory.mktemp("triton"))
+            for file, interpret in FILES
+            if file in wanted
+        }
 
 
 def run_of(item: pytest.Item) -> bool:
