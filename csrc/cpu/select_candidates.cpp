@@ -25,8 +25,9 @@
 namespace {
 
 constexpr std::int64_t kBlock = 64;
-// Blocks whose masses are summed in 32 bits: 512 of at most 2^22 units of 2^16.
-constexpr std::int64_t kRun = 8;
+// Ids whose masses are summed in 32 bits: of at most 2^19 units of 2^19. With longer ones, 2048 ids,
+// the next row is asked for in bursts that the caches do not keep up with: 10 % slower.
+constexpr std::int64_t kChunk = 8 * kBlock;
 constexpr std::int64_t kMaxVocabSize = 1 << 24;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -60,10 +61,14 @@ struct Fp16 {
     }
 };
 
-// Signed integers that sort as the floats; both zeros are 0.
+// Signed integers that sort as the floats, both zeros as 0; and back.
 INLINE std::int32_t ordered(float x) {
     const std::int32_t b = bits<std::int32_t>(x + 0.0f);
     return b ^ ((b >> 31) & 0x7fffffff);
+}
+
+INLINE float value_of(std::int32_t x) {
+    return bits<float>(x ^ ((x >> 31) & 0x7fffffff));
 }
 
 // token_mass.py, before rounding to units.
@@ -74,23 +79,22 @@ INLINE float mass(float x, float max) {
     const float t = d * 0x1.715476p+0f;
     const float k = t + shift;
     const float f = t - (k - shift);
-    float p = f * 0x1.5bb9fcp-10f + 0x1.3cea9ep-7f;
-    p = p * f + 0x1.c6b754p-5f;
-    p = p * f + 0x1.ebf9bcp-3f;
-    p = p * f + 0x1.62e42ap-1f;
-    p = p * f + 1.0f;
+    const float square = f * f;
+    const float upper = f * 0x1.5bb9fcp-10f + 0x1.3cea9ep-7f;
+    const float middle = f * 0x1.c6b754p-5f + 0x1.ebf9bcp-3f;
+    const float p = (upper * square + middle) * square + (f * 0x1.62e42ap-1f + 1.0f);
     // k's last bits are those of the integer; an exponent is 23 bits up.
     return bits<float>(bits<std::uint32_t>(p) + (bits<std::uint32_t>(k) << 23));
 }
 
 // A number below 2^22 and this, added in fp32: the last bits are the number's, rounded.
 constexpr float kUnits = 0x1.8p23f;
-// The same in units of 2^16, for numbers up to 2^38.
-constexpr float kHighUnits = 0x1.8p39f;
+// The same in units of 2^19, for numbers up to 2^38.
+constexpr float kHighUnits = 0x1.8p42f;
 
-// Sum of n <= 512 masses. low: all are below 2^22.
+// Sum of the masses of a chunk. low: all are below 2^20, as for differences of at most -12.5.
 template <class Type, bool low>
-INLINE std::int64_t sum_run(const typename Type::Stored* x, std::int64_t n, float max) {
+INLINE std::int64_t sum_chunk(const typename Type::Stored* x, std::int64_t n, float max) {
     std::uint32_t low_bits = 0, high_bits = 0;
 #pragma omp simd reduction(+ : low_bits, high_bits)
     for (std::int64_t i = 0; i < n; ++i) {
@@ -98,7 +102,7 @@ INLINE std::int64_t sum_run(const typename Type::Stored* x, std::int64_t n, floa
         if (!low) {
             const float high = y + kHighUnits;
             high_bits += bits<std::uint32_t>(high);
-            y -= high - kHighUnits;  // exact, and of at most 2^15
+            y -= high - kHighUnits;  // exact, and of at most 2^18
         }
         low_bits += bits<std::uint32_t>(y + kUnits);
     }
@@ -106,82 +110,82 @@ INLINE std::int64_t sum_run(const typename Type::Stored* x, std::int64_t n, floa
     low_bits -= count * bits<std::uint32_t>(kUnits);
     if (low) return low_bits;
     high_bits -= count * bits<std::uint32_t>(kHighUnits);
-    return (static_cast<std::int64_t>(high_bits) << 16) + static_cast<std::int32_t>(low_bits);
-}
-
-// 0: no mass; 1: each below 2^22 units; 2: any.
-INLINE int size_class(float block_max, float max) {
-    const float d = block_max - max;
-    return d > -11.5f ? 2 : d > -28.0f ? 1 : 0;
+    return (static_cast<std::int64_t>(high_bits) << 19) + static_cast<std::int32_t>(low_bits);
 }
 
 template <class Type>
 INLINE std::int64_t total_mass(const typename Type::Stored* x, std::int64_t size, float max,
                                const float* block_maxima, const typename Type::Stored* next) {
     constexpr std::int64_t line = 64 / sizeof(typename Type::Stored);
-    const std::int64_t blocks = (size + kBlock - 1) / kBlock;
     std::int64_t total = 0;
-    for (std::int64_t b = 0; b < blocks;) {
-        const std::int64_t first = b;
-        const int kind = size_class(block_maxima[b], max);
-        while (++b < blocks && b < first + kRun && size_class(block_maxima[b], max) == kind) {
-        }
-        const std::int64_t start = first * kBlock, stop = std::min(b * kBlock, size);
+    for (std::int64_t start = 0; start < size; start += kChunk) {
+        const std::int64_t n = std::min(kChunk, size - start);
         if (next)
-            for (std::int64_t i = start; i < stop; i += line) __builtin_prefetch(next + i, 0, 2);
-        if (kind == 2) total += sum_run<Type, false>(x + start, stop - start, max);
-        if (kind == 1) total += sum_run<Type, true>(x + start, stop - start, max);
+            for (std::int64_t i = 0; i < n; i += line) __builtin_prefetch(next + start + i, 0, 2);
+        const float* const maxima = block_maxima + start / kBlock;
+        const float difference =
+            *std::max_element(maxima, maxima + (n + kBlock - 1) / kBlock) - max;
+        if (difference > -12.5f) total += sum_chunk<Type, false>(x + start, n, max);
+        else if (difference > -28.0f) total += sum_chunk<Type, true>(x + start, n, max);
     }
     return total;
 }
 
 template <class Type>
-INLINE float block_max(const typename Type::Stored* x, std::int64_t n, bool& nan) {
+INLINE float block_max(const typename Type::Stored* x, std::int64_t n) {
     float max = -kInfinity;
-    std::uint32_t unordered = 0;
-#pragma omp simd reduction(max : max) reduction(| : unordered)
+#pragma omp simd reduction(max : max)
     for (std::int64_t i = 0; i < n; ++i) {
         const float z = Type::widen(x[i]);
         max = z > max ? z : max;
-        unordered |= z != z;
     }
-    nan |= unordered != 0;
     return max;
+}
+
+// Maxima drop NaN, so it is asked for on its own, of two numbers at a time.
+template <class Type>
+INLINE bool has_nan(const typename Type::Stored* x, std::int64_t n) {
+    const std::int64_t half = n / 2, other = n - half;
+    std::uint32_t found = 0;
+#pragma omp simd reduction(| : found)
+    for (std::int64_t i = 0; i < other; ++i)
+        found |= __builtin_isunordered(Type::widen(x[i]), Type::widen(x[half + i]));
+    return found != 0;
 }
 
 // Pass 1. Returns the row's maximum, or +inf if it holds a NaN.
 template <class Type>
 INLINE float find_maxima(const typename Type::Stored* x, std::int64_t size, float* block_maxima) {
-    const std::int64_t whole = size / kBlock;
     float max = -kInfinity;
     bool nan = false;
-    for (std::int64_t b = 0; b < whole; ++b) {
-        const float found = block_max<Type>(x + b * kBlock, kBlock, nan);
-        max = std::max(max, found);
-        if (block_maxima) block_maxima[b] = found;
-    }
-    if (whole * kBlock < size) {
-        const float found = block_max<Type>(x + whole * kBlock, size - whole * kBlock, nan);
-        max = std::max(max, found);
-        if (block_maxima) block_maxima[whole] = found;
+    for (std::int64_t start = 0; start < size; start += kChunk) {
+        const std::int64_t n = std::min(kChunk, size - start);
+        for (std::int64_t at = 0; at < n; at += kBlock) {
+            const auto* const block = x + start + at;
+            const float found = n - at >= kBlock ? block_max<Type>(block, kBlock)
+                                                 : block_max<Type>(block, n - at);
+            max = std::max(max, found);
+            if (block_maxima) block_maxima[(start + at) / kBlock] = found;
+        }
+        nan |= has_nan<Type>(x + start, n);
     }
     return nan ? kInfinity : max;
 }
 
-// The largest number that at least ``count`` of ``values`` reach.
-INLINE std::int32_t kth_largest(const std::int32_t* values, std::int64_t n, std::int64_t count,
-                                std::int32_t largest) {
-    // values >= below: enough of them; values > above: not.
-    std::int64_t below = std::numeric_limits<std::int32_t>::min(), above = largest;
-    while (below < above) {
-        const std::int32_t middle = static_cast<std::int32_t>((below + above + 1) >> 1);
-        std::int32_t reached = 0;
-#pragma omp simd reduction(+ : reached)
-        for (std::int64_t i = 0; i < n; ++i) reached += values[i] >= middle;
-        if (reached >= count) below = middle;
+// A number that at least ``count`` of ``values`` reach, and that no more than ``count`` exceed.
+INLINE float kth_largest(const float* values, std::int64_t n, std::int64_t count, float largest) {
+    std::int64_t reached = ordered(-kInfinity), above = ordered(largest);
+    while (reached < above) {
+        const std::int32_t middle = static_cast<std::int32_t>((reached + above + 1) >> 1);
+        const float bound = value_of(middle);
+        std::int32_t found = 0;
+#pragma omp simd reduction(+ : found)
+        for (std::int64_t i = 0; i < n; ++i) found += values[i] >= bound;
+        if (found == count) return bound;
+        if (found > count) reached = middle;
         else above = middle - 1;
     }
-    return static_cast<std::int32_t>(below);
+    return value_of(static_cast<std::int32_t>(reached));
 }
 
 // Calls found(i), ascending, where wanted(i); n <= kBlock.
@@ -201,12 +205,10 @@ INLINE void for_each(std::int64_t n, const Wanted& wanted, const Found& found) {
 
 struct Scratch {
     std::vector<float> block_maxima;
-    std::vector<std::int32_t> ordered_maxima;
     std::vector<std::int64_t> keys;
 
     Scratch(std::int64_t size, std::int64_t count)
         : block_maxima((size + kBlock - 1) / kBlock),
-          ordered_maxima(block_maxima.size()),
           keys(std::min<std::int64_t>(count, block_maxima.size()) * kBlock) {}
 };
 
@@ -236,34 +238,31 @@ INLINE void first_tokens(const typename Type::Stored* x, std::int64_t size, floa
                          std::int64_t* keys) {
     const std::int64_t blocks = static_cast<std::int64_t>(scratch.block_maxima.size());
     const float* const maxima = scratch.block_maxima.data();
-    std::int32_t* const values = scratch.ordered_maxima.data();
     std::int64_t* const found = scratch.keys.data();
-#pragma omp simd
-    for (std::int64_t b = 0; b < blocks; ++b) values[b] = ordered(maxima[b]);
-    std::int32_t bound = std::numeric_limits<std::int32_t>::min();
+    float bound = -kInfinity;
     std::int64_t num_tied = blocks;
     if (blocks > count) {
-        bound = kth_largest(values, blocks, count, ordered(max));
+        bound = kth_largest(maxima, blocks, count, max);
         std::int32_t above = 0;
 #pragma omp simd reduction(+ : above)
-        for (std::int64_t b = 0; b < blocks; ++b) above += values[b] > bound;
+        for (std::int64_t b = 0; b < blocks; ++b) above += maxima[b] > bound;
         num_tied = count - above;
     }
     std::int64_t n = 0;
     const auto take = [&](std::int64_t block) {
-        if (values[block] == bound && num_tied-- <= 0) return;
+        if (maxima[block] == bound && num_tied-- <= 0) return;
         const std::int64_t start = block * kBlock;
-        const auto value = [&](std::int64_t i) { return ordered(Type::widen(x[start + i])); };
         for_each(
-            std::min(kBlock, size - start), [&](std::int64_t i) { return value(i) >= bound; },
+            std::min(kBlock, size - start),
+            [&](std::int64_t i) { return Type::widen(x[start + i]) >= bound; },
             [&](std::int64_t i) {
-                found[n++] = (static_cast<std::int64_t>(value(i)) << 32) +
-                             (kMaxVocabSize - (vocab_start + start + i));
+                const std::int64_t value = ordered(Type::widen(x[start + i]));
+                found[n++] = (value << 32) + (kMaxVocabSize - (vocab_start + start + i));
             });
     };
     for (std::int64_t b = 0; b < blocks; b += kBlock)
         for_each(
-            std::min(kBlock, blocks - b), [&](std::int64_t i) { return values[b + i] >= bound; },
+            std::min(kBlock, blocks - b), [&](std::int64_t i) { return maxima[b + i] >= bound; },
             [&](std::int64_t i) { take(b + i); });
     sort_largest(found, n, count, keys);
 }

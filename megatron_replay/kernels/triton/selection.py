@@ -39,7 +39,7 @@ STEPS = 256
 _CHUNK_ENTRIES = 1 << 22
 
 _LOG2_E, _LOWEST = tl.constexpr(LOG2_E), tl.constexpr(LOWEST)
-_C5, _C4, _C3, _C2, _C1, _C0 = (tl.constexpr(c) for c in POLYNOMIAL)
+_C5, _C4, _C3, _C2, _C1 = (tl.constexpr(c) for c in POLYNOMIAL)
 #: Added to a number below 2^22: the last bits are the number's, rounded, and 38.
 _SHIFT = tl.constexpr(1.5 * 2.0**23 + MASS_BITS)
 #: The same without 38, and in units of 2^16 for numbers up to 2^38; their bits.
@@ -143,11 +143,8 @@ def _mass(z, largest):
     t = tl.maximum(z - largest, _LOWEST) * _LOG2_E
     k = t + _SHIFT
     f = t - (k - _SHIFT)
-    p = f * _C5 + _C4
-    p = p * f + _C3
-    p = p * f + _C2
-    p = p * f + _C1
-    p = p * f + _C0
+    square = f * f
+    p = ((f * _C5 + _C4) * square + (f * _C3 + _C2)) * square + (f * _C1 + 1.0)
     # k's last bits are those of the integer; an exponent is 23 bits up.
     power = k.to(tl.int32, bitcast=True) << 23
     return (p.to(tl.int32, bitcast=True) + power).to(tl.float32, bitcast=True)
