@@ -119,10 +119,11 @@ PYBIND11_MODULE(_cpu, module) {
         without_gil);
     py::class_<RestrictedHead>(module, "RestrictedHead")
         .def(py::init([](Address ids, Address offsets, Address labels, std::int64_t positions,
-                         std::int64_t rows) {
+                         std::int64_t rows, int threads) {
                  return new RestrictedHead(pointer<const std::int32_t>(ids),
                                            pointer<const std::int64_t>(offsets),
-                                           pointer<const std::int64_t>(labels), positions, rows);
+                                           pointer<const std::int64_t>(labels), positions, rows,
+                                           threads);
              }),
              without_gil)
         .def(

@@ -84,6 +84,27 @@ INLINE Registers<kVectors> weighted_sum(const float* packed, const std::int32_t*
     return sum;
 }
 
+// sums[j] += sum over indices of coefficient * packed[index], for j < kSums; coefficients [., kSums].
+template <int kVectors, int kSums>
+INLINE void add_weighted_sums(float* const* sums, const float* packed, const std::int32_t* indices,
+                              std::int64_t size, const float* coefficients) {
+    Registers<kVectors> sum[kSums];
+#pragma GCC unroll 4
+    for (int j = 0; j < kSums; ++j) sum[j] = load_block<kVectors>(sums[j]);
+    for (std::int64_t k = 0; k < size; ++k) {
+        const std::int64_t index = indices[k];
+        const auto from = load_block<kVectors>(packed + index * kWidth<kVectors>);
+#pragma GCC unroll 4
+        for (int j = 0; j < kSums; ++j) {
+            const float c = coefficients[k * kSums + j];
+#pragma GCC unroll 8
+            for (int i = 0; i < kVectors; ++i) sum[j].v[i] += c * from.v[i];
+        }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kSums; ++j) store_block(sums[j], sum[j]);
+}
+
 // Dot products over a block, added to consecutive floats, four at a time.
 class DotProducts {
   public:

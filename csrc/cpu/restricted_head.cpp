@@ -19,8 +19,8 @@ using std::int64_t;
 // Registers of a block. Forward has one sum a pair and block, so wide blocks; backward has none, and
 // narrow blocks of more rows fit in the cache.
 constexpr int kForward = 8, kBackward = 4;
-// Positions that a thread takes at a time.
-constexpr int64_t kPositions = 32;
+// Fours of positions that a thread takes at a time.
+constexpr int64_t kFours = 8;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // To subtract instead of a lower maximum, where nothing counted: -inf - -inf is no number.
@@ -77,13 +77,32 @@ INLINE void weight_grad_body(float* grad, int64_t stride, const HeadPairs& pairs
     }
 }
 
+// Of positions of the fours begin to end: a row that several of a four have is loaded once.
 INLINE void hidden_grad_body(float* grad, int64_t stride, const HeadPairs& pairs, int64_t begin,
                              int64_t end, const float* weight, const float* slopes, int width) {
-    for (int64_t r = begin; r < end; ++r) {
-        const int64_t n = pairs.order[r], start = pairs.offsets[n];
-        const auto sum = weighted_sum<kBackward>(weight, pairs.slot.data() + start, slopes + start,
-                                                 pairs.offsets[n + 1] - start);
-        store_block(grad + n * stride, sum, width);
+    for (int64_t f = begin; f < end; ++f) {
+        alignas(64) float sums[4][kWidth<kBackward>] = {};
+        const int32_t* slots = pairs.four_slots.data() + pairs.four_starts[f];
+        const float* slope = slopes + pairs.four_starts[f];
+        for (int mask = 1; mask < 16; ++mask) {
+            const int64_t size = pairs.four_counts[16 * f + mask];
+            if (!size) continue;
+            float* to[4];
+            int shared = 0;
+            for (int t = 0; t < 4; ++t)
+                if (mask >> t & 1) to[shared++] = sums[t];
+            switch (shared) {
+                case 1: add_weighted_sums<kBackward, 1>(to, weight, slots, size, slope); break;
+                case 2: add_weighted_sums<kBackward, 2>(to, weight, slots, size, slope); break;
+                case 3: add_weighted_sums<kBackward, 3>(to, weight, slots, size, slope); break;
+                default: add_weighted_sums<kBackward, 4>(to, weight, slots, size, slope);
+            }
+            slots += size;
+            slope += size * shared;
+        }
+        for (int64_t r = 4 * f; r < std::min(4 * f + 4, pairs.positions()); ++r)
+            store_block(grad + pairs.order[r] * stride, load_block<kBackward>(sums[r - 4 * f]),
+                        width);
     }
 }
 
@@ -189,8 +208,8 @@ Packed packed_rows(int64_t rows) {
 }  // namespace
 
 RestrictedHead::RestrictedHead(const int32_t* ids, const int64_t* offsets, const int64_t* labels,
-                               int64_t positions, int64_t rows)
-    : pairs_(ids, offsets, positions, rows), label_(positions) {
+                               int64_t positions, int64_t rows, int threads)
+    : pairs_(ids, offsets, positions, rows, threads), label_(positions) {
     for (int64_t n = 0; n < positions; ++n) {
         const int32_t* const first = ids + offsets[n];
         const int32_t* const last = ids + offsets[n + 1];
@@ -237,15 +256,20 @@ void RestrictedHead::backward(const Operand& hidden, const Operand& weight, int6
     const HeadPairs& pairs = pairs_;
     const Packed packed_hidden = packed_rows<kBackward>(weight_grad ? pairs.positions() : 0);
     const Packed packed_weight = packed_rows<kBackward>(hidden_grad ? pairs.distinct() : 0);
-    std::vector<float> slopes(pairs.count()), sorted(pairs.count());
+    std::vector<float> seated(pairs.count()), sorted(pairs.count());
 #pragma omp parallel num_threads(threads)
     {
+        std::vector<float> slopes;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < pairs.positions(); ++n) {
             const int64_t start = pairs.offsets[n], stop = pairs.offsets[n + 1];
+            slopes.resize(stop - start);
             find_slopes(logits_.data() + start, stop - start, label_[n], std::max(top[n], kLowest),
-                        total[n], grad[n], slopes.data() + start);
-            for (int64_t p = start; p < stop; ++p) sorted[pairs.place[p]] = slopes[p];
+                        total[n], grad[n], slopes.data());
+            for (int64_t p = start; p < stop; ++p) {
+                sorted[pairs.place[p]] = slopes[p - start];
+                seated[pairs.seat[p]] = slopes[p - start];
+            }
         }
         for (int64_t channel = 0; channel < channels; channel += kWidth<kBackward>) {
             const int width =
@@ -253,10 +277,10 @@ void RestrictedHead::backward(const Operand& hidden, const Operand& weight, int6
             if (hidden_grad) {
                 pack<kBackward>(weight, channel, width, pairs.row, packed_weight.get());
 #pragma omp for schedule(dynamic)
-                for (int64_t r = 0; r < pairs.positions(); r += kPositions)
-                    store_hidden_grad(hidden_grad + channel, channels, pairs, r,
-                                      std::min(r + kPositions, pairs.positions()),
-                                      packed_weight.get(), slopes.data(), width);
+                for (int64_t f = 0; f < pairs.fours(); f += kFours)
+                    store_hidden_grad(hidden_grad + channel, channels, pairs, f,
+                                      std::min(f + kFours, pairs.fours()), packed_weight.get(),
+                                      seated.data(), width);
             }
             if (weight_grad) {
                 pack<kBackward>(hidden, channel, width, pairs.order, packed_hidden.get());

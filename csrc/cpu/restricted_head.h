@@ -23,7 +23,8 @@ class RestrictedHead {
     // ids: int32 [P], each in [0, V), ascending in each set. offsets: int64 [N + 1]. labels: int64
     // [N]. None is kept.
     RestrictedHead(const std::int32_t* ids, const std::int64_t* offsets,
-                   const std::int64_t* labels, std::int64_t positions, std::int64_t rows);
+                   const std::int64_t* labels, std::int64_t positions, std::int64_t rows,
+                   int threads);
 
     // Fills max, sum and gold, [N] each.
     void forward(const Operand& hidden, const Operand& weight, std::int64_t channels, float* max,

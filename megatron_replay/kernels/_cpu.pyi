@@ -38,7 +38,9 @@ def shard_tokens(
 class RestrictedHead:
     """csrc/cpu/restricted_head.h. An operand is (data pointer, row stride, whether it is bf16)."""
 
-    def __init__(self, ids: int, offsets: int, labels: int, positions: int, rows: int) -> None: ...
+    def __init__(
+        self, ids: int, offsets: int, labels: int, positions: int, rows: int, threads: int
+    ) -> None: ...
     def forward(
         self,
         hidden: tuple[int, int, bool],

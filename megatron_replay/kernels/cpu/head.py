@@ -39,7 +39,7 @@ def head(sets: ShardSets) -> ShardHead:
 class CpuHead:
     """A ``ShardHead`` of position scope.
 
-    Memory: 16 bytes a pair between forward and backward, 8 more while it works; beside them 512
+    Memory: 20 bytes a pair between forward and backward, 8 more while it works; beside them 512
     bytes a position in forward, 256 a position and 256 a distinct candidate in backward. Operands
     whose channels are not consecutive are copied.
     """
@@ -66,6 +66,7 @@ class CpuHead:
             labels_N.data_ptr(),
             len(labels_N),
             sets.num_rows,
+            torch.get_num_threads(),
         )
         self._shape = len(labels_N), sets.num_rows
 
