@@ -1,7 +1,7 @@
 """The store is byte for byte the same for every TP: candidate sets of shards cut at any place.
 
 Shapes: T positions, V vocabulary. Shard ends fall on every place of a vector register, where the
-exp of a register and that of its remainder could differ by a bit.
+exponential of a register and that of its remainder could differ by a bit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.functional import CandidateSets, select_candidates
+from megatron_replay.functional.shard_selection import TORCH_SELECTION
+from megatron_replay.kernels.cpu.selection import selection
 from tests import pool
 
 pytestmark = pytest.mark.distributed
@@ -63,25 +65,28 @@ def selection_case(V: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
 
 
 def select_on_shard(rank: int, world_size: int) -> list[str]:
-    """Seeds and fields in which what this rank gets differs from the whole's."""
+    """Seeds, forms and fields in which what this rank gets differs from the whole's."""
     wrong = []
     for seed in SEEDS:
         ends = shard_ends(world_size, seed)
         logits_TV, labels_T, options = selection_case(ends[-1], seed)
         whole = select_candidates(logits_TV, labels_T, **options)
         shard_TV = logits_TV[:, ends[rank] : ends[rank + 1]]
-        found = select_candidates(
-            shard_TV.clone() if seed % 2 else shard_TV,  # memory of its own, and a strided view
-            labels_T,
-            vocab_start=ends[rank],
-            tp_group=dist.group.WORLD,
-            **options,
-        )
-        for name in CandidateSets.__dataclass_fields__:
-            expected, ours = getattr(whole, name), getattr(found, name)
-            # Bytes, as the store writes them: torch.equal takes -0.0 for 0.0.
-            if expected.dtype != ours.dtype or expected.numpy().tobytes() != ours.numpy().tobytes():
-                wrong.append(f"seed {seed}: {name}")
+        for kernel in (TORCH_SELECTION, selection):
+            found = select_candidates(
+                shard_TV.clone() if seed % 2 else shard_TV,  # memory of its own, or a strided view
+                labels_T,
+                vocab_start=ends[rank],
+                tp_group=dist.group.WORLD,
+                kernel=kernel,
+                **options,
+            )
+            for name in CandidateSets.__dataclass_fields__:
+                expected, ours = getattr(whole, name), getattr(found, name)
+                # Bytes, as the store writes them: torch.equal takes -0.0 for 0.0.
+                same = expected.numpy().tobytes() == ours.numpy().tobytes()
+                if expected.dtype != ours.dtype or not same:
+                    wrong.append(f"seed {seed}, {kernel.name}: {name}")
     return wrong
 
 
