@@ -8,8 +8,8 @@ pass in a fresh process; autograd's dense gradient of the weight is in it. "erro
 of either gradient against float64, over the largest entry, at the candidates' rows.
 
 Restricted heads add to main_grad in place. Full softmaxes are slow: they are measured on the first
-positions ("of N") in rounds of their own, which ours takes part in, and their times multiplied;
-their memory is that of so many positions.
+positions ("of 256") and on 16, in rounds of their own, which ours takes part in; their row is the
+line through both at N positions. Their memory is that of the first positions.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ SGEMM, OURS = "sgemm", "ours"
 #: By dtype of the operands, whether over the whole vocabulary, whether of documents' unions.
 References = dict[tuple[torch.dtype, bool, bool], tuple[torch.Tensor, torch.Tensor]]
 SGEMM_SIZE = 2048
-#: Positions on which a full softmax is checked, in float64 over the whole vocabulary.
-CHECKED = 16
+#: Positions on which a full softmax is checked, in float64 over the whole vocabulary; and timed,
+#: for what does not grow with them.
+FEW, OF_FEW = 16, " of few"
 #: More would be a wrong gradient of fp32 operands, or of bf16 ones.
 TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2
 GIB = 1 << 30
@@ -57,7 +58,6 @@ class Row:
 
     contender: Contender
     times: Times = field(default_factory=Times)
-    scale: float = 1.0
     flops: int | None = None
     error: float | None = None
     peak: int | None = None
@@ -67,7 +67,7 @@ class Row:
         name = f"{self.contender.name:44}"
         if not self.times.values:
             return f"{name}{self.note}"
-        median, least = self.scale * self.times.median, self.scale * self.times.least
+        median, least = self.times.median, self.times.least
         share = f"{100 * self.flops / self.times.least / rate:.0f} %" if self.flops else "-"
         peak = "-" if self.peak is None else f"{self.peak / 2**20:.1f}"
         error = "-" if self.error is None else f"{self.error:.0e}"
@@ -117,37 +117,68 @@ class Part:
             print(row.text(self.ours, self.rate), flush=True)
 
 
-def measure(
-    chosen: Sequence[Contender],
-    batch: Batch,
-    *,
-    rounds: int,
-    device: torch.device,
-    ours: Pass | None = None,
-) -> Part:
-    """Times in turn with the matrix product, and with ``ours`` where it is not the first row."""
-    work, references = {SGEMM: sgemm(device)}, References()
-    rows = [Row(contender, note=contender.why_not or "") for contender in chosen]
-    able = [row for row in rows if not row.contender.why_not]
-    rounded = batch.rounded() if any(row.contender.bf16 for row in able) else batch
+def measure(chosen: Sequence[Contender], batch: Batch, *, rounds: int) -> Part:
+    """Restricted heads, in turn with the matrix product; the first is ours."""
+    device, references = batch.hidden.device, References()
+    work = {SGEMM: sgemm(device)}
+    rows, able, rounded = _rows(chosen, batch)
     for row in able:
-        contender = row.contender
-        operands = rounded if contender.bf16 else batch
+        contender, operands = row.contender, rounded if row.contender.bf16 else batch
         if contender.has_gradients:
-            some = operands.first(CHECKED) if contender.full else operands
-            row.error = check(contender, some, references)
+            row.error = check(contender, operands, references)
         row.flops = contender.flops(operands) if contender.flops else None
         work[contender.name] = contender.make(operands)
-    if ours:
-        work[OURS] = ours
-    # The check of a full softmax has been its warm-up.
-    times = interleave(work, rounds=rounds, each=1, device=device, warm_up=not ours)
+    times = interleave(work, rounds=rounds, each=1, device=device)
     for row in able:
         row.times = times[row.contender.name]
-    batch.clear()
-    rounded.clear()
-    first = times[OURS if ours else able[0].contender.name]
-    return Part(rows, first, 2 * SGEMM_SIZE**3 / times[SGEMM].least)
+    return Part(rows, able[0].times, 2 * SGEMM_SIZE**3 / times[SGEMM].least)
+
+
+def measure_full(
+    chosen: Sequence[Contender], batch: Batch, *, ours: Contender, slice_: int, rounds: int
+) -> Part:
+    """Full softmaxes, on a slice and on a few positions; the line through both gives all N.
+
+    What does not grow with positions, such as a dense gradient of the weight, is so counted once.
+    """
+    device, references, N = batch.hidden.device, References(), batch.num_positions
+    work = {SGEMM: sgemm(device), OURS: ours.make(batch)}
+    rows, able, rounded = _rows(chosen, batch)
+    for row in able:
+        contender, operands = row.contender, rounded if row.contender.bf16 else batch
+        few = operands.first(FEW)
+        row.error = check(contender, few, references)  # this has been the warm-up, too
+        row.flops = contender.flops(operands) if contender.flops else None
+        work[contender.name] = _then_clear(contender, operands.first(slice_))
+        if slice_ < N:
+            work[contender.name + OF_FEW] = _then_clear(contender, few)
+            row.note = f"of {slice_}"
+    times = interleave(work, rounds=rounds, each=1, device=device, warm_up=False)
+    for row in able:
+        row.times = times[row.contender.name]
+        if slice_ < N:
+            more = (N - slice_) / (slice_ - FEW)
+            pairs = zip(row.times.values, times[row.contender.name + OF_FEW].values, strict=True)
+            row.times = Times([part + more * (part - few) for part, few in pairs])
+    return Part(rows, times[OURS], 2 * SGEMM_SIZE**3 / times[SGEMM].least)
+
+
+def _then_clear(contender: Contender, batch: Batch) -> Pass:
+    """A dense gradient that is kept would leave the next contender without memory."""
+    run = contender.make(batch)
+
+    def run_and_clear() -> None:
+        run()
+        batch.clear()
+
+    return run_and_clear
+
+
+def _rows(chosen: Sequence[Contender], batch: Batch) -> tuple[list[Row], list[Row], Batch]:
+    """All rows, those that can run, and the batch in bf16 where one of them asks for it."""
+    rows = [Row(contender, note=contender.why_not or "") for contender in chosen]
+    able = [row for row in rows if not row.contender.why_not]
+    return rows, able, batch.rounded() if any(row.contender.bf16 for row in able) else batch
 
 
 def peak_of(options: argparse.Namespace, contender: Contender, case: Sequence[str]) -> int | None:
@@ -190,18 +221,13 @@ def table(options: argparse.Namespace, regime: str, N: int, H: int) -> None:
     small = [c for c in chosen if not c.full and (regime == "real" or not c.documents)]
     print(f"\n(H, V) = ({H}, {VOCAB_SIZE:,}), N {N}, threads {torch.get_num_threads()}")
     print(f"{regime} sets: {sets.describe()}")
-    parts = [measure(small, batch, rounds=options.rounds, device=device)]
+    parts = [measure(small, batch, rounds=options.rounds)]
     few = min(options.slice or N, N)
     if first and not options.no_full:
         large = [c for c in chosen if c.full]
-        ours = next(c for c in small if not c.why_not).make(batch)
+        ours = next(c for c in small if not c.why_not)
         rounds = options.full_rounds
-        part = measure(large, batch.first(few), rounds=rounds, device=device, ours=ours)
-        for row in part.rows:
-            row.scale = N / few
-            row.note = row.note or (f"of {few}" if few < N else "")
-        parts.append(part)
-        del ours
+        parts.append(measure_full(large, batch, ours=ours, slice_=few, rounds=rounds))
     del batch
     for row in itertools.chain(*(part.rows for part in parts)):
         positions = few if row.contender.full else N
