@@ -101,13 +101,13 @@ void HeadPairs::share_in_fours(const std::vector<std::int32_t>& slot, int thread
         std::vector<std::int32_t> sorted;
 #pragma omp for schedule(dynamic, 16)
         for (std::int64_t f = 0; f < fours(); ++f) {
-            merge_four(f, slot, found);
+            const std::int64_t ids = merge_four(f, slot, found);
             std::int32_t* const counts = four_counts.data() + 16 * f;
             std::int32_t begin[16] = {};
-            for (const Shared& id : found) ++counts[id.mask];
+            for (std::int64_t i = 0; i < ids; ++i) ++counts[found[i].mask];
             for (int mask = 2; mask < 16; ++mask) begin[mask] = begin[mask - 1] + counts[mask - 1];
-            sorted.resize(found.size());
-            for (std::size_t i = 0; i < found.size(); ++i)
+            sorted.resize(ids);
+            for (std::int64_t i = 0; i < ids; ++i)
                 sorted[begin[found[i].mask]++] = static_cast<std::int32_t>(i);
             std::int32_t* to = four_slots.data() + four_starts[f];
             std::int32_t next_seat = static_cast<std::int32_t>(four_starts[f]);
@@ -120,27 +120,27 @@ void HeadPairs::share_in_fours(const std::vector<std::int32_t>& slot, int thread
     }
 }
 
-// The ids of four positions, ascending, as their sets do.
-void HeadPairs::merge_four(std::int64_t f, const std::vector<std::int32_t>& slot,
-                           std::vector<Shared>& found) const {
+// Finds the ids of four positions, ascending, as their sets do; returns how many.
+std::int64_t HeadPairs::merge_four(std::int64_t f, const std::vector<std::int32_t>& slot,
+                                   std::vector<Shared>& found) const {
     constexpr std::int32_t none = std::numeric_limits<std::int32_t>::max();
     std::int32_t at[4] = {}, stop[4] = {};
     for (std::int64_t t = 0; t < 4 && 4 * f + t < positions(); ++t) {
         at[t] = static_cast<std::int32_t>(offsets[order[4 * f + t]]);
         stop[t] = static_cast<std::int32_t>(offsets[order[4 * f + t] + 1]);
     }
-    found.clear();
-    for (;;) {
+    found.resize(four_starts[f + 1] - four_starts[f]);
+    for (std::int64_t ids = 0;; ++ids) {
         std::int32_t next[4];
         for (int t = 0; t < 4; ++t) next[t] = at[t] < stop[t] ? slot[at[t]] : none;
         const std::int32_t least = std::min(std::min(next[0], next[1]), std::min(next[2], next[3]));
-        if (least == none) return;
-        Shared id{least, 0, {at[0], at[1], at[2], at[3]}};
+        if (least == none) return ids;
+        Shared& id = found[ids];
+        id = {least, 0, {at[0], at[1], at[2], at[3]}};
         for (int t = 0; t < 4; ++t) {
             const std::int32_t has = next[t] == least;
             id.mask |= has << t;
             at[t] += has;
         }
-        found.push_back(id);
     }
 }

@@ -42,6 +42,6 @@ struct HeadPairs {
     struct Shared {
         std::int32_t slot, mask, pairs[4];
     };
-    void merge_four(std::int64_t f, const std::vector<std::int32_t>& slot,
-                    std::vector<Shared>& found) const;
+    std::int64_t merge_four(std::int64_t f, const std::vector<std::int32_t>& slot,
+                            std::vector<Shared>& found) const;
 };
