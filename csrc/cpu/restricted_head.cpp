@@ -199,6 +199,11 @@ struct Free {
 };
 using Packed = std::unique_ptr<float[], Free>;
 
+template <int kVectors>
+int width_of(int64_t channel, int64_t channels) {
+    return static_cast<int>(std::min<int64_t>(kWidth<kVectors>, channels - channel));
+}
+
 // Of any content, so that the thread that packs a part touches it first.
 template <int kVectors>
 Packed packed_rows(int64_t rows) {
@@ -227,8 +232,7 @@ void RestrictedHead::forward(const Operand& hidden, const Operand& weight, int64
 #pragma omp parallel num_threads(threads)
     {
         for (int64_t channel = 0; channel < channels; channel += kWidth<kForward>) {
-            const int width =
-                static_cast<int>(std::min<int64_t>(kWidth<kForward>, channels - channel));
+            const int width = width_of<kForward>(channel, channels);
             pack<kForward>(hidden, channel, width, pairs.order, packed_hidden.get());
 #pragma omp for schedule(dynamic)
             for (int64_t i = 0; i < pairs.slices(); ++i)
@@ -271,24 +275,23 @@ void RestrictedHead::backward(const Operand& hidden, const Operand& weight, int6
                 seated[pairs.seat[p]] = slopes[p - start];
             }
         }
-        for (int64_t channel = 0; channel < channels; channel += kWidth<kBackward>) {
-            const int width =
-                static_cast<int>(std::min<int64_t>(kWidth<kBackward>, channels - channel));
-            if (hidden_grad) {
-                pack<kBackward>(weight, channel, width, pairs.row, packed_weight.get());
+        // One gradient after the other: block by block in turn both take a quarter longer.
+        for (int64_t channel = 0; hidden_grad && channel < channels; channel += kWidth<kBackward>) {
+            const int width = width_of<kBackward>(channel, channels);
+            pack<kBackward>(weight, channel, width, pairs.row, packed_weight.get());
 #pragma omp for schedule(dynamic)
-                for (int64_t f = 0; f < pairs.fours(); f += kFours)
-                    store_hidden_grad(hidden_grad + channel, channels, pairs, f,
-                                      std::min(f + kFours, pairs.fours()), packed_weight.get(),
-                                      seated.data(), width);
-            }
-            if (weight_grad) {
-                pack<kBackward>(hidden, channel, width, pairs.order, packed_hidden.get());
+            for (int64_t f = 0; f < pairs.fours(); f += kFours)
+                store_hidden_grad(hidden_grad + channel, channels, pairs, f,
+                                  std::min(f + kFours, pairs.fours()), packed_weight.get(),
+                                  seated.data(), width);
+        }
+        for (int64_t channel = 0; weight_grad && channel < channels; channel += kWidth<kBackward>) {
+            const int width = width_of<kBackward>(channel, channels);
+            pack<kBackward>(hidden, channel, width, pairs.order, packed_hidden.get());
 #pragma omp for schedule(dynamic)
-                for (int64_t i = 0; i < pairs.slices(); ++i)
-                    add_weight_grad(weight_grad + channel, weight_grad_stride, pairs, pairs.cuts[i],
-                                    pairs.cuts[i + 1], packed_hidden.get(), sorted.data(), width);
-            }
+            for (int64_t i = 0; i < pairs.slices(); ++i)
+                add_weight_grad(weight_grad + channel, weight_grad_stride, pairs, pairs.cuts[i],
+                                pairs.cuts[i + 1], packed_hidden.get(), sorted.data(), width);
         }
     }
 }

@@ -131,6 +131,17 @@ def test_a_number_that_is_none_stays_with_its_position(bad: float) -> None:
     assert torch.equal(hidden_grad_TH[others], expected[1][others])
 
 
+def test_a_candidate_that_is_no_number_reaches_every_position_that_has_it() -> None:
+    """Also as one term of many, and not the label's: a maximum or a clamp may swallow it."""
+    case = head_case(T=12, V=30, H=20, seed=6, share=0.4)
+    case.labels_T = torch.where(case.labels_T == 7, 8, case.labels_T)
+    case.mask_GV[torch.arange(12), case.labels_T] = True
+    case.weight_VH[7, 2] = math.nan
+    assert 0 < case.mask_GV[:, 7].sum() < 12
+    loss_T, _, _ = plain(case)
+    assert torch.equal(loss_T.isnan(), case.mask_GV[:, 7])
+
+
 def test_fp16_is_refused() -> None:
     case = head_case(T=3, V=9, H=4, seed=7)
     with pytest.raises(ConfigError, match=r"expected .*torch.bfloat16.*found .*torch.float16"):
