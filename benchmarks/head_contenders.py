@@ -217,6 +217,11 @@ def zeroing(batch: Batch) -> Pass:
     return batch.weight_grad.zero_
 
 
+def making(batch: Batch) -> Pass:
+    """As autograd must, where it is to give a dense gradient."""
+    return lambda: torch.full_like(batch.weight_grad, 0.0)
+
+
 def needs_cuda(package: str, loss: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> Any:
     """A loss out of a package that runs on CUDA only."""
     return by_autograd(lambda *operands: loss(importlib.import_module(package), *operands))
@@ -260,6 +265,7 @@ def contenders(device: torch.device) -> list[Contender]:
         Contender("cutting sets to the shard", cutting, has_gradients=False),
         Contender("the same and sorting by id, torch", sorting, has_gradients=False),
         Contender("zeroing a dense fp32 [V, H]", zeroing, has_gradients=False),
+        Contender("making one of zeros", making, has_gradients=False),
         Contender("F.linear + F.cross_entropy", by_autograd(plain), full_flops, full=True),
         Contender(
             "F.linear + F.cross_entropy, bf16", by_autograd(plain), full_flops, full=True,
