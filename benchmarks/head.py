@@ -2,10 +2,10 @@
 
 A row's times are the median and the least of the rounds; "x" is each over that of the first row
 that ran, our best form. "sgemm" is the share that 6 P H flops in the least time are of torch's fp32
-matrix product, the best of the table's; with 6 N V H for a full softmax, and for documents' unions P the
-sum of length times union. "MiB" is the most resident memory beyond operands and main_grad, of one
-pass in a fresh process; autograd's dense gradient of the weight is in it. "error" is the largest
-of either gradient against float64, over the largest entry, at the candidates' rows.
+matrix product, at its best in the table; with 6 N V H for a full softmax, and for documents' unions
+P the sum of length times union. "MiB" is the most resident memory beyond operands and main_grad, of
+one pass in a fresh process; autograd's dense gradient of the weight is in it. "error" is the
+largest of either gradient against float64, over the largest entry, at the candidates' rows.
 
 Restricted heads add to main_grad in place. Full softmaxes are slow: they are measured on the first
 positions ("of 256") and on 16, in rounds of their own, which ours takes part in; their row is the
