@@ -117,6 +117,20 @@ PYBIND11_MODULE(_cpu, module) {
                          pointer<std::int64_t>(totals), pointer<std::int64_t>(keys), threads);
         },
         without_gil);
+    module.def(
+        "cut_tokens",
+        [](Address keys, std::int64_t rows, std::int64_t count, Address totals, Address maxima,
+           Address labels, Address golds, double uncovered, Address ids, Address offsets,
+           Address num_candidates, Address gold_appended, Address inside, int threads) {
+            const Cut cut{pointer<std::int32_t>(ids), pointer<std::int64_t>(offsets),
+                          pointer<std::int64_t>(num_candidates),
+                          pointer<std::uint8_t>(gold_appended), pointer<std::int64_t>(inside)};
+            cut_tokens(pointer<const std::int64_t>(keys), rows, count,
+                       pointer<const std::int64_t>(totals), pointer<const float>(maxima),
+                       pointer<const std::int64_t>(labels), pointer<const float>(golds), uncovered,
+                       cut, threads);
+        },
+        without_gil);
     py::class_<RestrictedHead>(module, "RestrictedHead")
         .def(py::init([](Address ids, Address offsets, Address labels, std::int64_t positions,
                          std::int64_t rows, int threads) {

@@ -2,8 +2,6 @@
 // of them bounds the K-th largest logit from below, so that the first K tokens lie in K blocks,
 // which are read again; pass 2 sums the masses of a row that is still in the cache, and asks for
 // the next one meanwhile. Integers are summed, so nothing depends on order, level or threads.
-//
-// A mass is bits that torch computes by one operation after the other: nothing may be contracted.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=off")
 #endif
@@ -16,11 +14,7 @@
 #include <limits>
 #include <vector>
 
-#include "levels.h"
-
-#if defined(__clang__)
-#pragma clang fp contract(off)
-#endif
+#include "token_mass.h"
 
 namespace {
 
@@ -28,16 +22,7 @@ constexpr std::int64_t kBlock = 64;
 // Ids whose masses are summed in 32 bits: of at most 2^19 units of 2^19. With longer ones, 2048 ids,
 // the next row is asked for in bursts that the caches do not keep up with: 10 % slower.
 constexpr std::int64_t kChunk = 8 * kBlock;
-constexpr std::int64_t kMaxVocabSize = 1 << 24;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-template <class To, class From>
-INLINE To bits(From x) {
-    static_assert(sizeof(To) == sizeof(From));
-    To y;
-    std::memcpy(&y, &x, sizeof y);
-    return y;
-}
 
 struct Fp32 {
     using Stored = float;
@@ -60,32 +45,6 @@ struct Fp16 {
         return bits<float>(sign | (rest >= 0x0f800000u ? rest | 0x7f800000u : finite));
     }
 };
-
-// Signed integers that sort as the floats, both zeros as 0; and back.
-INLINE std::int32_t ordered(float x) {
-    const std::int32_t b = bits<std::int32_t>(x + 0.0f);
-    return b ^ ((b >> 31) & 0x7fffffff);
-}
-
-INLINE float value_of(std::int32_t x) {
-    return bits<float>(x ^ ((x >> 31) & 0x7fffffff));
-}
-
-// token_mass.py, before rounding to units.
-INLINE float mass(float x, float max) {
-    constexpr float shift = 0x1.8p23f + 38;  // rounds to an integer, and adds 38 to it
-    // Differences are negative or +0, so that their bits sort backwards: the smaller are above.
-    const float d = bits<float>(std::min(bits<std::uint32_t>(x - max), 0xc1e00000u));  // -28
-    const float t = d * 0x1.715476p+0f;
-    const float k = t + shift;
-    const float f = t - (k - shift);
-    const float square = f * f;
-    const float upper = f * 0x1.5bb9fcp-10f + 0x1.3cea9ep-7f;
-    const float middle = f * 0x1.c6b754p-5f + 0x1.ebf9bcp-3f;
-    const float p = (upper * square + middle) * square + (f * 0x1.62e42ap-1f + 1.0f);
-    // k's last bits are those of the integer; an exponent is 23 bits up.
-    return bits<float>(bits<std::uint32_t>(p) + (bits<std::uint32_t>(k) << 23));
-}
 
 // A number below 2^22 and this, added in fp32: the last bits are the number's, rounded.
 constexpr float kUnits = 0x1.8p23f;

@@ -21,3 +21,15 @@ void row_maxima(const Logits& logits, float* maxima, int threads);
 // zeros.
 void shard_tokens(const Logits& logits, std::int64_t vocab_start, std::int64_t count, bool given,
                   float* maxima, std::int64_t* totals, std::int64_t* keys, int threads);
+
+// Sets of [rows, count] keys, cut where the mass behind is at most ``uncovered`` of the total, with
+// the labels added. ids: those of all rows, one after another, in room for rows * (count + 1).
+struct Cut {
+    std::int32_t* ids;
+    std::int64_t *offsets, *num_candidates;
+    std::uint8_t* gold_appended;
+    std::int64_t* inside;
+};
+void cut_tokens(const std::int64_t* keys, std::int64_t rows, std::int64_t count,
+                const std::int64_t* totals, const float* maxima, const std::int64_t* labels,
+                const float* golds, double uncovered, const Cut& cut, int threads);

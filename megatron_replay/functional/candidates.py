@@ -34,9 +34,8 @@ from megatron_replay.functional.shard_selection import (
     TORCH_SELECTION,
     SelectionKernel,
     token_keys,
-    values_and_ids,
 )
-from megatron_replay.functional.token_mass import MASS_BITS, token_masses
+from megatron_replay.functional.token_mass import MASS_BITS
 
 #: The store counts a set's other members in one byte.
 MAX_CANDIDATES = 255
@@ -117,45 +116,18 @@ def select_candidates(
         # No maxima to wait for: a kernel can do a row in one go, while it is in the cache.
         max_T, total_T, keys_TK = kernel.shard_tokens(logits_TV, None, **options)
         gold_T, max_T = _gold_and_max(logits_TV, labels_T, max_T, vocab_start, None)
-    return _cut(keys_TK, total_T, labels_T, gold_T, max_T, coverage)
-
-
-def _cut(
-    keys_TK: Tensor,
-    total_T: Tensor,
-    labels_T: Tensor,
-    gold_T: Tensor,
-    max_T: Tensor,
-    coverage: float,
-) -> CandidateSets:
-    """Cut the ordered tokens where the mass behind is at most 1 - coverage, and add the labels."""
-    values_TK, ids_TK = values_and_ids(keys_TK)
-    masses_TK = token_masses(values_TK, max_T)
-    # Asked of the mass behind the cut, an integer: rho <= 1 - coverage then holds as computed, and
-    # a coverage of 1 asks for all of the mass rather than for a rounding of it.
-    allowed_T = (total_T.double() * (1.0 - coverage)).long()
-    behind_TK = total_T[:, None] - masses_TK.cumsum(1)
-    num_T = ((behind_TK > allowed_T[:, None]).sum(1) + 1).clamp_(max=keys_TK.shape[1])
-    chosen_TK = torch.arange(keys_TK.shape[1], device=ids_TK.device) < num_T[:, None]
-    appended_T = ~(chosen_TK & (ids_TK == labels_T[:, None])).any(1)
-
-    # One column more for the label; tokens left out sort behind every id.
-    with_gold = torch.cat([ids_TK, labels_T[:, None].int()], 1)
-    keep = torch.cat([chosen_TK, appended_T[:, None]], 1)
-    ordered = with_gold.masked_fill(~keep, MAX_VOCAB_SIZE).sort(1).values
-
-    gold_mass_T = token_masses(gold_T[:, None], max_T).squeeze(1)
-    inside_T = (masses_TK * chosen_TK).sum(1) + gold_mass_T * appended_T
-    log_total_T = torch.log(total_T.double() * 2.0**-MASS_BITS)  # the largest has 2^38: log >= 0
+    cut = kernel.cut_tokens(keys_TK, total_T, max_T, labels_T, gold_T, coverage=coverage)
+    total, outside = total_T.double(), (total_T - cut.inside_T).double()
+    log_total_T = torch.log(total * 2.0**-MASS_BITS)  # the largest has 2^38: log >= 0
     return CandidateSets(
-        ids=ordered[ordered < MAX_VOCAB_SIZE],
-        offsets=torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)),
-        num_candidates_T=num_T,
-        gold_appended_T=appended_T,
+        ids=cut.ids,
+        offsets=cut.offsets,
+        num_candidates_T=cut.num_candidates_T,
+        gold_appended_T=cut.gold_appended_T,
         lse_T=(max_T.double() + log_total_T).float(),
         gold_logprob_T=(gold_T.double() - max_T.double() - log_total_T).float(),
         max_logprob_T=(0.0 - log_total_T).float(),
-        tail_mass_T=((total_T - inside_T).double() / total_T.double()).float(),
+        tail_mass_T=(outside / total).float(),
     )
 
 

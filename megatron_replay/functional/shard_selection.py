@@ -1,4 +1,4 @@
-"""One rank's part of candidate selection, without communication, and its plain torch form.
+"""What a rank does for candidate selection, without communication, and its plain torch form.
 
 Tokens are ordered by (logit descending, id ascending). A key is an int64 that holds both: keys sort
 as tokens do, and no two tokens share one, so every top-k over keys has one answer.
@@ -43,6 +43,24 @@ class ShardTokens(NamedTuple):
     keys_TK: Tensor
 
 
+class Cut(NamedTuple):
+    """The candidate sets of T positions, as their keys give them.
+
+    Attributes:
+        ids: int32 [nnz], the sets one after another, each ascending.
+        offsets: int64 [T + 1] into ``ids``.
+        num_candidates_T: int64, the size of the set before the label was added.
+        gold_appended_T: bool, the label was not among them.
+        inside_T: int64, the set's mass.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    num_candidates_T: Tensor
+    gold_appended_T: Tensor
+    inside_T: Tensor
+
+
 class SelectTokens(Protocol):
     """See ``__call__``."""
 
@@ -53,13 +71,21 @@ class SelectTokens(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class SelectionKernel:
-    """A form of this file's two functions; all give the same bits."""
+class CutTokens(Protocol):
+    """See ``__call__``."""
 
-    name: str
-    row_maxima: Callable[[Tensor], Tensor]
-    shard_tokens: SelectTokens
+    def __call__(
+        self,
+        keys_TK: Tensor,
+        total_T: Tensor,
+        max_T: Tensor,
+        labels_T: Tensor,
+        gold_T: Tensor,
+        *,
+        coverage: float,
+    ) -> Cut:
+        """As ``cut_tokens``."""
+        ...
 
 
 def row_maxima(logits_TV: Tensor) -> Tensor:
@@ -129,6 +155,46 @@ def first_tokens(logits_nV: Tensor, maxima_nB: Tensor, vocab_start: int, count: 
     return keys.topk(count, dim=1).values
 
 
+def cut_tokens(
+    keys_TK: Tensor,
+    total_T: Tensor,
+    max_T: Tensor,
+    labels_T: Tensor,
+    gold_T: Tensor,
+    *,
+    coverage: float,
+) -> Cut:
+    """Cut the ordered tokens where the mass behind is at most 1 - coverage, and add the labels.
+
+    Args:
+        keys_TK: the first K tokens of all shards, descending.
+        total_T, max_T: mass and maxima over all shards.
+        labels_T, gold_T: int64 ids of the labels, fp32 logits of theirs.
+    """
+    values_TK, ids_TK = values_and_ids(keys_TK)
+    masses_TK = token_masses(values_TK, max_T)
+    # Asked of the mass behind the cut, an integer: rho <= 1 - coverage then holds as computed, and
+    # a coverage of 1 asks for all of the mass rather than for a rounding of it.
+    allowed_T = (total_T.double() * (1.0 - coverage)).long()
+    behind_TK = total_T[:, None] - masses_TK.cumsum(1)
+    num_T = ((behind_TK > allowed_T[:, None]).sum(1) + 1).clamp_(max=keys_TK.shape[1])
+    chosen_TK = torch.arange(keys_TK.shape[1], device=ids_TK.device) < num_T[:, None]
+    appended_T = ~(chosen_TK & (ids_TK == labels_T[:, None])).any(1)
+
+    # One column more for the label; tokens left out sort behind every id.
+    with_gold = torch.cat([ids_TK, labels_T[:, None].int()], 1)
+    keep = torch.cat([chosen_TK, appended_T[:, None]], 1)
+    ordered = with_gold.masked_fill(~keep, MAX_VOCAB_SIZE).sort(1).values
+    gold_mass_T = token_masses(gold_T[:, None], max_T).squeeze(1)
+    return Cut(
+        ids=ordered[ordered < MAX_VOCAB_SIZE],
+        offsets=torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)),
+        num_candidates_T=num_T,
+        gold_appended_T=appended_T,
+        inside_T=(masses_TK * chosen_TK).sum(1) + gold_mass_T * appended_T,
+    )
+
+
 def token_keys(values: Tensor, ids: Tensor) -> Tensor:
     """int64 keys that sort as (value ascending, id descending): value's bits high, id's low."""
     bits = (values + 0.0).view(torch.int32)  # -0.0 becomes +0.0: they tie
@@ -146,6 +212,16 @@ def values_and_ids(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def _nan_as_inf(max_T: Tensor) -> Tensor:
     return torch.where(max_T.isnan(), math.inf, max_T)
+
+
+@dataclass(frozen=True, eq=False)
+class SelectionKernel:
+    """A form of this file's functions; all give the same bits."""
+
+    name: str
+    row_maxima: Callable[[Tensor], Tensor]
+    shard_tokens: SelectTokens
+    cut_tokens: CutTokens = cut_tokens
 
 
 TORCH_SELECTION = SelectionKernel("torch", row_maxima, shard_tokens)

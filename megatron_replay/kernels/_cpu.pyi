@@ -34,6 +34,22 @@ def shard_tokens(
     keys: int,
     threads: int,
 ) -> None: ...
+def cut_tokens(
+    keys: int,
+    rows: int,
+    count: int,
+    totals: int,
+    maxima: int,
+    labels: int,
+    golds: int,
+    uncovered: float,
+    ids: int,
+    offsets: int,
+    num_candidates: int,
+    gold_appended: int,
+    inside: int,
+    threads: int,
+) -> None: ...
 
 class RestrictedHead:
     """csrc/cpu/restricted_head.h. An operand is (data pointer, row stride, whether it is bf16)."""

@@ -86,18 +86,49 @@ def test_rows_without_a_finite_maximum_do_no_harm(kernel):
     assert same(found.total_T[2:], alone.total_T)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sets_are_the_same_byte_for_byte(kernel, dtype):
+def sets_differ(kernel: SelectionKernel, *, rows: int, kind: str, dtype: torch.dtype) -> list[str]:
+    """Fields in which sets of a form are not those of the torch form."""
     generator = torch.Generator().manual_seed(4)
+    logits_TV = logits(kind, rows, 700, generator).to(dtype)
+    # Labels of every rank: some are among the first tokens.
+    labels_T = logits_TV.argsort(1, descending=True).gather(
+        1, torch.randint(300, (rows, 1), generator=generator)
+    )[:, 0]
+    logits_TV[torch.arange(rows), labels_T] = logits_TV[torch.arange(rows), labels_T].clamp(min=-9)
+    wrong = []
     for count in COUNTS:
-        logits_TV = logits("gauss", 5, 2500, generator).to(dtype)
-        labels_T = torch.randint(2500, (5,), generator=generator)
-        plain, compiled = (
-            select_candidates(logits_TV, labels_T, max_candidates=count, kernel=form)
-            for form in (TORCH_SELECTION, kernel)
-        )
-        for name in CandidateSets.__dataclass_fields__:
-            assert same(getattr(plain, name), getattr(compiled, name)), name
+        for coverage in (1e-9, 0.5, 0.95, 1.0):
+            options = {"coverage": coverage, "max_candidates": count}
+            plain, compiled = (
+                select_candidates(logits_TV, labels_T, **options, kernel=form)
+                for form in (TORCH_SELECTION, kernel)
+            )
+            for name in CandidateSets.__dataclass_fields__:
+                if not same(getattr(plain, name), getattr(compiled, name)):
+                    wrong.append(f"count {count}, coverage {coverage}: {name}")
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["gauss", "peaked", "tied", "masked", "equal"])
+def test_sets_are_the_same_byte_for_byte(kernel, kind, dtype):
+    assert sets_differ(kernel, rows=9, kind=kind, dtype=dtype) == []
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_sets_do_not_depend_on_threads(threads):
+    """Enough rows for every thread to cut some."""
+    differing = in_threads(
+        threads, lambda: sets_differ(selection, rows=200, kind="tied", dtype=torch.float32)
+    )
+    assert differing == []
+
+
+def test_no_positions_have_no_sets(kernel):
+    none = torch.zeros(0, dtype=torch.int64)
+    sets = select_candidates(torch.zeros(0, 5), none, kernel=kernel)
+    assert sets.offsets.tolist() == [0]
+    assert len(sets.ids) == 0
 
 
 def test_the_given_maxima_are_not_written_to(kernel):

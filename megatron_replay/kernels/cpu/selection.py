@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.functional.shard_selection import SelectionKernel, ShardTokens
+from megatron_replay.functional.shard_selection import Cut, SelectionKernel, ShardTokens
 from megatron_replay.kernels import _cpu
 
 #: The order is csrc/cpu/select_candidates.h's.
@@ -53,6 +53,51 @@ def shard_tokens(
     return ShardTokens(maxima_T, total_T, keys_TK)
 
 
+def cut_tokens(
+    keys_TK: Tensor,
+    total_T: Tensor,
+    max_T: Tensor,
+    labels_T: Tensor,
+    gold_T: Tensor,
+    *,
+    coverage: float,
+) -> Cut:
+    """As ``functional.shard_selection.cut_tokens``."""
+    T, K = keys_TK.shape
+    keys_TK, total_T, max_T = keys_TK.contiguous(), total_T.contiguous(), max_T.contiguous()
+    labels_T, gold_T = labels_T.long().contiguous(), gold_T.contiguous()
+    assert keys_TK.dtype == total_T.dtype == torch.int64
+    assert max_T.dtype == gold_T.dtype == torch.float32
+    for part in (keys_TK, total_T, max_T, labels_T, gold_T):
+        assert part.is_cpu
+        assert len(part) == T
+    ids = torch.empty(T * (K + 1), dtype=torch.int32)
+    cut = Cut(
+        ids=ids,
+        offsets=torch.empty(T + 1, dtype=torch.int64),
+        num_candidates_T=torch.empty(T, dtype=torch.int64),
+        gold_appended_T=torch.empty(T, dtype=torch.bool),
+        inside_T=torch.empty(T, dtype=torch.int64),
+    )
+    _cpu.cut_tokens(
+        keys_TK.data_ptr(),
+        T,
+        K,
+        total_T.data_ptr(),
+        max_T.data_ptr(),
+        labels_T.data_ptr(),
+        gold_T.data_ptr(),
+        1.0 - coverage,
+        cut.ids.data_ptr(),
+        cut.offsets.data_ptr(),
+        cut.num_candidates_T.data_ptr(),
+        cut.gold_appended_T.data_ptr(),
+        cut.inside_T.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return cut._replace(ids=ids[: int(cut.offsets[-1])].clone())
+
+
 def _checked(logits_TV: Tensor) -> Tensor:
     """The logits, with each row's in one piece: a copy, if they are not."""
     if not logits_TV.is_cpu or logits_TV.dtype not in _TYPES:
@@ -71,4 +116,4 @@ def _rows(logits_TV: Tensor) -> tuple[int, int, int, int, int]:
     return address, type_, *logits_TV.shape, logits_TV.stride(0)
 
 
-selection = SelectionKernel("cpu", row_maxima, shard_tokens)
+selection = SelectionKernel("cpu", row_maxima, shard_tokens, cut_tokens)
