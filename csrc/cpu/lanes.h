@@ -1,4 +1,4 @@
-// SIMD in gcc's vectors, which every level lowers to the instructions it has: 16 lanes of fp32, one
+// SIMD in the compiler's vectors, which every level lowers to the instructions it has: 16 lanes of fp32, one
 // register of AVX-512, two of AVX2, four of SSE or NEON.
 #pragma once
 
@@ -56,19 +56,27 @@ INLINE Quarter folded(const Lanes& lanes) {
     return first + second;
 }
 
+// Lanes i, j, k and l of a's and then b's.
+template <int i, int j, int k, int l>
+INLINE Quarter chosen(const Quarter& a, const Quarter& b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, i, j, k, l);
+#else
+    typedef std::int32_t Places __attribute__((vector_size(sizeof(Quarter))));
+    return __builtin_shuffle(a, b, Places{i, j, k, l});
+#endif
+}
+
 // sums[i] += the sum of quarters[i], for i < 4.
 INLINE void add_sums(float* sums, const Quarter* quarters) {
-    typedef std::int32_t Places __attribute__((vector_size(sizeof(Quarter))));
     // Each step halves what is left of a vector and puts two vectors into one.
-    constexpr Places low{0, 4, 1, 5}, high{2, 6, 3, 7};
-    const Quarter a = __builtin_shuffle(quarters[0], quarters[1], low) +
-                      __builtin_shuffle(quarters[0], quarters[1], high);
-    const Quarter b = __builtin_shuffle(quarters[2], quarters[3], low) +
-                      __builtin_shuffle(quarters[2], quarters[3], high);
+    const Quarter a = chosen<0, 4, 1, 5>(quarters[0], quarters[1]) +
+                      chosen<2, 6, 3, 7>(quarters[0], quarters[1]);
+    const Quarter b = chosen<0, 4, 1, 5>(quarters[2], quarters[3]) +
+                      chosen<2, 6, 3, 7>(quarters[2], quarters[3]);
     Quarter total;
     std::memcpy(&total, sums, sizeof total);
-    total += __builtin_shuffle(a, b, Places{0, 1, 4, 5}) +
-             __builtin_shuffle(a, b, Places{2, 3, 6, 7});
+    total += chosen<0, 1, 4, 5>(a, b) + chosen<2, 3, 6, 7>(a, b);
     std::memcpy(sums, &total, sizeof total);
 }
 

@@ -102,10 +102,15 @@ def shard_sets(
         labels_N: int64, ids of the whole vocabulary.
         group_offsets: int64 [G + 1] or None, as in ``ShardSets``.
     """
-    rows, inside = shard.rows(candidate_ids)
+    ids, inside = shard.rows(candidate_ids)
+    offsets = candidate_offsets.long()
+    # Where nothing is sharded all are: the cut would cost 4 % of the CPU head's time.
+    if not inside.all():
+        ids = ids[inside]
+        offsets = torch.nn.functional.pad(inside.cumsum(0), (1, 0))[candidate_offsets]
     return ShardSets(
-        ids=rows[inside],
-        offsets=torch.nn.functional.pad(inside.cumsum(0), (1, 0))[candidate_offsets],
+        ids=ids,
+        offsets=offsets,
         group_offsets=group_offsets,
         labels_N=shard_labels(labels_N, shard),
         num_rows=shard.num_rows,
