@@ -84,7 +84,8 @@ INLINE Registers<kVectors> weighted_sum(const float* packed, const std::int32_t*
     return sum;
 }
 
-// sums[j] += sum over indices of coefficient * packed[index], for j < kSums; coefficients [., kSums].
+// sums[j] += sum over indices of coefficient * packed[index], for j < kSums; coefficients are
+// [., kSums].
 template <int kVectors, int kSums>
 INLINE void add_weighted_sums(float* const* sums, const float* packed, const std::int32_t* indices,
                               std::int64_t size, const float* coefficients) {

@@ -25,9 +25,9 @@ struct HeadPairs {
     std::vector<std::int64_t> starts;  // [U + 1], of each id's pairs
     std::vector<std::int32_t> rank;    // [P], of the position in the order
     std::vector<std::int64_t> cuts;    // slice i has ids cuts[i] to cuts[i + 1]
-    std::vector<std::int32_t> place;   // [P], of each pair as sets came
-    // Fours of positions of the order. A four's ids, each once, by which of its positions have it: a
-    // mask from 1 to 15. Its pairs in the order of ids, those of one id by position.
+    std::vector<std::int32_t> place;   // [P], in the above, of each pair as sets came
+    // Fours of positions of the order. A four's ids, each once, by which of its positions have it:
+    // a mask from 1 to 15. Its pairs in the order of these ids, those of one id by position.
     std::vector<std::int64_t> four_starts;  // [F + 1], of each four's pairs
     std::vector<std::int32_t> four_counts;  // [F, 16], ids of each mask
     std::vector<std::int32_t> four_slots;   // [P], from a four's start on: its ids are row[slot]

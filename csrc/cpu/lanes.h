@@ -1,5 +1,5 @@
-// SIMD in the compiler's vectors, which every level lowers to the instructions it has: 16 lanes of fp32, one
-// register of AVX-512, two of AVX2, four of SSE or NEON.
+// SIMD in the compiler's vectors, which every level lowers to the instructions it has: 16 lanes of
+// fp32, one register of AVX-512, two of AVX2, four of SSE or NEON.
 #pragma once
 
 #include <cstdint>

@@ -16,8 +16,8 @@ namespace {
 using std::int32_t;
 using std::int64_t;
 
-// Registers of a block. Forward has one sum a pair and block, so wide blocks; backward has none, and
-// narrow blocks of more rows fit in the cache.
+// Registers of a block. Forward adds up lanes once a pair and block, so wide blocks; backward does
+// not, and more rows of a narrow block fit in the cache.
 constexpr int kForward = 8, kBackward = 4;
 // Fours of positions that a thread takes at a time.
 constexpr int64_t kFours = 8;
