@@ -48,9 +48,9 @@ class Tile:
     rows: slice | Tensor
     pairs: tuple[Tensor, Tensor] | None = None
 
-    def logits(self, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        """fp32 [n, U]; -inf at places that do not count."""
-        logits_nU = hidden_NH[self.positions].float() @ weight_VH[self.rows].float().T
+    def logits(self, hidden_nH: Tensor, weight_UH: Tensor) -> Tensor:
+        """fp32 [n, U] of the tile's own operands, fp32; -inf at places that do not count."""
+        logits_nU = hidden_nH @ weight_UH.T
         if self.pairs is None:
             return logits_nU
         excluded_nU = torch.ones_like(logits_nU, dtype=torch.bool)
@@ -79,7 +79,7 @@ class TiledHead:
         max_N, sum_N, gold_N = no_partials(hidden_NH)
         for tile in self._tiles:
             at = tile.positions
-            logits_nU = tile.logits(hidden_NH, weight_VH)
+            logits_nU = tile.logits(hidden_NH[at].float(), weight_VH[tile.rows].float())
             column_n, found_n = tile.labels(self._labels_N)
             label_logit_n = logits_nU.gather(1, column_n[:, None]).squeeze(1)
             gold_N[at] = torch.where(found_n, label_logit_n, gold_N[at])
@@ -103,16 +103,17 @@ class TiledHead:
         dH_NH = zeros(hidden_NH) if hidden_grad else None
         for tile in self._tiles:
             at = tile.positions
-            slope_nU = tile.logits(hidden_NH, weight_VH).sub_(softmax.top_N[at, None]).exp_()
+            hidden_nH, weight_UH = hidden_NH[at].float(), weight_VH[tile.rows].float()
+            slope_nU = tile.logits(hidden_nH, weight_UH).sub_(softmax.top_N[at, None]).exp_()
             slope_nU.div_(softmax.total_N[at, None])
             column_n, found_n = tile.labels(self._labels_N)
             positions_n = torch.arange(len(column_n), device=column_n.device)
             slope_nU[positions_n, column_n] -= found_n.float()
             slope_nU *= grad_N[at, None]
             if dH_NH is not None:
-                dH_NH[at] += slope_nU @ weight_VH[tile.rows].float()
+                dH_NH[at] += slope_nU @ weight_UH
             if weight_grad_out is not None:
-                weight_grad_out[tile.rows] += slope_nU.T @ hidden_NH[at].float()
+                weight_grad_out[tile.rows] += slope_nU.T @ hidden_nH
         return dH_NH
 
 
