@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "token_mass.h"
@@ -46,18 +47,30 @@ struct Fp16 {
     }
 };
 
+// A chunk in fp32: itself, or in the buffer, where it is widened once for all that is asked of it.
+template <class Type>
+INLINE const float* widened(const typename Type::Stored* x, std::int64_t n, float* buffer) {
+    if constexpr (std::is_same_v<Type, Fp32>) {
+        return x;
+    } else {
+#pragma omp simd
+        for (std::int64_t i = 0; i < n; ++i) buffer[i] = Type::widen(x[i]);
+        return buffer;
+    }
+}
+
 // A number below 2^22 and this, added in fp32: the last bits are the number's, rounded.
 constexpr float kUnits = 0x1.8p23f;
 // The same in units of 2^19, for numbers up to 2^38.
 constexpr float kHighUnits = 0x1.8p42f;
 
 // Sum of the masses of a chunk. low: all are below 2^20, as for differences of at most -12.5.
-template <class Type, bool low>
-INLINE std::int64_t sum_chunk(const typename Type::Stored* x, std::int64_t n, float max) {
+template <bool low>
+INLINE std::int64_t sum_chunk(const float* x, std::int64_t n, float max) {
     std::uint32_t low_bits = 0, high_bits = 0;
 #pragma omp simd reduction(+ : low_bits, high_bits)
     for (std::int64_t i = 0; i < n; ++i) {
-        float y = mass(Type::widen(x[i]), max);
+        float y = mass(x[i], max);
         if (!low) {
             const float high = y + kHighUnits;
             high_bits += bits<std::uint32_t>(high);
@@ -84,31 +97,28 @@ INLINE std::int64_t total_mass(const typename Type::Stored* x, std::int64_t size
         const float* const maxima = block_maxima + start / kBlock;
         const float difference =
             *std::max_element(maxima, maxima + (n + kBlock - 1) / kBlock) - max;
-        if (difference > -12.5f) total += sum_chunk<Type, false>(x + start, n, max);
-        else if (difference > -28.0f) total += sum_chunk<Type, true>(x + start, n, max);
+        if (difference <= -28.0f) continue;
+        alignas(64) float buffer[kChunk];
+        const float* const chunk = widened<Type>(x + start, n, buffer);
+        total += difference > -12.5f ? sum_chunk<false>(chunk, n, max)
+                                     : sum_chunk<true>(chunk, n, max);
     }
     return total;
 }
 
-template <class Type>
-INLINE float block_max(const typename Type::Stored* x, std::int64_t n) {
+INLINE float block_max(const float* x, std::int64_t n) {
     float max = -kInfinity;
 #pragma omp simd reduction(max : max)
-    for (std::int64_t i = 0; i < n; ++i) {
-        const float z = Type::widen(x[i]);
-        max = z > max ? z : max;
-    }
+    for (std::int64_t i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
     return max;
 }
 
 // Maxima drop NaN, so it is asked for on its own, of two numbers at a time.
-template <class Type>
-INLINE bool has_nan(const typename Type::Stored* x, std::int64_t n) {
+INLINE bool has_nan(const float* x, std::int64_t n) {
     const std::int64_t half = n / 2, other = n - half;
     std::uint32_t found = 0;
 #pragma omp simd reduction(| : found)
-    for (std::int64_t i = 0; i < other; ++i)
-        found |= __builtin_isunordered(Type::widen(x[i]), Type::widen(x[half + i]));
+    for (std::int64_t i = 0; i < other; ++i) found |= __builtin_isunordered(x[i], x[half + i]);
     return found != 0;
 }
 
@@ -119,14 +129,15 @@ INLINE float find_maxima(const typename Type::Stored* x, std::int64_t size, floa
     bool nan = false;
     for (std::int64_t start = 0; start < size; start += kChunk) {
         const std::int64_t n = std::min(kChunk, size - start);
+        alignas(64) float buffer[kChunk];
+        const float* const chunk = widened<Type>(x + start, n, buffer);
         for (std::int64_t at = 0; at < n; at += kBlock) {
-            const auto* const block = x + start + at;
-            const float found = n - at >= kBlock ? block_max<Type>(block, kBlock)
-                                                 : block_max<Type>(block, n - at);
+            const float found = n - at >= kBlock ? block_max(chunk + at, kBlock)
+                                                 : block_max(chunk + at, n - at);
             max = std::max(max, found);
             if (block_maxima) block_maxima[(start + at) / kBlock] = found;
         }
-        nan |= has_nan<Type>(x + start, n);
+        nan |= has_nan(chunk, n);
     }
     return nan ? kInfinity : max;
 }
