@@ -121,39 +121,37 @@ def test_every_head_backend_trains_alike(folder, tmp_path, scope):
         runs[backend] = stages.losses(tmp_path / backend)
     assert runs["auto"] == runs["cpu"]
     for backend in ("union", "cpu"):
-        assert runs[backend] == pytest.approx(runs["torch"], abs=1e-5), backend
+        # A weight whose gradient is nothing but rounding moves by the learning rate either way.
+        assert runs[backend] == pytest.approx(runs["torch"], abs=3e-4), backend
+
+
+def rewound(save, to, iteration):
+    """A copy of a run as it was after ``iteration``, of which it kept a checkpoint."""
+    shutil.copytree(save, to)
+    shutil.rmtree(training.iteration_directory(to, training.latest_iteration(to)))
+    (to / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
+    assert training.latest_iteration(to) == iteration
+    return to
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("extra", [[], ["--bf16"]], ids=["fp32", "bf16"])
-def test_an_interleaved_vocabulary_is_seen_by_nobody(folder, tmp_path, extra):
-    """Same losses; a run goes on under either sharding, on other layouts, and exports alike."""
-    interleaved = ["--vocab-sharding", "interleaved", *extra]
-    stages.succeed("stage1", *argv(folder, tmp_path / "plain", *extra), tp=4)
-    stages.succeed("stage1", *argv(folder, tmp_path / "dealt", *interleaved), tp=4)
-    reference = stages.losses(tmp_path / "plain")
-    close = {"abs": 2e-2} if extra else {"abs": 1e-5}
-    assert stages.losses(tmp_path / "dealt") == pytest.approx(reference, **close)
-
-    first = [*interleaved, "--exit-interval", 3]
-    stages.run("stage1", *argv(folder, tmp_path / "run", *first), tp=4)
-    shutil.copytree(tmp_path / "run", tmp_path / "other")
-    stages.succeed("stage1", *argv(folder, tmp_path / "run", *interleaved), tp=4)
-    assert stages.losses(tmp_path / "run") == stages.losses(tmp_path / "dealt")
-    assert weights(tmp_path / "run") == weights(tmp_path / "dealt")
-    stages.succeed("stage1", *argv(folder, tmp_path / "other", *extra), tp=2)
-    assert stages.losses(tmp_path / "other") == pytest.approx(reference, **close)
-
-    first = [*extra, "--exit-interval", 3]
-    stages.run("stage1", *argv(folder, tmp_path / "back", *first), tp=1)
-    stages.succeed("stage1", *argv(folder, tmp_path / "back", *interleaved), tp=2)
-    assert stages.losses(tmp_path / "back") == pytest.approx(reference, **close)
-    probes = [
-        [line["probe"]["full_loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")
-         if "probe" in line]
-        for name in ("plain", "dealt")
-    ]  # fmt: skip
-    assert probes[0] == pytest.approx(probes[1], **close)
+@pytest.mark.parametrize(("extra", "close"), [([], 1e-5), (["--bf16"], 4e-3)], ids=["fp32", "bf16"])
+def test_an_interleaved_vocabulary_is_seen_by_nobody(folder, tmp_path, extra, close):
+    """Same losses; a run goes on under either sharding and another TP."""
+    flags = [*extra, "--save-interval", 3]
+    dealing = [*flags, "--vocab-sharding", "interleaved"]
+    plain, dealt = tmp_path / "plain", tmp_path / "dealt"
+    stages.succeed("stage1", *argv(folder, plain, *flags))
+    stages.succeed("stage1", *argv(folder, dealt, *dealing), tp=4)
+    reference = stages.losses(plain)
+    assert stages.losses(dealt) == pytest.approx(reference, abs=close)
+    for start, given, tp in ((dealt, dealing, 4), (dealt, flags, 2), (plain, dealing, 2)):
+        run = rewound(start, tmp_path / f"{start.name}-{len(given)}-{tp}", 3)
+        stages.succeed("stage1", *argv(folder, run, *given), tp=tp)
+        assert stages.losses(run) == pytest.approx(reference, abs=close)
+        if tp == 4:  # the same layout goes on bit for bit
+            assert stages.losses(run) == stages.losses(dealt)
+            assert weights(run) == weights(dealt)
 
 
 @pytest.mark.distributed
