@@ -42,8 +42,9 @@ class ShardSets:
     def by_id(self) -> PairsById:
         """The pairs in the order of their ids; position scope only."""
         assert self.group_offsets is None
-        sorted_ids, order = self.ids.sort(stable=True)
-        rows, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
+        # As fp32, which holds ids below 2^24 exactly: an NPU sorts integers on its slow scalar cores.
+        sorted_ids, order = self.ids.float().sort(stable=True)
+        rows, counts = torch.unique_consecutive(sorted_ids.int(), return_counts=True)
         return PairsById(order, self.position_P[order], rows, _starts(counts))
 
     @functools.cached_property
