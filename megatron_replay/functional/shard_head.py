@@ -42,7 +42,7 @@ class ShardSets:
     def by_id(self) -> PairsById:
         """The pairs in the order of their ids; position scope only."""
         assert self.group_offsets is None
-        # As fp32, which holds ids below 2^24 exactly: an NPU sorts integers on its slow scalar cores.
+        # As fp32, which holds ids below 2^24 exactly: NPUs leave the sorting of integers to a CPU.
         sorted_ids, order = self.ids.float().sort(stable=True)
         rows, counts = torch.unique_consecutive(sorted_ids.int(), return_counts=True)
         return PairsById(order, self.position_P[order], rows, _starts(counts))
