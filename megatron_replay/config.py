@@ -177,7 +177,7 @@ class LossConfig(Section):
     )
     vocab_sharding: str = option(
         "ids of a TP rank: a piece of the vocabulary, or every TP-th id, which evens out the "
-        "restricted head's work (frequent tokens have low ids)",
+        "restricted head's work (frequent tokens have low ids); not with ZeRO-1",
         "contiguous",
         ("contiguous", "interleaved"),
     )

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_replay.errors import DataError
+from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.functional.shard_head import HeadForm, VocabShard, shard_sets
 from megatron_replay.functional.sharded_cross_entropy import ShardedCrossEntropy
 from megatron_replay.functional.tiled_head import union_head
@@ -70,7 +70,8 @@ def restricted_cross_entropy(
         candidate_ids: int32 [nnz], ids of the whole vocabulary, ascending in each set.
         candidate_offsets: int64 [G + 1] into ``candidate_ids``.
         labels_T: int64 [T], each in its position's set.
-        form: does a rank's arithmetic; ``kernels.head_form`` chooses a compiled one.
+        form: does a rank's arithmetic; ``kernels.HEAD.choose("auto", weight_VH)`` gives a
+            compiled one.
         group_offsets: None: position t has set t (G = T). Otherwise int64 [G + 1]: positions
             ``group_offsets[g]`` to ``group_offsets[g + 1]`` share set g.
         tail_logit_T: logit of one more term of the denominator, a constant; -inf for none.
@@ -86,12 +87,14 @@ def restricted_cross_entropy(
         fp32 [T], differentiable in ``hidden_TH`` and ``weight_VH``.
 
     Raises:
-        DataError: shapes do not fit, or sets or labels make no sense.
+        DataError: shapes or dtypes do not fit, or sets or labels make no sense.
+        ConfigError: ``form`` is none.
 
     Communication over ``tp_group``: all-reduce MAX fp32 [T], SUM fp32 [2, T]; in backward SUM fp32
     [T, H] if ``reduce_hidden_grad``; MAX of one number if ``validate``. Memory: that of the form.
     """
     check_shapes(hidden_TH, weight_VH, labels_T, tail_logit_T, weight_grad_out)
+    _check_types(candidate_ids, candidate_offsets, labels_T, form)
     shard = VocabShard(vocab_start, vocab_stride, weight_VH.shape[0])
     if validate:
         vocab_size = _vocab_size(shard, weight_VH.device, tp_group)
@@ -136,6 +139,25 @@ def check_shapes(
             "the weight's gradient is summed in fp32",
             where="weight_grad_out",
             found=weight_grad_out.dtype,
+        )
+
+
+def _check_types(
+    candidate_ids: Tensor, candidate_offsets: Tensor, labels_T: Tensor, form: HeadForm
+) -> None:
+    for name, tensor, dtype in (
+        ("candidate_ids", candidate_ids, torch.int32),
+        ("candidate_offsets", candidate_offsets, torch.int64),
+        ("labels_T", labels_T, torch.int64),
+    ):
+        if tensor.dtype is not dtype:
+            raise DataError("another dtype", where=name, expected=dtype, found=tensor.dtype)
+    if not callable(form):
+        raise ConfigError(
+            "not a form of the head",
+            where="form",
+            expected="what kernels.HEAD.choose gives",
+            found=repr(form),
         )
 
 

@@ -106,8 +106,7 @@ class Forms(Generic[Form]):
         if reason := self.why_not(name, like):
             raise ConfigError(
                 f"{self.what}: the {name} form cannot run",
-                expected=f"tensors of {self._dtypes(name)} on {DEVICE[name]}, and what was "
-                "compiled in place",
+                expected=f"tensors of {self._dtypes(name)} on {DEVICE[name]}, and compiled kernels",
                 found=reason,
                 fix="Choose auto, or " + " or ".join(self.anywhere),
             )

@@ -90,7 +90,9 @@ class Trainer:
         if groups.writer:
             print(f"optimizer: {config.optimizer.optimizer}, {kernels_of(self.optimizer)}")
             if config.loss.loss == "restricted":
-                print(f"restricted head: {kernels.HEAD.describe(config.loss.head_backend, like)}")
+                form = kernels.HEAD.describe(config.loss.head_backend, like)
+                dense = config.loss.candidate_scope == "document"
+                print(f"restricted head: {form}" + ", by dense products" * dense)
         if config.optimizer.qk_clip_threshold is not None:
             record_max_logits(self.model.module)
         self.state = self._resume()

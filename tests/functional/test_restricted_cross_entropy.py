@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_replay.errors import DataError
+from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.functional import (
     restricted_cross_entropy,
     restricted_cross_entropy_dense,
@@ -267,6 +267,11 @@ def ids(*values: int) -> Tensor:
         ({"tail_logit_T": torch.tensor([math.nan, 0.0])}, "a tail logit is NaN"),
         ({"tail_logit_T": torch.zeros(3)}, r"shapes do not fit .*\[2\], \[3\]"),
         ({"weight_VH": torch.ones(6, 4)}, "shapes do not fit"),
+        ({"weight_grad_out": torch.zeros(6, 4)}, "shapes do not fit"),
+        ({"weight_grad_out": torch.zeros(6, 3).half()}, "summed in fp32"),
+        ({"candidate_ids": ids(0, 2, 1, 5).long()}, "candidate_ids: another dtype .*int32"),
+        ({"candidate_offsets": torch.tensor([0, 2, 4]).int()}, "offsets: another dtype .*int64"),
+        ({"labels_T": torch.tensor([2.0, 1.0])}, "labels_T: another dtype .*int64"),
         ({"labels_T": torch.tensor([2])}, "shapes do not fit"),
     ],
 )
@@ -274,6 +279,11 @@ def test_sets_that_make_no_sense_are_refused(changes: dict[str, Any], message: s
     call()
     with pytest.raises(DataError, match=message):
         call(**changes)
+
+
+def test_a_form_by_its_name_only_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"expected what kernels\.HEAD\.choose gives"):
+        call(form="cpu")
 
 
 def test_a_label_without_logit_is_loud_even_unvalidated() -> None:
