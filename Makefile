@@ -10,7 +10,7 @@ BUILD_KERNELS := $(or $(MEGATRON_REPLAY_BUILD_KERNELS),1)
 setup: $(STAMP)  ## create .venv with pinned packages and this package in place
 
 $(STAMP): requirements/cpu.txt setup.py \
-		$(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/ascend/*.* csrc/ascend/*/*.*)
+		$(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/store/*.cpp csrc/ascend/*.* csrc/ascend/*/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "error: the pinned packages are for Python 3.11, found $$($(PYTHON) --version); name one with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
@@ -51,4 +51,4 @@ bench-skew: $(PEERS)  ## what a vocabulary cut in contiguous shards costs the ra
 	$(BIN)/python -m benchmarks.skew
 
 clean:
-	rm -rf .venv build megatron_replay/kernels/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build megatron_replay/*/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -17,7 +17,7 @@ REPORT = ["matplotlib"]
 
 
 def compiled():
-    """Arguments of ``setup`` that build ``megatron_replay.kernels._cpu``, or end with one line."""
+    """Arguments of ``setup`` that build what runs on a CPU, or end with one line."""
     if os.environ.get("MEGATRON_REPLAY_BUILD_KERNELS", "1") == "0":
         return {}
     # Imported here: an installation without kernels does not need it.
@@ -30,17 +30,17 @@ def compiled():
             except Exception as error:  # setuptools has several, and renames them
                 found = textwrap.shorten(str(error), 80)
                 sys.exit(
-                    "error: csrc/cpu: the kernels cannot be compiled (expected a C++17 compiler "
-                    f"with OpenMP, and Python's headers; found {found}). Install them, on Debian: "
-                    "apt-get install g++ python3-dev; or set MEGATRON_REPLAY_BUILD_KERNELS=0 to "
-                    "install without"
+                    f"error: {Path(extension.sources[0]).parent}: the kernels cannot be compiled "
+                    f"(expected a C++17 compiler with OpenMP, and Python's headers; found {found})"
+                    ". Install them, on Debian: apt-get install g++ python3-dev; or set "
+                    "MEGATRON_REPLAY_BUILD_KERNELS=0 to install without"
                 )
 
     # Level by level of the processor: csrc/cpu/levels.h. So no -march; and no -ffast-math, under
     # which infinities and NaN lose their meaning. A square root that sets no errno, and comparisons
     # that raise no signals, are what SIMD needs.
     exact = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-    extension = Pybind11Extension(
+    kernels = Pybind11Extension(
         "megatron_replay.kernels._cpu",
         sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.h")),
@@ -48,7 +48,13 @@ def compiled():
         extra_link_args=["-fopenmp"],
         cxx_std=17,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    store = Pybind11Extension(
+        "megatron_replay.store._records",
+        sources=["csrc/store/records.cpp"],
+        extra_compile_args=["-O3"],
+        cxx_std=17,
+    )
+    return {"ext_modules": [kernels, store], "cmdclass": {"build_ext": Build}}
 
 
 def kernels():

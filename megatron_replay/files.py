@@ -110,7 +110,9 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     probe = path / f".write-test.{os.getpid()}"
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        if not path.is_dir():
+            path.mkdir(parents=True, exist_ok=True)
+            fsync_directory(path.parent)
         probe.touch()
         probe.unlink(missing_ok=True)  # another rank's machine may share directory and number
     except OSError as error:

@@ -1,15 +1,17 @@
 """The candidate store: what Stage 0 writes and Stage 1 reads. Numpy only; never torch.
 
-A store is a directory: ``store.json`` says what it is, ``shard-NNNNNN.bin`` and ``.idx`` hold the
-candidate sets, ``manifest.json`` says that it is whole. ``docs/store_format.md`` has every byte.
+A store is a directory: ``store.json`` says what it is, ``NNNN/shard-NNNNNNN.bin`` and ``.idx``
+hold the candidate sets, ``manifest.json`` says that it is whole. ``docs/store_format.md`` has every
+byte.
 """
 
-from megatron_replay.store.document import DocumentCandidates
+from megatron_replay.store.document import CandidateBatch, DocumentCandidates
 from megatron_replay.store.manifest import StoreDescription
 from megatron_replay.store.reader import CandidateReader
 from megatron_replay.store.writer import CandidateWriter, ShardWriter
 
 __all__ = [
+    "CandidateBatch",
     "CandidateReader",
     "CandidateWriter",
     "DocumentCandidates",

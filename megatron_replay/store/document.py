@@ -1,11 +1,11 @@
-"""The candidate sets of one document, and what must hold of them, in memory and on disk.
+"""The candidate sets of documents, and what must hold of them, in memory and on disk.
 
-Shapes: P positions of a document, C candidates of a document (all its positions together).
+Shapes: D documents, P positions, C candidates (of all those positions together).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,8 @@ from megatron_replay.errors import StoreError
 
 #: |S| - 1 is stored in a byte.
 MAX_SET_SIZE = 256
+#: What a store may keep of the candidates' logits.
+LOGITS = ("none", "fp16", "bf16")
 
 Array = npt.NDArray[Any]
 
@@ -41,8 +43,46 @@ class DocumentCandidates:
     """float32 [P]: the base model's log-probability of the gold token."""
     tail_mass: npt.NDArray[np.float32]
     """float32 [P]: the base model's probability outside the set (rho)."""
-    logits: npt.NDArray[np.float16] | None
-    """float16 [C] beside ``ids``, when the store has logits."""
+    logits: npt.NDArray[np.float32] | None
+    """float32 [C] beside ``ids``, when the store has logits; stored as fp16 or bf16."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CandidateBatch:
+    """The sets of several documents, end to end; the other fields are DocumentCandidates'."""
+
+    document_offsets: npt.NDArray[np.int64]
+    """int64 [D + 1]: document d has positions ``[document_offsets[d]:document_offsets[d + 1]]``."""
+    positions: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int32]
+    lse: npt.NDArray[np.float32]
+    gold_logprob: npt.NDArray[np.float32]
+    tail_mass: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32] | None
+
+    @staticmethod
+    def of(documents: Sequence[DocumentCandidates]) -> CandidateBatch:
+        """Those documents end to end; all with logits or none."""
+
+        def joined(name: str, dtype: type[np.generic]) -> Array:
+            return np.concatenate([np.empty(0, dtype), *(getattr(d, name) for d in documents)])
+
+        def starts(sizes: Array) -> npt.NDArray[np.int64]:
+            return np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
+
+        sizes = [np.empty(0, np.int64), *(np.diff(document.offsets) for document in documents)]
+        has_logits = any(document.logits is not None for document in documents)
+        return CandidateBatch(
+            document_offsets=starts(np.array([len(d.positions) for d in documents], np.int64)),
+            positions=joined("positions", np.int32),
+            offsets=starts(np.concatenate(sizes)),
+            ids=joined("ids", np.int32),
+            lse=joined("lse", np.float32),
+            gold_logprob=joined("gold_logprob", np.float32),
+            tail_mass=joined("tail_mass", np.float32),
+            logits=joined("logits", np.float32) if has_logits else None,
+        )
 
 
 def require(
@@ -66,6 +106,22 @@ def to_half(array: Array) -> npt.NDArray[np.float16]:
     """``array`` rounded to little-endian fp16; what does not fit becomes infinite."""
     with np.errstate(over="ignore"):
         return array.astype("<f2")
+
+
+def encode_logits(array: Array, kind: str) -> bytes:
+    """``array`` as "fp16" or "bf16", to nearest, ties to even; what does not fit: infinite."""
+    if kind == "fp16":
+        return to_half(array).tobytes()
+    bits = array.astype("<f4").view("<u4")
+    rounded = bits + (0x7FFF + (bits >> 16 & 1))
+    return (np.where(np.isnan(array), bits, rounded) >> 16).astype("<u2").tobytes()
+
+
+def decode_logits(content: bytes | memoryview, kind: str) -> npt.NDArray[np.float32]:
+    """Inverse of ``encode_logits``."""
+    if kind == "fp16":
+        return np.frombuffer(content, "<f2").astype(np.float32)
+    return (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32)
 
 
 def _require_arrays(document: DocumentCandidates, has_logits: bool) -> None:
@@ -130,17 +186,22 @@ def _require_sets(document: DocumentCandidates, vocab_size: int) -> None:
     )
 
 
-def _require_numbers(document: DocumentCandidates) -> None:
-    """Every number is finite as fp16, and tail masses are probabilities."""
-    for name in ("lse", "gold_logprob", "tail_mass", "logits"):
+#: Largest finite numbers of the two.
+_LARGEST = {"fp16": 65_504.0, "bf16": 3.3895314e38}
+
+
+def require_numbers(document: DocumentCandidates | CandidateBatch, *, logits: str) -> None:
+    """Every number is finite as it is stored, and tail masses are probabilities."""
+    for name, kind in (("lse", "fp16"), ("gold_logprob", "fp16"), ("logits", logits)):
         array = getattr(document, name)
         if array is None:
             continue
-        lost = ~np.isfinite(to_half(array))
+        stored = decode_logits(encode_logits(array, kind), kind)
+        lost = ~np.isfinite(stored)
         if lost.any():
             raise StoreError(
-                f"{name} does not fit fp16",
-                expected=f"at most {np.finfo(np.float16).max:.0f} in size",
+                f"{name} does not fit {kind}",
+                expected=f"at most {_LARGEST[kind]:g} in size",
                 found=array[lost][0],
             )
     tail_mass_P = document.tail_mass
@@ -152,12 +213,12 @@ def _require_numbers(document: DocumentCandidates) -> None:
         )
 
 
-def require_valid(document: DocumentCandidates, *, vocab_size: int, has_logits: bool) -> None:
+def require_valid(document: DocumentCandidates, *, vocab_size: int, logits: str) -> None:
     """Raise StoreError unless ``document`` can be in a store; said once, for writing and reading.
 
     Raises:
         StoreError: a field is missing, of another length or kind, out of order or out of range.
     """
-    _require_arrays(document, has_logits)
+    _require_arrays(document, logits != "none")
     _require_sets(document, vocab_size)
-    _require_numbers(document)
+    require_numbers(document, logits=logits)

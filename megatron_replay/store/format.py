@@ -17,9 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_replay.store.codecs import CODECS, PLANAR
-from megatron_replay.store.document import Array, DocumentCandidates, require, to_half
+from megatron_replay.store.document import (
+    Array,
+    DocumentCandidates,
+    decode_logits,
+    encode_logits,
+    require,
+    to_half,
+)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BIN_MAGIC = b"REPLAYCB"
 BIN_HEADER = struct.Struct("<8sI")  # magic, version
 
@@ -56,7 +63,9 @@ class ShardIndex:
         return len(self.record_crcs)
 
 
-def encode_record(document: DocumentCandidates, *, vocab_size: int, codec: int) -> bytes:
+def encode_record(
+    document: DocumentCandidates, *, vocab_size: int, codec: int, logits: str
+) -> bytes:
     """The bytes of one valid document (see ``require_valid``)."""
     parts = [
         NUM_POSITIONS.pack(len(document.positions)),
@@ -65,15 +74,15 @@ def encode_record(document: DocumentCandidates, *, vocab_size: int, codec: int) 
         to_half(document.lse).tobytes(),
         to_half(document.gold_logprob).tobytes(),
         to_half(document.tail_mass).tobytes(),
-        CODECS[codec].encode(document.ids, vocab_size),
+        CODECS[codec].encode(document.ids, document.offsets, vocab_size),
     ]
     if document.logits is not None:
-        parts.append(to_half(document.logits).tobytes())
+        parts.append(encode_logits(document.logits, logits))
     return b"".join(parts)
 
 
 def decode_record(
-    record: memoryview, *, vocab_size: int, has_logits: bool, codec: int
+    record: memoryview, *, vocab_size: int, codec: int, logits: str
 ) -> DocumentCandidates:
     """Inverse of ``encode_record``; sizes are checked here, contents by ``require_valid``.
 
@@ -98,20 +107,17 @@ def decode_record(
     np.cumsum(take("u1").astype(np.int64) + 1, out=offsets[1:])
     lse_P, gold_logprob_P, tail_mass_P = (take("<f2").astype(np.float32) for _ in range(3))
 
-    num_ids = int(offsets[-1])
-    ids_stop = len(record) - 2 * num_ids * has_logits
+    logits_bytes = 0 if logits == "none" else 2 * int(offsets[-1])
+    ids_stop = len(record) - logits_bytes
     require(ids_start <= ids_stop, "a record is too short for its logits")
-    logits_C = None
-    if has_logits:
-        logits_C = np.frombuffer(record, "<f2", num_ids, ids_stop).astype(np.float16)
     return DocumentCandidates(
         positions=positions_P,
         offsets=offsets,
-        ids=CODECS[codec].decode(record[ids_start:ids_stop], num_ids, vocab_size),
+        ids=CODECS[codec].decode(record[ids_start:ids_stop], offsets, vocab_size),
         lse=lse_P,
         gold_logprob=gold_logprob_P,
         tail_mass=tail_mass_P,
-        logits=logits_C,
+        logits=None if logits == "none" else decode_logits(record[ids_stop:], logits),
     )
 
 

@@ -10,15 +10,14 @@ import dataclasses
 import hashlib
 import json
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from megatron_replay.errors import StoreError
-from megatron_replay.files import write_json
-from megatron_replay.store.codecs import MAX_VOCAB_SIZE
-from megatron_replay.store.document import located
+from megatron_replay.files import atomic_file, write_json
+from megatron_replay.store.codecs import CODEC_NUMBERS, CODECS, MAX_VOCAB_SIZE
+from megatron_replay.store.document import LOGITS, located, require
 from megatron_replay.store.format import (
     CRC,
     FORMAT_VERSION,
@@ -32,14 +31,28 @@ DESCRIPTION_FILE = "store.json"
 MANIFEST_FILE = "manifest.json"
 
 
+#: Shards whose files share a sub-directory: metadata servers slow down long before 10,000 entries.
+SHARDS_PER_DIRECTORY = 1000
+
+
 def bin_path(directory: Path, shard: int) -> Path:
     """Where the records of ``shard`` lie."""
-    return directory / f"shard-{shard:06d}.bin"
+    return directory / f"{shard // SHARDS_PER_DIRECTORY:04d}" / f"shard-{shard:07d}.bin"
 
 
 def index_path(directory: Path, shard: int) -> Path:
     """Where the index of ``shard`` lies; the shard is there if and only if this file is."""
-    return directory / f"shard-{shard:06d}.idx"
+    return bin_path(directory, shard).with_suffix(".idx")
+
+
+def present_shards(directory: Path) -> set[int]:
+    """Numbers of the shards that are there: one listing a sub-directory, no file is opened."""
+    found = set()
+    for path in directory.glob("[0-9]*/shard-*.idx"):
+        number = path.stem.removeprefix("shard-")
+        if number.isdecimal() and path == index_path(directory, int(number)):
+            found.add(int(number))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +69,10 @@ class StoreDescription:
     num_documents: int
     documents_per_shard: int
     """Shard s holds documents ``s * documents_per_shard`` and on; the last may hold fewer."""
-    has_logits: bool
+    codec: str
+    """How ids are written: one of ``codecs.CODECS``' names."""
+    logits: str
+    """What is kept of the candidates' logits: one of ``document.LOGITS``."""
     corpus_fingerprint: str
     tokenizer_fingerprint: str
     checkpoint_fingerprint: str
@@ -77,6 +93,9 @@ class StoreDescription:
         ):
             if not 1 <= getattr(self, name) <= most:
                 self._refuse(name, f"1 to {most}", getattr(self, name))
+        for name, choices in (("codec", tuple(CODEC_NUMBERS)), ("logits", LOGITS)):
+            if getattr(self, name) not in choices:
+                self._refuse(name, f"one of {', '.join(choices)}", getattr(self, name))
         try:
             same = json.loads(json.dumps(self.selection, allow_nan=False)) == self.selection
         except (TypeError, ValueError, RecursionError):
@@ -179,65 +198,81 @@ def read_description(directory: Path) -> StoreDescription:
         return StoreDescription(**fields)
 
 
-def read_index(directory: Path, description: StoreDescription, shard: int) -> ShardIndex:
+class ShardRow(NamedTuple):
+    """What the manifest says of a shard."""
+
+    bin_bytes: int
+    bin_crc32: int
+    idx_crc32: int
+    """The crc32 that the ``.idx`` ends with."""
+
+
+def read_index(
+    directory: Path, description: StoreDescription, shard: int, row: ShardRow | None = None
+) -> ShardIndex:
     """Read the index of ``shard`` and check that its ``.bin`` is there in full size.
 
+    Args:
+        row: what the manifest says; None while there is no manifest.
+
     Raises:
-        StoreError: either file is missing, cut off, damaged or of other documents.
+        StoreError: either file is missing, cut off, damaged, of other documents or another codec,
+            or not what the manifest was written for.
     """
     path, documents = index_path(directory, shard), description.documents(shard)
     content = read_file(path)
     with located(path):
         index = decode_index(content, first_document=documents.start, num_documents=len(documents))
+        codec = CODECS[index.codec].name
+        require(codec == description.codec, "another codec", description.codec, codec)
+    found = ShardRow(index.bin_bytes, index.bin_crc, *CRC.unpack(content[-CRC.size :]))
+    if row is not None and row != found:
+        raise StoreError(
+            f"shard {shard} is not the one the manifest was written for",
+            where=path,
+            expected=row,
+            found=found,
+        )
     records = bin_path(directory, shard)
     try:
-        found = records.stat().st_size
+        size = records.stat().st_size
     except OSError as error:
         raise StoreError(f"cannot read: {error.strerror or error}", where=records) from error
-    if found != index.bin_bytes:
+    if size != index.bin_bytes:
         raise StoreError(
             "damaged: another size",
             where=records,
             expected=f"{index.bin_bytes} bytes",
-            found=found,
+            found=size,
             fix=f"Delete {path.name} and rerun Stage 0: it writes this shard anew",
         )
     return index
 
 
-def _manifest(description: StoreDescription, indexes: list[ShardIndex]) -> dict[str, Any]:
-    shards = []
-    for index in indexes:
-        content = encode_index(index)
-        shards.append(
-            {
-                "bin_bytes": index.bin_bytes,
-                "bin_crc32": index.bin_crc,
-                "idx_bytes": len(content),
-                "idx_crc32": zlib.crc32(content[: -CRC.size]),
-            }
-        )
-    return {"description_sha256": description.fingerprint, "shards": shards}
-
-
 def write_manifest(directory: Path, description: StoreDescription) -> None:
     """Check every shard's index and size, then write ``manifest.json``: the store is whole."""
-    indexes = [read_index(directory, description, s) for s in range(description.num_shards)]
+    rows = []
+    for shard in range(description.num_shards):
+        index = read_index(directory, description, shard)
+        idx_crc32 = CRC.unpack(encode_index(index)[-CRC.size :])[0]
+        rows.append([index.bin_bytes, index.bin_crc, idx_crc32])
     header = {"format": FORMAT_NAME, "version": FORMAT_VERSION}
-    write_json(directory / MANIFEST_FILE, header | _manifest(description, indexes))
+    manifest = header | {"description_sha256": description.fingerprint, "shards": rows}
+    with atomic_file(directory / MANIFEST_FILE, "w") as handle:
+        # One line: indented, every number would have its own.
+        handle.write(json.dumps(manifest, sort_keys=True, separators=(",", ":")) + "\n")
 
 
-def read_manifest(directory: Path, description: StoreDescription) -> list[ShardIndex]:
-    """The indexes of a finished store, each found equal to what ``manifest.json`` says of it.
+def read_manifest(directory: Path, description: StoreDescription) -> list[ShardRow]:
+    """What ``manifest.json`` says of each shard of a finished store.
 
     Raises:
-        StoreError: unfinished, or the manifest, an index or a size does not agree with the rest.
+        StoreError: unfinished, or the manifest is damaged or of another description.
     """
     path = directory / MANIFEST_FILE
     if not os.path.exists(path):
-        done = len(list(directory.glob("shard-*.idx")))
         raise StoreError(
-            f"unfinished: {done} of {description.num_shards} shards",
+            f"unfinished: {len(present_shards(directory))} of {description.num_shards} shards",
             where=directory,
             fix="Rerun Stage 0 with the same settings to finish",
         )
@@ -245,21 +280,20 @@ def read_manifest(directory: Path, description: StoreDescription) -> list[ShardI
     rows = found["shards"]
     if not isinstance(rows, list) or len(rows) != description.num_shards:
         raise StoreError("damaged: another number of shards", where=path)
-    indexes = [read_index(directory, description, s) for s in range(len(rows))]
-    expected = _manifest(description, indexes)
-    if found["description_sha256"] != expected["description_sha256"]:
+    for shard, row in enumerate(rows):
+        numbers = isinstance(row, list) and [type(number) for number in row] == [int] * 3
+        if not numbers or min(row) < 0 or row[0] >= 2**63 or max(row[1:]) >= 2**32:
+            raise StoreError(
+                f"damaged: the row of shard {shard}",
+                where=path,
+                expected="[bytes of the .bin, its crc32, crc32 of the .idx]",
+                found=row,
+            )
+    if found["description_sha256"] != description.fingerprint:
         raise StoreError(
             f"{DESCRIPTION_FILE} is not what the manifest was written for",
             where=path,
             expected=found["description_sha256"],
-            found=expected["description_sha256"],
+            found=description.fingerprint,
         )
-    for shard, (row, index_row) in enumerate(zip(rows, expected["shards"], strict=True)):
-        if row != index_row:
-            raise StoreError(
-                f"shard {shard} is not the one the manifest was written for",
-                where=path,
-                expected=row,
-                found=index_row,
-            )
-    return indexes
+    return [ShardRow(*row) for row in rows]

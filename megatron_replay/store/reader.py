@@ -1,42 +1,70 @@
 """Reading a finished store by document, memory-mapped and trusting nothing.
 
-Opening reads both JSON files and every index (12 bytes a document) and checks them against each
-other and against the sizes on disk. A record's crc32 and contents are checked when it is first
-read; ``verify`` checks all of them.
+Opening reads both JSON files: a row a shard. A shard's index (12 bytes a document) is read and
+checked against its row when the shard is first touched; a record's crc32 when it is first read,
+its contents always.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from operator import index as as_int
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_replay.errors import StoreError
+from megatron_replay.store.batch import decode_batch
+from megatron_replay.store.codecs import CODEC_NUMBERS
 from megatron_replay.store.document import (
+    CandidateBatch,
     DocumentCandidates,
     located,
     require,
     require_valid,
 )
-from megatron_replay.store.format import BIN_HEADER, BIN_MAGIC, decode_record, require_header
+from megatron_replay.store.format import (
+    BIN_HEADER,
+    BIN_MAGIC,
+    ShardIndex,
+    decode_record,
+    require_header,
+)
 from megatron_replay.store.manifest import (
     bin_path,
     read_description,
+    read_index,
     read_manifest,
     refuse_differences,
 )
 
 #: A mapping costs a file descriptor, of which a process commonly has 1024.
 MAX_MAPPED_SHARDS = 256
+#: Documents decoded at a time when all are read: some megabytes.
+DOCUMENTS_AT_ONCE = 64
+
+
+@dataclass(eq=False)
+class _Shard:
+    """A shard that was touched: its index, and which of its records were found undamaged."""
+
+    index: ShardIndex
+    checked: npt.NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.checked = np.zeros(self.index.num_documents, np.bool_)
 
 
 class CandidateReader:
     """The candidate sets of a corpus: ``reader[document_id]``, ``len(reader)``.
+
+    May be used by several threads. The files of a store must not change while it is open.
 
     Raises:
         StoreError: no store, an unfinished one, or one that is damaged or of another version.
@@ -45,9 +73,10 @@ class CandidateReader:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
         self.description = read_description(self.directory)
-        self._indexes = read_manifest(self.directory, self.description)
+        self.rows = read_manifest(self.directory, self.description)
+        self._shards: dict[int, _Shard] = {}
         self._mapped: dict[int, memoryview] = {}
-        self._checked = np.zeros(self.description.num_documents, np.bool_)
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.description.num_documents
@@ -59,16 +88,28 @@ class CandidateReader:
             IndexError: no such document.
             StoreError: the record is damaged.
         """
-        document_id = as_int(document_id)
-        if not 0 <= document_id < len(self):
-            raise IndexError(f"document {document_id} of a store of {len(self)}")
-        check = not self._checked[document_id]
-        document = self._read(document_id, check=check)
-        self._checked[document_id] = True
-        return document
+        document_id = self._require_document(document_id)
+        return self._decode(document_id, self._record(document_id))
 
     def __iter__(self) -> Iterator[DocumentCandidates]:
         return (self[document_id] for document_id in range(len(self)))
+
+    def read(self, document_ids: Sequence[int]) -> CandidateBatch:
+        """The candidates of several documents, end to end, in the order given.
+
+        Raises:
+            IndexError: no such document.
+            StoreError: a record is damaged; names the first.
+        """
+        document_ids = [self._require_document(document_id) for document_id in document_ids]
+        records = [self._record(document_id) for document_id in document_ids]
+        return decode_batch(
+            records,
+            vocab_size=self.description.vocab_size,
+            codec=CODEC_NUMBERS[self.description.codec],
+            logits=self.description.logits,
+            one=lambda i: self._decode(document_ids[i], records[i]),
+        )
 
     def require(
         self,
@@ -97,49 +138,80 @@ class CandidateReader:
         Raises:
             StoreError: the first damage found.
         """
-        for shard, index in enumerate(self._indexes):
-            with located(bin_path(self.directory, shard)):
-                require(zlib.crc32(self._records(shard)) == index.bin_crc, "damaged: crc32 differs")
-            for document_id in self.description.documents(shard):
-                self._read(document_id, check=True)
+        for shard in range(self.description.num_shards):
+            self.verify_shard(shard)
 
-    def _read(self, document_id: int, *, check: bool) -> DocumentCandidates:
-        shard, row = divmod(document_id, self.description.documents_per_shard)
-        index, description = self._indexes[shard], self.description
-        start, stop = (int(offset) for offset in index.offsets[row : row + 2])
-        record = self._records(shard)[start:stop]
-        with located(f"{bin_path(self.directory, shard)}, document {document_id}"):
-            if check:
-                require(zlib.crc32(record) == index.record_crcs[row], "damaged: the crc32 differs")
+    def verify_shard(self, shard: int) -> None:
+        """Check every byte of ``shard``; StoreError names the first damage found."""
+        expected_crc = self._shard(shard).index.bin_crc
+        with located(bin_path(self.directory, shard)):
+            require(zlib.crc32(self._records(shard)) == expected_crc, "damaged: crc32 differs")
+        documents = self.description.documents(shard)
+        for start in range(documents.start, documents.stop, DOCUMENTS_AT_ONCE):
+            self.read(range(start, min(start + DOCUMENTS_AT_ONCE, documents.stop)))
+
+    def _require_document(self, document_id: int) -> int:
+        document_id = as_int(document_id)
+        if not 0 <= document_id < len(self):
+            raise IndexError(f"document {document_id} of a store of {len(self)}")
+        return document_id
+
+    def _record(self, document_id: int) -> memoryview:
+        """The bytes of a document; the first time, its crc32 is checked."""
+        number, row = divmod(document_id, self.description.documents_per_shard)
+        shard = self._shard(number)
+        start, stop = shard.index.offsets[row : row + 2].tolist()
+        record = self._records(number)[start:stop]
+        if not shard.checked[row]:
+            with located(self._where(document_id)):
+                crc = int(shard.index.record_crcs[row])
+                require(zlib.crc32(record) == crc, "damaged: the crc32 differs")
+            shard.checked[row] = True
+        return record
+
+    def _decode(self, document_id: int, record: memoryview) -> DocumentCandidates:
+        about = self.description
+        with located(self._where(document_id)):
             document = decode_record(
                 record,
-                vocab_size=description.vocab_size,
-                has_logits=description.has_logits,
-                codec=index.codec,
+                vocab_size=about.vocab_size,
+                codec=CODEC_NUMBERS[about.codec],
+                logits=about.logits,
             )
-            if check:
-                require_valid(
-                    document, vocab_size=description.vocab_size, has_logits=description.has_logits
-                )
+            require_valid(document, vocab_size=about.vocab_size, logits=about.logits)
         return document
 
-    def _records(self, shard: int) -> memoryview:
-        """The mapped ``.bin`` of ``shard``; beyond the limit the oldest mapping is dropped."""
-        if shard not in self._mapped:
-            if len(self._mapped) >= MAX_MAPPED_SHARDS:
-                del self._mapped[next(iter(self._mapped))]
-            self._mapped[shard] = self._map(shard)
-        return self._mapped[shard]
+    def _where(self, document_id: int) -> str:
+        path = bin_path(self.directory, document_id // self.description.documents_per_shard)
+        return f"{path}, document {document_id}"
 
-    def _map(self, shard: int) -> memoryview:
-        path = bin_path(self.directory, shard)
+    def _shard(self, number: int) -> _Shard:
+        """What is known of shard ``number``; the first time, its index is read and checked."""
+        shard = self._shards.get(number)
+        if shard is None:
+            row = self.rows[number]
+            shard = _Shard(read_index(self.directory, self.description, number, row))
+            self._shards[number] = shard
+        return shard
+
+    def _records(self, number: int) -> memoryview:
+        """The mapped ``.bin`` of a shard; beyond the limit the oldest mapping is dropped."""
+        with self._lock:
+            if number not in self._mapped:
+                if len(self._mapped) >= MAX_MAPPED_SHARDS:
+                    del self._mapped[next(iter(self._mapped))]
+                self._mapped[number] = self._map(number)
+            return self._mapped[number]
+
+    def _map(self, number: int) -> memoryview:
+        path = bin_path(self.directory, number)
         try:
             with open(path, "rb") as handle:
                 content = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError) as error:  # ValueError: emptied since it was opened
             raise StoreError(f"cannot read: {error}", where=path) from error
         with located(path):
-            expected_bytes = self._indexes[shard].bin_bytes
+            expected_bytes = self.rows[number].bin_bytes
             require(
                 len(content) == expected_bytes,
                 "damaged: another size",

@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_replay.errors import OutputError, StoreError
 from megatron_replay.files import atomic_file, make_directory, output_error
-from megatron_replay.store.codecs import PLANAR
+from megatron_replay.store.codecs import CODEC_NUMBERS
 from megatron_replay.store.document import DocumentCandidates, located, require, require_valid
 from megatron_replay.store.format import (
     BIN_HEADER,
@@ -35,6 +35,7 @@ from megatron_replay.store.manifest import (
     StoreDescription,
     bin_path,
     index_path,
+    present_shards,
     read_description,
     refuse_differences,
     write_description,
@@ -51,6 +52,7 @@ class ShardWriter:
 
     def __init__(self, handle: IO[bytes], description: StoreDescription, documents: range) -> None:
         self._handle, self._description, self._documents = handle, description, documents
+        self._codec = CODEC_NUMBERS[description.codec]
         header = BIN_HEADER.pack(BIN_MAGIC, FORMAT_VERSION)
         handle.write(header)
         self._crc = zlib.crc32(header)
@@ -72,9 +74,9 @@ class ShardWriter:
                 self._documents[done] if done < len(self._documents) else "no more",
                 document_id,
             )
-            vocab_size, has_logits = self._description.vocab_size, self._description.has_logits
-            require_valid(candidates, vocab_size=vocab_size, has_logits=has_logits)
-        record = encode_record(candidates, vocab_size=vocab_size, codec=PLANAR)
+            vocab_size, logits = self._description.vocab_size, self._description.logits
+            require_valid(candidates, vocab_size=vocab_size, logits=logits)
+        record = encode_record(candidates, vocab_size=vocab_size, codec=self._codec, logits=logits)
         self._handle.write(record)
         self._crc = zlib.crc32(record, self._crc)
         self._record_crcs.append(zlib.crc32(record))
@@ -97,7 +99,7 @@ class ShardWriter:
             offsets=np.array(self._offsets, np.int64),
             record_crcs=np.array(self._record_crcs, np.uint32),
             bin_crc=self._crc,
-            codec=PLANAR,
+            codec=self._codec,
         )
 
 
@@ -158,14 +160,13 @@ class CandidateWriter:
 
     def _remove_leftovers(self) -> None:
         for pattern in LEFTOVERS:
-            for path in self.directory.glob(pattern):
+            for path in self.directory.rglob(pattern):
                 path.unlink(missing_ok=True)
 
     def missing_shards(self) -> list[int]:
         """Numbers of the shards still to be written, ascending."""
-        there = {path.name for path in self.directory.glob("shard-*.idx")}
-        shards = range(self.description.num_shards)
-        return [s for s in shards if index_path(self.directory, s).name not in there]
+        there = present_shards(self.directory)
+        return [s for s in range(self.description.num_shards) if s not in there]
 
     @contextmanager
     def shard(self, number: int) -> Iterator[ShardWriter]:
@@ -183,6 +184,7 @@ class CandidateWriter:
                 found=number,
             )
         records = bin_path(self.directory, number)
+        make_directory(records.parent)
         with atomic_file(records) as handle:
             shard = ShardWriter(handle, self.description, self.description.documents(number))
             yield shard

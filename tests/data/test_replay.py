@@ -141,7 +141,8 @@ def test_join_from_files(tmp_path, scope):
     rng = np.random.default_rng(0)
     candidates = [record(document, rng, 1.0) for document in documents]
     description = StoreDescription(
-        vocab_size=VOCAB_SIZE, num_documents=4, documents_per_shard=2, has_logits=False,
+        vocab_size=VOCAB_SIZE, num_documents=4, documents_per_shard=2,
+        codec="planar", logits="none",
         corpus_fingerprint=corpus.fingerprint, tokenizer_fingerprint="t",
         checkpoint_fingerprint="c", selection={},
     )  # fmt: skip

@@ -315,13 +315,13 @@ class TestMistakes:
 
     def test_flipped_bit_in_the_store(self, folder, tmp_path):
         shutil.copytree(folder / "store", tmp_path / "store")
-        shard = tmp_path / "store" / "shard-000000.bin"
+        shard = tmp_path / "store" / "0000" / "shard-0000000.bin"
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
         extra = ["--store", tmp_path / "store"]
         message = stages.fail("stage1", *argv(folder, tmp_path / "run", *extra), code=5)
-        assert "shard-000000.bin" in message
+        assert "shard-0000000.bin" in message
 
     def test_missing_checkpoint(self, folder, tmp_path):
         extra = ["--load", tmp_path / "nothing"]

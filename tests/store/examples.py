@@ -15,7 +15,8 @@ def describe(**changes: Any) -> StoreDescription:
         "vocab_size": 151_936,
         "num_documents": 5,
         "documents_per_shard": 2,
-        "has_logits": False,
+        "codec": "planar",
+        "logits": "none",
         "corpus_fingerprint": "corpus",
         "tokenizer_fingerprint": "tokenizer",
         "checkpoint_fingerprint": "checkpoint",
@@ -31,13 +32,15 @@ def draw_document(
     set_sizes: list[int],
     has_logits: bool = False,
 ) -> DocumentCandidates:
-    """A document of ``len(set_sizes)`` positions; its numbers are exact in fp16."""
+    """A document of ``len(set_sizes)`` positions; its numbers are exact in fp16 and bf16."""
     num_positions = len(set_sizes)
     sets = [np.sort(rng.choice(vocab_size, size, replace=False)) for size in set_sizes]
     ids = np.concatenate([np.zeros(0, np.int64), *sets]).astype(np.int32)
 
     def halves(low: float, high: float, count: int) -> np.ndarray:
-        return rng.uniform(low, high, count).astype(np.float16)
+        # Of 8 significant bits, which both formats have.
+        values = rng.uniform(low, high, count).astype(np.float32).view(np.uint32)
+        return (values & 0xFFFF0000).view(np.float32).astype(np.float16)
 
     return DocumentCandidates(
         positions=np.sort(rng.choice(4096, num_positions, replace=False)).astype(np.int32),
@@ -46,7 +49,7 @@ def draw_document(
         lse=halves(-50, 50, num_positions).astype(np.float32),
         gold_logprob=halves(-20, 0, num_positions).astype(np.float32),
         tail_mass=halves(0, 1, num_positions).astype(np.float32),
-        logits=halves(-30, 30, len(ids)) if has_logits else None,
+        logits=halves(-30, 30, len(ids)).astype(np.float32) if has_logits else None,
     )
 
 
@@ -59,7 +62,7 @@ def document_of(description: StoreDescription, document_id: int) -> DocumentCand
         rng,
         vocab_size=description.vocab_size,
         set_sizes=set_sizes,
-        has_logits=description.has_logits,
+        has_logits=description.logits != "none",
     )
 
 
@@ -78,11 +81,12 @@ def write_shard(writer: CandidateWriter, number: int) -> None:
 
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file of a store but the lock."""
-    return {p.name: p.read_bytes() for p in sorted(directory.iterdir()) if p.name != ".lock"}
+    files = (p for p in sorted(directory.rglob("*")) if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(directory)): p.read_bytes() for p in files}
 
 
 def assert_same(found: DocumentCandidates, expected: DocumentCandidates) -> None:
-    dtypes = {"positions": "i4", "offsets": "i8", "ids": "i4", "logits": "f2"}
+    dtypes = {"positions": "i4", "offsets": "i8", "ids": "i4"}
     for name, value in vars(expected).items():
         other = getattr(found, name)
         if value is None:

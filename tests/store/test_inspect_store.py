@@ -29,7 +29,7 @@ def draw(document_id: int) -> DocumentCandidates:
 def store(tmp_path: Path) -> Path:
     selection = {"coverage": 0.9, "max_candidates": CAP}
     description = describe(
-        num_documents=40, documents_per_shard=16, has_logits=True, selection=selection
+        num_documents=40, documents_per_shard=16, logits="fp16", selection=selection
     )
     writer = CandidateWriter(tmp_path, description)
     for number in writer.missing_shards():
@@ -151,7 +151,7 @@ def test_mistakes_are_one_line(
 
 
 def test_damage_is_one_line(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = store / "shard-000001.bin"
+    path = store / "0000/shard-0000001.bin"
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_replay.store import CandidateReader, CandidateWriter, DocumentCandidates
-from megatron_replay.store.codecs import decode_planar, encode_planar, high_bits
+from megatron_replay.store.codecs import CODECS, encode_planar, high_bits
 from megatron_replay.store.document import require_valid
 from megatron_replay.store.format import decode_record, encode_record
 from tests.store.examples import (
@@ -45,16 +45,20 @@ def documents(draw: st.DrawFn) -> tuple[int, DocumentCandidates]:
 @given(documents())
 def test_a_record_is_read_as_it_was_written(case: tuple[int, DocumentCandidates]) -> None:
     vocab_size, document = case
-    has_logits = document.logits is not None
-    require_valid(document, vocab_size=vocab_size, has_logits=has_logits)
-    record = encode_record(document, vocab_size=vocab_size, codec=0)
-    found = decode_record(memoryview(record), vocab_size=vocab_size, has_logits=has_logits, codec=0)
-    assert_same(found, document)
+    for logits in ("fp16", "bf16") if document.logits is not None else ("none",):
+        require_valid(document, vocab_size=vocab_size, logits=logits)
+        for codec in CODECS:
+            record = encode_record(document, vocab_size=vocab_size, codec=codec, logits=logits)
+            found = decode_record(
+                memoryview(record), vocab_size=vocab_size, codec=codec, logits=logits
+            )
+            assert_same(found, document)
 
 
-@pytest.mark.parametrize("has_logits", [False, True])
-def test_a_store_is_read_as_it_was_written(tmp_path: Path, has_logits: bool) -> None:
-    description = describe(num_documents=11, documents_per_shard=4, has_logits=has_logits)
+@pytest.mark.parametrize("codec", ["planar", "archive"])
+@pytest.mark.parametrize("logits", ["none", "fp16", "bf16"])
+def test_a_store_is_read_as_it_was_written(tmp_path: Path, codec: str, logits: str) -> None:
+    description = describe(num_documents=11, documents_per_shard=4, codec=codec, logits=logits)
     write_store(tmp_path, description)
     reader = CandidateReader(tmp_path)
     assert len(reader) == 11
@@ -68,9 +72,11 @@ def test_a_store_is_read_as_it_was_written(tmp_path: Path, has_logits: bool) -> 
 def test_the_ends_of_the_vocabulary_survive() -> None:
     for vocab_size in VOCABULARIES:
         ids = np.unique([0, vocab_size // 2, vocab_size - 1]).astype(np.int32)
-        payload = encode_planar(ids, vocab_size)
-        found = decode_planar(memoryview(payload), len(ids), vocab_size)
-        np.testing.assert_array_equal(found, ids)
+        offsets = np.array([0, len(ids)])
+        for codec in CODECS.values():
+            payload = codec.encode(ids, offsets, vocab_size)
+            found = codec.decode(memoryview(payload), offsets, vocab_size)
+            np.testing.assert_array_equal(found, ids)
 
 
 @settings(deadline=None, derandomize=True)
@@ -82,7 +88,7 @@ def test_planar_is_the_documented_layout(data: st.DataObject, vocab_size: int) -
     plane = sum((value >> 16) << (i * bits) for i, value in enumerate(ids))
     expected = struct.pack(f"<{len(ids)}H", *(value % 65_536 for value in ids))
     expected += plane.to_bytes(-(-len(ids) * bits // 8), "little")
-    assert encode_planar(np.array(ids, np.int32), vocab_size) == expected
+    assert encode_planar(np.array(ids, np.int32), np.array([0]), vocab_size) == expected
 
 
 @pytest.mark.parametrize(
@@ -102,34 +108,36 @@ def test_a_record_by_hand() -> None:
         lse=np.array([1.0, -2.0], np.float32),
         gold_logprob=np.array([-0.5, -4.0], np.float32),
         tail_mass=np.array([0.25, 0.0], np.float32),
-        logits=np.array([1.5, 2.5, -3.5], np.float16),
+        logits=np.array([1.5, 2.5, -3.5], np.float32),
     )
     expected = struct.pack("<I2i2B", 2, 3, 7, 2 - 1, 1 - 1)
     expected += struct.pack("<2e2e2e", 1.0, -2.0, -0.5, -4.0, 0.25, 0.0)
     expected += struct.pack("<3HB", 5, 70_000 - 65_536, 65_535, 0b01_01_00)
     expected += struct.pack("<3e", 1.5, 2.5, -3.5)
-    assert encode_record(document, vocab_size=151_936, codec=0) == expected
+    assert encode_record(document, vocab_size=151_936, codec=0, logits="fp16") == expected
 
 
-def test_this_version_writes_the_golden_bytes(tmp_path: Path) -> None:
-    golden = CandidateReader(GOLDEN)
+@pytest.mark.parametrize("codec", ["planar", "archive"])
+def test_this_version_writes_the_golden_bytes(tmp_path: Path, codec: str) -> None:
+    golden = CandidateReader(GOLDEN / codec)
     writer = CandidateWriter(tmp_path, golden.description)
     for number in writer.missing_shards():
         with writer.shard(number) as shard:
             for document_id in golden.description.documents(number):
                 shard.add(document_id, golden[document_id])
     writer.finish()
-    assert contents(tmp_path) == contents(GOLDEN)
+    assert contents(tmp_path) == contents(GOLDEN / codec)
 
 
-def test_this_version_reads_the_golden_bytes() -> None:
-    reader = CandidateReader(GOLDEN)
+@pytest.mark.parametrize("codec", ["planar", "archive"])
+def test_this_version_reads_the_golden_bytes(codec: str) -> None:
+    reader = CandidateReader(GOLDEN / codec)
     reader.verify()
     document = reader[3]
     assert document.positions.tolist() == [1084, 1961, 2543]
     assert document.ids.tolist() == [27555, 35979, 121741, 132067, 50473, 65807]
     assert document.logits is not None
-    assert document.logits.dtype == np.float16
+    assert document.logits.dtype == np.float32
 
 
 def test_fp32_is_rounded_to_the_nearest_fp16(tmp_path: Path) -> None:

@@ -66,6 +66,11 @@ def test_another_description_is_refused_with_every_difference(tmp_path: Path) ->
         ({"vocab_size": 2**24 + 1}, "found 16777217"),
         ({"num_documents": 0}, "unusable num_documents"),
         ({"documents_per_shard": True}, "expected int; found True"),
+        (
+            {"codec": "zip"},
+            "unusable codec of a store (expected one of planar, archive; found zip)",
+        ),
+        ({"logits": "fp8"}, "expected one of none, fp16, bf16; found fp8"),
         ({"corpus_fingerprint": 5}, "unusable corpus_fingerprint"),
         ({"selection": {"betas": (1, 2)}}, "expected plain JSON values"),
         ({"selection": {"coverage": float("nan")}}, "expected plain JSON values"),
@@ -87,7 +92,7 @@ def test_each_document_comes_once_and_in_order(tmp_path: Path) -> None:
     ):
         shard.add(3, document)
     with (
-        pytest.raises(StoreError, match=r"shard-000001.bin: .*expected 2 documents; found 1"),
+        pytest.raises(StoreError, match=r"0000/shard-0000001.bin: .*expected 2 documents; found 1"),
         writer.shard(1) as shard,
     ):
         shard.add(2, document)
@@ -98,7 +103,11 @@ def test_each_document_comes_once_and_in_order(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no such shard"), writer.shard(3):
         pass
     assert writer.missing_shards() == [0, 1]
-    assert list(contents(tmp_path)) == ["shard-000002.bin", "shard-000002.idx", "store.json"]
+    assert list(contents(tmp_path)) == [
+        "0000/shard-0000002.bin",
+        "0000/shard-0000002.idx",
+        "store.json",
+    ]
 
 
 def test_an_unfinished_store_is_not_finished_or_read(tmp_path: Path) -> None:
@@ -110,8 +119,8 @@ def test_an_unfinished_store_is_not_finished_or_read(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"unfinished: 2 of 3 shards.* Rerun Stage 0"):
         CandidateReader(tmp_path)
     write_shard(writer, 1)
-    os.truncate(tmp_path / "shard-000001.bin", 13)
-    with pytest.raises(StoreError, match=r"Delete shard-000001.idx and rerun Stage 0"):
+    os.truncate(tmp_path / "0000/shard-0000001.bin", 13)
+    with pytest.raises(StoreError, match=r"Delete shard-0000001.idx and rerun Stage 0"):
         writer.finish()
 
 
@@ -147,7 +156,7 @@ def test_invalid_candidates_are_refused(tmp_path: Path, change: Change, message:
     rng = np.random.default_rng(0)
     good = draw_document(rng, vocab_size=151_936, set_sizes=[1, 2, 3], has_logits=True)
     bad = dataclasses.replace(good, **change(vars(good)))
-    writer = CandidateWriter(tmp_path, describe(has_logits=True))
+    writer = CandidateWriter(tmp_path, describe(logits="fp16"))
     with pytest.raises(StoreError) as caught, writer.shard(0) as shard:
         shard.add(0, bad)
     assert str(caught.value).startswith("document 0: ")
@@ -195,10 +204,13 @@ def test_the_lock_ends_with_its_holder(tmp_path: Path) -> None:
     CandidateWriter(tmp_path, describe(), lock=True).close()
 
 
-@pytest.mark.parametrize("name", [".shard-000001.bin.tmp.99999", ".write-test.99999"])
+@pytest.mark.parametrize(
+    "name", ["0000/.shard-0000001.bin.tmp.99999", "0000/.write-test.99999", ".write-test.99999"]
+)
 def test_only_the_holder_of_the_lock_removes_leftovers(tmp_path: Path, name: str) -> None:
     writer = CandidateWriter(tmp_path, describe())
     leftover = tmp_path / name
+    leftover.parent.mkdir(exist_ok=True)
     leftover.touch()
     CandidateWriter(tmp_path, describe())
     assert leftover.exists()
@@ -207,11 +219,11 @@ def test_only_the_holder_of_the_lock_removes_leftovers(tmp_path: Path, name: str
     assert writer.missing_shards() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("step", range(5))
 def test_a_full_disk_publishes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    """The n-th fsync of a shard (.bin, directory, .idx, directory) finds no space."""
+    """The n-th fsync of a shard (new directory, .bin, rename, .idx, rename) finds no space."""
     writer, steps, sync = CandidateWriter(tmp_path, describe()), [], os.fsync
 
     def fsync(fd: int) -> None:
@@ -224,9 +236,9 @@ def test_a_full_disk_publishes_nothing(
     with pytest.raises(OutputError, match="no space left on the device"):
         write_shard(writer, 0)
     monkeypatch.undo()
-    assert not list(tmp_path.glob(".*.tmp.*"))
+    assert not list(tmp_path.rglob(".*.tmp.*"))
     # After the last rename only the directory's fsync is to come: the shard is there, and whole.
-    assert writer.missing_shards() == ([0, 1, 2] if step < 3 else [1, 2])
+    assert writer.missing_shards() == ([0, 1, 2] if step < 4 else [1, 2])
     write_store(tmp_path, describe())
     CandidateReader(tmp_path).verify()
 
