@@ -3,12 +3,14 @@
 ``run(world_size, function, *args)`` forks ``world_size`` children, gives each a gloo process group,
 calls ``function(rank, world_size, *args)`` in each, and returns the list of their results. A child
 that raises fails the test with that rank's traceback. Forking after the imports costs 0.1 s a rank
-where a fresh interpreter would cost 5.
+where a fresh interpreter would cost 5. What was imported is frozen for the garbage collector, which
+would copy its pages into every child.
 """
 
 from __future__ import annotations
 
 import datetime
+import gc
 import multiprocessing
 import os
 import pickle
@@ -68,8 +70,10 @@ def run(
                 context.Process(target=_child, args=(r, world_size, folder, function, args))
                 for r in range(world_size)
             ]
+            gc.freeze()
             for child in children:
                 child.start()
+            gc.unfreeze()
         files = [Path(folder) / f"result-{r}" for r in range(world_size)]
         results: dict[int, Any] = {}
         deadline = time.monotonic() + timeout

@@ -8,6 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# The stages import these when they run: here once, and not in every rank.
+import megatron.core.dist_checkpointing.strategies.filesystem_async
+import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401
+
+import megatron_replay.collection.run
+import megatron_replay.training.loop  # noqa: F401
 from megatron_replay import stage0, stage1
 from megatron_replay.training.metrics import read_metrics
 from tests import pool
