@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -44,8 +45,8 @@ from megatron_replay.store.manifest import (
     refuse_differences,
 )
 
-#: A mapping costs a file descriptor, of which a process commonly has 1024.
-MAX_MAPPED_SHARDS = 256
+#: A mapping costs a file descriptor: a quarter of what the process may have, commonly 1,024.
+MAX_MAPPED_SHARDS = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 #: Documents decoded at a time when all are read: some megabytes.
 DOCUMENTS_AT_ONCE = 64
 

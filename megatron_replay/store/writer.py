@@ -184,7 +184,8 @@ class CandidateWriter:
                 found=number,
             )
         records = bin_path(self.directory, number)
-        make_directory(records.parent)
+        if not records.parent.is_dir():
+            make_directory(records.parent)
         with atomic_file(records) as handle:
             shard = ShardWriter(handle, self.description, self.description.documents(number))
             yield shard
