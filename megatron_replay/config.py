@@ -138,9 +138,12 @@ class CandidatesConfig(Section):
     )
     last_n: int = option("positions a document gives under last-token", 1)
     position_seed: int = option("seed of the positions drawn", 1234)
-    store_logits: bool = option("also record the candidates' logits (fp16)", False)
+    store_logits: str = option(
+        "also record the candidates' logits, in this precision", "none", ("none", "fp16", "bf16")
+    )
     documents_per_shard: int = option("documents in a shard file, the unit of resuming", 1024)
     logits_chunk_size: int = option("positions whose logits exist at one time", 1024)
+    write_buffer_mib: int = option("MiB of candidate sets that may wait for the disk", 64)
     selection_backend: str = option(
         "form of candidate selection: the device's compiled one, or torch's; all give the same",
         "auto",
@@ -154,7 +157,9 @@ class CandidatesConfig(Section):
             0 < self.position_fraction <= 1, "position_fraction", "a share above 0, at most 1"
         )
         self.require(self.position_seed >= 0, "position_seed", "a number from 0")
-        self.require_positive("num_buckets", "last_n", "documents_per_shard", "logits_chunk_size")
+        self.require_positive(
+            "num_buckets", "last_n", "documents_per_shard", "logits_chunk_size", "write_buffer_mib"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

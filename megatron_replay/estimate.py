@@ -45,8 +45,9 @@ def stage0(config: Stage0Config) -> str:
     if config.candidates.position_strategy == "last-token":
         positions = len(corpus) * config.candidates.last_n
     id_bytes = 2 + (shape.vocab_size > 1 << 16) * 0.25
+    logit_bytes = 0 if config.candidates.store_logits == "none" else 2
     store = [
-        positions * (_POSITION_BYTES + size * (id_bytes + 2 * config.candidates.store_logits))
+        positions * (_POSITION_BYTES + size * (id_bytes + logit_bytes))
         for size in (min(100, config.candidates.max_candidates), config.candidates.max_candidates)
     ]
     return _table(

@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from megatron_replay import kernels
 from megatron_replay.checkpoint.load import LoadedModel, checkpoint_fingerprint, load_model
-from megatron_replay.collection.collector import NO_CANDIDATES, Collector
+from megatron_replay.collection.collector import Collector
+from megatron_replay.collection.stream import ShardStream
 from megatron_replay.config import Stage0Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import report_long_documents
@@ -35,27 +36,44 @@ def collect(config: Stage0Config, groups: Parallel) -> None:
         print(f"candidate selection: {kernels.SELECTION.describe(backend, like)}")
         report_long_documents(collector.fitted, config.data.long_documents)
     missing = groups.broadcast(writer.missing_shards())
-    mine = missing[groups.dp_rank :: groups.dp_size]
-    with Progress(
-        "Stage 0",
-        sum(len(writer.description.documents(shard)) for shard in mine),
-        f"documents (1 of {groups.dp_size} replicas)" if groups.dp_size > 1 else "documents",
-        enabled=groups.writer,
-        interval=config.progress.progress_interval,
-    ) as progress:
-        for shard in mine:
-            documents = writer.description.documents(shard)
-            records = collector.collect(np.array(documents))
-            if groups.last_stage and groups.tp_rank == 0:
-                with writer.shard(shard) as out:
-                    for document in documents:
-                        out.add(document, records.get(document, NO_CANDIDATES))
-            progress.advance(len(documents))
+    _write_shards(missing[groups.dp_rank :: groups.dp_size], writer, collector, config, groups)
     dist.barrier()
     if groups.rank == 0:
         writer.finish()
         print(summary_text(summarize(CandidateReader(config.candidates.store))), flush=True)
     dist.barrier()
+
+
+def _write_shards(
+    shards: list[int],
+    writer: CandidateWriter,
+    collector: Collector,
+    config: Stage0Config,
+    groups: Parallel,
+) -> float:
+    """Collect and write ``shards``; the seconds for which this rank waited for its disk."""
+    waited = 0.0
+    with Progress(
+        "Stage 0",
+        sum(len(writer.description.documents(shard)) for shard in shards),
+        f"documents (1 of {groups.dp_size} replicas)" if groups.dp_size > 1 else "documents",
+        enabled=groups.writer,
+        interval=config.progress.progress_interval,
+    ) as progress:
+        for shard in shards:
+            documents = writer.description.documents(shard)
+            batches = collector.collect(np.array(documents))
+            if collector.writes:
+                most = config.candidates.write_buffer_mib << 20
+                with ShardStream(writer, shard, max_bytes=most) as stream:
+                    for batch in batches:
+                        stream.put(batch)
+                waited += stream.waited
+            else:
+                for _ in batches:  # takes part in the work, and gets nothing of it
+                    pass
+            progress.advance(len(documents))
+    return waited
 
 
 def _open_writer(
@@ -69,7 +87,7 @@ def _open_writer(
         num_documents=len(corpus),
         documents_per_shard=candidates.documents_per_shard,
         codec="planar",
-        logits="fp16" if candidates.store_logits else "none",
+        logits=candidates.store_logits,
         corpus_fingerprint=corpus.fingerprint,
         tokenizer_fingerprint=corpus.tokenizer_fingerprint,
         checkpoint_fingerprint=groups.broadcast(fingerprint),
@@ -87,6 +105,12 @@ def _open_writer(
             "long_documents": config.data.long_documents,
         },
     )
-    writer = CandidateWriter(candidates.store, description, lock=True) if groups.rank == 0 else None
-    dist.barrier()
-    return writer or CandidateWriter(candidates.store, description)
+    opened: list[CandidateWriter] = []
+
+    def open_it(lock: bool) -> None:
+        opened.append(CandidateWriter(candidates.store, description, lock=lock))
+
+    # A run that is refused is so on every rank, with the same line.
+    groups.on_rank_zero(lambda: open_it(lock=True))
+    groups.agreed(lambda: None if opened else open_it(lock=False))
+    return opened[0]

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_replay.store import CandidateReader
+from megatron_replay.store.manifest import index_path
 from tests import tiny
 from tests.e2e import stages
 
@@ -121,19 +122,25 @@ def test_an_interrupted_run_is_finished_by_another_layout(folder, tmp_path):
     collect(folder, tmp_path / "whole")
     collect(folder, tmp_path / "store")
     (tmp_path / "store" / "manifest.json").unlink()
-    (tmp_path / "store" / "shard-000001.idx").unlink()  # published last: the shard is not there
+    index_path(tmp_path / "store", 1).unlink()  # published last: the shard is not there
     collect(folder, tmp_path / "store", tp=2, dp=2)
     stages.same_tree(tmp_path / "store", tmp_path / "whole")
 
 
 @pytest.mark.distributed
 def test_stored_logits_are_the_model_s(folder, tmp_path):
-    collect(folder, tmp_path / "a", "--store-logits", tp=2)
-    reader = CandidateReader(tmp_path / "a")
-    document = reader[0]
+    stored = {}
+    for kind in ("fp16", "bf16"):
+        collect(folder, tmp_path / kind, "--store-logits", kind, tp=2)
+        stored[kind] = CandidateReader(tmp_path / kind)[0]
+    document = stored["fp16"]
     logits = document.logits[: document.offsets[1]].astype(np.float64)
     inside = np.log(np.exp(logits).sum())
     assert inside - document.lse[0] == pytest.approx(np.log1p(-document.tail_mass[0]), abs=2e-2)
+    # Multiples of 1/64 below 64: exact in fp16, so bf16 is what rounding makes of them.
+    rounded = torch.from_numpy(document.logits).bfloat16().float()
+    assert np.array_equal(stored["bf16"].logits, rounded.numpy())
+    assert not np.array_equal(stored["bf16"].logits, document.logits)
 
 
 @pytest.mark.distributed

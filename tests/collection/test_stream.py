@@ -1,0 +1,219 @@
+"""Shards written on a thread of their own: within the bound, and never half of one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_replay.collection.stream import ShardStream
+from megatron_replay.errors import OutputError, StoreError
+from megatron_replay.store import CandidateReader, CandidateWriter, DocumentCandidates
+from megatron_replay.store.writer import ShardWriter
+from tests.store.examples import contents, describe, document_of
+
+SET_SIZE, POSITIONS = 100, 160
+BOUND = 1 << 19
+
+
+@dataclass
+class Part:
+    """Documents ``start`` to ``stop``, each of 160 positions with 100 candidates."""
+
+    start: int
+    stop: int
+    ids: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ids = np.tile(
+            np.arange(SET_SIZE, dtype=np.int32), (self.stop - self.start) * POSITIONS
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self.ids.nbytes
+
+    def records(self) -> Iterator[tuple[int, DocumentCandidates]]:
+        size, zeros = SET_SIZE * POSITIONS, np.zeros(POSITIONS, np.float32)
+        for i, document in enumerate(range(self.start, self.stop)):
+            yield (
+                document,
+                DocumentCandidates(
+                    positions=np.arange(POSITIONS, dtype=np.int32),
+                    offsets=np.arange(POSITIONS + 1, dtype=np.int64) * SET_SIZE,
+                    ids=self.ids[i * size : (i + 1) * size],
+                    lse=zeros,
+                    gold_logprob=zeros,
+                    tail_mass=zeros,
+                    logits=None,
+                ),
+            )
+
+
+@dataclass
+class Documents:
+    """The documents of ``tests.store.examples``, as a part that takes no room worth counting."""
+
+    writer: CandidateWriter
+    documents: list[int]
+    nbytes: int = 1
+
+    def records(self) -> Iterator[tuple[int, DocumentCandidates]]:
+        return ((d, document_of(self.writer.description, d)) for d in self.documents)
+
+
+def slow_disk(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    add = ShardWriter.add
+
+    def slowly(self: ShardWriter, document_id: int, candidates: DocumentCandidates) -> None:
+        time.sleep(seconds)
+        add(self, document_id, candidates)
+
+    monkeypatch.setattr(ShardWriter, "add", slowly)
+
+
+def peak_while_writing(directory: Path, max_bytes: int) -> tuple[int, int]:
+    """(bytes of the store, most bytes that Python and numpy held at once)."""
+    num_documents = 50 * BOUND // (2 * SET_SIZE * POSITIONS) // 2 * 2  # 2 bytes an id, and more
+    description = describe(num_documents=num_documents, documents_per_shard=num_documents)
+    writer = CandidateWriter(directory, description)
+    tracemalloc.start()
+    try:
+        with ShardStream(writer, 0, max_bytes=max_bytes) as stream:
+            for start in range(0, num_documents, 2):
+                stream.put(Part(start, start + 2))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert stream.waited > 0.1
+    return sum(path.stat().st_size for path in directory.rglob("*.bin")), peak
+
+
+def test_memory_stays_within_the_bound_before_a_slow_disk(tmp_path, monkeypatch):
+    slow_disk(monkeypatch, 0.0005)
+    written, peak = peak_while_writing(tmp_path / "bounded", BOUND)
+    assert written > 50 * BOUND
+    # Beside the bound: a part being made, one being cut, and what encoding a record takes.
+    assert peak < BOUND + (1 << 19)
+    _, peak = peak_while_writing(tmp_path / "unbounded", 1 << 40)
+    assert peak > 25 * BOUND
+
+
+def test_a_part_beyond_the_bound_is_let_in_alone(tmp_path):
+    writer = CandidateWriter(tmp_path, describe(num_documents=4, documents_per_shard=4))
+    with ShardStream(writer, 0, max_bytes=1) as stream:
+        stream.put(Part(0, 3))
+        stream.put(Part(3, 4))
+    writer.finish()
+    assert len(CandidateReader(tmp_path)[3].positions) == POSITIONS
+
+
+def test_documents_in_no_part_are_written_without_candidates(tmp_path):
+    writer = CandidateWriter(tmp_path, describe(num_documents=8, documents_per_shard=8))
+    with ShardStream(writer, 0, max_bytes=100) as stream:
+        stream.put(Documents(writer, [1]))
+        stream.put(Documents(writer, [2, 5]))
+    writer.finish()
+    sizes = [len(document.positions) for document in CandidateReader(tmp_path)]
+    assert sizes == [0, 1, 2, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("documents", [[2, 1], [1, 1], [8]])
+def test_documents_out_of_order_are_refused(tmp_path, documents):
+    writer = CandidateWriter(tmp_path, describe(num_documents=8, documents_per_shard=8))
+
+    def work() -> None:
+        with ShardStream(writer, 0, max_bytes=100) as stream:
+            stream.put(Documents(writer, documents))
+
+    with pytest.raises(StoreError, match="come once each, ascending"):
+        work()
+    assert writer.missing_shards() == [0]
+
+
+def test_an_error_of_the_disk_ends_the_work_at_once(tmp_path, monkeypatch):
+    """With its own message, from a ``put`` long before the shard's end; nothing is published."""
+    writer = CandidateWriter(tmp_path, describe(num_documents=1000, documents_per_shard=1000))
+    refusal, put = OutputError("no space left on the device"), []
+
+    def refuse(self: ShardWriter, document_id: int, candidates: DocumentCandidates) -> None:
+        if document_id == 5:
+            raise refusal
+
+    def work() -> None:
+        with ShardStream(writer, 0, max_bytes=4) as stream:
+            for document in range(1000):
+                stream.put(Documents(writer, [document]))
+                put.append(document)
+
+    monkeypatch.setattr(ShardWriter, "add", refuse)
+    with pytest.raises(OutputError) as caught:
+        work()
+    assert caught.value is refusal
+    assert len(put) < 12  # the bound, beside what was written
+    assert published(tmp_path) == []
+
+
+def test_an_error_at_the_very_end_is_not_lost(tmp_path, monkeypatch):
+    writer = CandidateWriter(tmp_path, describe())
+
+    def fail(*_: object) -> None:
+        raise OutputError("no space left on the device")
+
+    def work() -> None:
+        with ShardStream(writer, 0, max_bytes=9) as stream:
+            stream.put(Documents(writer, [0, 1]))
+
+    monkeypatch.setattr(ShardWriter, "index", fail)
+    with pytest.raises(OutputError, match="no space"):
+        work()
+    assert published(tmp_path) == []
+
+
+@pytest.mark.parametrize("documents", [[0], [0, 1]])
+def test_an_error_of_the_work_publishes_nothing(tmp_path, documents):
+    writer = CandidateWriter(tmp_path, describe(num_documents=2))
+    before = threading.active_count()
+
+    def work() -> None:
+        with ShardStream(writer, 0, max_bytes=100) as stream:
+            stream.put(Documents(writer, documents))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert threading.active_count() == before
+    assert published(tmp_path) == []
+
+
+def test_ctrl_c_ends_a_wait_for_the_disk(tmp_path, monkeypatch):
+    writer = CandidateWriter(tmp_path, describe(num_documents=2))
+    slow_disk(monkeypatch, 0.6)
+    seconds = []
+
+    def work() -> None:
+        with ShardStream(writer, 0, max_bytes=1) as stream:
+            stream.put(Documents(writer, [0]))
+            start = time.monotonic()
+            threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
+            try:
+                stream.put(Documents(writer, [1]))
+            finally:
+                seconds.append(time.monotonic() - start)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert seconds[0] < 0.5
+    assert published(tmp_path) == []
+
+
+def published(directory: Path) -> list[str]:
+    return [name for name in contents(directory) if name != "store.json"]
