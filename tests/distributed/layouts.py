@@ -27,7 +27,7 @@ from megatron_replay.optim.build import build_optimizer
 from megatron_replay.training.step import train_step, wrap_for_training
 
 SEQ_LENGTH, GLOBAL_BATCH_SIZE = 64, 4
-LR, STEPS = 3e-4, 4
+LR, STEPS = 3e-4, 3
 
 
 @dataclasses.dataclass(frozen=True)
