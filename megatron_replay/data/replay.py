@@ -1,17 +1,19 @@
 """A packed batch joined with the candidate store: what the restricted loss is computed over.
 
-The store knows (document, position); a batch knows rows. Joining is numpy over whole documents:
-no Python runs per token.
+The store knows (document, position); a batch knows rows. Joining is numpy over a whole batch: no
+Python runs per token, and under scope "position" none per document. It uses no torch kernel, whose
+threads would compete with those of a training step beside which it runs.
 
-Shape suffixes: B packs, S positions of a pack, N selected positions of the batch, G candidate sets
-(N under scope "position", documents under scope "document").
+Shape suffixes: B packs, S positions of a pack, D documents of the batch, P recorded positions of
+those documents, N selected positions of the batch (P without those that truncation cut off), G
+candidate sets (N under scope "position", documents with a selected position under "document").
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,7 @@ import torch
 
 from megatron_replay.data.packing import PackedBatch
 from megatron_replay.errors import StoreError
-from megatron_replay.store import DocumentCandidates
+from megatron_replay.store import CandidateBatch, missing_gold
 
 SCOPES = ("position", "document")
 
@@ -27,7 +29,7 @@ SCOPES = ("position", "document")
 class CandidateSource(Protocol):
     """What a join needs of ``store.CandidateReader``."""
 
-    def __getitem__(self, document_id: int) -> DocumentCandidates: ...
+    def read(self, document_ids: Sequence[int]) -> CandidateBatch: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,36 +65,47 @@ class ReplayTargets:
         return ReplayTargets(**moved)
 
 
-@dataclass(frozen=True, eq=False)
-class _Segment:
-    """A document in the batch: its first row, and the positions that truncation left of it."""
+class _Segments(NamedTuple):
+    """The documents of a batch in the order of their rows, int64 [D] each.
 
-    document_id: int
-    first_row: int
-    num_positions: int
+    Attributes:
+        document_D: their ids.
+        first_row_D: the row of position 0.
+        num_positions_D: how many positions truncation left of each.
+    """
+
+    document_D: npt.NDArray[np.int64]
+    first_row_D: npt.NDArray[np.int64]
+    num_positions_D: npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class _JoinedDocument:
-    """The positions of one document that are both recorded and in the batch."""
+class _Selected(NamedTuple):
+    """Of the recorded positions, those that the batch has.
 
-    rows: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    set_ids: npt.NDArray[np.int32]
-    set_sizes: npt.NDArray[np.int64]
-    lse: npt.NDArray[np.float32]
-    tail_mass: npt.NDArray[np.float32]
+    Attributes:
+        segment_N: which document of the batch, int64.
+        position_N: position in it, int32.
+        ids, offsets: their sets, int32 [nnz] and int64 [N + 1].
+        lse_N, tail_mass_N: float32.
+    """
+
+    segment_N: npt.NDArray[np.int64]
+    position_N: npt.NDArray[np.int32]
+    ids: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    lse_N: npt.NDArray[np.float32]
+    tail_mass_N: npt.NDArray[np.float32]
 
 
 def eligible_rows(batch: PackedBatch) -> torch.Tensor:
     """Index ``b * S + s`` of every position whose label carries loss: int64 [N], ascending."""
-    return batch.loss_mask_BS.flatten().nonzero().squeeze(1)
+    return torch.from_numpy(np.flatnonzero(batch.loss_mask_BS.numpy()))
 
 
 def full_targets(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """``(rows_N, labels_N)``, both int64: every eligible position, for the full-softmax loss."""
     rows_N = eligible_rows(batch)
-    return rows_N, batch.labels_BS.flatten()[rows_N]
+    return rows_N, torch.from_numpy(batch.labels_BS.numpy().reshape(-1)[rows_N.numpy()])
 
 
 def join_candidates(batch: PackedBatch, reader: CandidateSource, *, scope: str) -> ReplayTargets:
@@ -111,111 +124,113 @@ def join_candidates(batch: PackedBatch, reader: CandidateSource, *, scope: str) 
             its set: the store was made from other data.
     """
     assert scope in SCOPES, scope
-    labels = batch.labels_BS.numpy().reshape(-1)
-    carries_loss = batch.loss_mask_BS.numpy().reshape(-1)
-    joined = [
-        _join_document(segment, reader[segment.document_id], labels, carries_loss, scope)
-        for segment in _segments(batch)
-    ]
-    joined = [document for document in joined if len(document.rows)]
-    sizes = _concatenate([document.set_sizes for document in joined], np.int64)
-    rows_per_document = np.array([len(document.rows) for document in joined], dtype=np.int64)
-    lse = _concatenate([document.lse for document in joined], np.float32)
-    tail_mass = _concatenate([document.tail_mass for document in joined], np.float32)
+    segments = _segments(batch)
+    recorded = reader.read(segments.document_D.tolist())
+    selected = _select(recorded, segments)
+    rows_N = segments.first_row_D[selected.segment_N] + selected.position_N
+    labels_N = batch.labels_BS.numpy().reshape(-1)[rows_N]
+    _require_loss(selected, segments, batch.loss_mask_BS.numpy().reshape(-1)[rows_N])
+    _require_gold(selected, segments, labels_N)
+    ids, offsets, group_offsets = selected.ids, selected.offsets, None
+    if scope == "document":
+        positions_D = np.bincount(selected.segment_N, minlength=len(segments.document_D))
+        ids, offsets = _unions(recorded, np.flatnonzero(positions_D))
+        group_offsets = torch.from_numpy(_starts(positions_D[positions_D > 0]))
     with np.errstate(divide="ignore"):  # log 0 = -inf is meant: no tail
-        tail_logit = lse + np.log(tail_mass)
+        tail_logit_N = selected.lse_N + np.log(selected.tail_mass_N)
     return ReplayTargets(
-        rows_N=torch.from_numpy(_concatenate([d.rows for d in joined], np.int64)),
-        labels_N=torch.from_numpy(_concatenate([d.labels for d in joined], np.int64)),
-        candidate_ids=torch.from_numpy(_concatenate([d.set_ids for d in joined], np.int32)),
-        candidate_offsets=_offsets(sizes),
-        group_offsets=_offsets(rows_per_document) if scope == "document" else None,
-        lse_N=torch.from_numpy(lse),
-        tail_logit_N=torch.from_numpy(tail_logit),
+        rows_N=torch.from_numpy(rows_N),
+        labels_N=torch.from_numpy(labels_N),
+        candidate_ids=torch.from_numpy(ids),
+        candidate_offsets=torch.from_numpy(offsets),
+        group_offsets=group_offsets,
+        lse_N=torch.from_numpy(selected.lse_N),
+        tail_logit_N=torch.from_numpy(tail_logit_N),
     )
 
 
-def _segments(batch: PackedBatch) -> Iterator[_Segment]:
-    """The documents of the batch in the order of their rows.
-
-    A document starts where its position is 0, and padding has position 0 too, so the next zero is
-    where it ends.
-    """
+def _segments(batch: PackedBatch) -> _Segments:
+    """A document starts where its position is 0; padding has position 0 too and ends the last."""
     document = batch.document_BS.numpy().reshape(-1)
     boundaries = np.flatnonzero(batch.position_BS.numpy().reshape(-1) == 0)
-    stops = np.append(boundaries[1:], len(document))
+    sizes = np.diff(boundaries, append=len(document))
     is_document = document[boundaries] >= 0
-    for start, stop in zip(boundaries[is_document], stops[is_document], strict=True):
-        yield _Segment(int(document[start]), int(start), int(stop - start))
+    starts = boundaries[is_document]
+    return _Segments(document[starts].astype(np.int64), starts, sizes[is_document])
 
 
-def _join_document(
-    segment: _Segment,
-    candidates: DocumentCandidates,
-    labels: npt.NDArray[np.int64],
-    carries_loss: npt.NDArray[np.bool_],
-    scope: str,
-) -> _JoinedDocument:
-    count = int(np.searchsorted(candidates.positions, segment.num_positions))
-    rows = segment.first_row + candidates.positions[:count].astype(np.int64)
-    offsets = candidates.offsets[: count + 1]
-    ids = candidates.ids[: offsets[-1]]
-    _require_loss(segment, candidates.positions[:count], carries_loss[rows])
-    _require_gold(segment, candidates.positions[:count], labels[rows], ids, offsets)
-    if scope == "position":
-        set_ids, set_sizes = ids, np.diff(offsets)
-    else:
-        set_ids = _union(candidates.ids)
-        set_sizes = np.array([len(set_ids)], dtype=np.int64)
-    return _JoinedDocument(
-        rows=rows,
-        labels=labels[rows],
-        set_ids=set_ids,
-        set_sizes=set_sizes,
-        lse=candidates.lse[:count],
-        tail_mass=candidates.tail_mass[:count],
+def _select(recorded: CandidateBatch, segments: _Segments) -> _Selected:
+    """Nothing is copied unless a position is left out."""
+    recorded_D = np.diff(recorded.document_offsets)
+    segment_P = np.repeat(np.arange(len(recorded_D)), recorded_D)
+    every = _Selected(
+        segment_P,
+        recorded.positions,
+        recorded.ids,
+        recorded.offsets,
+        recorded.lse,
+        recorded.tail_mass,
+    )
+    is_here_P = recorded.positions < segments.num_positions_D[segment_P]
+    if is_here_P.all():
+        return every
+    set_sizes_P = np.diff(recorded.offsets)
+    return _Selected(
+        segment_P[is_here_P],
+        recorded.positions[is_here_P],
+        recorded.ids[np.repeat(is_here_P, set_sizes_P)],
+        _starts(set_sizes_P[is_here_P]),
+        recorded.lse[is_here_P],
+        recorded.tail_mass[is_here_P],
     )
 
 
 def _require_loss(
-    segment: _Segment, positions: npt.NDArray[np.int32], carries_loss: npt.NDArray[np.bool_]
+    selected: _Selected, segments: _Segments, carries_loss_N: npt.NDArray[np.bool_]
 ) -> None:
-    if not carries_loss.all():
+    if not carries_loss_N.all():
         raise StoreError(
-            f"document {segment.document_id}, position {positions[np.argmin(carries_loss)]} is "
-            "recorded, but its label carries no loss in the corpus",
+            f"{_place(selected, segments, int(np.argmin(carries_loss_N)))} is recorded, but its "
+            "label carries no loss in the corpus",
             fix="Use the corpus that the store was made from",
         )
 
 
 def _require_gold(
-    segment: _Segment,
-    positions: npt.NDArray[np.int32],
-    labels: npt.NDArray[np.int64],
-    ids: npt.NDArray[np.int32],
-    offsets: npt.NDArray[np.int64],
+    selected: _Selected, segments: _Segments, labels_N: npt.NDArray[np.int64]
 ) -> None:
-    hits = np.concatenate(([0], np.cumsum(ids == np.repeat(labels, np.diff(offsets)))))
-    has_gold = hits[offsets[1:]] > hits[offsets[:-1]]
-    if not has_gold.all():
-        first = int(np.argmin(has_gold))
+    first = missing_gold(selected.ids, selected.offsets, labels_N)
+    if first >= 0:
         raise StoreError(
-            f"document {segment.document_id}, position {positions[first]}: the gold token "
-            f"{labels[first]} is not in its candidate set",
+            f"{_place(selected, segments, first)}: the gold token {labels_N[first]} is not in its "
+            "candidate set",
             fix="Use the corpus that the store was made from, or run Stage 0 again",
         )
 
 
-def _union(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """Ascending distinct ids: by a flag per token of the vocabulary, far faster than sorting."""
-    seen = np.zeros(ids.max(initial=-1) + 1, dtype=np.bool_)
-    seen[ids] = True
-    return np.flatnonzero(seen).astype(np.int32)
+def _place(selected: _Selected, segments: _Segments, n: int) -> str:
+    document = segments.document_D[selected.segment_N[n]]
+    return f"document {document}, position {selected.position_N[n]}"
 
 
-def _concatenate(arrays: list[npt.NDArray[np.generic]], dtype: type[np.generic]) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype=dtype), *arrays]).astype(dtype, copy=False)
+def _unions(
+    recorded: CandidateBatch, segments: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """``(ids, offsets)``: the ascending distinct ids of each of these documents.
+
+    By a flag per token of the vocabulary, far faster than sorting.
+    """
+    bounds_D = recorded.offsets[recorded.document_offsets]
+    seen = np.zeros(recorded.ids.max(initial=-1) + 1, dtype=np.bool_)
+    unions = []
+    for segment in segments:
+        ids = recorded.ids[bounds_D[segment] : bounds_D[segment + 1]]
+        seen[ids] = True
+        unions.append(np.flatnonzero(seen))
+        seen[ids] = False
+    ids = np.concatenate([np.empty(0, np.int32), *unions]).astype(np.int32)
+    return ids, _starts(np.array([len(union) for union in unions], dtype=np.int64))
 
 
-def _offsets(sizes: npt.NDArray[np.int64]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(([0], np.cumsum(sizes))).astype(np.int64))
+def _starts(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)

@@ -5,7 +5,7 @@ hold the candidate sets, ``manifest.json`` says that it is whole. ``docs/store_f
 byte.
 """
 
-from megatron_replay.store.document import CandidateBatch, DocumentCandidates
+from megatron_replay.store.document import CandidateBatch, DocumentCandidates, missing_gold
 from megatron_replay.store.manifest import StoreDescription
 from megatron_replay.store.reader import CandidateReader
 from megatron_replay.store.writer import CandidateWriter, ShardWriter
@@ -17,4 +17,5 @@ __all__ = [
     "DocumentCandidates",
     "ShardWriter",
     "StoreDescription",
+    "missing_gold",
 ]

@@ -186,6 +186,29 @@ def _require_sets(document: DocumentCandidates, vocab_size: int) -> None:
     )
 
 
+def missing_gold(
+    ids_C: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], labels_P: Array
+) -> int:
+    """The first position whose label is not in its set, or -1: a binary search in all sets at once.
+
+    Args:
+        ids_C, offsets: valid sets, as ``require_valid`` leaves them: none is empty, ids ascend.
+        labels_P: integers.
+    """
+    if len(labels_P) == 0:
+        return -1
+    at_P, stop_P = offsets[:-1].copy(), offsets[1:]
+    most = int((stop_P - at_P).max())
+    for step in (1 << bit for bit in reversed(range(most.bit_length()))):
+        # at + step where that is still in the set and no greater than the label.
+        next_P = at_P + step
+        goes_on_P = next_P < stop_P
+        goes_on_P &= ids_C.take(next_P, mode="clip") <= labels_P
+        at_P[goes_on_P] += step
+    missing_P = ids_C[at_P] != labels_P
+    return int(np.argmax(missing_P)) if missing_P.any() else -1
+
+
 #: Largest finite numbers of the two.
 _LARGEST = {"fp16": 65_504.0, "bf16": 3.3895314e38}
 

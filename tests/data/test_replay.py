@@ -17,10 +17,12 @@ from megatron_replay.data.replay import eligible_rows, full_targets, join_candid
 from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.errors import StoreError
 from megatron_replay.store import (
+    CandidateBatch,
     CandidateReader,
     CandidateWriter,
     DocumentCandidates,
     StoreDescription,
+    missing_gold,
 )
 from tests.data.examples import PAD_ID, VOCAB_SIZE, random_documents, write_corpus
 
@@ -31,6 +33,13 @@ class Documents(list):
     """A corpus in memory."""
 
     pad_id = PAD_ID
+
+
+class Recorded(list):
+    """A store in memory."""
+
+    def read(self, document_ids) -> CandidateBatch:
+        return CandidateBatch.of([self[i] for i in document_ids])
 
 
 def record(document: Document, rng: np.random.Generator, share: float) -> DocumentCandidates:
@@ -122,7 +131,7 @@ def assert_joined(batch, candidates, scope):
 def test_join_against_dictionaries(lengths, share, scope, seed):
     rng = np.random.default_rng(seed)
     documents = Documents(random_documents(lengths, seed))
-    candidates = [record(document, rng, share) for document in documents]
+    candidates = Recorded(record(document, rng, share) for document in documents)
     used = fit_documents(np.array(lengths, dtype=np.int32), SEQ_LENGTH, "truncate").lengths
     sampler = GlobalBatches(
         used, seq_length=SEQ_LENGTH, global_batch_size=3, micro_batch_size=3,
@@ -139,7 +148,7 @@ def test_join_from_files(tmp_path, scope):
     documents = random_documents([5, 11, 16, 3], seed=3)
     corpus = write_corpus(tmp_path / "corpus", documents)
     rng = np.random.default_rng(0)
-    candidates = [record(document, rng, 1.0) for document in documents]
+    candidates = Recorded(record(document, rng, 1.0) for document in documents)
     description = StoreDescription(
         vocab_size=VOCAB_SIZE, num_documents=4, documents_per_shard=2,
         codec="planar", logits="none",
@@ -176,7 +185,7 @@ def one_document(**change):
     }
     candidates = DocumentCandidates(**{**fields, **change})
     batch = pack_batch(Documents([document]), [np.array([0])], 6, np.array([4], dtype=np.int32))
-    return batch, [candidates]
+    return batch, Recorded([candidates])
 
 
 @pytest.mark.parametrize("scope", ["position", "document"])
@@ -188,6 +197,39 @@ def test_gold_outside_its_set_is_refused_even_if_in_the_union(scope, ids, positi
     message = f"document 0, position {position}: the gold token {gold} is not in its"
     with pytest.raises(StoreError, match=message):
         join_candidates(batch, store, scope=scope)
+
+
+@given(
+    st.lists(st.sets(st.integers(0, 300), min_size=1, max_size=256), max_size=12),
+    st.integers(0, 10_000),
+)
+@settings(deadline=None)
+def test_missing_gold_against_python(sets, seed):
+    """Labels in their set, beside it, below and above all of it."""
+    rng = np.random.default_rng(seed)
+    labels = [int(rng.choice(sorted(s))) for s in sets]
+    ids = np.array([i for s in sets for i in sorted(s)], dtype=np.int32)
+    offsets = np.cumsum([0, *map(len, sets)], dtype=np.int64)
+    assert missing_gold(ids, offsets, np.array(labels, dtype=np.int64)) == -1
+    for place in rng.permutation(len(sets))[:3]:
+        labels[place] = int(rng.integers(-1, 302))
+        missing = [n for n, s in enumerate(sets) if labels[n] not in s]
+        found = missing_gold(ids, offsets, np.array(labels, dtype=np.int64))
+        assert found == (missing[0] if missing else -1)
+
+
+def test_nothing_is_copied_where_nothing_is_cut_off():
+    batch, store = one_document()
+    recorded = store.read([0])
+
+    class Once:
+        def read(self, document_ids):
+            assert document_ids == [0]
+            return recorded
+
+    targets = join_candidates(batch, Once(), scope="position")
+    assert np.shares_memory(targets.candidate_ids.numpy(), recorded.ids)
+    assert np.shares_memory(targets.candidate_offsets.numpy(), recorded.offsets)
 
 
 def test_a_recorded_position_without_loss_is_refused():
@@ -209,7 +251,7 @@ def test_the_document_union_includes_positions_that_truncation_cut_off():
 
 def test_an_empty_batch():
     empty = pack_batch(Documents(), [np.empty(0, dtype=np.int64)], 4, np.empty(0, dtype=np.int32))
-    targets = join_candidates(empty, [], scope="document")
+    targets = join_candidates(empty, Recorded(), scope="document")
     assert len(targets.rows_N) == len(targets.candidate_ids) == 0
     assert targets.candidate_offsets.tolist() == targets.group_offsets.tolist() == [0]
     assert [len(t) for t in full_targets(empty)] == [0, 0]

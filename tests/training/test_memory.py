@@ -16,7 +16,7 @@ from megatron_replay.data.packing import pack_batch
 from megatron_replay.data.replay import join_candidates
 from megatron_replay.forward import forward_backward
 from megatron_replay.model import heads
-from megatron_replay.store import DocumentCandidates
+from megatron_replay.store import CandidateBatch, DocumentCandidates
 from megatron_replay.training.step import wrap_for_training
 from tests import pool
 from tests.distributed.layouts import Layout, build, join_groups
@@ -41,7 +41,10 @@ class Sets:
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
 
-    def __getitem__(self, document: int) -> DocumentCandidates:
+    def read(self, document_ids: list[int]) -> CandidateBatch:
+        return CandidateBatch.of([self._document(document) for document in document_ids])
+
+    def _document(self, document: int) -> DocumentCandidates:
         tokens, loss_mask = self.corpus[document].tokens, self.corpus[document].loss_mask
         positions = np.flatnonzero(loss_mask[1:]).astype(np.int32)
         spread = np.linspace(1000, V - 1, 50).astype(np.int32)
