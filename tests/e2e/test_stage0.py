@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import random
+import resource
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_replay.store import CandidateReader
-from megatron_replay.store.manifest import index_path
+from megatron_replay.store import CandidateReader, CandidateWriter
 from tests import tiny
 from tests.e2e import stages
 
@@ -117,14 +125,85 @@ def test_sets_of_a_real_model_differ_only_by_rounding(folder, tmp_path):
     assert differing <= 0.02 * total
 
 
+@dataclass(frozen=True)
+class Mortal:
+    """Logs which shards are begun; some time after the ``step``-th, kills its rank."""
+
+    log: Path
+    step: int
+    seconds: float
+
+    def __call__(self, rank: int) -> None:
+        begin, begun = CandidateWriter.shard, 0
+
+        def logged(writer: CandidateWriter, number: int):
+            nonlocal begun
+            begun += 1
+            with open(self.log, "a") as log:  # one write: lines of several ranks do not mix
+                log.write(f"{number}\n")
+            if begun == self.step:
+                threading.Timer(self.seconds, os.kill, [os.getpid(), signal.SIGKILL]).start()
+            return begin(writer, number)
+
+        CandidateWriter.shard = logged
+
+
 @pytest.mark.distributed
-def test_an_interrupted_run_is_finished_by_another_layout(folder, tmp_path):
+def test_killed_again_and_again_under_changing_layouts(folder, tmp_path):
+    """One rank dies, the others are killed for it. At most one shard a rank is done twice."""
+    small = ["--documents-per-shard", 1]
+    collect(folder, tmp_path / "whole", *small)
+    store, draw, there = tmp_path / "store", random.Random(0), set()
+    for deaths, layout in enumerate([{"dp": 2}, {"dp": 3}, {"tp": 2, "dp": 2}, {}, {"dp": 2}]):
+        mortal = Mortal(tmp_path / f"log-{deaths}", draw.randint(1, 4), draw.uniform(0, 0.02))
+        with pytest.raises(AssertionError, match="died, exit code -9"):
+            collect(folder, store, *small, before=mortal, **layout)
+        begun = [int(line) for line in mortal.log.read_text().split()]
+        published = {int(path.stem.split("-")[1]) for path in store.rglob("*.idx")} - there
+        assert there.isdisjoint(begun)  # what was there is not done again
+        assert len(begun) == len(set(begun))
+        assert published <= set(begun)
+        assert 0 < len(begun) - len(published) <= layout.get("dp", 1)
+        there |= published
+    assert 5 <= len(there) < 40
+    collect(folder, store, *small, dp=2)
+    stages.same_tree(store, tmp_path / "whole")
+
+
+@pytest.mark.distributed
+def test_a_second_run_into_the_directory_is_refused_on_every_rank(folder, tmp_path):
+    argv = ["--load", folder / "exact", "--data-path", folder / "corpus", "--store", tmp_path]
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        message = stages.fail("stage0", *argv, *SIZES, code=6, tp=2)
+    assert "another run is writing this store" in message
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.distributed
+def test_a_full_disk_is_told_and_the_rerun_goes_on(folder, tmp_path):
+    """The kernel refuses to let a file grow: shards 0 and 1 are larger than shard 2."""
     collect(folder, tmp_path / "whole")
-    collect(folder, tmp_path / "store")
-    (tmp_path / "store" / "manifest.json").unlink()
-    index_path(tmp_path / "store", 1).unlink()  # published last: the shard is not there
-    collect(folder, tmp_path / "store", tp=2, dp=2)
-    stages.same_tree(tmp_path / "store", tmp_path / "whole")
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "whole").rglob("*.bin"))]
+    assert sizes[2] < min(sizes[:2])
+
+    def limited(rank: int) -> None:
+        begin = CandidateWriter.shard
+
+        def begin_limited(writer: CandidateWriter, number: int):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[2] + 100, resource.RLIM_INFINITY))
+            return begin(writer, number)
+
+        CandidateWriter.shard = begin_limited
+
+    store = tmp_path / "store"
+    argv = ["--load", folder / "exact", "--data-path", folder / "corpus", "--store", store]
+    message = stages.fail("stage0", *argv, *SIZES, code=6, before=limited)
+    assert "shard-0000000.bin: cannot write: File too large" in message
+    assert [path.name for path in store.iterdir() if path.is_file()] == [".lock", "store.json"]
+    assert not list(store.rglob("*.bin")) + list(store.rglob("*.tmp.*"))
+    collect(folder, store)
+    stages.same_tree(store, tmp_path / "whole")
 
 
 @pytest.mark.distributed
