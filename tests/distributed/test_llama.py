@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from tests.distributed import layouts
 from tests.distributed.layouts import Layout
 from tests.distributed.test_layouts import save_reference
 from tests.e2e import stages
-from tools import convert_checkpoint
 
 GRIDS = {
     1: [(Layout(), True), (Layout(), False)],
@@ -99,11 +97,6 @@ def test_layouts_equal_transformers_and_export_the_same_bits(cases, tmp_path):
                 require_equal(tmp_path / f"{layout}-{tied}", cases[tied] / "model")
 
 
-def run_converter(rank: int, world_size: int, *argv: object) -> int:
-    sys.argv = ["convert_checkpoint", *map(str, argv)]
-    return convert_checkpoint.main()
-
-
 @pytest.mark.distributed
 def test_both_stages_and_conversion_with_verification(cases, tmp_path):
     """Stage 0 on TP 2, Stage 1 on PP 2, then to Hugging Face and back."""
@@ -114,12 +107,9 @@ def test_both_stages_and_conversion_with_verification(cases, tmp_path):
         "stage1", *common, "--store", store, "--save", run, "--lr", 1e-3,
         "--global-batch-size", 4, pp=2,
     )  # fmt: skip
-    for argv in (
-        ("--load", run, "--save", tmp_path / "tuned"),
-        ("--load", tmp_path / "tuned", "--save", tmp_path / "mcore", "--save-format", "mcore"),
-        ("--load", tmp_path / "mcore", "--save", tmp_path / "back"),
-    ):
-        assert pool.run(1, run_converter, *argv) == [0]
+    stages.convert(run, tmp_path / "tuned")
+    stages.convert(tmp_path / "tuned", tmp_path / "mcore", "--save-format", "mcore")
+    stages.convert(tmp_path / "mcore", tmp_path / "back")
     require_equal(tmp_path / "back", tmp_path / "tuned")
     tuned, before = (tiny.load_reference(d) for d in (tmp_path / "tuned", base))
     assert type(tuned) is type(before)

@@ -1,9 +1,10 @@
-"""Run a stage's main function on forked ranks, as torchrun would run the program."""
+"""Run a program's main function on forked ranks, as torchrun would run the program."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import megatron_replay.training.loop  # noqa: F401
 from megatron_replay import stage0, stage1
 from megatron_replay.training.metrics import read_metrics
 from tests import pool
+from tools import convert_checkpoint
 
 MAINS: dict[str, Callable[[Sequence[str]], int]] = {"stage0": stage0.main, "stage1": stage1.main}
 
@@ -60,6 +62,16 @@ def fail(stage: str, *argv: object, code: int, **layout: Any) -> str:
     assert len(lines) == 1, results[0][2]
     assert "Traceback" not in results[0][2]
     return lines[0]
+
+
+def _convert(rank: int, world_size: int, argv: list[str]) -> int:
+    sys.argv = ["convert_checkpoint", *argv]
+    return convert_checkpoint.main()
+
+
+def convert(load: Path, save: Path, *argv: object) -> None:
+    """Convert a checkpoint on one process, and insist on success."""
+    assert pool.run(1, _convert, list(map(str, ["--load", load, "--save", save, *argv]))) == [0]
 
 
 def losses(save: Path) -> list[float]:

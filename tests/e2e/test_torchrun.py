@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_replay.checkpoint import training
+from megatron_replay.checkpoint.export import require_equal
 from tests import tiny
 from tests.e2e import stages
 
@@ -69,13 +70,9 @@ def test_from_checkpoint_to_export(folder, tmp_path):
     tuned, base = (tiny.load_reference(d) for d in (tmp_path / "export", folder / "model"))
     tokens = torch.arange(12)[None]
     assert not torch.equal(tuned(tokens).logits, base(tokens).logits)
-    done = run([*convert, str(tmp_path / "export"), "--save", str(tmp_path / "mcore"),
-                "--save-format", "mcore"])  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    done = run([*convert, str(tmp_path / "mcore"), "--save", str(tmp_path / "back")])
-    assert done.returncode == 0, done.stderr
-    again = tiny.load_reference(tmp_path / "back")
-    assert torch.equal(again(tokens).logits, tuned(tokens).logits)
+    stages.convert(tmp_path / "export", tmp_path / "mcore", "--save-format", "mcore")
+    stages.convert(tmp_path / "mcore", tmp_path / "back")
+    require_equal(tmp_path / "back", tmp_path / "export")
 
 
 @pytest.mark.distributed
@@ -133,6 +130,6 @@ def test_ctrl_c_saves_and_the_rerun_finishes(folder, tmp_path):
     reached = training.latest_iteration(tmp_path / "run")
     assert reached is not None
     assert reached == len(stages.losses(tmp_path / "run"))
-    done = run(torchrun(2, "-m", "megatron_replay.stage1", *argv, "--exit-interval", reached + 2))
-    assert f"resuming {tmp_path / 'run'} after iteration {reached}" in done.stderr
+    said = stages.succeed("stage1", *argv, "--exit-interval", reached + 2, tp=2)
+    assert f"resuming {tmp_path / 'run'} after iteration {reached}" in said
     assert len(stages.losses(tmp_path / "run")) == reached + 2
