@@ -6,10 +6,13 @@ activations are estimated from the tensors that a layer keeps for its backward p
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_replay.config import (
+    CandidatesConfig,
     DataConfig,
     ModelConfigSource,
     ParallelConfig,
@@ -19,55 +22,77 @@ from megatron_replay.config import (
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import document_order, fit_documents, plan_packs
 from megatron_replay.data.sampler import GlobalBatches
-from megatron_replay.errors import CheckpointError
+from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.parallel import data_parallel_size
 
 _GIB = 1 << 30
 #: Bytes of a stored position beside its ids: |S|, lse, gold log-probability, tail mass, position.
 _POSITION_BYTES = 11
+#: Micro-batches larger than this are not looked for.
+_MOST_PACKS = 1024
 
 
 def stage0(config: Stage0Config) -> str:
-    """The estimate for Stage 0, as text."""
+    """The estimate for Stage 0, as text.
+
+    Raises:
+        ConfigError: it does not fit --device-memory-gib.
+    """
     shape, dp = _layout(config.model, config.parallel)
     corpus = Corpus(config.data.data_path)
     width = 2 if config.model.bf16 else 4
     weights = _parameters_per_device(shape, config.parallel) * width
-    # A layer's working set, and one chunk of logits: as computed, fp32, and int64 masses.
-    layer = _layer_activations(shape, config.parallel, config.data, width)
+    # One chunk of logits: as computed, fp32, and int64 masses.
     chunk = config.candidates.logits_chunk_size * shape.vocab_size
     logits = chunk // config.parallel.tensor_model_parallel_size * (width + 4 + 8)
-    share = {"all": 1.0, "last-token": 0.0}.get(
-        config.candidates.position_strategy, config.candidates.position_fraction
-    )
-    positions = round(corpus.description.num_loss_tokens * share)
-    if config.candidates.position_strategy == "last-token":
-        positions = len(corpus) * config.candidates.last_n
-    id_bytes = 2 + (shape.vocab_size > 1 << 16) * 0.25
-    logit_bytes = 0 if config.candidates.store_logits == "none" else 2
-    store = [
-        positions * (_POSITION_BYTES + size * (id_bytes + logit_bytes))
-        for size in (min(100, config.candidates.max_candidates), config.candidates.max_candidates)
-    ]
+
+    def memory(micro_batch_size: int) -> int:
+        data = dataclasses.replace(config.data, micro_batch_size=micro_batch_size)
+        return weights + _layer_activations(shape, config.parallel, data, width) + logits
+
+    needed = memory(config.data.micro_batch_size)
     return _table(
         "Stage 0",
         _layout_rows(shape, config.parallel, dp)
         + _corpus_rows(corpus, config.data)
+        + _recorded_rows(config.candidates, corpus, shape.vocab_size)
         + [
-            ("positions to record", f"about {positions:,}"),
-            ("memory per device", _gib(weights + layer + logits)),
+            ("memory per device", _gib(needed)),
             ("  weights", _gib(weights)),
-            ("  activations of one layer", _gib(layer)),
+            ("  activations of one layer", _gib(needed - weights - logits)),
             ("  one chunk of logits", _gib(logits)),
-            ("disk for the store", f"{_gib(store[0])} at |S| = 100, {_gib(store[1])} at the cap"),
-            ("free on that disk", _free(config.candidates.store)),
-        ],
+        ]
+        + _budget_rows(config.parallel, config.data, memory, lambda _: True),
     )
 
 
+def _recorded_rows(
+    candidates: CandidatesConfig, corpus: Corpus, vocab_size: int
+) -> list[tuple[str, str]]:
+    share = {"all": 1.0}.get(candidates.position_strategy, candidates.position_fraction)
+    positions = round(corpus.description.num_loss_tokens * share)
+    if candidates.position_strategy == "last-token":
+        positions = len(corpus) * candidates.last_n
+    id_bytes = 2 + (vocab_size > 1 << 16) * 0.25
+    logit_bytes = 0 if candidates.store_logits == "none" else 2
+    store = [
+        positions * (_POSITION_BYTES + size * (id_bytes + logit_bytes))
+        for size in (min(100, candidates.max_candidates), candidates.max_candidates)
+    ]
+    return [
+        ("positions to record", f"about {positions:,}"),
+        ("disk for the store", f"{_gib(store[0])} at |S| = 100, {_gib(store[1])} at the cap"),
+        ("free on that disk", _free(candidates.store)),
+    ]
+
+
 def stage1(config: Stage1Config) -> str:
-    """The estimate for Stage 1, as text."""
+    """The estimate for Stage 1, as text.
+
+    Raises:
+        ConfigError: it does not fit --device-memory-gib.
+    """
     shape, dp = _layout(config.model, config.parallel)
     corpus = Corpus(config.data.data_path)
     fitted = fit_documents(corpus.lengths, config.data.seq_length, config.data.long_documents)
@@ -87,29 +112,66 @@ def stage1(config: Stage1Config) -> str:
     # Main gradient; fp32 master, exp_avg and exp_avg_sq, which ZeRO-1 shards.
     sharded = dp if config.optimizer.use_distributed_optimizer else 1
     state = local * 4 + local * (masters + 8) // sharded
-    pp = config.parallel.pipeline_model_parallel_size
-    per_layer = _layer_activations(shape, config.parallel, config.data, width)
-    if config.training.recompute_granularity == "full":
-        kept = config.data.seq_length * config.data.micro_batch_size * shape.hidden_size * width
-        activations = per_layer + shape.num_layers * kept
-    else:
-        # The first of pp stages holds layers / pp of each of up to pp micro-batches in flight.
-        activations = per_layer * shape.num_layers // pp * pp
-    checkpoint = shape.num_parameters() * (width + masters + 8)
+
+    def memory(micro_batch_size: int) -> int:
+        data = dataclasses.replace(config.data, micro_batch_size=micro_batch_size)
+        return local * width + state + _kept_activations(shape, config, data, width)
+
+    def divides(micro_batch_size: int) -> bool:
+        return config.training.global_batch_size % (micro_batch_size * dp) == 0
+
+    needed = memory(config.data.micro_batch_size)
     return _table(
         "Stage 1",
         _layout_rows(shape, config.parallel, dp)
         + _corpus_rows(corpus, config.data)
         + [
             ("iterations", f"{config.training.train_iters or batches.num_batches:,}"),
-            ("memory per device", _gib(local * width + state + activations)),
+            ("memory per device", _gib(needed)),
             ("  weights", _gib(local * width)),
             ("  gradients, masters, optimizer", _gib(state)),
-            ("  activations, about", _gib(activations)),
-            ("disk per checkpoint", _gib(checkpoint)),
+            ("  activations, about", _gib(needed - local * width - state)),
+            ("disk per checkpoint", _gib(shape.num_parameters() * (width + masters + 8))),
             ("free on that disk", _free(config.training.save)),
-        ],
+        ]
+        + _budget_rows(config.parallel, config.data, memory, divides),
     )
+
+
+def _kept_activations(
+    shape: ModelConfig, config: Stage1Config, data: DataConfig, width: int
+) -> int:
+    per_layer = _layer_activations(shape, config.parallel, data, width)
+    if config.training.recompute_granularity == "full":
+        kept = data.seq_length * data.micro_batch_size * shape.hidden_size * width
+        return per_layer + shape.num_layers * kept
+    # The first of pp stages holds layers / pp of each of up to pp micro-batches in flight.
+    pp = config.parallel.pipeline_model_parallel_size
+    return per_layer * shape.num_layers // pp * pp
+
+
+def _budget_rows(
+    parallel: ParallelConfig,
+    data: DataConfig,
+    memory: Callable[[int], int],
+    allowed: Callable[[int], bool],
+) -> list[tuple[str, str]]:
+    """The largest micro-batch that --device-memory-gib holds, if that was given."""
+    if parallel.device_memory_gib is None:
+        return []
+    budget = int(parallel.device_memory_gib * _GIB)
+    sizes = [size for size in range(1, _MOST_PACKS + 1) if allowed(size) and memory(size) <= budget]
+    if memory(data.micro_batch_size) > budget:
+        least = f"--micro-batch-size {sizes[-1]} fits" if sizes else "not even --micro-batch-size 1"
+        raise ConfigError(
+            f"it does not fit on a device: {least}",
+            where="--device-memory-gib",
+            expected=f"at least {_gib(memory(data.micro_batch_size))}",
+            found=_gib(budget),
+            fix="Raise --tensor-model-parallel-size or --pipeline-model-parallel-size, lower "
+            "--seq-length or --micro-batch-size, or give --recompute-granularity full",
+        )
+    return [(f"largest micro-batch in {_gib(budget)}", f"{sizes[-1]} packs")]
 
 
 def _layout(source: ModelConfigSource, parallel: ParallelConfig) -> tuple[ModelConfig, int]:

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Hugging Face $HF_DIR -> $CKPT_SAVE_DIR, a checkpoint that loads into any layout.
+QWEN3=8b TP=${TP:-4} PP=${PP:-2}
+# shellcheck source=examples/qwen3/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+tiny_inputs
+run python tools/convert_checkpoint.py \
+    --load "$HF_DIR" \
+    --save "${CKPT_SAVE_DIR:-$MCORE_DIR}" \
+    --save-format mcore \
+    "$@"
