@@ -327,6 +327,7 @@ class TrainingConfig(Section):
     save: str = option("directory for checkpoints, metrics.jsonl and the resolved configuration")
     global_batch_size: int = option("packs in one optimizer step, over all devices", 16)
     train_epochs: int = option("passes over the corpus", 1)
+    prefetch_batches: int = option("global batches made ahead of the step; 0: none", 2)
     train_iters: int | None = option("iterations; default: what --train-epochs needs", None)
     seed: int = option("seed of the order of documents", 1234)
     save_interval: int = option("iterations between checkpoints; 0: at the end only", 0)
@@ -350,6 +351,7 @@ class TrainingConfig(Section):
             value = getattr(self, name)
             self.require(value is None or value > 0, name, "a number above 0")
         for name in (
+            "prefetch_batches",
             "seed",
             "save_interval",
             "max_skipped_steps",

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.loader import to_device
 from megatron_replay.errors import DataError
 
 Pack = npt.NDArray[np.int64]  # ids of the documents of a pack, in order
@@ -152,7 +153,8 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on ``device``."""
-        return PackedBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        moved = {f.name: to_device(getattr(self, f.name), device) for f in fields(self)}
+        return PackedBatch(**moved)
 
 
 def pack_batch(

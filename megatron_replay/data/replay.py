@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatron_replay.data.loader import to_device
 from megatron_replay.data.packing import PackedBatch
 from megatron_replay.errors import StoreError
 from megatron_replay.store import CandidateBatch, missing_gold
@@ -29,7 +30,9 @@ SCOPES = ("position", "document")
 class CandidateSource(Protocol):
     """What a join needs of ``store.CandidateReader``."""
 
-    def read(self, document_ids: Sequence[int]) -> CandidateBatch: ...
+    def read(self, document_ids: Sequence[int]) -> CandidateBatch:
+        """Those documents end to end, in this order."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +64,7 @@ class ReplayTargets:
         moved: dict[str, Any] = {}
         for field in fields(self):
             tensor = getattr(self, field.name)
-            moved[field.name] = None if tensor is None else tensor.to(device)
+            moved[field.name] = None if tensor is None else to_device(tensor, device)
         return ReplayTargets(**moved)
 
 

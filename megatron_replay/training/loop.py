@@ -22,13 +22,11 @@ from megatron_replay.checkpoint.training import (
 )
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.packing import Pack, fit_documents, pack_batch, report_long_documents
-from megatron_replay.data.replay import full_targets, join_candidates
+from megatron_replay.data.loader import Loader
+from megatron_replay.data.packing import fit_documents, report_long_documents
 from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.errors import ConfigError, TrainingError
 from megatron_replay.files import atomic_file, make_directory
-from megatron_replay.forward import Work
-from megatron_replay.model import heads
 from megatron_replay.model.compatibility import open_store, require_context, require_vocabulary
 from megatron_replay.model.layers import record_max_logits
 from megatron_replay.optim.build import (
@@ -44,10 +42,13 @@ from megatron_replay.store import CandidateReader
 from megatron_replay.training.interrupt import StopRequest
 from megatron_replay.training.step import StepResult, train_step, wrap_for_training
 from megatron_replay.training.watch import Watch
+from megatron_replay.training.work import GlobalWork, WorkMaker
 
 
 class Trainer:
     """The state of a run, in the order it is built: data, model, optimizer, watch."""
+
+    _loader: Loader[GlobalWork]  # while it trains
 
     def __init__(self, config: Stage1Config, groups: Parallel) -> None:
         interleaved = config.loss.vocab_sharding == "interleaved" and groups.tp_size > 1
@@ -111,14 +112,17 @@ class Trainer:
 
     def train(self, stop: StopRequest) -> None:
         """Take every step that is left, watching and saving on the way."""
-        with Progress(
-            "Stage 1",
-            self.train_iters,
-            "iterations",
-            initial=self.state.iteration,
-            enabled=self.groups.writer,
-            interval=self.config.progress.progress_interval,
-        ) as progress:
+        with (
+            Progress(
+                "Stage 1",
+                self.train_iters,
+                "iterations",
+                initial=self.state.iteration,
+                enabled=self.groups.writer,
+                interval=self.config.progress.progress_interval,
+            ) as progress,
+            self._start_loader() as self._loader,
+        ):
             self.watch.begin(self.state.iteration)
             while self.state.iteration < self.train_iters:
                 result, values = self._step()
@@ -126,6 +130,7 @@ class Trainer:
                 self.watch.step(self.state.iteration, values)
                 if self._must_leave(stop):
                     break
+                self._save_if_due()
         self._save()
         self.watch.close()
         if self.state.iteration < self.train_iters:
@@ -205,12 +210,25 @@ class Trainer:
             "use_distributed_optimizer": self.config.optimizer.use_distributed_optimizer,
         }
 
+    def _start_loader(self) -> Loader[GlobalWork]:
+        """What is left of the run, a step's work at a time."""
+        make = WorkMaker(
+            self.config,
+            self.groups,
+            self.corpus,
+            self.lengths,
+            self.batches,
+            self.reader,
+            self.head_form,
+        )
+        steps = range(self.state.iteration, self.train_iters)
+        return Loader(make, steps, depth=self.config.training.prefetch_batches)
+
     def _step(self) -> tuple[StepResult, dict[str, Any]]:
         """One optimizer step on the next global batch, and what to log of it."""
         started = time.perf_counter()
         lr = learning_rate(self.state.iteration, self.config.optimizer, self.train_iters)
-        k = self.state.iteration % self.batches.num_batches
-        work = [self._work(packs) for packs in self.batches.micro_batches(k)]
+        work, tokens = next(self._loader)
         is_logged = (self.state.iteration + 1) % self.config.training.log_interval == 0
         result = train_step(
             self.wrapped,
@@ -221,7 +239,6 @@ class Trainer:
             report=is_logged,
             qk_clip_threshold=self.config.optimizer.qk_clip_threshold,
         )
-        tokens = sum(int((self.lengths[pack] - 1).sum()) for pack in self.batches.global_batch(k))
         self.state = dataclasses.replace(
             self.state,
             iteration=self.state.iteration + 1,
@@ -237,24 +254,10 @@ class Trainer:
             "positions": result.positions,
             "tokens": tokens,
             "seconds": time.perf_counter() - started,
+            "data_wait_seconds": self._loader.waited,
             "skipped_steps": self.state.skipped_steps,
             "update": result.update,
         }
-
-    def _work(self, packs: list[Pack]) -> Work:
-        """A micro-batch and the loss to compute on it."""
-        batch = pack_batch(self.corpus, packs, self.config.data.seq_length, self.lengths)
-        device, loss = self.groups.device, self.config.loss
-        if loss.loss == "full":
-            rows_N, labels_N = full_targets(batch)
-            head = heads.full_loss(rows_N.to(device), labels_N.to(device), self.groups)
-        else:
-            assert self.reader is not None
-            targets = join_candidates(batch, self.reader, scope=loss.candidate_scope)
-            head = heads.restricted_loss(
-                targets.to(device), self.groups, ghost=loss.tail == "ghost", form=self.head_form
-            )
-        return batch.to(device), head
 
     def _count_skipped(self) -> None:
         if self.groups.writer:
@@ -273,13 +276,15 @@ class Trainer:
             )
 
     def _must_leave(self, stop: StopRequest) -> bool:
-        """Save when it is time; whether any rank was asked to stop, or the slice is over."""
-        at, training = self.state.iteration, self.config.training
-        if self.groups.any(stop.received is not None) or self._slice_is_over():
-            return True
-        if training.save_interval and at % training.save_interval == 0:
-            self._save()
-        return False
+        """Whether any rank was asked to stop, or the slice is over."""
+        return self.groups.any(stop.received is not None) or self._slice_is_over()
+
+    def _save_if_due(self) -> None:
+        """Every ``--save-interval``; the loader stands still, as saving forks."""
+        interval = self.config.training.save_interval
+        if interval and self.state.iteration % interval == 0:
+            with self._loader.still():
+                self._save()
 
     def _slice_is_over(self) -> bool:
         return self.state.iteration == self.config.training.exit_interval

@@ -1,0 +1,71 @@
+"""What a step computes: this rank's micro-batches of a global batch, each with its loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_replay.config import Stage1Config
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.loader import to_device
+from megatron_replay.data.packing import Pack, pack_batch
+from megatron_replay.data.replay import full_targets, join_candidates
+from megatron_replay.data.sampler import GlobalBatches
+from megatron_replay.forward import Work
+from megatron_replay.functional.shard_head import HeadForm
+from megatron_replay.model import heads
+from megatron_replay.parallel import Parallel
+from megatron_replay.store import CandidateReader
+
+
+class GlobalWork(NamedTuple):
+    """This rank's share of a global batch, on its device; and the tokens of the whole of it."""
+
+    work: list[Work]
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class WorkMaker:
+    """``make(iteration)``, called from the loader's thread, which alone uses ``batches`` then.
+
+    Attributes:
+        lengths: usable tokens of each document of ``corpus``.
+        reader: the candidate store; None for the full softmax.
+    """
+
+    config: Stage1Config
+    groups: Parallel
+    corpus: Corpus
+    lengths: npt.NDArray[np.int32]
+    batches: GlobalBatches
+    reader: CandidateReader | None
+    head_form: HeadForm
+
+    def __call__(self, iteration: int) -> GlobalWork:
+        """Work of the step after ``iteration`` steps.
+
+        Raises:
+            StoreError: a record is damaged, or of another corpus.
+        """
+        k = iteration % self.batches.num_batches
+        tokens = sum(int((self.lengths[pack] - 1).sum()) for pack in self.batches.global_batch(k))
+        return GlobalWork([self._work(packs) for packs in self.batches.micro_batches(k)], tokens)
+
+    def _work(self, packs: list[Pack]) -> Work:
+        """A micro-batch and the loss to compute on it."""
+        batch = pack_batch(self.corpus, packs, self.config.data.seq_length, self.lengths)
+        device, loss = self.groups.device, self.config.loss
+        if loss.loss == "full":
+            rows_N, labels_N = (to_device(tensor, device) for tensor in full_targets(batch))
+            head = heads.full_loss(rows_N, labels_N, self.groups)
+        else:
+            assert self.reader is not None
+            targets = join_candidates(batch, self.reader, scope=loss.candidate_scope)
+            head = heads.restricted_loss(
+                targets.to(device), self.groups, ghost=loss.tail == "ghost", form=self.head_form
+            )
+        return batch.to(device), head
