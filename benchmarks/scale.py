@@ -33,8 +33,8 @@ from megatron_replay.store.format import BYTES_PER_POSITION
 from megatron_replay.store.manifest import SHARDS_PER_DIRECTORY
 
 VOCAB_SIZE = 151_936
-#: Offset and crc32.
-INDEX_BYTES_PER_DOCUMENT = 12
+#: Offset, crc32, last position.
+INDEX_BYTES_PER_DOCUMENT = 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,11 @@ class DocumentCandidates:
     logits: npt.NDArray[np.float32] | None
     """float32 [C] beside ``ids``, when the store has logits; stored as fp16 or bf16."""
 
+    @property
+    def stop(self) -> int:
+        """The last position plus one; 0 without positions."""
+        return int(self.positions[-1]) + 1 if len(self.positions) else 0
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CandidateBatch:
@@ -60,6 +65,13 @@ class CandidateBatch:
     gold_logprob: npt.NDArray[np.float32]
     tail_mass: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32] | None
+
+    @property
+    def stops(self) -> npt.NDArray[np.int64]:
+        """int64 [D]: each document's last position plus one; 0 without positions."""
+        with_none = np.concatenate(([-1], self.positions))  # what an empty document ends with
+        ends, empty = self.document_offsets[1:], np.diff(self.document_offsets) == 0
+        return with_none[np.where(empty, 0, ends)].astype(np.int64) + 1
 
     @staticmethod
     def of(documents: Sequence[DocumentCandidates]) -> CandidateBatch:

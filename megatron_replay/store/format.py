@@ -49,6 +49,8 @@ class ShardIndex:
     """int64 [N + 1]: record i is ``bin[offsets[i]:offsets[i + 1]]``; the last is the file size."""
     record_crcs: npt.NDArray[np.uint32]
     """uint32 [N]: crc32 of each record."""
+    stops: npt.NDArray[np.int32]
+    """int32 [N]: last position of each document, plus one; 0 where it has none."""
     bin_crc: int
     codec: int = PLANAR
 
@@ -128,6 +130,7 @@ def encode_index(index: ShardIndex) -> bytes:
         index.num_documents, index.bin_bytes, index.bin_crc,
     )  # fmt: skip
     body += index.offsets.astype("<i8").tobytes() + index.record_crcs.astype("<u4").tobytes()
+    body += index.stops.astype("<i4").tobytes()
     return body + CRC.pack(zlib.crc32(body))
 
 
@@ -148,7 +151,7 @@ def decode_index(content: bytes, *, first_document: int, num_documents: int) -> 
         content
     )
     require_header(magic, INDEX_MAGIC, version)
-    expected_bytes = INDEX_HEADER.size + 8 * (num_documents + 1) + 4 * num_documents + CRC.size
+    expected_bytes = INDEX_HEADER.size + 8 * (num_documents + 1) + 8 * num_documents + CRC.size
     require(len(content) == expected_bytes, "the index is cut off", expected_bytes, len(content))
     require(
         CRC.unpack_from(content, len(content) - CRC.size)[0] == zlib.crc32(content[: -CRC.size]),
@@ -174,6 +177,7 @@ def decode_index(content: bytes, *, first_document: int, num_documents: int) -> 
         first_document=first,
         offsets=offsets,
         record_crcs=np.frombuffer(content, "<u4", count, crcs_start).astype(np.uint32),
+        stops=np.frombuffer(content, "<i4", count, crcs_start + 4 * count).astype(np.int32),
         bin_crc=bin_crc,
         codec=codec,
     )

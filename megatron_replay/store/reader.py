@@ -1,6 +1,6 @@
 """Reading a finished store by document, memory-mapped and trusting nothing.
 
-Opening reads both JSON files: a row a shard. A shard's index (12 bytes a document) is read and
+Opening reads both JSON files: a row a shard. A shard's index (16 bytes a document) is read and
 checked against its row when the shard is first touched; a record's crc32 when it is first read,
 its contents always.
 """
@@ -104,13 +104,24 @@ class CandidateReader:
         """
         document_ids = [self._require_document(document_id) for document_id in document_ids]
         records = [self._record(document_id) for document_id in document_ids]
-        return decode_batch(
+        batch = decode_batch(
             records,
             vocab_size=self.description.vocab_size,
             codec=CODEC_NUMBERS[self.description.codec],
             logits=self.description.logits,
             one=lambda i: self._decode(document_ids[i], records[i]),
         )
+        for document_id, stop in zip(document_ids, batch.stops.tolist(), strict=True):
+            self._require_stop(document_id, stop)
+        return batch
+
+    def stops(self) -> npt.NDArray[np.int32]:
+        """int32 [D]: last recorded position of each document, plus one; 0 where none is recorded.
+
+        Reads every index, and no record.
+        """
+        shards = range(self.description.num_shards)
+        return np.concatenate([self._shard(shard).index.stops for shard in shards])
 
     def require(
         self,
@@ -180,7 +191,15 @@ class CandidateReader:
                 logits=about.logits,
             )
             require_valid(document, vocab_size=about.vocab_size, logits=about.logits)
+        self._require_stop(document_id, document.stop)
         return document
+
+    def _require_stop(self, document_id: int, found: int) -> None:
+        number, row = divmod(document_id, self.description.documents_per_shard)
+        stop = int(self._shard(number).index.stops[row])
+        if stop != found:
+            with located(self._where(document_id)):
+                require(False, "the index tells another last position", stop - 1, found - 1)
 
     def _where(self, document_id: int) -> str:
         path = bin_path(self.directory, document_id // self.description.documents_per_shard)

@@ -58,6 +58,7 @@ class ShardWriter:
         self._crc = zlib.crc32(header)
         self._offsets = [len(header)]
         self._record_crcs: list[int] = []
+        self._stops: list[int] = []
 
     def add(self, document_id: int, candidates: DocumentCandidates) -> None:
         """Append a document; every document of the shard once, ascending, P = 0 allowed.
@@ -80,6 +81,7 @@ class ShardWriter:
         self._handle.write(record)
         self._crc = zlib.crc32(record, self._crc)
         self._record_crcs.append(zlib.crc32(record))
+        self._stops.append(candidates.stop)
         self._offsets.append(self._offsets[-1] + len(record))
 
     def index(self) -> ShardIndex:
@@ -98,6 +100,7 @@ class ShardWriter:
             first_document=self._documents.start,
             offsets=np.array(self._offsets, np.int64),
             record_crcs=np.array(self._record_crcs, np.uint32),
+            stops=np.array(self._stops, np.int32),
             bin_crc=self._crc,
             codec=self._codec,
         )

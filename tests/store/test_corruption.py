@@ -223,6 +223,11 @@ def sign_index(store: Path, at: int, content: bytes) -> None:
         (13, b"\1", "reserved bytes"),
         (INDEX_HEADER_BYTES, struct.pack("<q", BIN_HEADER_BYTES - 1), "do not fill the .bin"),
         (INDEX_HEADER_BYTES + 8, struct.pack("<q", 2**62), "do not fill the .bin"),
+        (
+            INDEX_HEADER_BYTES + 24 + 8 + 4,
+            struct.pack("<i", 7),
+            "another last position (expected 6;",
+        ),
         (INDEX_HEADER_BYTES - 4, bytes(4), "0000/shard-0000000.bin: damaged: crc32 differs"),
     ],
 )

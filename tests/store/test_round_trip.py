@@ -66,6 +66,9 @@ def test_a_store_is_read_as_it_was_written(tmp_path: Path, codec: str, logits: s
     for document_id in [10, 0, 3, 4, 3]:  # any order, and again
         assert_same(reader[document_id], document_of(description, document_id))
     assert len(list(reader)) == 11
+    stops = [document_of(description, d).stop for d in range(11)]
+    assert reader.stops().tolist() == stops
+    assert reader.read([7, 0, 10]).stops.tolist() == [stops[7], 0, stops[10]]
     reader.verify()
 
 
