@@ -16,6 +16,7 @@ import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401
 import megatron_replay.collection.run
 import megatron_replay.training.loop  # noqa: F401
 from megatron_replay import stage0, stage1
+from megatron_replay.checkpoint import training
 from megatron_replay.training.metrics import read_metrics
 from tests import pool
 from tools import convert_checkpoint
@@ -72,6 +73,27 @@ def _convert(rank: int, world_size: int, argv: list[str]) -> int:
 def convert(load: Path, save: Path, *argv: object) -> None:
     """Convert a checkpoint on one process, and insist on success."""
     assert pool.run(1, _convert, list(map(str, ["--load", load, "--save", save, *argv]))) == [0]
+
+
+def inputs(folder: Path) -> list[object]:
+    """Flags of both stages for the checkpoint and the corpus of conftest.py's folder."""
+    return ["--load", folder / "model", "--data-path", folder / "corpus", "--seq-length", 64]
+
+
+def argv(folder: Path, save: Path, *extra: object) -> list[object]:
+    """Flags of Stage 1 for that folder with its store."""
+    return [
+        *inputs(folder), "--store", folder / "store", "--save", save, "--lr", 1e-3,
+        "--global-batch-size", 4, "--probe-interval", 3, "--probe-documents", 8, *extra,
+    ]  # fmt: skip
+
+
+def weights(save: Path) -> dict[str, bytes]:
+    """Files of the newest checkpoint that hold tensors, by name."""
+    iteration = training.latest_iteration(save)
+    assert iteration is not None
+    newest = training.iteration_directory(save, iteration)
+    return {p.name: p.read_bytes() for p in newest.iterdir() if p.suffix == ".distcp"}
 
 
 def losses(save: Path) -> list[float]:

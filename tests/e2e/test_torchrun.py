@@ -35,8 +35,8 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
-    tiny.save_corpus(folder / "corpus", num_documents=100)
-    tiny.save_qwen3(folder / "model", tied=True)
+    tiny.save_corpus(folder / "corpus", num_documents=70)
+    tiny.save_qwen3(folder / "model", tied=True, num_hidden_layers=2)
     return folder
 
 

@@ -1,0 +1,88 @@
+"""Stage 1 on many layouts: the same losses, whatever the grid, the head, and where it stopped."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from megatron_replay.checkpoint import training
+from tests.e2e import stages
+from tests.e2e.stages import argv, weights
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("optimizer", ["moclip", "adamw"])
+def test_a_checkpoint_of_eight_ranks_continues_on_two(folder, tmp_path, optimizer):
+    flags = ["--optimizer", optimizer]
+    stages.succeed("stage1", *argv(folder, tmp_path / "one", *flags))
+    total = len(stages.losses(tmp_path / "one"))
+    stages.run("stage1", *argv(folder, tmp_path / "many", *flags, "--exit-interval", 3), tp=4, pp=2)
+    stages.succeed("stage1", *argv(folder, tmp_path / "many", *flags), tp=2)
+    assert len(stages.losses(tmp_path / "many")) == total
+    assert stages.losses(tmp_path / "many") == pytest.approx(
+        stages.losses(tmp_path / "one"), abs=1e-5
+    )
+
+
+def test_layouts_agree_with_every_option(folder, tmp_path):
+    """bf16 off: losses of restricted training agree over TP, PP, DP, SP and recomputation."""
+    flags = ["--candidate-scope", "document", "--tail", "ghost"]
+    stages.succeed("stage1", *argv(folder, tmp_path / "one", *flags))
+    reference = stages.losses(tmp_path / "one")
+    for name, extra, layout in [
+        ("sp", ["--sequence-parallel"], {"tp": 2, "dp": 2}),
+        ("pp", ["--recompute-granularity", "full"], {"pp": 2}),
+    ]:
+        stages.succeed("stage1", *argv(folder, tmp_path / name, *flags, *extra), **layout)
+        assert stages.losses(tmp_path / name) == pytest.approx(reference, abs=1e-5), name
+
+
+@pytest.mark.parametrize("scope", ["position", "document"])
+def test_every_head_backend_trains_alike(folder, tmp_path, scope):
+    """The same losses, and one line that says which form it was."""
+    runs = {}
+    for backend, says in (
+        ("torch", "torch kernels"), ("union", "union kernels"), ("cpu", "cpu kernels"),
+        ("auto", "cpu kernels"),
+    ):  # fmt: skip
+        extra = ["--candidate-scope", scope, "--tail", "ghost", "--head-backend", backend]
+        extra += ["--exit-interval", 1] if backend == "auto" else []
+        said = stages.succeed("stage1", *argv(folder, tmp_path / backend, *extra), tp=2)
+        assert said.count("restricted head: ") == 1
+        how = ", by dense products" if scope == "document" else ""
+        assert f"restricted head: {says}{how}\n" in said
+        runs[backend] = stages.losses(tmp_path / backend)
+    assert runs["auto"] == runs["cpu"][:1]
+    for backend in ("union", "cpu"):
+        # A weight whose gradient is nothing but rounding moves by the learning rate either way.
+        assert runs[backend] == pytest.approx(runs["torch"], abs=3e-4), backend
+
+
+def rewound(save, to, iteration):
+    """A copy of a run as it was after ``iteration``, of which it kept a checkpoint."""
+    shutil.copytree(save, to)
+    shutil.rmtree(training.iteration_directory(to, training.latest_iteration(to)))
+    (to / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
+    assert training.latest_iteration(to) == iteration
+    return to
+
+
+@pytest.mark.parametrize(("extra", "close"), [([], 1e-5), (["--bf16"], 4e-3)], ids=["fp32", "bf16"])
+def test_an_interleaved_vocabulary_is_seen_by_nobody(folder, tmp_path, extra, close):
+    """Same losses; a run goes on under either sharding and another TP."""
+    flags = [*extra, "--save-interval", 3]
+    dealing = [*flags, "--vocab-sharding", "interleaved"]
+    plain, dealt = tmp_path / "plain", tmp_path / "dealt"
+    stages.succeed("stage1", *argv(folder, plain, *flags))
+    stages.succeed("stage1", *argv(folder, dealt, *dealing), tp=4)
+    reference = stages.losses(plain)
+    assert stages.losses(dealt) == pytest.approx(reference, abs=close)
+    for start, given, tp in ((dealt, dealing, 4), (dealt, flags, 2), (plain, dealing, 2)):
+        run = rewound(start, tmp_path / f"{start.name}-{len(given)}-{tp}", 3)
+        stages.succeed("stage1", *argv(folder, run, *given), tp=tp)
+        assert stages.losses(run) == pytest.approx(reference, abs=close)
+        if tp == 4:  # the same layout goes on bit for bit
+            assert stages.losses(run) == stages.losses(dealt)
+            assert weights(run) == weights(dealt)
