@@ -1,0 +1,130 @@
+"""Counts of parts add up to those of the whole, and numbers are those of slow loops."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_replay.errors import StoreError
+from megatron_replay.store import CandidateReader, CandidateWriter, DocumentCandidates
+from megatron_replay.store.summary import QUANTILES, summarize, summary, summary_text
+from megatron_replay.store.tally import Tally, tally
+from tests.store.examples import describe, draw_document
+
+CAP, COVERAGE = 20, 0.9
+
+
+def draw(document_id: int) -> DocumentCandidates:
+    rng = np.random.default_rng(document_id)
+    set_sizes = np.minimum(rng.integers(1, 30, document_id % 9), CAP + 1).tolist()
+    return draw_document(rng, vocab_size=151_936, set_sizes=set_sizes, has_logits=True)
+
+
+@pytest.fixture(scope="module", params=["planar", "archive"])
+def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    description = describe(
+        num_documents=40,
+        documents_per_shard=6,
+        codec=request.param,
+        logits="fp16",
+        selection={"coverage": COVERAGE, "max_candidates": CAP},
+    )
+    directory = tmp_path_factory.mktemp("store")
+    writer = CandidateWriter(directory, description)
+    for number in writer.missing_shards():
+        with writer.shard(number) as shard:
+            for document_id in description.documents(number):
+                shard.add(document_id, draw(document_id))
+    writer.finish()
+    return CandidateReader(directory)
+
+
+def test_numbers_are_those_of_a_loop(reader: CandidateReader) -> None:
+    documents = [draw(i) for i in range(40)]
+    rows = [
+        (int(stop - start), float(tail), float(gold))
+        for d in documents
+        for start, stop, tail, gold in zip(
+            d.offsets[:-1], d.offsets[1:], d.tail_mass, d.gold_logprob, strict=True
+        )
+    ]
+    n, found = len(rows), summarize(reader)
+    assert found["positions"] == n
+
+    def ranked(values: list[float]) -> dict[str, float]:
+        values = sorted(values)
+        return {f"{q:g}": values[math.ceil(q * n) - 1] for q in QUANTILES}
+
+    columns = {
+        "set_size": [size for size, _, _ in rows],
+        "tail_mass": [tail for _, tail, _ in rows],
+        "coverage": [1 - tail for _, tail, _ in rows],
+        "gold_logprob": [gold for _, _, gold in rows],
+    }
+    for name, values in columns.items():
+        assert found[name]["mean"] == pytest.approx(sum(values) / n)
+        assert found[name]["quantiles"] == ranked(values), name
+    assert found["tail_mass"]["max"] == max(columns["tail_mass"])
+    assert found["gold_logprob"]["min"] == min(columns["gold_logprob"])
+    appended = sum(size > CAP or 1 - tail - math.exp(gold) >= COVERAGE for size, tail, gold in rows)
+    assert 0 < appended < n
+    assert found["share_gold_appended"] == appended / n
+
+
+def test_parts_add_up_in_any_order(reader: CandidateReader) -> None:
+    whole = tally(reader, range(7))
+    parts = [tally(reader, shards) for shards in ([6, 1], [], [0, 2, 3], [5], [4])]
+    added = Tally(gold_appended=0)
+    for part in parts:
+        added += pickle.loads(pickle.dumps(part))
+    assert whole.documents == 40
+    assert whole.bin_bytes == sum(row.bin_bytes for row in reader.rows)
+    assert summary(reader.description, added) == summary(reader.description, whole)
+    for name in ("sizes", "tail_masses", "gold_logprobs"):
+        np.testing.assert_array_equal(getattr(added, name), getattr(whole, name))
+    assert len(pickle.dumps(whole)) < 10_000
+
+
+def test_what_a_part_cannot_tell_the_whole_cannot(reader: CandidateReader) -> None:
+    assert (tally(reader, [0]) + Tally()).gold_appended is None
+
+
+def test_advice_names_the_options_that_help(reader: CandidateReader) -> None:
+    found = summarize(reader)
+    hints = [x for x in summary_text(found).splitlines() if x.startswith("advice: ")]
+    text = " ".join(hints)
+    assert len(hints) == 2
+    for option in ("--candidate-scope document --tail ghost", "--loss full", "--coverage"):
+        assert option in text
+    assert "--max-candidates" in text
+    found["share_gold_appended"] = found["cap"]["share_at_or_above"] = 0.1
+    assert "advice" not in summary_text(found)
+
+
+def test_impossible_numbers_are_refused(tmp_path: Path) -> None:
+    """Whatever the crcs say, which a tally does not look at."""
+    description = describe(num_documents=1, selection={})
+    document = draw(8)
+    writer = CandidateWriter(tmp_path, description)
+    with writer.shard(0) as shard:
+        shard.add(0, replace(document, logits=None))
+    writer.finish()
+    path = tmp_path / "0000/shard-0000000.bin"
+    good, start = path.read_bytes(), 12 + 4 + (4 + 1) * 8  # header, count, positions, sizes
+    for at, message in ((16 * 2, "tail_mass is no"), (8 * 2, "gold_logprob is not finite")):
+        bad = bytearray(good)
+        bad[start + at : start + at + 2] = np.float16(np.inf).tobytes()
+        path.write_bytes(bad)
+        with pytest.raises(StoreError, match=message):
+            tally(CandidateReader(tmp_path), [0])
+    path.write_bytes(good[:12] + b"\xff\xff\0\0" + good[16:])
+    assert zlib.crc32(path.read_bytes()) != zlib.crc32(good)
+    with pytest.raises(StoreError, match="document 0: a record is cut off"):
+        tally(CandidateReader(tmp_path), [0])
