@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_replay import kernels
 from megatron_replay.checkpoint.load import LoadedModel, checkpoint_fingerprint, load_model
 from megatron_replay.collection.collector import Collector
+from megatron_replay.collection.report import Cost, report
 from megatron_replay.collection.stream import ShardStream
 from megatron_replay.config import Stage0Config
 from megatron_replay.data.corpus import Corpus
@@ -16,8 +18,10 @@ from megatron_replay.data.packing import report_long_documents
 from megatron_replay.model.compatibility import require_context, require_vocabulary
 from megatron_replay.parallel import Parallel
 from megatron_replay.progress import Progress
-from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
-from megatron_replay.store.summary import summarize, summary_text
+from megatron_replay.store import CandidateWriter, StoreDescription
+
+#: Seconds between two looks at which shards are there: of all ranks, at a shared file system.
+_LONGEST_PAUSE = 20.0
 
 
 def collect(config: Stage0Config, groups: Parallel) -> None:
@@ -36,12 +40,19 @@ def collect(config: Stage0Config, groups: Parallel) -> None:
         print(f"candidate selection: {kernels.SELECTION.describe(backend, like)}")
         report_long_documents(collector.fitted, config.data.long_documents)
     missing = groups.broadcast(writer.missing_shards())
-    _write_shards(missing[groups.dp_rank :: groups.dp_size], writer, collector, config, groups)
-    dist.barrier()
-    if groups.rank == 0:
-        writer.finish()
-        print(summary_text(summarize(CandidateReader(config.candidates.store))), flush=True)
-    dist.barrier()
+    cost = _write_shards(
+        missing[groups.dp_rank :: groups.dp_size], writer, collector, config, groups
+    )
+    _wait_for_all(writer, minutes=config.parallel.distributed_timeout_minutes)
+    groups.on_rank_zero(writer.finish)
+    candidates = config.candidates
+    report(
+        candidates.store,
+        cost,
+        groups,
+        tensorboard_dir=candidates.tensorboard_dir,
+        writes=collector.writes,
+    )
 
 
 def _write_shards(
@@ -50,12 +61,13 @@ def _write_shards(
     collector: Collector,
     config: Stage0Config,
     groups: Parallel,
-) -> float:
-    """Collect and write ``shards``; the seconds for which this rank waited for its disk."""
-    waited = 0.0
+) -> Cost:
+    """Collect and write ``shards``, of one model copy."""
+    num_documents = sum(len(writer.description.documents(shard)) for shard in shards)
+    start, waited = time.perf_counter(), 0.0
     with Progress(
         "Stage 0",
-        sum(len(writer.description.documents(shard)) for shard in shards),
+        num_documents,
         f"documents (1 of {groups.dp_size} replicas)" if groups.dp_size > 1 else "documents",
         enabled=groups.writer,
         interval=config.progress.progress_interval,
@@ -73,7 +85,30 @@ def _write_shards(
                 for _ in batches:  # takes part in the work, and gets nothing of it
                     pass
             progress.advance(len(documents))
-    return waited
+    seconds = time.perf_counter() - start
+    return Cost(
+        shards=len(shards),
+        documents=num_documents,
+        positions=collector.positions,
+        seconds=seconds,
+        replica_seconds=seconds,
+        waited=waited,
+    )
+
+
+def _wait_for_all(writer: CandidateWriter, *, minutes: float) -> None:
+    """Wait until every shard is there, or none has come for ``minutes``.
+
+    Model copies end hours of work minutes apart, and a collective would time out. Where a copy is
+    lost, the next collective says so.
+    """
+    missing, since, pause = writer.missing_shards(), time.monotonic(), 0.01
+    while missing and time.monotonic() - since < 60 * minutes:
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+        left = writer.missing_shards()
+        if left != missing:
+            missing, since = left, time.monotonic()
 
 
 def _open_writer(

@@ -17,6 +17,7 @@ import megatron_replay.collection.run
 import megatron_replay.training.loop  # noqa: F401
 from megatron_replay import stage0, stage1
 from megatron_replay.checkpoint import training
+from megatron_replay.collection.report import COST_FILE
 from megatron_replay.training.metrics import read_metrics
 from tests import pool
 from tools import convert_checkpoint
@@ -102,8 +103,13 @@ def losses(save: Path) -> list[float]:
 
 
 def same_tree(ours: Path, theirs: Path) -> None:
-    """Assert that two directories hold the same files with the same bytes."""
-    names = {p.relative_to(theirs) for p in theirs.rglob("*") if p.is_file()}
-    assert {p.relative_to(ours) for p in ours.rglob("*") if p.is_file()} == names
-    for name in names:
-        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    """Assert that two directories hold the same files with the same bytes; times may differ."""
+    ours_held, held = _held(ours), _held(theirs)
+    assert ours_held.keys() == held.keys()
+    for name, content in held.items():
+        assert ours_held[name] == content, name
+
+
+def _held(directory: Path) -> dict[str, bytes]:
+    files = (p for p in directory.rglob("*") if p.is_file() and p.name != COST_FILE)
+    return {str(p.relative_to(directory)): p.read_bytes() for p in files}

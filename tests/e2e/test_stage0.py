@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
 from dataclasses import dataclass
@@ -15,8 +17,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_replay.data.corpus import Corpus
 from megatron_replay.store import CandidateReader, CandidateWriter
+from megatron_replay.store.manifest import index_path
 from tests import tiny
 from tests.e2e import stages
 
@@ -219,6 +224,43 @@ def test_stored_logits_are_the_model_s(folder, tmp_path):
     rounded = torch.from_numpy(document.logits).bfloat16().float()
     assert np.array_equal(stored["bf16"].logits, rounded.numpy())
     assert not np.array_equal(stored["bf16"].logits, document.logits)
+
+
+@pytest.mark.distributed
+def test_the_report_is_of_the_whole_store_and_the_cost_of_this_run(folder, tmp_path):
+    """Tallied by two model copies, printed by the last stage; one shard was there already."""
+    store, events = tmp_path / "store", tmp_path / "events"
+    collect(folder, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", store)
+    for path in (store / "manifest.json", index_path(store, 1), store / "report.json"):
+        path.unlink()
+    said = collect(folder, store, "--tensorboard-dir", events, pp=2, dp=2)
+    facts = json.loads((store / "report.json").read_text())
+    reader = CandidateReader(store)
+    sizes = np.concatenate([np.diff(document.offsets) for document in reader])
+    tails = np.concatenate([document.tail_mass for document in reader])
+    assert facts["documents"] == 40
+    assert facts["positions"] == len(sizes)
+    assert facts["set_size"]["mean"] == pytest.approx(sizes.mean())
+    assert facts["coverage"]["mean"] == pytest.approx(1 - tails.mean(dtype=np.float64))
+    assert said.count("|S|: mean") == said.count("cost: ") == 1
+    cost = json.loads((store / "cost.json").read_text())
+    lengths = Corpus(folder / "corpus").lengths[16:32]
+    assert (cost["shards"], cost["documents"], cost["replicas"]) == (1, 16, 2)
+    assert cost["positions"] == (lengths - 1).sum()
+    assert 0 <= cost["share_waiting_for_disk"] <= 1
+    stages.same_tree(store, tmp_path / "whole")
+
+    drawn = EventAccumulator(str(events), {"histograms": 0})
+    drawn.Reload()
+    assert drawn.Scalars("stage0/coverage/mean")[0].value == pytest.approx(1 - tails.mean())
+    assert drawn.Scalars("stage0/cost/positions")[0].value == cost["positions"]
+    for name in ("set_size", "coverage"):
+        histogram = drawn.Histograms(f"stage0/{name}")[0].histogram_value
+        assert sum(histogram.bucket) == len(sizes)
+
+    collect(folder, store)  # nothing left to do: the cost stays what it was
+    assert json.loads((store / "cost.json").read_text()) == cost
 
 
 @pytest.mark.distributed
