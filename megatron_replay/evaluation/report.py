@@ -116,6 +116,7 @@ _COST = (
     ("tokens", "run.tokens", _number(",d", 1)),
     ("seconds", "run.seconds", _number(".1f")),
     ("tokens/s", "run.tokens_per_second", _number(",.0f")),
+    ("waiting for data %", "run.data_wait_share", _number(".2f", 100)),
 )
 _STABILITY = (
     ("final loss", "run.final_loss", _number(".4f")),

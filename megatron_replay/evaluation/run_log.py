@@ -28,6 +28,8 @@ class RunSummary:
         tokens: trained tokens, or None.
         seconds: time in training steps, or None.
         tokens_per_second: over the logged iterations.
+        data_wait_share: of the time in their steps, what they waited for data; None where a line
+            does not tell.
         final_loss: mean over the last tenth of the logged losses.
         loss_std: standard deviation of the linearly detrended loss over the last half.
         loss_variance: its square.
@@ -51,6 +53,7 @@ class RunSummary:
     tokens: int | None
     seconds: float | None
     tokens_per_second: float
+    data_wait_share: float | None
     final_loss: float
     loss_std: float
     loss_variance: float
@@ -134,6 +137,7 @@ def summarize_run(directory: Path) -> RunSummary:
         tokens=int(tokens.sum()) if complete else None,
         seconds=float(seconds.sum()) if complete else None,
         tokens_per_second=float(tokens.sum() / seconds.sum()),
+        data_wait_share=_data_wait_share(steps),
         final_loss=float(losses[-max(1, len(losses) // 10) :].mean()),
         loss_std=loss_std(losses),
         loss_variance=loss_variance(losses),
@@ -160,6 +164,15 @@ def _warmup_iters(config: Path) -> int:
             where=config,
             expected=f"optimizer: {{{_WARMUP}: a number}}",
         ) from error
+
+
+def _data_wait_share(steps: list[Line]) -> float | None:
+    if not all("data_wait_seconds" in step for step in steps):
+        return None
+    waited, seconds = (
+        float(sum(step[name] for step in steps)) for name in ("data_wait_seconds", "seconds")
+    )
+    return waited / seconds
 
 
 def _spikes(values: npt.NDArray[np.float64]) -> tuple[int | None, float | None]:

@@ -66,6 +66,7 @@ class Watch:
             self._log = MetricsLog(directory, Path(events), resume_iteration=iteration)
         self._stability = StabilityMonitor(warmup_iters=config.optimizer.lr_warmup_iters)
         self._angles = AngleWatch()
+        self._seconds = self._waited = 0.0  # of the steps logged; waited: for data
         for line in self._log.kept if self._log else []:
             self._notice(line)  # what it says has been said
         self._probe = _build_probe(config, groups, corpus, reader, lengths)
@@ -101,6 +102,8 @@ class Watch:
         """Feed a logged line to whatever watches steps; what there is to say about it."""
         if "loss" not in line:
             return []
+        self._seconds += line["seconds"]
+        self._waited += line.get("data_wait_seconds", 0.0)
         spikes = self._stability.observe(line["iteration"], line["loss"], line["grad_norm"])
         return spikes + self._angles.observe(line.get("update") or {})
 
@@ -148,6 +151,9 @@ class Watch:
 
     def _summarize(self, iteration: int, readings: Mapping[str, Any]) -> list[str]:
         parts = [f"{iteration} iterations: {self._stability.summary()}"]
+        if self._seconds:
+            share = self._waited / self._seconds
+            parts.append(f"Steps waited for data for {100 * share:.2g} % of their time.")
         if "relative_l2" in readings:
             parts.append(f"The weights moved by {100 * readings['relative_l2']:.3g} %.")
         if "general" in readings:

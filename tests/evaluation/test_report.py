@@ -85,6 +85,7 @@ def test_run_summary_against_numpy(tmp_path: Path) -> None:
     assert summary.tokens == sum(100 + i for i in range(1, 41))
     assert summary.seconds == pytest.approx(20.0)
     assert summary.tokens_per_second == pytest.approx(summary.tokens / 20)
+    assert summary.data_wait_share is None
     last = np.array([line["loss"] for line in lines[20:]])
     line = np.polyval(np.polyfit(np.arange(20), last, 1), np.arange(20))
     assert summary.loss_std == pytest.approx((last - line).std(), rel=0.06)  # either ddof
@@ -95,6 +96,19 @@ def test_run_summary_against_numpy(tmp_path: Path) -> None:
     assert summary.probes == [{"iteration": 40, "probe": probe}]
     assert summary.loss_spikes is summary.gradient_spike_rate is None  # too short to judge
     assert summary.relative_l2 is summary.general_perplexity is summary.delta_ppl is None
+
+
+def test_the_share_of_waiting_for_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = steps()
+    for line in lines:
+        line["data_wait_seconds"] = 0.001 * line["iteration"]
+    run = write_run(tmp_path / "run", lines)
+    assert summarize_run(run).data_wait_share == pytest.approx(0.82 / 20)
+    given = [f"--evaluation={evaluation_file(tmp_path)}", f"--run=replay={run}"]
+    assert report.main([*given, f"--output-dir={tmp_path}"]) == 0
+    text = capsys.readouterr().out
+    assert "| waiting for data % |" in text
+    assert "| 4.10 |" in text
 
 
 def test_spikes(tmp_path: Path) -> None:

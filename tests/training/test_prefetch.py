@@ -11,6 +11,7 @@ from megatron_replay.checkpoint import training
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.errors import StoreError
+from megatron_replay.evaluation.run_log import summarize_run
 from megatron_replay.store import CandidateReader
 from megatron_replay.training.metrics import read_metrics
 from tests import tiny
@@ -111,8 +112,9 @@ def test_a_damaged_record_ends_the_run_at_its_step(folder, damaged_at_third, tmp
     assert said.splitlines()[-1] == "[]"
 
 
-def test_the_wait_is_logged(folder, tmp_path):
-    stages.succeed("stage1", *argv(folder, tmp_path / "run", "--train-iters", 3))
-    for line in read_metrics(tmp_path / "run" / "metrics.jsonl"):
-        if "loss" in line:
-            assert 0 <= line["data_wait_seconds"] < line["seconds"]
+def test_the_wait_is_logged_and_summed_up(folder, tmp_path):
+    said = stages.succeed("stage1", *argv(folder, tmp_path / "run", "--train-iters", 3))
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert all(0 <= line["data_wait_seconds"] < line["seconds"] for line in lines)
+    share = summarize_run(tmp_path / "run").data_wait_share
+    assert f"Steps waited for data for {100 * share:.2g} % of their time." in said
