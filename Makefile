@@ -5,7 +5,7 @@ STAMP := .venv/.ready
 PEERS := .venv/.peers
 BUILD_KERNELS := $(or $(MEGATRON_REPLAY_BUILD_KERNELS),1)
 
-.PHONY: setup test check bench bench-optim bench-head bench-select bench-skew clean
+.PHONY: setup test check bench bench-optim bench-head bench-select bench-skew bench-store clean
 
 setup: $(STAMP)  ## create .venv with pinned packages and this package in place
 
@@ -36,7 +36,7 @@ $(PEERS): $(STAMP) requirements/bench.txt
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements/bench.txt
 	@touch $@
 
-bench: bench-optim bench-head bench-select bench-skew  ## all of them, each beside its peers
+bench: bench-optim bench-head bench-select bench-skew bench-store  ## all of them, each beside its peers
 
 bench-optim: $(PEERS)  ## the optimizer's step: ns and bytes per parameter
 	$(BIN)/python -m benchmarks.optim
@@ -49,6 +49,9 @@ bench-select: $(PEERS)  ## choosing candidates, beside the output layer that it 
 
 bench-skew: $(PEERS)  ## what a vocabulary cut in contiguous shards costs the rank with most pairs
 	$(BIN)/python -m benchmarks.skew
+
+bench-store: $(PEERS)  ## the store: ids read a second, bytes a position, and what a batch takes
+	$(BIN)/python -m benchmarks.store
 
 clean:
 	rm -rf .venv build megatron_replay/*/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
