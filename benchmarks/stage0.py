@@ -1,0 +1,258 @@
+"""Stage 0 beside a plain forward pass of the same model: python -m benchmarks.stage0
+
+The plain pass is this framework's own, over the same packs: every logit is computed, as many
+positions at a time as in Stage 0, and thrown away. Stage 0 does the rest: candidate sets, records,
+a store on the disk, fsync included. Every label carries loss, so "all" and "bucket" need as many
+logits as the plain pass. In one round each runs once; "x plain" is the median over the rounds of
+the time over that of the plain pass in the same round, and beside the least time that over the
+plain pass's. The processor's time, of all threads, is what others on the machine disturb least; of
+more than one thread it counts those that wait for each other as well.
+
+Two models of random weights: in "output" most of the work is the output layer (V = 151,936), in
+"body" it is the layers. Logits are normal, and as wide as gives sets of about 100 candidates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.timing import Times, interleave, machine
+from megatron_replay import kernels, parallel, platform
+from megatron_replay.config import CandidatesConfig, DataConfig, ParallelConfig
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.corpus_writer import CorpusWriter
+from megatron_replay.data.document import Document
+from megatron_replay.parallel import Parallel
+from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
+
+platform.select("cpu").prepare()  # before megatron-core may be imported
+
+from megatron_replay.checkpoint.load import LoadedModel  # noqa: E402
+from megatron_replay.collection.collector import Collector  # noqa: E402
+from megatron_replay.collection.stream import ShardStream  # noqa: E402
+from megatron_replay.data.packing import pack_batch, plan_packs  # noqa: E402
+from megatron_replay.data.replay import eligible_rows  # noqa: E402
+from megatron_replay.forward import forward_only  # noqa: E402
+from megatron_replay.model.config import ModelConfig  # noqa: E402
+from megatron_replay.model.gpt import build_model, transformer_config  # noqa: E402
+from megatron_replay.model.rows import HiddenStates  # noqa: E402
+
+#: name -> layers, vocabulary, standard deviation of the logits.
+MODELS = {"output": (2, 151_936, 5.6), "body": (16, 32_000, 4.6)}
+HIDDEN, SEQ_LENGTH = 1024, 1024
+CPU = torch.device("cpu")
+PLAIN = "plain forward"
+STRATEGIES = ("all", "bucket", "random", "last-token")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its packs, and where stores go."""
+
+    model: LoadedModel
+    corpus: Corpus
+    groups: Parallel
+    data: DataConfig
+    folder: Path
+    chunk: int
+    numbers: itertools.count[int]
+
+    def settings(self, strategy: str) -> CandidatesConfig:
+        store = self.folder / f"store-{next(self.numbers)}"
+        return CandidatesConfig(
+            store=str(store),
+            position_strategy=strategy,
+            logits_chunk_size=self.chunk,
+            documents_per_shard=len(self.corpus),
+        )
+
+    def plain(self, then: Callable[[Tensor], object] = lambda logits_NV: None) -> None:
+        """Every logit of every position; ``then`` is done with a chunk of them."""
+        packs = plan_packs(self.corpus.lengths, np.arange(len(self.corpus)), SEQ_LENGTH)
+        for pack in packs:
+            batch = pack_batch(self.corpus, [pack], SEQ_LENGTH, self.corpus.lengths)
+            rows_N = eligible_rows(batch)
+
+            def head(hidden: HiddenStates, weight_VH: Tensor, rows_N: Tensor = rows_N) -> None:
+                for rows in rows_N.split(self.chunk):
+                    then(hidden[rows] @ weight_VH.T)
+
+            forward_only(self.model.module, [(batch, head)])
+
+    def stage0(self, strategy: str) -> Path:
+        """Stage 0's own work on one shard, to the disk. Returns the store's directory."""
+        settings = self.settings(strategy)
+        kernel = kernels.SELECTION.choose("auto", torch.empty(0))
+        collector = Collector(settings, self.data, self.corpus, self.model, self.groups, kernel)
+        with CandidateWriter(settings.store, self.description(), lock=True) as writer:
+            with ShardStream(writer, 0, max_bytes=settings.write_buffer_mib << 20) as stream:
+                for part in collector.collect(np.arange(len(self.corpus))):
+                    stream.put(part)
+            writer.finish()
+        return writer.directory
+
+    def description(self) -> StoreDescription:
+        return StoreDescription(
+            vocab_size=self.model.shape.vocab_size,
+            num_documents=len(self.corpus),
+            documents_per_shard=len(self.corpus),
+            codec="planar",
+            logits="none",
+            corpus_fingerprint=self.corpus.fingerprint,
+            tokenizer_fingerprint="",
+            checkpoint_fingerprint="",
+            selection={"coverage": 0.95, "max_candidates": 200},
+        )
+
+
+def random_model(name: str, groups: Parallel) -> LoadedModel:
+    num_layers, vocab_size, deviation = MODELS[name]
+    shape = ModelConfig(
+        num_layers=num_layers,
+        hidden_size=HIDDEN,
+        ffn_hidden_size=3 * HIDDEN,
+        num_attention_heads=16,
+        num_query_groups=8,
+        kv_channels=128,
+        vocab_size=vocab_size,
+        max_position_embeddings=4096,
+        rotary_base=1e6,
+        layernorm_epsilon=1e-6,
+        tie_embeddings=False,
+    )
+    torch.manual_seed(0)
+    config = transformer_config(shape, ParallelConfig())
+    module = build_model(shape, config, groups)
+    # The last norm gives hidden states of length sqrt(H), so logits of this deviation.
+    torch.nn.init.normal_(module.output_layer.weight, std=deviation / HIDDEN**0.5)
+    return LoadedModel(shape, config, module, Path(), 0)
+
+
+def random_corpus(folder: Path, vocab_size: int, positions: int) -> Corpus:
+    """Documents of 60 to 350 tokens, all labels with loss, until there are ``positions``."""
+    tokenizer = SimpleNamespace(
+        vocab_size=vocab_size, eos_id=0, pad_id=0, path="random", fingerprint="random"
+    )
+    rng, left = np.random.default_rng(0), positions
+    with CorpusWriter(folder / "corpus", tokenizer, row_format="random", source={}) as writer:
+        while left > 0:
+            length = int(rng.integers(60, 350))
+            tokens = rng.integers(0, vocab_size, length).astype(np.int32)
+            writer.add(Document(tokens, np.ones(length, np.bool_)))
+            left -= length - 1
+    return Corpus(folder / "corpus")
+
+
+def contenders(case: Case) -> dict[str, Callable[[], object]]:
+    def topk_and_lse(logits_NV: Tensor) -> None:
+        logits_NV.topk(200, dim=1)
+        logits_NV.logsumexp(1)
+
+    return {
+        PLAIN: case.plain,
+        "plain, topk + logsumexp": functools.partial(case.plain, topk_and_lse),
+        **{f"Stage 0, {s}": functools.partial(case.stage0, s) for s in STRATEGIES},
+    }
+
+
+def timed(
+    work: dict[str, Callable[[], object]], rounds: int, positions: int
+) -> dict[str, tuple[Times, Times]]:
+    """Of each, wall clock and processor time in ns a position."""
+    processor = {name: Times() for name in work}
+
+    def counted(name: str) -> None:
+        start = time.process_time_ns()
+        work[name]()
+        processor[name].values.append((time.process_time_ns() - start) / positions)
+
+    wall = interleave(
+        {name: functools.partial(counted, name) for name in work},
+        rounds=rounds,
+        each=positions,
+        device=CPU,
+    )
+    for times in processor.values():
+        del times.values[0]  # the warm-up
+    return {name: (wall[name], processor[name]) for name in work}
+
+
+HEADING = f"{'ms a position':26}" + "".join(
+    f"{name:>{width}}{'x plain':>9}" for name, width in (("wall", 9), ("least", 9), ("CPU", 10))
+)
+
+
+def report(times: dict[str, tuple[Times, Times]]) -> None:
+    print(HEADING)
+    plain_wall, plain_processor = times[PLAIN]
+    for name, (wall, processor) in times.items():
+        print(
+            f"{name:26}{wall.median / 1e6:9.3f}{median_ratio(wall, plain_wall):9.3f}"
+            f"{wall.least / 1e6:9.3f}{wall.least / plain_wall.least:9.3f}"
+            f"{processor.median / 1e6:10.3f}{median_ratio(processor, plain_processor):9.3f}",
+            flush=True,
+        )
+
+
+def median_ratio(times: Times, others: Times) -> float:
+    """Of what was measured in the same rounds."""
+    return statistics.median(a / b for a, b in zip(times.values, others.values, strict=True))
+
+
+def describe_sets(case: Case) -> str:
+    reader = CandidateReader(case.stage0("all"))
+    sizes = np.concatenate([np.diff(document.offsets) for document in reader])
+    at_cap = (sizes >= 200).mean()
+    return f"|S| mean {sizes.mean():.0f}, median {np.median(sizes):.0f}, {at_cap:.1%} at the cap"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--positions", type=int, default=700)
+    parser.add_argument("--chunk", type=int, default=1024, help="--logits-chunk-size")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    options = parser.parse_args()
+
+    print(f"{machine(CPU)}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    print(kernels.SELECTION.describe("auto", torch.empty(0)))
+    groups = parallel.initialize(ParallelConfig(), platform.select("cpu"))
+    for name in options.models:
+        with tempfile.TemporaryDirectory() as folder:
+            corpus = random_corpus(Path(folder), MODELS[name][1], options.positions)
+            case = Case(
+                model=random_model(name, groups),
+                corpus=corpus,
+                groups=groups,
+                data=DataConfig(data_path="", seq_length=SEQ_LENGTH),
+                folder=Path(folder),
+                chunk=options.chunk,
+                numbers=itertools.count(),
+            )
+            positions = int((corpus.lengths - 1).sum())
+            print(
+                f"\n{name}: H {HIDDEN}, {MODELS[name][0]} layers, V {MODELS[name][1]:,}; "
+                f"{positions} positions; {describe_sets(case)}"
+            )
+            for threads in options.threads:
+                torch.set_num_threads(threads)
+                print(f"threads {threads}")
+                report(timed(contenders(case), options.rounds, positions))
+
+
+if __name__ == "__main__":
+    main()
