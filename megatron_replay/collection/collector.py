@@ -86,7 +86,8 @@ class Collector:
                 functools.partial(self._select, batch, span)
                 for batch, span in zip(batches, spans, strict=True)
             ]
-            outputs = forward_only(self._model.module, list(zip(batches, heads, strict=True)))
+            moved = (batch.to(self._groups.device) for batch in batches)
+            outputs = forward_only(self._model.module, list(zip(moved, heads, strict=True)))
             self.positions += sum(int((batch.document_BS >= 0).sum()) for batch in batches)
             if not self.writes:
                 continue

@@ -180,9 +180,11 @@ def _merge(keys_TK: Tensor, count: int, tp_group: dist.ProcessGroup | None) -> T
     missing = count - keys_TK.shape[1]
     absent = torch.tensor(-math.inf), torch.tensor(MAX_VOCAB_SIZE)
     keys_TK = torch.nn.functional.pad(keys_TK, (0, missing), value=int(token_keys(*absent)))
-    shards = [torch.empty_like(keys_TK) for _ in range(dist.get_world_size(tp_group))]
-    dist.all_gather(shards, keys_TK, group=tp_group)
-    return torch.cat(shards, 1).topk(count, dim=1).values
+    # Sent as pairs of int32: not every device's collectives gather int64.
+    halves = keys_TK.contiguous().view(torch.int32)
+    shards = [torch.empty_like(halves) for _ in range(dist.get_world_size(tp_group))]
+    dist.all_gather(shards, halves, group=tp_group)
+    return torch.cat([shard.view(torch.int64) for shard in shards], 1).topk(count, dim=1).values
 
 
 def _is_shared(tp_group: dist.ProcessGroup | None, labels_T: Tensor) -> bool:

@@ -181,10 +181,11 @@ def cut_tokens(
     chosen_TK = torch.arange(keys_TK.shape[1], device=ids_TK.device) < num_T[:, None]
     appended_T = ~(chosen_TK & (ids_TK == labels_T[:, None])).any(1)
 
-    # One column more for the label; tokens left out sort behind every id.
+    # One column more for the label; tokens left out sort behind every id. As fp32, which holds ids
+    # exactly: NPUs sort integers on a scalar processor.
     with_gold = torch.cat([ids_TK, labels_T[:, None].int()], 1)
     keep = torch.cat([chosen_TK, appended_T[:, None]], 1)
-    ordered = with_gold.masked_fill(~keep, MAX_VOCAB_SIZE).sort(1).values
+    ordered = with_gold.masked_fill(~keep, MAX_VOCAB_SIZE).float().sort(1).values.int()
     gold_mass_T = token_masses(gold_T[:, None], max_T).squeeze(1)
     return Cut(
         ids=ordered[ordered < MAX_VOCAB_SIZE],
