@@ -1,10 +1,14 @@
-"""Show what a candidate store holds: sizes, candidate sets, coverage; or one document of it.
+"""Show what a candidate store holds; verify it, convert it, merge stores.
 
     python tools/inspect_store.py STORE
     python tools/inspect_store.py STORE --document 3 --tokenizer MODEL_DIR --data-path corpus
+    python tools/inspect_store.py STORE --verify --data-path corpus
+    python tools/inspect_store.py convert STORE OUT --codec archive
+    python tools/inspect_store.py merge OUT STORE STORE ...
 
-The tokens of a document need ``--tokenizer``; its gold tokens need ``--data-path`` too, since the
-store itself keeps no text.
+The first form prints sizes of the candidate sets, coverage and missed golds. The tokens of a
+document need --tokenizer; its gold tokens need --data-path too, since the store itself keeps no
+text. "convert --help" and "merge --help" say what those are for. (A store of such a name: ./merge.)
 """
 
 from __future__ import annotations
@@ -13,127 +17,99 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError, StoreError
+from megatron_replay.data.document_view import describe_document, document_text
+from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
+from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
-from megatron_replay.store.summary import summarize, summary_text
+from megatron_replay.store.codecs import CODEC_NUMBERS
+from megatron_replay.store.convert import convert
+from megatron_replay.store.document import LOGITS
+from megatron_replay.store.merge import merge_corpora, merge_parts
+from megatron_replay.store.summary import summary, summary_text
+from megatron_replay.store.tally import Tally, tally
+from megatron_replay.store.verify import verify
+from megatron_replay.store.workers import each_shard, usable_cores
 
 if TYPE_CHECKING:
     from megatron_replay.data.corpus import Corpus
     from megatron_replay.data.tokenizer import Tokenizer
 
+_CONVERT = """Write a store anew with another codec or other logits, and compare the two.
 
-def _parser() -> argparse.ArgumentParser:
+"archive" is for keeping: about a third of planar's bytes an id. Stage 1 reads either, but decodes
+"planar" some twenty times faster. Logits can be rounded to the other of fp16 and bf16, or dropped
+("none"). An interrupted conversion goes on with the same command.
+"""
+_MERGE = """Make one store of several.
+
+Without --data-path: parts of one store, that is, Stage 0 run with the same settings in several
+places, each of which has some of the shards (or all). Shards that several parts have must be equal.
+
+With --data-path: finished stores of several corpora that were concatenated, in the order given,
+into the corpus PREFIX. All settings but the corpus must be the same; every position and gold is
+checked against PREFIX. Random positions were drawn by the ids that documents had in their own
+corpus, so the result is not what Stage 0 would write for PREFIX: selection.merged_from says so.
+
+An interrupted merge goes on with the same command.
+"""
+
+
+def _parser(form: str) -> argparse.ArgumentParser:
+    plain = form not in _COMMANDS
+    text = {"convert": _CONVERT, "merge": _MERGE}.get(form, __doc__)
     parser = argparse.ArgumentParser(
-        prog="inspect_store.py",
-        description=(__doc__ or "").splitlines()[0],
+        prog="inspect_store.py" + ("" if plain else f" {form}"),
+        description=text,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("store", type=Path, metavar="DIR", help="a finished candidate store")
-    parser.add_argument("--document", type=int, metavar="N", help="show this document")
-    parser.add_argument("--tokenizer", metavar="PATH", help="with --document: show tokens as text")
-    parser.add_argument("--data-path", metavar="PREFIX", help="with --document: show gold tokens")
-    parser.add_argument(
-        "--show-candidates", type=int, default=8, metavar="N", help="of each position, at most"
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="first check every byte against its crc32"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON, with all candidates")
+    add = parser.add_argument
+    if form == "convert":
+        add("store", type=Path, metavar="IN", help="a finished candidate store")
+        add("out", type=Path, metavar="OUT", help="directory to write")
+        add("--codec", choices=list(CODEC_NUMBERS), help="how ids are written (default: as in IN)")
+        add("--logits", choices=LOGITS, help="what is kept of the logits (default: as in IN)")
+    elif form == "merge":
+        add("out", type=Path, metavar="OUT", help="directory to write")
+        add("stores", type=Path, metavar="IN", nargs="+", help="candidate stores, in order")
+        add("--data-path", metavar="PREFIX", help="the corpus that theirs were concatenated into")
+    else:
+        add("store", type=Path, metavar="STORE", help="a finished candidate store")
+        add("--document", type=int, metavar="N", help="show this document")
+        add("--tokenizer", metavar="PATH", help="with --document: show tokens as text")
+        add("--data-path", metavar="PREFIX", help="with --document: show golds; with --verify: "
+            "check that positions carry loss and that golds are in their sets")  # fmt: skip
+        add("--show-candidates", type=int, default=8, metavar="N",
+            help="of each position, at most (default: 8); likeliest first where the store has "
+            "logits, otherwise by id")  # fmt: skip
+        add("--figure", type=Path, metavar="FILE.png", help="draw the distributions")
+        add("--verify", action="store_true", help="first check every byte, crc32 and bound")
+        add("--json", action="store_true", help="print JSON, with all candidates")
+    add("--workers", type=int, default=usable_cores(), metavar="N",
+        help="processes that share the shards (default: %(default)s, the cores)")  # fmt: skip
     return parser
 
 
 def _require_options(options: argparse.Namespace) -> None:
-    for flag, value in (("--tokenizer", options.tokenizer), ("--data-path", options.data_path)):
-        if value is not None and options.document is None:
-            raise ConfigError("shows nothing without a document", where=flag, fix="Add --document")
+    if options.tokenizer is not None and options.document is None:
+        raise ConfigError("shows nothing without a document", where="--tokenizer",
+                          fix="Add --document")  # fmt: skip
+    if options.data_path is not None and options.document is None and not options.verify:
+        raise ConfigError("is of no use alone", where="--data-path",
+                          fix="Add --document or --verify")  # fmt: skip
+    if options.figure is not None and options.document is not None:
+        raise ConfigError("draws whole stores", where="--figure", fix="Leave out --document")
+    if options.figure is not None and options.figure.suffix != ".png":
+        raise ConfigError("another format", where="--figure", expected="a name that ends in .png",
+                          found=options.figure)  # fmt: skip
     if options.show_candidates < 0:
-        raise ConfigError(
-            "negative",
-            where="--show-candidates",
-            expected="0 or more",
-            found=options.show_candidates,
-        )
-
-
-def describe_document(
-    reader: CandidateReader,
-    document_id: int,
-    tokenizer: Tokenizer | None,
-    corpus: Corpus | None,
-) -> dict[str, Any]:
-    """One document as a JSON object, each position with all its candidates."""
-    if not 0 <= document_id < len(reader):
-        raise ConfigError(
-            "no such document",
-            where="--document",
-            expected=f"0 to {len(reader) - 1}",
-            found=document_id,
-        )
-    document = reader[document_id]
-    tokens = None if corpus is None else corpus[document_id].tokens
-    if tokens is not None and (document.positions >= len(tokens) - 1).any():
-        raise StoreError(
-            "positions lie beyond the corpus",
-            where=f"document {document_id}",
-            expected=f"positions below {len(tokens) - 1}",
-            found=int(document.positions[-1]),
-        )
-
-    def name(token: int) -> dict[str, Any]:
-        return {"id": token} | ({} if tokenizer is None else {"text": tokenizer.decode([token])})
-
-    positions = []
-    for i, position in enumerate(document.positions.tolist()):
-        chosen = slice(int(document.offsets[i]), int(document.offsets[i + 1]))
-        candidates = [name(token) for token in document.ids[chosen].tolist()]
-        if document.logits is not None:
-            for candidate, logit in zip(candidates, document.logits[chosen].tolist(), strict=True):
-                candidate["logit"] = logit
-        row = {
-            "position": position,
-            "coverage": 1 - float(document.tail_mass[i]),
-            "lse": float(document.lse[i]),
-            "gold_logprob": float(document.gold_logprob[i]),
-            "candidates": candidates,
-        }
-        if tokens is not None:
-            gold = int(tokens[position + 1])
-            row |= {"token": name(int(tokens[position])), "gold": name(gold)}
-            row["gold_in_set"] = gold in document.ids[chosen]
-        positions.append(row)
-    return {"document": document_id, "positions": positions}
-
-
-def _token_text(token: dict[str, Any]) -> str:
-    text = f"{token['id']} {token['text']!r}" if "text" in token else str(token["id"])
-    return f"{text} ({token['logit']:.2f})" if "logit" in token else text
-
-
-def document_text(view: dict[str, Any], show_candidates: int) -> str:
-    """``describe_document``'s object for a reader at a terminal."""
-    lines = [f"document {view['document']}: {len(view['positions'])} positions"]
-    for row in view["positions"]:
-        line = f"position {row['position']}"
-        if "gold" in row:
-            line += f": {_token_text(row['token'])} -> {_token_text(row['gold'])}"
-            line += "" if row["gold_in_set"] else ", NOT IN THE SET"
-        candidates = row["candidates"]
-        lines.append(
-            f"{line}; |S| {len(candidates)}, coverage {row['coverage']:.4f}, "
-            f"lse {row['lse']:.3f}, gold log-probability {row['gold_logprob']:.3f}"
-        )
-        # Likeliest first where the logits tell, otherwise as stored: by id.
-        shown = sorted(candidates, key=lambda c: -c["logit"] if "logit" in c else 0)
-        shown_text = [_token_text(candidate) for candidate in shown[:show_candidates]]
-        if len(shown) > show_candidates:
-            shown_text.append(f"and {len(shown) - show_candidates} more")
-        lines.append("    " + ", ".join(shown_text))
-    return "\n".join(lines)
+        raise ConfigError("negative", where="--show-candidates", expected="0 or more",
+                          found=options.show_candidates)  # fmt: skip
 
 
 def _open_tokenizer(path: str | None, reader: CandidateReader) -> Tokenizer | None:
@@ -156,28 +132,116 @@ def _open_corpus(prefix: str | None, reader: CandidateReader) -> Corpus | None:
     return corpus
 
 
-def run(options: argparse.Namespace) -> str:
-    """What the command prints."""
+def _verify(reader: CandidateReader, corpus: Corpus | None, workers: int) -> None:
+    """Say that all is well, or raise: damage of other shards but the last is printed first."""
+    start = time.monotonic()
+    if corpus is not None:
+        corpus.verify()
+    damage = verify(reader, corpus=corpus, workers=workers)
+    for error in damage[:-1]:
+        print(f"error: {error}", file=sys.stderr)
+    if damage:
+        raise damage[-1]
+    size, seconds = sum(row.bin_bytes for row in reader.rows), time.monotonic() - start
+    print(
+        f"{reader.directory}: every byte as written"
+        + (", every position carries loss, every gold in its set" if corpus is not None else "")
+        + f": {size / 1e9:.3g} GB in {reader.description.num_shards} shards, "
+        f"{size / 1e9 / max(seconds, 1e-9):.2f} GB/s",
+        file=sys.stderr,
+    )
+
+
+def _tally(reader: CandidateReader, workers: int) -> Tally:
+    shards = range(reader.description.num_shards)
+    counted = tally(reader, [])
+    with Progress("read", len(reader), "documents") as progress:
+        for _, part in each_shard(lambda shard: tally(reader, [shard]), shards, workers=workers):
+            counted += part
+            progress.advance(part.documents)
+    return counted
+
+
+def _draw(counted: Tally, content: dict[str, object], path: Path) -> None:
+    try:
+        from megatron_replay.evaluation.store_figure import draw_store
+    except ImportError as error:
+        raise ConfigError("needs matplotlib", where="--figure",
+                          fix="pip install 'megatron_replay[report]'") from error  # fmt: skip
+    draw_store(counted, content, path)
+
+
+def _show(options: argparse.Namespace) -> str:
     _require_options(options)
     reader = CandidateReader(options.store)
-    if options.verify:
-        reader.verify()
-        print(f"{options.store}: every byte as written", file=sys.stderr)
-    if options.document is None:
-        summary = summarize(reader)
-        return json.dumps(summary, indent=2) if options.json else summary_text(summary)
-    tokenizer = _open_tokenizer(options.tokenizer, reader)
     corpus = _open_corpus(options.data_path, reader)
-    view = describe_document(reader, options.document, tokenizer, corpus)
-    return (
-        json.dumps(view, indent=2) if options.json else document_text(view, options.show_candidates)
+    if options.verify:
+        _verify(reader, corpus, options.workers)
+    if options.document is not None:
+        view = describe_document(
+            reader, options.document, _open_tokenizer(options.tokenizer, reader), corpus
+        )
+        return (
+            json.dumps(view, indent=2)
+            if options.json
+            else document_text(view, options.show_candidates)
+        )
+    counted = _tally(reader, options.workers)
+    content = summary(reader.description, counted)
+    if options.figure is not None:
+        _draw(counted, content, options.figure)
+    return json.dumps(content, indent=2) if options.json else summary_text(content)
+
+
+def _convert(options: argparse.Namespace) -> str:
+    reader = CandidateReader(options.store)
+    given = reader.description
+    written = convert(
+        reader,
+        options.out,
+        codec=options.codec or given.codec,
+        logits=options.logits or given.logits,
+        workers=options.workers,
     )
+    before, after = _size(reader), _size(CandidateReader(options.out))
+    return (
+        f"{options.out}: codec {written.codec}, logits {written.logits}; reads as {options.store}; "
+        f"{before:,} bytes became {after:,} ({after / before:.0%})"
+    )
+
+
+def _size(reader: CandidateReader) -> int:
+    return sum(row.bin_bytes for row in reader.rows)
+
+
+def _merge(options: argparse.Namespace) -> str:
+    if options.data_path is None:
+        merged = merge_parts(options.stores, options.out, workers=options.workers)
+    else:
+        from megatron_replay.data.corpus import Corpus
+
+        readers = [CandidateReader(store) for store in options.stores]
+        corpus = Corpus(options.data_path)
+        merged = merge_corpora(readers, options.out, corpus, workers=options.workers)
+    return f"{options.out}: {merged.num_documents:,} documents in {merged.num_shards:,} shards"
+
+
+_COMMANDS = {"convert": _convert, "merge": _merge}
+
+
+def run(arguments: Sequence[str]) -> str:
+    """What the command prints."""
+    form = arguments[0] if arguments and arguments[0] in _COMMANDS else ""
+    options = _parser(form).parse_args(arguments[1:] if form else arguments)
+    if options.workers < 1:
+        raise ConfigError("too few", where="--workers", expected="1 or more", found=options.workers)
+    return _COMMANDS.get(form, _show)(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     try:
-        print(run(_parser().parse_args(arguments)), flush=True)
+        print(run(sys.argv[1:] if arguments is None else arguments), flush=True)
     except ReplayError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -125,7 +125,8 @@ class Corpus:
             _require_size(corpus_file(prefix, suffix), size)
         self.lengths = self._read_lengths()
         self._starts = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
-        self._tokens = np.memmap(corpus_file(prefix, "bin"), dtype="<i4", mode="r")
+        # An ndarray over the mapping: indexing a memmap itself costs microseconds a time.
+        self._tokens = np.asarray(np.memmap(corpus_file(prefix, "bin"), dtype="<i4", mode="r"))
         self._loss_mask = self._map_loss_mask()
 
     @property
@@ -159,6 +160,19 @@ class Corpus:
             np.asarray(self._tokens[start:stop], dtype=np.int32),
             np.asarray(self._loss_mask[start:stop]) != 0,
         )
+
+    def labels(
+        self,
+        documents_D: npt.NDArray[np.integer[Any]],
+        counts_D: npt.NDArray[np.integer[Any]],
+        positions_P: npt.NDArray[np.integer[Any]],
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """Labels of positions, ``counts_D[d]`` of each document in turn; and which carry loss.
+
+        Every position must be below its document's length less one.
+        """
+        at_P = np.repeat(self._starts[documents_D], counts_D) + positions_P + 1
+        return self._tokens[at_P], self._loss_mask[at_P] != 0
 
     def verify(self) -> None:
         """Read every byte and compare with the fingerprint.

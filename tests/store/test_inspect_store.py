@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_replay.data.document_view import describe_document, document_text
 from megatron_replay.errors import ConfigError, StoreError
 from megatron_replay.store import CandidateReader, CandidateWriter, DocumentCandidates
 from tests.store.examples import describe, draw_document, write_store
-from tools.inspect_store import describe_document, document_text, main
+from tools.inspect_store import main
 
 CAP = 20
 
@@ -112,12 +113,19 @@ def test_a_document_with_its_tokens(store: Path) -> None:
     assert expected.logits is not None
     assert [c["logit"] for c in candidates] == expected.logits.tolist()
 
+    for row in view["positions"]:
+        exps = [math.exp(c["logit"]) for c in row["candidates"]]
+        shares = [row["coverage"] * x / sum(exps) for x in exps]
+        assert [c["probability"] for c in row["candidates"]] == pytest.approx(shares)
+        assert row["gold_probability"] == pytest.approx(math.exp(row["gold_logprob"]))
+
     text = document_text(view, show_candidates=2)
     first_row = text.splitlines()[1]
     assert "-> 151000 '<151000>', NOT IN THE SET" in first_row
     shown = text.splitlines()[2]
     best = max(view["positions"][0]["candidates"], key=lambda c: c["logit"])
-    assert shown.strip().startswith(f"{best['id']} '<{best['id']}>'")
+    share = f"{100 * best['probability']:.3g} %"
+    assert shown.strip().startswith(f"{best['id']} '<{best['id']}>' ({share}), ")
     assert shown.endswith(f"and {len(view['positions'][0]['candidates']) - 2} more")
 
 
@@ -133,7 +141,9 @@ def test_a_corpus_shorter_than_its_positions_is_refused(store: Path) -> None:
     [
         (["--document", "40"], "--document: no such document (expected 0 to 39; found 40)", 2),
         (["--tokenizer", "x"], "--tokenizer: shows nothing without a document", 2),
-        (["--data-path", "x"], "--data-path: shows nothing without a document", 2),
+        (["--data-path", "x"], "--data-path: is of no use alone", 2),
+        (["--figure", "x.png", "--document", "1"], "--figure: draws whole stores", 2),
+        (["--figure", "x.pdf"], "--figure: another format (expected a name that ends in .png", 2),
         (["--show-candidates", "-1"], "--show-candidates: negative", 2),
     ],
 )
@@ -156,4 +166,50 @@ def test_damage_is_one_line(store: Path, capsys: pytest.CaptureFixture[str]) -> 
     content[100] ^= 1
     path.write_bytes(content)
     assert main([str(store), "--verify"]) == StoreError.exit_code
-    assert capsys.readouterr().err == f"error: {path}: damaged: crc32 differs\n"
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error == f"error: {path}, document 16: damaged: the crc32 differs"
+
+
+def test_probabilities_are_those_of_the_base_model(tmp_path: Path) -> None:
+    """exp(logit - lse), up to fp16: of a real softmax, whatever the rounding of lse."""
+    logits = np.random.default_rng(0).normal(20, 3, 1000)
+    lse = np.log(np.exp(logits).sum())
+    ids = np.sort(np.argsort(-logits)[:50]).astype(np.int32)
+    exact = np.exp(logits[ids] - lse)
+
+    def one(x: float) -> np.ndarray:
+        return np.array([x], np.float32)
+
+    writer = CandidateWriter(tmp_path, describe(num_documents=1, logits="fp16"))
+    with writer.shard(0) as shard:
+        shard.add(
+            0,
+            DocumentCandidates(
+                positions=np.zeros(1, np.int32), offsets=np.array([0, 50]), ids=ids, lse=one(lse),
+                gold_logprob=one(-1), tail_mass=one(1 - exact.sum()),
+                logits=logits[ids].astype(np.float32),
+            ),
+        )  # fmt: skip
+    writer.finish()
+    row = describe_document(CandidateReader(tmp_path), 0, None, None)["positions"][0]
+    found = [c["probability"] for c in row["candidates"]]
+    np.testing.assert_allclose(found, exact, rtol=0.015)  # logits near 30 are 1/128 off at most
+    assert sum(found) == pytest.approx(row["coverage"])
+
+
+def test_the_figure(store: Path, tmp_path: Path) -> None:
+    matplotlib_image = pytest.importorskip("matplotlib.image")
+    assert main([str(store), "--figure", str(tmp_path / "figure.png")]) == 0
+    pixels = matplotlib_image.imread(tmp_path / "figure.png")[..., :3]
+    assert pixels.shape == (600, 1800, 3)
+    panels = np.split(pixels, 3, axis=1)
+    bars = [
+        (np.abs(panel - np.array([0, 0x72, 0xB2]) / 255) < 0.02).all(-1).sum() for panel in panels
+    ]
+    assert all(count > 1000 for count in bars), bars
+
+
+def test_a_store_of_a_commands_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_store(tmp_path / "merge", describe(num_documents=1))
+    monkeypatch.chdir(tmp_path)
+    assert main(["./merge"]) == 0

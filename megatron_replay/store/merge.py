@@ -1,0 +1,207 @@
+"""One store of several: of parts of the same, or of corpora that were concatenated."""
+
+from __future__ import annotations
+
+import dataclasses
+import filecmp
+import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megatron_replay.errors import StoreError
+from megatron_replay.files import atomic_file, make_directory
+from megatron_replay.progress import Progress
+from megatron_replay.store.convert import require_other
+from megatron_replay.store.document import CandidateBatch, located, require
+from megatron_replay.store.manifest import (
+    StoreDescription,
+    bin_path,
+    index_path,
+    present_shards,
+    read_description,
+    read_file,
+    read_index,
+    refuse_differences,
+)
+from megatron_replay.store.reader import DOCUMENTS_AT_ONCE, CandidateReader
+from megatron_replay.store.verify import Labels, require_labels
+from megatron_replay.store.workers import each_shard
+from megatron_replay.store.writer import CandidateWriter
+
+_BLOCK_BYTES = 1 << 22
+
+
+def merge_parts(parts: Sequence[Path], out: Path, *, workers: int = 1) -> StoreDescription:
+    """Bring the shards of one store together that Stage 0 wrote in several places.
+
+    Parts may be unfinished. Files are copied as they are; a shard that several parts have must be
+    the same in all.
+
+    Raises:
+        StoreError: descriptions differ (each difference is named), a shard is damaged or not the
+            same in two parts, or shards are missing in all: what is there has been merged then.
+        OutputError: ``out`` cannot be written.
+    """
+    require_other(out, list(parts))
+    description = read_description(parts[0])
+    for part in parts[1:]:
+        refuse_differences(
+            description.flat(),
+            read_description(part).flat(),
+            where=part,
+            fix="Only parts of one store can be merged; give --data-path where corpora were "
+            "concatenated",
+        )
+    with CandidateWriter(out, description, lock=True) as writer:
+        there = {part: present_shards(part) for part in (*parts, writer.directory)}
+
+        def take(shard: int) -> None:
+            holders = [part for part, shards in there.items() if shard in shards]
+            _require_same(holders, description, shard)
+            if holders[-1] != writer.directory:
+                _copy(holders[0], writer.directory, description, shard)
+
+        shards = sorted(set().union(*there.values()) & set(range(description.num_shards)))
+        with Progress("merge", len(shards), "shards") as progress:
+            for _ in each_shard(take, shards, workers=workers):
+                progress.advance()
+        missing = writer.missing_shards()
+        if missing:
+            raise StoreError(
+                f"merged, but {len(missing)} of {description.num_shards} shards are in no part; "
+                f"the first is {missing[0]}",
+                where=out,
+                fix="Merge the parts that have them too, or run Stage 0 with this --store",
+            )
+        writer.finish()
+    return description
+
+
+def _require_same(holders: Sequence[Path], description: StoreDescription, shard: int) -> None:
+    for holder in holders:
+        read_index(holder, description, shard)
+    first = holders[0]
+    for other in holders[1:]:
+        for path in (index_path, bin_path):
+            if not filecmp.cmp(path(first, shard), path(other, shard), shallow=False):
+                raise StoreError(
+                    f"shard {shard} is not the same in two parts",
+                    where=path(other, shard),
+                    expected=f"the content of {path(first, shard)}",
+                    fix="Delete that shard's .idx where it is damaged, and merge again",
+                )
+
+
+def _copy(source: Path, out: Path, description: StoreDescription, shard: int) -> None:
+    """Publish a shard as ``CandidateWriter`` does: ``.bin``, its crc32 checked, then ``.idx``."""
+    index = read_index(source, description, shard)
+    path = bin_path(source, shard)
+    make_directory(bin_path(out, shard).parent)
+    with atomic_file(bin_path(out, shard)) as handle:
+        crc = 0
+        with open(path, "rb") as content:
+            while block := content.read(_BLOCK_BYTES):
+                crc = zlib.crc32(block, crc)
+                handle.write(block)
+        with located(path):
+            require(crc == index.bin_crc, "damaged: crc32 differs")
+    with atomic_file(index_path(out, shard)) as handle:
+        handle.write(read_file(index_path(source, shard)))
+
+
+class ConcatenatedCorpus(Labels, Protocol):
+    """What ``merge_corpora`` asks of the corpus; ``data.corpus.Corpus`` answers."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its content."""
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Of its tokenizer."""
+
+
+def merge_corpora(
+    readers: Sequence[CandidateReader],
+    out: Path,
+    corpus: ConcatenatedCorpus,
+    *,
+    workers: int = 1,
+) -> StoreDescription:
+    """One store of stores whose corpora, in this order, were concatenated into ``corpus``.
+
+    Positions were drawn by the ids that documents had in their own corpus, so the result is not
+    what Stage 0 would write: ``selection.merged_from`` says so, with the parts' fingerprints. Every
+    position and gold is checked against the corpus.
+
+    Raises:
+        StoreError: differences in anything but corpus, documents and shards (each is named),
+            documents that are not those of ``corpus``, damage.
+        OutputError: ``out`` cannot be written.
+    """
+    require_other(out, [reader.directory for reader in readers])
+    description = _merged_description(readers, corpus)
+    starts = np.cumsum([0, *map(len, readers)]).tolist()
+    with CandidateWriter(out, description, lock=True) as writer:
+
+        def write(shard: int) -> None:
+            documents = description.documents(shard)
+            with writer.shard(shard) as written:
+                for first in range(documents.start, documents.stop, DOCUMENTS_AT_ONCE):
+                    some = range(first, min(first + DOCUMENTS_AT_ONCE, documents.stop))
+                    places = [(bisect_right(starts, d) - 1, d) for d in some]
+                    content = [readers[part][d - starts[part]] for part, d in places]
+                    require_labels(some, CandidateBatch.of(content), corpus)
+                    for document, candidates in zip(some, content, strict=True):
+                        written.add(document, candidates)
+
+        missing, size = writer.missing_shards(), description.num_documents
+        left = sum(len(description.documents(shard)) for shard in missing)
+        with Progress("merge", size, "documents", initial=size - left) as progress:
+            for shard, _ in each_shard(write, missing, workers=workers):
+                progress.advance(len(description.documents(shard)))
+        writer.finish()
+    return description
+
+
+def _merged_description(
+    readers: Sequence[CandidateReader], corpus: ConcatenatedCorpus
+) -> StoreDescription:
+    first, selection = readers[0].description, dict(readers[0].description.selection)
+    selection.pop("merged_from", None)
+
+    def comparable(description: StoreDescription) -> dict[str, object]:
+        own = ("corpus_fingerprint", "num_documents", "documents_per_shard")
+        fields = description.flat()
+        return {k: v for k, v in fields.items() if k not in (*own, "selection.merged_from")}
+
+    for reader in readers[1:]:
+        refuse_differences(
+            comparable(first),
+            comparable(reader.description),
+            where=reader.directory,
+            fix="Only stores made with the same settings can be merged",
+        )
+    num_documents = sum(map(len, readers))
+    for what, expected, found in (
+        ("documents", len(corpus.lengths), num_documents),
+        ("tokenizer", corpus.tokenizer_fingerprint, first.tokenizer_fingerprint),
+    ):
+        if expected != found:
+            raise StoreError(
+                f"these stores together are not of this corpus: other {what}",
+                expected=expected,
+                found=found,
+                fix="Give --data-path of the corpora of these stores, concatenated in this order",
+            )
+    parts = [reader.description.fingerprint for reader in readers]
+    return dataclasses.replace(
+        first,
+        num_documents=num_documents,
+        corpus_fingerprint=corpus.fingerprint,
+        selection=selection | {"merged_from": parts},
+    )

@@ -1,0 +1,100 @@
+"""Every crc32, every bound and every byte of a store; with its corpus, every label too.
+
+Shapes: D documents, P positions, C candidates (of all those positions together).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_replay.errors import StoreError
+from megatron_replay.progress import Progress
+from megatron_replay.store.document import CandidateBatch, located, missing_gold, require
+from megatron_replay.store.format import BIN_HEADER
+from megatron_replay.store.manifest import bin_path
+from megatron_replay.store.reader import DOCUMENTS_AT_ONCE, CandidateReader
+from megatron_replay.store.workers import each_shard
+
+_FIX = "Use the corpus that the store was made from"
+
+
+class Labels(Protocol):
+    """What is asked of a corpus; ``data.corpus.Corpus`` answers."""
+
+    lengths: npt.NDArray[np.int32]
+
+    def labels(
+        self, documents_D: Any, counts_D: Any, positions_P: Any
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """Labels of positions, and which of them carry loss."""
+
+
+def verify(
+    reader: CandidateReader, *, corpus: Labels | None = None, workers: int = 1
+) -> list[StoreError]:
+    """The first damage of each shard that has any, in the order of shards; none: all is well."""
+
+    def check(shard: int) -> StoreError | None:
+        try:
+            verify_shard(reader, shard, corpus)
+        except StoreError as error:
+            return error
+        return None
+
+    shards, found = range(reader.description.num_shards), {}
+    with Progress("verify", len(reader), "documents") as progress:
+        for shard, error in each_shard(check, shards, workers=workers):
+            progress.advance(len(reader.description.documents(shard)))
+            if error is not None:
+                found[shard] = error
+    return [found[shard] for shard in sorted(found)]
+
+
+def verify_shard(reader: CandidateReader, shard: int, corpus: Labels | None = None) -> None:
+    """Check every byte of ``shard``, and with a corpus its positions and golds.
+
+    Raises:
+        StoreError: the first damage found.
+    """
+    content, index = reader._records(shard), reader._shard(shard).index
+    crc = zlib.crc32(content[: BIN_HEADER.size])
+    for row in range(0, index.num_documents, DOCUMENTS_AT_ONCE):
+        stop = min(row + DOCUMENTS_AT_ONCE, index.num_documents)
+        # Beside reading the same records, not before: they are still in the cache.
+        crc = zlib.crc32(content[index.offsets[row] : index.offsets[stop]], crc)
+        documents = range(index.first_document + row, index.first_document + stop)
+        batch = reader.read(documents)
+        if corpus is not None:
+            with located(bin_path(reader.directory, shard)):
+                require_labels(documents, batch, corpus)
+    with located(bin_path(reader.directory, shard)):
+        require(crc == index.bin_crc, "damaged: crc32 differs")
+
+
+def require_labels(documents: Sequence[int], batch: CandidateBatch, corpus: Labels) -> None:
+    """Raise StoreError unless every position carries loss in ``corpus``, its label in its set."""
+    documents_D, counts_D = np.array(documents), np.diff(batch.document_offsets)
+
+    def place(p: np.integer[Any] | int) -> str:
+        d = np.searchsorted(batch.document_offsets, p, side="right") - 1
+        return f"document {documents_D[d]}, position {batch.positions[p]}"
+
+    beyond_P = batch.positions >= np.repeat(corpus.lengths[documents_D] - 1, counts_D)
+    if beyond_P.any():
+        where = place(np.argmax(beyond_P))
+        raise StoreError(f"{where} is recorded, but lies beyond the corpus's document", fix=_FIX)
+    labels_P, carries_loss_P = corpus.labels(documents_D, counts_D, batch.positions)
+    if not carries_loss_P.all():
+        where = place(np.argmin(carries_loss_P))
+        raise StoreError(f"{where} is recorded, but its label carries no loss", fix=_FIX)
+    first = missing_gold(batch.ids, batch.offsets, labels_P)
+    if first >= 0:
+        raise StoreError(
+            f"{place(first)}: the gold token {labels_P[first]} is not in its candidate set",
+            fix=f"{_FIX}, or run Stage 0 again",
+        )
