@@ -10,31 +10,28 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_replay.checkpoint.mapped import (
+    MALFORMED,
+    MappedTensor,
+    mapped_tensors,
+    read_header,
+)
 from megatron_replay.checkpoint.names import EMBEDDING, HEAD, hf_tensor_shapes, mapping_of
 from megatron_replay.errors import CheckpointError
 from megatron_replay.files import sha256_of_files
 from megatron_replay.model.config import ModelConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-#: The safetensors format's own limit on a header.
-_MAX_HEADER = 100_000_000
 #: What a weight may be stored as; anything else would be cast without being what was meant.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 #: What Llama 1 and 2 were published with; transformers has long made it from config.json.
 _ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-#: All that reading untrusted JSON, and looking into it, may raise.
-_MALFORMED = (
-    ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError,
-)  # fmt: skip
 
 
 class HFReader:
@@ -53,11 +50,11 @@ class HFReader:
         """All tensors."""
         return set(self._files)
 
-    def slice(self, name: str) -> Any:
+    def slice(self, name: str) -> MappedTensor:
         """A tensor that is read when indexed; ``get_shape()`` reads nothing."""
         if name not in self._files:
             raise CheckpointError(f"no tensor {name}", where=self.directory)
-        return self._open[self._files[name]].get_slice(name)
+        return self._open[self._files[name]][name]
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json and all weights."""
@@ -137,11 +134,11 @@ class HFReader:
                 raise CheckpointError(
                     "no weights here", where=self.directory, expected=f"{SINGLE} or {INDEX}"
                 )
-            return dict.fromkeys(_header(single), SINGLE)
+            return dict.fromkeys(read_header(single)[0], SINGLE)
         try:
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             pairs = {str(name): str(file) for name, file in files.items()}
-        except (OSError, *_MALFORMED) as error:
+        except (OSError, *MALFORMED) as error:
             raise CheckpointError("not an index of weights", where=index) from error
         for file in set(pairs.values()):
             if Path(file).name != file or file in ("", ".", ".."):
@@ -159,21 +156,18 @@ class HFReader:
             )
         return pairs
 
-    def _open_shard(self, file: str) -> Any:
+    def _open_shard(self, file: str) -> dict[str, MappedTensor]:
         """The shard, once known to be whole and to hold what the index places in it, no more."""
         path = self.directory / file
-        held = set(_header(path))
+        tensors = mapped_tensors(path)
         listed = {name for name, place in self._files.items() if place == file}
         for what, names in (
-            ("holds a tensor that the index does not place here", held - listed),
-            ("lacks a tensor that the index places here", listed - held),
+            ("holds a tensor that the index does not place here", tensors.keys() - listed),
+            ("lacks a tensor that the index places here", listed - tensors.keys()),
         ):
             if names:
                 raise CheckpointError(f"{what}: {min(names)}", where=path)
-        try:
-            return safe_open(path, "pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"the header is damaged: {error}", where=path) from error
+        return tensors
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -212,15 +206,15 @@ def load_hf_weights(
             mapping = mapping_of(name, config, layer_offset)
             used.update(mapping.names)
             tensors = [reader.slice(hf_name) for hf_name in mapping.names]
-            shard = mapping.layout.split(tensors, tp_rank, tp_size)
-            if shard.shape != parameter.shape:
+            shape = mapping.layout.shard_shape(tensors, tp_size)
+            if shape != tuple(parameter.shape):
                 raise CheckpointError(
                     f"wrong shape for {name}",
                     where=reader.directory,
                     expected=tuple(parameter.shape),
-                    found=tuple(shard.shape),
+                    found=shape,
                 )
-            parameter.copy_(shard)
+            mapping.layout.fill(parameter, tensors, tp_rank, tp_size)
     _require_whole_layers(used, config)
 
 
@@ -230,33 +224,3 @@ def _require_whole_layers(used: set[str], config: ModelConfig) -> None:
     for name in sorted(hf_tensor_shapes(config).keys() - used):
         if name.startswith("model.layers.") and name.split(".")[2] in layers:
             raise CheckpointError(f"the model has no parameter for the tensor {name}")
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """The shard's table of tensors, once the file is known to be as long as the table says."""
-    try:
-        with open(path, "rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            start = handle.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-            if length > min(size - 8, _MAX_HEADER):
-                raise CheckpointError(
-                    "truncated, or not a safetensors file", where=path, found=f"{size} bytes"
-                )
-            content = handle.read(length)
-    except OSError as error:
-        raise CheckpointError(f"cannot read: {error.strerror}", where=path) from error
-    try:
-        table = json.loads(content)
-        table.pop("__metadata__", None)
-        end = max((int(entry["data_offsets"][1]) for entry in table.values()), default=0)
-    except _MALFORMED as error:
-        raise CheckpointError("the header is damaged", where=path) from error
-    if size != 8 + length + end:
-        raise CheckpointError(
-            "truncated" if size < 8 + length + end else "longer than its header says",
-            where=path,
-            expected=f"{8 + length + end} bytes",
-            found=f"{size} bytes",
-        )
-    return dict(table)

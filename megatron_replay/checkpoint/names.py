@@ -6,6 +6,7 @@ is made of one or more Hugging Face tensors, laid out for tensor parallelism by 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,27 @@ class Layout:
 
     def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
         """This rank's shard, reading no more than it needs."""
-        raise NotImplementedError
+        dtype = functools.reduce(torch.promote_types, [tensor[:0].dtype for tensor in whole])
+        shard = torch.empty(self.shard_shape(whole, size), dtype=dtype)
+        self.fill(shard, whole, rank, size)
+        return shard
+
+    def shard_shape(self, whole: Sequence[TensorSlice], size: int) -> tuple[int, ...]:
+        """The shape of each rank's shard; reads nothing."""
+        shape = list(whole[0].get_shape())
+        if self.dim is not None:
+            shape[self.dim] = sum(tensor.get_shape()[self.dim] // size for tensor in whole)
+        return tuple(shape)
+
+    def fill(self, shard: Tensor, whole: Sequence[TensorSlice], rank: int, size: int) -> None:
+        """Write this rank's shard into ``shard``, cast to its dtype; from disk, no copy between."""
+        for place, tensor in zip(self.places(shard, size), whole, strict=True):
+            part = tensor[:] if self.dim is None else _part(tensor, self.dim, rank, size)
+            place.copy_(part.view(place.shape))
+
+    def places(self, shard: Tensor, size: int) -> Sequence[Tensor]:
+        """For each Hugging Face tensor the part of ``shard`` that is its; views."""
+        return [shard]
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """The Hugging Face tensors from all ranks' shards, in rank order."""
@@ -57,10 +78,6 @@ class Replicated(Layout):
 
     dim = None
 
-    def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
-        """All of it."""
-        return whole[0][:]
-
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """Any rank's."""
         return [shards[0]]
@@ -72,10 +89,6 @@ class Split(Layout):
 
     dim: int
 
-    def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
-        """Part ``rank`` of ``size``."""
-        return _part(whole[0], self.dim, rank, size)
-
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """The parts, side by side."""
         return [torch.cat(list(shards), self.dim)]
@@ -86,9 +99,9 @@ class GateUp(Layout):
 
     dim = 0
 
-    def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
+    def places(self, shard: Tensor, size: int) -> Sequence[Tensor]:
         """Rows of gate, then the same rows of up."""
-        return torch.cat([_part(tensor, 0, rank, size) for tensor in whole])
+        return shard.chunk(2)
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """All gates, all ups."""
@@ -108,14 +121,10 @@ class QueryKeyValue(Layout):
     groups: int
     dim = 0
 
-    def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
-        """Interleave this rank's groups."""
-        hidden = whole[0].get_shape()[1]
-        parts = [
-            _part(tensor, 0, rank, size).view(self.groups // size, -1, self.channels, hidden)
-            for tensor in whole
-        ]
-        return torch.cat(parts, 1).reshape(-1, hidden)
+    def places(self, shard: Tensor, size: int) -> Sequence[Tensor]:
+        """This rank's groups interleaved: of each its queries, its key, its value."""
+        grouped = shard.view(self.groups // size, -1, self.channels, shard.shape[-1])
+        return grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:]
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """Queries, keys and values apart again."""
