@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_replay.files import make_directory, write_json
 from megatron_replay.parallel import Parallel
@@ -21,6 +20,9 @@ from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
 from megatron_replay.store.summary import summary, summary_text
 from megatron_replay.store.tally import Distribution, Tally, tally
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 REPORT_FILE, COST_FILE = "report.json", "cost.json"
 #: Bars of TensorBoard's histogram of the coverage.
@@ -125,6 +127,8 @@ def cost_text(rates: dict[str, float]) -> str:
 
 def _draw(directory: Path, facts: dict[str, Any], total: Tally, rates: dict[str, float]) -> None:
     """Scalars of both, and histograms of |S| and of the coverage, as TensorBoard events."""
+    from torch.utils.tensorboard import SummaryWriter  # 0.3 s to import, and seldom asked for
+
     with SummaryWriter(str(directory)) as events:
         facts = {name: value for name, value in facts.items() if name != "description"}
         for tag, number in [*_scalars("stage0", facts), *_scalars("stage0/cost", rates)]:
