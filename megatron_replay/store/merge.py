@@ -171,8 +171,7 @@ def merge_corpora(
 def _merged_description(
     readers: Sequence[CandidateReader], corpus: ConcatenatedCorpus
 ) -> StoreDescription:
-    first, selection = readers[0].description, dict(readers[0].description.selection)
-    selection.pop("merged_from", None)
+    first = readers[0].description
 
     def comparable(description: StoreDescription) -> dict[str, object]:
         own = ("corpus_fingerprint", "num_documents", "documents_per_shard")
@@ -203,5 +202,5 @@ def _merged_description(
         first,
         num_documents=num_documents,
         corpus_fingerprint=corpus.fingerprint,
-        selection=selection | {"merged_from": parts},
+        selection=first.selection | {"merged_from": parts},
     )
