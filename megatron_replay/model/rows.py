@@ -75,14 +75,15 @@ class _GatherRows(torch.autograd.Function):
         ctx: Any, local_TH: Tensor, local_N: Tensor, rank_N: Tensor, group: dist.ProcessGroup
     ) -> Tensor:
         counts = torch.bincount(rank_N, minlength=dist.get_world_size(group)).tolist()
-        order = rank_N.argsort(stable=True)  # the rows as they come, rank after rank
+        # The rows as they come, rank after rank. By fp32 keys: NPUs sort no integers well.
+        order = rank_N.float().argsort(stable=True)
         start, most = sum(counts[: dist.get_rank(group)]), max(counts)
         own = order[start : start + counts[dist.get_rank(group)]]
         # Ranks hold different numbers, and a collective wants equal ones.
-        place = torch.arange(most, device=order.device)[None].expand(len(counts), -1)
-        filled = place < torch.tensor(counts, device=order.device)[:, None]
+        places = [(rank * most, rank * most + count) for rank, count in enumerate(counts)]
+        places_N = torch.cat([torch.arange(*place, device=order.device) for place in places])
         ctx.group, ctx.most, ctx.local_shape = group, most, local_TH.shape
-        ctx.save_for_backward(order, filled, local_N[own])
+        ctx.save_for_backward(order, places_N, local_N[own])
         if not len(rank_N):
             return local_TH.new_empty(0, local_TH.shape[1])
         sent_MH = local_TH.new_zeros(most, local_TH.shape[1])
@@ -90,16 +91,16 @@ class _GatherRows(torch.autograd.Function):
         received = sent_MH.new_empty(len(counts) * most, local_TH.shape[1])
         dist.all_gather_into_tensor(received, sent_MH, group=group)
         rows_NH = received.new_empty(len(rank_N), local_TH.shape[1])
-        rows_NH[order] = received[filled.flatten()]
+        rows_NH[order] = received[places_N]
         return rows_NH
 
     @staticmethod
     def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor | None, ...]:
-        order, filled, own_rows = ctx.saved_tensors
+        order, places_N, own_rows = ctx.saved_tensors
         grad_TH = grad_NH.new_zeros(ctx.local_shape)
         if len(order):
-            sent = grad_NH.new_zeros(filled.numel(), grad_NH.shape[1])
-            sent[filled.flatten()] = grad_NH[order]
+            sent = grad_NH.new_zeros(dist.get_world_size(ctx.group) * ctx.most, grad_NH.shape[1])
+            sent[places_N] = grad_NH[order]
             summed_MH = sent.new_empty(ctx.most, grad_NH.shape[1])
             dist.reduce_scatter_tensor(summed_MH, sent, group=ctx.group)
             grad_TH[own_rows] = summed_MH[: len(own_rows)]

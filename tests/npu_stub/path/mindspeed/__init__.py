@@ -1,0 +1,3 @@
+"""Stands for MindSpeed where it is installed; nothing of ours imports it."""
+
+raise RuntimeError("mindspeed was imported")
