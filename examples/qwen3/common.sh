@@ -75,7 +75,7 @@ case $PLATFORM in
     *) fail "PLATFORM=$PLATFORM is none of npu, cuda, cpu" ;;
 esac
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false # everything is local
-if [[ -d .venv/bin ]]; then # made by `make setup`
+if [[ -d .venv/bin && -z ${VIRTUAL_ENV:-} ]]; then # made by `make setup`
     export PATH=$PWD/.venv/bin:$PATH
 fi
 
@@ -111,7 +111,7 @@ DATA_PATH=${DATA_PATH:-$RUN_DIR/corpus}
 STORE_DIR=${STORE_DIR:-$RUN_DIR/store}
 LOG_DIR=${LOG_DIR:-$RUN_DIR/logs}
 if [[ $MODEL_SIZE == tiny ]]; then
-    TINY=$RUN_DIR/tiny/data
+    TINY=${TINY:-$RUN_DIR/tiny/data}
     INPUT_FILE=${INPUT_FILE:-$TINY/domain_train.jsonl}
     SQL_QUESTIONS=${SQL_QUESTIONS:-$TINY/domain_test.jsonl}
     DATABASE=${DATABASE:-$TINY/domain.sqlite}

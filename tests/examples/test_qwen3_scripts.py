@@ -1,0 +1,172 @@
+"""Every script of examples/qwen3, in order, at its true layout, on a small Qwen3.
+
+The scripts run as they are. Only torchrun is another: it has the ranks forked here, where torch is
+imported already, instead of starting 4 or 8 interpreters a script; tests/e2e/test_torchrun.py has
+the real one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_replay.errors import ConfigError
+from megatron_replay.store import CandidateReader
+from tests import pool, tiny
+from tests.e2e import stages
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "examples" / "qwen3"
+OPTIMIZERS = ("adamw", "mofo", "tam", "adamuon", "muonclip")
+
+TRUE_CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    "rope_theta": 1000000, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960,
+    "hidden_act": "silu", "attention_bias": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+TRUE_CONFIGS = {
+    "4b": {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+}
+
+
+def environment(run_dir: Path, **variables: object) -> dict[str, str]:
+    """What a user has, and no more: nothing of this process's own settings may help."""
+    path = f"{Path(__file__).parent}:{Path(sys.executable).parent}:/usr/bin:/bin"
+    return {
+        "PATH": path, "HOME": str(run_dir), "VIRTUAL_ENV": sys.prefix, "PLATFORM": "cpu",
+        "MODEL_SIZE": "tiny", "RUN_DIR": str(run_dir), "TINY": str(run_dir.parent / "data"),
+        **{name: str(value) for name, value in variables.items()},
+    }  # fmt: skip
+
+
+def run_script(name: str, *flags: str, code: int = 0, **variables: str) -> str:
+    """Run a script, serve its torchrun, insist on its exit code, return what it wrote."""
+    with socket.socket(socket.AF_UNIX) as server, tempfile.TemporaryFile("w+") as written:
+        address = f"{tempfile.mkdtemp()}/launch"  # short: such an address has 108 bytes
+        server.bind(address)
+        server.listen()
+        server.settimeout(0.05)
+        script = subprocess.Popen(
+            ["bash", str(SCRIPTS / f"{name}.sh"), *flags],
+            env=variables | {"LAUNCH_SOCKET": address},
+            stdout=written,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        while script.poll() is None:
+            try:
+                client, _ = server.accept()
+            except TimeoutError:
+                continue
+            with client, client.makefile() as request:
+                argv = json.loads(request.readline())
+                client.sendall(json.dumps(launched(argv)).encode() + b"\n")
+        written.seek(0)
+        output = written.read()
+    assert script.returncode == code, output
+    return output
+
+
+def launched(argv: list[str]) -> tuple[int, str]:
+    """What torchrun does: as many ranks as it is told, the worst of their exit codes."""
+    module = argv.index("-m")
+    given = dict(zip(argv[:module:2], argv[1:module:2], strict=True))
+    assert given["--nnodes"] == "1", given
+    assert argv[module + 1].startswith("megatron_replay."), argv
+    stage, flags = argv[module + 1].removeprefix("megatron_replay."), argv[module + 2 :]
+    results = pool.run(int(given["--nproc_per_node"]), stages._main, stage, flags, None)
+    return max(code for code, _, _ in results), "".join(out + err for _, out, err in results)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("qwen3")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("qwen3", "ranks"), [("4b", 4), ("8b", 8)])
+def test_from_hugging_face_to_the_report(runs: Path, qwen3: str, ranks: int) -> None:
+    run_dir = runs / qwen3
+    env = environment(run_dir)
+
+    def script(step: str, *flags: str) -> str:
+        return run_script(step.replace("SIZE", f"{qwen3}_4K"), *flags, **env)
+
+    assert "verified" in script("ckpt_convert_qwen3_SIZE_hf2mcore")
+    script("data_convert_qwen3_SIZE_instruction")
+    output = script("stage0_qwen3_SIZE_ptd")
+    assert f"--nproc_per_node {ranks} " in output
+    assert len(CandidateReader(run_dir / "store")) == 96
+    script("stage1_qwen3_SIZE_moclip_ptd")
+    script("ckpt_convert_qwen3_SIZE_mcore2hf")
+    assert script("stage1_qwen3_SIZE_adamw_ptd", "--train-iters", "1")
+    if qwen3 == "4b":
+        for optimizer in OPTIMIZERS[1:]:
+            output = script(f"stage1_qwen3_SIZE_{optimizer}_ptd", "--train-iters", "1")
+            assert f"optimizer: {optimizer}" in output
+    script("evaluate_qwen3_SIZE_ptd")
+    script("report_qwen3_SIZE")
+    report = json.loads((run_dir / "report.json").read_text())
+    assert "moclip" in json.dumps(report)
+    assert (run_dir / "report.md").stat().st_size > 100
+    logs = (run_dir / "logs" / f"stage0_qwen3_{qwen3}_4K_ptd.node0.log").read_text()
+    assert "coverage" in logs
+
+
+@pytest.mark.parametrize("qwen3", ["4b", "8b"])
+def test_the_true_model_fits_64_gb_at_the_scripts_settings(tmp_path: Path, qwen3: str) -> None:
+    tiny.save_corpus(tmp_path / "corpus", num_documents=3)
+    config = TRUE_CONFIG | TRUE_CONFIGS[qwen3]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    env = environment(tmp_path, MODEL_SIZE="full", CKPT_LOAD_DIR=tmp_path)
+    for stage in ("stage0", "stage1"):
+        name = f"{stage}_qwen3_{qwen3}_4K_{'moclip_' * (stage == 'stage1')}ptd"
+        output = run_script(name, "--dry-run", "--device-memory-gib", "59.6", **env)
+        layout = {"4b": "TP 4 x PP 1 x DP 1", "8b": "TP 4 x PP 2 x DP 1"}[qwen3]
+        assert layout in output
+        assert "largest micro-batch in 59.60 GiB" in output
+        assert "packs per epoch" in output
+    refused = run_script(
+        name, "--dry-run", "--device-memory-gib", "8", code=ConfigError.exit_code, **env
+    )
+    assert "it does not fit on a device" in refused
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*_*.sh")), ids=lambda path: path.stem)
+def test_dry_run_prints_the_command_and_touches_nothing(path: Path, tmp_path: Path) -> None:
+    env = environment(tmp_path, DRY_RUN=1, MODEL_SIZE="full", INPUT_FILE="rows.jsonl")
+    output = run_script(path.stem, **env)
+    [line] = [line for line in output.splitlines() if line.startswith("+ ")]
+    words = shlex.split(line)
+    assert words[1] in ("torchrun", "python")
+    assert list(tmp_path.iterdir()) == []
+    if words[1] == "torchrun":
+        flags = dict(itertools.pairwise(words))
+        assert flags["--seq-length"] == "4096"
+        assert "--bf16" in words
+        if path.stem.startswith("stage1"):
+            assert (flags["--global-batch-size"], flags["--lr"]) == ("16", "1.25e-6")
+            assert flags["--optimizer"] in path.stem
+
+
+def test_a_failing_command_fails_the_script(tmp_path: Path) -> None:
+    env = environment(tmp_path, CKPT_LOAD_DIR=tmp_path / "nothing", DATA_PATH=tmp_path / "none")
+    output = run_script("report_qwen3_4b_4K", code=3, **environment(tmp_path, PLATFORM="cpu"))
+    assert "error: " in output
+    assert "none of npu, cuda, cpu" in run_script(
+        "stage0_qwen3_4b_4K_ptd", code=2, **(env | {"PLATFORM": "tpu"})
+    )
+    assert "no multiple of TP=4 x PP=1" in run_script(
+        "stage0_qwen3_4b_4K_ptd", code=2, **(env | {"NPUS_PER_NODE": "6"})
+    )
