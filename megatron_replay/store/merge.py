@@ -155,7 +155,10 @@ def merge_corpora(
                     some = range(first, min(first + DOCUMENTS_AT_ONCE, documents.stop))
                     places = [(bisect_right(starts, d) - 1, d) for d in some]
                     content = [readers[part][d - starts[part]] for part, d in places]
-                    require_labels(some, CandidateBatch.of(content), corpus)
+                    with located(
+                        f"{readers[places[0][0]].directory} from document {first} of the corpus"
+                    ):
+                        require_labels(some, CandidateBatch.of(content), corpus)
                     for document, candidates in zip(some, content, strict=True):
                         written.add(document, candidates)
 

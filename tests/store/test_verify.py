@@ -172,3 +172,13 @@ def test_an_error_of_a_process_comes_as_it_is() -> None:
     with pytest.raises(StoreError, match=r"^here: damaged \(expected 1; found 2\)$"):
         list(each_shard(work, range(40), workers=2))
     assert sorted(each_shard(abs, range(5), workers=2)) == [(i, i) for i in range(5)]
+
+
+def test_ctrl_c_ends_processes_without_their_tracebacks() -> None:
+    """The terminal sends it to all of them; the first one alone tells of it."""
+
+    def work(shard: int) -> bool:
+        return signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+    assert all(ends for _, ends in each_shard(work, range(2), workers=2))
+    assert not any(ends for _, ends in each_shard(work, range(2), workers=1))
