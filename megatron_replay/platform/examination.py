@@ -1,0 +1,182 @@
+"""What can be wrong with a machine: one function a finding, for tools/doctor.py.
+
+Each looks at a ``Machine``, so that tests can give it another root and other variables.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform as host
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_replay.errors import ReplayError
+from megatron_replay.platform import cann
+from megatron_replay.platform.base import Platform
+from megatron_replay.platform.registry import select
+
+Status = Literal["ok", "warning", "error"]
+#: Variables that runs on NPUs want: value, and why.
+VARIABLES = {
+    "HCCL_CONNECT_TIMEOUT": ("3600", "ranks load for minutes; 120 s is the default"),
+    "HCCL_EXEC_TIMEOUT": ("3600", "saving a checkpoint keeps the others waiting"),
+    "CUDA_DEVICE_MAX_CONNECTIONS": ("1", "collectives start before the products they hide in"),
+    "PYTORCH_NPU_ALLOC_CONF": ("expandable_segments:True", "less memory lost to fragments"),
+    "TASK_QUEUE_ENABLE": ("2", "the host launches ahead of the device"),
+    "CPU_AFFINITY_CONF": ("1", "ranks keep to their own cores"),
+}
+#: Device files that a container needs beside /dev/davinci0 and so on.
+_SHARED_DEVICES = ("davinci_manager", "devmm_svm", "hisi_hdc")
+_SMI = tuple(f"{place}/npu-smi" for place in ("usr/local/bin", "usr/local/sbin", "usr/bin"))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        subject: what was looked at.
+        status: an error keeps runs from working; a warning may.
+        found: what there is.
+        advice: what to do; empty where all is well.
+    """
+
+    subject: str
+    status: Status
+    found: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where to look: ``root`` in place of / and ``environment`` in place of the variables."""
+
+    root: Path = Path("/")
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+    def distribution(self, name: str) -> str | None:
+        """Version of an installed Python package; None where it is not installed."""
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def devices(self) -> list[Path]:
+        """/dev/davinci0 and so on."""
+        return sorted((self.root / "dev").glob("davinci[0-9]*"))
+
+    def is_ascend(self) -> bool:
+        """Whether anything of Ascend's is here: a device, CANN or torch_npu."""
+        has_cann = cann.home(self.root, self.environment) is not None
+        return has_cann or bool(self.devices()) or self.distribution("torch_npu") is not None
+
+
+def chosen_platform(name: str) -> tuple[Finding, Platform | None]:
+    """Which platform runs would take for ``--platform name``, and why."""
+    subject = "platform"
+    try:
+        chosen = select(name)
+    except ReplayError as error:
+        return Finding(subject, "error", str(error), "Mend it, or choose --platform cpu"), None
+    why = "asked for by name" if name != "auto" else "the first of npu, cuda, cpu that is here"
+    found = f"{chosen.name}: {why}"
+    if not chosen.validated:
+        advice = "This project has not been run on it: compare a short run with --platform cpu"
+        return Finding(subject, "warning", found, advice), chosen
+    return Finding(subject, "ok", found), chosen
+
+
+def ascend_versions(machine: Machine) -> Finding:
+    """CANN, torch_npu, torch and Python go together, and set_env.sh was sourced."""
+    subject = "CANN and torch_npu"
+    torch_npu = machine.distribution("torch_npu")
+    place = cann.home(machine.root, machine.environment)
+    if not machine.is_ascend():
+        return Finding(subject, "ok", "no Ascend device, CANN or torch_npu here")
+    if place is None:
+        advice = "Install CANN, or start the container from a CANN image (docker/run.sh)"
+        return Finding(subject, "error", f"torch_npu {torch_npu}, no CANN", advice)
+    release = cann.version(place)
+    found = f"CANN {release or 'of unknown version'} in {place}, torch_npu {torch_npu or 'none'}"
+    if torch_npu is None:
+        releases = ", ".join(cann.COMPATIBLE.get(release or "", ())) or "see docs/ascend.md"
+        return Finding(subject, "error", found, f"pip install torch_npu== one of: {releases}")
+    if release is None:
+        advice = "Check by hand: no ascend_toolkit_install.info says which CANN this is"
+        return Finding(subject, "warning", found, advice)
+    python = ".".join(host.python_version_tuple()[:2])
+    if reason := cann.why_not(release, torch_npu, python):
+        return Finding(subject, "error", f"{found}: {reason}", "Install a pair of docs/ascend.md")
+    torch = (machine.distribution("torch") or "none").partition("+")[0]
+    if torch != cann.torch_for(torch_npu):
+        advice = f"pip install torch=={cann.torch_for(torch_npu)}"
+        return Finding(subject, "error", f"{found}, torch {torch}", advice)
+    if not machine.environment.get("ASCEND_HOME_PATH"):
+        advice = f"source {place}/set_env.sh, or its parent's"
+        return Finding(subject, "error", f"{found}; set_env.sh was not sourced", advice)
+    return Finding(subject, "ok", found)
+
+
+def ascend_devices(machine: Machine) -> Finding:
+    """Device files, driver and npu-smi, which a container has to be given."""
+    subject = "Ascend devices"
+    devices = machine.devices()
+    if not machine.is_ascend():
+        return Finding(subject, "ok", "none, and nothing that wants one")
+    if not devices:
+        advice = "In a container: start it by docker/run.sh. On the host: install the driver"
+        return Finding(subject, "error", "no /dev/davinci*", advice)
+    found = f"{len(devices)} in /dev"
+    closed = [path.name for path in devices if not os.access(path, os.R_OK | os.W_OK)]
+    if closed:
+        advice = "Run as root, or add the user to the group that owns them (HwHiAiUser)"
+        return Finding(subject, "error", f"{found}, no access to {', '.join(closed)}", advice)
+    wanted = [f"dev/{name}" for name in _SHARED_DEVICES] + ["usr/local/Ascend/driver"]
+    missing = [f"/{path}" for path in wanted if not (machine.root / path).exists()]
+    if missing:
+        advice = "Pass them to the container (docker/run.sh does)"
+        return Finding(subject, "error", f"{found}, without {', '.join(missing)}", advice)
+    if not any((machine.root / path).exists() for path in _SMI):
+        return Finding(subject, "warning", f"{found}, no npu-smi", "Mount it (docker/run.sh does)")
+    return Finding(subject, "ok", f"{found}, driver and npu-smi")
+
+
+def ascend_environment(machine: Machine) -> Finding:
+    """The variables that ``VARIABLES`` lists."""
+    subject = "Ascend environment"
+    if not machine.is_ascend():
+        return Finding(subject, "ok", "not needed here")
+    other = [
+        f"{name}={value} ({why}; now {machine.environment.get(name, 'unset')})"
+        for name, (value, why) in VARIABLES.items()
+        if machine.environment.get(name) != value
+    ]
+    if other:
+        found = f"{len(other)} of {len(VARIABLES)} variables are not as recommended"
+        return Finding(subject, "warning", found, "export " + "; ".join(other))
+    return Finding(subject, "ok", f"all {len(VARIABLES)} variables as recommended")
+
+
+def space(machine: Machine, folder: Path) -> Finding:
+    """Free disk where runs write."""
+    free = shutil.disk_usage(folder).free / 1e9
+    found = f"{free:.0f} GB free in {folder}"
+    if free < 20:
+        advice = "A checkpoint with optimizer state of a 4B model takes 64 GB: choose another disk"
+        return Finding("disk", "error" if free < 1 else "warning", found, advice)
+    return Finding("disk", "ok", found)
+
+
+def memory(machine: Machine) -> Finding:
+    """Memory of the host that is not in use."""
+    lines = (machine.root / "proc/meminfo").read_text().splitlines()
+    sizes = {line.split(":")[0]: int(line.split()[1]) / 1e6 for line in lines if ":" in line}
+    found = f"{sizes['MemAvailable']:.0f} of {sizes['MemTotal']:.0f} GB available"
+    if sizes["MemAvailable"] < 4:
+        return Finding("memory", "warning", found, "Converting a 4B model needs about 8 GB a rank")
+    return Finding("memory", "ok", found)
