@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
-"""Convert between Hugging Face directories and training checkpoints, in both directions.
+"""Convert between Hugging Face directories and training checkpoints, in every direction.
 
     python tools/convert_checkpoint.py --load runs/stage1 --save exported      # to Hugging Face
     python tools/convert_checkpoint.py --load Qwen3-4B --save mcore --save-format mcore
+    python tools/convert_checkpoint.py --load-model-type hf --save-model-type mg \\
+        --load-dir Qwen3-4B --save-dir mg --target-tensor-parallel-size 4
 
-Models larger than one device's memory: run it with torchrun and the layout's flags. What was
-written is loaded with transformers and compared on a few tokens, unless ``--no-verify``.
+mg is Megatron's file a rank, as MindSpeed-LLM has it and with its flags: converted by one process,
+a parameter at a time. mcore is megatron-core's resharding format, that of Stage 1's checkpoints;
+models larger than one device's memory: with torchrun and the layout's flags. What was written is
+compared with what was read, unless ``--no-verify``.
 """
 
 from __future__ import annotations
@@ -13,19 +17,21 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_replay import cli, parallel, platform
+from megatron_replay import cli
+from megatron_replay.checkpoint.convert_flags import DTYPES, find_type, parse_arguments
 from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.errors import CheckpointError, ConfigError, ReplayError
-from megatron_replay.parallel import Parallel
+from megatron_replay.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from megatron_replay.checkpoint.load import LoadedModel
+    from megatron_replay.parallel import Parallel
 
 #: Largest difference of logits, relative to the largest one: rounding, by a wide margin.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -34,42 +40,31 @@ _VERIFIED_TOKENS = 32
 
 def main() -> int:
     """Convert; returns the exit code."""
-    options = parse_arguments()
-    config = ParallelConfig(
-        tensor_model_parallel_size=options.tensor_model_parallel_size,
-        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-        platform=options.platform,
-    )
     try:
-        groups = parallel.initialize(config, platform.select(config.platform))
-        convert(options, config, groups)
-        parallel.shutdown()
+        options = parse_arguments(__doc__)
+        load_type = find_type(options)
+        if "mg" in (load_type, options.save_model_type):
+            convert_ranks(options, load_type)
+        else:
+            convert_models(options)
     except ReplayError as error:
         cli.report_error(str(error))
         return error.exit_code
     return 0
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def convert_models(options: argparse.Namespace) -> None:
+    """Convert through a real model in a real layout: with mcore on one side."""
+    from megatron_replay import parallel, platform
+
+    config = ParallelConfig(
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        platform=options.platform,
     )
-    parser.add_argument("--load", required=True, help="what to convert")
-    parser.add_argument("--save", required=True, help="directory to write")
-    parser.add_argument("--save-format", choices=("hf", "mcore"), default="hf")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="auto: as config.json says",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace what --save holds")
-    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
-    parser.add_argument("--platform", default="auto")
-    return parser.parse_args()
+    groups = parallel.initialize(config, platform.select(config.platform))
+    convert(options, config, groups)
+    parallel.shutdown()
 
 
 def convert(options: argparse.Namespace, config: ParallelConfig, groups: Parallel) -> None:
@@ -79,23 +74,13 @@ def convert(options: argparse.Namespace, config: ParallelConfig, groups: Paralle
     from megatron_replay.checkpoint.training import (
         TrainState,
         keep_model_files,
-        latest_iteration,
         save_checkpoint,
     )
 
-    to_hf = options.save_format == "hf"
-    is_checkpoint = latest_iteration(Path(options.load)) is not None
-    if to_hf != is_checkpoint:
-        raise ConfigError(
-            f"--load is {'a training checkpoint' if is_checkpoint else 'a Hugging Face directory'} "
-            "already",
-            where="--save-format",
-            expected="hf" if is_checkpoint else "mcore",
-            found=options.save_format,
-        )
-    target = Path(options.save)
-    dtype = _dtype(options.dtype, model_files(options.load))
-    source = ModelConfigSource(load=options.load, bf16=dtype is torch.bfloat16)
+    to_hf = options.save_model_type == "hf"
+    target = Path(options.save_dir)
+    dtype = _dtype(options.params_dtype, model_files(options.load_dir))
+    source = ModelConfigSource(load=options.load_dir, bf16=dtype is torch.bfloat16)
     model = load_model(source, config, groups)
     if to_hf:
         export_hf(
@@ -113,9 +98,45 @@ def convert(options: argparse.Namespace, config: ParallelConfig, groups: Paralle
             keep_model_files(model.files, target)
         save_checkpoint(target, TrainState(0, 0, 0, {}), model.module, None, groups)
     if options.verify:
-        verify(model, target if to_hf else Path(options.load), groups)
+        verify(model, target if to_hf else Path(options.load_dir), groups)
     if groups.rank == 0:
-        print(f"wrote {target} ({options.save_format}, {dtype})")
+        print(f"wrote {target} ({options.save_model_type}, {dtype})")
+
+
+def convert_ranks(options: argparse.Namespace, load_type: str) -> None:
+    """Convert from or to files of ranks, in this process, without a model."""
+    from megatron_replay.checkpoint.stream import grid_for, hf_to_ranks, ranks_to_hf
+
+    source, target = Path(options.load_dir), Path(options.save_dir)
+    dtype = None if options.params_dtype == "auto" else DTYPES[options.params_dtype]
+    common: dict[str, Any] = {
+        "dtype": dtype,
+        "overwrite": options.overwrite,
+        "verify": options.verify,
+    }
+    if load_type == "hf":
+        grid = grid_for(
+            ModelConfig.from_hf(source),
+            tp=options.target_tensor_parallel_size,
+            pp=options.target_pipeline_parallel_size,
+            layers=options.num_layer_list,
+            transformer_engine=options.transformer_impl == "transformer_engine",
+            vocabulary_multiple=options.make_vocab_size_divisible_by,
+        )
+        done = hf_to_ranks(source, target, grid, **common)
+    else:
+        files = Path(options.hf_cfg_dir) if options.hf_cfg_dir else None
+        done = ranks_to_hf(source, target, config_directory=files, **common)
+    grid = done.grid
+    stages = ", ".join(map(str, grid.layers))
+    print(
+        f"wrote {target} ({options.save_model_type}); ranks: TP {grid.tp} x PP {grid.pp}, layers "
+        f"{stages}, vocabulary {grid.vocabulary}"
+    )
+    if done.num_verified:
+        print(f"verified: {done.num_verified} tensors read back, every bit compared; no logits")
+    else:
+        print("not verified, as asked")
 
 
 def _dtype(name: str, files: Path) -> torch.dtype:
@@ -123,11 +144,12 @@ def _dtype(name: str, files: Path) -> torch.dtype:
     if name == "auto":
         content = json.loads((files / "config.json").read_text(encoding="utf-8"))
         name = content.get("dtype") or content.get("torch_dtype") or "float32"
-    if name not in ("float32", "bfloat16"):
+    dtype = DTYPES.get(name)
+    if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(
-            "unsupported dtype", where="--dtype", expected="float32 or bfloat16", found=name
+            "unsupported dtype", where="--params-dtype", expected="float32 or bfloat16", found=name
         )
-    return torch.float32 if name == "float32" else torch.bfloat16
+    return dtype
 
 
 @torch.no_grad()

@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,15 +22,16 @@ from torch import Tensor
 
 from megatron_replay.checkpoint.hf import INDEX, HFReader, same_bits
 from megatron_replay.checkpoint.names import hf_tensor_shapes, mapping_of
+from megatron_replay.checkpoint.staging import publish, staging_directory, start_directory
 from megatron_replay.errors import CheckpointError, OutputError
-from megatron_replay.files import atomic_file, fsync_directory, output_error, write_json
+from megatron_replay.files import atomic_file, output_error, write_json
 from megatron_replay.model.config import ModelConfig
-from megatron_replay.parallel import Parallel
+
+if TYPE_CHECKING:
+    from megatron_replay.parallel import Parallel
 
 #: Copied from the source: what a Hugging Face directory holds beside weights and their index.
 _SIDE_FILES = (".json", ".model", ".txt", ".jinja")
-
-T = TypeVar("T")
 
 
 def export_hf(
@@ -111,7 +111,7 @@ def write_weights(
     directory: Path,
     tensors: Iterable[tuple[str, Tensor]],
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     stage: int = 0,
     writes: bool = True,
     max_shard_bytes: int = 2 << 30,
@@ -119,7 +119,8 @@ def write_weights(
     """Write ``tensors`` into numbered shards of ``directory``; {name: (file, bytes)}.
 
     Consumes the tensors on every rank, since producing them is collective, and after a failure too;
-    writes where ``writes``. Holds at most one shard and one tensor in memory.
+    writes where ``writes``. Holds at most one shard and one tensor in memory. ``dtype`` None: as
+    they are.
 
     Raises:
         OutputError: a shard cannot be written.
@@ -129,7 +130,7 @@ def write_weights(
     for name, tensor in tensors:
         if writes and failure is None:
             try:
-                shards.add(name, tensor.to("cpu", dtype, copy=True).contiguous())
+                shards.add(name, tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous())
             except OutputError as error:
                 failure = error
     if failure is not None:
@@ -184,16 +185,20 @@ def finish_directory(
             handle.write(content)
     name = str(dtype).removeprefix("torch.")
     write_json(staged / "config.json", {**config, "dtype": name, "torch_dtype": name})
-    total = sum(size for _, size in written.values())
+    write_index(staged, written)
+    try:
+        publish(staged, final.resolve(), overwrite=overwrite)
+    except OSError as error:
+        raise output_error(final, error) from error
+
+
+def write_index(staged: Path, written: dict[str, tuple[str, int]]) -> None:
+    """Write the index over all shards; their names tell transformers which file holds what."""
     index = {
-        "metadata": {"total_size": total},
+        "metadata": {"total_size": sum(size for _, size in written.values())},
         "weight_map": {name: file for name, (file, _) in sorted(written.items())},
     }
     write_json(staged / INDEX, index)
-    try:
-        _publish(staged, final.resolve(), overwrite=overwrite)
-    except OSError as error:
-        raise output_error(final, error) from error
 
 
 def _side_files(source: Path) -> Iterator[tuple[str, bytes]]:
@@ -205,55 +210,6 @@ def _side_files(source: Path) -> Iterator[tuple[str, bytes]]:
                 yield file.name, file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read: {error.strerror}", where=source) from error
-
-
-def _publish(staged: Path, final: Path, *, overwrite: bool) -> None:
-    retired = final.with_name(f".{final.name}.replaced")
-    fsync_directory(staged)
-    if overwrite and final.exists():
-        if retired.exists():
-            shutil.rmtree(retired)
-        os.replace(final, retired)
-    os.replace(staged, final)  # fails if there is a directory that is not empty
-    fsync_directory(final.parent)
-    if overwrite and retired.exists():
-        shutil.rmtree(retired)
-
-
-def start_directory(final: Path, *, overwrite: bool = False) -> Path:
-    """Create the staging directory of ``final``; what a killed export left there is removed.
-
-    Raises:
-        OutputError: ``final`` holds something and ``overwrite`` was not asked for, or it is no
-            model: what else lies there is never removed.
-    """
-    staged = staging_directory(final)
-    try:
-        held = {path.name for path in final.iterdir()} if final.exists() else set()
-        if held and not overwrite:
-            raise OutputError(
-                "the directory is not empty", where=final, fix="Choose another, or give --overwrite"
-            )
-        if held and "config.json" not in held:
-            raise OutputError(
-                "the directory holds something else than a Hugging Face model",
-                where=final,
-                expected="config.json",
-                found=", ".join(sorted(held)[:3]),
-                fix="Choose another, or remove it yourself",
-            )
-        if staged.exists():
-            shutil.rmtree(staged)
-        staged.mkdir(parents=True)
-    except OSError as error:
-        raise output_error(final, error) from error
-    return staged
-
-
-def staging_directory(final: Path) -> Path:
-    """Where ``final`` is built: beside it, or beside what it links to."""
-    final = final.resolve()
-    return final.with_name(f".{final.name}.incomplete")
 
 
 def write_random(

@@ -26,6 +26,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_replay.checkpoint.directories import (
+    LATEST,
+    iteration_directory,
+    keep_model_files,
+    latest_iteration,
+    model_files_directory,
+)
 from megatron_replay.checkpoint.vocabulary import (
     change_places,
     deinterleave,
@@ -38,7 +45,15 @@ from megatron_replay.model.gpt import ReplayGPTModel
 from megatron_replay.parallel import Parallel
 from megatron_replay.platform.megatron_core import checkpointing
 
-_LATEST = "latest_checkpointed_iteration.txt"
+__all__ = [
+    "TrainState",
+    "iteration_directory",
+    "keep_model_files",
+    "latest_iteration",
+    "load_checkpoint",
+    "model_files_directory",
+    "save_checkpoint",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,35 +83,6 @@ class TrainState:
                     found=value,
                     fix="Give the value it was started with, or another --save",
                 )
-
-
-def latest_iteration(directory: Path) -> int | None:
-    """The newest complete iteration in ``directory``, or None when there is none.
-
-    Raises:
-        CheckpointError: the marker names an iteration that is not there.
-    """
-    marker = directory / _LATEST
-    if not marker.exists():
-        return None
-    text = marker.read_text().strip()
-    if not text.isdigit():
-        raise CheckpointError("not an iteration", where=marker, expected="a number", found=text)
-    path = iteration_directory(directory, int(text))
-    if not path.is_dir():
-        complete = sorted(p.name for p in directory.glob("iter_*"))
-        raise CheckpointError(
-            "the newest checkpoint is missing",
-            where=path,
-            found=", ".join(complete) or "none",
-            fix=f"Restore it, or write the number of an existing one into {marker}",
-        )
-    return int(text)
-
-
-def iteration_directory(directory: Path, iteration: int) -> Path:
-    """``directory/iter_0000100``."""
-    return directory / f"iter_{iteration:07d}"
 
 
 def save_checkpoint(
@@ -165,25 +151,8 @@ def _unloadable(path: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
         f"cannot load the checkpoint: {type(error).__name__}: {_reason(error)}",
         where=path,
-        fix=f"Remove it and write the number of another iteration into {_LATEST}",
+        fix=f"Remove it and write the number of another iteration into {LATEST}",
     )
-
-
-def model_files_directory(directory: Path) -> Path:
-    """Where config.json and tokenizer lie in a checkpoint directory."""
-    return directory / "hf"
-
-
-def keep_model_files(source: Path, directory: Path) -> None:
-    """Copy config.json and tokenizer beside the checkpoints, so that they can be exported."""
-    target = model_files_directory(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in (".json", ".model", ".txt", ".jinja"):
-            if file.name.endswith(".index.json") or (target / file.name).exists():
-                continue
-            with atomic_file(target / file.name) as handle:
-                handle.write(file.read_bytes())
 
 
 def _sharded_state(
@@ -250,7 +219,7 @@ def _publish(directory: Path, staged: Path, final: Path, state: TrainState) -> N
         fsync_directory(staged)
         os.replace(staged, final)
         fsync_directory(directory)
-        with atomic_file(directory / _LATEST, "w") as handle:
+        with atomic_file(directory / LATEST, "w") as handle:
             handle.write(f"{state.iteration}\n")
     except OSError as error:
         raise output_error(final, error) from error
