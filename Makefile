@@ -25,11 +25,12 @@ $(STAMP): requirements/cpu.txt setup.py \
 test: setup  ## all tests, those of one process first
 	$(BIN)/python -m pytest --durations=15
 
-check: setup  ## style, types, shell scripts, layer laws
+check: setup  ## style, types, shell scripts, Dockerfiles, layer laws
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck .ci/run $$(git ls-files '*.sh')
+	$(BIN)/hadolint docker/*.Dockerfile
 	$(BIN)/python -m pytest tests/test_laws.py
 
 $(PEERS): $(STAMP) requirements/bench.txt

