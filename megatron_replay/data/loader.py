@@ -30,7 +30,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return tensor.to(device)
     # A thread's own is the first device until it is told; pinning would open a context there.
-    torch.accelerator.set_device_index(device)
+    torch.get_device_module(device).set_device(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
