@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 #: Largest difference of logits, relative to the largest one: rounding, by a wide margin.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 _VERIFIED_TOKENS = 32
+#: Models of up to so many parameters are run to compare logits after a conversion without a model.
+_LARGEST_RUN = 50_000_000
 
 
 def main() -> int:
@@ -133,10 +135,45 @@ def convert_ranks(options: argparse.Namespace, load_type: str) -> None:
         f"wrote {target} ({options.save_model_type}); ranks: TP {grid.tp} x PP {grid.pp}, layers "
         f"{stages}, vocabulary {grid.vocabulary}"
     )
-    if done.num_verified:
-        print(f"verified: {done.num_verified} tensors read back, every bit compared; no logits")
-    else:
+    if not done.num_verified:
         print("not verified, as asked")
+        return
+    print(f"verified: {done.num_verified} tensors read back, every bit compared")
+    hf, ranks = (source, target) if load_type == "hf" else (target, source)
+    verify_logits(hf, ranks, options.platform)
+
+
+def verify_logits(hf_directory: Path, ranks_directory: Path, platform_name: str) -> None:
+    """Put the ranks together in a model and compare its logits; says so if it is too large.
+
+    Raises:
+        CheckpointError: they differ from those of transformers by more than rounding.
+    """
+    from megatron_replay import parallel, platform
+    from megatron_replay.checkpoint.compare import whole_parameter
+    from megatron_replay.checkpoint.directories import iteration_directory, latest_iteration
+    from megatron_replay.checkpoint.load import load_model
+    from megatron_replay.checkpoint.rank_files import open_grid
+
+    shape = ModelConfig.from_hf(hf_directory)
+    if shape.num_parameters() > _LARGEST_RUN:
+        print(
+            f"logits: not compared, the model has more than {_LARGEST_RUN / 1e6:.0f} million "
+            "parameters"
+        )
+        return
+    grid, files = open_grid(
+        iteration_directory(ranks_directory, latest_iteration(ranks_directory) or 0), shape
+    )
+    config = ParallelConfig(platform=platform_name)
+    groups = parallel.initialize(config, platform.select(config.platform))
+    source = ModelConfigSource(load=str(hf_directory), bf16=False)
+    model = load_model(source, config, groups)
+    with torch.no_grad():
+        for name, parameter in model.module.named_parameters():
+            parameter.copy_(whole_parameter(name, files, shape, grid))
+    verify(model, hf_directory, groups)
+    parallel.shutdown()
 
 
 def _dtype(name: str, files: Path) -> torch.dtype:

@@ -92,6 +92,37 @@ def require_same(
     return len(names)
 
 
+def whole_parameter(parameter: str, files: Files, config: ModelConfig, grid: Grid) -> Tensor:
+    """A parameter as a model on one device has it (TP 1, PP 1), put together from all ranks."""
+    stage, name = (0 if parameter == _EMBEDDING else len(grid.layers) - 1), parameter
+    if parameter == _OUTPUT and _OUTPUT not in files[stage, 0].shapes:
+        stage, name = 0, _EMBEDDING
+    if parameter.startswith("decoder.layers."):
+        number, word = parameter.removeprefix("decoder.layers.").split(".", 1)
+        stage, local = _stage_of(int(number), grid)
+        te = dict(names for names in _PARAMETERS.values() if len(names) == 2)
+        name = f"decoder.layers.{local}.{word}"
+        if name not in files[stage, 0].shapes and word in te:
+            name = f"decoder.layers.{local}.{te[word]}"
+    shards = [files[stage, rank][name] for rank in range(grid.tp)]
+    if name in (_EMBEDDING, _OUTPUT):
+        return torch.cat(shards)[: config.vocab_size]
+    if name.endswith("linear_fc1.weight"):
+        return torch.cat([shard.chunk(2)[half] for half in (0, 1) for shard in shards])
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return torch.cat(shards, 1)
+    return torch.cat(shards) if name.endswith("linear_qkv.weight") else shards[0]
+
+
+def _stage_of(number: int, grid: Grid) -> tuple[int, int]:
+    """A layer's stage, and its number there."""
+    stage = 0
+    while number >= grid.layers[stage]:
+        number -= grid.layers[stage]
+        stage += 1
+    return stage, number
+
+
 def _is_surplus(name: str, config: ModelConfig) -> bool:
     """What ``HFReader.check`` allows and compares itself: a tied head, rotary frequencies."""
     return name.endswith("inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
@@ -110,12 +141,9 @@ def _homes(name: str, files: Files, grid: Grid, *, is_tied: bool) -> Iterator[tu
         yield last, "decoder.final_layernorm.weight"
     else:
         _, _, number, *words = name.split(".")
-        stage, first = 0, 0
-        while int(number) >= first + grid.layers[stage]:
-            first += grid.layers[stage]
-            stage += 1
+        stage, number_there = _stage_of(int(number), grid)
         local, *te = _PARAMETERS[words[-2]]
-        prefix = f"decoder.layers.{int(number) - first}."
+        prefix = f"decoder.layers.{number_there}."
         held = files[stage, 0].shapes
         yield stage, prefix + (te[0] if te and prefix + te[0] in held else local)
 

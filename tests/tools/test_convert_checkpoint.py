@@ -1,0 +1,112 @@
+"""The converter's command line: MindSpeed-LLM's flags work, others say what to do instead."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_replay.checkpoint.export import require_equal
+from tests import pool, tiny
+from tools import convert_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.save_qwen3(
+        tmp_path_factory.mktemp("convert") / "model", tied=True, vocab_size=97, num_hidden_layers=2
+    )
+
+
+def _run(rank: int, world_size: int, argv: list[str]) -> int:
+    sys.argv = ["convert_checkpoint", *argv]
+    return convert_checkpoint.main()
+
+
+def mistake(capsys, monkeypatch, *argv: object) -> str:
+    """The one line that is printed."""
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint", *map(str, argv)])
+    assert convert_checkpoint.main() in (2, 4)
+    [line] = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_flags_of_mindspeed_llm(model, tmp_path, capfd):
+    mg, hf = tmp_path / "mg", tmp_path / "hf"
+    common = ["--model-type-hf", "qwen3"]
+    there = [
+        *("--load-model-type", "hf", "--save-model-type", "mg", "--load-dir", model),
+        *("--save-dir", mg, "--target-tensor-parallel-size", 2),
+        *("--target-pipeline-parallel-size", 2, "--num-layer-list", "1,1"),
+        *("--transformer-impl", "transformer_engine"),
+    ]
+    back = [
+        *("--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", mg),
+        *("--save-dir", hf, "--target-tensor-parallel-size", 1, "--trust-pickle"),
+    ]
+    assert pool.run(1, _run, list(map(str, there + common))) == [0]
+    assert pool.run(1, _run, list(map(str, back + common))) == [0]
+    require_equal(hf, model)
+    said = capfd.readouterr().out
+    assert said.count("verified: 24 tensors read back, every bit compared") == 2
+    assert said.count("verified: logits equal transformers'") == 2
+
+
+def test_a_large_model_is_said_not_to_be_run(model, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(convert_checkpoint, "_LARGEST_RUN", 1_000_000 - 1)
+    monkeypatch.setattr(convert_checkpoint.ModelConfig, "num_parameters", lambda _: 1_000_000)
+    argv = ["x", "--load", str(model), "--save", str(tmp_path / "mg"), "--save-model-type", "mg"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert convert_checkpoint.main() == 0
+    assert "logits: not compared, the model has more than 1 million parameters" in (
+        capsys.readouterr().out
+    )
+    monkeypatch.setattr(sys, "argv", [*argv, "--overwrite", "--no-verify"])
+    assert convert_checkpoint.main() == 0
+    assert "not verified, as asked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--moe-grouped-gemm"], "--moe-grouped-gemm: not used .*models here are dense"),
+        (["--target-expert-parallel-size", "1"], "models here are dense"),
+        (["--spec", "a", "b"], r"--spec: .*names are always megatron-core's"),
+        (["--tokenizer-model=x"], r"--tokenizer-model: .*tokenizer goes along"),
+        (["--lora-load", "x"], "Merge the adapter first"),
+        (["--save-dri", "x"], r"--save-dri: no such flag. Did you mean --save-dir\?"),
+        (["--save-model-type", "mgg"], r"invalid choice: 'mgg'"),
+        (["--load-model-type", "mg"], r"--load-model-type: .*expected hf; found mg"),
+        (["--model-type-hf", "llama2"], "expected qwen3; found llama2"),
+        (["--save-model-type", "hf"], "is hf already"),
+        (["--save-model-type", "mcore", "--target-tensor-parallel-size", "2"],
+         "--target-tensor-parallel-size: mcore is not cut into ranks"),
+        (["--load", "/nowhere"], r"/nowhere: no checkpoint here .*found no such directory"),
+        (["--num-layer-list", "a"], "--num-layer-list: invalid"),
+    ],
+)  # fmt: skip
+def test_mistakes(model, tmp_path, capsys, monkeypatch, argv, message):
+    base = ["--load", model, "--save", tmp_path / "mg", "--save-model-type", "mg"]
+    line = mistake(capsys, monkeypatch, *base, *argv)
+    assert line.startswith("error: ")
+    assert re.search(message, line), line
+    assert not (tmp_path / "mg").exists()
+
+
+def test_pickles_need_trust(tmp_path, capsys, monkeypatch):
+    (tmp_path / "iter_0000007" / "mp_rank_00").mkdir(parents=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    line = mistake(capsys, monkeypatch, "--load", tmp_path, "--save", tmp_path / "hf")
+    assert "pickles" in line
+    assert "--trust-pickle" in line
+    line = mistake(
+        capsys, monkeypatch, "--load", tmp_path, "--save", tmp_path / "m", "--save-format", "mcore"
+    )
+    assert "no conversion from mg to mcore" in line
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    line = mistake(capsys, monkeypatch, "--load", tmp_path, "--save", "x", "--trust-pickle")
+    assert "config.json" in line
