@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ class NPU(Platform):
 
     def prepare(self, local_rank: int = 0) -> None:
         """Bind this process to NPU ``local_rank`` and mend what ``transfer_to_npu`` leaves."""
-        importlib.import_module("torch_npu.contrib.transfer_to_npu")
+        # It sets a filter that shows every warning, then warns at length: record, to throw away.
+        with warnings.catch_warnings(record=True):
+            importlib.import_module("torch_npu.contrib.transfer_to_npu")
         self.device = torch.device("npu", local_rank)
         _npu().set_device(self.device)
         install(_npu(), self.device, extra={})

@@ -1,7 +1,7 @@
 """Runs both stages as on NPUs, in a fresh interpreter: python -m tests.npu_stub.journey FOLDER.
 
-FOLDER holds a checkpoint and a corpus. Every rank is forked once all is imported, as torchrun's
-workers would start; what the guard finds goes to FOLDER/found.json.
+FOLDER holds a checkpoint and a corpus. NPU_STUB_ALL=1 adds the optimizers that are compared with.
+Every rank is forked once all is imported; what the guard finds goes to FOLDER/found.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 
 from megatron_replay.platform import select
 
-Job = tuple[str, list[Any], int]
+#: Stage, arguments, and TP and PP.
+Job = tuple[str, list[Any], tuple[int, int]]
 
 
 def _rank(rank: int, world: int, port: int, folder: Path, stage: str, argv: list[str]) -> None:
@@ -47,25 +48,31 @@ def _rank(rank: int, world: int, port: int, folder: Path, stage: str, argv: list
     os._exit(0)
 
 
-def run(folder: Path, stage: str, argv: list[Any], tp: int) -> list[dict[str, Any]]:
+def run(folder: Path, stage: str, argv: list[Any], layout: tuple[int, int]) -> list[dict[str, Any]]:
     """What each rank found."""
+    tp, pp = layout
+    world = tp * pp
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    flags = [*map(str, argv), "--platform", "npu", "--tensor-model-parallel-size", str(tp)]
+    flags = [
+        *map(str, argv), "--platform", "npu", "--tensor-model-parallel-size", str(tp),
+        "--pipeline-model-parallel-size", str(pp),
+    ]  # fmt: skip
     ranks = [
-        context.Process(target=_rank, args=(r, tp, port, folder, stage, flags)) for r in range(tp)
+        context.Process(target=_rank, args=(r, world, port, folder, stage, flags))
+        for r in range(world)
     ]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join()
-    return [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(tp)]
+    return [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(world)]
 
 
 def jobs(folder: Path) -> list[Job]:
-    """Both stages on one and two NPUs; every optimizer rule, both scopes, saved and resumed."""
+    """Both stages, by TP and by PP, two optimizers, both scopes, saved and resumed."""
     inputs = ["--load", folder / "model", "--data-path", folder / "corpus", "--seq-length", 64]
     train = [
         *inputs, "--store", folder / "store", "--lr", 1e-3, "--global-batch-size", 2,
@@ -73,13 +80,18 @@ def jobs(folder: Path) -> list[Job]:
     ]  # fmt: skip
     bf16 = ["--save", folder / "moclip", "--bf16", "--sequence-parallel"]
     document = ["--candidate-scope", "document", "--tail", "ghost"]
-    return [
-        ("stage0", [*inputs, "--store", folder / "one"], 1),
-        ("stage0", [*inputs, "--store", folder / "store"], 2),
-        ("stage1", [*train, *bf16], 2),
-        ("stage1", [*train, *bf16, "--exit-interval", 3], 2),
-        ("stage1", [*train, *document, "--save", folder / "adamw", "--optimizer", "adamw"], 1),
+    chosen: list[Job] = [
+        ("stage0", [*inputs, "--store", folder / "one"], (1, 1)),
+        ("stage0", [*inputs, "--store", folder / "store"], (2, 1)),
+        ("stage1", [*train, *bf16], (2, 1)),
+        ("stage1", [*train, *bf16, "--exit-interval", 3], (2, 1)),
+        ("stage1", [*train, *document, "--save", folder / "adamw", "--optimizer", "adamw"], (1, 2)),
     ]
+    if os.environ.get("NPU_STUB_ALL"):
+        more = [["--optimizer", name] for name in ("mofo", "tam", "adamuon", "muonclip")]
+        for flags in (*more, ["--loss", "full"]):
+            chosen.append(("stage1", [*train, *flags, "--save", folder / flags[1]], (2, 1)))
+    return chosen
 
 
 def misdeeds() -> list[str]:
@@ -128,7 +140,7 @@ def wrong_calls() -> list[str]:
 def main() -> int:
     """Run them all."""
     folder = Path(sys.argv[1])
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # as in a run: deprecations are not a user's affair
     select("npu").prepare(0)
     import megatron_replay.collection.run
     import megatron_replay.training.loop  # noqa: F401
@@ -138,8 +150,8 @@ def main() -> int:
 
     total: collections.Counter[tuple[str, str]] = collections.Counter()
     codes, calls = [], collections.Counter()
-    for stage, argv, tp in jobs(folder):
-        for answer in run(folder, stage, argv, tp):
+    for stage, argv, layout in jobs(folder):
+        for answer in run(folder, stage, argv, layout):
             codes.append(answer["code"])
             calls.update(answer["calls"])
             for rule, place, count in answer["found"]:
