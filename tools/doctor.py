@@ -11,35 +11,35 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
 import os
 import platform as host
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # With an accelerator's extension installed and its libraries missing, even torch fails to load.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
-if TYPE_CHECKING:
-    from megatron_replay.platform import Platform
+try:
+    from megatron_replay.platform import Platform, examination
     from megatron_replay.platform.examination import Finding, Machine
+    from megatron_replay.platform.megatron_core import SUPPORTED_VERSION
+except (ImportError, OSError) as error:
+    sys.exit(f"ERROR   torch: {error}\n        Run make setup, or pip install torch")
 
 _MARKS = {"ok": "ok     ", "warning": "WARNING", "error": "ERROR  "}
 
 
 def versions(machine: Machine) -> Iterator[Finding]:
     """Python and the packages that matter."""
-    from megatron_replay.platform.examination import Finding
-    from megatron_replay.platform.megatron_core import SUPPORTED_VERSION
-
     python = host.python_version()
     old = sys.version_info < (3, 10)
     yield Finding("Python", "error" if old else "ok", python, "Use 3.10 or 3.11" if old else "")
@@ -60,8 +60,6 @@ def versions(machine: Machine) -> Iterator[Finding]:
 
 def megatron_path(machine: Machine) -> Finding:
     """Whether ``megatron`` is megatron-core's wheel and nothing else."""
-    from megatron_replay.platform.examination import Finding
-
     places = package_folders("megatron")
     if not places:
         return Finding("megatron", "error", "not importable", "pip install megatron-core==0.16.1")
@@ -70,16 +68,26 @@ def megatron_path(machine: Machine) -> Finding:
         advice = "Take Megatron-LM's source off PYTHONPATH: only megatron-core's wheel is used"
         return Finding("megatron", "error", f"Megatron-LM in {', '.join(strangers)}", advice)
     cores = [str(place) for place in places if (place / "core").is_dir()]
+    releases = [_release(Path(core)) for core in cores]
+    if len(cores) == 1 and releases[0] not in (None, SUPPORTED_VERSION):
+        advice = f"Take it off PYTHONPATH, or pip install megatron-core=={SUPPORTED_VERSION}"
+        return Finding("megatron", "error", f"core {releases[0]} in {cores[0]}", advice)
     if len(cores) > 1:
         advice = "Keep one: the first on the path wins, whatever pip says"
         return Finding("megatron", "error", f"several: {', '.join(cores)}", advice)
     return Finding("megatron", "ok", cores[0] if cores else str(places[0]))
 
 
+def _release(place: Path) -> str | None:
+    """What megatron-core in ``place`` says it is, whatever pip has installed."""
+    file = place / "core" / "package_info.py"
+    text = file.read_text() if file.is_file() else ""
+    numbers = [re.search(rf"^{part} = (\d+)", text, re.M) for part in ("MAJOR", "MINOR", "PATCH")]
+    return ".".join(number[1] for number in numbers if number) or None
+
+
 def transformer_engine(machine: Machine) -> Finding:
     """megatron-core takes other paths where Transformer Engine is importable."""
-    from megatron_replay.platform.examination import Finding
-
     places = package_folders("transformer_engine")
     if not places:
         return Finding("Transformer Engine", "ok", "not installed, and not needed")
@@ -90,8 +98,6 @@ def transformer_engine(machine: Machine) -> Finding:
 
 def mindspeed(machine: Machine) -> Finding:
     """MindSpeed patches megatron when imported; nothing here imports it."""
-    from megatron_replay.platform.examination import Finding
-
     if "mindspeed" in sys.modules:
         advice = "Find what imports it (sitecustomize, a .pth file): it patches megatron"
         return Finding("MindSpeed", "error", "already imported", advice)
@@ -102,8 +108,6 @@ def mindspeed(machine: Machine) -> Finding:
 
 def apex(machine: Machine) -> Finding:
     """NVIDIA's and Ascend's apex are extensions for training; PyPI's is a web toolkit."""
-    from megatron_replay.platform.examination import Finding
-
     places = package_folders("apex")
     if not places:
         return Finding("apex", "ok", "not installed, and not needed")
@@ -127,7 +131,6 @@ def compiled_kernels(platform: Platform) -> Iterator[Finding]:
     """Which of the forms made for the platform's device can be loaded."""
     from megatron_replay import kernels
     from megatron_replay.kernels.registry import DEVICE
-    from megatron_replay.platform.examination import Finding
 
     for forms in (kernels.HEAD, kernels.OPTIMIZER, kernels.SELECTION):
         for name in (name for name in forms.compiled if DEVICE[name] == platform.name):
@@ -142,8 +145,6 @@ def compiled_kernels(platform: Platform) -> Iterator[Finding]:
 
 def collective(platform: Platform, *, timeout: float = 60.0) -> Finding:
     """Two processes add up one number each."""
-    from megatron_replay.platform.examination import Finding
-
     subject = f"two ranks over {platform.communication_backend}"
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
@@ -200,7 +201,6 @@ def head_smoke(platform: Platform) -> Finding:
         restricted_cross_entropy,
         restricted_cross_entropy_dense,
     )
-    from megatron_replay.platform.examination import Finding
 
     start = time.monotonic()
     if platform.name != "cpu":
@@ -239,8 +239,6 @@ def head_smoke(platform: Platform) -> Finding:
 
 def examine(machine: Machine, platform_name: str, folder: Path) -> Iterator[Finding]:
     """All findings, cheap ones first; one that fails itself is an error."""
-    from megatron_replay.platform import examination
-
     first, platform = examination.chosen_platform(platform_name)
     yield first
     yield from versions(machine)
@@ -287,13 +285,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--platform", default="auto", help="as for the stages")
     parser.add_argument("--folder", type=Path, default=Path("."), help="where runs will write")
     options = parser.parse_args(arguments)
-    try:
-        from megatron_replay.platform.examination import Machine
-    except (ImportError, OSError) as error:
-        advice = "make setup, or pip install torch; unset LD_PRELOAD and stale PYTHONPATH"
-        broken = {"subject": "torch", "status": "error", "found": str(error), "advice": advice}
-        print(json.dumps([broken]) if options.json else f"ERROR   torch: {error}\n        {advice}")
-        return 1
     findings = []
     for finding in examine(Machine(), options.platform, options.folder):
         findings.append(finding)

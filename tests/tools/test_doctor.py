@@ -173,6 +173,29 @@ def test_a_real_transformer_engine_on_an_ascend_node_is_an_error(on_path, tmp_pa
     assert doctor.transformer_engine(Machine(with_cann(tmp_path, "9.1.0"), {})).status == "error"
 
 
+def test_another_core_before_the_installed_one(on_path, tmp_path):
+    on_path("megatron/core")
+    for minor, status in ((16, "ok"), (12, "error")):
+        text = f"MAJOR = 0\nMINOR = {minor}\nPATCH = 1\nPRE_RELEASE = ''\n"
+        (tmp_path / "megatron/core/package_info.py").write_text(text)
+        found = doctor.megatron_path(Machine(tmp_path, {}))
+        assert found.status == status, found
+
+
+def test_without_torch_it_says_so(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/doctor.py"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "ERROR   torch: no torch here", "        Run make setup, or pip install torch",
+    ]  # fmt: skip
+
+
 def test_package_folders_are_found_without_import(tmp_path, monkeypatch):
     (tmp_path / "mindspeed").mkdir()
     (tmp_path / "mindspeed/__init__.py").write_text("raise RuntimeError('imported')")
