@@ -137,6 +137,17 @@ def wrong_calls() -> list[str]:
     return names
 
 
+def doctor() -> list[tuple[str, str]]:
+    """What tools/doctor.py says of two NPUs, and of the head on one."""
+    from tests.npu_stub.guard import Guard
+    from tools.doctor import collective, head_smoke
+
+    guard, npu = Guard(), select("npu")
+    with guard.everywhere():
+        found = [collective(npu), head_smoke(npu)]
+    return [(finding.status, finding.found) for finding in found] + list(guard.found)
+
+
 def main() -> int:
     """Run them all."""
     folder = Path(sys.argv[1])
@@ -161,6 +172,7 @@ def main() -> int:
         "codes": codes,
         "found": found,
         "calls": calls,
+        "doctor": doctor(),
         "misdeeds": misdeeds(),
         "wrong_calls": wrong_calls(),
         "modules": [name for name in sys.modules if "mindspeed" in name],

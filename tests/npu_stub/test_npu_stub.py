@@ -76,6 +76,14 @@ def test_what_we_call_is_the_same_in_every_recorded_release(journey):
 
 
 @pytest.mark.distributed
+def test_the_doctor_examines_npus(journey):
+    (two, added), (head, compared) = journey["doctor"]
+    assert (two, head) == ("ok", "ok"), journey["doctor"]
+    assert added.startswith("1 + 2 = 3")
+    assert compared.startswith("ascend form on npu")
+
+
+@pytest.mark.distributed
 def test_the_guard_sees_what_it_must(journey):
     """Misdeeds done on purpose, in the same interpreter."""
     assert journey["misdeeds"] == [
