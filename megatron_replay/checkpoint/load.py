@@ -46,7 +46,15 @@ def model_files(load: str | Path) -> Path:
         CheckpointError: ``load`` is neither a Hugging Face directory nor a training checkpoint.
     """
     directory = Path(load)
-    if latest_iteration(directory) is not None:
+    iteration = latest_iteration(directory)
+    if iteration is not None:
+        if any(iteration_directory(directory, iteration).glob("mp_rank_*")):
+            raise CheckpointError(
+                "files of ranks (mg) are not loaded as they are",
+                where=directory,
+                fix="Convert them: tools/convert_checkpoint.py --load-model-type mg "
+                "--save-model-type hf",
+            )
         return model_files_directory(directory)
     if (directory / "config.json").exists():
         return directory

@@ -39,8 +39,8 @@ _TE_NORMS = (
     "self_attention.linear_qkv.layer_norm_weight",
     "mlp.linear_fc1.layer_norm_weight",
 )
-#: Pages a file's tensors may fill before it is mapped anew, which lets go of them.
-_MAPPED_BYTES = 64 << 20
+#: Pages that all files' tensors may fill before one is mapped anew, which lets go of its own.
+_MAPPED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -116,26 +116,27 @@ class _Shape:
 
 
 class RankFile:
-    """The weights in one rank's file, mapped, and mapped anew after ``_MAPPED_BYTES``.
+    """The weights in one rank's file, mapped, and mapped anew after ``mapped_bytes``.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds no plain model.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, mapped_bytes: int = _MAPPED_BYTES) -> None:
+        self.path, self._mapped_bytes = path, mapped_bytes
         self._touched = 0
-        self._tensors = self._map()
+        self._tensors: dict[str, Tensor] | None = self._map()
         self.shapes = {name: tuple(held.shape) for name, held in self._tensors.items()}
         self.dtypes = {name: held.dtype for name, held in self._tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor; a view of the file."""
-        if self._touched > _MAPPED_BYTES:
-            self._tensors, self._touched = {}, 0
-            self._tensors = self._map()
+        if self._tensors is None:
+            self._tensors, self._touched = self._map(), 0
         tensor = self._tensors[name]
         self._touched += tensor.nbytes
+        if self._touched > self._mapped_bytes:
+            self._tensors = None  # the mapping goes with the last tensor that somebody holds
         return tensor
 
     def _map(self) -> dict[str, Tensor]:
@@ -189,7 +190,10 @@ def open_grid(iteration: Path, config: ModelConfig) -> tuple[Grid, dict[tuple[in
         CheckpointError: a rank is missing, or its tensors are not those of ``config``.
     """
     places = _places(iteration)
-    files = {place: RankFile(iteration / name / FILE) for place, name in sorted(places.items())}
+    files = {
+        place: RankFile(iteration / name / FILE, _MAPPED_BYTES // len(places))
+        for place, name in sorted(places.items())
+    }
     stages, tp = max(s for s, _ in files) + 1, max(r for _, r in files) + 1
     embedding = files[0, 0].shapes.get(VOCABULARY[0], (0,))
     grid = Grid(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_replay.checkpoint import rank_files, stream
 from megatron_replay.checkpoint.export import require_equal
+from megatron_replay.checkpoint.load import model_files
 from megatron_replay.checkpoint.names import Layout, QueryKeyValue, mapping_of
 from megatron_replay.checkpoint.stream import grid_for, hf_to_ranks, ranks_to_hf
 from megatron_replay.errors import CheckpointError, ConfigError, OutputError
@@ -351,3 +352,9 @@ def test_killed_at_each_step(small, tmp_path):
             ranks_to_hf(folder / "mg", folder / "hf")
     assert deaths > 8
     assert complete == 1  # only the last fsync comes after the rename
+
+
+def test_stages_say_how_to_load_ranks(small, tmp_path):
+    converted(small[True, 96], tmp_path / "mg")
+    with pytest.raises(CheckpointError, match=r"mg\) are not loaded .*convert_checkpoint\.py"):
+        model_files(tmp_path / "mg")
