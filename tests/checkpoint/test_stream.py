@@ -96,6 +96,14 @@ def test_there_and_back_is_the_identity(small, tmp_path, tied, vocabulary, tp, p
                 assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("mapped_bytes", [0, 2000])
+def test_files_are_mapped_anew(small, tmp_path, monkeypatch, mapped_bytes):
+    monkeypatch.setattr(rank_files, "_MAPPED_BYTES", mapped_bytes)
+    converted(small[False, 97], tmp_path / "mg", 2, 2)
+    ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
+    require_equal(tmp_path / "hf", small[False, 97])
+
+
 def test_uneven_stages_and_padding_and_dtype(small, tmp_path):
     source = small[True, 97]
     config = ModelConfig.from_hf(source)
