@@ -37,7 +37,7 @@ def installed(monkeypatch):
     return given
 
 
-def with_cann(root: Path, release: str | None, *, place: str = cann.HOMES[0]) -> Path:
+def with_cann(root: Path, release: str | None, *, place: str = "usr/local/Ascend/cann") -> Path:
     folder = root / place / "aarch64-linux"
     folder.mkdir(parents=True)
     if release:
@@ -76,7 +76,7 @@ def test_cann_of_old_places_and_none(tmp_path, installed):
     installed["torch_npu"] = "2.12.0"
     found = examination.ascend_versions(Machine(tmp_path, {}))
     assert (found.status, "no CANN" in found.found) == ("error", True)
-    with_cann(tmp_path, "9.0.0", place=cann.HOMES[1])
+    with_cann(tmp_path, "9.0.0", place="usr/local/Ascend/ascend-toolkit/latest")
     assert cann.version(cann.home(tmp_path, {})) == "9.0.0"
     assert cann.why_not("9.1.0", "2.12.0", "3.12").startswith("Python 3.12")
 
