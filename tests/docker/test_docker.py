@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_replay.platform import cann
+from megatron_replay.platform import cann, examination
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -115,6 +115,15 @@ def test_the_image_is_built_from_a_triple_that_goes_together():
         done = subprocess.run([*check, "--torch-npu", torch_npu], capture_output=True, text=True)
         assert done.returncode == code
         assert done.stderr == "" if code == 0 else done.stderr.startswith("error: torch_npu 2.9.0")
+
+
+def test_page_image_and_doctor_say_the_same():
+    page = (ROOT / "docs/ascend.md").read_text()
+    rows = dict(re.findall(r"^\| (\d+\.\d+\.\d+) \| (2\..*) \|$", page, re.MULTILINE))
+    assert {release: tuple(pairs.split(", ")) for release, pairs in rows.items()} == cann.COMPATIBLE
+    image = (DOCKER / "ascend.Dockerfile").read_text()
+    for name, (value, _) in examination.VARIABLES.items():
+        assert f"{name}={value}" in image
 
 
 def test_the_cpu_image_does_what_the_readme_does():
