@@ -121,6 +121,9 @@ class DataConfig(Section):
         ("error", "drop", "truncate"),
     )
     micro_batch_size: int = option("packs in one forward pass on one device", 1)
+    pack_documents: bool = option(
+        "as many documents in a pack as fit, kept apart by attention; off: one, and padding", True
+    )
 
     def _check(self) -> None:
         self.require_positive("seq_length", "micro_batch_size")
@@ -328,6 +331,12 @@ class TrainingConfig(Section):
     save: str = option("directory for checkpoints, metrics.jsonl and the resolved configuration")
     global_batch_size: int = option("packs in one optimizer step, over all devices", 16)
     train_epochs: int = option("passes over the corpus", 1)
+    last_layer_at_selected: bool = option(
+        "the last layer's queries, attention and MLP at positions with a loss only: exact", True
+    )
+    drop_unread_tokens: bool = option(
+        "leave out what follows a document's last recorded position: exact", True
+    )
     prefetch_batches: int = option("global batches made ahead of the step; 0: none", 2)
     train_iters: int | None = option("iterations; default: what --train-epochs needs", None)
     seed: int = option("seed of the order of documents", 1234)

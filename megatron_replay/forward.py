@@ -7,18 +7,28 @@ one place. Shapes: B packs in a micro-batch, S positions in a pack.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_replay.data.packing import PackedBatch
+from megatron_replay.model.attention import PackedDocuments
 from megatron_replay.model.gpt import Head
-from megatron_replay.model.layers import document_attention_mask
+from megatron_replay.model.rows import SelectedRows
 
-#: A micro-batch and what to do with its hidden states.
-Work = tuple[PackedBatch, Head]
+
+class Work(NamedTuple):
+    """A micro-batch and what to do with its hidden states.
+
+    ``rows``: the only positions the head asks for, so that the last layer computes no other; None
+    where it may ask for any.
+    """
+
+    batch: PackedBatch
+    head: Head
+    rows: SelectedRows | None = None
 
 
 @torch.no_grad()
@@ -47,7 +57,7 @@ def forward_backward(model: torch.nn.Module, work: Sequence[Work]) -> Tensor | N
 
 
 def _run_schedule(model: torch.nn.Module, work: Sequence[Work], step: Any, **kwargs: Any) -> Any:
-    micro_batch_size, seq_length = work[0][0].tokens_BS.shape
+    micro_batch_size, seq_length = work[0].batch.tokens_BS.shape
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iter(work),
@@ -60,9 +70,9 @@ def _run_schedule(model: torch.nn.Module, work: Sequence[Work], step: Any, **kwa
 
 
 def _run_model(iterator: Iterator[Work], model: torch.nn.Module) -> Any:
-    batch, head = next(iterator)
-    mask = document_attention_mask(batch.document_BS)
-    return model(batch.tokens_BS, batch.position_BS, mask, head)
+    batch, head, rows = next(iterator)
+    documents = PackedDocuments(batch.segments, rows, batch.tokens_BS.shape[1])
+    return model(batch.tokens_BS, batch.position_BS, documents, head)
 
 
 def _forward_step_collecting(iterator: Iterator[Work], model: torch.nn.Module) -> tuple[Any, Any]:

@@ -197,14 +197,19 @@ def verify(model: LoadedModel, hf_directory: Path, groups: Parallel) -> None:
         CheckpointError: they differ by more than rounding.
     """
     from megatron_replay.data.packing import PackedBatch
-    from megatron_replay.forward import forward_only
+    from megatron_replay.forward import Work, forward_only
+    from megatron_replay.functional.packed_attention import segments_of
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.shape.vocab_size, (1, _VERIFIED_TOKENS), generator=generator)
     zeros = torch.zeros_like(tokens)
     positions = torch.arange(_VERIFIED_TOKENS, dtype=torch.int32)[None]
-    batch = PackedBatch(tokens, zeros, zeros.bool(), zeros.int(), positions).to(groups.device)
-    outputs = forward_only(model.module, [(batch, lambda hidden, weight: hidden.all() @ weight.T)])
+    segments = segments_of([[0, _VERIFIED_TOKENS]], _VERIFIED_TOKENS)
+    batch = PackedBatch(tokens, zeros, zeros.bool(), zeros.int(), positions, segments)
+    batch = batch.to(groups.device)
+    outputs = forward_only(
+        model.module, [Work(batch, lambda hidden, weight: hidden.all() @ weight.T)]
+    )
     if outputs:
         shards = [torch.empty_like(outputs[0]) for _ in range(groups.tp_size)]
         dist.all_gather(shards, outputs[0].contiguous(), group=groups.tp_group)

@@ -26,10 +26,10 @@ from megatron_replay.data.packing import (
     plan_packs,
 )
 from megatron_replay.data.replay import eligible_rows
-from megatron_replay.forward import forward_only
+from megatron_replay.forward import Work, forward_only
 from megatron_replay.functional import CandidateSets, select_candidates
 from megatron_replay.functional.shard_selection import SelectionKernel
-from megatron_replay.model.rows import HiddenStates
+from megatron_replay.model.rows import HiddenStates, SelectedRows
 from megatron_replay.parallel import Parallel
 
 #: Micro-batches handed to the pipeline at a time, for each stage: its bubble is then a 17th or less
@@ -82,12 +82,8 @@ class Collector:
         for first in range(0, len(packs), per_call):
             batches = list(self._micro_batches(packs[first : first + per_call]))
             spans = [list(self._spans(batch)) for batch in batches]
-            heads = [
-                functools.partial(self._select, batch, span)
-                for batch, span in zip(batches, spans, strict=True)
-            ]
-            moved = (batch.to(self._groups.device) for batch in batches)
-            outputs = forward_only(self._model.module, list(zip(moved, heads, strict=True)))
+            work = [self._work(batch, span) for batch, span in zip(batches, spans, strict=True)]
+            outputs = forward_only(self._model.module, work)
             self.positions += sum(int((batch.document_BS >= 0).sum()) for batch in batches)
             if not self.writes:
                 continue
@@ -124,17 +120,29 @@ class Collector:
                 wanted = choose(self._settings, document, eligible)
                 yield Span(document, wanted, lying[np.searchsorted(eligible, wanted)])
 
+    def _work(self, batch: PackedBatch, spans: list[Span]) -> Work:
+        """A micro-batch on the device, its head, and the only rows that the head asks for."""
+        device = self._groups.device
+        rows_N = torch.from_numpy(np.concatenate([s.rows for s in spans] or [np.empty(0, int)]))
+        rows = SelectedRows.of(
+            rows_N,
+            batch.segments,
+            self._data.seq_length,
+            self._groups.tp_group,
+            sequence_parallel=self._model.config.sequence_parallel,
+        ).to(device)
+        labels_N = batch.labels_BS.flatten()[rows_N].to(device)
+        head = functools.partial(self._select, rows.rows_N, labels_N)
+        return Work(batch.to(device), head, rows)
+
     def _select(
-        self, batch: PackedBatch, spans: list[Span], hidden: HiddenStates, weight_VH: Tensor
+        self, rows_N: Tensor, labels_N: Tensor, hidden: HiddenStates, weight_VH: Tensor
     ) -> _Selection:
         """The head. Logits exist for ``logits_chunk_size`` positions at a time, never for all."""
-        device = weight_VH.device
-        rows_N = torch.from_numpy(np.concatenate([s.rows for s in spans] or [np.empty(0, int)]))
-        labels_N = batch.labels_BS.flatten()[rows_N].to(device)
         vocab_start = self._groups.tp_rank * weight_VH.shape[0]
         selection = _Selection([], [])
         size = self._settings.logits_chunk_size
-        for rows, labels in zip(rows_N.to(device).split(size), labels_N.split(size), strict=True):
+        for rows, labels in zip(rows_N.split(size), labels_N.split(size), strict=True):
             logits_NV = hidden[rows] @ weight_VH.T
             sets = select_candidates(
                 logits_NV,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ import torch
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import to_device
 from megatron_replay.errors import DataError
+from megatron_replay.functional.packed_attention import Segments, segments_of, segments_to
 
 Pack = npt.NDArray[np.int64]  # ids of the documents of a pack, in order
 
@@ -108,8 +110,26 @@ def document_order(
     return np.argsort(words, kind="stable").astype(np.int64)
 
 
+def without_unread(
+    lengths: npt.NDArray[np.int32], stops: npt.NDArray[np.int32]
+) -> npt.NDArray[np.int32]:
+    """``lengths`` without the tokens behind each document's last recorded position: int32 [D].
+
+    Exact, since attention is causal: no recorded position looks at them. A document of which
+    nothing is recorded gets 0.
+
+    Args:
+        stops: int32 [D], last recorded position plus one (``CandidateReader.stops``).
+    """
+    return np.where(stops > 0, np.minimum(lengths, stops + 1), 0).astype(np.int32)
+
+
 def plan_packs(
-    lengths: npt.NDArray[np.int32], order: npt.NDArray[np.int64], seq_length: int
+    lengths: npt.NDArray[np.int32],
+    order: npt.NDArray[np.int64],
+    seq_length: int,
+    *,
+    together: bool = True,
 ) -> list[Pack]:
     """Next-fit: documents in ``order``; a pack is closed when the next document does not fit.
 
@@ -120,8 +140,11 @@ def plan_packs(
         lengths: int32 [D], tokens used of each document; 0 leaves it out (``fit_documents``).
         order: document ids, each at most once.
         seq_length: positions of a pack.
+        together: False gives each document a pack of its own.
     """
     order = order[lengths[order] > 0]
+    if not together:
+        return list(order[:, None])
     positions = lengths[order].astype(np.int64) - 1
     assert not len(positions) or positions.max() <= seq_length, "fit_documents comes first"
     stops = np.cumsum(positions)
@@ -143,6 +166,7 @@ class PackedBatch:
         loss_mask_BS: bool, the label carries loss; False at padding.
         document_BS: int32, document id; -1 at padding.
         position_BS: int32, position inside the document; 0 at padding.
+        segments: how attention takes each pack apart.
     """
 
     tokens_BS: torch.Tensor
@@ -150,11 +174,16 @@ class PackedBatch:
     loss_mask_BS: torch.Tensor
     document_BS: torch.Tensor
     position_BS: torch.Tensor
+    segments: Segments
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on ``device``."""
-        moved = {f.name: to_device(getattr(self, f.name), device) for f in fields(self)}
-        return PackedBatch(**moved)
+        moved: dict[str, Any] = {
+            f.name: to_device(getattr(self, f.name), device)
+            for f in fields(self)
+            if f.name != "segments"
+        }
+        return PackedBatch(**moved, segments=segments_to(self.segments, device))
 
 
 def pack_batch(
@@ -172,6 +201,7 @@ def pack_batch(
     loss_mask_BS = np.zeros(shape, dtype=np.bool_)
     document_BS = np.full(shape, -1, dtype=np.int32)
     position_BS = np.zeros(shape, dtype=np.int32)
+    boundaries: list[list[int]] = [[0] for _ in packs]
     for b, pack in enumerate(packs):
         start = 0
         for document_id in pack.tolist():
@@ -183,6 +213,12 @@ def pack_batch(
             document_BS[at] = document_id
             position_BS[at] = np.arange(length - 1)
             start += length - 1
+            boundaries[b].append(start)
     return PackedBatch(
-        *map(torch.from_numpy, (tokens_BS, labels_BS, loss_mask_BS, document_BS, position_BS))
+        torch.from_numpy(tokens_BS),
+        torch.from_numpy(labels_BS),
+        torch.from_numpy(loss_mask_BS),
+        torch.from_numpy(document_BS),
+        torch.from_numpy(position_BS),
+        segments_of(boundaries, seq_length),
     )

@@ -26,6 +26,7 @@ class GlobalBatches:
         lengths: int32 [D], tokens used of each document (``fit_documents``).
         seq_length: positions of a pack.
         epochs: passes over the documents.
+        pack_documents: False gives each document a pack of its own.
 
     Raises:
         ConfigError: ``global_batch_size`` is no multiple of ``micro_batch_size * dp_size``.
@@ -40,6 +41,7 @@ class GlobalBatches:
         micro_batch_size: int,
         seed: int,
         epochs: int,
+        pack_documents: bool = True,
         dp_rank: int,
         dp_size: int,
     ) -> None:
@@ -54,6 +56,7 @@ class GlobalBatches:
         assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
         self._lengths, self._seq_length, self._seed = lengths, seq_length, seed
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
+        self._pack_documents = pack_documents
         self._epochs, self._dp_rank, self._dp_size = epochs, dp_rank, dp_size
         self._planned: tuple[int, list[Pack]] = (-1, [])
 
@@ -85,7 +88,10 @@ class GlobalBatches:
         """The packs of ``epoch``; only the last one asked for is kept."""
         if self._planned[0] != epoch:
             order = document_order(len(self._lengths), seed=self._seed, epoch=epoch)
-            self._planned = (epoch, plan_packs(self._lengths, order, self._seq_length))
+            self._planned = (
+                epoch,
+                plan_packs(self._lengths, order, self._seq_length, together=self._pack_documents),
+            )
         return self._planned[1]
 
     def _pack(self, i: int) -> Pack:

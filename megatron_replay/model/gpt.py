@@ -6,6 +6,7 @@ Stage 0 selects candidates there, Stage 1 computes a loss, the probe both; none 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_replay.config import ParallelConfig
+from megatron_replay.model.attention import PackedAttention, PackedDocuments
 from megatron_replay.model.config import ModelConfig
-from megatron_replay.model.layers import PackedAttention, RMSNorm
+from megatron_replay.model.layers import LastLayer, RMSNorm
 from megatron_replay.model.rows import HiddenStates, WordEmbeddings
 from megatron_replay.parallel import Parallel
 
@@ -37,6 +39,7 @@ class ReplayGPTModel(GPTModel):
     """GPTModel with a head passed at each call instead of logits or a full-softmax loss."""
 
     _head: Head | None = None
+    _documents: PackedDocuments | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -45,23 +48,25 @@ class ReplayGPTModel(GPTModel):
             self.embedding.word_embeddings.__class__ = WordEmbeddings
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, head: Head
+        self, input_ids: Tensor, position_ids: Tensor, documents: PackedDocuments, head: Head
     ) -> Any:
         """Hidden states on all stages but the last; there, what ``head`` returns."""
-        self._head = head
+        self._head, self._documents = head, documents
         try:
-            return super().forward(input_ids, position_ids, attention_mask)
+            return super().forward(input_ids, position_ids, None, packed_seq_params=documents)
         finally:
-            self._head = None
+            self._head = self._documents = None
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Any:
         if not self.post_process:
             return hidden_states
         assert self._head is not None
+        assert self._documents is not None
         hidden = HiddenStates(
             hidden_states,
             self.pg_collection.tp,
             sequence_parallel=self.config.sequence_parallel,
+            selected=self._documents.rows,
         )
         return self._head(hidden, self.output_weight())
 
@@ -139,9 +144,10 @@ def build_model(
     attention.core_attention = PackedAttention
     if model.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    block = TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
-    )
+    layers = [layer] * get_num_layers_to_build(config)
+    if parallel.last_stage:
+        layers[-1] = dataclasses.replace(layer, module=LastLayer)
+    block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
     return ReplayGPTModel(
         config,
         block,

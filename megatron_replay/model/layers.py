@@ -1,20 +1,28 @@
-"""The two modules megatron-core's local layers lack: a norm that may be sequence parallel, and
-attention that keeps packed documents apart.
+"""The two layers megatron-core lacks: a norm that may be sequence parallel, and a last layer that
+computes the positions somebody asked for.
 
-Shapes: S positions, B packs, D channels; on this rank N query heads and G key-value groups.
+Shapes: S positions, B packs, H hidden channels, D channels of a head; R selected rows (see
+``model.rows.SelectedRows``), of which a rank holds M with sequence parallelism, else all.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+
+from megatron_replay.model.attention import PackedDocuments
+from megatron_replay.model.rows import SelectedRows
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -31,116 +39,66 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-class PackedAttention(MegatronModule):
-    """softmax(Q K^T / sqrt(D)) V through torch's fused kernel, under a boolean mask.
+class LastLayer(TransformerLayer):
+    """The last layer of the model: keys and values everywhere, all else at the selected rows.
 
-    The mask says which position may look at which: causal, and inside one document. Key-value
-    groups are shared by the kernel (``enable_gqa``), not repeated in memory.
-
-    Attributes:
-        record_max_logits: whether to measure, at each pass with gradients, what QK-Clip needs. The
-            kernel does not tell, so this computes Q K^T a second time, in fp32.
-        max_logits: the largest logit of each of this rank's query heads since recording began or
-            was last taken, fp32 [N]; None before the first pass.
+    Nothing reads the last hidden state of another position, so queries, attention, its projection
+    and the MLP need not be computed there: exact, gradients included.
     """
 
-    record_max_logits = False
-    max_logits: Tensor | None = None
-
-    def __init__(
+    def _forward_attention(
         self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        **_: Any,
-    ) -> None:
-        super().__init__(config=config)
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-
-    def forward(
-        self,
-        query_SBND: Tensor,
-        key_SBGD: Tensor,
-        value_SBGD: Tensor,
-        attention_mask: Tensor,
-        attn_mask_type: Any = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
-    ) -> Tensor:
-        """[S, B, N * D]; ``attention_mask`` [B, 1, S, S] is True where looking is allowed."""
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
-        # Under recomputation a layer runs twice, and with gradients once.
-        if self.record_max_logits and torch.is_grad_enabled():
-            seen_N = largest_logits(query, key, attention_mask, scale=self.scale)
-            known_N = seen_N if self.max_logits is None else self.max_logits
-            self.max_logits = torch.maximum(known_N, seen_N)
-        out_BNSD = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=self.scale, enable_gqa=True
+        hidden_states: Tensor,
+        *args: Any,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: PackedDocuments,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[M, 1, H] of the selected rows; [S, B, H] where no rows are given."""
+        rows = packed_seq_params.rows
+        if rows is None:
+            return super()._forward_attention(
+                hidden_states,
+                *args,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
+            )
+        residual_M1H = rows.of_residual(hidden_states)[:, None]
+        attended_R1H = _attend_at_rows(
+            self.self_attention, self.input_layernorm(hidden_states), rotary_pos_emb, rows
         )
-        return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+        projected_M1H, _ = self.self_attention.linear_proj(attended_R1H)
+        return residual_M1H + projected_M1H, None
 
 
-@torch.no_grad()
-def largest_logits(
-    query_BNSD: Tensor, key_BGSD: Tensor, mask_B1SS: Tensor, *, scale: float, rows: int = 256
+def _attend_at_rows(
+    attention: SelfAttention, normed_SBH: Tensor, rotary_S11D: Tensor, rows: SelectedRows
 ) -> Tensor:
-    """max of scale <q_s, k_r> over packs and pairs (s, r) that may look, for each head. fp32 [N].
-
-    Padding does not count: a head is judged by the documents, however they are packed. -inf where
-    there is nothing but padding. ``rows`` queries at a time, against the keys up to the last of
-    them (the mask is causal), so that the fp32 logits in memory are at most B N rows S.
-    """
-    heads, groups, length = query_BNSD.shape[1], *key_BGSD.shape[1:3]
-    key_BGDS = key_BGSD.float().mT
-    counts_B1S1 = mask_B1SS.diagonal(dim1=-2, dim2=-1)[..., None]
-    largest_N = query_BNSD.new_full((heads,), -math.inf, dtype=torch.float32)
-    for start in range(0, length, rows):
-        stop = min(start + rows, length)
-        # The heads of a group are rows against the same keys: nothing is repeated.
-        query = query_BNSD[:, :, start:stop].float().unflatten(1, (groups, -1)).flatten(2, 3)
-        logits = (query @ key_BGDS[..., :stop]).view(-1, heads, stop - start, stop)
-        allowed = mask_B1SS[:, :, start:stop, :stop] & counts_B1S1[:, :, start:stop]
-        logits.masked_fill_(~allowed, -math.inf)
-        largest_N = torch.maximum(largest_N, logits.amax((0, 2, 3)))
-    return largest_N * scale
-
-
-def record_max_logits(model: torch.nn.Module, record: bool = True) -> None:
-    """Begin, or end, to measure every layer's largest logits; what was measured is forgotten."""
-    for layer in _attention_layers(model):
-        layer.core_attention.record_max_logits = record
-        layer.core_attention.max_logits = None
+    """What ``attention`` computes before its projection, at ``rows``: [R, 1, heads * D]."""
+    group = attention.tp_group
+    if attention.config.sequence_parallel:
+        normed_SBH = gather_from_sequence_parallel_region(normed_SBH, group=group)
+    else:
+        normed_SBH = copy_to_tensor_model_parallel_region(normed_SBH, group=group)
+    groups, channels = attention.num_query_groups_per_partition, attention.config.kv_channels
+    # Rows of the weight lie group by group: its queries, its key, its value.
+    weight = attention.linear_qkv.weight.unflatten(0, (groups, -1, channels))
+    query_weight, pair_weight = weight[:, :-2].flatten(0, 2), weight[:, -2:].flatten(0, 2)
+    pairs = F.linear(normed_SBH, pair_weight).unflatten(-1, (groups, 2, channels))
+    key_SBGD, value_SBGD = pairs.unbind(3)
+    query_RH = normed_SBH.flatten(0, 1)[rows.flat_R]
+    query_R1ND = F.linear(query_RH, query_weight).unflatten(-1, (-1, channels))[:, None]
+    if attention.q_layernorm is not None:
+        query_R1ND = attention.q_layernorm(query_R1ND)
+    if attention.k_layernorm is not None:
+        key_SBGD = attention.k_layernorm(key_SBGD)
+    query_R1ND = _rotate(query_R1ND, rotary_S11D[rows.position_R], attention)
+    key_SBGD = _rotate(key_SBGD, rotary_S11D, attention)
+    return attention.core_attention.at_rows(query_R1ND[:, 0], key_SBGD, value_SBGD, rows)[:, None]
 
 
-def take_max_logits(model: torch.nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """For each layer of this stage, its ``linear_qkv.weight`` and its heads' largest logits [N].
-
-    Over all micro-batches since the last call. Reads nothing from the device.
-    """
-    taken = []
-    for layer in _attention_layers(model):
-        attention = layer.core_attention
-        assert attention.max_logits is not None, "no pass with gradients since recording began"
-        taken.append((layer.linear_qkv.weight, attention.max_logits))
-        attention.max_logits = None
-    return taken
-
-
-def _attention_layers(model: torch.nn.Module) -> list[SelfAttention]:
-    return [module for module in model.modules() if isinstance(module, SelfAttention)]
-
-
-def document_attention_mask(document_BS: Tensor) -> Tensor:
-    """[B, 1, S, S]: may position s look at position r? r <= s, and both in one document.
-
-    Padding (document -1) looks at the position before it, at 0 the last: no row of the softmax may
-    be empty. Nothing looks at padding, and only padding may not look at itself.
-    """
-    length, device = document_BS.shape[1], document_BS.device
-    causal_SS = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    before_SS = torch.eye(length, dtype=torch.bool, device=device).roll(-1, 1)
-    same_BSS = document_BS[:, :, None] == document_BS[:, None, :]
-    is_padding_BS1 = document_BS[:, :, None] < 0
-    return torch.where(is_padding_BS1, before_SS, same_BSS & causal_SS)[:, None]
+def _rotate(heads: Tensor, angles: Tensor, attention: SelfAttention) -> Tensor:
+    return apply_rotary_pos_emb(
+        heads, angles, config=attention.config, cp_group=attention.pg_collection.cp
+    )

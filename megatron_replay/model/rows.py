@@ -6,42 +6,157 @@ with sequence parallelism a rank holds S/TP positions.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from torch import Tensor
 
+from megatron_replay.functional.packed_attention import RowSegment, Segments, row_segments_of
 from megatron_replay.functional.shard_head import VocabShard
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedRows:
+    """The positions ``b * S + s`` that a head will ask for, padded to R, a multiple of TP.
+
+    Built on the host, from what the loader knows: nothing is read back from the device.
+
+    Attributes:
+        rows_N: int64, ascending.
+        flat_R: int64, where they lie in [S * B]; padded by position 0 of pack 0.
+        position_R: int64, s of each.
+        segments: of attention, for the first N of them; the others attend to nothing.
+        counts: with sequence parallelism, how many of the R each TP rank's hidden states hold.
+        tp_group, sequence_parallel: of the layout.
+    """
+
+    rows_N: Tensor
+    flat_R: Tensor
+    position_R: Tensor
+    segments: Sequence[RowSegment]
+    counts: list[int] | None
+    tp_group: dist.ProcessGroup
+    sequence_parallel: bool
+
+    @staticmethod
+    def of(
+        rows_N: Tensor,
+        segments: Segments,
+        length: int,
+        tp_group: dist.ProcessGroup,
+        *,
+        sequence_parallel: bool,
+    ) -> SelectedRows:
+        """From rows on the host, and packs of ``length`` positions."""
+        ranks, packs = dist.get_world_size(tp_group), len(segments)
+        padding = -len(rows_N) % ranks if len(rows_N) else ranks
+        rows_R = torch.nn.functional.pad(rows_N, (0, padding))
+        position_R = rows_R % length
+        counts = None
+        if sequence_parallel:
+            counts = torch.bincount(position_R // (length // ranks), minlength=ranks).tolist()
+        return SelectedRows(
+            rows_N=rows_N,
+            flat_R=position_R * packs + rows_R // length,
+            position_R=position_R,
+            segments=row_segments_of(segments, rows_N, length),
+            counts=counts,
+            tp_group=tp_group,
+            sequence_parallel=sequence_parallel,
+        )
+
+    def to(self, device: torch.device) -> SelectedRows:
+        """The same rows on ``device``."""
+        if device.type == "cpu":
+            return self
+        segments = [
+            dataclasses.replace(s, mask=s.mask.to(device, non_blocking=True)) for s in self.segments
+        ]
+        return dataclasses.replace(
+            self,
+            segments=segments,
+            rows_N=self.rows_N.to(device, non_blocking=True),
+            flat_R=self.flat_R.to(device, non_blocking=True),
+            position_R=self.position_R.to(device, non_blocking=True),
+        )
+
+    def of_residual(self, hidden_SBH: Tensor) -> Tensor:
+        """[M, H]: with sequence parallelism this rank's share of the rows, else all R.
+
+        Communication, with sequence parallelism: an all-gather of [max(counts), H] from each rank,
+        and in backward a reduce-scatter of as much.
+        """
+        if not self.sequence_parallel:
+            return hidden_SBH.flatten(0, 1)[self.flat_R]
+        length, packs = hidden_SBH.shape[:2]
+        rows_RH = _GatherRows.apply(  # type: ignore[no-untyped-call]
+            hidden_SBH.flatten(0, 1),
+            self.flat_R % (length * packs),
+            self.flat_R // (length * packs),
+            self.tp_group,
+            self.counts,
+        )
+        share = len(rows_RH) // dist.get_world_size(self.tp_group)
+        return rows_RH[dist.get_rank(self.tp_group) * share :][:share]
+
+    def whole(self, hidden_M1H: Tensor) -> Tensor:
+        """[N, H] on every TP rank; in backward, gradients are summed over TP.
+
+        Communication: in backward an all-reduce SUM of [N, H]; with sequence parallelism an
+        all-gather of [M, H] from each rank, and in backward a reduce-scatter of as much.
+        """
+        hidden_MH, count = hidden_M1H[:, 0], len(self.rows_N)
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden_MH, group=self.tp_group)[:count]
+        return copy_to_tensor_model_parallel_region(hidden_MH[:count], group=self.tp_group)
 
 
 class HiddenStates:
     """The last hidden states, of which a head takes the positions it wants, whole on every TP rank.
 
     Args:
-        hidden_SBH: of all positions, or with ``sequence_parallel`` of this rank's [S/TP, B, H].
+        hidden_SBH: of all positions, or with ``sequence_parallel`` of this rank's [S/TP, B, H]; of
+            ``selected`` rows where they are given, [M, 1, H].
         tp_group: over which what heads add to a row's gradient is summed.
+        selected: the only rows there are.
     """
 
     def __init__(
-        self, hidden_SBH: Tensor, tp_group: dist.ProcessGroup, *, sequence_parallel: bool
+        self,
+        hidden_SBH: Tensor,
+        tp_group: dist.ProcessGroup,
+        *,
+        sequence_parallel: bool,
+        selected: SelectedRows | None = None,
     ) -> None:
         self._hidden_SBH, self._tp_group = hidden_SBH, tp_group
-        self._sequence_parallel = sequence_parallel
+        self._sequence_parallel, self._selected = sequence_parallel, selected
+        self._whole_NH: Tensor | None = None
 
     def __getitem__(self, rows_N: Tensor) -> Tensor:
         """Hidden states [N, H] of the positions ``rows_N``, int64, ``b * S + s``, none twice.
 
         Communication: in backward an all-reduce SUM of [N, H]; with sequence parallelism an
         all-gather of [M, H] from each rank, M the most of any, and in backward a reduce-scatter
-        of as much.
+        of as much. Of ``selected`` rows once for all of them, see ``SelectedRows.whole``.
         """
+        if self._selected is not None:
+            if self._whole_NH is None:
+                self._whole_NH = self._selected.whole(self._hidden_SBH)
+            if rows_N is self._selected.rows_N:
+                return self._whole_NH
+            return self._whole_NH[torch.searchsorted(self._selected.rows_N, rows_N)]
         length, packs = self._hidden_SBH.shape[:2]
         flat_TH = self._hidden_SBH.flatten(0, 1)
         if self._sequence_parallel:
@@ -49,7 +164,7 @@ class HiddenStates:
             pack_N, position_N = rows_N // full_length, rows_N % full_length
             local_N = (position_N % length) * packs + pack_N
             return _GatherRows.apply(  # type: ignore[no-untyped-call]
-                flat_TH, local_N, position_N // length, self._tp_group
+                flat_TH, local_N, position_N // length, self._tp_group, None
             )
         pack_N, position_N = rows_N // length, rows_N % length
         # Of the rows alone, and contiguous: megatron-core all-reduces a contiguous copy of the
@@ -58,6 +173,7 @@ class HiddenStates:
 
     def all(self) -> Tensor:
         """Those of every position, [B * S, H]."""
+        assert self._selected is None, "only selected rows were computed"
         length, packs = self._hidden_SBH.shape[:2]
         if self._sequence_parallel:
             length *= dist.get_world_size(self._tp_group)
@@ -67,14 +183,21 @@ class HiddenStates:
 class _GatherRows(torch.autograd.Function):
     """Rows that lie on different ranks, to all of them; their gradients summed, back to their rank.
 
-    ``apply(local_TH, local_N, rank_N, group)``: row n is row ``local_N[n]`` of ``rank_N[n]``.
+    ``apply(local_TH, local_N, rank_N, group, counts)``: row n is row ``local_N[n]`` of
+    ``rank_N[n]``; ``counts``, rows of each rank, are read from the device where they are None.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, local_TH: Tensor, local_N: Tensor, rank_N: Tensor, group: dist.ProcessGroup
+        ctx: Any,
+        local_TH: Tensor,
+        local_N: Tensor,
+        rank_N: Tensor,
+        group: dist.ProcessGroup,
+        counts: list[int] | None,
     ) -> Tensor:
-        counts = torch.bincount(rank_N, minlength=dist.get_world_size(group)).tolist()
+        if counts is None:
+            counts = torch.bincount(rank_N, minlength=dist.get_world_size(group)).tolist()
         # The rows as they come, rank after rank. By fp32 keys: NPUs sort no integers well.
         order = rank_N.float().argsort(stable=True)
         start, most = sum(counts[: dist.get_rank(group)]), max(counts)
@@ -104,7 +227,7 @@ class _GatherRows(torch.autograd.Function):
             summed_MH = sent.new_empty(ctx.most, grad_NH.shape[1])
             dist.reduce_scatter_tensor(summed_MH, sent, group=ctx.group)
             grad_TH[own_rows] = summed_MH[: len(own_rows)]
-        return grad_TH, None, None, None
+        return grad_TH, None, None, None, None
 
 
 class WordEmbeddings(VocabParallelEmbedding):

@@ -23,12 +23,12 @@ from megatron_replay.checkpoint.training import (
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import Loader
-from megatron_replay.data.packing import fit_documents, report_long_documents
+from megatron_replay.data.packing import fit_documents, report_long_documents, without_unread
 from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.errors import ConfigError, TrainingError
 from megatron_replay.files import atomic_file, make_directory
+from megatron_replay.model.attention import record_max_logits
 from megatron_replay.model.compatibility import open_store, require_context, require_vocabulary
-from megatron_replay.model.layers import record_max_logits
 from megatron_replay.optim.build import (
     apply_hyperparameters,
     build_optimizer,
@@ -63,6 +63,11 @@ class Trainer:
         if groups.rank == 0:
             report_long_documents(fitted, config.data.long_documents)
         self.lengths = fitted.lengths
+        if config.loss.loss == "restricted" and config.training.drop_unread_tokens:
+            assert config.loss.store is not None
+            reader = CandidateReader(config.loss.store)
+            reader.require(corpus_fingerprint=self.corpus.fingerprint)
+            self.lengths = without_unread(self.lengths, reader.stops())
         self.batches = GlobalBatches(
             self.lengths,
             seq_length=config.data.seq_length,
@@ -70,6 +75,7 @@ class Trainer:
             micro_batch_size=config.data.micro_batch_size,
             seed=config.training.seed,
             epochs=config.training.train_epochs,
+            pack_documents=config.data.pack_documents,
             dp_rank=groups.dp_rank,
             dp_size=groups.dp_size,
         )
@@ -204,6 +210,9 @@ class Trainer:
             "corpus_fingerprint": self.corpus.fingerprint,
             "seq_length": self.config.data.seq_length,
             "long_documents": self.config.data.long_documents,
+            "pack_documents": self.config.data.pack_documents,
+            "drop_unread_tokens": self.config.loss.loss == "restricted"
+            and self.config.training.drop_unread_tokens,
             "global_batch_size": self.config.training.global_batch_size,
             "seed": self.config.training.seed,
             "optimizer_state": state_kind(self.config.optimizer),

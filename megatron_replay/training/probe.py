@@ -113,7 +113,7 @@ class Probe:
             corpus, sample, lengths, seq_length=seq_length, micro_batch_size=micro_batch_size
         ):
             targets = join_candidates(batch, reader, scope="position").to(parallel.device)
-            self._work.append((batch.to(parallel.device), heads.probe(targets, parallel)))
+            self._work.append(Work(batch.to(parallel.device), heads.probe(targets, parallel)))
         tail = [reader[int(document)].tail_mass for document in sample]
         self._base_outside_mass = float(np.concatenate(tail).mean())
 
@@ -170,7 +170,7 @@ class GeneralText:
             head = heads.full_loss(
                 rows_N.to(parallel.device), labels_N.to(parallel.device), parallel
             )
-            self._work.append((batch.to(parallel.device), head))
+            self._work.append(Work(batch.to(parallel.device), head))
         if not self._num_tokens:
             raise DataError("no token of the sample carries loss", where=corpus.prefix)
 

@@ -15,7 +15,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.forward import Work, forward_backward
-from megatron_replay.model.layers import take_max_logits
+from megatron_replay.model.attention import take_max_logits
 from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.build import set_learning_rate
 from megatron_replay.optim.qk_clip import max_over_replicas, qk_clip_factors, scale_query_key_

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import to_device
-from megatron_replay.data.packing import Pack, pack_batch
+from megatron_replay.data.packing import Pack, PackedBatch, pack_batch
 from megatron_replay.data.replay import full_targets, join_candidates
 from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.forward import Work
 from megatron_replay.functional.shard_head import HeadForm
 from megatron_replay.model import heads
+from megatron_replay.model.rows import SelectedRows
 from megatron_replay.parallel import Parallel
 from megatron_replay.store import CandidateReader
 
@@ -60,12 +63,30 @@ class WorkMaker:
         batch = pack_batch(self.corpus, packs, self.config.data.seq_length, self.lengths)
         device, loss = self.groups.device, self.config.loss
         if loss.loss == "full":
-            rows_N, labels_N = (to_device(tensor, device) for tensor in full_targets(batch))
-            head = heads.full_loss(rows_N, labels_N, self.groups)
+            rows_N, labels_N = full_targets(batch)
+            rows = self._rows(rows_N, batch)
+            labels_N = to_device(labels_N, device)
+            head = heads.full_loss(rows.rows_N, labels_N, self.groups)
         else:
             assert self.reader is not None
             targets = join_candidates(batch, self.reader, scope=loss.candidate_scope)
+            rows = self._rows(targets.rows_N, batch)
+            targets = dataclasses.replace(targets.to(device), rows_N=rows.rows_N)
             head = heads.restricted_loss(
-                targets.to(device), self.groups, ghost=loss.tail == "ghost", form=self.head_form
+                targets, self.groups, ghost=loss.tail == "ghost", form=self.head_form
             )
-        return batch.to(device), head
+        training, optimizer = self.config.training, self.config.optimizer
+        # QK-Clip's largest logits are those of every position.
+        only = training.last_layer_at_selected and optimizer.qk_clip_threshold is None
+        return Work(batch.to(device), head, rows if only else None)
+
+    def _rows(self, rows_N: torch.Tensor, batch: PackedBatch) -> SelectedRows:
+        """The positions with a loss, on the device."""
+        rows = SelectedRows.of(
+            rows_N,
+            batch.segments,
+            self.config.data.seq_length,
+            self.groups.tp_group,
+            sequence_parallel=self.config.parallel.sequence_parallel,
+        )
+        return rows.to(self.groups.device)

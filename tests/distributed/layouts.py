@@ -18,11 +18,12 @@ from megatron_replay.checkpoint.load import LoadedModel, load_model
 from megatron_replay.checkpoint.vocabulary import PARAMETERS, interleave
 from megatron_replay.config import ModelConfigSource, OptimizerConfig, ParallelConfig
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.packing import pack_batch
+from megatron_replay.data.packing import PackedBatch, pack_batch
 from megatron_replay.data.replay import full_targets
 from megatron_replay.data.sampler import GlobalBatches
-from megatron_replay.forward import forward_backward, forward_only
+from megatron_replay.forward import Work, forward_backward, forward_only
 from megatron_replay.model import heads
+from megatron_replay.model.rows import SelectedRows
 from megatron_replay.optim.build import build_optimizer
 from megatron_replay.training.step import train_step, wrap_for_training
 
@@ -103,7 +104,9 @@ def compare(
     batches = micro_batches(groups, corpus, size=layout.micro_batch_size)
     report: dict[str, Any] = {"logits": 0.0, "loss": 0.0, "gradients": (0.0, "")}
     _check_sequence_shards(layout, model)
-    outputs = forward_only(model.module, [(batch, lambda h, w: h.all() @ w.T) for batch in batches])
+    outputs = forward_only(
+        model.module, [Work(batch, lambda h, w: h.all() @ w.T) for batch in batches]
+    )
     for batch, logits_TV in zip(batches, outputs, strict=False):
         ids = groups.vocab_shard(logits_TV.shape[1])
         columns = ids["vocab_start"] + ids["vocab_stride"] * torch.arange(logits_TV.shape[1])
@@ -113,7 +116,7 @@ def compare(
                 error = (logits_TV[rows].float() - reference_NV[:, columns]).abs().max().item()
                 report["logits"] = max(report["logits"], error)
     ddp = wrap_for_training(model)
-    sums = forward_backward(ddp, _work(groups, batches))
+    sums = forward_backward(ddp, _work(layout, groups, batches))
     if sums is not None:
         dist.all_reduce(sums, group=groups.dp_group)
         report["loss"] = abs(sums[0] / sums[1] - reference["loss"]).item()
@@ -124,7 +127,8 @@ def compare(
     optimizer = build_optimizer(settings, model, ddp, groups)
     losses = []
     for k in range(STEPS):
-        work = _work(groups, micro_batches(groups, corpus, k, size=layout.micro_batch_size))
+        batches = micro_batches(groups, corpus, k, size=layout.micro_batch_size)
+        work = _work(layout, groups, batches, last_layer_at_selected=k % 2 == 1)
         result = train_step(ddp, optimizer, work, groups, lr=LR)
         losses.append(result.loss)
         if k == 0:
@@ -141,11 +145,29 @@ def _check_sequence_shards(layout: Layout, model: LoadedModel) -> None:
         assert inputs[0].shape[0] == length, (str(layout), inputs[0].shape)
 
     for layer in model.module.decoder.layers:
-        layer.pre_mlp_layernorm.register_forward_pre_hook(check)
+        layer.input_layernorm.register_forward_pre_hook(check)
 
 
-def _work(groups: parallel.Parallel, batches: list[Any]) -> list[Any]:
-    return [(batch, heads.full_loss(*full_targets(batch), groups)) for batch in batches]
+def _work(
+    layout: Layout,
+    groups: parallel.Parallel,
+    batches: list[PackedBatch],
+    *,
+    last_layer_at_selected: bool = True,
+) -> list[Work]:
+    work = []
+    for batch in batches:
+        rows_N, labels_N = full_targets(batch)
+        rows = SelectedRows.of(
+            rows_N,
+            batch.segments,
+            SEQ_LENGTH,
+            groups.tp_group,
+            sequence_parallel=layout.sequence_parallel,
+        )
+        head = heads.full_loss(rows.rows_N, labels_N, groups)
+        work.append(Work(batch, head, rows if last_layer_at_selected else None))
+    return work
 
 
 def _worst_gradient(

@@ -14,7 +14,7 @@ import pytest
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import pack_batch
 from megatron_replay.data.replay import join_candidates
-from megatron_replay.forward import forward_backward
+from megatron_replay.forward import Work, forward_backward
 from megatron_replay.model import heads
 from megatron_replay.store import CandidateBatch, DocumentCandidates
 from megatron_replay.training.step import wrap_for_training
@@ -79,7 +79,7 @@ def step_on(
     targets = join_candidates(batch, Sets(corpus), scope=scope)
     if dense:
         heads._main_grad = lambda _: None
-    work = [(batch, heads.restricted_loss(targets, groups, ghost=True))]
+    work = [Work(batch, heads.restricted_loss(targets, groups, ghost=True))]
     forward_backward(ddp, work)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
     before = resident_mib("VmRSS")

@@ -12,26 +12,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_replay.config import ParallelConfig
+from megatron_replay.functional.packed_attention import segments_of
+from megatron_replay.model.attention import PackedAttention, PackedDocuments, largest_logits
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.model.gpt import transformer_config
-from megatron_replay.model.layers import PackedAttention, document_attention_mask, largest_logits
 
 #: Two packs: documents of 4, 3 and 1 positions and padding; one document, then padding alone.
 DOCUMENTS = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, -1, -1], [3, 3, 3, 3, 3, 3, 3, 3, -1, -1]])
+BOUNDARIES = [[0, 4, 7, 8], [0, 8]]
 HEADS, GROUPS, CHANNELS = 6, 2, 4
 
 
 def heads_of(number: int, length: int, packs: int = 2, *, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(packs, number, length, CHANNELS, generator=generator)
+    return torch.randn(length, packs, number, CHANNELS, generator=generator)
 
 
 def one_by_one(query: Tensor, key: Tensor, document: Tensor, scale: float) -> Tensor:
     query, key, largest = query.double(), key.double(), []
-    for head in range(query.shape[1]):
-        shared = head // (query.shape[1] // key.shape[1])
+    for head in range(query.shape[2]):
+        shared = head // (query.shape[2] // key.shape[2])
         logits = [
-            scale * float(query[b, head, s] @ key[b, shared, r])
+            scale * float(query[s, b, head] @ key[r, b, shared])
             for b, row in enumerate(document.tolist())
             for s in range(len(row))
             for r in range(s + 1)
@@ -41,36 +43,24 @@ def one_by_one(query: Tensor, key: Tensor, document: Tensor, scale: float) -> Te
     return torch.tensor(largest)
 
 
-def test_the_mask():
-    mask = document_attention_mask(DOCUMENTS)[:, 0]
-    for b, row in enumerate(DOCUMENTS.tolist()):
-        for s, document in enumerate(row):
-            looks_at = mask[b, s].nonzero().flatten().tolist()
-            if document == -1:
-                assert looks_at == [s - 1]
-            else:
-                assert looks_at == [r for r in range(s + 1) if row[r] == document]
-
-
-def test_padding_alone_has_no_empty_row_and_no_logit():
-    nothing = torch.full((1, 5), -1)
-    mask = document_attention_mask(nothing)
-    assert mask[0, 0].sum(1).tolist() == [1] * 5
-    logits = largest_logits(heads_of(HEADS, 5, 1), heads_of(GROUPS, 5, 1), mask, scale=1.0)
+def test_padding_alone_has_no_logit():
+    nothing = segments_of([[0]], 5)
+    logits = largest_logits(heads_of(HEADS, 5, 1), heads_of(GROUPS, 5, 1), nothing, scale=1.0)
     assert logits.tolist() == [-math.inf] * HEADS
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 10, 256])
-@pytest.mark.parametrize("groups", [1, 2, 3, 6])
-def test_largest_logits(rows, groups):
+@pytest.mark.parametrize("rows", [1, 3, 4, 256])
+@pytest.mark.parametrize("shared", [1, 7, 256])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_largest_logits(rows, shared, groups):
     query, key = heads_of(HEADS, 10), heads_of(groups, 10, seed=1)
-    query[:, :, 8:] *= 100  # padding, which must not count
-    mask = document_attention_mask(DOCUMENTS)
-    ours = largest_logits(query, key, mask, scale=0.3, rows=rows)
+    query[8:] *= 100  # padding, which must not count
+    segments = segments_of(BOUNDARIES, 10, shared=shared)
+    ours = largest_logits(query, key, segments, scale=0.3, rows=rows)
     assert ours.dtype == torch.float32
     theirs = one_by_one(query, key, DOCUMENTS, 0.3)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    half = largest_logits(query.bfloat16(), key.bfloat16(), mask, scale=0.3, rows=rows)
+    half = largest_logits(query.bfloat16(), key.bfloat16(), segments, scale=0.3, rows=rows)
     exact = one_by_one(query.bfloat16(), key.bfloat16(), DOCUMENTS, 0.3)
     torch.testing.assert_close(half, exact, rtol=1e-6, atol=1e-6)  # accumulated in fp32
 
@@ -90,13 +80,17 @@ class LargestTensor(TorchDispatchMode):
 
 def test_no_more_logits_in_memory_than_a_block_of_rows():
     length, rows = 512, 32
-    mask = document_attention_mask(torch.zeros(1, length, dtype=torch.int32))
+    segments = segments_of([[0, length]], length)
     query, key = heads_of(HEADS, length, 1), heads_of(GROUPS, length, 1, seed=1)
     with LargestTensor() as seen:
-        ours = largest_logits(query, key, mask, scale=1.0, rows=rows)
+        ours = largest_logits(query, key, segments, scale=1.0, rows=rows)
     assert seen.elements == HEADS * rows * length
-    whole = (query @ key.repeat_interleave(HEADS // GROUPS, 1).mT).masked_fill(~mask, -math.inf)
-    torch.testing.assert_close(ours, whole.amax((0, 2, 3)))
+    key = key.repeat_interleave(HEADS // GROUPS, 2)
+    whole = (
+        torch.einsum("sbnd,rbnd->nsr", query, key).tril()
+        + torch.ones(length, length).triu(1) * -1e9
+    )
+    torch.testing.assert_close(ours, whole.amax((1, 2)))
 
 
 @pytest.fixture
@@ -116,13 +110,13 @@ def run(attention: PackedAttention, seed: int) -> tuple[Tensor, Tensor]:
         heads_of(n, 10, seed=10 * seed + i) for i, n in enumerate((HEADS, GROUPS, GROUPS))
     )
     query.requires_grad_()
-    mask = document_attention_mask(DOCUMENTS)
-    out = attention(*(x.permute(2, 0, 1, 3) for x in (query, key, value)), mask)
+    documents = PackedDocuments(segments_of(BOUNDARIES, 10), None, 10)
+    out = attention(query, key, value, packed_seq_params=documents)
     return out, one_by_one(query.detach(), key, DOCUMENTS, CHANNELS**-0.5)
 
 
 def test_recording_is_off_until_asked_for_and_changes_nothing(attention, monkeypatch):
-    monkeypatch.setattr("megatron_replay.model.layers.largest_logits", None)  # would raise
+    monkeypatch.setattr("megatron_replay.model.attention.largest_logits", None)  # would raise
     plain, _ = run(attention, 0)
     assert attention.max_logits is None
     monkeypatch.undo()

@@ -1,0 +1,149 @@
+"""Attention that keeps packed documents apart, and the largest logits that QK-Clip asks of it.
+
+Shapes: S positions, B packs, D channels; on this rank N query heads and G key-value groups.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_replay.functional.packed_attention import (
+    Segments,
+    packed_attention,
+    row_attention,
+)
+from megatron_replay.model.rows import SelectedRows
+
+
+class PackedDocuments(PackedSeqParams):
+    """Where documents lie, through megatron-core to where it is wanted; no format of its own.
+
+    Attributes:
+        segments: of each pack, for attention.
+        rows: the positions that the head will ask for; None where it may ask for any.
+    """
+
+    def __init__(self, segments: Segments, rows: SelectedRows | None, length: int) -> None:
+        super().__init__(max_seqlen_q=length, max_seqlen_kv=length)
+        self.segments, self.rows = segments, rows
+
+
+class PackedAttention(MegatronModule):
+    """softmax(Q K^T / sqrt(D)) V inside each document (``functional.packed_attention``).
+
+    Attributes:
+        record_max_logits: whether to measure, at each pass with gradients, what QK-Clip needs. The
+            kernel does not tell, so this computes Q K^T a second time, in fp32.
+        max_logits: the largest logit of each of this rank's query heads since recording began or
+            was last taken, fp32 [N]; None before the first pass.
+    """
+
+    record_max_logits = False
+    max_logits: Tensor | None = None
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query_SBND: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: PackedDocuments,
+        **_: Any,
+    ) -> Tensor:
+        """[S, B, N * D]; of padding, anything finite."""
+        segments = packed_seq_params.segments
+        # Under recomputation a layer runs twice, and with gradients once.
+        if self.record_max_logits and torch.is_grad_enabled():
+            seen_N = largest_logits(query_SBND, key_SBGD, segments, scale=self.scale)
+            known_N = seen_N if self.max_logits is None else self.max_logits
+            self.max_logits = torch.maximum(known_N, seen_N)
+        return packed_attention(
+            query_SBND, key_SBGD, value_SBGD, segments, scale=self.scale
+        ).flatten(2)
+
+    def at_rows(
+        self, query_RND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, rows: SelectedRows
+    ) -> Tensor:
+        """[R, N * D]: what ``forward`` gives at ``rows``, padding rows included."""
+        out_RND = row_attention(query_RND, key_SBGD, value_SBGD, rows.segments, scale=self.scale)
+        return out_RND.flatten(1)
+
+
+@torch.no_grad()
+def largest_logits(
+    query_SBND: Tensor, key_SBGD: Tensor, segments: Segments, *, scale: float, rows: int = 256
+) -> Tensor:
+    """max of scale <q_s, k_r> over packs and pairs (s, r) that may look, for each head. fp32 [N].
+
+    Padding does not count: a head is judged by the documents, however they are packed. -inf where
+    there is nothing but padding. ``rows`` queries at a time, against the keys up to the last of
+    them, so that the fp32 logits in memory are at most N rows L for a segment of L positions.
+    """
+    heads, groups = query_SBND.shape[2], key_SBGD.shape[2]
+    largest_N = query_SBND.new_full((heads,), -math.inf, dtype=torch.float32)
+    for pack, of_pack in enumerate(segments):
+        for segment in of_pack:
+            if segment.is_padding:
+                continue
+            length = segment.stop - segment.start
+            place_L = torch.arange(length, device=query_SBND.device)
+            key_GDL = key_SBGD[segment.start : segment.stop, pack].permute(1, 2, 0).float()
+            for start in range(0, length, rows):
+                stop = min(start + rows, length)
+                query = query_SBND[segment.start + start : segment.start + stop, pack]
+                # The heads of a group are rows against the same keys: nothing is repeated.
+                query = query.permute(1, 0, 2).float().unflatten(0, (groups, -1)).flatten(1, 2)
+                logits = (query @ key_GDL[..., :stop]).view(heads, stop - start, stop)
+                if segment.mask is None:
+                    allowed = place_L[start:stop, None] >= place_L[None, :stop]
+                else:
+                    allowed = segment.mask[start:stop, :stop].to(logits.device)
+                logits.masked_fill_(~allowed, -math.inf)
+                largest_N = torch.maximum(largest_N, logits.amax((1, 2)))
+    return largest_N * scale
+
+
+def record_max_logits(model: torch.nn.Module, record: bool = True) -> None:
+    """Begin, or end, to measure every layer's largest logits; what was measured is forgotten."""
+    for layer in _attention_layers(model):
+        layer.core_attention.record_max_logits = record
+        layer.core_attention.max_logits = None
+
+
+def take_max_logits(model: torch.nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """For each layer of this stage, its ``linear_qkv.weight`` and its heads' largest logits [N].
+
+    Over all micro-batches since the last call. Reads nothing from the device.
+    """
+    taken = []
+    for layer in _attention_layers(model):
+        attention = layer.core_attention
+        assert attention.max_logits is not None, "no pass with gradients since recording began"
+        taken.append((layer.linear_qkv.weight, attention.max_logits))
+        attention.max_logits = None
+    return taken
+
+
+def _attention_layers(model: torch.nn.Module) -> list[SelfAttention]:
+    return [module for module in model.modules() if isinstance(module, SelfAttention)]
