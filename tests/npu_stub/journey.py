@@ -144,7 +144,7 @@ def doctor() -> list[tuple[str, str]]:
 
     guard, npu = Guard(), select("npu")
     with guard.everywhere():
-        found = [collective(npu), head_smoke(npu)]
+        found = [collective(npu, method="fork"), head_smoke(npu)]
     return [(finding.status, finding.found) for finding in found] + list(guard.found)
 
 
