@@ -89,6 +89,7 @@ def real_sets(directory: Path = DIRECTORY) -> Sets:
         reader = CandidateReader(directory)
         if reader.description.selection != SELECTION:
             raise StoreError("made with another selection", where=directory)
+        reader.stops()  # its indexes are of this version
     except StoreError:
         make(directory)
         reader = CandidateReader(directory)

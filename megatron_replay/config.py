@@ -146,10 +146,19 @@ class CandidatesConfig(Section):
     )
     last_n: int = option("positions a document gives under last-token", 1)
     position_seed: int = option("seed of the positions drawn", 1234)
+    store_codec: str = option(
+        "how ids are written: planar is read fastest, archive is smallest",
+        "planar",
+        ("planar", "archive"),
+    )
     store_logits: str = option(
         "also record the candidates' logits, in this precision", "none", ("none", "fp16", "bf16")
     )
     documents_per_shard: int = option("documents in a shard file, the unit of resuming", 1024)
+    shards: str | None = option(
+        "FIRST:STOP, to write these shards only (tools/inspect_store.py merge puts parts together)",
+        None,
+    )
     logits_chunk_size: int = option("positions whose logits exist at one time", 1024)
     write_buffer_mib: int = option("MiB of candidate sets that may wait for the disk", 64)
     tensorboard_dir: str | None = option("TensorBoard events of the report; default: none", None)

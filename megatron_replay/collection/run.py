@@ -8,14 +8,16 @@ import numpy as np
 import torch
 
 from megatron_replay import kernels
-from megatron_replay.checkpoint.load import LoadedModel, checkpoint_fingerprint, load_model
+from megatron_replay.checkpoint.load import checkpoint_fingerprint, load_model, model_files
 from megatron_replay.collection.collector import Collector
 from megatron_replay.collection.report import Cost, report
 from megatron_replay.collection.stream import ShardStream
 from megatron_replay.config import Stage0Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import report_long_documents
+from megatron_replay.errors import ConfigError
 from megatron_replay.model.compatibility import require_context, require_vocabulary
+from megatron_replay.model.config import ModelConfig
 from megatron_replay.parallel import Parallel
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateWriter, StoreDescription
@@ -30,22 +32,33 @@ def collect(config: Stage0Config, groups: Parallel) -> None:
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
     like = torch.empty(0, dtype=dtype, device=groups.device)
     backend = config.candidates.selection_backend
-    kernel = kernels.SELECTION.choose(backend, like)  # before minutes of loading, if it cannot run
+    # What can be refused is refused before minutes of loading.
+    kernel = kernels.SELECTION.choose(backend, like)
+    shape = ModelConfig.from_hf(model_files(config.model.load))
+    require_vocabulary(corpus, shape)
+    writer = _open_writer(config, corpus, shape, groups)
+    chosen = _chosen_shards(config.candidates.shards, writer.description.num_shards)
     model = load_model(config.model, config.parallel, groups)
-    require_vocabulary(corpus, model.shape)
-    writer = _open_writer(config, corpus, model, groups)
     collector = Collector(config.candidates, config.data, corpus, model, groups, kernel)
-    require_context(collector.fitted.lengths, model.shape)
+    require_context(collector.fitted.lengths, shape)
     if groups.rank == 0:
         print(f"candidate selection: {kernels.SELECTION.describe(backend, like)}")
         report_long_documents(collector.fitted, config.data.long_documents)
-    missing = groups.broadcast(writer.missing_shards())
+    missing = [s for s in groups.broadcast(writer.missing_shards()) if s in chosen]
     cost = _write_shards(
         missing[groups.dp_rank :: groups.dp_size], writer, collector, config, groups
     )
-    _wait_for_all(writer, minutes=config.parallel.distributed_timeout_minutes)
-    groups.on_rank_zero(writer.finish)
+    _wait_for_all(writer, chosen, minutes=config.parallel.distributed_timeout_minutes)
     candidates = config.candidates
+    if groups.broadcast(len(writer.missing_shards())):
+        if groups.rank == 0:
+            print(
+                f"--shards {candidates.shards} is done; others are missing. When they are written "
+                "elsewhere: tools/inspect_store.py merge WHOLE PART PART ..."
+            )
+        writer.close()
+        return
+    groups.on_rank_zero(writer.finish)
     report(
         candidates.store,
         cost,
@@ -96,32 +109,52 @@ def _write_shards(
     )
 
 
-def _wait_for_all(writer: CandidateWriter, *, minutes: float) -> None:
-    """Wait until every shard is there, or none has come for ``minutes``.
+def _chosen_shards(text: str | None, num_shards: int) -> range:
+    """FIRST:STOP as a range of shards; all where nothing is given."""
+    if text is None:
+        return range(num_shards)
+    first, colon, stop = text.partition(":")
+    numbers = first.isdecimal() and stop.isdecimal() and bool(colon)
+    if not numbers or not int(first) < int(stop) <= num_shards:
+        raise ConfigError(
+            "not shards of this store",
+            where="--shards",
+            expected=f"FIRST:STOP within 0:{num_shards}",
+            found=text,
+        )
+    return range(int(first), int(stop))
+
+
+def _wait_for_all(writer: CandidateWriter, shards: range, *, minutes: float) -> None:
+    """Wait until every one of ``shards`` is there, or none has come for ``minutes``.
 
     Model copies end hours of work minutes apart, and a collective would time out. Where a copy is
     lost, the next collective says so.
     """
-    missing, since, pause = writer.missing_shards(), time.monotonic(), 0.01
+
+    def left_out() -> list[int]:
+        return [shard for shard in writer.missing_shards() if shard in shards]
+
+    missing, since, pause = left_out(), time.monotonic(), 0.01
     while missing and time.monotonic() - since < 60 * minutes:
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
-        left = writer.missing_shards()
+        left = left_out()
         if left != missing:
             missing, since = left, time.monotonic()
 
 
 def _open_writer(
-    config: Stage0Config, corpus: Corpus, model: LoadedModel, groups: Parallel
+    config: Stage0Config, corpus: Corpus, shape: ModelConfig, groups: Parallel
 ) -> CandidateWriter:
     """Open the store on rank 0 first, which keeps other runs out, then everywhere."""
     fingerprint = checkpoint_fingerprint(config.model.load) if groups.rank == 0 else ""
     candidates = config.candidates
     description = StoreDescription(
-        vocab_size=model.shape.vocab_size,
+        vocab_size=shape.vocab_size,
         num_documents=len(corpus),
         documents_per_shard=candidates.documents_per_shard,
-        codec="planar",
+        codec=candidates.store_codec,
         logits=candidates.store_logits,
         corpus_fingerprint=corpus.fingerprint,
         tokenizer_fingerprint=corpus.tokenizer_fingerprint,

@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_replay.data.corpus import Corpus
+from megatron_replay.errors import StoreError
 from megatron_replay.store import CandidateReader, CandidateWriter
 from megatron_replay.store.manifest import index_path
+from megatron_replay.store.merge import merge_parts
 from tests import tiny
 from tests.e2e import stages
 
@@ -261,6 +263,29 @@ def test_the_report_is_of_the_whole_store_and_the_cost_of_this_run(folder, tmp_p
 
     collect(folder, store)  # nothing left to do: the cost stays what it was
     assert json.loads((store / "cost.json").read_text()) == cost
+
+
+@pytest.mark.distributed
+def test_parts_written_in_two_places_merge_into_the_whole(folder, tmp_path):
+    flags = ["--store-codec", "archive"]
+    collect(folder, tmp_path / "whole", *flags, dp=2)
+    said = collect(folder, tmp_path / "one", *flags, "--shards", "0:1", dp=2)
+    assert "--shards 0:1 is done; others are missing" in said
+    collect(folder, tmp_path / "two", *flags, "--shards", "1:3")
+    with pytest.raises(StoreError, match="unfinished: 2 of 3 shards"):
+        CandidateReader(tmp_path / "two")
+    merge_parts([tmp_path / "one", tmp_path / "two"], tmp_path / "merged")
+    for path in (tmp_path / "merged").rglob("*.*"):
+        if path.suffix in (".bin", ".idx", ".json"):
+            relative = path.relative_to(tmp_path / "merged")
+            assert path.read_bytes() == (tmp_path / "whole" / relative).read_bytes(), relative
+    assert CandidateReader(tmp_path / "merged").description.codec == "archive"
+    for shards in ("3:4", "1:1", "2", "a:b"):
+        message = stages.fail(
+            "stage0", "--load", folder / "exact", "--data-path", folder / "corpus",
+            "--store", tmp_path / "x", *SIZES, "--shards", shards, code=2,
+        )  # fmt: skip
+        assert f"expected FIRST:STOP within 0:3; found {shards}" in message
 
 
 @pytest.mark.distributed
