@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_replay.checkpoint import rank_files, stream
+from megatron_replay.checkpoint import compare, rank_files, restricted_pickle, stream
 from megatron_replay.checkpoint.export import require_equal
 from megatron_replay.checkpoint.load import model_files
 from megatron_replay.checkpoint.names import Layout, QueryKeyValue, mapping_of
@@ -98,10 +99,13 @@ def test_there_and_back_is_the_identity(small, tmp_path, tied, vocabulary, tp, p
 
 @pytest.mark.parametrize("mapped_bytes", [0, 2000])
 def test_files_are_mapped_anew(small, tmp_path, monkeypatch, mapped_bytes):
+    loads, load = [], restricted_pickle.load
+    monkeypatch.setattr(restricted_pickle, "load", lambda path: (loads.append(path), load(path))[1])
     monkeypatch.setattr(rank_files, "_MAPPED_BYTES", mapped_bytes)
     converted(small[False, 97], tmp_path / "mg", 2, 2)
     ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
     require_equal(tmp_path / "hf", small[False, 97])
+    assert len(loads) > 3 * 4 * 2  # opened three times; without a limit that would be all
 
 
 def test_uneven_stages_and_padding_and_dtype(small, tmp_path):
@@ -170,6 +174,25 @@ def test_verification_finds_damage_of_what_was_written(small, tmp_path, monkeypa
     with pytest.raises(CheckpointError, match="differs from"):
         ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_verification_insists_on_every_number(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_is_surplus", lambda name, config: "k_proj" in name)
+    with pytest.raises(CheckpointError, match=r"not every number of this file was compared"):
+        converted(small[False, 96], tmp_path / "mg", 2)
+
+
+def test_everything_is_synced(small, tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (synced.add(Path(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
+    )
+    staged = tmp_path / ".mg.incomplete"
+    converted(small[True, 96], tmp_path / "mg", 2)
+    written = [path.relative_to(tmp_path / "mg") for path in (tmp_path / "mg").rglob("*")]
+    kept = [path for path in written if path.parts[0].startswith("iter")]
+    assert len(kept) == 5
+    assert {staged, tmp_path, *(staged / path for path in kept)} <= synced
 
 
 class _Bomb:
@@ -257,8 +280,10 @@ def test_script_modules_are_not_loaded(tmp_path):
     torch.save({"model": {}}, path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("model_optim_rng/constants.pkl", pickle.dumps(()))
-    with pytest.raises(CheckpointError, match="TorchScript"):
-        rank_files.RankFile(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as outside of tests: it must be an error all the same
+        with pytest.raises(CheckpointError, match="TorchScript"):
+            rank_files.RankFile(path)
 
 
 def test_a_tied_model_with_a_head_of_its_own(small, tmp_path):
