@@ -34,13 +34,14 @@ def test_parts_of_tensors(tmp_path):
             assert torch.equal(mapped[name][part], tensor[part])
 
 
-def test_offsets_that_no_dtype_divides(tmp_path):
+@pytest.mark.parametrize("spaces", range(4))
+def test_offsets_that_no_dtype_divides(tmp_path, spaces):
     table = {
         "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
         "b": {"dtype": "F32", "shape": [2], "data_offsets": [3, 11]},
         "c": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [11, 12]},
     }
-    header = json.dumps(table).encode()
+    header = json.dumps(table).encode() + b" " * spaces
     content = struct.pack("<Q", len(header)) + header + b"abc" + struct.pack("<2f", 1, -2) + b"x"
     (tmp_path / "x.safetensors").write_bytes(content)
     mapped = mapped_tensors(tmp_path / "x.safetensors")

@@ -182,6 +182,14 @@ def test_verification_insists_on_every_number(small, tmp_path, monkeypatch):
         converted(small[False, 96], tmp_path / "mg", 2)
 
 
+def test_verification_finds_padding_that_is_not_zero(small, tmp_path, monkeypatch):
+    fill = stream._fill_rows
+    monkeypatch.setattr(stream, "_fill_rows", lambda shard, *rest: fill(shard.fill_(1), *rest))
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda self: self)
+    with pytest.raises(CheckpointError, match=r"mp_rank_03/.*: embedding\..* padding is not zero"):
+        converted(small[True, 97], tmp_path / "mg", 4)
+
+
 def test_everything_is_synced(small, tmp_path, monkeypatch):
     synced, fsync = set(), os.fsync
     monkeypatch.setattr(
