@@ -196,6 +196,36 @@ py::object decode_records(const py::sequence& records, int64_t vocab_size, int h
     return py::make_tuple(document_offsets, positions, offsets, halves, ids, logits);
 }
 
+// Crcs are polynomials over bits modulo the one of zlib, least power in the highest bit: times x is
+// a shift to the right.
+constexpr uint32_t kPolynomial = 0xEDB88320u, kOne = 1u << 31;
+
+uint32_t times_x(uint32_t a) { return a & 1 ? a >> 1 ^ kPolynomial : a >> 1; }
+
+uint32_t product(uint32_t a, uint32_t b) {
+    uint32_t sum = 0;
+    for (uint32_t power = kOne; power != 0; power >>= 1, b = times_x(b))
+        if (a & power) sum ^= b;
+    return sum;
+}
+
+// crc32 of parts end to end, from their crc32s: crc(A B) = crc(A) x^(8 |B|) + crc(B).
+uint32_t joined_crc(uint32_t crc, const py::array_t<uint32_t, py::array::c_style>& crcs,
+                    const py::array_t<int64_t, py::array::c_style>& sizes) {
+    if (crcs.ndim() != 1 || sizes.ndim() != 1 || crcs.size() != sizes.size())
+        throw py::value_error("crcs and sizes are vectors of one length");
+    uint32_t squares[66];  // x^(2^k)
+    squares[0] = kOne >> 1;
+    for (int k = 1; k < 66; ++k) squares[k] = product(squares[k - 1], squares[k - 1]);
+    for (py::ssize_t i = 0; i < crcs.size(); ++i) {
+        uint64_t bytes = static_cast<uint64_t>(sizes.data()[i]);
+        for (int k = 3; bytes != 0; bytes >>= 1, ++k)
+            if (bytes & 1) crc = product(crc, squares[k]);
+        crc ^= crcs.data()[i];
+    }
+    return crc;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_records, module) {
@@ -205,4 +235,7 @@ PYBIND11_MODULE(_records, module) {
                "offsets int64 [P + 1], uint16 [3 P], ids int32 [C], uint16 [C or 0]), where uint16\n"
                "are fp16 and logits as stored; or the number of the first record that breaks a\n"
                "rule of the format. Numbers are not looked at.");
+    module.def("joined_crc", &joined_crc, py::arg("crc"), py::arg("crcs"), py::arg("sizes"),
+               "crc32 of what has ``crc``, followed by parts of the given crc32s (uint32 [N]) and\n"
+               "sizes in bytes (int64 [N]).");
 }

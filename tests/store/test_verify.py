@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import pytest
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.errors import DataError, StoreError
 from megatron_replay.store import CandidateReader
+from megatron_replay.store._records import joined_crc
 from megatron_replay.store.verify import verify
 from megatron_replay.store.workers import each_shard
 from tests.store.corpora import write_both, write_corpus
@@ -182,3 +185,11 @@ def test_ctrl_c_ends_processes_without_their_tracebacks() -> None:
 
     assert all(ends for _, ends in each_shard(work, range(2), workers=2))
     assert not any(ends for _, ends in each_shard(work, range(2), workers=1))
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [1], [5, 0, 70_000, 1], [1 << 20] * 3])
+def test_crc32s_of_parts_join_to_that_of_the_whole(sizes: list[int]) -> None:
+    parts = [random.Random(i).randbytes(size) for i, size in enumerate(sizes)]
+    crcs = np.array([zlib.crc32(part) for part in parts], np.uint32)
+    found = joined_crc(zlib.crc32(b"header"), crcs, np.array(sizes, np.int64))
+    assert found == zlib.crc32(b"header" + b"".join(parts))
