@@ -355,6 +355,9 @@ class TrainingConfig(Section):
     recompute_granularity: str = option(
         "full: keep only layer inputs and recompute in backward", "none", ("none", "full")
     )
+    profile: bool = option("trace some steps into --save/profile, a file a rank", False)
+    profile_start: int = option("--profile: steps of this process before the first traced", 3)
+    profile_steps: int = option("--profile: steps traced", 3)
     log_interval: int = option("iterations between lines of metrics.jsonl and TensorBoard", 1)
     tensorboard_dir: str | None = option("TensorBoard events; default: under --save", None)
     stability_interval: int = option(
@@ -365,12 +368,13 @@ class TrainingConfig(Section):
     )
 
     def _check(self) -> None:
-        self.require_positive("global_batch_size", "train_epochs", "log_interval")
+        self.require_positive("global_batch_size", "train_epochs", "log_interval", "profile_steps")
         for name in ("train_iters", "exit_interval"):
             value = getattr(self, name)
             self.require(value is None or value > 0, name, "a number above 0")
         for name in (
             "prefetch_batches",
+            "profile_start",
             "seed",
             "save_interval",
             "max_skipped_steps",

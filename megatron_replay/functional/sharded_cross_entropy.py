@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
 from megatron_replay.functional.shard_head import (
     Partials,
@@ -68,7 +69,8 @@ class ShardedCrossEntropy(torch.autograd.Function):
         weight_grad_out = ctx.weight_grad_out if wants_weight else None
         if wants_weight and weight_grad_out is None:
             weight_grad = weight_grad_out = zeros(weight_VH)
-        with _without_autocast(hidden_NH):
+        # In a trace, backward is another place than the forward that a caller can name.
+        with record_function("head"), _without_autocast(hidden_NH):
             hidden_grad = ctx.head.backward(
                 hidden_NH,
                 weight_VH,

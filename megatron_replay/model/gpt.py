@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_replay.config import ParallelConfig
 from megatron_replay.model.attention import PackedAttention, PackedDocuments
@@ -68,7 +69,8 @@ class ReplayGPTModel(GPTModel):
             sequence_parallel=self.config.sequence_parallel,
             selected=self._documents.rows,
         )
-        return self._head(hidden, self.output_weight())
+        with record_function("head"):
+            return self._head(hidden, self.output_weight())
 
     def interleave_vocabulary(self) -> None:
         """Read the embeddings' rows as those of every nth id (``checkpoint.vocabulary``)."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch.profiler import ProfilerActivity
 
 
 class Platform(abc.ABC):
@@ -39,3 +40,7 @@ class Platform(abc.ABC):
     @abc.abstractmethod
     def peak_memory_bytes(self) -> int:
         """The most memory this process has held on its device (the host's, for cpu)."""
+
+    def profiler(self) -> Any:
+        """A profiler of host and device with torch.profiler's start, stop, export_chrome_trace."""
+        return torch.profiler.profile(activities=[ProfilerActivity.CPU])

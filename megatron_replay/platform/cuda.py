@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity
 
 from megatron_replay.platform.base import Platform
 from megatron_replay.platform.megatron_core import check_version
@@ -33,3 +35,7 @@ class CUDA(Platform):
     def peak_memory_bytes(self) -> int:
         """Peak bytes of the caching allocator."""
         return torch.cuda.max_memory_allocated(self.device)
+
+    def profiler(self) -> Any:
+        """Kernels and copies beside what the host does."""
+        return torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])

@@ -55,6 +55,12 @@ class NPU(Platform):
         """Peak bytes of torch_npu's caching allocator."""
         return int(_npu().max_memory_allocated(self.device))
 
+    def profiler(self) -> Any:
+        """torch_npu's, of the same interface."""
+        profiler = importlib.import_module("torch_npu.profiler")
+        activities = [profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU]
+        return profiler.profile(activities=activities)
+
 
 def _npu() -> Any:
     """``torch.npu``, which exists once torch_npu is imported."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from megatron_replay import cli, flags, kernels
 from megatron_replay.checkpoint.load import LoadedModel, load_model, model_files
@@ -40,6 +41,7 @@ from megatron_replay.parallel import Parallel
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
 from megatron_replay.training.interrupt import StopRequest
+from megatron_replay.training.profile import StepTrace
 from megatron_replay.training.step import StepResult, train_step, wrap_for_training
 from megatron_replay.training.watch import Watch
 from megatron_replay.training.work import GlobalWork, WorkMaker
@@ -103,6 +105,7 @@ class Trainer:
         if config.optimizer.qk_clip_threshold is not None:
             record_max_logits(self.model.module)
         self.state = self._resume()
+        self.trace = StepTrace(config, groups.rank)
         self.watch = Watch(
             config,
             groups,
@@ -131,12 +134,14 @@ class Trainer:
         ):
             self.watch.begin(self.state.iteration)
             while self.state.iteration < self.train_iters:
-                result, values = self._step()
+                with self.trace.step(self.state.iteration + 1):
+                    result, values = self._step()
                 progress.advance(note="" if result.loss is None else f"loss {result.loss:.4f}")
                 self.watch.step(self.state.iteration, values)
                 if self._must_leave(stop):
                     break
                 self._save_if_due()
+        self.trace.close()
         self._save()
         self.watch.close()
         if self.state.iteration < self.train_iters:
@@ -237,7 +242,8 @@ class Trainer:
         """One optimizer step on the next global batch, and what to log of it."""
         started = time.perf_counter()
         lr = learning_rate(self.state.iteration, self.config.optimizer, self.train_iters)
-        work, tokens = next(self._loader)
+        with record_function("data"):
+            work, tokens = next(self._loader)
         is_logged = (self.state.iteration + 1) % self.config.training.log_interval == 0
         result = train_step(
             self.wrapped,

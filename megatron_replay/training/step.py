@@ -12,6 +12,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.profiler import record_function
 
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.forward import Work, forward_backward
@@ -73,11 +74,12 @@ def train_step(
     model.zero_grad_buffer()
     optimizer.zero_grad()
     sums = forward_backward(model, work)
-    optimizer.prepare_grads()
     # Clipping and the finite check are the rule's. Its sums are the whole model's, and gradients
     # are reduced over DP, so every rank takes the same branch.
     skipped_before = rule.skipped_steps
-    optimizer.step_with_ready_grads()
+    with record_function("optimizer"):
+        optimizer.prepare_grads()
+        optimizer.step_with_ready_grads()
     skipped = rule.skipped_steps > skipped_before
     if qk_clip_threshold is not None:
         # Taken from a skipped step as well: what it measured must not enter the next.

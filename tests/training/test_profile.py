@@ -1,0 +1,60 @@
+"""``--profile``: a file of each rank, in which a step has its parts by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests import tiny
+from tests.e2e import stages
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("profile")
+    tiny.save_corpus(folder / "corpus", num_documents=40)
+    tiny.save_qwen3(folder / "model", tied=True, num_hidden_layers=1)
+    stages.succeed("stage0", *stages.inputs(folder), "--store", folder / "store")
+    return folder
+
+
+def regions(path: Path) -> list[dict[str, Any]]:
+    events = json.loads(path.read_text())["traceEvents"]
+    return [e for e in events if e.get("ph") == "X" and e.get("cat") == "user_annotation"]
+
+
+def inside(event: dict[str, Any], step: dict[str, Any]) -> bool:
+    """Whether ``event`` begins and ends within ``step``."""
+    end = step["ts"] + step["dur"]
+    return step["ts"] <= event["ts"] and event["ts"] + event["dur"] <= end
+
+
+@pytest.mark.distributed
+def test_each_rank_traces_the_parts_of_the_steps_asked_for(folder, tmp_path):
+    flags = ["--profile", "--profile-start", 1, "--profile-steps", 2, "--sequence-parallel"]
+    stages.succeed("stage1", *stages.argv(folder, tmp_path, *flags), tp=2)
+    names = [f"iterations-0000002-0000003-rank-{rank:05d}.json" for rank in (0, 1)]
+    assert sorted(p.name for p in (tmp_path / "profile").iterdir()) == names
+    for name in names:
+        events = regions(tmp_path / "profile" / name)
+        steps = [event for event in events if event["name"] == "step"]
+        assert len(steps) == 2
+        for step in steps:
+            parts = [event["name"] for event in events if inside(event, step)]
+            # Packs of this rank: two micro-batches and more, each forward and backward.
+            assert parts.count("data") == parts.count("optimizer") == 1
+            assert parts.count("head") == 8
+            assert parts.count("collectives") > 8
+
+
+@pytest.mark.distributed
+def test_a_run_that_ends_early_leaves_what_it_traced(folder, tmp_path):
+    flags = ["--profile", "--profile-start", 1, "--exit-interval", 2, "--probe-interval", 0]
+    stages.succeed("stage1", *stages.argv(folder, tmp_path, *flags))
+    [trace] = (tmp_path / "profile").iterdir()
+    assert trace.name == "iterations-0000002-0000002-rank-00000.json"
+    assert not hasattr(dist.ProcessGroup.allreduce, "__wrapped__")
