@@ -25,6 +25,8 @@ from torch import Tensor
 
 from megatron_replay import cli
 from megatron_replay.checkpoint.convert_flags import DTYPES, find_type, parse_arguments
+from megatron_replay.checkpoint.directories import iteration_directory, latest_iteration
+from megatron_replay.checkpoint.rank_files import open_grid
 from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.errors import CheckpointError, ConfigError, ReplayError
 from megatron_replay.model.config import ModelConfig
@@ -149,12 +151,6 @@ def verify_logits(hf_directory: Path, ranks_directory: Path, platform_name: str)
     Raises:
         CheckpointError: they differ from those of transformers by more than rounding.
     """
-    from megatron_replay import parallel, platform
-    from megatron_replay.checkpoint.compare import whole_parameter
-    from megatron_replay.checkpoint.directories import iteration_directory, latest_iteration
-    from megatron_replay.checkpoint.load import load_model
-    from megatron_replay.checkpoint.rank_files import open_grid
-
     shape = ModelConfig.from_hf(hf_directory)
     if shape.num_parameters() > _LARGEST_RUN:
         print(
@@ -162,11 +158,16 @@ def verify_logits(hf_directory: Path, ranks_directory: Path, platform_name: str)
             "parameters"
         )
         return
+    from megatron_replay import parallel, platform
+
+    config = ParallelConfig(platform=platform_name)
+    groups = parallel.initialize(config, platform.select(config.platform))
+    from megatron_replay.checkpoint.compare import whole_parameter
+    from megatron_replay.checkpoint.load import load_model
+
     grid, files = open_grid(
         iteration_directory(ranks_directory, latest_iteration(ranks_directory) or 0), shape
     )
-    config = ParallelConfig(platform=platform_name)
-    groups = parallel.initialize(config, platform.select(config.platform))
     source = ModelConfigSource(load=str(hf_directory), bf16=False)
     model = load_model(source, config, groups)
     with torch.no_grad():

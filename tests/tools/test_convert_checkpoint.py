@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_replay.checkpoint.export import require_equal
+from megatron_replay.checkpoint.stream import grid_for, hf_to_ranks
+from megatron_replay.errors import CheckpointError
+from megatron_replay.model.config import ModelConfig
 from tests import pool, tiny
 from tools import convert_checkpoint
 
@@ -110,3 +115,26 @@ def test_pickles_need_trust(tmp_path, capsys, monkeypatch):
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     line = mistake(capsys, monkeypatch, "--load", tmp_path, "--save", "x", "--trust-pickle")
     assert "config.json" in line
+
+
+def _compare_logits(rank: int, world_size: int, hf: Path, ranks: Path) -> str:
+    try:
+        convert_checkpoint.verify_logits(hf, ranks, "cpu")
+    except CheckpointError as error:
+        return str(error)
+    return "equal"
+
+
+def test_logits_are_those_of_the_ranks(model, tmp_path):
+    """Not those of the directory beside: ranks of another model are told from it."""
+    config = ModelConfig.from_hf(model)
+    hf_to_ranks(model, tmp_path / "same", grid_for(config, tp=2, pp=2, transformer_engine=True))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5:9] *= 2
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    hf_to_ranks(other, tmp_path / "ranks", grid_for(config, tp=2, pp=1))
+    [same] = pool.run(1, _compare_logits, model, tmp_path / "same")
+    [differs] = pool.run(1, _compare_logits, model, tmp_path / "ranks")
+    assert same == "equal"
+    assert "logits differ from transformers'" in differs
