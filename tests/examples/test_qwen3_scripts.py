@@ -1,19 +1,25 @@
 """Every script of examples/qwen3, in order, at its true layout, on a small Qwen3.
 
-The scripts run as they are. Only torchrun is another: it has the ranks forked here, where torch is
-imported already, instead of starting 4 or 8 interpreters a script; tests/e2e/test_torchrun.py has
-the real one.
+The scripts run as they are. Only python and torchrun on their PATH are others: they have processes
+forked here, where torch is imported already, instead of starting up to 8 interpreters a command;
+tests/e2e/test_torchrun.py has the real ones.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import os
+import runpy
 import shlex
 import socket
 import subprocess
 import sys
 import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +46,46 @@ TRUE_CONFIGS = {
 }
 
 
-def environment(run_dir: Path, **variables: object) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def bin_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with python and torchrun."""
+    directory = tmp_path_factory.mktemp("bin")
+    for name in ("python", "torchrun"):
+        (directory / name).symlink_to(Path(__file__).with_name("launcher"))
+    return directory
+
+
+Environment = Callable[..., dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def environment(bin_path: Path) -> Environment:
     """What a user has, and no more: nothing of this process's own settings may help."""
-    path = f"{Path(__file__).parent}:{Path(sys.executable).parent}:/usr/bin:/bin"
-    return {
-        "PATH": path, "HOME": str(run_dir), "VIRTUAL_ENV": sys.prefix, "PLATFORM": "cpu",
-        "MODEL_SIZE": "tiny", "RUN_DIR": str(run_dir), "TINY": str(run_dir.parent / "data"),
-        **{name: str(value) for name, value in variables.items()},
-    }  # fmt: skip
+
+    def variables(run_dir: Path, **given: object) -> dict[str, str]:
+        path = f"{bin_path}:{Path(sys.executable).parent}:/usr/bin:/bin"
+        return {
+            "PATH": path, "HOME": str(run_dir), "VIRTUAL_ENV": sys.prefix, "PLATFORM": "cpu",
+            "MODEL_SIZE": "tiny", "RUN_DIR": str(run_dir), "TINY": str(run_dir.parent / "data"),
+            **{name: str(value) for name, value in given.items()},
+        }  # fmt: skip
+
+    return variables
 
 
 def run_script(name: str, *flags: str, code: int = 0, **variables: str) -> str:
-    """Run a script, serve its torchrun, insist on its exit code, return what it wrote."""
-    with socket.socket(socket.AF_UNIX) as server, tempfile.TemporaryFile("w+") as written:
-        address = f"{tempfile.mkdtemp()}/launch"  # short: such an address has 108 bytes
-        server.bind(address)
+    """Run a script, serve its commands, insist on its exit code, return what it wrote."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.socket(socket.AF_UNIX) as server,
+        tempfile.TemporaryFile("w+") as written,
+    ):
+        server.bind(f"{folder}/launch")
         server.listen()
         server.settimeout(0.05)
         script = subprocess.Popen(
             ["bash", str(SCRIPTS / f"{name}.sh"), *flags],
-            env=variables | {"LAUNCH_SOCKET": address},
+            env=variables | {"LAUNCH_SOCKET": f"{folder}/launch"},
             stdout=written,
             stderr=subprocess.STDOUT,
             text=True,
@@ -69,24 +95,70 @@ def run_script(name: str, *flags: str, code: int = 0, **variables: str) -> str:
                 client, _ = server.accept()
             except TimeoutError:
                 continue
-            with client, client.makefile() as request:
-                argv = json.loads(request.readline())
-                client.sendall(json.dumps(launched(argv)).encode() + b"\n")
+            with client, client.makefile() as lines:
+                request = json.loads(lines.readline())
+                answer = launched(*request["argv"], env=request["env"])
+                client.sendall(json.dumps(answer).encode() + b"\n")
         written.seek(0)
         output = written.read()
     assert script.returncode == code, output
     return output
 
 
-def launched(argv: list[str]) -> tuple[int, str]:
-    """What torchrun does: as many ranks as it is told, the worst of their exit codes."""
+def launched(program: str, *argv: str, env: dict[str, str]) -> tuple[int, str]:
+    """What the command does: exit code (the worst of the ranks') and output."""
+    if program == "python":
+        return _python(list(argv), env)
     module = argv.index("-m")
     given = dict(zip(argv[:module:2], argv[1:module:2], strict=True))
     assert given["--nnodes"] == "1", given
     assert argv[module + 1].startswith("megatron_replay."), argv
-    stage, flags = argv[module + 1].removeprefix("megatron_replay."), argv[module + 2 :]
+    stage, flags = argv[module + 1].removeprefix("megatron_replay."), list(argv[module + 2 :])
     results = pool.run(int(given["--nproc_per_node"]), stages._main, stage, flags, None)
     return max(code for code, _, _ in results), "".join(out + err for _, out, err in results)
+
+
+def _python(argv: list[str], env: dict[str, str]) -> tuple[int, str]:
+    """``python argv`` from the top of the repository, in a fork of this process."""
+    with tempfile.TemporaryFile("w+") as written:
+        gc.freeze()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.dup2(written.fileno(), 1)
+                os.dup2(written.fileno(), 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                warnings.resetwarnings()
+                os.environ.clear()
+                os.environ.update(env)
+                os.chdir(ROOT)
+                os._exit(_run_as_main(argv))
+            finally:
+                os._exit(99)
+        gc.unfreeze()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        written.seek(0)
+        return code, written.read()
+
+
+def _run_as_main(argv: list[str]) -> int:
+    try:
+        if argv[0] == "-m":
+            sys.argv = argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = argv
+            sys.path.insert(0, str(Path(argv[0]).parent))
+            runpy.run_path(argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +168,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("qwen3", "ranks"), [("4b", 4), ("8b", 8)])
-def test_from_hugging_face_to_the_report(runs: Path, qwen3: str, ranks: int) -> None:
+def test_from_hugging_face_to_the_report(
+    runs: Path, environment: Environment, qwen3: str, ranks: int
+) -> None:
     run_dir = runs / qwen3
     env = environment(run_dir)
 
@@ -125,7 +199,9 @@ def test_from_hugging_face_to_the_report(runs: Path, qwen3: str, ranks: int) -> 
 
 
 @pytest.mark.parametrize("qwen3", ["4b", "8b"])
-def test_the_true_model_fits_64_gb_at_the_scripts_settings(tmp_path: Path, qwen3: str) -> None:
+def test_the_true_model_fits_64_gb_at_the_scripts_settings(
+    tmp_path: Path, environment: Environment, qwen3: str
+) -> None:
     tiny.save_corpus(tmp_path / "corpus", num_documents=3)
     config = TRUE_CONFIG | TRUE_CONFIGS[qwen3]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -144,7 +220,9 @@ def test_the_true_model_fits_64_gb_at_the_scripts_settings(tmp_path: Path, qwen3
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*_*.sh")), ids=lambda path: path.stem)
-def test_dry_run_prints_the_command_and_touches_nothing(path: Path, tmp_path: Path) -> None:
+def test_dry_run_prints_the_command_and_touches_nothing(
+    path: Path, tmp_path: Path, environment: Environment
+) -> None:
     env = environment(tmp_path, DRY_RUN=1, MODEL_SIZE="full", INPUT_FILE="rows.jsonl")
     output = run_script(path.stem, **env)
     [line] = [line for line in output.splitlines() if line.startswith("+ ")]
@@ -160,7 +238,7 @@ def test_dry_run_prints_the_command_and_touches_nothing(path: Path, tmp_path: Pa
             assert flags["--optimizer"] in path.stem
 
 
-def test_a_failing_command_fails_the_script(tmp_path: Path) -> None:
+def test_a_failing_command_fails_the_script(tmp_path: Path, environment: Environment) -> None:
     env = environment(tmp_path, CKPT_LOAD_DIR=tmp_path / "nothing", DATA_PATH=tmp_path / "none")
     output = run_script("report_qwen3_4b_4K", code=3, **environment(tmp_path, PLATFORM="cpu"))
     assert "error: " in output
