@@ -26,6 +26,7 @@ from megatron_replay.model.gpt import (
     transformer_config,
 )
 from megatron_replay.parallel import Parallel
+from megatron_replay.platform.megatron_core import fuses_gradient_accumulation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,13 @@ def load_model(
     files = model_files(source.load)
     shape = ModelConfig.from_hf(files)
     shape.check_layout(parallel.tp_size, parallel.pp_size)
-    config = transformer_config(shape, parallel_config, bf16=source.bf16, recompute=recompute)
+    config = transformer_config(
+        shape,
+        parallel_config,
+        bf16=source.bf16,
+        recompute=recompute,
+        gradient_accumulation_fusion=fuses_gradient_accumulation(parallel.device),
+    )
     module = build_model(shape, config, parallel).to(parallel.device)
     offset = layer_offset(config)
     iteration = latest_iteration(Path(source.load))

@@ -59,7 +59,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``, special tokens included."""
+        """Text of ``ids``, special tokens included.
+
+        A model may have more rows than its tokenizer has tokens, and say one: it has no text.
+        """
 
     @abstractmethod
     def apply_chat_template(
@@ -187,7 +190,7 @@ class _SentencePieceTokenizer(Tokenizer):
         return list(self._backend.encode(text, out_type=int))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._backend.decode(list(ids)))
+        return str(self._backend.decode([i for i in ids if i < self.vocab_size]))
 
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool

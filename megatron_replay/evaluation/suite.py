@@ -59,20 +59,21 @@ def evaluate(
     *,
     output: Path,
     command: str,
+    tokenizer: Path | None = None,
     progress: bool = True,
 ) -> Result:
     """Measure the base and every model, and write ``output`` after each of them.
 
     A model whose weights, inputs, settings and base are those of a result in ``output`` is not
-    measured again. All models are read with the base's tokenizer: perplexities are comparable only
-    over the same tokens.
+    measured again. All models are read with one tokenizer, the base's where no other is given
+    (a sentencepiece model, say): perplexities are comparable only over the same tokens.
 
     Raises:
         ConfigError, DataError, CheckpointError, StoreError: something given cannot be used.
     """
     hashes = inputs.sha256()
     base_sha256 = model_sha256(base)
-    tokenizer = load_tokenizer(base)
+    tokens = load_tokenizer(tokenizer or base)
     done = {result["key"]: result for result in _previous(output)}
     document: Result = {
         "format": FORMAT,
@@ -82,17 +83,17 @@ def evaluate(
             for name, digest in hashes.items()
         },
         "settings": asdict(settings),
-        "tokenizer": tokenizer.fingerprint,
+        "tokenizer": tokens.fingerprint,
         "models": [],
     }
     for name, path in {BASE: base, **models}.items():
         sha256 = model_sha256(path)
-        key = _key(sha256, base_sha256, tokenizer.fingerprint, hashes, settings)
+        key = _key(sha256, base_sha256, tokens.fingerprint, hashes, settings)
         if key in done:
             result = done[key] | {"name": name, "path": str(path)}
         else:
             start = time.monotonic()
-            measured = measure(path, tokenizer, inputs, settings, progress=progress)
+            measured = measure(path, tokens, inputs, settings, progress=progress)
             measured["relative_l2_percent"] = 100 * relative_l2(path, base)
             result = {"name": name, "path": str(path), "sha256": sha256, "key": key, **measured}
             result["seconds"] = round(time.monotonic() - start, 2)

@@ -86,7 +86,12 @@ class ReplayGPTModel(GPTModel):
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, *, bf16: bool = False, recompute: bool = False
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    bf16: bool = False,
+    recompute: bool = False,
+    gradient_accumulation_fusion: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration of ``model`` on this layout."""
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -128,7 +133,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=gradient_accumulation_fusion,
         persist_layer_norm=False,
         cuda_graph_scope=[],
         **recomputation,

@@ -18,6 +18,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import queue
@@ -264,3 +265,15 @@ def torch_optimizer_state() -> Iterator[None]:
         yield
     finally:
         distrib_optimizer.HAVE_APEX_OR_TE = found
+
+
+def fuses_gradient_accumulation(device: torch.device) -> bool:
+    """Whether weight gradients can be added to fp32 ``main_grad`` by the product itself.
+
+    megatron-core does so with an extension of NVIDIA's apex, used where it is installed and never
+    asked for. Ascend's apex has no such extension, nor has PyPI's package of that name anything.
+    Not run.
+    """
+    if device.type != "cuda":
+        return False
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None

@@ -18,6 +18,7 @@ from megatron_replay.evaluation.candidate_mass import candidate_mass
 from megatron_replay.evaluation.language_model import load_model, score
 from megatron_replay.evaluation.suite import read_documents
 from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
+from tests.data.tiny_tokenizers import save_sentencepiece
 from tests.evaluation.models import VOCAB_SIZE, random_documents, save_model
 from tests.evaluation.test_candidate_mass import random_candidates
 from tools import evaluate
@@ -94,6 +95,24 @@ def flags(site: Path, output: Path) -> list[str]:
         "--window=16",
         "--max-documents=3",
     ]
+
+
+def test_a_sentencepiece_model_in_place_of_the_base_s_tokenizer(site: Path, tmp_path: Path) -> None:
+    pieces = save_sentencepiece(tmp_path / "pieces.model")
+    given = {
+        "--base": site / "base", "--tokenizer": pieces, "--task-data": site / "questions.jsonl",
+        "--sql-questions": site / "questions.jsonl", "--database": site / "book.sqlite",
+        "--output": tmp_path / "eval.json", "--max-new-tokens": 4,
+    }  # fmt: skip
+    assert evaluate.main([f"{flag}={value}" for flag, value in given.items()]) == 0
+    document = json.loads((tmp_path / "eval.json").read_text())
+    tokenizer = load_tokenizer(pieces)
+    assert document["tokenizer"] == tokenizer.fingerprint
+    [base] = document["models"]
+    rows = read_documents(site / "questions.jsonl", tokenizer, row_format="prompt")
+    assert base["task"]["perplexity"] == pytest.approx(
+        score(load_model(site / "base"), rows).perplexity, rel=1e-5
+    )
 
 
 def test_every_measurement(site: Path, tmp_path: Path) -> None:
