@@ -120,7 +120,7 @@ def compare(
     if sums is not None:
         dist.all_reduce(sums, group=groups.dp_group)
         report["loss"] = abs(sums[0] / sums[1] - reference["loss"]).item()
-    report["gradients"] = _worst_gradient(model, ddp, groups, expected / "gradients")
+    report["gradients"] = worst_gradient(model, ddp, groups, expected / "gradients")
     settings = OptimizerConfig(
         optimizer="adamw", lr=LR, weight_decay=0.01, clip_grad=1.0, lr_decay_style="constant"
     )
@@ -170,7 +170,7 @@ def _work(
     return work
 
 
-def _worst_gradient(
+def worst_gradient(
     model: LoadedModel, ddp: torch.nn.Module, groups: parallel.Parallel, directory: Path
 ) -> tuple[float, str]:
     """Largest error of any gradient, relative to its tensor's largest entry, and its name."""
