@@ -23,7 +23,7 @@ from megatron_replay.store import CandidateReader
 from megatron_replay.training.loop import Trainer
 from megatron_replay.training.work import WorkMaker
 from tests import pool, tiny
-from tests.distributed.layouts import SEQ_LENGTH, Layout, join_groups, worst_gradient
+from tests.distributed.layouts import Layout, join_groups, worst_gradient
 from tests.e2e import stages
 
 LAYOUTS = {
