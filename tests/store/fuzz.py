@@ -26,6 +26,7 @@ from megatron_replay.errors import StoreError
 from megatron_replay.store import CandidateReader, CandidateWriter
 from megatron_replay.store.document import require_valid
 from megatron_replay.store.reader import DOCUMENTS_AT_ONCE
+from megatron_replay.store.verify import verify_shard
 from tests.store.examples import describe, document_of
 
 #: The most that reading may allocate per byte of the store: a position of 11 bytes may claim 256
@@ -139,6 +140,8 @@ def read_everything(directory: Path) -> bool:
             assert len(batch.ids) == together
             assert batch.offsets[-1] == len(batch.ids)
         reader.verify()
+        for shard in range(about.num_shards):
+            verify_shard(reader, shard)
     except StoreError:
         return False
     return True
