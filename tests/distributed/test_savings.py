@@ -21,7 +21,6 @@ from megatron_replay.data.corpus import Corpus
 from megatron_replay.forward import forward_backward
 from megatron_replay.store import CandidateReader
 from megatron_replay.training.loop import Trainer
-from megatron_replay.training.work import WorkMaker
 from tests import pool, tiny
 from tests.distributed.layouts import Layout, join_groups, worst_gradient
 from tests.e2e import stages
@@ -99,15 +98,8 @@ def run(layout: Layout, arm: str, folder: Path, save: Path) -> dict[str, Any]:
     ]  # fmt: skip
     config = flags.parse(Stage1Config, list(map(str, argv)), program="stage1").config
     trainer = Trainer(config, groups)
-    made = WorkMaker(
-        config,
-        groups,
-        trainer.corpus,
-        trainer.lengths,
-        trainer.batches,
-        trainer.reader,
-        trainer.head_form,
-    )(0)
+    with trainer._start_loader() as loader:
+        made = next(loader)
     sums = forward_backward(trainer.wrapped, made.work)
     return {
         "sums": None if sums is None else sums.tolist(),
