@@ -6,7 +6,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 tiny_inputs
 run python tools/convert_checkpoint.py \
-    --load "$HF_DIR" \
-    --save "${CKPT_SAVE_DIR:-$MCORE_DIR}" \
-    --save-format mcore \
+    --load-model-type hf \
+    --save-model-type mcore \
+    --load-dir "$HF_DIR" \
+    --save-dir "${CKPT_SAVE_DIR:-$MCORE_DIR}" \
     "$@"

@@ -6,8 +6,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 CKPT_LOAD_DIR=${CKPT_LOAD_DIR:-$RUN_DIR/moclip}
 run python tools/convert_checkpoint.py \
-    --load "$CKPT_LOAD_DIR" \
-    --save "${CKPT_SAVE_DIR:-$CKPT_LOAD_DIR/export}" \
-    --save-format hf \
-    --dtype bfloat16 \
+    --load-model-type mcore \
+    --save-model-type hf \
+    --load-dir "$CKPT_LOAD_DIR" \
+    --save-dir "${CKPT_SAVE_DIR:-$CKPT_LOAD_DIR/export}" \
+    --params-dtype bfloat16 \
     "$@"

@@ -178,6 +178,9 @@ def test_from_hugging_face_to_the_report(
         return run_script(step.replace("SIZE", f"{qwen3}_4K"), *flags, **env)
 
     assert "verified" in script("ckpt_convert_qwen3_SIZE_hf2mcore")
+    script("ckpt_convert_qwen3_SIZE_hf2mg")
+    rank_files = (run_dir / "mg" / "iter_0000001").glob("mp_rank_*/model_optim_rng.pt")
+    assert len(list(rank_files)) == ranks
     script("data_convert_qwen3_SIZE_instruction")
     output = script("stage0_qwen3_SIZE_ptd")
     assert f"--nproc_per_node {ranks} " in output
