@@ -85,5 +85,6 @@ def _forward_step_with_loss(iterator: Iterator[Work], model: torch.nn.Module) ->
 
 def _sum_of_losses(loss_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     total = loss_N.sum()
-    count = torch.tensor(loss_N.numel(), dtype=torch.int32, device=loss_N.device)
+    # Filled on the device: a tensor of a number is copied there, and the host waits for copies.
+    count = torch.full((), loss_N.numel(), dtype=torch.int32, device=loss_N.device)
     return total, count, torch.stack([total.detach(), count.to(total.dtype)])

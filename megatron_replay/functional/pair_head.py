@@ -62,8 +62,7 @@ class PairHead:
         self._offsets = sets.offsets.int()
         sizes_N = sets.offsets.diff()
         # Position by position, padded to the largest set, whose end is the place behind all pairs.
-        largest = int(sizes_N.max()) if len(sets.ids) else 0
-        within_K = torch.arange(largest, device=sizes_N.device)
+        within_K = torch.arange(sets.largest(), device=sizes_N.device)
         self._pair_NK = torch.where(
             within_K < sizes_N[:, None], sets.offsets[:-1, None] + within_K, len(sets.ids)
         )

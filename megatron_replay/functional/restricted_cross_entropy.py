@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.functional.shard_head import HeadForm, VocabShard, shard_sets
+from megatron_replay.functional.shard_head import HeadForm, ShardSets, VocabShard, shard_sets
 from megatron_replay.functional.sharded_cross_entropy import ShardedCrossEntropy
 from megatron_replay.functional.tiled_head import union_head
 
@@ -100,7 +100,35 @@ def restricted_cross_entropy(
         vocab_size = _vocab_size(shard, weight_VH.device, tp_group)
         check_candidates(candidate_ids, candidate_offsets, labels_T, group_offsets, vocab_size)
         _check_tail(tail_logit_T)
-    sets = shard_sets(candidate_ids, candidate_offsets, labels_T, group_offsets, shard)
+    return cross_entropy_of_shard(
+        hidden_TH,
+        weight_VH,
+        shard_sets(candidate_ids, candidate_offsets, labels_T, group_offsets, shard),
+        labels_T,
+        shard,
+        form=form,
+        tail_logit_T=tail_logit_T,
+        tp_group=tp_group,
+        reduce_hidden_grad=reduce_hidden_grad,
+        weight_grad_out=weight_grad_out,
+    )
+
+
+def cross_entropy_of_shard(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    sets: ShardSets,
+    labels_T: Tensor,
+    shard: VocabShard,
+    *,
+    form: HeadForm,
+    tail_logit_T: Tensor | None,
+    tp_group: dist.ProcessGroup | None,
+    reduce_hidden_grad: bool,
+    weight_grad_out: Tensor | None,
+) -> Tensor:
+    """``restricted_cross_entropy``, unvalidated, of sets that are cut to ``shard`` already."""
+    assert len(weight_VH) == sets.num_rows == shard.num_rows
     return ShardedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_TH,
         weight_VH,

@@ -30,6 +30,7 @@ class ShardSets:
             ``group_offsets[g]`` to ``group_offsets[g + 1]`` share set g.
         labels_N: int64, row of each label; -1 where this shard does not have it.
         num_rows: V.
+        on_host: what the host knows; None: it reads what it needs from the device, and waits.
     """
 
     ids: Tensor
@@ -37,11 +38,44 @@ class ShardSets:
     group_offsets: Tensor | None
     labels_N: Tensor
     num_rows: int
+    on_host: HostSets | None = None
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> ShardSets:
+        """The same sets, each tensor put where ``move`` puts it."""
+        known = self.on_host
+        if known is not None and known.by_id is not None:
+            known = known._replace(by_id=PairsById(*map(move, known.by_id)))
+        return ShardSets(
+            ids=move(self.ids),
+            offsets=move(self.offsets),
+            group_offsets=None if self.group_offsets is None else move(self.group_offsets),
+            labels_N=move(self.labels_N),
+            num_rows=self.num_rows,
+            on_host=known,
+        )
+
+    def largest(self) -> int:
+        """Candidates of the largest set."""
+        if self.on_host is not None:
+            return self.on_host.largest
+        return int(self.offsets.diff().max()) if len(self.ids) else 0
+
+    def offset_list(self) -> list[int]:
+        """``offsets``, on the host."""
+        return self.offsets.tolist() if self.on_host is None else self.on_host.offsets
+
+    def group_offset_list(self) -> list[int]:
+        """``group_offsets``, on the host; document scope only."""
+        assert self.group_offsets is not None
+        known = None if self.on_host is None else self.on_host.group_offsets
+        return self.group_offsets.tolist() if known is None else known
 
     @functools.cached_property
     def by_id(self) -> PairsById:
         """The pairs in the order of their ids; position scope only."""
         assert self.group_offsets is None
+        if self.on_host is not None and self.on_host.by_id is not None:
+            return self.on_host.by_id
         # As fp32, which holds ids below 2^24 exactly: NPUs leave the sorting of integers to a CPU.
         sorted_ids, order = self.ids.float().sort(stable=True)
         rows, counts = torch.unique_consecutive(sorted_ids.int(), return_counts=True)
@@ -70,6 +104,21 @@ class PairsById(NamedTuple):
     positions: Tensor
     rows: Tensor
     offsets: Tensor
+
+
+class HostSets(NamedTuple):
+    """What can be told of sets before they go to a device.
+
+    Attributes:
+        largest: candidates of the largest set.
+        offsets, group_offsets: those of ``ShardSets``.
+        by_id: the transpose, made on the host and moved; None where nobody asked for it.
+    """
+
+    largest: int
+    offsets: list[int]
+    group_offsets: list[int] | None
+    by_id: PairsById | None
 
 
 class VocabShard(NamedTuple):
@@ -188,8 +237,14 @@ class ShardHead(Protocol):
         ...
 
 
-#: Binds a form to the sets of a batch.
+#: Binds a form to the sets of a batch. One that reads ``ShardSets.by_id`` has ``reads_by_id``.
 HeadForm = Callable[[ShardSets], ShardHead]
+
+
+def reads_by_id(form: HeadForm) -> bool:
+    """Whether ``form`` wants the transpose of the sets."""
+    return getattr(form, "reads_by_id", False)
+
 
 _LOWEST = torch.finfo(torch.float32).min
 

@@ -140,14 +140,14 @@ def union_head(sets: ShardSets) -> TiledHead:
     if sets.group_offsets is None:
         tiles = _position_tiles(sets)
     else:
-        tiles = _group_tiles(sets, sets.group_offsets.tolist())
+        tiles = _group_tiles(sets, sets.group_offset_list())
     return TiledHead(tiles, sets.labels_N)
 
 
 def _position_tiles(sets: ShardSets) -> list[Tile]:
     """The sets of neighbours overlap: a dense product of their union is less than rows for each."""
     tiles = []
-    offsets = sets.offsets.tolist()
+    offsets = sets.offset_list()
     num_positions = len(offsets) - 1
     for first in range(0, num_positions, _TILE_POSITIONS):
         last = min(first + _TILE_POSITIONS, num_positions)
@@ -162,7 +162,7 @@ def _position_tiles(sets: ShardSets) -> list[Tile]:
 def _group_tiles(sets: ShardSets, group_offsets: list[int]) -> list[Tile]:
     """Every product is used."""
     tiles = []
-    offsets = sets.offsets.tolist()
+    offsets = sets.offset_list()
     for group in range(len(offsets) - 1):
         rows = sets.ids[offsets[group] : offsets[group + 1]].long()
         if not len(rows):

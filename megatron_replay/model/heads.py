@@ -14,7 +14,8 @@ from megatron_replay.functional import (
     restricted_cross_entropy,
     vocab_parallel_cross_entropy,
 )
-from megatron_replay.functional.shard_head import HeadForm
+from megatron_replay.functional.restricted_cross_entropy import cross_entropy_of_shard
+from megatron_replay.functional.shard_head import HeadForm, ShardSets, VocabShard
 from megatron_replay.functional.tiled_head import union_head
 from megatron_replay.model.gpt import Head
 from megatron_replay.model.rows import HiddenStates
@@ -41,6 +42,35 @@ def restricted_loss(
             weight_grad_out=_main_grad(weight_VH),
             reduce_hidden_grad=False,  # done where the rows came from
             validate=False,  # the reader and the join have checked every set
+        )
+
+    return head
+
+
+def shard_loss(
+    rows_N: Tensor,
+    labels_N: Tensor,
+    sets: ShardSets,
+    shard: VocabShard,
+    parallel: Parallel,
+    *,
+    tail_logit_N: Tensor | None,
+    form: HeadForm,
+) -> Head:
+    """``restricted_loss`` of sets that the loader has cut to this rank's ``shard``."""
+
+    def head(hidden: HiddenStates, weight_VH: Tensor) -> Tensor:
+        return cross_entropy_of_shard(
+            hidden[rows_N],
+            weight_VH,
+            sets,
+            labels_N,
+            shard,
+            form=form,
+            tail_logit_T=tail_logit_N,
+            tp_group=parallel.tp_group,
+            reduce_hidden_grad=False,
+            weight_grad_out=_main_grad(weight_VH),
         )
 
     return head

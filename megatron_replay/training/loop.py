@@ -234,6 +234,7 @@ class Trainer:
             self.batches,
             self.reader,
             self.head_form,
+            self.model.shape.vocab_size,
         )
         steps = range(self.state.iteration, self.train_iters)
         return Loader(make, steps, depth=self.config.training.prefetch_batches)

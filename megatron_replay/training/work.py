@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,11 +13,13 @@ from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import to_device
 from megatron_replay.data.packing import Pack, PackedBatch, pack_batch
-from megatron_replay.data.replay import full_targets, join_candidates
+from megatron_replay.data.replay import ReplayTargets, full_targets, join_candidates
 from megatron_replay.data.sampler import GlobalBatches
+from megatron_replay.data.shard import sets_of_shard, sets_to_device
 from megatron_replay.forward import Work
-from megatron_replay.functional.shard_head import HeadForm
+from megatron_replay.functional.shard_head import HeadForm, VocabShard, reads_by_id
 from megatron_replay.model import heads
+from megatron_replay.model.gpt import Head
 from megatron_replay.model.rows import SelectedRows
 from megatron_replay.parallel import Parallel
 from megatron_replay.store import CandidateReader
@@ -38,6 +39,7 @@ class WorkMaker:
     Attributes:
         lengths: usable tokens of each document of ``corpus``.
         reader: the candidate store; None for the full softmax.
+        vocab_size: rows of the output layer, over all ranks.
     """
 
     config: Stage1Config
@@ -47,6 +49,7 @@ class WorkMaker:
     batches: GlobalBatches
     reader: CandidateReader | None
     head_form: HeadForm
+    vocab_size: int
 
     def __call__(self, iteration: int) -> GlobalWork:
         """Work of the step after ``iteration`` steps.
@@ -71,14 +74,29 @@ class WorkMaker:
             assert self.reader is not None
             targets = join_candidates(batch, self.reader, scope=loss.candidate_scope)
             rows = self._rows(targets.rows_N, batch)
-            targets = dataclasses.replace(targets.to(device), rows_N=rows.rows_N)
-            head = heads.restricted_loss(
-                targets, self.groups, ghost=loss.tail == "ghost", form=self.head_form
-            )
+            head = self._restricted_loss(targets, rows.rows_N)
         training, optimizer = self.config.training, self.config.optimizer
         # QK-Clip's largest logits are those of every position.
         only = training.last_layer_at_selected and optimizer.qk_clip_threshold is None
         return Work(batch.to(device), head, rows if only else None)
+
+    def _restricted_loss(self, targets: ReplayTargets, rows_N: torch.Tensor) -> Head:
+        """Of sets cut here, so that a step need not ask the device how large the cuts are."""
+        device, form = self.groups.device, self.head_form
+        num_rows = self.vocab_size // self.groups.tp_size
+        ids = self.groups.vocab_shard(num_rows)
+        shard = VocabShard(ids["vocab_start"], ids["vocab_stride"], num_rows)
+        by_id = self.groups.last_stage and reads_by_id(form)
+        ghost = self.config.loss.tail == "ghost"
+        return heads.shard_loss(
+            rows_N,
+            to_device(targets.labels_N, device),
+            sets_to_device(sets_of_shard(targets, shard, by_id=by_id), device),
+            shard,
+            self.groups,
+            tail_logit_N=to_device(targets.tail_logit_N, device) if ghost else None,
+            form=form,
+        )
 
     def _rows(self, rows_N: torch.Tensor, batch: PackedBatch) -> SelectedRows:
         """The positions with a loss, on the device."""

@@ -22,3 +22,6 @@ def head(sets: ShardSets) -> ShardHead:
     if sets.group_offsets is None:
         return PairHead(sets, _OPERATORS)
     return union_head(sets)
+
+
+head.reads_by_id = True  # type: ignore[attr-defined]

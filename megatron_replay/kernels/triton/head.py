@@ -99,6 +99,9 @@ def head(sets: ShardSets) -> ShardHead:
     return PairHead(sets, Operators())
 
 
+head.reads_by_id = True  # type: ignore[attr-defined]
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Put ``kernel`` into the stream of its first argument, whose device need not be current."""
     device = arguments[0].device

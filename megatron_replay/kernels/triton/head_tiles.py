@@ -103,6 +103,9 @@ def head(sets: ShardSets) -> ShardHead:
     return PairHead(sets, TileOperators())
 
 
+head.reads_by_id = True  # type: ignore[attr-defined]
+
+
 def _are_bf16(*tensors: Tensor) -> bool:
     return all(tensor.dtype is torch.bfloat16 for tensor in tensors)
 

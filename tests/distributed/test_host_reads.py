@@ -1,0 +1,119 @@
+"""In a step of Stage 1 the host waits for the device where it logs, and nowhere else of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import megatron_replay.training.loop as loop
+from megatron_replay.functional.pair_head import PairHead
+from megatron_replay.functional.shard_head import ShardHead, ShardSets
+from megatron_replay.functional.tiled_head import union_head
+from tests import tiny
+from tests.distributed import host_reads
+from tests.e2e import stages
+
+pytestmark = pytest.mark.distributed
+
+#: The finite check and the norm; the loss; what MoClip did.
+OURS = {
+    "tolist in optim/base.py UpdateRule._finish": 1,
+    "tolist in optim/base.py UpdateRule.report": 1,
+    "tolist in training/step.py _global_mean": 1,
+}
+#: A branch on the number of positions; the state of a generator; both once in a while.
+MEGATRON = {
+    "__bool__ in megatron/core/distributed/finalize_model_grads.py finalize_model_grads",
+    "item in megatron/core/tensor_parallel/random.py CudaRNGStatesTracker.fork",
+}
+#: Adam's count of steps, which is a tensor on the host.
+ON_HOST = {"__int__ in optim/base.py UpdateRule._batches"}
+CASES: dict[str, tuple[list[object], dict[str, int]]] = {
+    "TP2 SP": (["--sequence-parallel", "--bf16"], {"tp": 2}),
+    "DP2 ZeRO-1": (["--use-distributed-optimizer", "--bf16"], {"dp": 2}),
+    "PP2": ([], {"pp": 2}),
+    "TP2 document": (["--candidate-scope", "document", "--tail", "ghost"], {"tp": 2}),
+}
+
+
+class Operators:
+    """Of ``PairHead``, as compiled ones: they read nothing."""
+
+    @staticmethod
+    def gather_dot(hidden_NH: Tensor, weight_VH: Tensor, ids: Tensor, offsets: Tensor, /) -> Tensor:
+        return (hidden_NH[_owners(offsets, ids)].float() * weight_VH[ids].float()).sum(1)
+
+    @staticmethod
+    def segment_axpy_(
+        out_RH: Tensor, source_MH: Tensor, indices: Tensor, coefficients: Tensor, offsets: Tensor,
+        /, *, rows: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        owners = _owners(offsets, indices)
+        moves = coefficients[:, None] * source_MH[indices].float()
+        return out_RH.index_add_(0, owners if rows is None else rows[owners], moves)
+
+
+def _owners(offsets: Tensor, pairs: Tensor) -> Tensor:
+    segments = torch.arange(len(offsets) - 1)
+    return segments.repeat_interleave(offsets.diff().long(), output_size=len(pairs))
+
+
+def device_form(sets: ShardSets) -> ShardHead:
+    """As the forms for devices: pairs in position scope, dense products in document scope."""
+    return PairHead(sets, Operators()) if sets.group_offsets is None else union_head(sets)
+
+
+device_form.reads_by_id = True  # type: ignore[attr-defined]
+
+
+def count_in(directory: Path) -> Callable[[int], None]:
+    """What is counted in each step of the run, to a file of each rank."""
+
+    def before(rank: int) -> None:
+        maker, train_step, steps = loop.WorkMaker, loop.train_step, []
+
+        def make(*args: Any) -> Any:
+            return dataclasses.replace(maker(*args), head_form=device_form)
+
+        def counted_step(*args: Any, **kwargs: Any) -> Any:
+            with host_reads.counted() as found:
+                result = train_step(*args, **kwargs)
+            steps.append(found)
+            (directory / f"{rank}.json").write_text(json.dumps(steps))
+            return result
+
+        loop.WorkMaker, loop.train_step = make, counted_step  # type: ignore[misc,assignment]
+
+    return before
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reads")
+    tiny.save_corpus(folder / "corpus", num_documents=40)
+    tiny.save_qwen3(folder / "model", tied=True, num_hidden_layers=2)
+    stages.succeed("stage0", *stages.inputs(folder), "--store", folder / "store")
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_host_waits_to_log_and_for_nothing_else(folder, tmp_path, case):
+    flags, layout = CASES[case]
+    argv = stages.argv(folder, tmp_path / "save", "--probe-interval", 0, "--exit-interval", 2)
+    stages.succeed("stage1", *argv, *flags, **layout, before=count_in(tmp_path))
+    for rank in range(2):
+        steps = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(steps) == 2
+        expected = dict(OURS)
+        if case == "PP2" and rank == 0:  # without the loss
+            del expected["tolist in training/step.py _global_mean"]
+        for found in steps[1:]:  # in the first, what is made once
+            ours = {k: n for k, n in found.items() if k not in MEGATRON | ON_HOST}
+            assert ours == expected, f"rank {rank}"
