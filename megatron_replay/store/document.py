@@ -46,6 +46,17 @@ class DocumentCandidates:
     logits: npt.NDArray[np.float32] | None
     """float32 [C] beside ``ids``, when the store has logits; stored as fp16 or bf16."""
 
+    def at(self, position: int) -> npt.NDArray[np.int32]:
+        """The candidate set of ``position``, int32 [|S|].
+
+        Raises:
+            KeyError: nothing is recorded there.
+        """
+        i = int(np.searchsorted(self.positions, position))
+        if i == len(self.positions) or self.positions[i] != position:
+            raise KeyError(f"position {position} is not recorded")
+        return self.ids[self.offsets[i] : self.offsets[i + 1]]
+
     @property
     def stop(self) -> int:
         """The last position plus one; 0 without positions."""
