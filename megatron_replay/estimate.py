@@ -210,8 +210,7 @@ def _layer_activations(
         attention += (heads + groups) * shape.kv_channels  # q, k before their norm
     sharded = (attention + 4 * shape.ffn_hidden_size) // tp  # gate, up, silu, their product
     tokens = data.seq_length * data.micro_batch_size
-    mask = data.micro_batch_size * data.seq_length**2
-    return tokens * (whole + sharded) * width + mask
+    return tokens * (whole + sharded) * width
 
 
 def _layout_rows(shape: ModelConfig, parallel: ParallelConfig, dp: int) -> list[tuple[str, str]]:
