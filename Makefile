@@ -5,7 +5,7 @@ STAMP := .venv/.ready
 PEERS := .venv/.peers
 BUILD_KERNELS := $(or $(MEGATRON_REPLAY_BUILD_KERNELS),1)
 
-.PHONY: setup test check bench bench-optim bench-head bench-select bench-skew bench-store bench-stage0 clean
+.PHONY: setup test check bench bench-optim bench-head bench-select bench-skew bench-store bench-stage0 bench-stage1 clean
 
 setup: $(STAMP)  ## create .venv with pinned packages and this package in place
 
@@ -37,7 +37,7 @@ $(PEERS): $(STAMP) requirements/bench.txt
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements/bench.txt
 	@touch $@
 
-bench: bench-optim bench-head bench-select bench-skew bench-store bench-stage0  ## all of them, each beside its peers
+bench: bench-optim bench-head bench-select bench-skew bench-store bench-stage0 bench-stage1  ## all of them, each beside its peers
 
 bench-optim: $(PEERS)  ## the optimizer's step: ns and bytes per parameter
 	$(BIN)/python -m benchmarks.optim
@@ -56,6 +56,9 @@ bench-store: $(PEERS)  ## the store: ids read a second, bytes a position, and wh
 
 bench-stage0: $(PEERS)  ## Stage 0 beside a plain forward pass of the same model
 	$(BIN)/python -m benchmarks.stage0
+
+bench-stage1: $(PEERS)  ## what each exact saving of Stage 1 buys, beside transformers
+	$(BIN)/python -m benchmarks.stage1
 
 clean:
 	rm -rf .venv build megatron_replay/*/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,293 @@
+"""What each exact saving of Stage 1 buys, one after another: python -m benchmarks.stage1
+
+A step is forward, backward and AdamW over the same documents in every arm, none left out, joining
+them with the store included. Rows under "Stage 0" are its own work on them, to a store on the disk;
+the candidate sets that Stage 1 reads come from there. Peers: transformers' model of the same
+weights, its own loss, ``torch.optim.AdamW(fused=True)``.
+
+Every arm runs once a round, in turn. "CPU" is the processor's time, which others on the machine
+disturb least; ratios are medians over the rounds of CPU time against the named row's in the same
+round. "memory" is the peak of resident memory beyond weights, gradients and moments.
+
+The model is Qwen3-0.6B's at a quarter of the width, deeper, so that the output layer (V = 151,936)
+keeps about its share of the work: 35 % of a token's products with weights where Qwen3-0.6B has
+26 %. Its weights are random, and as wide as gives sets of about 100 candidates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import gc
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.memory import peak_bytes
+from benchmarks.timing import machine
+from megatron_replay import kernels, parallel, platform
+from megatron_replay.config import (
+    CandidatesConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfigSource,
+    OptimizerConfig,
+    ParallelConfig,
+    ProbeConfig,
+    ProgressConfig,
+    Stage1Config,
+    TrainingConfig,
+)
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.sampler import GlobalBatches
+from megatron_replay.store import CandidateReader, CandidateWriter
+
+CPU = torch.device("cpu")
+platform.select("cpu").prepare()  # before megatron-core may be imported
+
+from benchmarks.stage1_case import (  # noqa: E402
+    ADAMW,
+    HIDDEN,
+    SEQ_LENGTH,
+    VOCAB_SIZE,
+    Peer,
+    description,
+    save_corpus,
+    save_model,
+)
+from megatron_replay.checkpoint.load import load_model  # noqa: E402
+from megatron_replay.collection.collector import Collector  # noqa: E402
+from megatron_replay.collection.stream import ShardStream  # noqa: E402
+from megatron_replay.data.packing import without_unread  # noqa: E402
+from megatron_replay.optim.build import build_optimizer  # noqa: E402
+from megatron_replay.training.step import train_step, wrap_for_training  # noqa: E402
+from megatron_replay.training.work import WorkMaker  # noqa: E402
+
+#: name of a store -> how its positions are chosen, and which share.
+STORES = {"bucket 0.5": ("bucket", 0.5), "random 0.25": ("random", 0.25), "all": ("all", 1.0)}
+PADDED, PACKED, DEFAULT = "full softmax, padded", "full softmax, packed", "  unread tokens dropped"
+FULL = "full softmax, packed, last layer"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What of the exact savings is on; ``store`` names the candidate sets, None: full softmax."""
+
+    store: str | None = None
+    packed: bool = True
+    last_layer: bool = False
+    dropped: bool = False
+    recompute: bool = False
+
+
+ALL_ON = {"last_layer": True, "dropped": True}
+ARMS = {
+    PADDED: Arm(packed=False),
+    PACKED: Arm(),
+    "  recomputed": Arm(recompute=True),
+    FULL: Arm(last_layer=True),
+    "restricted head": Arm("bucket 0.5"),
+    "  last layer at selected": Arm("bucket 0.5", last_layer=True),
+    DEFAULT: Arm("bucket 0.5", **ALL_ON),
+    "  recomputed, all of it": Arm("bucket 0.5", **ALL_ON, recompute=True),
+    "all of it, random 0.25": Arm("random 0.25", **ALL_ON),
+    "all of it, all positions": Arm("all", **ALL_ON),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of each round: wall clock and processor's time in seconds, and memory in bytes."""
+
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
+
+    def add(self, run: Callable[[], object]) -> None:
+        start = [0.0, 0.0]
+
+        def timed() -> None:
+            start[:] = time.perf_counter(), time.process_time()
+            run()
+            self.wall.append(time.perf_counter() - start[0])
+            self.processor.append(time.process_time() - start[1])
+
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier arms freed is no longer resident
+        self.memory.append(peak_bytes(timed, CPU))
+
+
+class Ours:
+    """This framework's model and optimizer, and the work of each arm."""
+
+    def __init__(self, folder: Path, corpus: Corpus) -> None:
+        self.folder, self.corpus = folder, corpus
+        self.source = ModelConfigSource(load=str(folder / "model"))
+        self.groups = parallel.initialize(ParallelConfig(), platform.select("cpu"))
+        self.model = load_model(self.source, ParallelConfig(), self.groups, recompute=True)
+        self.wrapped = wrap_for_training(self.model)
+        self.settings = OptimizerConfig(optimizer="adamw", lr=ADAMW["lr"])
+        self.optimizer = build_optimizer(self.settings, self.model, self.wrapped, self.groups)
+        self.stores: dict[str, Path] = {}
+        self._numbers = itertools.count()
+        self._selection = kernels.SELECTION.choose("auto", torch.empty(0))
+        self._head = kernels.HEAD.choose("auto", torch.empty(0))
+
+    def stage0(self, name: str) -> None:
+        """Stage 0's own work on the corpus, to the disk."""
+        strategy, fraction = STORES[name]
+        self.stores[name] = store = self.folder / f"store-{next(self._numbers)}"
+        settings = CandidatesConfig(
+            store=str(store), position_strategy=strategy, position_fraction=fraction
+        )
+        data = DataConfig(data_path="", seq_length=SEQ_LENGTH)
+        collector = Collector(settings, data, self.corpus, self.model, self.groups, self._selection)
+        with CandidateWriter(store, description(self.corpus), lock=True) as writer:
+            with ShardStream(writer, 0, max_bytes=settings.write_buffer_mib << 20) as stream:
+                for part in collector.collect(np.arange(len(self.corpus))):
+                    stream.put(part)
+            writer.finish()
+
+    def step(self, arm: Arm) -> float:
+        """One step on all documents; returns the loss."""
+        maker = self._maker(arm)
+        granularity = "full" if arm.recompute else None
+        self.model.config.recompute_granularity = granularity  # read at each forward pass
+        work = maker(0).work
+        result = train_step(self.wrapped, self.optimizer, work, self.groups, lr=ADAMW["lr"])
+        assert result.loss is not None
+        assert not result.skipped
+        return result.loss
+
+    def packs(self, arm: Arm) -> int:
+        return self._maker(arm).config.training.global_batch_size
+
+    def _maker(self, arm: Arm) -> WorkMaker:
+        reader = CandidateReader(self.stores[arm.store]) if arm.store else None
+        lengths = self.corpus.lengths
+        if arm.dropped:
+            assert reader is not None
+            lengths = without_unread(lengths, reader.stops())
+
+        def batches(size: int) -> GlobalBatches:
+            return GlobalBatches(
+                lengths,
+                seq_length=SEQ_LENGTH,
+                global_batch_size=size,
+                micro_batch_size=1,
+                seed=0,
+                epochs=1,
+                pack_documents=arm.packed,
+                dp_rank=0,
+                dp_size=1,
+            )
+
+        size = batches(1).num_batches
+        config = Stage1Config(
+            parallel=ParallelConfig(),
+            model=self.source,
+            data=DataConfig(data_path="", seq_length=SEQ_LENGTH, pack_documents=arm.packed),
+            loss=LossConfig(
+                loss="restricted" if arm.store else "full",
+                store=str(self.stores[arm.store]) if arm.store else None,
+            ),
+            optimizer=self.settings,
+            training=TrainingConfig(
+                save="", global_batch_size=size, last_layer_at_selected=arm.last_layer
+            ),
+            probe=ProbeConfig(probe_interval=0),
+            progress=ProgressConfig(),
+        )
+        vocab_size = self.model.shape.vocab_size
+        return WorkMaker(
+            config, self.groups, self.corpus, lengths, batches(size), reader, self._head, vocab_size
+        )
+
+
+def ratio(ours: list[float], others: list[float]) -> float:
+    """Of what was measured in the same rounds."""
+    return statistics.median(a / b for a, b in zip(ours, others, strict=True))
+
+
+def report(measured: dict[str, Measured], tokens: int) -> None:
+    print(
+        f"\n{'a step on all documents':<34}{'CPU s':>8}{'least':>8}{'x padded':>9}{'x packed':>9}"
+        f"{'tokens/s':>9}{'memory MiB':>11}"
+    )
+    for name, m in measured.items():
+        least = min(m.processor)
+        print(
+            f"{name:<34}{statistics.median(m.processor):8.2f}{least:8.2f}"
+            f"{ratio(m.processor, measured[PADDED].processor):9.3f}"
+            f"{ratio(m.processor, measured[PACKED].processor):9.3f}"
+            f"{tokens / least:9.1f}{max(m.memory) / 2**20:11.0f}"
+        )
+    print("\nStage 0 once and E epochs of Stage 1 with all savings, over E epochs of full softmax")
+    baselines = (PADDED, PACKED, FULL)
+    print(f"{'store, epochs':<24}" + "".join(f"{name:>34}" for name in baselines))
+    by_store = {"bucket 0.5": DEFAULT, "random 0.25": "all of it, random 0.25",
+                "all": "all of it, all positions"}  # fmt: skip
+    for store, arm in by_store.items():
+        for epochs in (1, 3, 10):
+            stage0, stage1 = measured[f"Stage 0, {store}"].processor, measured[arm].processor
+            ours = [a / epochs + b for a, b in zip(stage0, stage1, strict=True)]
+            line = "".join(f"{ratio(ours, measured[b].processor):34.3f}" for b in baselines)
+            print(f"{store + ', ' + str(epochs):<24}{line}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=72)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"{machine(CPU)}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parameters = save_model(folder, options.layers)
+        corpus = save_corpus(folder)
+        ours, peer = Ours(folder, corpus), Peer(folder, corpus)
+        runs: dict[str, Callable[[], object]] = {
+            **{f"Stage 0, {s}": functools.partial(ours.stage0, s) for s in STORES},
+            **{n: functools.partial(ours.step, arm) for n, arm in ARMS.items()},
+            "transformers, padded": functools.partial(peer.step, padded=True),
+            "transformers, no padding": functools.partial(peer.step, padded=False),
+        }
+        losses = ours.step(ARMS[PACKED]), peer.step(padded=False)  # and this makes the moments
+        for store in STORES:
+            ours.stage0(store)
+        tokens = int((corpus.lengths - 1).sum())
+        reader = CandidateReader(ours.stores["bucket 0.5"])
+        sets = np.concatenate([np.diff(document.offsets) for document in reader])
+        unread = tokens - int((without_unread(corpus.lengths, reader.stops()) - 1).sum())
+        print(
+            f"H {HIDDEN}, {options.layers} layers, V {VOCAB_SIZE:,}, {parameters:,} parameters, "
+            f"{VOCAB_SIZE * HIDDEN / parameters:.0%} of them the output layer; "
+            f"threads {torch.get_num_threads()}\n"
+            f"{len(corpus)} documents, {tokens} positions; {ours.packs(ARMS[PADDED])} packs padded "
+            f"to {SEQ_LENGTH}, {ours.packs(ARMS[PACKED])} packed; bucket 0.5: {len(sets)} "
+            f"positions, |S| mean {sets.mean():.0f}, {(sets >= 200).mean():.0%} at the cap, "
+            f"{unread} tokens unread\n"
+            f"weights, gradients and moments {16 * parameters / 2**20:.0f} MiB; loss of the full "
+            f"softmax before any step {losses[0]:.5f}, transformers' {losses[1]:.5f}",
+            flush=True,
+        )
+        measured = {name: Measured() for name in runs}
+        for number in range(options.rounds):
+            for name, run in runs.items():
+                measured[name].add(run)
+            print(f"\nafter round {number + 1}")
+            report(measured, tokens)
+
+
+if __name__ == "__main__":
+    main()
