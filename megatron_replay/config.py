@@ -346,6 +346,9 @@ class TrainingConfig(Section):
     drop_unread_tokens: bool = option(
         "leave out what follows a document's last recorded position: exact", True
     )
+    overlap_grad_reduce: bool = option(
+        "sum gradients over data parallel ranks beside backward, bucket by bucket", False
+    )
     prefetch_batches: int = option("global batches made ahead of the step; 0: none", 2)
     train_iters: int | None = option("iterations; default: what --train-epochs needs", None)
     seed: int = option("seed of the order of documents", 1234)

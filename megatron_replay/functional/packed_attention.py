@@ -165,8 +165,13 @@ def row_attention(
 ) -> Tensor:
     """[R, N, D]: the rows of ``packed_attention`` that belong to ``query_RND``. Differentiable.
 
-    Rows behind those of the last segment attend to nothing: zeros.
+    Rows behind those of the last segment attend to nothing: zeros. Without a segment, that is all;
+    the operands get a gradient, zeros, all the same.
     """
+    if not row_segments:
+        nothing_GD = 0 * (key_SBGD[0, 0] + value_SBGD[0, 0])
+        heads = query_RND.shape[1] // len(nothing_GD)
+        return 0 * query_RND + nothing_GD.repeat_interleave(heads, dim=0)
     sizes = [segment.stop_row - segment.first_row for segment in row_segments]
     queries = query_RND[: sum(sizes)].split(sizes)
     parts = [

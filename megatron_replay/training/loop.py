@@ -93,7 +93,9 @@ class Trainer:
         if config.loss.store is not None:
             self.reader = open_store(config.loss.store, self.corpus, self.model.shape)
         self.wrapped = wrap_for_training(
-            self.model, use_distributed_optimizer=config.optimizer.use_distributed_optimizer
+            self.model,
+            use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+            overlap_grad_reduce=config.training.overlap_grad_reduce,
         )
         self.optimizer = build_optimizer(config.optimizer, self.model, self.wrapped, groups)
         if groups.writer:

@@ -22,9 +22,10 @@ from megatron_replay.files import make_directory
 #: Methods of ProcessGroup: every collective ends in one, whoever called what of torch.distributed.
 _SENDING = (
     *("allreduce", "allreduce_coalesced", "broadcast", "reduce", "gather", "scatter", "barrier"),
-    *("allgather", "_allgather_base", "allgather_into_tensor_coalesced", "all_gather_single"),
-    *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced"),
-    *("reduce_scatter_single", "alltoall", "alltoall_base", "all_to_all_single"),
+    *("allgather", "_allgather_base", "allgather_into_tensor_coalesced"),
+    *("all_gather_single", "all_gather_single_coalesced", "reduce_scatter"),
+    *("_reduce_scatter_base", "reduce_scatter_tensor_coalesced", "reduce_scatter_single"),
+    *("reduce_scatter_single_coalesced", "alltoall", "alltoall_base", "all_to_all_single"),
     *("send", "recv", "recv_anysource"),
 )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,15 +44,52 @@ class StepResult:
     update: dict[str, float]
 
 
+class GradientBuffers(DistributedDataParallel):  # type: ignore[misc]
+    """megatron-core's, also for weights whose gradient goes row by row into ``main_grad``.
+
+    Those are the head's and the embeddings'. They get no ``grad`` from autograd, without which
+    megatron-core's hook refuses to overlap; yet autograd calls it once all uses of the weight,
+    tied or not, have been through backward.
+    """
+
+    def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
+        hook: Callable[..., None] = super()._make_backward_post_hook(param)
+        if not self.ddp_config.overlap_grad_reduce:
+            return hook
+
+        def add_if_any(*_: Any) -> None:
+            if param.grad is not None:
+                hook()
+            else:
+                group = self.param_to_bucket_group[param]
+                group.register_grad_ready(param, self.force_all_reduce)
+
+        return add_if_any
+
+
 def wrap_for_training(
-    model: LoadedModel, *, use_distributed_optimizer: bool = False
+    model: LoadedModel,
+    *,
+    use_distributed_optimizer: bool = False,
+    overlap_grad_reduce: bool = False,
+    bucket_size: int | None = None,
 ) -> DistributedDataParallel:
-    """Give the model fp32 main gradients, summed over DP when a step's last micro-batch is done."""
+    """Give the model fp32 main gradients, summed over DP when a step's last micro-batch is done.
+
+    ``overlap_grad_reduce``: in buckets of ``bucket_size`` numbers or more (None: megatron-core's
+    40 million), each as soon as backward has been through its weights, on the first stage; the
+    others have one bucket. Not in a run's first step, which counts the weights' uses.
+    """
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=use_distributed_optimizer,
+        overlap_grad_reduce=overlap_grad_reduce,
+        bucket_size=bucket_size,
     )
-    wrapped = DistributedDataParallel(model.config, config, model.module)
+    wrapped = GradientBuffers(model.config, config, model.module)
     model.config.finalize_model_grads_func = finalize_model_grads
+    # Which micro-batch is the last: the schedule tells by leaving this context.
+    model.config.no_sync_func = wrapped.no_sync if overlap_grad_reduce else None
     return wrapped
 
 

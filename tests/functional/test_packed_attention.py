@@ -89,11 +89,13 @@ def test_rows_are_those_of_the_whole(case, groups, seed):
     place = rows_N % length, rows_N // length
     padding = 2
     query_RND = torch.cat([query[place], query.new_ones(padding, HEADS, CHANNELS)])
-    query_RND.requires_grad_()
+    for operand in (query_RND, key, value):
+        operand.requires_grad_()
     found = row_attention(
         query_RND, key, value, row_segments_of(segments, rows_N, length), scale=SCALE
     )
     torch.testing.assert_close(found[: len(rows_N)], whole_SBND[place], rtol=1e-10, atol=1e-12)
     assert not found[len(rows_N) :].any()
-    if asked:
-        assert torch.autograd.grad(found.sum(), query_RND)[0].isfinite().all()
+    for grad in torch.autograd.grad(found.sum(), [query_RND, key, value]):
+        assert grad.isfinite().all()
+        assert asked or not grad.any()

@@ -1,0 +1,132 @@
+"""Gradients summed over DP beside backward are those summed after it, bit for bit, and none waits.
+
+The first step only counts; the three after it overlap. Among their micro-batches are some with no
+position that has a loss, the last of a step on one rank among them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from megatron.core.distributed.param_and_grad_buffer import (
+    _ParamAndGradBucketGroup as BucketGroup,
+)
+
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.packing import PackedBatch
+from megatron_replay.data.replay import full_targets
+from megatron_replay.forward import Work, forward_backward
+from megatron_replay.model import heads
+from megatron_replay.model.rows import SelectedRows
+from megatron_replay.training.step import wrap_for_training
+from tests import pool, tiny
+from tests.distributed import layouts
+from tests.distributed.layouts import Layout
+from tests.e2e import stages
+
+pytestmark = pytest.mark.distributed
+
+STEPS, BUCKET = 4, 4000
+GRIDS = {
+    2: [Layout(dp=2), Layout(dp=2, bf16=True)],
+    4: [Layout(tp=2, dp=2, sequence_parallel=True), Layout(pp=2, dp=2)],
+}
+
+
+def work(groups: Any, layout: Layout, batches: list[PackedBatch], *, empty: int) -> list[Work]:
+    """``empty``: the micro-batch whose positions are left out, on the second DP rank."""
+    made = []
+    for number, batch in enumerate(batches):
+        rows_N, labels_N = full_targets(batch)
+        if number == empty and groups.dp_rank == 1:
+            rows_N, labels_N = rows_N[:0], labels_N[:0]
+        rows = SelectedRows.of(
+            rows_N, batch.segments, layouts.SEQ_LENGTH, groups.tp_group,
+            sequence_parallel=layout.sequence_parallel,
+        )  # fmt: skip
+        made.append(Work(batch, heads.full_loss(rows.rows_N, labels_N, groups), rows))
+    return made
+
+
+def train(
+    layout: Layout, folder: Path, *, overlap: bool, zero: bool
+) -> tuple[list[list[torch.Tensor]], int]:
+    """The summed gradients of each step, and how many sums began within backward."""
+    groups = layouts.join_groups(layout)
+    model, corpus = layouts.build(layout, groups, folder / "model"), Corpus(folder / "corpus")
+    wrapped = wrap_for_training(
+        model, use_distributed_optimizer=zero, overlap_grad_reduce=overlap, bucket_size=BUCKET
+    )
+    begun, ready = 0, BucketGroup.register_grad_ready
+
+    def counted(group: Any, *args: Any) -> None:
+        nonlocal begun
+        ready(group, *args)
+        begun += group.grad_reduce_handle is not None
+
+    steps = []
+    with mock.patch.object(BucketGroup, "register_grad_ready", counted):
+        for k in range(STEPS):
+            wrapped.zero_grad_buffer()
+            batches = layouts.micro_batches(groups, corpus, k)
+            forward_backward(wrapped, work(groups, layout, batches, empty=len(batches) - k % 3))
+            steps.append(summed_gradients(wrapped, groups, zero=zero))
+    return steps, begun
+
+
+def summed_gradients(wrapped: Any, groups: Any, *, zero: bool) -> list[torch.Tensor]:
+    """Of each parameter; with ZeRO-1 put together from what each DP rank keeps of a bucket."""
+    for bucket in (bucket for buffer in wrapped.buffers for bucket in buffer.buckets if zero):
+        shares = bucket.grad_data.chunk(groups.dp_size)
+        for rank, share in enumerate(shares):
+            share.mul_(rank == groups.dp_rank)
+        torch.distributed.all_reduce(bucket.grad_data, group=groups.dp_group)
+    return [param.main_grad.clone() for param in wrapped.module.parameters()]
+
+
+def compare(_: int, world_size: int, folders: dict[bool, Path]) -> dict[str, tuple[bool, int]]:
+    report = {}
+    for layout in GRIDS[world_size]:
+        for tied, folder in folders.items():
+            for zero in (False, True):
+                plain, none = train(layout, folder, overlap=False, zero=zero)
+                ours, begun = train(layout, folder, overlap=True, zero=zero)
+                assert none == 0
+                equal = all(map(torch.equal, itertools.chain(*plain), itertools.chain(*ours)))
+                report[f"{layout}, tied={tied}, zero={zero}"] = equal, begun
+    return report
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    made = {}
+    for tied in (True, False):
+        made[tied] = tmp_path_factory.mktemp("tied" if tied else "untied")
+        tiny.save_qwen3(made[tied] / "model", tied=tied, num_hidden_layers=2)
+        tiny.save_corpus(made[tied] / "corpus", num_documents=60)
+    return made
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_overlapped_gradients_equal_those_summed_afterwards(world_size, folders):
+    for report in pool.run(world_size, compare, folders, timeout=120):
+        for case, (equal, begun) in report.items():
+            assert equal, case
+            # In every step but the first; by stages, the last of which has one bucket.
+            assert begun >= (STEPS - 1) * (1 if "PP2" in case else 5), (case, begun)
+
+
+def test_a_run_with_the_flag_ends_with_the_same_bits(folders, tmp_path):
+    flags = [
+        *stages.inputs(folders[True]), "--loss", "full", "--lr", 1e-3, "--global-batch-size", 4,
+        "--probe-interval", 0, "--exit-interval", 3, "--use-distributed-optimizer", "--save",
+    ]  # fmt: skip
+    stages.succeed("stage1", *flags, tmp_path / "plain", dp=2)
+    stages.succeed("stage1", *flags, tmp_path / "overlapped", "--overlap-grad-reduce", dp=2)
+    assert stages.losses(tmp_path / "plain") == stages.losses(tmp_path / "overlapped")
+    assert stages.weights(tmp_path / "plain") == stages.weights(tmp_path / "overlapped")
