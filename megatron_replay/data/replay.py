@@ -30,8 +30,8 @@ SCOPES = ("position", "document")
 class CandidateSource(Protocol):
     """What a join needs of ``store.CandidateReader``."""
 
-    def read(self, document_ids: Sequence[int]) -> CandidateBatch:
-        """Those documents end to end, in this order."""
+    def read(self, document_ids: Sequence[int], *, logits: bool) -> CandidateBatch:
+        """Those documents end to end, in this order, with stored logits or without."""
         ...
 
 
@@ -128,7 +128,7 @@ def join_candidates(batch: PackedBatch, reader: CandidateSource, *, scope: str) 
     """
     assert scope in SCOPES, scope
     segments = _segments(batch)
-    recorded = reader.read(segments.document_D.tolist())
+    recorded = reader.read(segments.document_D.tolist(), logits=False)
     selected = _select(recorded, segments)
     rows_N = segments.first_row_D[selected.segment_N] + selected.position_N
     labels_N = batch.labels_BS.numpy().reshape(-1)[rows_N]

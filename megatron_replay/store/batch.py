@@ -6,6 +6,7 @@ What is wrong with it is then said by the definition: ``format.decode_record``, 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -29,9 +30,17 @@ One = Callable[[int], DocumentCandidates]
 
 
 def decode_batch(
-    records: Sequence[memoryview], *, vocab_size: int, codec: int, logits: str, one: One
+    records: Sequence[memoryview],
+    *,
+    vocab_size: int,
+    codec: int,
+    logits: str,
+    one: One,
+    keep_logits: bool = True,
 ) -> CandidateBatch:
     """``records`` end to end, every rule of the format checked.
+
+    ``logits``: how they are stored; without ``keep_logits`` those that are are not looked at.
 
     Raises:
         StoreError: as ``one`` raises it, of the first record that breaks a rule.
@@ -44,9 +53,10 @@ def decode_batch(
             has_logits=logits != "none",
         )
         if not isinstance(found, int):
-            batch = _batch(*found, logits=logits)
+            kept = logits if keep_logits else "none"
+            batch = _batch(*found, logits=kept)
             try:
-                require_numbers(batch, logits=logits)
+                require_numbers(batch, logits=kept)
             except StoreError:
                 found = 0  # of some record: look at all
             else:
@@ -54,7 +64,8 @@ def decode_batch(
         for i in range(found, len(records)):
             one(i)
         raise AssertionError(f"record {found}: refused by one form of the reader alone")
-    return CandidateBatch.of([one(i) for i in range(len(records))])
+    batch = CandidateBatch.of([one(i) for i in range(len(records))])
+    return batch if keep_logits else dataclasses.replace(batch, logits=None)
 
 
 def _batch(

@@ -95,8 +95,10 @@ class CandidateReader:
     def __iter__(self) -> Iterator[DocumentCandidates]:
         return (self[document_id] for document_id in range(len(self)))
 
-    def read(self, document_ids: Sequence[int]) -> CandidateBatch:
+    def read(self, document_ids: Sequence[int], *, logits: bool = True) -> CandidateBatch:
         """The candidates of several documents, end to end, in the order given.
+
+        ``logits=False`` leaves out stored logits, undecoded.
 
         Raises:
             IndexError: no such document.
@@ -110,6 +112,7 @@ class CandidateReader:
             codec=CODEC_NUMBERS[self.description.codec],
             logits=self.description.logits,
             one=lambda i: self._decode(document_ids[i], records[i]),
+            keep_logits=logits,
         )
         for document_id, stop in zip(document_ids, batch.stops.tolist(), strict=True):
             self._require_stop(document_id, stop)

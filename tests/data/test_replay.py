@@ -38,7 +38,7 @@ class Documents(list):
 class Recorded(list):
     """A store in memory."""
 
-    def read(self, document_ids) -> CandidateBatch:
+    def read(self, document_ids, *, logits=True) -> CandidateBatch:
         return CandidateBatch.of([self[i] for i in document_ids])
 
 
@@ -223,7 +223,7 @@ def test_nothing_is_copied_where_nothing_is_cut_off():
     recorded = store.read([0])
 
     class Once:
-        def read(self, document_ids):
+        def read(self, document_ids, *, logits=False):
             assert document_ids == [0]
             return recorded
 

@@ -86,7 +86,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def assert_same(found: DocumentCandidates, expected: DocumentCandidates) -> None:
-    dtypes = {"positions": "i4", "offsets": "i8", "ids": "i4"}
+    dtypes = {"positions": "i4", "offsets": "i8", "document_offsets": "i8", "ids": "i4"}
     for name, value in vars(expected).items():
         other = getattr(found, name)
         if value is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from pathlib import Path
 
@@ -68,7 +69,10 @@ def test_a_store_is_read_as_it_was_written(tmp_path: Path, codec: str, logits: s
     assert len(list(reader)) == 11
     stops = [document_of(description, d).stop for d in range(11)]
     assert reader.stops().tolist() == stops
-    assert reader.read([7, 0, 10]).stops.tolist() == [stops[7], 0, stops[10]]
+    batch, without = reader.read([7, 0, 10]), reader.read([7, 0, 10], logits=False)
+    assert batch.stops.tolist() == [stops[7], 0, stops[10]]
+    assert (batch.logits is None) == (logits == "none")
+    assert_same(without, dataclasses.replace(batch, logits=None))
     reader.verify()
 
 

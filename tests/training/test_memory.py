@@ -41,7 +41,7 @@ class Sets:
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
 
-    def read(self, document_ids: list[int]) -> CandidateBatch:
+    def read(self, document_ids: list[int], *, logits: bool) -> CandidateBatch:
         return CandidateBatch.of([self._document(document) for document in document_ids])
 
     def _document(self, document: int) -> DocumentCandidates:
