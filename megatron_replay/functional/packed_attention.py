@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -29,12 +30,14 @@ class Segment:
     """Positions ``start`` to ``stop`` of a pack: whole documents, or padding.
 
     Attributes:
+        stops: where each of its documents ends, the last at ``stop``; padding counts as one.
         mask: bool [L, L], may position s look at r; None where the segment is one document.
         is_padding: no document; what comes out is nobody's.
     """
 
     start: int
     stop: int
+    stops: tuple[int, ...]
     mask: Tensor | None = None
     is_padding: bool = False
 
@@ -65,18 +68,28 @@ def _segments_of_pack(starts: Sequence[int], length: int, shared: int) -> list[S
         segments.append(_segment(starts[first : last + 1]))
         first = last
     if starts[-1] < length:
-        segments.append(Segment(starts[-1], length, is_padding=True))
+        segments.append(Segment(starts[-1], length, (length,), is_padding=True))
     return segments
 
 
 def _segment(starts: Sequence[int]) -> Segment:
-    start, stop = starts[0], starts[-1]
+    start, stop, stops = starts[0], starts[-1], tuple(starts[1:])
     if len(starts) == 2:
-        return Segment(start, stop)
+        return Segment(start, stop, stops)
     sizes = torch.tensor(starts).diff()
     document_L = torch.arange(len(sizes)).repeat_interleave(sizes)
     same_LL = document_L[:, None] == document_L[None]
-    return Segment(start, stop, same_LL.tril())
+    return Segment(start, stop, stops, same_LL.tril())
+
+
+def document_ends(segments: Segments, length: int) -> list[int]:
+    """Where each document ends, and each pack's padding, in the packs laid end to end, [B * S]."""
+    return [
+        pack * length + stop
+        for pack, of_pack in enumerate(segments)
+        for segment in of_pack
+        for stop in segment.stops
+    ]
 
 
 def segments_to(segments: Segments, device: torch.device) -> Segments:
@@ -208,3 +221,74 @@ def _attend(
         scale=scale,
         enable_gqa=True,
     )[0]
+
+
+class PackedRows(Protocol):
+    """The positions that the last layer is asked for; ``model.rows.SelectedRows`` are such."""
+
+    @property
+    def rows_N(self) -> Tensor:
+        """``b * S + s``, int64, ascending, none of them padding."""
+        ...
+
+    @property
+    def segments(self) -> Sequence[RowSegment]:
+        """``row_segments_of`` them."""
+        ...
+
+
+class PackedForm(Protocol):
+    """See ``__call__``."""
+
+    def __call__(
+        self,
+        query_SBND: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        segments: Segments,
+        *,
+        scale: float,
+    ) -> Tensor:
+        """As ``packed_attention``; of padding, anything finite."""
+        ...
+
+
+class RowsForm(Protocol):
+    """See ``__call__``."""
+
+    def __call__(
+        self,
+        query_RND: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        segments: Segments,
+        rows: PackedRows,
+        *,
+        scale: float,
+    ) -> Tensor:
+        """As ``row_attention``."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionForm:
+    """A form of attention at every position, and at those somebody asked for."""
+
+    name: str
+    everywhere: PackedForm
+    at_rows: RowsForm
+
+
+def _at_rows(
+    query_RND: Tensor,
+    key_SBGD: Tensor,
+    value_SBGD: Tensor,
+    segments: Segments,
+    rows: PackedRows,
+    *,
+    scale: float,
+) -> Tensor:
+    return row_attention(query_RND, key_SBGD, value_SBGD, rows.segments, scale=scale)
+
+
+TORCH_ATTENTION = AttentionForm("torch", packed_attention, _at_rows)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.functional import momentum_step as plain
+from megatron_replay.functional.packed_attention import TORCH_ATTENTION, AttentionForm
 from megatron_replay.functional.shard_head import HeadForm
 from megatron_replay.functional.shard_selection import TORCH_SELECTION, SelectionKernel
 from megatron_replay.functional.tiled_head import dense_head, union_head
@@ -200,4 +201,12 @@ SELECTION = Forms[SelectionKernel](
     compiled={"cpu": (_FP32, _BF16, _FP16), "triton": (_FP32, _BF16, _FP16)},
     module="selection",
     bind=lambda _, module: module.selection,
+)
+#: Attention inside documents.
+ATTENTION = Forms[AttentionForm](
+    what="attention",
+    anywhere={"torch": TORCH_ATTENTION},
+    compiled={"ascend": (_FP32, _BF16, _FP16)},
+    module="attention",
+    bind=lambda _, module: module.attention,
 )

@@ -15,11 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_replay.functional.packed_attention import (
-    Segments,
-    packed_attention,
-    row_attention,
-)
+from megatron_replay import kernels
+from megatron_replay.functional.packed_attention import Segments
 from megatron_replay.model.rows import SelectedRows
 
 
@@ -38,6 +35,8 @@ class PackedDocuments(PackedSeqParams):
 
 class PackedAttention(MegatronModule):
     """softmax(Q K^T / sqrt(D)) V inside each document (``functional.packed_attention``).
+
+    By the form that is best for the queries' device and dtype (``kernels.ATTENTION``).
 
     Attributes:
         record_max_logits: whether to measure, at each pass with gradients, what QK-Clip needs. The
@@ -78,15 +77,18 @@ class PackedAttention(MegatronModule):
             seen_N = largest_logits(query_SBND, key_SBGD, segments, scale=self.scale)
             known_N = seen_N if self.max_logits is None else self.max_logits
             self.max_logits = torch.maximum(known_N, seen_N)
-        return packed_attention(
-            query_SBND, key_SBGD, value_SBGD, segments, scale=self.scale
-        ).flatten(2)
+        form = kernels.ATTENTION.choose("auto", query_SBND)
+        out_SBND = form.everywhere(query_SBND, key_SBGD, value_SBGD, segments, scale=self.scale)
+        return out_SBND.flatten(2)
 
     def at_rows(
-        self, query_RND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, rows: SelectedRows
+        self, query_RND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, documents: PackedDocuments
     ) -> Tensor:
-        """[R, N * D]: what ``forward`` gives at ``rows``, padding rows included."""
-        out_RND = row_attention(query_RND, key_SBGD, value_SBGD, rows.segments, scale=self.scale)
+        """[R, N * D]: what ``forward`` gives at the documents' rows; zeros behind the last."""
+        segments, rows = documents.segments, documents.rows
+        assert rows is not None
+        form = kernels.ATTENTION.choose("auto", query_RND)
+        out_RND = form.at_rows(query_RND, key_SBGD, value_SBGD, segments, rows, scale=self.scale)
         return out_RND.flatten(1)
 
 

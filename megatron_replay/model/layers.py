@@ -66,14 +66,22 @@ class LastLayer(TransformerLayer):
             )
         residual_M1H = rows.of_residual(hidden_states)[:, None]
         attended_R1H = _attend_at_rows(
-            self.self_attention, self.input_layernorm(hidden_states), rotary_pos_emb, rows
+            self.self_attention,
+            self.input_layernorm(hidden_states),
+            rotary_pos_emb,
+            packed_seq_params,
+            rows,
         )
         projected_M1H, _ = self.self_attention.linear_proj(attended_R1H)
         return residual_M1H + projected_M1H, None
 
 
 def _attend_at_rows(
-    attention: SelfAttention, normed_SBH: Tensor, rotary_S11D: Tensor, rows: SelectedRows
+    attention: SelfAttention,
+    normed_SBH: Tensor,
+    rotary_S11D: Tensor,
+    documents: PackedDocuments,
+    rows: SelectedRows,
 ) -> Tensor:
     """What ``attention`` computes before its projection, at ``rows``: [R, 1, heads * D]."""
     group = attention.tp_group
@@ -95,7 +103,10 @@ def _attend_at_rows(
         key_SBGD = attention.k_layernorm(key_SBGD)
     query_R1ND = _rotate(query_R1ND, rotary_S11D[rows.position_R], attention)
     key_SBGD = _rotate(key_SBGD, rotary_S11D, attention)
-    return attention.core_attention.at_rows(query_R1ND[:, 0], key_SBGD, value_SBGD, rows)[:, None]
+    attended_RH = attention.core_attention.at_rows(
+        query_R1ND[:, 0], key_SBGD, value_SBGD, documents
+    )
+    return attended_RH[:, None]
 
 
 def _rotate(heads: Tensor, angles: Tensor, attention: SelfAttention) -> Tensor:

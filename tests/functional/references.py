@@ -5,6 +5,7 @@ Shapes: T positions, V vocabulary, H hidden channels, G candidate sets.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,3 +109,27 @@ def error(found: Tensor, expected: Tensor, *, floor: float = 1e-30) -> float:
     """Largest error, relative to the largest entry, or to ``floor`` if that is larger."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=floor))
+
+
+def attention_by_position(
+    query_SBND: Tensor,
+    key_SBGD: Tensor,
+    value_SBGD: Tensor,
+    boundaries: list[list[int]],
+    *,
+    scale: float,
+) -> Tensor:
+    """out_s, each from its own document's positions up to s; 0 behind the last document.
+
+    A pack of padding alone is one document.
+    """
+    length, heads = len(query_SBND), query_SBND.shape[2]
+    out = torch.zeros(*query_SBND.shape[:3], value_SBGD.shape[3], dtype=query_SBND.dtype)
+    for b, starts in enumerate(boundaries):
+        for start, stop in itertools.pairwise(starts if len(starts) > 1 else [0, length]):
+            for s, head in itertools.product(range(start, stop), range(heads)):
+                group = head // (heads // key_SBGD.shape[2])
+                key_LD, value_LD = (x[start : s + 1, b, group] for x in (key_SBGD, value_SBGD))
+                p_L = torch.softmax(scale * key_LD @ query_SBND[s, b, head], 0)
+                out[s, b, head] = p_L @ value_LD
+    return out

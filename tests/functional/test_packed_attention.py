@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +13,7 @@ from megatron_replay.functional.packed_attention import (
     row_segments_of,
     segments_of,
 )
+from tests.functional.references import attention_by_position
 
 HEADS, CHANNELS, SCALE = 4, 3, 0.7
 
@@ -38,23 +37,6 @@ def operands(length: int, packs: int, groups: int, seed: int) -> list[Tensor]:
     ]
 
 
-def by_position(query: Tensor, key: Tensor, value: Tensor, boundaries: list[list[int]]) -> Tensor:
-    """out_s, each from its own document's positions up to s; 0 behind the last document.
-
-    A pack of padding alone is one document.
-    """
-    out = torch.zeros(*query.shape[:3], value.shape[3], dtype=query.dtype)
-    for b, starts in enumerate(boundaries):
-        for start, stop in itertools.pairwise(starts if len(starts) > 1 else [0, len(query)]):
-            for s in range(start, stop):
-                for head in range(HEADS):
-                    group = head // (HEADS // key.shape[2])
-                    seen = slice(start, s + 1)
-                    p = torch.softmax(SCALE * key[seen, b, group] @ query[s, b, head], 0)
-                    out[s, b, head] = p @ value[seen, b, group]
-    return out
-
-
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(packs(), st.sampled_from([1, 2, 4]), st.integers(0, 99))
 def test_each_document_attends_to_itself(case, groups, seed):
@@ -62,7 +44,7 @@ def test_each_document_attends_to_itself(case, groups, seed):
     inputs = [x.requires_grad_() for x in operands(length, len(boundaries), groups, seed)]
     segments = segments_of(boundaries, length, shared=shared)
     assert all(sum(s.stop - s.start for s in pack) == length for pack in segments)
-    expected = by_position(*inputs, boundaries)
+    expected = attention_by_position(*inputs, boundaries, scale=SCALE)
     found = packed_attention(*inputs, segments, scale=SCALE)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed)).double()
@@ -77,7 +59,7 @@ def test_rows_are_those_of_the_whole(case, groups, seed):
     boundaries, length, shared = case
     query, key, value = operands(length, len(boundaries), groups, seed)
     segments = segments_of(boundaries, length, shared=shared)
-    whole_SBND = by_position(query, key, value, boundaries)
+    whole_SBND = attention_by_position(query, key, value, boundaries, scale=SCALE)
     generator = torch.Generator().manual_seed(seed)
     asked = [
         b * length + s

@@ -7,6 +7,8 @@
 A wheel is read as text: neither CANN nor an NPU is needed. Kept are the names in ``__all__``, the
 parameters of functions written in Python, and those of the methods of its classes. What comes from
 the compiled extension has no text, and is recorded as null: it exists, its parameters are unknown.
+Operators that we call, ``torch_npu.NAME``, are kept with the schema that torch_npu registers them
+by, which the wheel has in npu_native_functions_by_codegen.yaml.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "torch_npu/npu"
+SCHEMAS = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
+OPERATORS = ("npu_fusion_attention",)
 
 
 def signature(function: ast.FunctionDef) -> str:
@@ -74,9 +78,17 @@ def recorded(wheel: Path) -> dict[str, str | None]:
     return dict(sorted(kept.items()))
 
 
+def schemas(wheel: Path) -> dict[str, str]:
+    """Of OPERATORS, parameters and results as torch's dispatcher is told them."""
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read(SCHEMAS).decode()
+    return {name: re.findall(rf"func: {name}(\(.*)", text)[0] for name in OPERATORS}
+
+
 def main() -> None:
     """Print JSON."""
     wheels = sorted(map(Path, sys.argv[1:]))
+    operators = {wheel.name.split("-")[1]: schemas(wheel) for wheel in wheels}
     versions: dict[str, Any] = {wheel.name.split("-")[1]: recorded(wheel) for wheel in wheels}
     names = sorted(set().union(*versions.values()))
     print(
@@ -88,6 +100,9 @@ def main() -> None:
                 "signatures": {
                     name: {v: kept[name] for v, kept in versions.items() if name in kept}
                     for name in names
+                },
+                "operators": {
+                    name: {v: kept[name] for v, kept in operators.items()} for name in OPERATORS
                 },
             },
             indent=0,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,17 @@ from torch.distributed import distributed_c10d
 __version__ = os.environ.get("NPU_STUB_VERSION", "2.13.0")
 torch.utils.rename_privateuse1_backend("npu")
 
+from tests.npu_stub import fusion_attention  # noqa: E402
 from torch_npu import npu  # noqa: E402
 
 torch._register_device_module("npu", npu)
 torch.Tensor.npu = lambda self, device=None, non_blocking=False: self.to(device or "npu")
+
+
+def npu_fusion_attention(*args: Any, **kwargs: Any) -> Any:
+    """As recorded; it counts among torch.npu's calls."""
+    npu.calls["npu_fusion_attention"] = npu.calls.get("npu_fusion_attention", 0) + 1
+    return fusion_attention.operator(__version__)(*args, **kwargs)
 
 
 def _hccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.Backend:
