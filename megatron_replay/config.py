@@ -353,8 +353,17 @@ class TrainingConfig(Section):
     train_iters: int | None = option("iterations; default: what --train-epochs needs", None)
     seed: int = option("seed of the order of documents", 1234)
     save_interval: int = option("iterations between checkpoints; 0: at the end only", 0)
+    keep_last: int = option("checkpoints kept, the newest ones; 0: all", 0)
+    keep_best: str = option(
+        "also keep the best: by mean training loss since the checkpoint before, by the probe's "
+        "full-softmax loss, or by general perplexity",
+        "none",
+        ("none", "loss", "probe", "general"),
+    )
     exit_interval: int | None = option("save and leave after this iteration (a time slice)", None)
-    max_skipped_steps: int = option("non-finite steps to skip before giving up", 10)
+    max_skipped_steps: int = option(
+        "steps with a non-finite loss or gradient to skip before giving up", 10
+    )
     recompute_granularity: str = option(
         "full: keep only layer inputs and recompute in backward", "none", ("none", "full")
     )
@@ -380,6 +389,7 @@ class TrainingConfig(Section):
             "profile_start",
             "seed",
             "save_interval",
+            "keep_last",
             "max_skipped_steps",
             "stability_interval",
             "distance_interval",
@@ -459,3 +469,16 @@ class Stage1Config:
                 expected=f"a multiple of --micro-batch-size {mbs}",
                 found=gbs,
             )
+        self._check_keep_best()
+
+    def _check_keep_best(self) -> None:
+        """What --keep-best judges by must be measured."""
+        needs = {
+            "probe": (
+                self.loss.store is not None and self.probe.probe_interval > 0,
+                "--store and --probe-interval above 0",
+            ),
+            "general": (self.probe.general_data_path is not None, "--general-data-path"),
+        }
+        given, flags = needs.get(self.training.keep_best, (True, ""))
+        self.training.require(given, "keep_best", f"another without {flags}, which measures it")

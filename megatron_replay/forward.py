@@ -84,7 +84,12 @@ def _forward_step_with_loss(iterator: Iterator[Work], model: torch.nn.Module) ->
 
 
 def _sum_of_losses(loss_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum, number, and both. A loss that is not finite makes its gradient NaN.
+
+    So the update rule's own check finds it before the step, on every rank, for nothing.
+    """
     total = loss_N.sum()
+    total = total * (1 + 0 * total.detach())  # 0 times NaN or infinity is NaN
     # Filled on the device: a tensor of a number is copied there, and the host waits for copies.
     count = torch.full((), loss_N.numel(), dtype=torch.int32, device=loss_N.device)
     return total, count, torch.stack([total.detach(), count.to(total.dtype)])

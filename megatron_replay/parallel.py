@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -142,11 +144,55 @@ def initialize(config: ParallelConfig, platform: Platform) -> Parallel:
             os.environ.setdefault(name, value)
     platform.prepare(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
         dist.init_process_group(
-            platform.communication_backend,
-            timeout=datetime.timedelta(minutes=config.distributed_timeout_minutes),
+            platform.communication_backend, timeout=timeout, **_this_rounds_store(timeout)
         )
     return build_groups(config, platform.device)
+
+
+def _this_rounds_store(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Where ranks find each other under ``torchrun --max-restarts``; {}: where torch does it.
+
+    torchrun keeps one store for all rounds, and torch writes a rank's address under the same key in
+    each: ranks would call dead ones. So rank 0 makes up a name for the round, which it tells those
+    who ask with a name of their own: an answer to a dead rank is never read.
+
+    Raises:
+        TimeoutError: a rank does not come.
+    """
+    environment = os.environ
+    if (
+        environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        or environment.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0"
+    ):
+        return {}
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+        is_master=False,
+        timeout=timeout,
+        wait_for_workers=False,
+    )
+    name = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"asks/{rank}", name)
+        name = store.get(f"answer/{name}").decode()
+        store.set(f"heard/{name}/{rank}", "")
+    missing = set(range(1, world_size)) if rank == 0 else set()
+    deadline = time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"heard/{name}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"asks/{other}"]):
+                store.set("answer/" + store.get(f"asks/{other}").decode(), name)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {sorted(missing)} have not come")
+        time.sleep(0.01)
+    found = dist.PrefixStore(f"round/{name}", store)  # type: ignore[attr-defined]
+    return {"store": found, "rank": rank, "world_size": world_size}
 
 
 def build_groups(config: ParallelConfig, device: torch.device) -> Parallel:

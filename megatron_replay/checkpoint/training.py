@@ -4,6 +4,7 @@ A checkpoint directory holds::
 
     latest_checkpointed_iteration.txt   the newest complete iteration, Megatron's convention
     iter_0000100/                       megatron-core's torch_dist files, and train_state.json
+    best_checkpoint.json                under --keep-best: which one, and its value (retention.py)
     hf/                                 config.json and tokenizer of the model, for export
 
 An iteration is written under a temporary name and renamed when every rank's files are on disk, so
@@ -17,7 +18,7 @@ import dataclasses
 import errno
 import json
 import os
-import shutil
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from megatron_replay.checkpoint.directories import (
     latest_iteration,
     model_files_directory,
 )
+from megatron_replay.checkpoint.retention import clear_remains, remove_iteration
 from megatron_replay.checkpoint.vocabulary import (
     change_places,
     deinterleave,
@@ -63,14 +65,16 @@ class TrainState:
     Attributes:
         iteration: optimizer steps taken, skipped ones included.
         consumed_tokens: positions computed so far.
-        skipped_steps: steps left out because a gradient was not finite.
+        skipped_steps: steps left out because a loss or gradient was not finite.
         identity: the settings that decide which documents an iteration sees, and what is stored.
+        scores: by what --keep-best may judge it: the values known when it was saved.
     """
 
     iteration: int
     consumed_tokens: int
     skipped_steps: int
     identity: dict[str, Any]
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def require_identity(self, identity: dict[str, Any], directory: Path) -> None:
         """Raise ConfigError, naming the setting, unless a run is resumed with its own data."""
@@ -92,15 +96,22 @@ def save_checkpoint(
     optimizer: MegatronOptimizer,
     parallel: Parallel,
 ) -> Path:
-    """Write one checkpoint; collective over the world. An older one of the same number is kept.
+    """Write one checkpoint, unless it is the newest; collective over the world.
+
+    One of the same number that the marker does not name is replaced: the run was killed before it
+    was named, or set back.
 
     Raises:
         OutputError: it cannot be written, on any rank; nothing is published then.
     """
     final = iteration_directory(directory, state.iteration)
-    if final.exists():
+    # Each save has a name of its own: a killed rank's writers, which are processes, may still
+    # write under that of theirs.
+    name = f".{final.name}.{secrets.token_hex(4)}.incomplete"
+    is_saved, name = parallel.broadcast((_is_newest(directory, final), name))
+    if is_saved:
         return final
-    staged = directory / f".{final.name}.incomplete"
+    staged = directory / name
     parallel.on_rank_zero(lambda: _start_staging(directory, staged))
     content = _sharded_state(model, optimizer, parallel, is_loading=False)
     if parallel.interleaved_vocabulary:
@@ -187,10 +198,18 @@ def _to_contiguous_shards(content: dict[str, Any], parallel: Parallel) -> None:
     change_places(content, vocabulary_places(content), contiguous)
 
 
+def _is_newest(directory: Path, final: Path) -> bool:
+    """Whether the marker names ``final``, and it is there."""
+    try:
+        named = iteration_directory(directory, int((directory / LATEST).read_text()))
+    except (OSError, ValueError):
+        return False
+    return named == final and final.is_dir()
+
+
 def _start_staging(directory: Path, staged: Path) -> None:
     try:
-        for leftover in directory.glob(".iter_*.incomplete"):
-            shutil.rmtree(leftover)
+        clear_remains(directory)
         staged.mkdir(parents=True)
     except OSError as error:
         raise output_error(staged, error) from error
@@ -217,6 +236,8 @@ def _publish(directory: Path, staged: Path, final: Path, state: TrainState) -> N
     try:
         write_json(staged / "train_state.json", dataclasses.asdict(state))
         fsync_directory(staged)
+        if final.exists():
+            remove_iteration(directory, state.iteration)
         os.replace(staged, final)
         fsync_directory(directory)
         with atomic_file(directory / LATEST, "w") as handle:

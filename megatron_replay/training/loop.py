@@ -13,9 +13,9 @@ from torch.profiler import record_function
 
 from megatron_replay import cli, flags, kernels
 from megatron_replay.checkpoint.load import LoadedModel, load_model, model_files
+from megatron_replay.checkpoint.retention import keep_only, report_remains
 from megatron_replay.checkpoint.training import (
     TrainState,
-    iteration_directory,
     keep_model_files,
     latest_iteration,
     load_checkpoint,
@@ -26,7 +26,7 @@ from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import Loader
 from megatron_replay.data.packing import fit_documents, report_long_documents, without_unread
 from megatron_replay.data.sampler import GlobalBatches
-from megatron_replay.errors import ConfigError, TrainingError
+from megatron_replay.errors import ConfigError
 from megatron_replay.files import atomic_file, make_directory
 from megatron_replay.model.attention import record_max_logits
 from megatron_replay.model.compatibility import open_store, require_context, require_vocabulary
@@ -42,6 +42,7 @@ from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
 from megatron_replay.training.interrupt import StopRequest
 from megatron_replay.training.profile import StepTrace
+from megatron_replay.training.skipped import SkippedBatches
 from megatron_replay.training.step import StepResult, train_step, wrap_for_training
 from megatron_replay.training.watch import Watch
 from megatron_replay.training.work import GlobalWork, WorkMaker
@@ -108,6 +109,13 @@ class Trainer:
             record_max_logits(self.model.module)
         self.state = self._resume()
         self.trace = StepTrace(config, groups.rank)
+        self.skipped = SkippedBatches(
+            self.directory,
+            groups,
+            self.lengths,
+            limit=config.training.max_skipped_steps,
+            resume_iteration=self.state.iteration,
+        )
         self.watch = Watch(
             config,
             groups,
@@ -189,6 +197,8 @@ class Trainer:
     def _resume(self) -> TrainState:
         identity = self._identity()
         iteration = self.groups.broadcast(latest_iteration(self.directory))
+        if self.groups.rank == 0:
+            report_remains(self.directory, iteration)
         if iteration is None:
             return TrainState(0, 0, 0, identity)
         state = load_checkpoint(
@@ -200,6 +210,7 @@ class Trainer:
             identity=identity,
         )
         apply_hyperparameters(self.optimizer, self.config.optimizer)
+        self._keep_only()  # where a killed run could not
         if self.groups.writer:
             finished = iteration >= self.train_iters
             message = (
@@ -264,7 +275,7 @@ class Trainer:
             skipped_steps=self.state.skipped_steps + result.skipped,
         )
         if result.skipped:
-            self._count_skipped()
+            self._tell_of_skipped(result)
         return result, {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
@@ -277,21 +288,17 @@ class Trainer:
             "update": result.update,
         }
 
-    def _count_skipped(self) -> None:
-        if self.groups.writer:
-            print(
-                f"iteration {self.state.iteration}: the gradient is not finite, step skipped "
-                f"({self.state.skipped_steps} so far)",
-                file=sys.stderr,
-            )
-        if self.state.skipped_steps > self.config.training.max_skipped_steps:
-            last = latest_iteration(self.directory)
-            raise TrainingError(
-                f"{self.state.skipped_steps} steps were skipped for non-finite gradients",
-                expected=f"at most --max-skipped-steps {self.config.training.max_skipped_steps}",
-                fix="Lower --lr; the last good checkpoint is "
-                + ("none" if last is None else str(iteration_directory(self.directory, last))),
-            )
+    def _tell_of_skipped(self, result: StepResult) -> None:
+        k = (self.state.iteration - 1) % self.batches.num_batches
+        with self._loader.still():  # whose thread uses the batches otherwise
+            packs = self.batches.global_batch(k)
+        self.skipped.add(
+            self.state.iteration,
+            self.state.skipped_steps,
+            result.own_sums,
+            packs,
+            self.config.data.micro_batch_size,
+        )
 
     def _must_leave(self, stop: StopRequest) -> bool:
         """Whether any rank was asked to stop, or the slice is over."""
@@ -308,4 +315,15 @@ class Trainer:
         return self.state.iteration == self.config.training.exit_interval
 
     def _save(self) -> None:
-        save_checkpoint(self.directory, self.state, self.model.module, self.optimizer, self.groups)
+        """A checkpoint with what is known of its worth; then the older ones go that may."""
+        found = self.groups.agreed(self.watch.scores)  # {} on all but the writer
+        scores = {name: value for part in found for name, value in part.items()}
+        state = dataclasses.replace(self.state, scores=scores)
+        save_checkpoint(self.directory, state, self.model.module, self.optimizer, self.groups)
+        self._keep_only()
+
+    def _keep_only(self) -> None:
+        last, best = self.config.training.keep_last, self.config.training.keep_best
+        self.groups.on_rank_zero(
+            lambda: keep_only(self.directory, last=last, best_by=None if best == "none" else best)
+        )

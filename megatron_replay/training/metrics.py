@@ -24,7 +24,7 @@ class MetricsLog:
 
     def __init__(self, directory: Path, tensorboard_dir: Path, *, resume_iteration: int) -> None:
         self._path = directory / "metrics.jsonl"
-        self._keep_lines_until(resume_iteration)
+        keep_lines_until(self._path, resume_iteration)
         self.kept = read_metrics(self._path) if self._path.exists() else []
         self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         first = resume_iteration + 1 if resume_iteration else 0
@@ -51,14 +51,16 @@ class MetricsLog:
         self._file.close()
         self._events.close()
 
-    def _keep_lines_until(self, iteration: int) -> None:
-        if not self._path.exists():
-            return
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if iteration > 0 and _iteration_of(line) <= iteration]
-        if len(kept) < len(lines):
-            with atomic_file(self._path, "w") as handle:
-                handle.writelines(kept)
+
+def keep_lines_until(path: Path, iteration: int) -> None:
+    """Drop the lines of later iterations; all, where ``iteration`` is 0."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if iteration > 0 and _iteration_of(line) <= iteration]
+    if len(kept) < len(lines):
+        with atomic_file(path, "w") as handle:
+            handle.writelines(kept)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -67,9 +67,14 @@ class StabilityMonitor:
 
     Args:
         warmup_iters: iterations that the gradient norm's variation leaves out.
+
+    Attributes:
+        spiking: of the last step, the limit that a spike beginning with it exceeds, by "loss" and
+            "gradient".
     """
 
     def __init__(self, *, warmup_iters: int) -> None:
+        self.spiking: dict[str, float] = {}
         self._warmup_iters = warmup_iters
         self._losses: list[float] = []
         self._norms: list[float] = []
@@ -81,6 +86,7 @@ class StabilityMonitor:
 
         A step with a number that is not finite (None in the log) is counted, and left out of both.
         """
+        self.spiking = {}
         if not _finite(loss) or not _finite(grad_norm):
             self._non_finite += 1
             return []
@@ -92,6 +98,7 @@ class StabilityMonitor:
         for name, value in (("loss", loss), ("gradient", grad_norm)):
             limit = self._spikes[name].observe(value)
             if limit is not None:
+                self.spiking[name] = limit
                 found.append(
                     f"{'loss' if name == 'loss' else 'gradient norm'} spikes to {value:.4g}, above "
                     f"mean + {_SPIKE_SIGMAS:g} sigma = {limit:.4g} of the {_SPIKE_WINDOW} logged "

@@ -33,8 +33,10 @@ class StepResult:
         loss: mean over the global batch's positions; None before the last pipeline stage.
         positions: their number.
         grad_norm: of the whole gradient before clipping.
-        skipped: the gradient was not finite and nothing moved.
+        skipped: a loss or gradient was not finite and nothing moved.
         update: ``UpdateRule.report``, where it was asked for.
+        own_sums: sum of losses and positions of this rank's share, on the device; None before the
+            last pipeline stage.
     """
 
     loss: float | None
@@ -42,6 +44,7 @@ class StepResult:
     grad_norm: float
     skipped: bool
     update: dict[str, float]
+    own_sums: torch.Tensor | None = None
 
 
 class GradientBuffers(DistributedDataParallel):  # type: ignore[misc]
@@ -125,6 +128,7 @@ def train_step(
         measured = take_max_logits(model)
         if not skipped:
             _clip_attention(measured, model, parallel, threshold=qk_clip_threshold)
+    own_sums = None if sums is None else sums.clone()
     loss, positions = _global_mean(sums, parallel)
     assert rule.grad_norm is not None
     return StepResult(
@@ -133,6 +137,7 @@ def train_step(
         rule.grad_norm,
         skipped=skipped,
         update=rule.report() if report else {},
+        own_sums=own_sums,
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,41 +114,70 @@ def test_sigterm_saves_and_the_rerun_loses_nothing(folder, finished, tmp_path):
     assert weights(tmp_path / "run") == weights(finished)
 
 
-def _poison_third_step(rank: int) -> None:
+def _poison(rank: int, what: str) -> None:
+    """At the third step rank 1's loss is NaN, and with it its gradient, or alone; or the latter."""
     from megatron_replay.training import loop
 
     take_step = loop.train_step
 
-    def step(model, *args, **kwargs):
-        work = args[1]
-        if step.calls == 2 and rank == 1:
-            batch, head = work[0]
-            work[0] = (batch, lambda hidden, weight: head(hidden, weight) * float("nan"))
+    def gradient(loss):
+        loss.register_hook(lambda grad: grad * math.nan)
+        return loss
+
+    poisons = {
+        "both": lambda loss: loss * math.nan,
+        "loss": lambda loss: loss + math.nan,
+        "gradient": gradient,
+    }
+
+    def step(model, optimizer, work, *args, **kwargs):
         step.calls += 1
-        return take_step(model, *args, **kwargs)
+        if step.calls == 3 and rank == 1:
+            f, poison = work[0].head, poisons[what]
+            work = [work[0]._replace(head=lambda h, w: poison(f(h, w))), *work[1:]]
+        return take_step(model, optimizer, work, *args, **kwargs)
 
     step.calls = 0
     loop.train_step = step
 
 
-def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(folder, tmp_path):
+@pytest.mark.parametrize("layout", [{"dp": 2}, {"pp": 2}, {"tp": 2}], ids=str)
+def test_a_loss_that_is_not_finite_skips_the_step_on_all(folder, tmp_path, layout):
+    """A NaN that no gradient shows, on one rank; its batch is recorded, document by document."""
     said = stages.succeed(
-        "stage1", *argv(folder, tmp_path / "run"), tp=1, dp=2, before=_poison_third_step
+        "stage1", *argv(folder, tmp_path / "run"), before=partial(_poison, what="loss"), **layout
     )
-    assert "step skipped (1 so far)" in said
+    assert "iteration 3: the loss of rank 1 is not finite, step skipped (1 so far)" in said
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
-    assert lines[2]["loss"] is None
-    assert lines[-1]["skipped_steps"] == 1
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1]
     assert lines[-1]["loss"] > 0
+    [record] = read_metrics(tmp_path / "run" / "skipped_batches.jsonl")
+    assert (record["iteration"], record["not_finite"]) == (3, "loss")
+    assert [(x["rank"], x["loss"]) for x in record["losses"] if x["loss"] is None] == [(1, None)]
+    held = [d["document"] for pack in record["packs"] for d in pack["documents"]]
+    assert len(set(held)) == len(held)
+    ends = [pack["documents"][-1]["positions"][1] for pack in record["packs"]]
+    assert sum(ends) == lines[2]["tokens"]
+    dp = layout.get("dp", 1)
+    assert [pack["dp_rank"] for pack in record["packs"]] == [i % dp for i in range(4)]
 
 
-def test_too_many_skipped_steps_end_the_run(folder, tmp_path):
+@pytest.mark.parametrize(("what", "named"), [("both", "loss"), ("gradient", "gradient")])
+def test_too_many_skipped_steps_end_the_run(folder, tmp_path, what, named):
+    extra = ["--max-skipped-steps", 0, "--save-interval", 2]
     message = stages.fail(
-        "stage1", *argv(folder, tmp_path / "run", "--max-skipped-steps", 0),
-        dp=2, before=_poison_third_step, code=7,
+        "stage1", *argv(folder, tmp_path / "run", *extra),
+        dp=2, before=partial(_poison, what=what), code=7,
     )  # fmt: skip
     assert "1 steps were skipped" in message
-    assert "the last good checkpoint is none" in message
+    assert "skipped_batches.jsonl" in message
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'iter_0000002'}" in message
+    [record] = read_metrics(tmp_path / "run" / "skipped_batches.jsonl")
+    assert record["not_finite"] == named
+    # The run that goes on takes the step again, and drops what was said of it.
+    stages.succeed("stage1", *argv(folder, tmp_path / "run", *extra), dp=2)
+    assert read_metrics(tmp_path / "run" / "skipped_batches.jsonl") == []
+    assert len(stages.losses(tmp_path / "run")) == 5
 
 
 def test_the_probe_and_tensorboard(finished):
@@ -179,10 +210,19 @@ def test_drifting_mass_is_warned_of(folder, tmp_path):
     assert ("lies outside the candidate sets" in said) == drifted
 
 
-def test_an_unfinished_checkpoint_is_ignored(folder, tmp_path):
+def test_an_unfinished_checkpoint_is_ignored_and_said(folder, tmp_path):
     save = tmp_path / "run"
     stages.run("stage1", *argv(folder, save, "--exit-interval", 2))
     (save / ".iter_0000005.incomplete").mkdir()
     (save / ".iter_0000005.incomplete" / "junk").write_text("torn")
-    stages.succeed("stage1", *argv(folder, save))
-    assert not list(save.glob("*.incomplete"))
+    shutil.copytree(save / "iter_0000002", save / "iter_0000005")  # whole, but not named
+    (save / "iter_0000005" / "junk").write_text("of another life")
+    said = stages.succeed("stage1", *argv(folder, save), tp=2)
+    for name, what in (
+        (".iter_0000005.incomplete", "a save that was not finished: ignored, removed at the next"),
+        ("iter_0000005", "newer than latest_checkpointed_iteration.txt says: ignored, replaced"),
+    ):
+        assert said.count(f"{save / name}: {what}") == 1
+    assert not list(save.glob(".iter_*"))
+    assert training.latest_iteration(save) == 5
+    assert not (save / "iter_0000005" / "junk").exists()

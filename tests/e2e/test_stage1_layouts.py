@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from megatron_replay.checkpoint import training
+from megatron_replay.training.metrics import read_metrics
 from tests.e2e import stages
 from tests.e2e.stages import argv, weights
 
@@ -24,6 +25,24 @@ def test_a_checkpoint_of_eight_ranks_continues_on_two(folder, tmp_path, optimize
     assert stages.losses(tmp_path / "many") == pytest.approx(
         stages.losses(tmp_path / "one"), abs=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--no-pack-documents"], ["--no-drop-unread-tokens"]], ids=str
+)
+def test_another_number_of_replicas_goes_on_in_the_same_order(folder, tmp_path, flags):
+    """One replica, then four: each batch has the same positions, and the same loss."""
+    stages.succeed("stage1", *argv(folder, tmp_path / "one", *flags))
+    stages.run("stage1", *argv(folder, tmp_path / "many", *flags, "--exit-interval", 2))
+    stages.succeed("stage1", *argv(folder, tmp_path / "many", *flags), dp=4)
+
+    def batches(save):
+        lines = read_metrics(save / "metrics.jsonl")
+        return [(line["tokens"], line["positions"]) for line in lines if "loss" in line]
+
+    assert batches(tmp_path / "many") == batches(tmp_path / "one")
+    reference = stages.losses(tmp_path / "one")
+    assert stages.losses(tmp_path / "many") == pytest.approx(reference, abs=1e-5)
 
 
 def test_layouts_agree_with_every_option(folder, tmp_path):

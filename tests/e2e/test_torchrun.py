@@ -88,12 +88,13 @@ def test_a_failing_rank_speaks_first_and_all_end(folder, tmp_path):
 
 
 @pytest.mark.distributed
-def test_a_killed_rank_ends_all(folder, tmp_path):
-    hung = tmp_path / "hung"
-    argv = stage1_argv(folder, tmp_path / "run", "--loss", "full")
+def test_a_killed_rank_ends_all_and_torchrun_starts_them_again(folder, tmp_path):
+    """--max-restarts: the second round goes on where the first had saved."""
+    hung, save = tmp_path / "hung", tmp_path / "run"
+    argv = stage1_argv(folder, save, "--loss", "full", "--save-interval", 2)
     script = ROOT / "tests" / "e2e" / "failing_rank.py"
     process = subprocess.Popen(
-        torchrun(2, script, *argv),
+        torchrun(2, "--max-restarts", 1, script, *argv),
         env={**ENVIRONMENT, "FAULT": "hang", "HUNG": str(hung)},
         stderr=subprocess.PIPE,
         text=True,
@@ -103,9 +104,14 @@ def test_a_killed_rank_ends_all(folder, tmp_path):
         time.sleep(0.1)
     os.kill(int(hung.read_text()), signal.SIGKILL)
     started = time.monotonic()
-    process.communicate(timeout=90)
+    _, stderr = process.communicate(timeout=90)
     assert time.monotonic() - started < 60
-    assert process.returncode != 0
+    assert process.returncode == 0, stderr
+    assert f"resuming {save} after iteration 2" in stderr
+    undisturbed = tmp_path / "undisturbed"
+    stages.succeed("stage1", *stage1_argv(folder, undisturbed, "--loss", "full"), tp=2)
+    assert stages.losses(save) == stages.losses(undisturbed)
+    assert stages.weights(save) == stages.weights(undisturbed)
 
 
 @pytest.mark.distributed

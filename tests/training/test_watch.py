@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from megatron_replay.checkpoint import retention
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.evaluation.run_log import summarize_run
 from megatron_replay.evaluation.weight_distance import relative_l2
@@ -26,6 +27,9 @@ def folder(tmp_path_factory):
     tiny.save_corpus(folder / "corpus", num_documents=60, longest=SEQ_LENGTH)
     tiny.save_corpus(folder / "general", num_documents=30, seed=7, longest=2 * SEQ_LENGTH)
     tiny.save_qwen3(folder / "model", tied=True, num_hidden_layers=2)
+    source = ["--load", folder / "model", "--data-path", folder / "corpus"]
+    source += ["--seq-length", SEQ_LENGTH, "--store", folder / "store"]
+    stages.succeed("stage0", *source)
     return folder
 
 
@@ -160,14 +164,50 @@ def test_warnings_are_told_when_they_come(folder, tmp_path):
         "iteration 135: gradient norm spikes",
     ]
     assert "1 loss and 1 gradient-norm spikes in 12 steps judged" in said
-    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["stability"]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    [marked] = [line for line in lines if "spike_above" in line]
+    assert marked["iteration"] == 135
+    assert marked["loss"] > marked["spike_above"]["loss"] > lines[0]["loss"] / 2
+    assert marked["grad_norm"] > marked["spike_above"]["gradient"] > 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("spike_above/loss")] == [135]
+    last = lines[-1]["stability"]
     assert (last["loss_spikes"], last["gradient_spikes"], last["steps"]) == (1, 1, 140)
     summary = summarize_run(tmp_path / "run")
     assert (summary.loss_spikes, summary.loss_spike_rate) == (1, last["loss_spike_rate"])
     assert summary.gradient_spike_rate == last["gradient_spike_rate"] == 1 / 12
 
 
+@pytest.mark.parametrize(("metric", "key"), [("general", "perplexity"), ("probe", "full_loss")])
+def test_the_best_checkpoint_is_kept_beside_the_last(folder, tmp_path, metric, key):
+    """Judged by what is measured at each save, also between probes; on a stage that has it not."""
+    flags = [
+        "--train-iters", 6, "--save-interval", 2, "--keep-last", 1, "--keep-best", metric,
+        "--probe-interval", 4, "--probe-documents", 8, "--lr", 0.3,
+    ]  # fmt: skip
+    if metric == "general":
+        flags += ["--general-data-path", folder / "general", "--general-documents", 8]
+    else:
+        flags += ["--store", folder / "store"]
+    stages.succeed("stage1", *argv(folder, tmp_path / "run", *flags), pp=2)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    values = {x["iteration"]: x[metric][key] for x in lines if metric in x and x["iteration"]}
+    assert list(values) == [2, 4, 6]
+    number = min(values, key=values.__getitem__)
+    best = json.loads((tmp_path / "run" / retention.BEST).read_text())
+    assert best == {"iteration": number, "metric": metric, "value": values[number]}
+    assert retention.iterations(tmp_path / "run") == sorted({number, 6})
+
+
 class TestMistakes:
+    @pytest.mark.parametrize("metric", ["probe", "general"])
+    def test_the_best_by_what_is_not_measured(self, folder, tmp_path, metric):
+        more = ["--keep-best", metric]
+        message = stages.fail("stage1", *argv(folder, tmp_path / "run", *more), code=2)
+        assert message.startswith("error: --keep-best: ")
+
     def test_a_run_that_did_not_measure_its_start(self, folder, tmp_path):
         stages.succeed("stage1", *argv(folder, tmp_path / "run", "--exit-interval", 2), tp=2)
         more = general(folder)

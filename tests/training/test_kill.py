@@ -1,0 +1,129 @@
+"""Stage 1 killed twenty times: the same command ends with the weights of an undisturbed run."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_replay.checkpoint import retention, training
+from tests import pool, tiny
+from tests.e2e import stages
+
+pytestmark = pytest.mark.distributed
+KILLS = 20
+#: What a life is killed in place of: a change of the directory, a step, or a word between ranks.
+EVENTS = 36
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model and a corpus of some 15 packs."""
+    folder = tmp_path_factory.mktemp("kill")
+    tiny.save_corpus(folder / "corpus", num_documents=60)
+    tiny.save_qwen3(
+        folder / "model", tied=True, num_hidden_layers=1, hidden_size=16, intermediate_size=32
+    )
+    return folder
+
+
+def argv(folder: Path, save: Path) -> list[object]:
+    """Five epochs, a checkpoint every second step."""
+    return [
+        *stages.inputs(folder), "--loss", "full", "--probe-interval", 0, "--save", save,
+        "--lr", 1e-3, "--global-batch-size", 2, "--train-epochs", 5, "--save-interval", 2,
+        "--keep-last", 2, "--keep-best", "loss", "--stability-interval", 0,
+    ]  # fmt: skip
+
+
+def _dies(rank: int, world_size: int, victim: int, moment: int, command: list[str]) -> int:
+    """Run; rank ``victim`` is killed in place of its ``moment``-th event."""
+    from megatron_replay.training import loop
+
+    if rank == victim:
+        passed = 0
+
+        def mortal(call):
+            def counted(*arguments, **options):
+                nonlocal passed
+                passed += 1
+                if passed == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*arguments, **options)
+
+            return counted
+
+        for module, names in (
+            (os, ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir")),
+            (dist, ("all_gather_object", "broadcast_object_list")),
+            (loop, ("train_step",)),
+        ):
+            for name in names:
+                setattr(module, name, mortal(getattr(module, name)))
+    return stages._main(rank, world_size, "stage1", command, None)[0]
+
+
+def live(victim: int, moment: float, command: list[str]) -> list[int]:
+    """One life of two ranks, ended as torchrun ends one; their exit codes.
+
+    ``moment``: a whole number of the victim's events, or below 1 a time in seconds.
+    """
+    events = int(moment) if moment >= 1 else EVENTS
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as place:
+        ranks = [
+            context.Process(
+                target=pool._child, args=(rank, 2, place, _dies, (victim, events, command))
+            )
+            for rank in range(2)
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # as tests/pool.py does
+            gc.freeze()
+            for rank in ranks:
+                rank.start()
+            gc.unfreeze()
+        if moment < 1:
+            time.sleep(moment)
+            ranks[victim].kill()
+        ranks[victim].join(60)
+        if ranks[victim].exitcode == -signal.SIGKILL:
+            ranks[1 - victim].terminate()
+            ranks[1 - victim].join(0.3)
+            ranks[1 - victim].kill()
+        ranks[1 - victim].join(60)
+    return [rank.exitcode for rank in ranks]
+
+
+def test_killed_twenty_times(folder, tmp_path):
+    draw = random.Random(0)
+    whole, save = tmp_path / "whole", tmp_path / "killed"
+    stages.succeed("stage1", *argv(folder, whole), dp=2)
+    command = [*map(str, argv(folder, save)), "--tensor-model-parallel-size", "1"]
+    reached, saving = [], 0
+    for life in range(KILLS):
+        moment = draw.random() if life % 4 == 3 else draw.randint(1, EVENTS)
+        codes = live(draw.randint(0, 1), moment, command)
+        assert -signal.SIGKILL in codes, f"life {life} came to its end: {reached}"
+        reached.append(training.latest_iteration(save) or 0 if save.exists() else 0)
+        saving += bool(save.exists() and retention.unfinished(save))
+    assert reached == sorted(reached)
+    assert saving > 2
+    total = len(stages.losses(whole))
+    assert total / 5 < reached[-1] < total  # beyond the first epoch
+    stages.succeed("stage1", *argv(folder, save), dp=2)
+    assert stages.losses(save) == stages.losses(whole)
+    assert stages.weights(save) == stages.weights(whole)
+    assert retention.iterations(save) == retention.iterations(whole)
+    best = retention.BEST
+    assert (save / best).read_bytes() == (whole / best).read_bytes()
+    assert not list(save.glob(".iter_*"))
