@@ -85,7 +85,7 @@ def convert(options: argparse.Namespace, config: ParallelConfig, groups: Paralle
     target = Path(options.save_dir)
     dtype = _dtype(options.params_dtype, model_files(options.load_dir))
     source = ModelConfigSource(load=options.load_dir, bf16=dtype is torch.bfloat16)
-    model = load_model(source, config, groups)
+    model = load_model(source, config, groups, iteration=options.iteration)
     if to_hf:
         export_hf(
             model.module.named_parameters(),

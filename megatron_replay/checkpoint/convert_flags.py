@@ -16,6 +16,7 @@ from megatron_replay.checkpoint.directories import (
     iteration_directory,
     latest_iteration,
 )
+from megatron_replay.checkpoint.retention import iterations
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.model.config import ModelConfig
 
@@ -69,6 +70,7 @@ def parse_arguments(
     model.add_argument("--tensor-model-parallel-size", type=int, default=1)
     model.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     model.add_argument("--platform", default="auto")
+    model.add_argument("--iteration", type=int, help="of mcore; default: the newest")
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         _refuse(unknown[0], parser)
@@ -172,6 +174,7 @@ def find_type(options: argparse.Namespace) -> str:
                     where="--" + flag.replace("_", "-"),
                     fix="Leave it out",
                 )
+    _check_iteration(options.iteration, found, directory)
     _check_model_type(options)
     if found == "mg" and not options.trust_pickle:
         raise ConfigError(
@@ -190,6 +193,17 @@ def _type_of(directory: Path) -> str | None:
         iteration = iteration_directory(directory, number)
         return "mg" if any(iteration.glob("mp_rank_*")) else "mcore"
     return "hf" if (directory / "config.json").exists() else None
+
+
+def _check_iteration(iteration: int | None, found: str, directory: Path) -> None:
+    there = iterations(directory) if found == "mcore" else []
+    if iteration is not None and iteration not in there:
+        raise ConfigError(
+            "no such iteration" if there else f"{found} has one set of weights",
+            where="--iteration",
+            expected=", ".join(map(str, there)) or "no number",
+            found=iteration,
+        )
 
 
 def _check_model_type(options: argparse.Namespace) -> None:

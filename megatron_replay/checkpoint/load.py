@@ -73,8 +73,12 @@ def load_model(
     parallel: Parallel,
     *,
     recompute: bool = False,
+    iteration: int | None = None,
 ) -> LoadedModel:
-    """Build this rank's part of the model and fill it from ``source.load``."""
+    """Build this rank's part of the model and fill it from ``source.load``.
+
+    ``iteration``: of a training checkpoint; None: the newest.
+    """
     files = model_files(source.load)
     shape = ModelConfig.from_hf(files)
     shape.check_layout(parallel.tp_size, parallel.pp_size)
@@ -87,8 +91,8 @@ def load_model(
     )
     module = build_model(shape, config, parallel).to(parallel.device)
     offset = layer_offset(config)
-    iteration = latest_iteration(Path(source.load))
-    if iteration is None:
+    newest = latest_iteration(Path(source.load))
+    if newest is None:
         load_hf_weights(
             module.named_parameters(),
             HFReader(files),
@@ -100,7 +104,8 @@ def load_model(
         if parallel.interleaved_vocabulary:
             interleave_parameters(module, parallel.tp_group)
     else:
-        load_checkpoint(Path(source.load), iteration, module, None, parallel)
+        chosen = newest if iteration is None else iteration
+        load_checkpoint(Path(source.load), chosen, module, None, parallel)
     if parallel.interleaved_vocabulary:
         module.interleave_vocabulary()
     return LoadedModel(shape, config, module, files, offset)

@@ -39,6 +39,18 @@ def mistake(capsys, monkeypatch, *argv: object) -> str:
     return line
 
 
+def test_an_iteration_that_is_not_there(model, tmp_path, capsys, monkeypatch):
+    flags = ["--save", tmp_path / "out", "--iteration", 3]
+    said = mistake(capsys, monkeypatch, "--load", model, *flags, "--save-format", "mcore")
+    assert said == "error: --iteration: hf has one set of weights (expected no number; found 3)"
+    for number in (2, 4):
+        (tmp_path / "run" / f"iter_000000{number}").mkdir(parents=True)
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("4")
+    said = mistake(capsys, monkeypatch, "--load", tmp_path / "run", *flags)
+    assert said == "error: --iteration: no such iteration (expected 2, 4; found 3)"
+    assert not (tmp_path / "out").exists()
+
+
 def test_flags_of_mindspeed_llm(model, tmp_path, capfd):
     mg, hf = tmp_path / "mg", tmp_path / "hf"
     common = ["--model-type-hf", "qwen3"]

@@ -184,11 +184,11 @@ def test_warnings_are_told_when_they_come(folder, tmp_path):
 def test_the_best_checkpoint_is_kept_beside_the_last(folder, tmp_path, metric, key):
     """Judged by what is measured at each save, also between probes; on a stage that has it not."""
     flags = [
-        "--train-iters", 6, "--save-interval", 2, "--keep-last", 1, "--keep-best", metric,
+        "--train-iters", 6, "--save-interval", 2, "--keep-last", 2, "--keep-best", metric,
         "--probe-interval", 4, "--probe-documents", 8, "--lr", 0.3,
     ]  # fmt: skip
     if metric == "general":
-        flags += ["--general-data-path", folder / "general", "--general-documents", 8]
+        flags += ["--general-data-path", folder / "general", "--general-documents", 30]
     else:
         flags += ["--store", folder / "store"]
     stages.succeed("stage1", *argv(folder, tmp_path / "run", *flags), pp=2)
@@ -198,7 +198,12 @@ def test_the_best_checkpoint_is_kept_beside_the_last(folder, tmp_path, metric, k
     number = min(values, key=values.__getitem__)
     best = json.loads((tmp_path / "run" / retention.BEST).read_text())
     assert best == {"iteration": number, "metric": metric, "value": values[number]}
-    assert retention.iterations(tmp_path / "run") == sorted({number, 6})
+    assert retention.iterations(tmp_path / "run") == sorted({number, 4, 6})
+    if metric == "general":  # not the newest
+        stages.convert(tmp_path / "run", tmp_path / "tuned", "--no-verify", "--iteration", 4)
+        found = perplexity(tmp_path / "tuned", folder / "general")
+        assert found == pytest.approx(values[4], rel=1e-5)
+        assert found != pytest.approx(values[6], rel=1e-3)
 
 
 class TestMistakes:
