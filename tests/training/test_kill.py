@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
 import random
@@ -50,13 +51,22 @@ def _dies(rank: int, world_size: int, victim: int, moment: int, command: list[st
     from megatron_replay.training import loop
 
     if rank == victim:
-        passed = 0
+        # A negative moment counts from the first publishing of a checkpoint on.
+        passed = -math.inf if moment < 0 else 0
+        publish = training._publish
+
+        def start_counting(*arguments):
+            nonlocal passed
+            passed = max(passed, 0)
+            publish(*arguments)
+
+        training._publish = start_counting
 
         def mortal(call):
             def counted(*arguments, **options):
                 nonlocal passed
                 passed += 1
-                if passed == moment:
+                if passed == abs(moment):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return call(*arguments, **options)
 
@@ -75,9 +85,9 @@ def _dies(rank: int, world_size: int, victim: int, moment: int, command: list[st
 def live(victim: int, moment: float, command: list[str]) -> list[int]:
     """One life of two ranks, ended as torchrun ends one; their exit codes.
 
-    ``moment``: a whole number of the victim's events, or below 1 a time in seconds.
+    ``moment``: a whole number of the victim's events, or a time in seconds.
     """
-    events = int(moment) if moment >= 1 else EVENTS
+    events = moment if isinstance(moment, int) else EVENTS
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as place:
         ranks = [
@@ -92,7 +102,7 @@ def live(victim: int, moment: float, command: list[str]) -> list[int]:
             for rank in ranks:
                 rank.start()
             gc.unfreeze()
-        if moment < 1:
+        if isinstance(moment, float):
             time.sleep(moment)
             ranks[victim].kill()
         ranks[victim].join(60)
@@ -109,15 +119,21 @@ def test_killed_twenty_times(folder, tmp_path):
     whole, save = tmp_path / "whole", tmp_path / "killed"
     stages.succeed("stage1", *argv(folder, whole), dp=2)
     command = [*map(str, argv(folder, save)), "--tensor-model-parallel-size", "1"]
-    reached, saving = [], 0
+    reached, saving, unnamed = [], 0, 0
     for life in range(KILLS):
-        moment = draw.random() if life % 4 == 3 else draw.randint(1, EVENTS)
-        codes = live(draw.randint(0, 1), moment, command)
+        victim, moment = draw.randint(0, 1), draw.randint(1, EVENTS)
+        if life % 4 == 2:  # rank 0 publishes
+            victim, moment = 0, -draw.randint(3, 10)
+        if life % 4 == 3:
+            moment = draw.random()
+        codes = live(victim, moment, command)
         assert -signal.SIGKILL in codes, f"life {life} came to its end: {reached}"
-        reached.append(training.latest_iteration(save) or 0 if save.exists() else 0)
-        saving += bool(save.exists() and retention.unfinished(save))
+        reached.append(training.latest_iteration(save) or 0)
+        saving += bool(retention.unfinished(save))
+        unnamed += any(number > reached[-1] for number in retention.iterations(save))
     assert reached == sorted(reached)
     assert saving > 2
+    assert unnamed > 0
     total = len(stages.losses(whole))
     assert total / 5 < reached[-1] < total  # beyond the first epoch
     stages.succeed("stage1", *argv(folder, save), dp=2)
