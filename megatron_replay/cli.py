@@ -39,7 +39,7 @@ def launch(
         report_error(str(error))
         return error.exit_code
     except (Interrupted, KeyboardInterrupt) as stop:
-        report_error(str(stop) or "interrupted")
+        report_error(str(stop) or "interrupted; the same command goes on from here")
         return EXIT_INTERRUPTED
     except Exception as error:
         report_error(f"{type(error).__name__}: {error}", details=traceback.format_exc())

@@ -107,6 +107,8 @@ RUN_DIR=${RUN_DIR:-runs/qwen3-$QWEN3}
 HF_DIR=${HF_DIR:-Qwen3-${QWEN3^^}}
 TOKENIZER_PATH=${TOKENIZER_PATH:-$HF_DIR}
 MCORE_DIR=$RUN_DIR/mcore # what ckpt_convert_..._hf2mcore.sh writes
+MODEL_DIR=$HF_DIR        # what the stages start from; they read a Hugging Face directory as well
+if [[ -d $MCORE_DIR ]]; then MODEL_DIR=$MCORE_DIR; fi
 DATA_PATH=${DATA_PATH:-$RUN_DIR/corpus}
 STORE_DIR=${STORE_DIR:-$RUN_DIR/store}
 LOG_DIR=${LOG_DIR:-$RUN_DIR/logs}
@@ -137,6 +139,8 @@ run() { # run COMMAND...: shown, logged, its exit code kept; only shown under DR
 launch() { # launch MODULE FLAGS...: on every device of this node; with --dry-run, on none
     local module=$1 flag
     shift
+    [[ ${DRY_RUN:-0} == 1 || -d ${CKPT_LOAD_DIR:-$MODEL_DIR} ]] ||
+        fail "${CKPT_LOAD_DIR:-$MODEL_DIR}: no such directory; set HF_DIR to the Hugging Face checkpoint, or CKPT_LOAD_DIR"
     for flag in "$@"; do
         if [[ $flag == --dry-run || $flag == --print-config ]]; then
             run env WORLD_SIZE=$((NPUS_PER_NODE * NNODES)) python -m "$module" "$@"

@@ -12,7 +12,7 @@ SELECTION=(
     --position-fraction 0.5
 )
 launch megatron_replay.stage0 \
-    --load "${CKPT_LOAD_DIR:-$MCORE_DIR}" \
+    --load "${CKPT_LOAD_DIR:-$MODEL_DIR}" \
     --data-path "$DATA_PATH" \
     --store "$STORE_DIR" \
     --seq-length "$SEQ_LENGTH" \

@@ -20,7 +20,7 @@ OPTIMIZER=(
     --adam-beta2 0.95
 )
 launch megatron_replay.stage1 \
-    --load "${CKPT_LOAD_DIR:-$MCORE_DIR}" \
+    --load "${CKPT_LOAD_DIR:-$MODEL_DIR}" \
     --save "${CKPT_SAVE_DIR:-$RUN_DIR/mofo}" \
     --data-path "$DATA_PATH" \
     --seq-length "$SEQ_LENGTH" \

@@ -36,8 +36,9 @@ def collect(config: Stage0Config, groups: Parallel) -> None:
     kernel = kernels.SELECTION.choose(backend, like)
     shape = ModelConfig.from_hf(model_files(config.model.load))
     require_vocabulary(corpus, shape)
+    num_shards = -(-len(corpus) // config.candidates.documents_per_shard)
+    chosen = _chosen_shards(config.candidates.shards, num_shards)
     writer = _open_writer(config, corpus, shape, groups)
-    chosen = _chosen_shards(config.candidates.shards, writer.description.num_shards)
     model = load_model(config.model, config.parallel, groups)
     collector = Collector(config.candidates, config.data, corpus, model, groups, kernel)
     require_context(collector.fitted.lengths, shape)
@@ -45,6 +46,8 @@ def collect(config: Stage0Config, groups: Parallel) -> None:
         print(f"candidate selection: {kernels.SELECTION.describe(backend, like)}")
         report_long_documents(collector.fitted, config.data.long_documents)
     missing = [s for s in groups.broadcast(writer.missing_shards()) if s in chosen]
+    if not missing and groups.rank == 0:
+        print(f"{config.candidates.store}: nothing is left to do; its report again")
     cost = _write_shards(
         missing[groups.dp_rank :: groups.dp_size], writer, collector, config, groups
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from megatron_replay import cli, flags, kernels
+from megatron_replay import cli, kernels
 from megatron_replay.checkpoint.load import LoadedModel, load_model, model_files
 from megatron_replay.checkpoint.retention import keep_only, report_remains
 from megatron_replay.checkpoint.training import (
@@ -27,7 +27,7 @@ from megatron_replay.data.loader import Loader
 from megatron_replay.data.packing import fit_documents, report_long_documents, without_unread
 from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.errors import ConfigError
-from megatron_replay.files import atomic_file, make_directory
+from megatron_replay.files import make_directory
 from megatron_replay.model.attention import record_max_logits
 from megatron_replay.model.compatibility import open_store, require_context, require_vocabulary
 from megatron_replay.optim.build import (
@@ -40,6 +40,7 @@ from megatron_replay.optim.schedule import learning_rate
 from megatron_replay.parallel import Parallel
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
+from megatron_replay.training import configuration
 from megatron_replay.training.interrupt import StopRequest
 from megatron_replay.training.profile import StepTrace
 from megatron_replay.training.skipped import SkippedBatches
@@ -100,6 +101,7 @@ class Trainer:
         )
         self.optimizer = build_optimizer(config.optimizer, self.model, self.wrapped, groups)
         if groups.writer:
+            print(f"attention: {kernels.ATTENTION.describe('auto', like)}")
             print(f"optimizer: {config.optimizer.optimizer}, {kernels_of(self.optimizer)}")
             if config.loss.loss == "restricted":
                 form = kernels.HEAD.describe(config.loss.head_backend, like)
@@ -108,6 +110,8 @@ class Trainer:
         if config.optimizer.qk_clip_threshold is not None:
             record_max_logits(self.model.module)
         self.state = self._resume()
+        if self.state.iteration < self.train_iters:  # what is refused or finished records nothing
+            groups.on_rank_zero(lambda: configuration.record(self.directory, config))
         self.trace = StepTrace(config, groups.rank)
         self.skipped = SkippedBatches(
             self.directory,
@@ -168,8 +172,6 @@ class Trainer:
     def _prepare_directory(self) -> None:
         def prepare() -> None:
             make_directory(self.directory)
-            with atomic_file(self.directory / "resolved_config.yaml", "w") as handle:
-                handle.write(flags.to_yaml(self.config))
             keep_model_files(model_files(self.config.model.load), self.directory)
 
         self.groups.on_rank_zero(prepare)
@@ -220,6 +222,9 @@ class Trainer:
                 else f"resuming {self.directory} after iteration {iteration}"
             )
             print(message, file=sys.stderr)
+            changed = configuration.changes(self.directory, self.config)
+            if changed and not finished:
+                print(f"changed since it last ran: {', '.join(changed)}", file=sys.stderr)
         return state
 
     def _identity(self) -> dict[str, Any]:

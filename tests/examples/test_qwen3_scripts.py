@@ -248,6 +248,9 @@ def test_a_failing_command_fails_the_script(tmp_path: Path, environment: Environ
     assert "none of npu, cuda, cpu" in run_script(
         "stage0_qwen3_4b_4K_ptd", code=2, **(env | {"PLATFORM": "tpu"})
     )
+    assert "set HF_DIR to the Hugging Face checkpoint" in run_script(
+        "stage0_qwen3_4b_4K_ptd", code=2, **env
+    )
     assert "no multiple of TP=4 x PP=1" in run_script(
         "stage0_qwen3_4b_4K_ptd", code=2, **(env | {"NPUS_PER_NODE": "6"})
     )

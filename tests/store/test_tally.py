@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 import zlib
@@ -96,16 +97,45 @@ def test_what_a_part_cannot_tell_the_whole_cannot(reader: CandidateReader) -> No
     assert (tally(reader, [0]) + Tally()).gold_appended is None
 
 
-def test_advice_names_the_options_that_help(reader: CandidateReader) -> None:
+def told(found: dict[str, Any], **changes: float) -> tuple[str, str]:
+    """The verdict and the advice for these numbers."""
+    found = copy.deepcopy(found)
+    found["share_gold_appended"] = changes["missed"]
+    found["coverage"]["mean"] = changes["coverage"]
+    found["cap"] = {
+        "max_candidates": changes.get("cap", 200),
+        "share_at_or_above": changes["at_cap"],
+        "share_above": 0.0,
+    }
+    lines = summary_text(found).splitlines()
+    [verdict] = [line for line in lines if line.startswith("is replay worth it? ")]
+    hints = [line for line in lines if line.startswith("advice: ")]
+    assert lines[-1 - len(hints) :] == [verdict, *hints]  # where a reader looks
+    return verdict, " ".join(hints)
+
+
+def test_the_verdict_is_always_told_with_what_helps(reader: CandidateReader) -> None:
     found = summarize(reader)
-    hints = [x for x in summary_text(found).splitlines() if x.startswith("advice: ")]
-    text = " ".join(hints)
-    assert len(hints) == 2
-    for option in ("--candidate-scope document --tail ghost", "--loss full", "--coverage"):
-        assert option in text
-    assert "--max-candidates" in text
-    found["share_gold_appended"] = found["cap"]["share_at_or_above"] = 0.1
-    assert "advice" not in summary_text(found)
+    verdict, hints = told(found, missed=0.0, coverage=0.97, at_cap=0.0)
+    assert "Nothing speaks against it" in verdict
+    assert hints == ""
+    verdict, hints = told(found, missed=0.013, coverage=0.966, at_cap=0.02)
+    assert "Perhaps" in verdict
+    assert "--candidate-scope document --tail ghost" in verdict
+    verdict, hints = told(found, missed=0.2, coverage=0.95, at_cap=0.0)
+    assert "Not with the paper's loss: the base model missed 20.0% of golds" in verdict
+    assert "--loss full" in hints
+    assert "--coverage in Stage 0" in hints
+    # At the cap a higher coverage changes nothing, and no cap helps such a model.
+    verdict, hints = told(found, missed=0.5, coverage=0.25, at_cap=1.0)
+    assert "Not with" in verdict
+    assert "--loss full" in hints
+    assert "--coverage" not in hints.replace("--candidate-scope", "")
+    assert "--max-candidates" not in hints
+    _, hints = told(found, missed=0.0, coverage=0.93, at_cap=0.3)
+    assert "raise --max-candidates (at most 255)" in hints
+    _, hints = told(found, missed=0.0, coverage=0.93, at_cap=0.3, cap=255)
+    assert "--max-candidates" not in hints
 
 
 def test_impossible_numbers_are_refused(tmp_path: Path) -> None:
