@@ -23,14 +23,18 @@ class Shards:
 def test_the_last_copy_is_waited_for_as_long_as_shards_come():
     looks = [[1, 2], [1, 2], [2], [2], [2], []]
     shards = Shards(*looks)
-    _wait_for_all(shards, minutes=10)
+    _wait_for_all(shards, range(3), minutes=10)
     assert shards.looks == [[]]
 
 
 def test_a_copy_of_which_nothing_comes_is_given_up():
     start = time.monotonic()
-    _wait_for_all(Shards([1, 2], [1]), minutes=0.1 / 60)
+    _wait_for_all(Shards([1, 2], [1]), range(3), minutes=0.1 / 60)
     assert 0.1 <= time.monotonic() - start < 10
+
+
+def test_only_the_chosen_shards_are_waited_for():
+    _wait_for_all(Shards([0, 5]), range(1, 3), minutes=10)
 
 
 def test_costs_of_copies_side_by_side():
