@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.store import CandidateReader
@@ -130,7 +131,9 @@ def _python(argv: list[str], env: dict[str, str]) -> tuple[int, str]:
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
                 warnings.resetwarnings()
                 os.environ.clear()
-                os.environ.update(env)
+                # Threads that first meet torch's pool in a fork may find none.
+                os.environ.update(env | {"HF_DEACTIVATE_ASYNC_LOAD": "1"})
+                torch.set_num_threads(1)
                 os.chdir(ROOT)
                 os._exit(_run_as_main(argv))
             finally:
