@@ -163,8 +163,8 @@ def _verdict(summary: dict[str, Any]) -> str:
         )
     if missed > _SOME_APPENDED:
         return (
-            f"Perhaps: {found}. At 1.3 % and 1.6 % missed the paper's loss has cost 8 and 21 points "
-            "of accuracy, document scope with a ghost none (README): give Stage 1 "
+            f"Perhaps: {found}. At 1.3 % and 1.6 % missed the paper's loss has cost 8 and 21 "
+            "points of accuracy, document scope with a ghost none (README): give Stage 1 "
             "--candidate-scope document --tail ghost, and compare with --loss full "
             "--optimizer adamw."
         )
