@@ -4,10 +4,4 @@ QWEN3=4b TP=${TP:-4} PP=${PP:-1}
 # shellcheck source=examples/qwen3/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-tiny_inputs
-run python tools/convert_checkpoint.py \
-    --load-model-type hf \
-    --save-model-type mcore \
-    --load-dir "$HF_DIR" \
-    --save-dir "${CKPT_SAVE_DIR:-$MCORE_DIR}" \
-    "$@"
+convert_to_mcore "$@"

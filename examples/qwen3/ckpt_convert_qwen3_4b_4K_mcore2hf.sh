@@ -4,11 +4,4 @@ QWEN3=4b TP=${TP:-4} PP=${PP:-1}
 # shellcheck source=examples/qwen3/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-CKPT_LOAD_DIR=${CKPT_LOAD_DIR:-$RUN_DIR/moclip}
-run python tools/convert_checkpoint.py \
-    --load-model-type mcore \
-    --save-model-type hf \
-    --load-dir "$CKPT_LOAD_DIR" \
-    --save-dir "${CKPT_SAVE_DIR:-$CKPT_LOAD_DIR/export}" \
-    --params-dtype bfloat16 \
-    "$@"
+convert_to_hf "$@"

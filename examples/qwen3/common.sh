@@ -158,3 +158,6 @@ tiny_inputs() { # MODEL_SIZE=tiny: make the data and the checkpoint, unless they
     [[ -f $HF_DIR/config.json ]] || run python examples/quickstart/init_base.py \
         --shape "qwen3-$QWEN3" --tokenizer "$TINY/tokenizer" --output "$HF_DIR"
 }
+
+# shellcheck source=examples/qwen3/steps.sh
+source examples/qwen3/steps.sh

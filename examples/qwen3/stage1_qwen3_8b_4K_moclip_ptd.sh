@@ -4,34 +4,4 @@ QWEN3=8b TP=${TP:-4} PP=${PP:-2}
 # shellcheck source=examples/qwen3/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-LOSS=(
-    --loss restricted
-    --store "$STORE_DIR"
-)
-OPTIMIZER=(
-    --optimizer moclip
-    --max-angle 45
-    --lr 1.25e-6
-    --min-lr 1.25e-7
-    --lr-decay-style cosine
-    --weight-decay 0.1
-    --clip-grad 1.0
-    --adam-beta1 0.9
-    --adam-beta2 0.95
-)
-launch megatron_replay.stage1 \
-    --load "${CKPT_LOAD_DIR:-$MODEL_DIR}" \
-    --save "${CKPT_SAVE_DIR:-$RUN_DIR/moclip}" \
-    --data-path "$DATA_PATH" \
-    --seq-length "$SEQ_LENGTH" \
-    --micro-batch-size "${MBS:-1}" \
-    --global-batch-size "${GBS:-16}" \
-    --train-epochs 1 \
-    --long-documents "${LONG_DOCUMENTS:-error}" \
-    --save-interval 200 \
-    --bf16 \
-    --tensorboard-dir "$RUN_DIR/tensorboard/moclip" \
-    "${LAYOUT[@]}" \
-    "${LOSS[@]}" \
-    "${OPTIMIZER[@]}" \
-    "$@"
+stage1 moclip --loss restricted --optimizer moclip --max-angle 45 "$@"

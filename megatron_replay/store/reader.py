@@ -147,24 +147,6 @@ class CandidateReader:
             fix="Give the store of this corpus, or rerun Stage 0 on it",
         )
 
-    def verify(self) -> None:
-        """Check every byte: each shard's crc32, each record's crc32 and contents.
-
-        Raises:
-            StoreError: the first damage found.
-        """
-        for shard in range(self.description.num_shards):
-            self.verify_shard(shard)
-
-    def verify_shard(self, shard: int) -> None:
-        """Check every byte of ``shard``; StoreError names the first damage found."""
-        expected_crc = self._shard(shard).index.bin_crc
-        with located(bin_path(self.directory, shard)):
-            require(zlib.crc32(self._records(shard)) == expected_crc, "damaged: crc32 differs")
-        documents = self.description.documents(shard)
-        for start in range(documents.start, documents.stop, DOCUMENTS_AT_ONCE):
-            self.read(range(start, min(start + DOCUMENTS_AT_ONCE, documents.stop)))
-
     def _require_document(self, document_id: int) -> int:
         document_id = as_int(document_id)
         if not 0 <= document_id < len(self):

@@ -66,7 +66,8 @@ def verify_shard(reader: CandidateReader, shard: int, corpus: Labels | None = No
     Raises:
         StoreError: the first damage found.
     """
-    content, index = reader._records(shard), reader._shard(shard).index
+    # The index first: it says best what is wrong where the files are another store's.
+    index, content = reader._shard(shard).index, reader._records(shard)
     for row in range(0, index.num_documents, DOCUMENTS_AT_ONCE):
         stop = min(row + DOCUMENTS_AT_ONCE, index.num_documents)
         documents = range(index.first_document + row, index.first_document + stop)

@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_replay.store import CandidateWriter, DocumentCandidates, StoreDescription
+from megatron_replay.store import (
+    CandidateReader,
+    CandidateWriter,
+    DocumentCandidates,
+    StoreDescription,
+)
+from megatron_replay.store.verify import verify_shard
 
 
 def describe(**changes: Any) -> StoreDescription:
@@ -77,6 +83,12 @@ def write_shard(writer: CandidateWriter, number: int) -> None:
     with writer.shard(number) as shard:
         for document_id in writer.description.documents(number):
             shard.add(document_id, document_of(writer.description, document_id))
+
+
+def require_sound(reader: CandidateReader) -> None:
+    """Raise StoreError, naming the first damage, unless every byte is as it was written."""
+    for shard in range(reader.description.num_shards):
+        verify_shard(reader, shard)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

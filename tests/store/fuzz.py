@@ -26,8 +26,7 @@ from megatron_replay.errors import StoreError
 from megatron_replay.store import CandidateReader, CandidateWriter
 from megatron_replay.store.document import require_valid
 from megatron_replay.store.reader import DOCUMENTS_AT_ONCE
-from megatron_replay.store.verify import verify_shard
-from tests.store.examples import describe, document_of
+from tests.store.examples import describe, document_of, require_sound
 
 #: The most that reading may allocate per byte of the store: a position of 11 bytes may claim 256
 #: ids, each of which the archival codec handles in 45 bytes at its peak.
@@ -139,9 +138,7 @@ def read_everything(directory: Path) -> bool:
                 together += len(document.ids)
             assert len(batch.ids) == together
             assert batch.offsets[-1] == len(batch.ids)
-        reader.verify()
-        for shard in range(about.num_shards):
-            verify_shard(reader, shard)
+        require_sound(reader)
     except StoreError:
         return False
     return True

@@ -20,7 +20,7 @@ import pytest
 from megatron_replay.errors import StoreError
 from megatron_replay.store import CandidateReader, DocumentCandidates
 from megatron_replay.store.codecs import decode_planar, encode_planar
-from tests.store.examples import assert_same, contents, describe, write_store
+from tests.store.examples import assert_same, contents, describe, require_sound, write_store
 
 # Three documents with 0, 1 and 2 positions, a high plane with padding, logits, a short last shard.
 DESCRIPTION = describe(
@@ -53,7 +53,7 @@ def overwrite(path: Path, content: bytes | bytearray) -> None:
 
 def read_all(directory: Path) -> list[DocumentCandidates]:
     reader = CandidateReader(directory)
-    reader.verify()
+    require_sound(reader)
     return list(reader)
 
 

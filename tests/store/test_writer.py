@@ -22,6 +22,7 @@ from tests.store.examples import (
     describe,
     document_of,
     draw_document,
+    require_sound,
     write_shard,
     write_store,
 )
@@ -240,7 +241,7 @@ def test_a_full_disk_publishes_nothing(
     # After the last rename only the directory's fsync is to come: the shard is there, and whole.
     assert writer.missing_shards() == ([0, 1, 2] if step < 4 else [1, 2])
     write_store(tmp_path, describe())
-    CandidateReader(tmp_path).verify()
+    require_sound(CandidateReader(tmp_path))
 
 
 def test_a_write_cut_short_publishes_nothing(tmp_path: Path) -> None:
