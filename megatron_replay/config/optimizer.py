@@ -1,0 +1,118 @@
+"""Which update rule, and with what constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_replay.config.section import Section, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
+    """The update rule and its schedule."""
+
+    SWITCH: ClassVar[str] = "optimizer"
+
+    optimizer: str = option(
+        "update rule", "moclip", ("moclip", "adamw", "mofo", "tam", "adamuon", "muonclip")
+    )
+    lr: float = option("peak learning rate")
+    min_lr: float = option("learning rate at the end of the decay", 0.0)
+    lr_decay_style: str = option("shape of the decay", "cosine", ("cosine", "linear", "constant"))
+    lr_warmup_iters: int = option("iterations of linear warm-up", 0)
+    weight_decay: float = option("decoupled weight decay", 0.1)
+    clip_grad: float = option("global gradient norm to clip at; 0: never", 1.0)
+    adam_beta1: float = option("decay of the first moment", 0.9)
+    adam_beta2: float = option("decay of the second moment", 0.95)
+    adam_eps: float = option(
+        "epsilon; MoClip has none", 1e-8, only=("adamw", "mofo", "tam", "adamuon", "muonclip")
+    )
+    use_distributed_optimizer: bool = option(
+        "shard the optimizer's state over data parallel ranks (ZeRO-1)", False
+    )
+    optimizer_backend: str = option(
+        "form of the update's passes: the device's compiled one, or torch's",
+        "auto",
+        ("auto", "torch", "cpu", "triton"),
+    )
+    angle_scope: str = option(
+        "one angle for the whole model, or one for each parameter",
+        "model",
+        ("model", "tensor"),
+        only=("moclip", "tam"),
+    )
+    max_angle: float = option("degrees between gradient and momentum", 45.0, only=("moclip",))
+    obtuse: str = option(
+        "reading of Eq. 5 beyond 90 degrees (docs/method.md)",
+        "line",
+        ("line", "zero", "reflect", "project", "rotate"),
+        only=("moclip",),
+    )
+    obtuse_patience: int = option(
+        "--obtuse zero: obtuse steps in a row before one passes unturned", 3, only=("moclip",)
+    )
+    second_moment: str = option(
+        "gradient that feeds v", "raw", ("raw", "clipped"), only=("moclip",)
+    )
+    atan_a: float = option("A in lr A atan2(m, B sqrt v)", 1.0, only=("moclip",))
+    atan_b: float = option("B in lr A atan2(m, B sqrt v)", 1.0, only=("moclip",))
+    mofo_fraction: float = option("share of each matrix that moves", 0.2, only=("mofo",))
+    torque: str = option(
+        "cosine: damp the step (the paper's); smoothed: damp what enters the momentum",
+        "cosine",
+        ("cosine", "smoothed"),
+        only=("tam",),
+    )
+    muon_momentum: float = option(
+        "decay of the momentum that is orthogonalised", 0.95, only=("adamuon", "muonclip")
+    )
+    newton_schulz_dtype: str = option(
+        "precision of the orthogonalisation",
+        "float32",
+        ("float32", "bfloat16"),
+        only=("adamuon", "muonclip"),
+    )
+    attention_clip_grad: float = option(
+        "norm to clip each attention layer's gradient at; 0: never", 1.0, only=("muonclip",)
+    )
+    qk_clip_threshold: float | None = option(
+        "largest attention logit (QK-Clip); for models without QK-norm", None, only=("muonclip",)
+    )
+
+    def _check(self) -> None:
+        self.require_positive("lr", "atan_a", "atan_b")
+        self.require(0 <= self.min_lr <= self.lr, "min_lr", "0 to --lr")
+        self.require(self.obtuse_patience >= 0, "obtuse_patience", "a number from 0")
+        for name in (
+            "lr_warmup_iters",
+            "weight_decay",
+            "clip_grad",
+            "adam_eps",
+            "attention_clip_grad",
+        ):
+            self.require(getattr(self, name) >= 0, name, "a number from 0")
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
+            self.require(0 <= getattr(self, name) < 1, name, "0 to below 1")
+        self.require(0 < self.max_angle <= 90, "max_angle", "degrees above 0, at most 90")
+        self.require(0 < self.mofo_fraction <= 1, "mofo_fraction", "a share above 0, at most 1")
+        qk_clip = self.qk_clip_threshold
+        self.require(qk_clip is None or qk_clip > 0, "qk_clip_threshold", "a number above 0")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Refuse what cannot be had together, with the reason."""
+        if self.angle_scope == "tensor":
+            self.require(
+                self.obtuse != "zero", "obtuse", "another: zero counts obtuse steps of the model"
+            )
+            self.require(
+                self.torque == "cosine", "torque", "cosine: smoothed averages the model's angle"
+            )
+        if self.optimizer in ("adamuon", "muonclip"):
+            self.require(
+                not self.use_distributed_optimizer,
+                "use_distributed_optimizer",
+                f"False under --optimizer {self.optimizer}, which orthogonalises whole matrices: "
+                "sharding over data parallel ranks cuts them anywhere",
+            )

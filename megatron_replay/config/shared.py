@@ -1,0 +1,73 @@
+"""What both stages can be told: layout, model, data, progress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_replay.config.section import Section, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Section):
+    """How the model lies on the devices."""
+
+    tensor_model_parallel_size: int = option("tensor parallel size (TP)", 1)
+    pipeline_model_parallel_size: int = option("pipeline parallel size (PP)", 1)
+    sequence_parallel: bool = option("shard activations along the sequence over TP", False)
+    platform: str = option("auto, or the name of a platform (cpu, ...)", "auto")
+    distributed_timeout_minutes: float = option("minutes a collective may wait for a rank", 10.0)
+    device_memory_gib: float | None = option(
+        "--dry-run: memory of a device; names the largest micro-batch that fits", None
+    )
+
+    def _check(self) -> None:
+        self.require_positive(
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "distributed_timeout_minutes",
+        )
+        memory = self.device_memory_gib
+        self.require(memory is None or memory > 0, "device_memory_gib", "a number above 0")
+        self.require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "sequence_parallel",
+            "--tensor-model-parallel-size above 1, over which it shards",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfigSource(Section):
+    """Which weights, and in what precision."""
+
+    load: str = option("Hugging Face directory, or a directory that --save wrote")
+    bf16: bool = option("compute in bfloat16 (the optimizer keeps fp32 master weights)", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Which corpus, and how its documents are packed."""
+
+    data_path: str = option("prefix of a corpus that tools/preprocess_data.py wrote")
+    seq_length: int = option("positions in a pack of documents", 4096)
+    long_documents: str = option(
+        "what to do with documents longer than --seq-length",
+        "error",
+        ("error", "drop", "truncate"),
+    )
+    micro_batch_size: int = option("packs in one forward pass on one device", 1)
+    pack_documents: bool = option(
+        "as many documents in a pack as fit, kept apart by attention; off: one, and padding", True
+    )
+
+    def _check(self) -> None:
+        self.require_positive("seq_length", "micro_batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressConfig(Section):
+    """What is shown while it runs."""
+
+    progress_interval: float = option("seconds between progress lines without a terminal", 10.0)
+
+    def _check(self) -> None:
+        self.require_positive("progress_interval")

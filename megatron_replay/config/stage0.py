@@ -1,0 +1,75 @@
+"""What Stage 0 can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_replay.config.section import Section, option
+from megatron_replay.config.shared import (
+    DataConfig,
+    ModelConfigSource,
+    ParallelConfig,
+    ProgressConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidatesConfig(Section):
+    """What Stage 0 records: which positions, and which tokens at each (Eq. 1 and 2)."""
+
+    store: str = option("directory of the candidate store to write")
+    coverage: float = option("probability mass tau that a candidate set must reach", 0.95)
+    max_candidates: int = option("cap K_max on a candidate set, before the gold token", 200)
+    position_strategy: str = option(
+        "which answer positions to record", "bucket", ("bucket", "random", "last-token", "all")
+    )
+    position_fraction: float = option("share of positions for bucket and random", 0.5)
+    num_buckets: int = option("confidence buckets of the bucket strategy", 5)
+    confidence: str = option(
+        "what the bucket strategy sorts by", "max-prob", ("max-prob", "gold-prob")
+    )
+    last_n: int = option("positions a document gives under last-token", 1)
+    position_seed: int = option("seed of the positions drawn", 1234)
+    store_codec: str = option(
+        "how ids are written: planar is read fastest, archive is smallest",
+        "planar",
+        ("planar", "archive"),
+    )
+    store_logits: str = option(
+        "also record the candidates' logits, in this precision", "none", ("none", "fp16", "bf16")
+    )
+    documents_per_shard: int = option("documents in a shard file, the unit of resuming", 1024)
+    shards: str | None = option(
+        "FIRST:STOP, to write these shards only (tools/inspect_store.py merge puts parts together)",
+        None,
+    )
+    logits_chunk_size: int = option("positions whose logits exist at one time", 1024)
+    write_buffer_mib: int = option("MiB of candidate sets that may wait for the disk", 64)
+    tensorboard_dir: str | None = option("TensorBoard events of the report; default: none", None)
+    selection_backend: str = option(
+        "form of candidate selection: the device's compiled one, or torch's; all give the same",
+        "auto",
+        ("auto", "torch", "cpu", "triton"),
+    )
+
+    def _check(self) -> None:
+        self.require(0 < self.coverage <= 1, "coverage", "a share above 0, at most 1")
+        self.require(1 <= self.max_candidates <= 255, "max_candidates", "1 to 255")
+        self.require(
+            0 < self.position_fraction <= 1, "position_fraction", "a share above 0, at most 1"
+        )
+        self.require(self.position_seed >= 0, "position_seed", "a number from 0")
+        self.require_positive(
+            "num_buckets", "last_n", "documents_per_shard", "logits_chunk_size", "write_buffer_mib"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage0Config:
+    """Everything ``python -m megatron_replay.stage0`` can be told."""
+
+    parallel: ParallelConfig
+    model: ModelConfigSource
+    data: DataConfig
+    candidates: CandidatesConfig
+    progress: ProgressConfig
