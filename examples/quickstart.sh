@@ -124,7 +124,7 @@ if [[ -z $HF_CHECKPOINT ]]; then
     SEQ_LENGTH=${SEQ_LENGTH:-512} LR=${LR:-2e-4} MICRO_BATCH=2 WARMUP=10
     GLOBAL_BATCH=${GLOBAL_BATCH:-2} EPOCHS=${EPOCHS:-2}
     part "$DATA/data.json" "data" \
-        "$PYTHON" examples/quickstart/make_data.py --output "$DATA"
+        "$PYTHON" -m examples.quickstart.make_data --output "$DATA"
     part "$CACHE/corpus.json" "base: corpus" \
         preprocess "$CACHE/corpus" --input "$DATA/base_train.jsonl" --tokenizer "$TOKENIZER" \
         --max-document-tokens 129
@@ -139,7 +139,7 @@ else
     SEQ_LENGTH=${SEQ_LENGTH:-1024} LR=${LR:-1e-5} MICRO_BATCH=1 WARMUP=0
     GLOBAL_BATCH=${GLOBAL_BATCH:-4} EPOCHS=${EPOCHS:-1}
     part "$OUT/data/data.json" "data: hold out every tenth row" \
-        "$PYTHON" examples/quickstart/split_data.py --input "$DATA" --output "$OUT/data"
+        "$PYTHON" -m examples.quickstart.split_data --input "$DATA" --output "$OUT/data"
     TRAIN_ROWS=$OUT/data/train.jsonl
     EVALUATE=(--data "$OUT/data/heldout.jsonl" --general-text "$OUT/data/general_heldout.jsonl")
 fi

@@ -6,7 +6,7 @@ import ast
 import random
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from pydoc_data import topics
 
@@ -20,17 +20,23 @@ MIN_CHARACTERS = 80
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def _python_files(folder: Path) -> Iterator[Path]:
+def python_files(folder: Path) -> Iterator[Path]:
+    """Every Python file under ``folder`` that documents something for users."""
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and entry.name not in SKIPPED_FOLDERS:
-            yield from _python_files(entry)
+            yield from python_files(entry)
         elif entry.suffix == ".py":
             yield entry
 
 
-def docstrings(folder: Path) -> Iterator[str]:
-    """The docstrings of all Python files under ``folder``, in the order of their paths."""
-    for path in _python_files(folder):
+def docstrings(folder: Path, *, without: Container[str] = ()) -> Iterator[str]:
+    """The docstrings of all Python files under ``folder``, in the order of their paths.
+
+    ``without``: names of files and folders right under ``folder`` to leave out.
+    """
+    for path in python_files(folder):
+        if path.relative_to(folder).parts[0] in without:
+            continue
         with warnings.catch_warnings():
             # Old modules hold invalid escapes; their authors' warnings are not ours.
             warnings.simplefilter("ignore")
@@ -42,15 +48,16 @@ def docstrings(folder: Path) -> Iterator[str]:
                     yield text
 
 
-def general_documents(*, seed: int) -> list[str]:
+def general_documents(*, seed: int, without: Container[str] = ()) -> list[str]:
     """Docstrings of the standard library and numpy, and pydoc's topics: distinct, shuffled.
 
     About 3.5 million characters with CPython 3.11; the content depends on the versions of Python
-    and numpy, which ``make_data.py`` therefore records.
+    and numpy, which ``make_data.py`` therefore records. ``without``: files and folders of the
+    standard library to leave out.
     """
     documents = dict.fromkeys(
         [
-            *docstrings(Path(sysconfig.get_path("stdlib"))),
+            *docstrings(Path(sysconfig.get_path("stdlib")), without=without),
             *topics.topics.values(),
             *docstrings(Path(numpy.__file__).parent),
         ]

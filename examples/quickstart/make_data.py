@@ -1,6 +1,6 @@
 """Write the quick start's data: tokenizer, general text, NL2SQL rows and their database.
 
-    python examples/quickstart/make_data.py --output runs/quickstart/data
+    python -m examples.quickstart.make_data --output runs/quickstart/data
 
 Nothing is downloaded. The same arguments give the same files; a directory that already holds them
 is left as it is.
@@ -28,8 +28,11 @@ from typing import Any
 
 import numpy
 import tokenizers
-from general_text import general_documents
-from nl2sql import (
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from examples.quickstart.general_text import general_documents
+from examples.quickstart.nl2sql import (
     NEW_TABLES,
     OLD_TABLES,
     Question,
@@ -40,9 +43,6 @@ from nl2sql import (
     question_pools,
     write_database,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
-
 from megatron_replay.errors import ConfigError, ReplayError
 from megatron_replay.files import atomic_file, make_directory, sha256_of_files, write_json
 

@@ -107,20 +107,20 @@ NEW_TABLES = (
 
 # The words of practice tables. But for the keys, none is a word of the NEW tables: the base must
 # learn to copy words from the question, not to know these.
-_PRACTICE_NAMES = """actor airport album animal apartment bakery bank bridge building camera castle
+PRACTICE_NAMES = """actor airport album animal apartment bakery bank bridge building camera castle
 cinema clinic company computer dealer doctor driver engine factory farm festival film garden guitar
 hotel island journal kitchen lake lawyer library market mountain movie museum nurse office painting
 park patient phone planet player recipe restaurant river road sailor school shop song stadium
 student theater tower tree truck village writer"""
-_PRACTICE_KEYS = """name title label model code"""
-_PRACTICE_CATEGORIES = """brand class color county district family genre kind language level
+PRACTICE_KEYS = """name title label model code"""
+PRACTICE_CATEGORIES = """brand class color county district family genre kind language level
 maker material origin owner role season sector shape state status style team type zone"""
-_PRACTICE_VALUES = """alpha amber april autumn basic beta black blue carbon cedar cobalt copper
+PRACTICE_VALUES = """alpha amber april autumn basic beta black blue carbon cedar cobalt copper
 coral delta desert double eagle emerald falcon final forest gamma glass golden granite green guest
 harbor heavy indigo ivory junior lemon light lunar marble master medium metal modern native ocean
 olive orange paper pearl plain prime purple quick red river royal senior silver simple single solar
 spring steel stone summer triple velvet white winter yellow"""
-_PRACTICE_NUMBERS = """amount area balance budget capacity cost count depth distance duration
+PRACTICE_NUMBERS = """amount area balance budget capacity cost count depth distance duration
 energy floors grade height income length level mass members mileage points population power profit
 rank rate rating rent rooms sales score share size speed tax units value visits volume votes weight
 width wins years"""
@@ -131,11 +131,11 @@ def practice_tables(count: int, *, seed: int) -> tuple[Table, ...]:
     rng = random.Random(seed)
     return tuple(
         Table(
-            name=rng.choice(_PRACTICE_NAMES.split()),
-            key=rng.choice(_PRACTICE_KEYS.split()),
-            category=rng.choice(_PRACTICE_CATEGORIES.split()),
-            values=tuple(rng.sample(_PRACTICE_VALUES.split(), 4)),
-            numbers=tuple(rng.sample(_PRACTICE_NUMBERS.split(), 2)),
+            name=rng.choice(PRACTICE_NAMES.split()),
+            key=rng.choice(PRACTICE_KEYS.split()),
+            category=rng.choice(PRACTICE_CATEGORIES.split()),
+            values=tuple(rng.sample(PRACTICE_VALUES.split(), 4)),
+            numbers=tuple(rng.sample(PRACTICE_NUMBERS.split(), 2)),
         )
         for _ in range(count)
     )
@@ -262,9 +262,14 @@ def question_pools(tables: tuple[Table, ...]) -> list[list[Question]]:
 
 def answerable_pools(tables: tuple[Table, ...], database: Path) -> list[list[Question]]:
     """The questions over ``tables`` whose answer tells right from wrong (see `answerable`)."""
+    return only_answerable(question_pools(tables), database)
+
+
+def only_answerable(pools: list[list[Question]], database: Path) -> list[list[Question]]:
+    """Those questions of ``pools`` that are `answerable` in ``database``."""
     connection = sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
     try:
-        return [[q for q in pool if answerable(connection, q)] for pool in question_pools(tables)]
+        return [[q for q in pool if answerable(connection, q)] for pool in pools]
     finally:
         connection.close()
 

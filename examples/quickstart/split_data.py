@@ -1,6 +1,6 @@
 """Hold out every tenth row of the user's own data, and write general text to measure forgetting.
 
-python examples/quickstart/split_data.py --input FILE.jsonl --output DIR
+python -m examples.quickstart.split_data --input FILE.jsonl --output DIR
 
 train.jsonl            nine of ten rows, as they are
 heldout.jsonl          every tenth row, 200 at most
@@ -15,8 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-from general_text import general_documents
-
+from examples.quickstart.general_text import general_documents
 from megatron_replay.errors import DataError, ReplayError
 from megatron_replay.files import atomic_file, make_directory, write_json
 

@@ -153,7 +153,7 @@ launch() { # launch MODULE FLAGS...: on every device of this node; with --dry-ru
 
 tiny_inputs() { # MODEL_SIZE=tiny: make the data and the checkpoint, unless they are there
     [[ $MODEL_SIZE == tiny ]] || return 0
-    run python examples/quickstart/make_data.py --output "$TINY" --base-questions 500 \
+    run python -m examples.quickstart.make_data --output "$TINY" --base-questions 500 \
         --practice-tables 20 --domain-train 96 --domain-test 8 --general-train 200 --general-heldout 8
     [[ -f $HF_DIR/config.json ]] || run python examples/quickstart/init_base.py \
         --shape "qwen3-$QWEN3" --tokenizer "$TINY/tokenizer" --output "$HF_DIR"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sqlite3
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +11,10 @@ from types import ModuleType
 import pytest
 from transformers import AutoTokenizer
 
+from examples.quickstart import make_data as make_data_program
+from examples.quickstart import nl2sql
 from megatron_replay.evaluation.sql_execution import execution_match
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 SMALL = [
     "--base-questions=300",
     "--base-domain=20",
@@ -29,18 +28,11 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def make_data() -> Iterator[ModuleType]:
-    """The program, as Python sees it when it is run from its folder; documents are read once."""
-    sys.path.insert(0, str(QUICKSTART))
-    try:
-        module = importlib.import_module("make_data")
-        documents = module.general_documents(seed=0)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "general_documents", lambda *, seed: list(documents))
-            yield module
-    finally:
-        sys.path.remove(str(QUICKSTART))
-        for name in ("make_data", "nl2sql", "general_text"):
-            sys.modules.pop(name, None)
+    """The program; documents are read once."""
+    documents = make_data_program.general_documents(seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_data_program, "general_documents", lambda *, seed: list(documents))
+        yield make_data_program
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +114,6 @@ def test_every_form_is_tested(data: Path) -> None:
 def test_base_sees_few_questions_of_the_domain_and_none_of_ours(
     make_data: ModuleType, data: Path
 ) -> None:
-    nl2sql = sys.modules["nl2sql"]
     new = {table.name for table in nl2sql.NEW_TABLES}
     base = rows(data, "base_sql")
     tables = [row["completion"].split(" from ")[1].split()[0] for row in base]

@@ -1,0 +1,162 @@
+"""Write the study's data: two NL2SQL domains, one of multiple choice, general text and abilities.
+
+    python -m examples.replicate.make_data --output runs/replicate/data
+
+Nothing is downloaded. The same arguments give the same files.
+
+    tokenizer/                   byte-level BPE, a Hugging Face directory
+    competent.jsonl              {"text"}: what the competent base learns from
+    ignorant.jsonl               {"text"}: the same without any SQL or multiple choice
+    train.jsonl                  {"prompt", "completion"}: the three domains, mixed
+    sql/tables, sql/joins        questions.jsonl, held out, and database.sqlite
+    choices/protocols.jsonl      questions about modules that no base has read
+    general/{cloze,copying,arithmetic}.jsonl   held out: what may be forgotten
+    general_heldout.jsonl        {"text"}: perplexity
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from examples.quickstart import nl2sql
+from examples.quickstart.general_text import general_documents
+from examples.quickstart.make_data import sql_rows, train_tokenizer
+from examples.replicate import choices, joins
+from megatron_replay.files import atomic_file, make_directory, sha256_of_files, write_json
+
+MANIFEST = "data.json"
+#: Rows of each domain, and of each held-out set.
+TRAIN_ROWS, TEST_ROWS = 600, 150
+#: What the competent base has seen: invented tables, and a few rows of the domain's own.
+PRACTICE_SQL, SEEN_SQL, PRACTICE_CHOICES = 5000, 250, 2600
+HELD_OUT_DOCUMENTS, DOCUMENTS = 120, 2000
+VOCAB_SIZE = 1024
+Row = dict[str, str]
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """One JSON object a line."""
+    make_directory(path.parent)
+    with atomic_file(path, "w") as handle:
+        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def sql_domain(
+    name: str, module: Any, new: Any, practice: Any, folder: Path, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """Write the held-out questions and their database; returns (rows of the base, of training)."""
+    database = make_directory(folder / "sql" / name) / "database.sqlite"
+    database.unlink(missing_ok=True)
+    module.write_database(database, seed=seed)
+    pools = nl2sql.only_answerable(module.question_pools(new), database)
+    rest, held_out = nl2sql.hold_out(pools, every=5, seed=seed)
+    test = nl2sql.draw(held_out, TEST_ROWS, seed=seed)
+    write_jsonl(folder / "sql" / name / "questions.jsonl", sql_rows(test))
+    asked = sql_rows(nl2sql.draw(rest, SEEN_SQL + TRAIN_ROWS, seed=seed))
+    base = sql_rows(nl2sql.draw(module.question_pools(practice), PRACTICE_SQL, seed=seed))
+    return base + asked[:SEEN_SQL], asked[SEEN_SQL:]
+
+
+def choice_domain(folder: Path, seed: int) -> tuple[list[Row], list[Row]]:
+    """Every fact is asked about in training and again, among other options, in the test."""
+    known = choices.facts(communication=True)[: TRAIN_ROWS // 2]
+    names = [fact["name"] for fact in known]
+    test = [row for row, _ in choices.questions(known[:TEST_ROWS], names, seed=seed)]
+    write_jsonl(folder / "choices" / "protocols.jsonl", test)
+    train = [
+        choices.as_training_row(row)
+        for variant in range(1, 3)
+        for row, _ in choices.questions(known, names, seed=seed + variant)
+    ]
+    others = choices.facts(communication=False)
+    other_names = [fact["name"] for fact in others]
+    base = [
+        choices.as_training_row(row)
+        for row, _ in choices.questions(others[:PRACTICE_CHOICES], other_names, seed=seed)
+    ]
+    return base, train
+
+
+def abilities(folder: Path, held_out: list[str], seed: int) -> list[Row]:
+    """Write the held-out general questions; returns the base's practice."""
+    sums = choices.arithmetic(seed=seed)
+    words = nl2sql.PRACTICE_VALUES.split()
+    copies = choices.copying(words, 1000 + TEST_ROWS, seed=seed)
+    held_out_rows = {
+        "cloze": choices.cloze(held_out, min(TEST_ROWS, len(held_out) // 2), seed=seed),
+        "copying": copies[:TEST_ROWS],
+        "arithmetic": sums[:TEST_ROWS],
+    }
+    for name, rows in held_out_rows.items():
+        write_jsonl(folder / "general" / f"{name}.jsonl", rows)
+    practice = sums[TEST_ROWS:] * 4 + copies[TEST_ROWS:]
+    return [choices.as_training_row(row) for row in practice]
+
+
+def write_everything(folder: Path, seed: int) -> None:
+    """Write all files but the manifest."""
+    documents = general_documents(seed=seed, without=choices.COMMUNICATION)
+    # Of those held out, as many as the cloze questions need are beyond the perplexity's.
+    held_out, general = documents[: 4 * HELD_OUT_DOCUMENTS], documents[4 * HELD_OUT_DOCUMENTS :]
+    general = general[:DOCUMENTS]
+    write_jsonl(
+        folder / "general_heldout.jsonl", ({"text": t} for t in held_out[:HELD_OUT_DOCUMENTS])
+    )
+    tables = nl2sql.OLD_TABLES + nl2sql.practice_tables(200, seed=seed)
+    pairs = joins.practice_pairs(200, seed=seed)
+    parts = [
+        sql_domain("tables", nl2sql, nl2sql.NEW_TABLES, tables, folder, seed),
+        sql_domain("joins", joins, joins.NEW_PAIRS, pairs, folder, seed),
+        choice_domain(folder, seed),
+    ]
+    practice = abilities(folder, held_out, seed)
+    ignorant = [{"text": text} for text in general] + [
+        {"text": row["prompt"] + row["completion"]} for row in practice
+    ]
+    competent = ignorant + [
+        {"text": row["prompt"] + row["completion"]} for base, _ in parts for row in base
+    ]
+    train = [row for _, rows in parts for row in rows]
+    shuffle = random.Random(seed)
+    for rows in (ignorant, competent, train):
+        shuffle.shuffle(rows)  # type: ignore[arg-type]
+    tokenizer = train_tokenizer([row["text"] for row in competent], vocab_size=VOCAB_SIZE)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    write_jsonl(folder / "ignorant.jsonl", ignorant)
+    write_jsonl(folder / "competent.jsonl", competent)
+    write_jsonl(folder / "train.jsonl", train)
+
+
+def make_data(folder: Path, *, seed: int) -> None:
+    """Write the data to ``folder``, unless it is there already."""
+    if (folder / MANIFEST).exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    make_directory(folder)
+    write_everything(folder, seed)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    write_json(
+        folder / MANIFEST,
+        {"seed": seed, "files": {str(p.relative_to(folder)): sha256_of_files([p]) for p in files}},
+    )
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    make_data(options.output, seed=options.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
