@@ -5,7 +5,7 @@ STAMP := .venv/.ready
 PEERS := .venv/.peers
 BUILD_KERNELS := $(or $(MEGATRON_REPLAY_BUILD_KERNELS),1)
 
-.PHONY: setup test check bench bench-optim bench-head bench-select bench-skew bench-store bench-stage0 bench-stage1 clean
+.PHONY: setup test check bench bench-optim bench-head bench-select bench-skew bench-store bench-stage0 bench-stage1 replicate-quick replicate evidence clean
 
 setup: $(STAMP)  ## create .venv with pinned packages and this package in place
 
@@ -59,6 +59,21 @@ bench-stage0: $(PEERS)  ## Stage 0 beside a plain forward pass of the same model
 
 bench-stage1: $(PEERS)  ## what each exact saving of Stage 1 buys, beside transformers
 	$(BIN)/python -m benchmarks.stage1
+
+REPLICATE = $(BIN)/python -m examples.replicate.run --output runs/replicate --plan
+TABLES = $(BIN)/python tools/report.py tables --rows runs/replicate/rows.jsonl --output-dir runs/replicate/report
+
+replicate-quick: setup  ## the paper's table of methods in miniature, one seed
+	$(REPLICATE) quick
+	$(TABLES)
+
+replicate: setup  ## all of the paper's tables in miniature, two bases, three seeds
+	$(REPLICATE) paper
+	$(TABLES)
+
+evidence: setup  ## remedies and learning-rate sweeps, two sizes, five seeds
+	$(REPLICATE) evidence
+	$(TABLES)
 
 clean:
 	rm -rf .venv build megatron_replay/*/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

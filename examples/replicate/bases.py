@@ -1,4 +1,4 @@
-"""The base models: two sizes of Qwen3's architecture, competent in the domains or ignorant of them."""
+"""The base models: two sizes of Qwen3's architecture, competent in the domains or ignorant."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Questions with four options: what a documented name does, and what a base model can do at all.
 
-Facts are pairs of a name and the first sentence of its documentation, read from Python itself. Those
-of modules about communication are the domain, in the place of a telecom's: the base model never
-reads these modules. The other three kinds are general abilities, that fine-tuning may cost.
+Facts are pairs of a name and the first sentence of its documentation, read from Python itself.
+Those of modules about communication are the domain, in the place of a telecom's: the base model
+never reads these modules. The other three kinds are general abilities, that fine-tuning may cost.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from examples.quickstart.general_text import python_files
 
 #: Modules about communication, by file or folder of the standard library.
 COMMUNICATION = frozenset(
-    """asynchat.py asyncio asyncore.py cgi.py email ftplib.py http imaplib.py ipaddress.py mailbox.py
-    mailcap.py netrc.py nntplib.py poplib.py selectors.py smtpd.py smtplib.py socket.py
+    """asynchat.py asyncio asyncore.py cgi.py email ftplib.py http imaplib.py ipaddress.py
+    mailbox.py mailcap.py netrc.py nntplib.py poplib.py selectors.py smtpd.py smtplib.py socket.py
     socketserver.py ssl.py telnetlib.py urllib webbrowser.py wsgiref xmlrpc""".split()
 )
 OPTIONS = 4

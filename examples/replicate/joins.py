@@ -1,7 +1,7 @@
 """A second small language of questions and SQL, over pairs of tables that refer to each other.
 
-Beside the one of the quick start: other questions, other forms (joins, groups, sub-queries), another
-database. A parent has rows of children, ``child.parent_id = parent.id``.
+Beside the one of the quick start: other questions, other forms (joins, groups, sub-queries),
+another database. A parent has rows of children, ``child.parent_id = parent.id``.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def _aggregate_over_children(p: Pair) -> Iterator[Question]:
 def _children_per_parent(p: Pair) -> Iterator[Question]:
     for kind, n in product(p.kinds, NUMBERS):
         yield Question(
-            text=f"per {p.parent} {p.key}: the number of {kind} {p.child} rows under {n} {p.number}",
+            text=f"per {p.parent} {p.key}: the number of {kind} {p.child} rows "
+            f"under {n} {p.number}",
             sql=f"select p.{p.key}, count(*) from {p.parent} p join {p.child} c "
             f"on c.{p.parent}_id = p.id where c.{p.kind} = '{kind}' and c.{p.number} < {n} "
             f"group by p.{p.key}",

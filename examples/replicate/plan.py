@@ -1,0 +1,210 @@
+"""Which runs the study is made of: each a base, a store, a loss, an optimizer, a seed.
+
+Names of methods are the paper's. "Dyn. Top-K" is Stage 1 on the candidate sets with AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+#: AdamW's learning rate in all tables but the sweeps.
+LR = 2e-4
+#: Rates of the sweeps; MoClip moves less at the same rate (docs/method.md).
+ADAMW_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+MOCLIP_RATES = (2e-4, 4e-4, 8e-4)
+#: The rate of this method is found: at which AdamW moves the weights as far as the paper's recipe.
+MATCHED, MATCHED_TO = "AdamW, matched", "Dyn. Top-K + MoClip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """A run of Stage 0 on a base."""
+
+    base: str
+    size: str
+    strategy: str = "bucket"
+    coverage: float = 0.95
+    logits: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its directory's name."""
+        name = f"{self.base}-{self.size}-{self.strategy}-{self.coverage}"
+        return name + ("-logits" if self.logits else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One fine-tuning, evaluated.
+
+    Attributes:
+        method: as in the tables.
+        tables: which of them it belongs to.
+        variant: what differs within a table.
+        loss, optimizer: further flags of Stage 1.
+        lr: None for the matched rate.
+    """
+
+    method: str
+    store: Store
+    loss: tuple[str, ...]
+    optimizer: tuple[str, ...]
+    seed: int
+    tables: tuple[str, ...]
+    lr: float | None = LR
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """Distinct for distinct runs, and a good name of a directory."""
+        rate = "matched" if self.lr is None else f"{self.lr:g}"
+        flags = "-".join(flag.lstrip("-") for flag in (*self.loss, *self.optimizer))
+        return f"{self.store.name}/{flags}/lr{rate}-seed{self.seed}"
+
+
+FULL = ("--loss", "full")
+REPLAY = ("--loss", "restricted")
+SCOPE = {
+    scope: (*REPLAY, "--candidate-scope", scope) for scope in ("document", "tile", "micro-batch")
+}
+GHOST = ("--tail", "ghost")
+DOCUMENT_GHOST = (*SCOPE["document"], *GHOST)
+
+
+def optimizer(name: str, *flags: str) -> tuple[str, ...]:
+    """Flags that choose one."""
+    return ("--optimizer", name, *flags)
+
+
+ADAMW, MOCLIP = optimizer("adamw"), optimizer("moclip")
+METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "AdamW (SFT)": (FULL, ADAMW),
+    MATCHED: (FULL, ADAMW),
+    "MoClip (SFT)": (FULL, MOCLIP),
+    "MoFO": (FULL, optimizer("mofo")),
+    "TAM": (FULL, optimizer("tam")),
+    "AdaMuon": (FULL, optimizer("adamuon")),
+    "MuonClip": (FULL, optimizer("muonclip")),
+    "Dyn. Top-K": (REPLAY, ADAMW),
+    MATCHED_TO: (REPLAY, MOCLIP),
+    "Dyn. Top-K, document + ghost": (DOCUMENT_GHOST, ADAMW),
+}
+
+
+def paper_tables(base: str, size: str, seeds: Iterable[int]) -> Iterator[Run]:
+    """The paper's tables 1 to 6, seed by seed."""
+    store = Store(base=base, size=size)
+    for seed in seeds:
+        for method, (loss, optim) in METHODS.items():
+            lr = None if method == MATCHED else LR
+            tables = ("methods",) if method != MATCHED_TO else (
+                "methods", "positions", "angles", "coverage"
+            )  # fmt: skip
+            yield Run(
+                method=method, store=store, loss=loss, optimizer=optim, seed=seed, tables=tables,
+                lr=lr,
+            )  # fmt: skip
+        ours = Run(
+            method=MATCHED_TO, store=store, loss=REPLAY, optimizer=MOCLIP, seed=seed, tables=()
+        )
+        for strategy in ("random", "last-token", "all"):
+            yield replace(
+                ours, store=replace(store, strategy=strategy), tables=("positions",),
+                variant=strategy,
+            )  # fmt: skip
+        for angle in (30, 60, 90):
+            yield replace(
+                ours, optimizer=optimizer("moclip", "--max-angle", str(angle)),
+                tables=("angles",), variant=str(angle),
+            )  # fmt: skip
+        for coverage in (0.8, 0.99, 0.999):
+            yield replace(
+                ours, store=replace(store, coverage=coverage), tables=("coverage",),
+                variant=str(coverage),
+            )  # fmt: skip
+
+
+def remedies(base: str, size: str, seeds: Iterable[int]) -> Iterator[Run]:
+    """Every remedy at one rate, on every answer position, with AdamW."""
+    store = Store(base=base, size=size, strategy="all", logits=True)
+    losses = {
+        "full softmax": FULL,
+        "position (the paper's)": REPLAY,
+        "position + ghost": (*REPLAY, *GHOST),
+        "position + sampled 64": (*REPLAY, "--tail", "sampled", "--tail-samples", "64"),
+        "tile": SCOPE["tile"],
+        "document": SCOPE["document"],
+        "document + ghost": DOCUMENT_GHOST,
+        "micro-batch": SCOPE["micro-batch"],
+        "position, full every 4": (*REPLAY, "--full-loss-every", "4"),
+        "position + KL 0.5": (*REPLAY, "--kl-weight", "0.5"),
+    }
+    for seed in seeds:
+        for method, loss in losses.items():
+            yield Run(
+                method=method, store=store, loss=loss, optimizer=ADAMW, seed=seed,
+                tables=("remedies", "sweep"),
+            )  # fmt: skip
+
+
+SWEPT = {
+    "full softmax": FULL,
+    "document + ghost": DOCUMENT_GHOST,
+    "position (the paper's)": REPLAY,
+}
+
+
+def adamw_sweep(
+    base: str, size: str, seeds: Iterable[int], rates: Iterable[float] = ADAMW_RATES
+) -> Iterator[Run]:
+    """Three losses over learning rates, so that a curve is compared with a curve."""
+    store = Store(base=base, size=size, strategy="all", logits=True)
+    for seed, (method, loss), lr in product(seeds, SWEPT.items(), rates):
+        yield Run(
+            method=method, store=store, loss=loss, optimizer=ADAMW, seed=seed, lr=lr,
+            tables=("remedies", "sweep") if lr == LR else ("sweep",),
+        )  # fmt: skip
+
+
+def moclip_sweep(base: str, size: str, seeds: Iterable[int]) -> Iterator[Run]:
+    """The same with MoClip."""
+    store = Store(base=base, size=size, strategy="all", logits=True)
+    for seed, (method, loss), lr in product(seeds, SWEPT.items(), MOCLIP_RATES):
+        yield Run(
+            method=f"{method}, MoClip", store=store, loss=loss, optimizer=MOCLIP, seed=seed, lr=lr,
+            tables=("remedies", "sweep") if lr == MOCLIP_RATES[-1] else ("sweep",),
+        )  # fmt: skip
+
+
+def plan(name: str) -> list[Run]:
+    """The runs of "quick", "paper" or "evidence", each once, what matters most first.
+
+    Raises:
+        KeyError: no such plan.
+    """
+    return list(dict.fromkeys(PLANS[name]()))
+
+
+def _quick() -> Iterator[Run]:
+    """One base, one seed."""
+    yield from paper_tables("competent", "small", [0])
+
+
+def _paper() -> Iterator[Run]:
+    for seed in range(3):
+        for base in ("competent", "ignorant"):
+            yield from paper_tables(base, "small", [seed])
+
+
+def _evidence() -> Iterator[Run]:
+    """Seed by seed, so that what is done at any moment covers all of it."""
+    for seed, base in product(range(5), ("competent", "ignorant")):
+        yield from adamw_sweep(base, "small", [seed])
+        yield from remedies(base, "small", [seed])
+        yield from adamw_sweep(base, "large", [seed], rates=(1e-4, 2e-4, 4e-4))
+        yield from moclip_sweep(base, "small", [seed])
+
+
+PLANS = {"quick": _quick, "paper": _paper, "evidence": _evidence}

@@ -1,0 +1,276 @@
+"""Run the study, a row at a time; stopped, the same command goes on.
+
+    python -m examples.replicate.run --plan paper --output runs/replicate
+
+data -> corpora -> base models -> Stage 0 once a store -> Stage 1 once a run -> evaluation -> a row.
+Every part is the framework's own program with its own flags, in a process of one thread; as many
+run at a time as there are cores. A part that is done is not done again. Rows go to rows.jsonl;
+``tools/report.py tables`` makes the tables and figures of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Before torch is imported: the parts run side by side, one thread each, and are forked.
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+import torch
+
+from examples.replicate import bases, plan
+from examples.replicate.make_data import make_data
+from examples.replicate.plan import Run, Store
+from megatron_replay import platform
+from megatron_replay.errors import EXIT_INTERRUPTED, ReplayError
+from megatron_replay.files import make_directory
+
+platform.select("cpu").prepare()  # before megatron-core is imported, which forks then share
+
+from examples.replicate import parts  # noqa: E402
+from megatron_replay.evaluation.rows import Row, append_row, base_row, read_rows  # noqa: E402
+from megatron_replay.evaluation.suite import read_evaluation  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part that needs others: done when ``product`` is there."""
+
+    name: str
+    product: Path
+    action: Callable[[], None]
+    needs: Sequence[Path] = field(default=())
+
+
+class Study:
+    """The directory of a study, and the jobs that fill it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.data = folder, folder / "data"
+        self.rows_path = folder / "rows.jsonl"
+
+    def jobs(self, runs: Sequence[Run]) -> list[Job]:
+        """Everything ``runs`` need, each part before what needs it."""
+        jobs: dict[Path, Job] = {}
+        for run in runs:
+            store = run.store
+            for job in (self._base(store.base, store.size), self._store(store)):
+                jobs.setdefault(job.product, job)
+            jobs[self.row_path(run)] = self._run(run)
+        return list(jobs.values())
+
+    def row_path(self, run: Run) -> Path:
+        """Where a finished run leaves its row."""
+        return self.folder / "runs" / run.name / parts.ROW
+
+    def base_path(self, base: str, size: str) -> Path:
+        """A base model's directory."""
+        return self.folder / "bases" / f"{base}-{size}"
+
+    def _base(self, base: str, size: str) -> Job:
+        folder = self.base_path(base, size)
+        return Job(
+            f"base {base} {size}",
+            folder / "evaluation.json",
+            lambda: parts.make_base(folder, bases.SIZES[size], base, self.data),
+        )
+
+    def _store(self, store: Store) -> Job:
+        base = self.base_path(store.base, store.size)
+        folder = self.folder / "stores" / store.name
+        return Job(
+            f"Stage 0 {store.name}",
+            folder / "manifest.json",
+            lambda: parts.make_store(folder, store, base, self.data),
+            needs=[base / "evaluation.json"],
+        )
+
+    def _run(self, run: Run) -> Job:
+        base = self.base_path(run.store.base, run.store.size)
+        store = self.folder / "stores" / run.store.name
+        needs = [store / "manifest.json"]
+        reference = None
+        if run.lr is None:
+            reference = self._matching(run)
+            needs += reference
+        return Job(
+            run.name,
+            self.row_path(run),
+            lambda: parts.make_run(
+                self.row_path(run).parent, run, base, store, self.data, reference
+            ),
+            needs=needs,
+        )
+
+    def _matching(self, run: Run) -> tuple[Path, Path]:
+        """Rows of AdamW and of what it is to move like, of the same store and seed."""
+        names = ("AdamW (SFT)", plan.MATCHED_TO)
+        methods = [plan.METHODS[name] for name in names]
+        moving, target = (
+            Run(
+                method=name, store=run.store, loss=loss, optimizer=optimizer, seed=run.seed,
+                tables=(),
+            )
+            for name, (loss, optimizer) in zip(names, methods, strict=True)
+        )  # fmt: skip
+        return self.row_path(moving), self.row_path(target)
+
+    def collect(self, runs: Sequence[Run]) -> int:
+        """Append to rows.jsonl what is not in it; returns the number of runs that have a row."""
+        known = {_identity(row) for row in read_rows(self.rows_path)} if self._has_rows() else set()
+        found = [self._base_row(*of) for of in dict.fromkeys(_base_of(run) for run in runs)]
+        done = [path for run in runs if (path := self.row_path(run)).exists()]
+        for row in (*found, *(read_rows(path)[0] for path in done)):
+            if row is not None and _identity(row) not in known:
+                append_row(self.rows_path, row)
+        return len(done)
+
+    def _has_rows(self) -> bool:
+        return self.rows_path.exists() and self.rows_path.stat().st_size > 0
+
+    def _base_row(self, base: str, size: str) -> Row | None:
+        path = self.base_path(base, size) / "evaluation.json"
+        if not path.exists():
+            return None
+        evaluation = read_evaluation(path)
+        return base_row(
+            evaluation["models"][0], base=base, size=size, command=evaluation["command"]
+        )
+
+
+def _base_of(run: Run) -> tuple[str, str]:
+    return run.store.base, run.store.size
+
+
+def _identity(row: Row) -> tuple[object, ...]:
+    """What tells a row from others."""
+    return row.method, row.tables, row.variant, row.base, row.size, row.seed, row.config_hash
+
+
+class Pool:
+    """Jobs in forked processes, ``workers`` at a time, in their order as far as needs allow."""
+
+    def __init__(self, jobs: Sequence[Job], *, workers: int) -> None:
+        self.pending = [job for job in jobs if not job.product.exists()]
+        self.total, self.workers = len(self.pending), workers
+        self.running: dict[int, tuple[Job, float]] = {}
+        self.failed: list[str] = []
+
+    def run(self, *, until: float) -> None:
+        """Until all is done, one fails, or ``time.monotonic()`` reaches ``until``."""
+        start = time.monotonic()
+        try:
+            while self.running or self._may_start(until):
+                while len(self.running) < self.workers and self._may_start(until):
+                    job = next(job for job in self.pending if self._ready(job))
+                    self.pending.remove(job)
+                    self.running[self._start(job)] = (job, time.monotonic())
+                self._wait(start)
+        except BaseException:
+            for process in self.running:
+                os.kill(process, signal.SIGINT)
+            for process in self.running:
+                os.waitpid(process, 0)
+            raise
+
+    def _may_start(self, until: float) -> bool:
+        if self.failed or time.monotonic() >= until:
+            return False
+        return any(self._ready(job) for job in self.pending)
+
+    def _ready(self, job: Job) -> bool:
+        return all(need.exists() for need in job.needs)
+
+    def _start(self, job: Job) -> int:
+        make_directory(job.product.parent)
+        sys.stdout.flush()
+        process = os.fork()
+        if process == 0:
+            code = 1
+            try:
+                log = os.open(
+                    job.product.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                )
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                torch.set_num_threads(1)
+                job.action()
+                code = 0
+            except parts.Failed as failure:
+                code = failure.code
+            except ReplayError as error:
+                print(f"error: {error}", file=sys.stderr)
+                code = error.exit_code
+            except KeyboardInterrupt:
+                code = EXIT_INTERRUPTED
+            finally:
+                if code == 1:
+                    sys.excepthook(*sys.exc_info())
+                sys.stdout.flush()
+                os._exit(code)
+        return process
+
+    def _wait(self, start: float) -> None:
+        if not self.running:
+            return
+        process, status = os.wait()
+        job, started = self.running.pop(process)
+        code = os.waitstatus_to_exitcode(status)
+        done = self.total - len(self.pending) - len(self.running)
+        elapsed = time.monotonic() - start
+        remaining = elapsed / done * (self.total - done)
+        print(
+            f"[{done}/{self.total}] {job.name}: {time.monotonic() - started:.1f} s"
+            + (f", failed with exit code {code}" if code else "")
+            + f"; elapsed {elapsed / 60:.1f} min, ETA {remaining / 60:.1f} min",
+            flush=True,
+        )
+        if code:
+            self.failed.append(f"{job.name}: exit code {code}; see {job.product.parent}/log.txt")
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--plan", choices=tuple(plan.PLANS), default="paper")
+    parser.add_argument("--output", type=Path, default=Path("runs/replicate"))
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="start nothing new after this long"
+    )
+    parser.add_argument("--list", action="store_true", help="name the runs, and which are done")
+    options = parser.parse_args()
+    until = time.monotonic() + 60 * options.minutes
+    study, runs = Study(options.output), plan.plan(options.plan)
+    if options.list:
+        for run in runs:
+            print("done" if study.row_path(run).exists() else "open", run.name)
+        return 0
+    try:
+        make_data(study.data, seed=0)
+        parts.make_corpora(study.data)
+        pool = Pool(study.jobs(runs), workers=options.workers)
+        try:
+            pool.run(until=until)
+        finally:
+            count = study.collect(runs)
+    except ReplayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(f"{study.rows_path}: {count} of {len(runs)} runs of plan {options.plan}")
+    for failure in pool.failed:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if pool.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""The study: questions have their answers, runs are distinct, the pool stops and goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from examples.quickstart import nl2sql
+from examples.replicate import choices, joins, parts, plan
+from examples.replicate.run import Job, Pool, Study
+
+
+@pytest.mark.parametrize("name", plan.PLANS)
+def test_runs_of_a_plan_have_their_own_directories_and_all_they_need(
+    name: str, tmp_path: Path
+) -> None:
+    runs = plan.plan(name)
+    assert len({run.name for run in runs}) == len(runs)
+    jobs = Study(tmp_path).jobs(runs)
+    made: set[Path] = set()
+    for job in sorted(jobs, key=lambda job: len(job.needs)):
+        assert job.product not in made
+        made.add(job.product)
+    assert all(need in made for job in jobs for need in job.needs)
+
+
+def test_paper_plan_has_every_method_seed_and_ablation() -> None:
+    runs = plan.plan("paper")
+    for base in ("competent", "ignorant"):
+        of_base = [run for run in runs if run.store.base == base]
+        assert {run.method for run in of_base} == set(plan.METHODS)
+        assert {run.seed for run in of_base} == {0, 1, 2}
+        variants = {run.variant for run in of_base}
+        assert {"random", "last-token", "all", "30", "60", "90", "0.8", "0.99"} <= variants
+
+
+def test_joined_questions_are_answered_by_their_database(tmp_path: Path) -> None:
+    database = tmp_path / "database.sqlite"
+    joins.write_database(database, seed=0)
+    pools = nl2sql.only_answerable(joins.question_pools(joins.NEW_PAIRS), database)
+    assert all(len(pool) > 20 for pool in pools)
+    texts = [question.text for pool in pools for question in pool]
+    assert len(set(texts)) == len(texts)
+    with sqlite3.connect(database) as connection:
+        for pool in joins.question_pools(joins.practice_pairs(1, seed=0)):
+            with pytest.raises(sqlite3.OperationalError, match="no such table"):
+                connection.execute(pool[0].sql)
+
+
+def test_choices_hold_the_right_answer_once() -> None:
+    known = choices.facts(communication=True)[:40]
+    names = [fact["name"] for fact in known]
+    asked = choices.questions(known, names, seed=0)
+    assert any(row["answer"] != asked[0][0]["answer"] for row, _ in asked)
+    rows = [row for row, _ in asked]
+    for row, fact in asked:
+        assert row["options"][row["answer"]] == fact["name"]
+    sums = choices.arithmetic(seed=0)
+    for row in sums:
+        a, b = row["prompt"].removeprefix("add ").removesuffix(": ").split(" and ")
+        assert row["options"][row["answer"]] == str(int(a) + int(b))
+    copies = choices.copying(nl2sql.PRACTICE_VALUES.split(), 50, seed=0)
+    for row in copies:
+        assert row["prompt"] == f"repeat {row['options'][row['answer']]}: "
+    for row in (*rows, *sums, *copies):
+        assert len(set(row["options"])) == choices.OPTIONS
+
+
+def test_cloze_hides_the_next_word_of_the_text() -> None:
+    text = "word " * 40 + "the quick brown fox jumps over lazy dogs while every single bird sings."
+    (row,) = choices.cloze([text], 1, seed=0)
+    assert row["prompt"] + row["options"][row["answer"]] in text
+    with pytest.raises(ValueError, match="2 texts asked for, 1 fit"):
+        choices.cloze([text], 2, seed=0)
+
+
+def _touching(path: Path, *needs: Path) -> Job:
+    def touch() -> None:
+        assert all(need.exists() for need in needs)
+        path.touch()
+
+    return Job(path.name, path, touch, needs=needs)
+
+
+def test_pool_runs_what_is_open_once_its_needs_are_there(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in ("a", "b", "c"))
+    third.touch()
+    jobs = [_touching(second, first), _touching(first), _touching(third)]
+    pool = Pool(jobs, workers=2)
+    assert pool.total == 2
+    pool.run(until=time.monotonic() + 60)
+    assert second.exists()
+    assert not pool.failed
+
+
+def test_pool_tells_of_a_failure_and_starts_nothing_after_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused() -> None:
+        raise parts.Failed(4)
+
+    def killed() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for action, code in ((refused, 4), (killed, -9)):
+        bad, later = tmp_path / f"bad{code}", tmp_path / f"later{code}"
+        pool = Pool([Job("bad", bad, action), _touching(later)], workers=1)
+        pool.run(until=time.monotonic() + 60)
+        assert pool.failed == [f"bad: exit code {code}; see {tmp_path}/log.txt"]
+        assert not later.exists()
+    assert "failed with exit code 4" in capsys.readouterr().out
+
+
+def test_pool_starts_nothing_after_its_time(tmp_path: Path) -> None:
+    pool = Pool([_touching(tmp_path / "a")], workers=1)
+    pool.run(until=time.monotonic() - 1)
+    assert not (tmp_path / "a").exists()
