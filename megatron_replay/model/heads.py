@@ -16,6 +16,7 @@ from megatron_replay.functional import (
 )
 from megatron_replay.functional.restricted_cross_entropy import cross_entropy_of_shard
 from megatron_replay.functional.shard_head import HeadForm, ShardSets, VocabShard
+from megatron_replay.functional.soft_targets import SoftTargets, with_divergence
 from megatron_replay.functional.tiled_head import union_head
 from megatron_replay.model.gpt import Head
 from megatron_replay.model.rows import HiddenStates
@@ -56,12 +57,18 @@ def shard_loss(
     *,
     tail_logit_N: Tensor | None,
     form: HeadForm,
+    soft_targets: SoftTargets | None = None,
+    kl_weight: float = 0.0,
 ) -> Head:
-    """``restricted_loss`` of sets that the loader has cut to this rank's ``shard``."""
+    """``restricted_loss`` of sets that the loader has cut to this rank's ``shard``.
+
+    With ``soft_targets``, ``kl_weight`` times the divergence from them is added.
+    """
 
     def head(hidden: HiddenStates, weight_VH: Tensor) -> Tensor:
-        return cross_entropy_of_shard(
-            hidden[rows_N],
+        hidden_NH, weight_grad_out = hidden[rows_N], _main_grad(weight_VH)
+        loss_N = cross_entropy_of_shard(
+            hidden_NH,
             weight_VH,
             sets,
             labels_N,
@@ -70,7 +77,19 @@ def shard_loss(
             tail_logit_T=tail_logit_N,
             tp_group=parallel.tp_group,
             reduce_hidden_grad=False,
-            weight_grad_out=_main_grad(weight_VH),
+            weight_grad_out=weight_grad_out,
+        )
+        if soft_targets is None:
+            return loss_N
+        return with_divergence(
+            loss_N,
+            hidden_NH,
+            weight_VH,
+            soft_targets,
+            kl_weight=kl_weight,
+            tp_group=parallel.tp_group,
+            reduce_hidden_grad=False,
+            weight_grad_out=weight_grad_out,
         )
 
     return head

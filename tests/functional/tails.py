@@ -1,0 +1,105 @@
+"""The sampled tail and the divergence from stored logits, by their definitions in float64.
+
+Shapes: T positions, V vocabulary, H hidden channels, C candidates of all positions, R drawn ids.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_replay.data.soft_targets import soft_targets
+from megatron_replay.data.tail_sample import tail_sample
+from megatron_replay.functional.restricted_cross_entropy import restricted_cross_entropy
+from megatron_replay.functional.sampled_tail import with_sampled_tail
+from megatron_replay.functional.shard_head import HeadForm, VocabShard, shard_sets
+from megatron_replay.functional.soft_targets import with_divergence
+from megatron_replay.functional.tiled_head import union_head
+from tests.functional.references import HeadCase
+
+
+def own_sets(case: HeadCase, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, offsets and stored logits of sets inside ``case``'s, each with its label."""
+    generator = torch.Generator().manual_seed(seed)
+    mask_TV = case.mask_TV & (torch.rand(case.mask_TV.shape, generator=generator) < 0.7)
+    mask_TV[torch.arange(len(mask_TV)), case.labels_T] = True
+    offsets = torch.nn.functional.pad(mask_TV.sum(1).cumsum(0), (1, 0))
+    ids = mask_TV.nonzero()[:, 1].int()
+    return ids, offsets, torch.randn(len(ids), generator=generator) * 3
+
+
+def run(
+    case: HeadCase,
+    *,
+    drawn: np.ndarray | None = None,
+    own: tuple[Tensor, Tensor, Tensor] | None = None,
+    kl_weight: float = 0.0,
+    form: HeadForm = union_head,
+    shard: VocabShard | None = None,
+    weight_VH: Tensor | None = None,
+    tp_group: Any = None,
+    out: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """Loss, dH and dW of a shard; ``out``: dW by way of ``weight_grad_out``."""
+    V = len(case.weight_VH)
+    shard = shard or VocabShard(0, 1, V)
+    hidden_TH = case.hidden_TH.detach().to(dtype).requires_grad_()
+    weight_VH = case.weight_VH if weight_VH is None else weight_VH
+    weight_VH = weight_VH.detach().to(dtype).clone().requires_grad_()
+    weight_grad_out = torch.zeros(weight_VH.shape) if out else None
+    sets = (case.ids, case.offsets, case.labels_T)
+    if drawn is not None:
+        cut = shard_sets(*sets, case.group_offsets, shard)
+        form = with_sampled_tail(form, tail_sample(cut, shard, drawn, vocab_size=V))
+    options: dict[str, Any] = {"tp_group": tp_group, "weight_grad_out": weight_grad_out}
+    loss_T = restricted_cross_entropy(
+        hidden_TH, weight_VH, *sets, vocab_start=shard.start, vocab_stride=shard.stride, form=form,
+        group_offsets=case.group_offsets, **options,
+    )  # fmt: skip
+    if own is not None:
+        targets = soft_targets(*own, case.labels_T, shard)
+        loss_T = with_divergence(
+            loss_T, hidden_TH, weight_VH, targets, kl_weight=kl_weight, **options
+        )
+    (loss_T * case.upstream_T).sum().backward()
+    weight_grad = weight_grad_out if out else weight_VH.grad
+    assert hidden_TH.grad is not None
+    assert weight_grad is not None
+    return [loss_T.detach(), hidden_TH.grad, weight_grad]
+
+
+def dense(
+    case: HeadCase,
+    *,
+    drawn: np.ndarray | None = None,
+    own: tuple[Tensor, Tensor, Tensor] | None = None,
+    kl_weight: float = 0.0,
+) -> list[Tensor]:
+    """The same through [T, V]: log p~ of every id that counts, its weight within the logit."""
+    hidden_TH = case.hidden_TH.double().requires_grad_()
+    weight_VH = case.weight_VH.double().requires_grad_()
+    z_TV = hidden_TH @ weight_VH.T
+    log_weight_TV = torch.where(case.mask_TV, 0.0, -math.inf).double()
+    if drawn is not None:
+        is_tail_TV = ~case.mask_TV
+        is_tail_TV[:, np.setdiff1d(np.arange(len(weight_VH)), drawn)] = False
+        log_weight_TV[is_tail_TV] = math.log(len(weight_VH) / len(drawn))
+    log_p_TV = z_TV - (z_TV + log_weight_TV).logsumexp(1, keepdim=True)
+    loss_T = -log_p_TV.gather(1, case.labels_T[:, None]).squeeze(1)
+    if own is not None:
+        ids, offsets, logits = own
+        divergences = []
+        for t in range(len(loss_T)):
+            span = slice(int(offsets[t]), int(offsets[t + 1]))
+            log_q = logits[span].double().log_softmax(0)
+            divergences.append((log_q.exp() * (log_q - log_p_TV[t, ids[span].long()])).sum())
+        loss_T = loss_T + kl_weight * torch.stack(divergences)
+    (loss_T * case.upstream_T.double()).sum().backward()
+    assert hidden_TH.grad is not None
+    assert weight_VH.grad is not None
+    return [loss_T.detach(), hidden_TH.grad, weight_VH.grad]
