@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_replay.config.optimizer import OptimizerConfig
@@ -26,12 +27,26 @@ class LossConfig(Section):
         "candidate store of this corpus; with --loss full, for the probe", None
     )
     candidate_scope: str = option(
-        "compete over a position's own set, or the union of its document's",
+        "compete over a position's own set, or a union: of its document's sets, of those of its "
+        "document's neighbouring 128 positions (tile), or of every document in its micro-batch, "
+        "which alone depends on --micro-batch-size and packing",
         "position",
-        ("position", "document"),
+        ("position", "tile", "document", "micro-batch"),
+    )
+    full_loss_every: int = option(
+        "every n-th iteration by full softmax at the recorded positions; 0: never", 0
     )
     tail: str = option(
-        "ghost: one extra term for the base model's mass outside the set", "none", ("none", "ghost")
+        "what the set leaves out. ghost: one extra term for the base model's mass there; sampled: "
+        "an unbiased estimate of the model's own",
+        "none",
+        ("none", "ghost", "sampled"),
+    )
+    tail_samples: int = option("--tail sampled: ids drawn for a micro-batch", 256)
+    kl_weight: float = option(
+        "add this times the divergence from the base model's stored logits (Stage 0 "
+        "--store-logits); the loss that is logged has it",
+        0.0,
     )
     vocab_sharding: str = option(
         "ids of a TP rank: a piece of the vocabulary, or every TP-th id, which evens out the "
@@ -46,16 +61,36 @@ class LossConfig(Section):
         ("auto", "torch", "union", "cpu", "triton", "ascend"),
     )
 
+    def form_of_step(self, iteration: int) -> str:
+        """What step ``iteration``, counted from 1, minimises: "restricted" or "full"."""
+        is_full = self.full_loss_every > 0 and iteration % self.full_loss_every == 0
+        return "full" if is_full else self.loss
+
     def _check(self) -> None:
         restricted = self.loss == "restricted"
         self.require(
             not restricted or self.store is not None, "store", "a store for --loss restricted"
         )
-        neutral = {"candidate_scope": "position", "tail": "none", "head_backend": "auto"}
+        neutral = {
+            "candidate_scope": "position",
+            "full_loss_every": 0,
+            "tail": "none",
+            "kl_weight": 0.0,
+            "head_backend": "auto",
+        }
         for name, value in neutral.items():
             self.require(
                 restricted or getattr(self, name) == value, name, f"{value} under --loss full"
             )
+        self.require(self.full_loss_every >= 0, "full_loss_every", "a number from 0")
+        self.require_positive("tail_samples")
+        default = type(self).__dataclass_fields__["tail_samples"].default
+        self.require(
+            self.tail == "sampled" or self.tail_samples == default,
+            "tail_samples",
+            f"{default} without --tail sampled",
+        )
+        self.require(0 <= self.kl_weight < math.inf, "kl_weight", "a finite number from 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +208,12 @@ class Stage1Config:
                 expected=f"a multiple of --micro-batch-size {mbs}",
                 found=gbs,
             )
+        every, interval = self.loss.full_loss_every, self.training.log_interval
+        self.training.require(
+            every < 2 or interval % every != 0,
+            "log_interval",
+            f"no multiple of --full-loss-every {every}: only its steps would be logged",
+        )
         self._check_keep_best()
 
     def _check_keep_best(self) -> None:

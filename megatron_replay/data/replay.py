@@ -6,7 +6,8 @@ threads would compete with those of a training step beside which it runs.
 
 Shape suffixes: B packs, S positions of a pack, D documents of the batch, P recorded positions of
 those documents, N selected positions of the batch (P without those that truncation cut off), G
-candidate sets (N under scope "position", documents with a selected position under "document").
+candidate sets: N under scope "position"; under the others, documents, tiles of documents or
+micro-batches that have a selected position.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from megatron_replay.data.packing import PackedBatch
 from megatron_replay.errors import StoreError
 from megatron_replay.store import CandidateBatch, missing_gold
 
-SCOPES = ("position", "document")
+SCOPES = ("position", "tile", "document", "micro-batch")
+#: Neighbouring positions of a document that share a set under scope "tile".
+TILE_POSITIONS = 128
 
 
 class CandidateSource(Protocol):
@@ -49,6 +52,9 @@ class ReplayTargets:
         lse_N: float32, the base model's log-sum-exp over the vocabulary.
         tail_logit_N: float32, logit of one pseudo-token with the base model's mass outside the
             position's stored set: lse + log(tail_mass); -inf where that mass is 0.
+        own_ids, own_offsets: int32 and int64 [N + 1], the recorded set of each position, whatever
+            the scope; None where logits were not asked for.
+        own_logits: float32, the base model's, beside ``own_ids``.
     """
 
     rows_N: torch.Tensor
@@ -58,6 +64,9 @@ class ReplayTargets:
     group_offsets: torch.Tensor | None
     lse_N: torch.Tensor
     tail_logit_N: torch.Tensor
+    own_ids: torch.Tensor | None = None
+    own_offsets: torch.Tensor | None = None
+    own_logits: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> ReplayTargets:
         """The same targets on ``device``."""
@@ -90,6 +99,7 @@ class _Selected(NamedTuple):
         position_N: position in it, int32.
         ids, offsets: their sets, int32 [nnz] and int64 [N + 1].
         lse_N, tail_mass_N: float32.
+        logits: float32 [nnz] or None.
     """
 
     segment_N: npt.NDArray[np.int64]
@@ -98,6 +108,7 @@ class _Selected(NamedTuple):
     offsets: npt.NDArray[np.int64]
     lse_N: npt.NDArray[np.float32]
     tail_mass_N: npt.NDArray[np.float32]
+    logits: npt.NDArray[np.float32] | None
 
 
 def eligible_rows(batch: PackedBatch) -> torch.Tensor:
@@ -111,7 +122,9 @@ def full_targets(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     return rows_N, torch.from_numpy(batch.labels_BS.numpy().reshape(-1)[rows_N.numpy()])
 
 
-def join_candidates(batch: PackedBatch, reader: CandidateSource, *, scope: str) -> ReplayTargets:
+def join_candidates(
+    batch: PackedBatch, reader: CandidateSource, *, scope: str, logits: bool = False
+) -> ReplayTargets:
     """Look up the recorded positions of every document of ``batch``.
 
     Args:
@@ -120,7 +133,10 @@ def join_candidates(batch: PackedBatch, reader: CandidateSource, *, scope: str) 
         reader: the candidate store of the corpus the batch was read from.
         scope: "position": each position has its recorded set. "document": all positions of a
             document share the union of every set recorded for it, cut-off positions included, so
-            that the union depends on nothing but the store.
+            that the union depends on nothing but the store. "tile": the same of positions 0 to 127
+            of a document, 128 to 255, and so on. "micro-batch": all positions of ``batch`` share
+            the union of every set recorded for its documents, which depends on what was packed.
+        logits: bring the stored logits along, which the store must have.
 
     Raises:
         StoreError: a recorded position carries no loss in the corpus, or its gold token is not in
@@ -128,17 +144,19 @@ def join_candidates(batch: PackedBatch, reader: CandidateSource, *, scope: str) 
     """
     assert scope in SCOPES, scope
     segments = _segments(batch)
-    recorded = reader.read(segments.document_D.tolist(), logits=False)
+    recorded = reader.read(segments.document_D.tolist(), logits=logits)
     selected = _select(recorded, segments)
     rows_N = segments.first_row_D[selected.segment_N] + selected.position_N
     labels_N = batch.labels_BS.numpy().reshape(-1)[rows_N]
     _require_loss(selected, segments, batch.loss_mask_BS.numpy().reshape(-1)[rows_N])
     _require_gold(selected, segments, labels_N)
     ids, offsets, group_offsets = selected.ids, selected.offsets, None
-    if scope == "document":
-        positions_D = np.bincount(selected.segment_N, minlength=len(segments.document_D))
-        ids, offsets = _unions(recorded, np.flatnonzero(positions_D))
-        group_offsets = torch.from_numpy(_starts(positions_D[positions_D > 0]))
+    if scope != "position":
+        bounds = _neighbours(recorded, scope)
+        places = _starts(_is_here(recorded, segments).astype(np.int64))[bounds]
+        has_any = places[1:] > places[:-1]
+        ids, offsets = _unions(recorded, bounds[:-1][has_any], bounds[1:][has_any])
+        group_offsets = torch.from_numpy(np.append(0, places[1:][has_any]))
     with np.errstate(divide="ignore"):  # log 0 = -inf is meant: no tail
         tail_logit_N = selected.lse_N + np.log(selected.tail_mass_N)
     return ReplayTargets(
@@ -149,7 +167,17 @@ def join_candidates(batch: PackedBatch, reader: CandidateSource, *, scope: str) 
         group_offsets=group_offsets,
         lse_N=torch.from_numpy(selected.lse_N),
         tail_logit_N=torch.from_numpy(tail_logit_N),
+        **(_own_sets(selected) if logits else {}),
     )
+
+
+def _own_sets(selected: _Selected) -> dict[str, torch.Tensor]:
+    assert selected.logits is not None
+    return {
+        "own_ids": torch.from_numpy(selected.ids),
+        "own_offsets": torch.from_numpy(selected.offsets),
+        "own_logits": torch.from_numpy(selected.logits),
+    }
 
 
 def _segments(batch: PackedBatch) -> _Segments:
@@ -164,8 +192,7 @@ def _segments(batch: PackedBatch) -> _Segments:
 
 def _select(recorded: CandidateBatch, segments: _Segments) -> _Selected:
     """Nothing is copied unless a position is left out."""
-    recorded_D = np.diff(recorded.document_offsets)
-    segment_P = np.repeat(np.arange(len(recorded_D)), recorded_D)
+    segment_P = _segment_of(recorded)
     every = _Selected(
         segment_P,
         recorded.positions,
@@ -173,18 +200,21 @@ def _select(recorded: CandidateBatch, segments: _Segments) -> _Selected:
         recorded.offsets,
         recorded.lse,
         recorded.tail_mass,
+        recorded.logits,
     )
-    is_here_P = recorded.positions < segments.num_positions_D[segment_P]
+    is_here_P = _is_here(recorded, segments)
     if is_here_P.all():
         return every
     set_sizes_P = np.diff(recorded.offsets)
+    is_here = np.repeat(is_here_P, set_sizes_P)
     return _Selected(
         segment_P[is_here_P],
         recorded.positions[is_here_P],
-        recorded.ids[np.repeat(is_here_P, set_sizes_P)],
+        recorded.ids[is_here],
         _starts(set_sizes_P[is_here_P]),
         recorded.lse[is_here_P],
         recorded.tail_mass[is_here_P],
+        None if recorded.logits is None else recorded.logits[is_here],
     )
 
 
@@ -216,19 +246,41 @@ def _place(selected: _Selected, segments: _Segments, n: int) -> str:
     return f"document {document}, position {selected.position_N[n]}"
 
 
+def _segment_of(recorded: CandidateBatch) -> npt.NDArray[np.int64]:
+    """The document of each recorded position, counted in the batch: int64 [P]."""
+    recorded_D = np.diff(recorded.document_offsets)
+    return np.repeat(np.arange(len(recorded_D)), recorded_D)
+
+
+def _is_here(recorded: CandidateBatch, segments: _Segments) -> npt.NDArray[np.bool_]:
+    """Which of the recorded positions truncation left: [P]."""
+    return recorded.positions < segments.num_positions_D[_segment_of(recorded)]
+
+
+def _neighbours(recorded: CandidateBatch, scope: str) -> npt.NDArray[np.int64]:
+    """Ascending bounds, in recorded positions, of those that share a set; none is left out."""
+    if scope == "document":
+        return recorded.document_offsets
+    if scope == "micro-batch":
+        return np.array([0, len(recorded.positions)], dtype=np.int64)
+    tile_P = recorded.positions // TILE_POSITIONS
+    is_first_P = np.diff(tile_P, prepend=-1) != 0
+    is_first_P |= np.diff(_segment_of(recorded), prepend=-1) != 0
+    return np.append(np.flatnonzero(is_first_P), len(tile_P))
+
+
 def _unions(
-    recorded: CandidateBatch, segments: npt.NDArray[np.int64]
+    recorded: CandidateBatch, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """``(ids, offsets)``: the ascending distinct ids of each of these documents.
+    """``(ids, offsets)``: the ascending distinct ids of each of these spans of positions.
 
     By a flag per token of the vocabulary, far faster than sorting; and by int64 ids, which numpy
     does not convert piece by piece: three times as fast.
     """
-    bounds_D = recorded.offsets[recorded.document_offsets]
     seen = np.zeros(recorded.ids.max(initial=-1) + 1, dtype=np.bool_)
     unions = []
-    for segment in segments:
-        seen[recorded.ids[bounds_D[segment] : bounds_D[segment + 1]].astype(np.intp)] = True
+    for first, last in zip(recorded.offsets[starts], recorded.offsets[stops], strict=True):
+        seen[recorded.ids[first:last].astype(np.intp)] = True
         unions.append(np.flatnonzero(seen))
         seen[unions[-1]] = False
     ids = np.concatenate([np.empty(0, np.int32), *unions]).astype(np.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class RunSummary:
         tokens_per_second: over the logged iterations.
         data_wait_share: of the time in their steps, what they waited for data; None where a line
             does not tell.
+        full_loss_steps: logged steps of full softmax among restricted ones, which are left out of
+            the losses and norms below.
         final_loss: mean over the last tenth of the logged losses.
         loss_std: standard deviation of the linearly detrended loss over the last half.
         loss_variance: its square.
@@ -54,6 +57,7 @@ class RunSummary:
     seconds: float | None
     tokens_per_second: float
     data_wait_share: float | None
+    full_loss_steps: int
     final_loss: float
     loss_std: float
     loss_variance: float
@@ -68,6 +72,24 @@ class RunSummary:
     delta_ppl: float | None
     probes: list[Line]
     config: str
+
+
+class OneLoss:
+    """Whether the next logged step is of the loss that the series of steps is read for.
+
+    Steps of full softmax among restricted ones (--full-loss-every) are not: their losses lie above
+    the others' and their gradients are of another function, which is neither noise nor a spike.
+    Where no step is restricted, they are the series.
+    """
+
+    def __init__(self) -> None:
+        self._has_restricted = False
+
+    def __call__(self, line: Mapping[str, Any]) -> bool:
+        """Takes the lines of steps in order."""
+        is_full = line.get("loss_form") == "full"
+        self._has_restricted |= not is_full
+        return not (is_full and self._has_restricted)
 
 
 def read_lines_of_run(directory: Path) -> list[Line]:
@@ -119,14 +141,15 @@ def summarize_run(directory: Path) -> RunSummary:
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise DataError("no training step is logged", where=directory / METRICS)
-    losses, norms = _series(steps, "loss", directory), _series(steps, "grad_norm", directory)
+    judged = list(filter(OneLoss(), steps))
+    losses, norms = _series(judged, "loss", directory), _series(judged, "grad_norm", directory)
     finite = np.isfinite(losses) & np.isfinite(norms)
     if not finite.any():
         raise DataError("no logged step is finite", where=directory / METRICS)
     tokens, seconds = _series(steps, "tokens", directory), _series(steps, "seconds", directory)
     complete = steps[-1]["iteration"] == len(steps)
     losses, norms = losses[finite], norms[finite]
-    iterations = np.array([step["iteration"] for step in steps])[finite]
+    iterations = np.array([step["iteration"] for step in judged])[finite]
     norms_after_warmup = norms[iterations > _warmup_iters(config)]
     loss_spikes, loss_spike_rate = _spikes(losses)
     gradient_spikes, gradient_spike_rate = _spikes(norms)
@@ -138,6 +161,7 @@ def summarize_run(directory: Path) -> RunSummary:
         seconds=float(seconds.sum()) if complete else None,
         tokens_per_second=float(tokens.sum() / seconds.sum()),
         data_wait_share=_data_wait_share(steps),
+        full_loss_steps=len(steps) - len(judged),
         final_loss=float(losses[-max(1, len(losses) // 10) :].mean()),
         loss_std=loss_std(losses),
         loss_variance=loss_variance(losses),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from megatron_replay.config.stage1 import LossConfig
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.errors import ConfigError
+from megatron_replay.errors import ConfigError, StoreError
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.store import CandidateReader
 
@@ -39,11 +40,26 @@ def require_context(lengths: npt.NDArray[np.int32], model: ModelConfig) -> None:
         )
 
 
-def open_store(path: str, corpus: Corpus, model: ModelConfig) -> CandidateReader:
+def require_loss(loss: LossConfig, model: ModelConfig) -> None:
+    """Raise ConfigError when ``--tail-samples`` asks for more ids than there are."""
+    if loss.tail == "sampled" and loss.tail_samples > model.vocab_size:
+        raise ConfigError(
+            "more ids than the model's vocabulary has",
+            where="--tail-samples",
+            expected=f"at most {model.vocab_size}",
+            found=loss.tail_samples,
+        )
+
+
+def open_store(
+    path: str, corpus: Corpus, model: ModelConfig, *, logits: bool = False
+) -> CandidateReader:
     """The store at ``path``, checked to be of this corpus, tokenizer and vocabulary.
 
+    ``logits``: it must have them.
+
     Raises:
-        StoreError: it is of something else, unfinished or damaged.
+        StoreError: it is of something else, without logits, unfinished or damaged.
     """
     reader = CandidateReader(path)
     reader.require(
@@ -51,4 +67,10 @@ def open_store(path: str, corpus: Corpus, model: ModelConfig) -> CandidateReader
         tokenizer_fingerprint=corpus.tokenizer_fingerprint,
         vocab_size=model.vocab_size,
     )
+    if logits and reader.description.logits == "none":
+        raise StoreError(
+            "the store has no logits, which --kl-weight is about",
+            where=path,
+            fix="Rerun Stage 0 with --store-logits fp16, or leave out --kl-weight",
+        )
     return reader

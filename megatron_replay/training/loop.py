@@ -29,7 +29,12 @@ from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.errors import ConfigError
 from megatron_replay.files import make_directory
 from megatron_replay.model.attention import record_max_logits
-from megatron_replay.model.compatibility import open_store, require_context, require_vocabulary
+from megatron_replay.model.compatibility import (
+    open_store,
+    require_context,
+    require_loss,
+    require_vocabulary,
+)
 from megatron_replay.optim.build import (
     apply_hyperparameters,
     build_optimizer,
@@ -91,9 +96,13 @@ class Trainer:
         self.model = self._load_model()
         require_vocabulary(self.corpus, self.model.shape)
         require_context(self.lengths, self.model.shape)
+        require_loss(config.loss, self.model.shape)
         self.reader: CandidateReader | None = None
         if config.loss.store is not None:
-            self.reader = open_store(config.loss.store, self.corpus, self.model.shape)
+            logits = config.loss.kl_weight > 0
+            self.reader = open_store(
+                config.loss.store, self.corpus, self.model.shape, logits=logits
+            )
         self.wrapped = wrap_for_training(
             self.model,
             use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
@@ -105,7 +114,7 @@ class Trainer:
             print(f"optimizer: {config.optimizer.optimizer}, {kernels_of(self.optimizer)}")
             if config.loss.loss == "restricted":
                 form = kernels.HEAD.describe(config.loss.head_backend, like)
-                dense = config.loss.candidate_scope == "document"
+                dense = config.loss.candidate_scope != "position"
                 print(f"restricted head: {form}" + ", by dense products" * dense)
         if config.optimizer.qk_clip_threshold is not None:
             record_max_logits(self.model.module)
@@ -262,7 +271,7 @@ class Trainer:
         started = time.perf_counter()
         lr = learning_rate(self.state.iteration, self.config.optimizer, self.train_iters)
         with record_function("data"):
-            work, tokens = next(self._loader)
+            work, tokens, loss_form = next(self._loader)
         is_logged = (self.state.iteration + 1) % self.config.training.log_interval == 0
         result = train_step(
             self.wrapped,
@@ -283,6 +292,7 @@ class Trainer:
             self._tell_of_skipped(result)
         return result, {
             "loss": result.loss,
+            **({"loss_form": loss_form} if loss_form != self.config.loss.loss else {}),
             "grad_norm": result.grad_norm,
             "lr": lr,
             "positions": result.positions,

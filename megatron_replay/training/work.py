@@ -16,8 +16,12 @@ from megatron_replay.data.packing import Pack, PackedBatch, pack_batch
 from megatron_replay.data.replay import ReplayTargets, full_targets, join_candidates
 from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.data.shard import sets_of_shard, sets_to_device
+from megatron_replay.data.soft_targets import soft_targets, targets_to_device
+from megatron_replay.data.tail_sample import draw_ids, sample_to_device, tail_sample
 from megatron_replay.forward import Work
+from megatron_replay.functional.sampled_tail import with_sampled_tail
 from megatron_replay.functional.shard_head import HeadForm, VocabShard, reads_by_id
+from megatron_replay.functional.soft_targets import SoftTargets
 from megatron_replay.model import heads
 from megatron_replay.model.gpt import Head
 from megatron_replay.model.rows import SelectedRows
@@ -26,10 +30,16 @@ from megatron_replay.store import CandidateReader
 
 
 class GlobalWork(NamedTuple):
-    """This rank's share of a global batch, on its device; and the tokens of the whole of it."""
+    """This rank's share of a global batch, on its device.
+
+    Attributes:
+        tokens: of the whole of it.
+        loss_form: "restricted" or "full", what its heads compute.
+    """
 
     work: list[Work]
     tokens: int
+    loss_form: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,28 +69,63 @@ class WorkMaker:
         """
         k = iteration % self.batches.num_batches
         tokens = sum(int((self.lengths[pack] - 1).sum()) for pack in self.batches.global_batch(k))
-        return GlobalWork([self._work(packs) for packs in self.batches.micro_batches(k)], tokens)
+        form = self.config.loss.form_of_step(iteration + 1)
+        micro_batches = self.batches.micro_batches(k)
+        work = [
+            self._work(packs, form, self._drawn_ids(iteration, number))
+            for number, packs in enumerate(micro_batches)
+        ]
+        return GlobalWork(work, tokens, form)
 
-    def _work(self, packs: list[Pack]) -> Work:
-        """A micro-batch and the loss to compute on it."""
+    def _drawn_ids(self, iteration: int, number: int) -> npt.NDArray[np.int64] | None:
+        """Those of ``--tail sampled``, of this rank's micro-batch ``number`` of a step."""
+        loss, groups = self.config.loss, self.groups
+        if loss.tail != "sampled" or not groups.last_stage:
+            return None
+        return draw_ids(
+            self.vocab_size,
+            loss.tail_samples,
+            seed=self.config.training.seed,
+            iteration=iteration,
+            micro_batch=number * groups.dp_size + groups.dp_rank,
+        )
+
+    def _work(self, packs: list[Pack], form: str, ids_R: npt.NDArray[np.int64] | None) -> Work:
+        """A micro-batch and the loss to compute on it; ``ids_R``: drawn for its tail."""
         batch = pack_batch(self.corpus, packs, self.config.data.seq_length, self.lengths)
-        device, loss = self.groups.device, self.config.loss
-        if loss.loss == "full":
-            rows_N, labels_N = full_targets(batch)
+        if form == "full":
+            rows_N, labels_N = self._full_targets(batch)
             rows = self._rows(rows_N, batch)
-            labels_N = to_device(labels_N, device)
+            labels_N = to_device(labels_N, self.groups.device)
             head = heads.full_loss(rows.rows_N, labels_N, self.groups)
         else:
             assert self.reader is not None
-            targets = join_candidates(batch, self.reader, scope=loss.candidate_scope)
+            loss = self.config.loss
+            targets = join_candidates(
+                batch, self.reader, scope=loss.candidate_scope, logits=loss.kl_weight > 0
+            )
             rows = self._rows(targets.rows_N, batch)
-            head = self._restricted_loss(targets, rows.rows_N)
+            head = self._restricted_loss(targets, rows.rows_N, ids_R)
         training, optimizer = self.config.training, self.config.optimizer
         # QK-Clip's largest logits are those of every position.
         only = training.last_layer_at_selected and optimizer.qk_clip_threshold is None
-        return Work(batch.to(device), head, rows if only else None)
+        return Work(batch.to(self.groups.device), head, rows if only else None)
 
-    def _restricted_loss(self, targets: ReplayTargets, rows_N: torch.Tensor) -> Head:
+    def _full_targets(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every eligible position; under --full-loss-every the recorded ones.
+
+        Only what they read is computed (--drop-unread-tokens), and steps of either form are means
+        over the same positions.
+        """
+        if self.config.loss.loss == "full":
+            return full_targets(batch)
+        assert self.reader is not None
+        targets = join_candidates(batch, self.reader, scope="position")
+        return targets.rows_N, targets.labels_N
+
+    def _restricted_loss(
+        self, targets: ReplayTargets, rows_N: torch.Tensor, ids_R: npt.NDArray[np.int64] | None
+    ) -> Head:
         """Of sets cut here, so that a step need not ask the device how large the cuts are."""
         device, form = self.groups.device, self.head_form
         num_rows = self.vocab_size // self.groups.tp_size
@@ -88,15 +133,32 @@ class WorkMaker:
         shard = VocabShard(ids["vocab_start"], ids["vocab_stride"], num_rows)
         by_id = self.groups.last_stage and reads_by_id(form)
         ghost = self.config.loss.tail == "ghost"
+        sets = sets_of_shard(targets, shard, by_id=by_id)
+        if ids_R is not None:
+            sample = tail_sample(sets, shard, ids_R, vocab_size=self.vocab_size)
+            form = with_sampled_tail(form, sample_to_device(sample, device))
         return heads.shard_loss(
             rows_N,
             to_device(targets.labels_N, device),
-            sets_to_device(sets_of_shard(targets, shard, by_id=by_id), device),
+            sets_to_device(sets, device),
             shard,
             self.groups,
             tail_logit_N=to_device(targets.tail_logit_N, device) if ghost else None,
             form=form,
+            soft_targets=self._soft_targets(targets, shard),
+            kl_weight=self.config.loss.kl_weight,
         )
+
+    def _soft_targets(self, targets: ReplayTargets, shard: VocabShard) -> SoftTargets | None:
+        """Where there is a loss and they are part of it."""
+        if targets.own_logits is None or not self.groups.last_stage:
+            return None
+        assert targets.own_ids is not None
+        assert targets.own_offsets is not None
+        cut = soft_targets(
+            targets.own_ids, targets.own_offsets, targets.own_logits, targets.labels_N, shard
+        )
+        return targets_to_device(cut, self.groups.device)
 
     def _rows(self, rows_N: torch.Tensor, batch: PackedBatch) -> SelectedRows:
         """The positions with a loss, on the device."""

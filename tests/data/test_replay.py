@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_replay.data import replay
 from megatron_replay.data.document import Document
 from megatron_replay.data.packing import fit_documents, pack_batch
-from megatron_replay.data.replay import eligible_rows, full_targets, join_candidates
+from megatron_replay.data.replay import SCOPES, eligible_rows, full_targets, join_candidates
 from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.errors import StoreError
 from megatron_replay.store import (
@@ -27,6 +28,14 @@ from megatron_replay.store import (
 from tests.data.examples import PAD_ID, VOCAB_SIZE, random_documents, write_corpus
 
 SEQ_LENGTH = 10
+TILE = 4  # of 128: documents here are short
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "TILE_POSITIONS", TILE)
+        yield
 
 
 class Documents(list):
@@ -77,7 +86,7 @@ def slow_join(batch, recorded, scope):
     """One row of the batch at a time, from the columns a model sees."""
     rows, labels, sets, groups, lse, tail = [], [], [], [], [], []
     num_rows, width = batch.tokens_BS.shape
-    last = None
+    present, last = set(batch.document_BS.flatten().tolist()), None
     for b in range(num_rows):
         for s in range(width):
             document = int(batch.document_BS[b, s])
@@ -89,14 +98,34 @@ def slow_join(batch, recorded, scope):
             labels.append(int(batch.labels_BS[b, s]))
             lse.append(lse_t)
             tail.append(lse_t + math.log(tail_mass) if tail_mass else -math.inf)
+            tile, place = position // TILE, (document, s - position, b)
             if scope == "position":
                 sets.append(candidate_set)
-            elif (document, s - position, b) != last:
-                last = (document, s - position, b)
-                sets.append(sorted({i for ids, *_ in recorded[document].values() for i in ids}))
+                continue
+            shared = {
+                "document": (place, lambda d, t, own=document: d == own),
+                "tile": (
+                    (place, tile),
+                    lambda d, t, own=document, tile=tile: d == own and t // TILE == tile,
+                ),
+                "micro-batch": ("all", lambda d, t: d in present),
+            }
+            group, has = shared[scope]
+            if group != last:
+                last = group
+                sets.append(
+                    sorted(
+                        {
+                            i
+                            for d, positions in enumerate(recorded)
+                            for t, (ids, *_) in positions.items()
+                            if has(d, t)
+                            for i in ids
+                        }
+                    )
+                )
                 groups.append(0)
-            if groups:
-                groups[-1] += 1
+            groups[-1] += 1
     return rows, labels, sets, groups, lse, tail
 
 
@@ -124,7 +153,7 @@ def assert_joined(batch, candidates, scope):
 @given(
     st.lists(st.integers(2, 16), min_size=1, max_size=8),
     st.sampled_from([0.0, 0.3, 1.0]),
-    st.sampled_from(["position", "document"]),
+    st.sampled_from(SCOPES),
     st.integers(0, 10_000),
 )
 @settings(deadline=None)
@@ -142,7 +171,7 @@ def test_join_against_dictionaries(lengths, share, scope, seed):
         assert_joined(pack_batch(documents, packs, SEQ_LENGTH, used), candidates, scope)
 
 
-@pytest.mark.parametrize("scope", ["position", "document"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_join_from_files(tmp_path, scope):
     """Corpus and store on disk, read through their own readers."""
     documents = random_documents([5, 11, 16, 3], seed=3)
@@ -188,7 +217,7 @@ def one_document(**change):
     return batch, Recorded([candidates])
 
 
-@pytest.mark.parametrize("scope", ["position", "document"])
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(("ids", "position", "gold"), [([5, 6, 2, 5], 2, 6), ([2, 6, 5, 6], 1, 5)])
 def test_gold_outside_its_set_is_refused_even_if_in_the_union(scope, ids, position, gold):
     batch, store = one_document()
@@ -238,20 +267,27 @@ def test_a_recorded_position_without_loss_is_refused():
         join_candidates(batch, store, scope="position")
 
 
-def test_the_document_union_includes_positions_that_truncation_cut_off():
+@pytest.mark.parametrize(
+    ("scope", "tile", "union"),
+    [("document", 2, [2, 4, 5, 6]), ("tile", 4, [2, 4, 5, 6]), ("tile", 2, [4, 5])],
+)
+def test_a_union_includes_positions_that_truncation_cut_off(scope, tile, union, monkeypatch):
+    """Of positions 1 and 2 the second is; tiles of two have them apart."""
+    monkeypatch.setattr(replay, "TILE_POSITIONS", tile)
     documents = Documents([one_document()[0]])
     documents[0] = Document(np.array([3, 4, 5, 6], dtype=np.int32), np.array([0, 0, 1, 1]) > 0)
     _, store = one_document()
     batch = pack_batch(documents, [np.array([0])], 2, np.array([3], dtype=np.int32))
-    targets = join_candidates(batch, store, scope="document")
+    targets = join_candidates(batch, store, scope=scope)
     assert targets.rows_N.tolist() == [1]
-    assert targets.candidate_ids.tolist() == [2, 4, 5, 6]
+    assert targets.candidate_ids.tolist() == union
     assert join_candidates(batch, store, scope="position").candidate_ids.tolist() == [4, 5]
 
 
-def test_an_empty_batch():
+@pytest.mark.parametrize("scope", ["tile", "document", "micro-batch"])
+def test_an_empty_batch(scope):
     empty = pack_batch(Documents(), [np.empty(0, dtype=np.int64)], 4, np.empty(0, dtype=np.int32))
-    targets = join_candidates(empty, Recorded(), scope="document")
+    targets = join_candidates(empty, Recorded(), scope=scope)
     assert len(targets.rows_N) == len(targets.candidate_ids) == 0
     assert targets.candidate_offsets.tolist() == targets.group_offsets.tolist() == [0]
     assert [len(t) for t in full_targets(empty)] == [0, 0]
