@@ -12,7 +12,7 @@ from megatron_replay.config import DataConfig, ParallelConfig
 from megatron_replay.estimate import layer_activations
 from megatron_replay.model.config import ModelConfig
 from tests import pool
-from tests.tiny import VOCAB_SIZE, save_corpus, save_qwen3
+from tests.tiny import save_corpus, save_qwen3
 
 SEQ_LENGTH = 256
 SHAPE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 384}
