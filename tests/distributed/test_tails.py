@@ -1,0 +1,117 @@
+"""The sampled tail and the divergence on shards of the vocabulary, and in Stage 1 on any layout.
+
+Shapes: T positions, V vocabulary, H hidden channels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.sampler import GlobalBatches
+from megatron_replay.data.tail_sample import draw_ids
+from megatron_replay.functional.shard_head import VocabShard
+from megatron_replay.kernels.cpu.head import head as cpu_head
+from megatron_replay.store import CandidateReader
+from tests import pool, tiny
+from tests.e2e import stages
+from tests.functional import tails
+from tests.functional.references import error, head_case
+
+pytestmark = pytest.mark.distributed
+
+DOCUMENTS, SAMPLES = 10, 40
+
+
+def cases() -> list[tuple[Any, dict[str, Any]]]:
+    """Own sets and shared ones; a tail, a divergence and both; draws that miss shards wholly."""
+    found = []
+    for groups in (0, 4):
+        case = head_case(T=140, V=64, H=16, seed=groups, groups=groups, share=0.1, scale=0.3)
+        for drawn in (None, draw_ids(64, 20, seed=1, iteration=0, micro_batch=0), np.array([33])):
+            for own in (None, tails.own_sets(case, seed=2)):
+                found.append((case, {"drawn": drawn, "own": own, "kl_weight": 0.5}))
+    return found
+
+
+def run_on(rank: int, world_size: int, interleaved: bool) -> list[list[Tensor]]:
+    """Loss, dH and dW of each case on this rank's shard; with the form for CPUs."""
+    rows = 64 // world_size
+    shard = VocabShard(rank, world_size, rows) if interleaved else VocabShard(rank * rows, 1, rows)
+    ids = shard.start + shard.stride * torch.arange(rows)
+    return [
+        tails.run(
+            case, **options, form=cpu_head, shard=shard, weight_VH=case.weight_VH[ids],
+            tp_group=dist.group.WORLD,
+        )
+        for case, options in cases()
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_losses_and_gradients_equal_dense(interleaved: bool) -> None:
+    ranks = pool.run(2, run_on, interleaved)
+    for number, (case, options) in enumerate(cases()):
+        loss_T, dH_TH, _ = ranks[0][number]
+        shards = [rank[number][2] for rank in ranks]
+        dW_VH = torch.stack(shards, 1).flatten(0, 1) if interleaved else torch.cat(shards)
+        for ours, exact in zip((loss_T, dH_TH, dW_VH), tails.dense(case, **options), strict=True):
+            assert error(ours, exact) < 2e-6, number
+
+
+def steps(folder: Path, save: Path, stop: int, *flags: object, **layout: int) -> list[float]:
+    """The losses of a run up to iteration ``stop``: every document a micro-batch, twice."""
+    stages.succeed(
+        "stage1", *stages.argv(folder, save), "--tail", "sampled", "--tail-samples", SAMPLES,
+        "--kl-weight", 0.5, "--global-batch-size", DOCUMENTS, "--no-pack-documents",
+        "--train-epochs", 2, "--probe-interval", 0, "--exit-interval", stop, *flags, **layout,
+    )  # fmt: skip
+    return stages.losses(save)
+
+
+def first_loss(folder: Path) -> float:
+    """By the definitions, in transformers' logits."""
+    corpus, reader = Corpus(folder / "corpus"), CandidateReader(folder / "store")
+    model = tiny.load_reference(folder / "model")
+    batches = GlobalBatches(
+        corpus.lengths, seq_length=64, global_batch_size=DOCUMENTS, micro_batch_size=1, seed=1234,
+        epochs=2, pack_documents=False, dp_rank=0, dp_size=1,
+    )  # fmt: skip
+    losses = []
+    for number, (document,) in enumerate(batches.global_batch(0)):
+        recorded, tokens = reader[document], torch.tensor(corpus[document].tokens).long()
+        logits_TV = model(tokens[None, :-1]).logits[0].detach().double()
+        V = logits_TV.shape[1]
+        drawn = draw_ids(V, SAMPLES, seed=1234, iteration=0, micro_batch=number)
+        for n, position in enumerate(recorded.positions.tolist()):
+            span = slice(*recorded.offsets[n : n + 2])
+            ids, z = torch.from_numpy(recorded.ids[span]).long(), logits_TV[position]
+            outside = torch.from_numpy(np.setdiff1d(drawn, recorded.ids[span]))
+            log_Z = (z[ids].exp().sum() + V / SAMPLES * z[outside].exp().sum()).log()
+            log_q = torch.from_numpy(recorded.logits[span]).double().log_softmax(0)
+            divergence = (log_q.exp() * (log_q - z[ids] + log_Z)).sum()
+            losses.append(log_Z - z[tokens[position + 1]] + 0.5 * divergence)
+    return float(torch.stack(losses).mean())
+
+
+def test_stage_1_by_the_definitions_and_the_same_on_any_layout(tmp_path: Path) -> None:
+    """A resumed run draws what the whole one drew, whoever computes a micro-batch."""
+    corpus = tiny.save_corpus(tmp_path / "corpus", num_documents=DOCUMENTS)
+    tiny.save_qwen3(tmp_path / "model", tied=True, num_hidden_layers=2)
+    strategy = ["--coverage", 0.3, "--store-logits", "fp16", "--store", tmp_path / "store"]
+    stages.succeed("stage0", *stages.inputs(tmp_path), *strategy)
+    whole = steps(tmp_path, tmp_path / "whole", 2)
+    assert whole[0] == pytest.approx(first_loss(tmp_path), rel=1e-5)
+    assert len(whole) == 2
+    assert len(corpus) == DOCUMENTS
+    steps(tmp_path, tmp_path / "cut", 1, dp=2)
+    sharded = ["--vocab-sharding", "interleaved", "--sequence-parallel"]
+    cut = steps(tmp_path, tmp_path / "cut", 2, *sharded, tp=2)
+    assert cut == pytest.approx(whole, rel=1e-5)
