@@ -27,7 +27,7 @@ class Size:
 
 SIZES = {
     "small": Size(hidden_size=128, num_layers=4, num_attention_heads=4, train_iters=1100, lr=4e-3),
-    "large": Size(hidden_size=192, num_layers=6, num_attention_heads=6, train_iters=1600, lr=3e-3),
+    "large": Size(hidden_size=192, num_layers=6, num_attention_heads=6, train_iters=1300, lr=3e-3),
 }
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from examples.replicate import bases
 from examples.replicate.bases import Size
 from examples.replicate.plan import LR, Run, Store
@@ -72,7 +74,7 @@ def _export(run: Path, target: Path) -> None:
         groups,
         layer_offset=model.layer_offset,
         source=model.files,
-        dtype=None,
+        dtype=torch.float32,
         overwrite=True,
     )
     parallel.shutdown()

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,28 +193,7 @@ class Pool:
         sys.stdout.flush()
         process = os.fork()
         if process == 0:
-            code = 1
-            try:
-                log = os.open(
-                    job.product.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND
-                )
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-                torch.set_num_threads(1)
-                job.action()
-                code = 0
-            except parts.Failed as failure:
-                code = failure.code
-            except ReplayError as error:
-                print(f"error: {error}", file=sys.stderr)
-                code = error.exit_code
-            except KeyboardInterrupt:
-                code = EXIT_INTERRUPTED
-            finally:
-                if code == 1:
-                    sys.excepthook(*sys.exc_info())
-                sys.stdout.flush()
-                os._exit(code)
+            os._exit(_exit_code(job))
         return process
 
     def _wait(self, start: float) -> None:
@@ -233,6 +213,29 @@ class Pool:
         )
         if code:
             self.failed.append(f"{job.name}: exit code {code}; see {job.product.parent}/log.txt")
+
+
+def _exit_code(job: Job) -> int:
+    """Do the job, in a process of its own; what it prints goes to the log beside its product."""
+    log = os.open(job.product.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    try:
+        job.action()
+    except parts.Failed as failure:
+        return failure.code
+    except ReplayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+    return 0
 
 
 def main() -> int:
