@@ -19,6 +19,7 @@ import errno
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ __all__ = [
 ]
 
 
+_NO_FIXES: Mapping[str, str] = {}
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Where training stands. The order of data is a pure function of it, so this is all.
@@ -76,16 +80,22 @@ class TrainState:
     identity: dict[str, Any]
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def require_identity(self, identity: dict[str, Any], directory: Path) -> None:
-        """Raise ConfigError, naming the setting, unless a run is resumed with its own data."""
+    def require_identity(
+        self, identity: dict[str, Any], directory: Path, fixes: Mapping[str, str] = _NO_FIXES
+    ) -> None:
+        """Raise ConfigError, naming the setting, unless a run is resumed with its own data.
+
+        What the checkpoint does not tell (it is older, or had no store) is not compared. ``fixes``
+        says what to do about a name where it is not to give the value it had.
+        """
         for name, value in identity.items():
-            if self.identity.get(name) != value:
+            if self.identity.get(name, value) != value:
                 raise ConfigError(
                     f"this directory holds a run with another {name}",
                     where=directory,
-                    expected=self.identity.get(name),
+                    expected=self.identity[name],
                     found=value,
-                    fix="Give the value it was started with, or another --save",
+                    fix=fixes.get(name, "Give the value it was started with, or another --save"),
                 )
 
 
@@ -129,6 +139,7 @@ def load_checkpoint(
     parallel: Parallel,
     *,
     identity: dict[str, Any] | None = None,
+    fixes: Mapping[str, str] = _NO_FIXES,
 ) -> TrainState:
     """Load weights, and the optimizer's state when ``optimizer`` is given, into any layout.
 
@@ -142,7 +153,7 @@ def load_checkpoint(
     except (OSError, ValueError, TypeError) as error:
         raise _unloadable(path, error) from error
     if identity is not None:
-        state.require_identity(identity, directory)
+        state.require_identity(identity, directory, fixes)
     content = _sharded_state(model, optimizer, parallel, is_loading=True)
     places = vocabulary_places(content)
     try:

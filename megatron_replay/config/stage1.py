@@ -26,6 +26,9 @@ class LossConfig(Section):
     store: str | None = option(
         "candidate store of this corpus; with --loss full, for the probe", None
     )
+    refresh_store: bool = option(
+        "the run that goes on may have another --store: Stage 0 was rerun on its checkpoint", False
+    )
     candidate_scope: str = option(
         "compete over a position's own set, or a union: of its document's sets, of those of its "
         "document's neighbouring 128 positions (tile), or of every document in its micro-batch, "
@@ -73,6 +76,7 @@ class LossConfig(Section):
         )
         neutral = {
             "candidate_scope": "position",
+            "refresh_store": False,
             "full_loss_every": 0,
             "tail": "none",
             "kl_weight": 0.0,

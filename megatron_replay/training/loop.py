@@ -45,7 +45,7 @@ from megatron_replay.optim.schedule import learning_rate
 from megatron_replay.parallel import Parallel
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
-from megatron_replay.training import configuration
+from megatron_replay.training import configuration, refresh
 from megatron_replay.training.interrupt import StopRequest
 from megatron_replay.training.profile import StepTrace
 from megatron_replay.training.skipped import SkippedBatches
@@ -118,6 +118,7 @@ class Trainer:
                 print(f"restricted head: {form}" + ", by dense products" * dense)
         if config.optimizer.qk_clip_threshold is not None:
             record_max_logits(self.model.module)
+        self.is_refreshed = False
         self.state = self._resume()
         if self.state.iteration < self.train_iters:  # what is refused or finished records nothing
             groups.on_rank_zero(lambda: configuration.record(self.directory, config))
@@ -141,6 +142,8 @@ class Trainer:
             iteration=self.state.iteration,
             train_iters=self.train_iters,
         )
+        if self.is_refreshed and self.state.iteration < self.train_iters:
+            self.watch.refreshed(self.state.iteration, str(config.loss.store))
 
     def train(self, stop: StopRequest) -> None:
         """Take every step that is left, watching and saving on the way."""
@@ -207,9 +210,12 @@ class Trainer:
 
     def _resume(self) -> TrainState:
         identity = self._identity()
+        allowed = self.config.loss.refresh_store
         iteration = self.groups.broadcast(latest_iteration(self.directory))
         if self.groups.rank == 0:
             report_remains(self.directory, iteration)
+        if allowed:
+            refresh.require_checkpoint(iteration, self.directory)
         if iteration is None:
             return TrainState(0, 0, 0, identity)
         state = load_checkpoint(
@@ -218,7 +224,8 @@ class Trainer:
             self.model.module,
             self.optimizer,
             self.groups,
-            identity=identity,
+            identity=refresh.resumable(identity, allowed=allowed),
+            fixes=refresh.FIXES,
         )
         apply_hyperparameters(self.optimizer, self.config.optimizer)
         self._keep_only()  # where a killed run could not
@@ -234,17 +241,25 @@ class Trainer:
             changed = configuration.changes(self.directory, self.config)
             if changed and not finished:
                 print(f"changed since it last ran: {', '.join(changed)}", file=sys.stderr)
-        return state
+        self.is_refreshed = refresh.is_refreshed(state.identity, identity)
+        return dataclasses.replace(state, identity=identity)
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must agree on: which documents an iteration sees, what is stored."""
-        return {
+        restricted = self.config.loss.loss == "restricted"
+        drops_unread = restricted and self.config.training.drop_unread_tokens
+        store = {}
+        if restricted:
+            assert self.reader is not None
+            store = refresh.store_identity(
+                self.reader.description, self.lengths, drop_unread_tokens=drops_unread
+            )
+        return store | {
             "corpus_fingerprint": self.corpus.fingerprint,
             "seq_length": self.config.data.seq_length,
             "long_documents": self.config.data.long_documents,
             "pack_documents": self.config.data.pack_documents,
-            "drop_unread_tokens": self.config.loss.loss == "restricted"
-            and self.config.training.drop_unread_tokens,
+            "drop_unread_tokens": drops_unread,
             "global_batch_size": self.config.training.global_batch_size,
             "seed": self.config.training.seed,
             "optimizer_state": state_kind(self.config.optimizer),
