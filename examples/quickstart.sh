@@ -123,7 +123,7 @@ if [[ -z $HF_CHECKPOINT ]]; then
     BASE=$CACHE/hf TOKENIZER=$CACHE/data/tokenizer DATA=$CACHE/data
     SEQ_LENGTH=${SEQ_LENGTH:-512} LR=${LR:-2e-4} MICRO_BATCH=2 WARMUP=10
     GLOBAL_BATCH=${GLOBAL_BATCH:-2} EPOCHS=${EPOCHS:-2}
-    part "$DATA/data.json" "data" \
+    part "$DATA/domain_test/questions.jsonl" "data" \
         "$PYTHON" -m examples.quickstart.make_data --output "$DATA"
     part "$CACHE/corpus.json" "base: corpus" \
         preprocess "$CACHE/corpus" --input "$DATA/base_train.jsonl" --tokenizer "$TOKENIZER" \
@@ -132,8 +132,8 @@ if [[ -z $HF_CHECKPOINT ]]; then
         "$PYTHON" examples/quickstart/init_base.py --tokenizer "$TOKENIZER" --output "$CACHE/init"
     part "$CACHE/hf/config.json" "base: training, DP 2" base_model
     TRAIN_ROWS=$DATA/domain_train.jsonl
-    EVALUATE=(--sql-questions "$DATA/domain_test.jsonl" --database "$DATA/domain.sqlite"
-        --task-data "$DATA/domain_test.jsonl" --general-text "$DATA/general_heldout.jsonl")
+    EVALUATE=(--sql "tables=$DATA/domain_test" --task-data "$DATA/domain_test/questions.jsonl"
+        --general-text "$DATA/general_heldout.jsonl")
 else
     BASE=$HF_CHECKPOINT TOKENIZER=$HF_CHECKPOINT
     SEQ_LENGTH=${SEQ_LENGTH:-1024} LR=${LR:-1e-5} MICRO_BATCH=1 WARMUP=0

@@ -1,11 +1,12 @@
 """Measure models: what they gained, what they kept.
 
     python tools/evaluate.py --base runs/base --model full=runs/full --model replay=runs/replay \
-        --sql-questions test.jsonl --database domain.sqlite --general-text heldout.jsonl \
-        --output eval.json
+        --sql domain=sql/ --choices telecom=choices.jsonl --general-choices cloze=cloze.jsonl \
+        --general-text heldout.jsonl --output eval.json
 
-Every input is optional, and what is not given is not measured. A model that ``--output`` already
-holds a result for, made from the same files and settings, is not measured again.
+Every input is optional, and what is not given is not measured; docs/evaluation.md has the formats.
+A model that ``--output`` already holds a result for, made from the same files and settings, is not
+measured again.
 """
 
 from __future__ import annotations
@@ -14,11 +15,18 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
-from megatron_replay.evaluation.inputs import Inputs, Settings, named_directories
+from megatron_replay.evaluation.inputs import Inputs, Settings, named_paths
 from megatron_replay.evaluation.suite import BASE, evaluate
 from megatron_replay.files import make_directory
+
+_NAMED = (
+    ("--sql", "DIR", "questions and databases: plain, Spider's or BIRD's layout"),
+    ("--choices", "FILE", "multiple-choice rows of the domain"),
+    ("--general-choices", "FILE", "multiple-choice rows of general abilities: retention"),
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,10 +49,19 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--output", type=Path, required=True, help="the JSON to write")
     inputs = flags.add_argument_group("inputs")
+    for flag, kind, what in _NAMED:
+        inputs.add_argument(
+            flag, action="append", default=[], metavar=f"NAME={kind}", help=f"{what}; repeatable"
+        )
     inputs.add_argument(
-        "--sql-questions", type=Path, help="prompt/completion rows: question, gold SQL"
+        "--lm-eval-tasks", default="", metavar="TASK,…", help="lm-eval tasks: retention"
     )
-    inputs.add_argument("--database", type=Path, help="SQLite file of the questions")
+    inputs.add_argument(
+        "--lm-eval-domain-tasks", default="", metavar="TASK,…", help="lm-eval tasks of the domain"
+    )
+    inputs.add_argument(
+        "--lm-eval-include-path", type=Path, metavar="DIR", help="YAML files of these tasks"
+    )
     inputs.add_argument("--general-text", type=Path, help="text rows: forgetting")
     inputs.add_argument("--task-data", type=Path, help="prompt/completion rows: answer tokens")
     inputs.add_argument("--data", type=Path, help="held-out rows of any known format")
@@ -60,8 +77,23 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--max-new-tokens", type=int, default=settings.max_new_tokens)
     how.add_argument("--max-documents", type=int, default=settings.max_documents)
     how.add_argument("--query-seconds", type=float, default=settings.query_seconds)
-    how.add_argument("--bird-compatible", action="store_true", help="compare answers as sets")
+    how.add_argument("--bird-compat", action="store_true", help="compare answers as sets")
     return flags
+
+
+def _inputs(given: dict[str, Any]) -> Inputs:
+    named = {
+        flag.strip("-").replace("-", "_"): named_paths(
+            given[flag.strip("-").replace("-", "_")], flag=flag, kind=kind
+        )
+        for flag, kind, _ in _NAMED
+    }
+    tasks = {
+        name: tuple(task for task in given[name].split(",") if task)
+        for name in ("lm_eval_tasks", "lm_eval_domain_tasks")
+    }
+    rest = {name: given[name] for name in Inputs.__dataclass_fields__}
+    return Inputs(**rest | named | tasks)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,14 +101,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     given = vars(parser().parse_args(argv))
     try:
-        models = named_directories(given["model"], flag="--model")
+        models = named_paths(given["model"], flag="--model")
         if BASE in models:
             raise ConfigError("this name is the base's own", where="--model", found=BASE)
         make_directory(given["output"].absolute().parent)
         document = evaluate(
             given["base"],
             models,
-            Inputs(**{name: given[name] for name in Inputs.__dataclass_fields__}),
+            _inputs(given),
             Settings(**{name: given[name] for name in Settings.__dataclass_fields__}),
             output=given["output"],
             tokenizer=given["tokenizer"],

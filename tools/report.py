@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_replay.errors import EXIT_INTERRUPTED, ReplayError
 from megatron_replay.evaluation.figure import draw_report
-from megatron_replay.evaluation.inputs import named_directories
+from megatron_replay.evaluation.inputs import named_paths
 from megatron_replay.evaluation.report import build_report, read_timings, render_markdown
 from megatron_replay.evaluation.run_log import summarize_run
 from megatron_replay.evaluation.suite import read_evaluation
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     given = parser().parse_args(argv)
     try:
-        runs = named_directories(given.run, flag="--run")
+        runs = named_paths(given.run, flag="--run")
         report = build_report(
             read_evaluation(given.evaluation),
             {name: summarize_run(directory) for name, directory in runs.items()},

@@ -10,9 +10,9 @@ is left as it is.
     general_heldout.jsonl  {"text"}: forgetting is measured here
     base_sql.jsonl         {"prompt", "completion"}: over OLD and practice tables, few over NEW
     base_train.jsonl       {"text"}: general_train and base_sql mixed, what the base learns from
-    domain.sqlite          the OLD and the NEW tables
     domain_train.jsonl     {"prompt", "completion"}: questions over the NEW tables
-    domain_test.jsonl      {"prompt", "completion"}: held-out questions and their gold SQL
+    domain_test/           questions.jsonl: held-out questions and their gold SQL;
+                           database.sqlite: the OLD and the NEW tables
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from examples.quickstart.nl2sql import (
 from megatron_replay.errors import ConfigError, ReplayError
 from megatron_replay.files import atomic_file, make_directory, sha256_of_files, write_json
 
-MANIFEST, DATABASE, TOKENIZER = "data.json", "domain.sqlite", "tokenizer"
+MANIFEST, DATABASE, TOKENIZER = "data.json", "domain_test/database.sqlite", "tokenizer"
 ROW_FILES = (
     "general_train",
     "general_heldout",
     "base_sql",
     "base_train",
     "domain_train",
-    "domain_test",
+    "domain_test/questions",
 )
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 SPECIAL_TOKENS = [EOS, "<|im_start|>", "<|im_end|>", PAD]
@@ -78,7 +78,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--base-domain", type=int, default=100, help="of base_sql.jsonl, rows over NEW tables too"
     )
     parser.add_argument("--domain-train", type=int, default=2000, help="rows of domain_train.jsonl")
-    parser.add_argument("--domain-test", type=int, default=200, help="rows of domain_test.jsonl")
+    parser.add_argument("--domain-test", type=int, default=200, help="held-out questions")
     parser.add_argument(
         "--general-train", type=int, default=2500, help="documents of general_train.jsonl"
     )
@@ -148,6 +148,7 @@ def write_everything(output: Path, arguments: argparse.Namespace) -> None:
     general = [{"text": text} for text in documents[heldout_stop:train_stop]]
 
     database = output / DATABASE
+    make_directory(database.parent)
     database.unlink(missing_ok=True)
     write_database(database, seed=seed)
     try:

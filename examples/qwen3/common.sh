@@ -26,7 +26,7 @@ absolute() { # absolute NAME...: the variables that are set
     done
 }
 absolute HF_DIR TOKENIZER_PATH INPUT_FILE RUN_DIR DATA_PATH STORE_DIR CKPT_LOAD_DIR CKPT_SAVE_DIR \
-    SQL_QUESTIONS DATABASE GENERAL_TEXT TASK_DATA LOG_DIR
+    SQL_DIR CHOICES GENERAL_CHOICES GENERAL_TEXT TASK_DATA LOG_DIR
 SCRIPT=$(basename "$0" .sh)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -115,10 +115,9 @@ LOG_DIR=${LOG_DIR:-$RUN_DIR/logs}
 if [[ $MODEL_SIZE == tiny ]]; then
     TINY=${TINY:-$RUN_DIR/tiny/data}
     INPUT_FILE=${INPUT_FILE:-$TINY/domain_train.jsonl}
-    SQL_QUESTIONS=${SQL_QUESTIONS:-$TINY/domain_test.jsonl}
-    DATABASE=${DATABASE:-$TINY/domain.sqlite}
+    SQL_DIR=${SQL_DIR:-$TINY/domain_test}
     GENERAL_TEXT=${GENERAL_TEXT:-$TINY/general_heldout.jsonl}
-    TASK_DATA=${TASK_DATA:-$TINY/domain_test.jsonl}
+    TASK_DATA=${TASK_DATA:-$TINY/domain_test/questions.jsonl}
 fi
 
 # ---------------------------------------------------------------- doing

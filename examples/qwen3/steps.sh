@@ -77,7 +77,10 @@ evaluate() { # base and exported runs -> evaluation.json; what is measured depen
     done
     ((${#models[@]})) || [[ ${DRY_RUN:-0} == 1 ]] ||
         fail "$RUN_DIR/*/export: no exported run; ckpt_convert_qwen3_${QWEN3}_4K_mcore2hf.sh writes one"
-    [[ -z ${SQL_QUESTIONS:-} ]] || inputs+=(--sql-questions "$SQL_QUESTIONS" --database "$DATABASE")
+    [[ -z ${SQL_DIR:-} ]] || inputs+=(--sql "$(basename "$SQL_DIR")=$SQL_DIR")
+    [[ -z ${CHOICES:-} ]] || inputs+=(--choices "$(basename "$CHOICES" .jsonl)=$CHOICES")
+    [[ -z ${GENERAL_CHOICES:-} ]] ||
+        inputs+=(--general-choices "$(basename "$GENERAL_CHOICES" .jsonl)=$GENERAL_CHOICES")
     [[ -z ${TASK_DATA:-} ]] || inputs+=(--task-data "$TASK_DATA")
     [[ -z ${GENERAL_TEXT:-} ]] || inputs+=(--general-text "$GENERAL_TEXT")
     [[ $PLATFORM == cpu ]] || device=(--device "$PLATFORM" --dtype bfloat16)

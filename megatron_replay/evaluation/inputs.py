@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from megatron_replay.data.corpus import corpus_file
+from megatron_replay.data.sql_sets import sql_set_files
 from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, task_files
 from megatron_replay.files import sha256_of_files
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What models are measured on; what is None is not measured.
+    """What models are measured on; what is None or empty is not measured.
 
     Attributes:
-        sql_questions: prompt/completion rows; the completion is the gold query.
-        database: the SQLite file that ``sql_questions`` are asked of.
+        sql: directories of SQL questions by name, in a layout of ``data/sql_sets.py``.
+        choices: multiple-choice rows of the domain by name.
+        general_choices: those of general abilities: what is kept of them is retention.
+        lm_eval_tasks: lm-eval tasks of general abilities.
+        lm_eval_domain_tasks: lm-eval tasks of the domain.
+        lm_eval_include_path: directory of these tasks' YAML files.
         general_text: text rows; forgetting is measured here.
         task_data: prompt/completion rows of the domain.
         data: rows of any format that ``tools/preprocess_data.py`` reads.
@@ -24,8 +31,12 @@ class Inputs:
         store: directory of a candidate store.
     """
 
-    sql_questions: Path | None = None
-    database: Path | None = None
+    sql: Mapping[str, Path] = field(default_factory=dict)
+    choices: Mapping[str, Path] = field(default_factory=dict)
+    general_choices: Mapping[str, Path] = field(default_factory=dict)
+    lm_eval_tasks: tuple[str, ...] = ()
+    lm_eval_domain_tasks: tuple[str, ...] = ()
+    lm_eval_include_path: Path | None = None
     general_text: Path | None = None
     task_data: Path | None = None
     data: Path | None = None
@@ -33,39 +44,74 @@ class Inputs:
     store: Path | None = None
 
     def __post_init__(self) -> None:
-        for one, other in (("sql_questions", "database"), ("data_path", "store")):
-            if (getattr(self, one) is None) != (getattr(self, other) is None):
-                raise ConfigError(f"{_flag(one)} and {_flag(other)} are given together or not")
+        if (self.data_path is None) != (self.store is None):
+            raise ConfigError("--data-path and --store are given together or not")
         if not any(getattr(self, f.name) for f in fields(self)):
-            names = ", ".join(_flag(f.name) for f in fields(self))
-            raise ConfigError("nothing to measure", expected=f"at least one of {names}")
+            flags = ", ".join(_flag(f.name) for f in fields(self))
+            raise ConfigError("nothing to measure", expected=f"at least one of {flags}")
+        if bool(self.lm_eval()) != (self.lm_eval_include_path is not None):
+            raise ConfigError(
+                "--lm-eval-tasks and --lm-eval-include-path are given together or not"
+            )
+        names = [
+            *self.choices, *self.general_choices, *self.lm_eval_tasks, *self.lm_eval_domain_tasks
+        ]  # fmt: skip
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(
+                    "two benchmarks have one name",
+                    where="--choices, --general-choices, --lm-eval-tasks, --lm-eval-domain-tasks",
+                    found=name,
+                )
 
-    def files(self) -> dict[str, list[Path]]:
-        """The files that decide the measurements, by the input they belong to."""
-        found: dict[str, list[Path]] = {}
-        for field in fields(self):
-            path = getattr(self, field.name)
-            if path is None:
-                continue
-            if field.name == "data_path":  # the description holds the content's fingerprint
-                found[field.name] = [corpus_file(path, "json")]
-            elif field.name == "store":  # the manifest holds every shard's size and crc
-                found[field.name] = [path / "store.json", path / "manifest.json"]
-            else:
-                found[field.name] = [path]
+    def lm_eval(self) -> LmEvalTasks | None:
+        """The lm-eval tasks, if any."""
+        if not (self.lm_eval_tasks or self.lm_eval_domain_tasks):
+            return None
+        return LmEvalTasks(
+            general=self.lm_eval_tasks,
+            domain=self.lm_eval_domain_tasks,
+            include_path=self.lm_eval_include_path or Path(),
+        )
+
+    def paths(self) -> dict[str, Path]:
+        """Every input by its name; of those with names of their own, ``sql/NAME``."""
+        found: dict[str, Path] = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Mapping):
+                found |= {f"{one.name}/{name}": path for name, path in value.items()}
+            elif isinstance(value, Path):
+                found[one.name] = value
         return found
 
     def sha256(self) -> dict[str, str]:
-        """SHA-256 of each input.
+        """SHA-256 of the files that decide the measurements, by the input they belong to.
 
         Raises:
-            DataError: a file is missing.
+            DataError: a file is missing, or a directory has no known layout.
         """
-        for name, paths in self.files().items():
-            for path in paths:
-                if not path.is_file():
-                    raise DataError(f"no such file, given as {_flag(name)}", where=path)
-        return {name: sha256_of_files(paths) for name, paths in self.files().items()}
+        found = {}
+        for name, path in self.paths().items():
+            files = _files(name, path)
+            for file in files:
+                if not file.is_file():
+                    flag = _flag(name.split("/")[0])
+                    raise DataError(f"no such file, given as {flag}", where=file)
+            found[name] = sha256_of_files(files)
+        return found
+
+
+def _files(name: str, path: Path) -> list[Path]:
+    if name.startswith("sql/"):
+        return sql_set_files(path)
+    if name == "lm_eval_include_path":
+        return task_files(path)
+    if name == "data_path":  # the description holds the content's fingerprint
+        return [corpus_file(path, "json")]
+    if name == "store":  # the manifest holds every shard's size and crc
+        return [path / "store.json", path / "manifest.json"]
+    return [path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +126,7 @@ class Settings:
         max_new_tokens: length limit of a generated query.
         max_documents: documents of the corpus whose outside mass is measured.
         query_seconds: time limit of one query.
-        bird_compatible: compare answers as BIRD does, as sets without order.
+        bird_compat: compare answers as BIRD does, as sets without order.
     """
 
     device: str = "cpu"
@@ -90,33 +136,33 @@ class Settings:
     max_new_tokens: int = 128
     max_documents: int = 200
     query_seconds: float = 2.0
-    bird_compatible: bool = False
+    bird_compat: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
             if not isinstance(value, (str, bool)) and value <= 0:
-                raise ConfigError("must be positive", where=_flag(field.name), found=value)
+                raise ConfigError("must be positive", where=_flag(one.name), found=value)
 
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def named_directories(pairs: list[str], *, flag: str) -> dict[str, Path]:
-    """``NAME=DIR`` arguments as a dictionary.
+def named_paths(pairs: list[str], *, flag: str, kind: str = "DIR") -> dict[str, Path]:
+    """``NAME=PATH`` arguments as a dictionary; ``kind`` stands for PATH in messages.
 
     Raises:
         ConfigError: one is malformed, or a name is given twice.
     """
     found: dict[str, Path] = {}
     for pair in pairs:
-        name, equals, directory = pair.partition("=")
-        if not (name and equals and directory):
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
             raise ConfigError(
-                "not a name and a directory", where=flag, expected="NAME=DIR", found=pair
+                "not a name and a path", where=flag, expected=f"NAME={kind}", found=pair
             )
         if name in found:
             raise ConfigError(f"{name} is given twice", where=flag)
-        found[name] = Path(directory)
+        found[name] = Path(path)
     return found

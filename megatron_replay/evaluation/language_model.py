@@ -6,8 +6,10 @@ Shapes: B documents of a batch, L its longest document less one, V vocabulary.
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -42,8 +44,14 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """``exp(loss)``: every token weighs the same, whichever document it is in."""
-        return math.exp(self.loss)
+        """``exp(loss)``: every token weighs the same, whichever document it is in.
+
+        Infinite where a diverged model's is beyond a float.
+        """
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
 
     @property
     def accuracy(self) -> float:
@@ -68,13 +76,14 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
     if not (path / "config.json").is_file():
         raise CheckpointError("no Hugging Face model here", where=path, expected="config.json")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _no_loader_threads():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot load the model: {error}", where=path) from error
     model, report = loaded
@@ -86,6 +95,21 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
             )
     model.to(device).eval()
     return cast(PreTrainedModel, model)
+
+
+@contextmanager
+def _no_loader_threads() -> Iterator[None]:
+    """transformers loads in threads of its own; in a forked process they may wait for ever."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _batches(documents: Sequence[Document], batch_size: int) -> Iterator[list[Document]]:

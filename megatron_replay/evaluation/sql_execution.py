@@ -4,24 +4,25 @@ Generated SQL is untrusted. It runs on a read-only, immutable connection; an aut
 reading and a list of pure functions and nothing else; a deadline, a row limit and a length limit
 bound what it can cost. Answers are compared as multisets of rows, in order where the gold query
 has an ORDER BY. The evaluator of BIRD (github.com/AlibabaResearch/DAMO-ConvAI, bird/llm/src/
-evaluation.py) opens the database for writing and compares sets; ``bird_compatible`` gives its
+evaluation.py) opens the database for writing and compares sets; ``bird_compat`` gives its
 comparison, never its connection.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import groupby
 from typing import Any
 
-from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.data.database import QUOTED_OR_COMMENT, open_read_only
+from megatron_replay.data.sql_sets import SqlQuestion
+from megatron_replay.errors import DataError
+from megatron_replay.evaluation.proportion import standard_error
 from megatron_replay.progress import Progress
 
 Row = tuple[Any, ...]
@@ -45,10 +46,7 @@ _ALLOWED_FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _REASONS = {sqlite3.SQLITE_INTERRUPT: "timeout", sqlite3.SQLITE_TOOBIG: "too large"}
 # The handler runs every so many virtual-machine instructions: about 0.1 ms.
 _INSTRUCTIONS_PER_CHECK = 10_000
-
-_QUOTED_OR_COMMENT = re.compile(
-    r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?(?:\*/|$)", re.DOTALL
-)
+_MATCH, _EMPTY = "match", "empty gold"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,66 +78,26 @@ class ExecutionMatch:
 
     Attributes:
         matches: predictions whose answer equals the gold answer.
-        total: questions that count.
+        questions: questions that count.
         empty_gold: questions left out because the gold answer holds no value: any query that
             returns nothing would match it.
         failures: wrong predictions by reason; "other answer" is a query that ran.
     """
 
     matches: int
-    total: int
+    questions: int
     empty_gold: int
     failures: dict[str, int] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
-        """``matches / total``."""
-        return self.matches / self.total
+        """``matches / questions``."""
+        return self.matches / self.questions
 
     @property
     def standard_error(self) -> float:
-        """``√(p(1-p)/n)`` of the accuracy, with p shrunk as Agresti and Coull (1998) do.
-
-        ``p = (matches + 2)/(n + 4)``, n + 4 in place of n: the plain formula claims an error of
-        zero for 0 of n.
-        """
-        n = self.total + 4
-        p = (self.matches + 2) / n
-        return math.sqrt(p * (1 - p) / n)
-
-
-@contextmanager
-def open_read_only(database: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that can neither write nor lock ``database``.
-
-    Raises:
-        DataError: it is missing, is not SQLite, or has a journal that ``immutable`` would ignore.
-        ConfigError: this Python cannot limit the length of a value.
-    """
-    if not hasattr(sqlite3.Connection, "setlimit"):
-        raise ConfigError("SQL execution needs sqlite3.Connection.setlimit", expected="Python 3.11")
-    if not database.is_file():
-        raise DataError("no such database", where=database)
-    for suffix in ("-wal", "-journal"):
-        journal = database.with_name(database.name + suffix)
-        if journal.exists() and journal.stat().st_size:
-            raise DataError(
-                "the database has an unfinished transaction",
-                where=journal,
-                fix="Open and close it with sqlite3 once, so that the transaction is settled",
-            )
-    uri = f"{database.absolute().as_uri()}?mode=ro&immutable=1"
-    connection = sqlite3.connect(uri, uri=True, isolation_level=None)
-    try:
-        # Bytes that are no UTF-8 must stay distinct from one another when compared.
-        connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
-        try:
-            connection.execute("select count(*) from sqlite_master").fetchone()
-        except sqlite3.DatabaseError as error:
-            raise DataError(f"not an SQLite database: {error}", where=database) from error
-        yield connection
-    finally:
-        connection.close()
+        """Of the accuracy."""
+        return standard_error(self.matches, self.questions)
 
 
 class _Authorizer:
@@ -171,7 +129,7 @@ def run_query(
         QueryError: reason "not a query", "denied", "timeout", "too large" or "sql error".
     """
     limits = Limits() if limits is None else limits
-    first_word = re.match(r"[a-z]*", _QUOTED_OR_COMMENT.sub(" ", sql).strip().lower())
+    first_word = re.match(r"[a-z]*", QUOTED_OR_COMMENT.sub(" ", sql).strip().lower())
     if first_word is None or first_word[0] not in ("select", "with"):
         raise QueryError("not a query", "only SELECT is run")
     authorizer = _Authorizer()
@@ -194,7 +152,7 @@ def run_query(
 
 def is_ordered(sql: str) -> bool:
     """True if the outermost query has an ORDER BY (not a subquery, window or string)."""
-    text = _QUOTED_OR_COMMENT.sub(" ", sql).lower()
+    text = QUOTED_OR_COMMENT.sub(" ", sql).lower()
     depth, outermost = 0, []
     for character in text:
         depth += (character == "(") - (character == ")")
@@ -203,10 +161,10 @@ def is_ordered(sql: str) -> bool:
 
 
 def same_answer(
-    gold: Sequence[Row], predicted: Sequence[Row], *, ordered: bool, bird_compatible: bool = False
+    gold: Sequence[Row], predicted: Sequence[Row], *, ordered: bool, bird_compat: bool = False
 ) -> bool:
-    """Compare two answers: lists if ``ordered``, else multisets (sets with ``bird_compatible``)."""
-    if bird_compatible:
+    """Compare two answers: lists if ``ordered``, else multisets (sets with ``bird_compat``)."""
+    if bird_compat:
         return set(gold) == set(predicted)
     if ordered:
         return list(gold) == list(predicted)
@@ -219,55 +177,66 @@ def holds_a_value(rows: Sequence[Row]) -> bool:
 
 
 def execution_match(
-    database: Path,
-    questions: Sequence[tuple[str, str]],
+    questions: Sequence[SqlQuestion],
+    predictions: Sequence[str],
     *,
     limits: Limits | None = None,
-    bird_compatible: bool = False,
+    bird_compat: bool = False,
     progress: bool = False,
 ) -> ExecutionMatch:
     """Run gold and predicted queries and count the matches.
 
     Args:
-        database: an SQLite file.
-        questions: pairs ``(gold_sql, predicted_sql)``.
+        predictions: the query predicted for each of ``questions``.
 
     Raises:
-        DataError: a gold query does not run (its number is named), or no question is left.
+        DataError: a gold query does not run (its question is named), or no question is left.
     """
-    matches, empty, failures = 0, 0, Counter[str]()
-    with (
-        open_read_only(database) as connection,
-        Progress("execution match", len(questions), "questions", enabled=progress) as bar,
-    ):
-        for number, (gold_sql, predicted_sql) in enumerate(questions, start=1):
-            try:
-                gold = run_query(connection, gold_sql, limits=limits)
-            except QueryError as error:
-                raise DataError(
-                    f"the gold query of question {number} fails: {error}: {gold_sql}",
-                    where=database,
-                ) from error
-            bar.advance()
-            if not holds_a_value(gold):
-                empty += 1
-                continue
-            try:
-                predicted = run_query(connection, predicted_sql, limits=limits)
-            except QueryError as error:
-                failures[error.reason] += 1
-                continue
-            if same_answer(
-                gold, predicted, ordered=is_ordered(gold_sql), bird_compatible=bird_compatible
-            ):
-                matches += 1
-            else:
-                failures["other answer"] += 1
-    if empty == len(questions):
-        raise DataError("every gold answer is empty", where=database, found=f"{empty} questions")
+    counts = Counter[str]()
+    pairs = list(zip(questions, predictions, strict=True))
+    with Progress("execution match", len(pairs), "questions", enabled=progress) as bar:
+        for database, group in groupby(pairs, key=lambda pair: pair[0].database):
+            with open_read_only(database) as connection:
+                for question, predicted in group:
+                    counts[_outcome(connection, question, predicted, limits, bird_compat)] += 1
+                    bar.advance()
+    matches, empty = counts.pop(_MATCH, 0), counts.pop(_EMPTY, 0)
+    if empty == len(pairs):
+        raise DataError(
+            "every gold answer is empty",
+            where=questions[0].database if questions else None,
+            found=f"{empty} questions",
+        )
     return ExecutionMatch(
         matches=matches,
-        total=len(questions) - empty,
+        questions=len(pairs) - empty,
         empty_gold=empty,
-        failures=dict(sorted(failures.items())),
+        failures=dict(sorted(counts.items())),
     )
+
+
+def _outcome(
+    connection: sqlite3.Connection,
+    question: SqlQuestion,
+    predicted_sql: str,
+    limits: Limits | None,
+    bird_compat: bool,
+) -> str:
+    """``_MATCH``, ``_EMPTY``, "other answer", or why the predicted query has no answer."""
+    try:
+        gold = run_query(connection, question.gold, limits=limits)
+    except QueryError as error:
+        raise DataError(
+            f"the gold query fails: {error}: {question.gold}",
+            where=question.where,
+            fix="Give it more time with --query-seconds" if error.reason == "timeout" else None,
+        ) from error
+    if not holds_a_value(gold):
+        return _EMPTY
+    try:
+        predicted = run_query(connection, predicted_sql, limits=limits)
+    except QueryError as error:
+        return error.reason
+    ordered = is_ordered(question.gold)
+    same = same_answer(gold, predicted, ordered=ordered, bird_compat=bird_compat)
+    return _MATCH if same else "other answer"

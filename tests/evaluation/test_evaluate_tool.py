@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.evaluation import suite
 from megatron_replay.evaluation.candidate_mass import candidate_mass
 from megatron_replay.evaluation.language_model import load_model, score
-from megatron_replay.evaluation.suite import read_documents
+from megatron_replay.evaluation.measurements import read_documents
 from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
 from tests.data.tiny_tokenizers import save_sentencepiece
 from tests.evaluation.models import VOCAB_SIZE, random_documents, save_model
@@ -24,7 +25,7 @@ from tests.evaluation.test_candidate_mass import random_candidates
 from tools import evaluate
 
 
-def write_rows(path: Path, *rows: dict[str, str]) -> Path:
+def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -43,7 +44,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": "how many?\n", "completion": "select count(*) from book"},
         {"prompt": "which?\n", "completion": "select title from book"},
     )
-    connection = sqlite3.connect(site / "book.sqlite")
+    choice = {"prompt": "who?\n", "options": ["you", "me"], "answer": 1}
+    write_rows(site / "choices.jsonl", choice, choice | {"answer": 0})
+    connection = sqlite3.connect(site / "database.sqlite")
     connection.execute("create table book (title text)")
     connection.execute("insert into book values ('a')")
     connection.commit()
@@ -83,8 +86,9 @@ def flags(site: Path, output: Path) -> list[str]:
     return [
         f"--base={site / 'base'}",
         f"--model=tuned={site / 'tuned'}",
-        f"--sql-questions={site / 'questions.jsonl'}",
-        f"--database={site / 'book.sqlite'}",
+        f"--sql=books={site}",
+        f"--choices=domain={site / 'choices.jsonl'}",
+        f"--general-choices=general={site / 'choices.jsonl'}",
         f"--general-text={site / 'text.jsonl'}",
         f"--task-data={site / 'questions.jsonl'}",
         f"--data={site / 'text.jsonl'}",
@@ -101,7 +105,7 @@ def test_a_sentencepiece_model_in_place_of_the_base_s_tokenizer(site: Path, tmp_
     pieces = save_sentencepiece(tmp_path / "pieces.model")
     given = {
         "--base": site / "base", "--tokenizer": pieces, "--task-data": site / "questions.jsonl",
-        "--sql-questions": site / "questions.jsonl", "--database": site / "book.sqlite",
+        "--sql": f"books={site}",
         "--output": tmp_path / "eval.json", "--max-new-tokens": 4,
     }  # fmt: skip
     assert evaluate.main([f"{flag}={value}" for flag, value in given.items()]) == 0
@@ -123,8 +127,8 @@ def test_every_measurement(site: Path, tmp_path: Path) -> None:
     base, tuned = document["models"]
     assert base["relative_l2_percent"] == 0.0
     assert tuned["relative_l2_percent"] == pytest.approx(1.0, rel=1e-5)
-    assert tuned["execution"]["total"] == 2
-    assert tuned["execution"]["unfinished"] == 2
+    assert tuned["sql"]["books"]["questions"] == 2
+    assert tuned["sql"]["books"]["unfinished"] == 2
     model, tokenizer = load_model(site / "tuned"), load_tokenizer(site / "base")
     task = score(model, read_documents(site / "questions.jsonl", tokenizer, row_format="prompt"))
     assert tuned["task"]["perplexity"] == pytest.approx(task.perplexity, rel=1e-5)
@@ -133,12 +137,18 @@ def test_every_measurement(site: Path, tmp_path: Path) -> None:
     assert tuned["general"]["tokens"] == 9 * 13 + 4
     change = tuned["general"]["perplexity"] - base["general"]["perplexity"]
     assert tuned["general"]["delta_perplexity"] == change != 0
+    for name, is_general in (("domain", False), ("general", True)):
+        assert tuned["choices"][name]["accuracy"] == 0.5
+        assert tuned["choices"][name]["general"] is is_general
+    assert tuned["retention"] == {"general": 100.0}
+    assert tuned["retention_percent"] == 100.0
     mass = candidate_mass(
         model, Corpus(site / "corpus"), CandidateReader(site / "store"), max_documents=3
     )
     assert tuned["candidates"]["outside_mass"] == pytest.approx(mass.outside_mass)
     assert set(document["inputs"]) == {
-        "sql_questions", "database", "general_text", "task_data", "data", "data_path", "store"
+        "sql/books", "choices/domain", "general_choices/general", "general_text", "task_data",
+        "data", "data_path", "store",
     }  # fmt: skip
 
 
@@ -171,9 +181,10 @@ def test_reuses_what_is_unchanged(
     ("change", "code", "message"),
     [
         (["--model=base={site}/tuned"], 2, "this name is the base's own"),
-        (["--model=tuned"], 2, "not a name and a directory (expected NAME=DIR; found tuned)"),
+        (["--model=tuned"], 2, "not a name and a path (expected NAME=DIR; found tuned)"),
         (["--model=a=x", "--model=a=y"], 2, "a is given twice"),
-        (["--database={site}/book.sqlite"], 2, "--sql-questions and --database are given together"),
+        (["--store={site}/store"], 2, "--data-path and --store are given together"),
+        (["--sql=books"], 2, "--sql: not a name and a path (expected NAME=DIR; found books)"),
         (["--window=0"], 2, "--window: must be positive (found 0)"),
         (["--data={site}/missing"], 3, "no such file, given as --data"),
         (["--task-data={site}/text.jsonl"], 3, "text.jsonl:1"),

@@ -37,7 +37,7 @@ def method(name: str, accuracy: float, change: float, l2: float, **more: Any) ->
 def evaluation_file(directory: Path) -> Path:
     mass = {"outside_mass": 0.07, "restricted_loss": 0.1, "full_loss": 0.2}
     document = {
-        "format": 1,
+        "format": 2,
         "command": "python tools/evaluate.py --base runs/base",
         "settings": {},
         "inputs": {"general_text": {"path": "heldout.jsonl", "sha256": "ab" * 32}},

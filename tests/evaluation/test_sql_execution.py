@@ -11,13 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_replay.data.database import open_read_only
+from megatron_replay.data.sql_sets import SqlQuestion
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.sql_execution import (
+    ExecutionMatch,
     Limits,
     QueryError,
     execution_match,
     is_ordered,
-    open_read_only,
     run_query,
     same_answer,
 )
@@ -33,6 +35,14 @@ def database(tmp_path: Path) -> Path:
     connection.commit()
     connection.close()
     return path
+
+
+def match(database: Path, pairs: list[tuple[str, str]], **how: bool) -> ExecutionMatch:
+    questions = [
+        SqlQuestion(where=f"question {i}", database=database, prompt="", gold=gold)
+        for i, (gold, _) in enumerate(pairs, start=1)
+    ]
+    return execution_match(questions, [predicted for _, predicted in pairs], **how)
 
 
 def reason(database: Path, sql: str, **limits: float) -> str:
@@ -137,12 +147,12 @@ def test_multisets(gold: list, predicted: list, rng: object) -> None:
     assert same_answer(gold, predicted, ordered=False) == (
         sorted(map(repr, gold)) == sorted(map(repr, predicted))
     )
-    assert same_answer(gold, gold * 2, ordered=False, bird_compatible=True)
+    assert same_answer(gold, gold * 2, ordered=False, bird_compat=True)
 
 
 def test_counts(database: Path) -> None:
     titles = "select title from book where pages = 10"
-    result = execution_match(
+    result = match(
         database,
         [
             (titles, "select 'a' from book where pages = 10"),
@@ -154,31 +164,31 @@ def test_counts(database: Path) -> None:
             (titles, "drop table book"),
         ],
     )
-    assert (result.matches, result.total, result.empty_gold) == (1, 5, 2)
+    assert (result.matches, result.questions, result.empty_gold) == (1, 5, 2)
     assert Counter(result.failures) == {"other answer": 3, "not a query": 1}
     assert result.accuracy == 0.2
     # Agresti-Coull by hand: p = 3/9, √(3/9 · 6/9 / 9).
     assert result.standard_error == pytest.approx(0.15713484026)
 
 
-def test_bird_compatible_matches_sets(database: Path) -> None:
+def test_bird_compat_matches_sets(database: Path) -> None:
     pair = ("select title from book where pages = 10", "select distinct title from book limit 1")
     other = ("select 'a' union all select 'a'", "select 'a'")
-    assert execution_match(database, [pair, other], bird_compatible=True).matches == 1
-    assert execution_match(database, [pair, other]).matches == 0
+    assert match(database, [pair, other], bird_compat=True).matches == 1
+    assert match(database, [pair, other]).matches == 0
 
 
 def test_user_mistakes(database: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such database"):
-        execution_match(tmp_path / "missing", [("select 1", "select 1")])
+        match(tmp_path / "missing", [("select 1", "select 1")])
     text = tmp_path / "text"
     text.write_text("no database at all, but long enough to look like one" * 40)
     with pytest.raises(DataError, match="not an SQLite database"):
-        execution_match(text, [("select 1", "select 1")])
-    with pytest.raises(DataError, match=r"gold query of question 2 fails.*no such table"):
-        execution_match(database, [("select 1", ""), ("select 1 from shelf", "")])
+        match(text, [("select 1", "select 1")])
+    with pytest.raises(DataError, match=r"question 2: the gold query fails.*no such table"):
+        match(database, [("select 1", ""), ("select 1 from shelf", "")])
     with pytest.raises(DataError, match="every gold answer is empty"):
-        execution_match(database, [("select null", "select 1")])
+        match(database, [("select null", "select 1")])
     database.with_name(database.name + "-wal").write_bytes(b"pending")
     with pytest.raises(DataError, match="unfinished transaction"):
-        execution_match(database, [("select 1", "select 1")])
+        match(database, [("select 1", "select 1")])

@@ -13,8 +13,10 @@ from transformers import AutoTokenizer
 
 from examples.quickstart import make_data as make_data_program
 from examples.quickstart import nl2sql
+from megatron_replay.data.sql_sets import SqlQuestion
 from megatron_replay.evaluation.sql_execution import execution_match
 
+TEST = "domain_test/questions"
 SMALL = [
     "--base-questions=300",
     "--base-domain=20",
@@ -51,14 +53,15 @@ def contents(data: Path) -> dict[str, bytes]:
 
 
 def test_counts(data: Path) -> None:
-    counts = {p.stem: len(rows(data, p.stem)) for p in data.glob("*.jsonl")}
+    names = [str(p.relative_to(data).with_suffix("")) for p in data.rglob("*.jsonl")]
+    counts = {name: len(rows(data, name)) for name in names}
     assert counts == {
         "general_train": 300,
         "general_heldout": 20,
         "base_sql": 320,
         "base_train": 620,
         "domain_train": 400,
-        "domain_test": 60,
+        TEST: 60,
     }
 
 
@@ -81,13 +84,13 @@ def test_rerun_does_nothing_and_mends_damage(
     assert make_data.main([f"--output={output}", *SMALL]) == 0
     assert "up to date" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
-    (output / "domain_test.jsonl").write_text("{}")
+    (output / f"{TEST}.jsonl").write_text("{}")
     assert make_data.main([f"--output={output}", *SMALL]) == 0
     assert contents(output) == contents(data)
 
 
 def test_no_question_or_text_is_on_both_sides(data: Path) -> None:
-    train, test = rows(data, "domain_train"), rows(data, "domain_test")
+    train, test = rows(data, "domain_train"), rows(data, TEST)
     questions = [row["prompt"] for row in train + test]
     assert len(set(questions)) == len(questions)
     texts = [row["text"] for row in rows(data, "general_train") + rows(data, "general_heldout")]
@@ -95,18 +98,20 @@ def test_no_question_or_text_is_on_both_sides(data: Path) -> None:
 
 
 def test_every_answer_counts(data: Path) -> None:
-    for name in ("domain_train", "domain_test"):
-        pairs = [(row["completion"], row["completion"]) for row in rows(data, name)]
-        result = execution_match(data / "domain.sqlite", pairs)
-        assert (result.matches, result.empty_gold) == (len(pairs), 0)
-    connection = sqlite3.connect(data / "domain.sqlite")
-    answers = [connection.execute(r["completion"]).fetchall() for r in rows(data, "domain_test")]
+    database = data / "domain_test" / "database.sqlite"
+    for name in ("domain_train", TEST):
+        gold = [row["completion"] for row in rows(data, name)]
+        questions = [SqlQuestion(where=sql, database=database, prompt="", gold=sql) for sql in gold]
+        result = execution_match(questions, gold)
+        assert (result.matches, result.empty_gold) == (len(gold), 0)
+    connection = sqlite3.connect(database)
+    answers = [connection.execute(r["completion"]).fetchall() for r in rows(data, TEST)]
     connection.close()
     assert all(any(value not in (None, 0) for row in rows for value in row) for rows in answers)
 
 
 def test_every_form_is_tested(data: Path) -> None:
-    queries = " ".join(row["completion"] for row in rows(data, "domain_test"))
+    queries = " ".join(row["completion"] for row in rows(data, TEST))
     for part in ("count(*)", "group by", "order by", "avg(", "limit", " and ", "where"):
         assert part in queries
 
@@ -120,7 +125,7 @@ def test_base_sees_few_questions_of_the_domain_and_none_of_ours(
     assert sum(table in new for table in tables) == 20
     asked = {row["prompt"] for row in base}
     assert not asked & {row["prompt"] for row in rows(data, "domain_train")}
-    assert not asked & {row["prompt"] for row in rows(data, "domain_test")}
+    assert not asked & {row["prompt"] for row in rows(data, TEST)}
     domain_words = {
         word
         for table in nl2sql.NEW_TABLES

@@ -1,0 +1,184 @@
+"""Questions about SQLite databases, each with its gold query: three layouts, one prompt.
+
+=========  ===============================================  ======================================
+layout     questions                                        databases
+=========  ===============================================  ======================================
+plain      ``questions.jsonl``: prompt, completion          ``database.sqlite``, one for all
+Spider     ``dev.json``: question, query, db_id             ``database/ID/ID.sqlite``
+BIRD       ``dev.json``: question, SQL, db_id, evidence     ``dev_databases/ID/ID.sqlite``
+=========  ===============================================  ======================================
+
+A plain prompt is used as it is. Spider's and BIRD's are built from the database itself:
+
+    CREATE TABLE book (title text, pages integer);
+    …
+
+    Evidence: what BIRD says beside the question; left out where it says nothing
+    Question: how many books have more than 100 pages?
+    SQL:
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from megatron_replay.data.database import schema_lines
+from megatron_replay.data.rows import Row, parse_row, read_lines
+from megatron_replay.errors import DataError
+
+_ROWS, _DATABASE, _DEV = "questions.jsonl", "database.sqlite", "dev.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SqlQuestion:
+    """One question.
+
+    Attributes:
+        where: where it stands, for messages.
+        database: the SQLite file it is asked of.
+        prompt: what the model reads.
+        gold: the query that answers it.
+    """
+
+    where: str
+    database: Path
+    prompt: str
+    gold: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A published layout: where the databases are (the first folder found), and the query's key."""
+
+    folders: tuple[str, ...]
+    query: str
+
+
+LAYOUTS = {
+    "spider": Layout(folders=("database",), query="query"),
+    "bird": Layout(folders=("dev_databases", "train_databases"), query="SQL"),
+}
+
+
+def sql_prompt(schema: list[str], question: str, evidence: str = "") -> str:
+    """The prompt of a question; preprocessing and evaluation have this one and no other."""
+    tables = "".join(f"{line};\n" for line in schema)
+    hint = f"Evidence: {evidence.strip()}\n" if evidence.strip() else ""
+    return f"{tables}\n{hint}Question: {question.strip()}\nSQL:\n"
+
+
+def read_sql_set(directory: Path) -> list[SqlQuestion]:
+    """Read a directory in one of the three layouts.
+
+    Raises:
+        DataError: it has none of them, a question lacks something, or a database is missing.
+    """
+    found = [
+        (name, read)
+        for name, read, parts in (
+            ("plain", _read_plain, (_ROWS, _DATABASE)),
+            *((name, _reader(name), (_DEV, layout.folders[0])) for name, layout in LAYOUTS.items()),
+        )
+        if all((directory / part).exists() for part in parts)
+    ]
+    if len(found) != 1:
+        inside = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else None
+        raise DataError(
+            "no layout of SQL questions that is known",
+            where=directory,
+            expected="one of questions.jsonl + database.sqlite; dev.json + database/ (Spider); "
+            "dev.json + dev_databases/ (BIRD)",
+            found="no directory" if inside is None else ", ".join(inside[:8]) or "nothing",
+        )
+    ((_, read),) = found
+    questions = list(read(directory))
+    if not questions:
+        raise DataError("no questions", where=directory)
+    for question in questions:
+        if not question.database.is_file():
+            raise DataError("no such database", where=question.where, expected=question.database)
+    return questions
+
+
+def sql_set_files(directory: Path) -> list[Path]:
+    """The files that decide a set: its questions, and the databases they are asked of.
+
+    Raises:
+        DataError: as `read_sql_set`.
+    """
+    databases = {question.database for question in read_sql_set(directory)}
+    rows = directory / _ROWS
+    return [rows if rows.exists() else directory / _DEV, *sorted(databases)]
+
+
+def _read_plain(directory: Path) -> Iterator[SqlQuestion]:
+    for where, line in read_lines(directory / _ROWS):
+        row = parse_row(where, line)
+        yield SqlQuestion(
+            where=where,
+            database=directory / _DATABASE,
+            prompt=row.text("prompt"),
+            gold=row.text("completion"),
+        )
+
+
+def _reader(layout: str) -> Callable[[Path], Iterator[SqlQuestion]]:
+    return lambda directory: read_questions(directory / _DEV, layout)
+
+
+def read_questions(file: Path, layout: str) -> Iterator[SqlQuestion]:
+    """The questions of one file of Spider or BIRD, ``train_spider.json``, say.
+
+    Args:
+        file: a JSON list; the databases lie in a folder beside it.
+        layout: a key of ``LAYOUTS``.
+
+    Raises:
+        DataError: it is no such file, a question lacks something, or a database is missing.
+    """
+    form = LAYOUTS[layout]
+    schema = cache(schema_lines)
+    folder = _database_folder(file, form)
+    for row in _read_list(file):
+        name = row.text("db_id")
+        database = folder / name / f"{name}.sqlite"
+        if not database.is_file():
+            raise DataError("no such database", where=row.where, expected=database)
+        evidence = row.text("evidence") if "evidence" in row.fields else ""
+        yield SqlQuestion(
+            where=row.where,
+            database=database,
+            prompt=sql_prompt(schema(database), row.text("question"), evidence),
+            gold=row.text(form.query),
+        )
+
+
+def _database_folder(file: Path, form: Layout) -> Path:
+    for folder in form.folders:
+        if (file.parent / folder).is_dir():
+            return file.parent / folder
+    raise DataError(
+        "no databases beside this file", where=file, expected=f"{' or '.join(form.folders)}/"
+    )
+
+
+def _read_list(file: Path) -> list[Row]:
+    try:
+        values = json.loads(file.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror}", where=file) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}", where=file) from error
+    if not isinstance(values, list):
+        raise DataError("not a list of questions", where=file, expected="[{…}, …]")
+    rows = []
+    for number, fields in enumerate(values, start=1):
+        where = f"{file}: question {number}"
+        if not isinstance(fields, dict):
+            raise DataError("not an object", where=where)
+        rows.append(Row(where, fields))
+    return rows
