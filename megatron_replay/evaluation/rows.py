@@ -198,7 +198,7 @@ def append_row(path: Path, row: Row) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    line = json.dumps({"format": FORMAT, **asdict(row)}, ensure_ascii=False, sort_keys=True)
+    line = json.dumps({"format": FORMAT, **asdict(row)}, ensure_ascii=False)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -302,8 +302,9 @@ def _parse(where: str, line: bytes) -> Row:
             raise DataError(f"{problem} field {name!r}", where=where, expected=", ".join(_KINDS))
         if isinstance(values[name], bool) or not isinstance(values[name], _KINDS[name]):
             expected = " or ".join("null" if k is type(None) else k.__name__ for k in _KINDS[name])
+            found = json.dumps(values[name])[:60]
             raise DataError(
-                f"{name!r} is of another type", where=where, expected=expected, found=values[name]
+                f"{name!r} is of another type", where=where, expected=expected, found=found
             )
     try:
         return Row(**values | {"tables": tuple(values["tables"])})
