@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.report import Report, value_at
+from megatron_replay.evaluation.report import Report
+from megatron_replay.evaluation.scores import domain_scores, value_at
 from megatron_replay.files import atomic_file
 
 # Okabe and Ito (2008), without the yellow that vanishes on white: told apart by the colour-blind.
@@ -19,12 +20,12 @@ _FONT = 15
 #: Height of a label as a share of the axes: labels closer than this would overlap.
 _LABEL_HEIGHT = 0.075
 
-#: Kinds of gain, best first: axis title, value, standard error, factor.
+#: Kinds of gain where no task of the domain is scored, best first: axis title, value.
 _GAINS = (
-    ("execution match, %", "execution.accuracy", "execution.standard_error"),
-    ("next token of held-out data, %", "data.accuracy", None),
-    ("next token of the task, %", "task.accuracy", None),
+    ("next token of held-out data, %", "data.accuracy"),
+    ("next token of the task, %", "task.accuracy"),
 )
+_KINDS = ("sql", "choices", "lm_eval")
 
 
 def draw_report(report: Report, path: Path) -> None:
@@ -55,18 +56,15 @@ def draw_report(report: Report, path: Path) -> None:
 
 
 def _draw_gain(axes: Axes, methods: Sequence[Any], colours: dict[str, str]) -> None:
-    drawable = [gain for gain in _GAINS if value_at(methods[0], gain[1]) is not None]
-    if not drawable or value_at(methods[0], "general.delta_perplexity") is None:
+    title, gains = _gains(methods)
+    if not gains or value_at(methods[0], "general.delta_perplexity") is None:
         raise DataError(
             "no gain against forgetting to draw",
-            expected="an evaluation with --general-text and --sql-questions, --data or --task-data",
+            expected="an evaluation with --general-text and --sql, --choices or --data",
         )
-    title, gain_path, error_path = drawable[0]
     points = []
-    for method in methods:
+    for method, (gain, error) in zip(methods, gains, strict=True):
         forgetting = value_at(method, "general.delta_perplexity")
-        gain = 100 * value_at(method, gain_path)
-        error = 100 * value_at(method, error_path) if error_path else None
         axes.errorbar(
             forgetting,
             gain,
@@ -85,6 +83,29 @@ def _draw_gain(axes: Axes, methods: Sequence[Any], colours: dict[str, str]) -> N
     axes.set_ylabel(f"gain: {title}", fontsize=_FONT)
     axes.set_title("Gain against forgetting (up and left is better)", fontsize=_FONT + 1)
     axes.grid(alpha=0.25)
+
+
+def _gains(methods: Sequence[Any]) -> tuple[str, list[tuple[float, float | None]]]:
+    """What the gain is, and each method's with its standard error; no methods where none is."""
+    tasks = list(domain_scores(methods[0]))
+    if tasks:
+        title = f"{tasks[0]}, %" if len(tasks) == 1 else f"mean of {len(tasks)} tasks, %"
+        return title, [_domain_mean(method) for method in methods]
+    for title, path in _GAINS:
+        if value_at(methods[0], path) is not None:
+            return title, [(100 * value_at(method, path), None) for method in methods]
+    return "", []
+
+
+def _domain_mean(method: Any) -> tuple[float, float | None]:
+    """Mean over the domain's tasks; its standard error, the tasks being independent."""
+    scores = domain_scores(method)
+    results = {name: found for kind in _KINDS for name, found in method.get(kind, {}).items()}
+    errors = [results[name].get("standard_error") for name in scores]
+    mean = sum(scores.values()) / len(scores)
+    if any(error is None for error in errors):
+        return mean, None
+    return mean, 100 * sum(error**2 for error in errors) ** 0.5 / len(errors)
 
 
 def _label_points(

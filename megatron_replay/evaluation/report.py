@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation.run_log import RunSummary
+from megatron_replay.evaluation.scores import value_at
 
 Report = dict[str, Any]
 Method = dict[str, Any]
+#: Where a value is in a method's results.
+At = str | tuple[str, ...]
+#: Title, where the value is, how it is written. A column without a value in any row is left out.
+Column = tuple[str, At, Callable[[Mapping[str, Any], At], str | None]]
 
 
 def build_report(
@@ -69,40 +74,51 @@ def read_timings(path: Path) -> dict[str, float]:
     return {name: float(seconds) for name, seconds in timings.items()}
 
 
-def value_at(method: Mapping[str, Any], path: str) -> Any:
-    """``value_at(m, "general.perplexity")``: None where it was not measured."""
-    value: Any = method
-    for key in path.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            return None
-        value = value[key]
-    return value
-
-
 def _number(form: str, scale: float = 1.0) -> Any:
     return lambda method, path: (
         None if value_at(method, path) is None else format(scale * value_at(method, path), form)
     )
 
 
-def _execution(method: Mapping[str, Any], path: str) -> str | None:
-    match = value_at(method, path)
-    if match is None:
+def _accuracy(method: Mapping[str, Any], path: At) -> str | None:
+    found = value_at(method, path)
+    if found is None:
         return None
-    return f"{100 * match['accuracy']:.1f} ± {100 * match['standard_error']:.1f}"
+    return f"{100 * found['accuracy']:.1f} ± {100 * found['standard_error']:.1f}"
 
 
-#: Title, where the value is, how it is written. A column without a value in any row is left out.
-_GAINED = (
-    ("exec match %", "execution", _execution),
-    ("questions", "execution.total", _number("d", 1)),
+def _score(method: Mapping[str, Any], path: At) -> str | None:
+    found = value_at(method, path)
+    if found is None:
+        return None
+    error = found.get("standard_error")
+    return f"{100 * found['score']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def _benchmarks(methods: Sequence[Method], *, general: bool) -> list[Column]:
+    """The columns of each set of questions, in the order in which they are first met."""
+    kinds = (("sql", _accuracy), ("choices", _accuracy), ("lm_eval", _score))
+    found: dict[tuple[str, str], list[Column]] = {}
+    for method in methods:
+        for kind, form in kinds:
+            for name, result in method.get(kind, {}).items():
+                if bool(result.get("general")) is general:
+                    of = (kind, name)
+                    found[of] = [(f"{name} %", of, form)]
+                    if "questions" in result:
+                        found[of].append(("questions", (*of, "questions"), _number("d", 1)))
+    return [column for columns in found.values() for column in columns]
+
+
+_GAINED: Sequence[Column] = (
     ("task perplexity", "task.perplexity", _number(".3f")),
     ("data perplexity", "data.perplexity", _number(".3f")),
     ("data next token %", "data.accuracy", _number(".1f", 100)),
 )
-_KEPT = (
+_KEPT: Sequence[Column] = (
     ("general perplexity", "general.perplexity", _number(".2f")),
     ("Δ perplexity", "general.delta_perplexity", _number("+.2f")),
+    ("retention %", "retention_percent", _number(".1f")),
     ("relative L2 %", "relative_l2_percent", _number(".2f")),
     ("outside mass %", "candidates.outside_mass", _number(".2f", 100)),
     ("restricted loss", "candidates.restricted_loss", _number(".4f")),
@@ -111,14 +127,14 @@ _KEPT = (
     ("run: general perplexity", "run.general_perplexity", _number(".2f")),
     ("run: Δ perplexity", "run.delta_ppl", _number("+.2f")),
 )
-_COST = (
+_COST: Sequence[Column] = (
     ("iterations", "run.iterations", _number("d", 1)),
     ("tokens", "run.tokens", _number(",d", 1)),
     ("seconds", "run.seconds", _number(".1f")),
     ("tokens/s", "run.tokens_per_second", _number(",.0f")),
     ("waiting for data %", "run.data_wait_share", _number(".2f", 100)),
 )
-_STABILITY = (
+_STABILITY: Sequence[Column] = (
     ("final loss", "run.final_loss", _number(".4f")),
     ("loss std", "run.loss_std", _number(".4f")),
     ("loss variance", "run.loss_variance", _number(".3g")),
@@ -131,19 +147,20 @@ _STABILITY = (
 )
 
 
-def _row(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _table(methods: Sequence[Method], columns: Sequence[tuple[str, str, Any]]) -> list[str]:
+def _table(methods: Sequence[Method], columns: Sequence[Column]) -> list[str]:
     """A Markdown table; methods and columns without any value are left out."""
     cells = [[form(method, path) for _, path, form in columns] for method in methods]
     used = [i for i in range(len(columns)) if any(row[i] is not None for row in cells)]
-    lines = [_row(["method", *(columns[i][0] for i in used)])]
+    lines = [markdown_row(["method", *(columns[i][0] for i in used)])]
     lines.append("|---" + "|---:" * len(used) + "|")
     for method, row in zip(methods, cells, strict=True):
         if any(row[i] is not None for i in used):
-            lines.append(_row([method["name"], *(row[i] or "–" for i in used)]))
+            lines.append(markdown_row([method["name"], *(row[i] or "–" for i in used)]))
     return lines if used else ["Not measured."]
 
 
@@ -152,8 +169,8 @@ def render_markdown(report: Report) -> str:
     methods = report["methods"]
     lines = ["# Report", "", "![gain against forgetting](report.png)", ""]
     for title, columns in (
-        ("What it gained", _GAINED),
-        ("What it kept", _KEPT),
+        ("What it gained", [*_benchmarks(methods, general=False), *_GAINED]),
+        ("What it kept", [*_benchmarks(methods, general=True), *_KEPT]),
         ("What it cost", _COST),
         ("How steady it was", _STABILITY),
     ):
@@ -166,8 +183,10 @@ def render_markdown(report: Report) -> str:
     ]
     if report["timings"]:
         lines += ["## Time of the parts", "", "| part | seconds |", "|---|---:|"]
-        lines += [_row([part, f"{seconds:.1f}"]) for part, seconds in report["timings"].items()]
-        lines += [_row(["all", f"{sum(report['timings'].values()):.1f}"]), ""]
+        lines += [
+            markdown_row([part, f"{seconds:.1f}"]) for part, seconds in report["timings"].items()
+        ]
+        lines += [markdown_row(["all", f"{sum(report['timings'].values()):.1f}"]), ""]
     lines += ["## Where the numbers come from", "", "```", *report["commands"], "```", ""]
     for name, entry in report["inputs"].items():
         lines.append(f"- {name}: `{entry['path']}`, SHA-256 `{entry['sha256'][:16]}…`")

@@ -21,12 +21,8 @@ def method(name: str, accuracy: float, change: float, l2: float, **more: Any) ->
         "path": f"runs/{name}",
         "sha256": "0" * 64,
         "key": name,
-        "execution": {
-            "accuracy": accuracy,
-            "standard_error": 0.03,
-            "matches": int(200 * accuracy),
-            "total": 200,
-        },
+        "sql": {"shop.v1": {"accuracy": accuracy, "standard_error": 0.03, "questions": 200}},
+        "choices": {"cloze": {"accuracy": 0.5, "standard_error": 0.02, "general": True}},
         "task": {"perplexity": 1.5, "loss": 0.4, "accuracy": 0.9, "tokens": 10},
         "general": {"perplexity": 20 + change, "delta_perplexity": change, "tokens": 10},
         "relative_l2_percent": l2,
@@ -196,9 +192,10 @@ def test_the_whole_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert report.main(flags) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert capsys.readouterr().out == text
+    assert "| method | shop.v1 % | questions | task perplexity |" in text
     assert "| full softmax | 21.0 ± 3.0 | 200 | 1.500 |" in text
-    assert "| replay | 20.30 | +0.30 | 1.57 | 7.00 | 0.1000 | 0.2000 |" in text
-    assert "| replay\\|ghost | 20.31 | +0.31 | 1.60 | – | – | – |" in text
+    assert "| replay | 50.0 ± 2.0 | 20.30 | +0.30 | 1.57 | 7.00 | 0.1000 | 0.2000 |" in text
+    assert "| replay\\|ghost | 50.0 ± 2.0 | 20.31 | +0.31 | 1.60 | – | – | – |" in text
     assert "| full softmax | 40 | 4,820 | 20.0 | 241 |" in text
     assert "| all | 192.2 |" in text
     assert "next token" not in text  # not measured: no column
