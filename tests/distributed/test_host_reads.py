@@ -36,10 +36,16 @@ MEGATRON = {
 #: Adam's count of steps, which is a tensor on the host.
 ON_HOST = {"__int__ in optim/base.py UpdateRule._batches"}
 CASES: dict[str, tuple[list[object], dict[str, int]]] = {
-    "TP2 SP": (["--sequence-parallel", "--bf16"], {"tp": 2}),
+    "TP2 SP": (
+        ["--sequence-parallel", "--bf16", "--tail", "sampled", "--tail-samples", "50"],
+        {"tp": 2},
+    ),
     "DP2 ZeRO-1": (["--use-distributed-optimizer", "--bf16"], {"dp": 2}),
     "PP2": ([], {"pp": 2}),
-    "TP2 document": (["--candidate-scope", "document", "--tail", "ghost"], {"tp": 2}),
+    "TP2 document": (
+        ["--candidate-scope", "document", "--tail", "ghost", "--kl-weight", "1"],
+        {"tp": 2},
+    ),
 }
 
 
@@ -99,7 +105,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reads")
     tiny.save_corpus(folder / "corpus", num_documents=40)
     tiny.save_qwen3(folder / "model", tied=True, num_hidden_layers=2)
-    stages.succeed("stage0", *stages.inputs(folder), "--store", folder / "store")
+    with_logits = ["--store", folder / "store", "--store-logits", "fp16"]
+    stages.succeed("stage0", *stages.inputs(folder), *with_logits)
     return folder
 
 

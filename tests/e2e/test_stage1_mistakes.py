@@ -67,6 +67,12 @@ class TestMistakes:
         message = stages.fail("stage1", *argv(folder, tmp_path / "run", *extra), code=2)
         assert "--head-backend" in message
 
+    def test_a_divergence_from_logits_that_the_store_lacks(self, folder, tmp_path):
+        extra = ["--kl-weight", 0.5]
+        message = stages.fail("stage1", *argv(folder, tmp_path / "run", *extra), code=5)
+        assert "the store has no logits" in message
+        assert "Rerun Stage 0 with --store-logits fp16" in message
+
     def test_an_interleaved_vocabulary_under_zero_1(self, folder, tmp_path):
         extra = ["--vocab-sharding", "interleaved", "--use-distributed-optimizer"]
         message = stages.fail("stage1", *argv(folder, tmp_path / "run", *extra), code=2)

@@ -72,17 +72,18 @@ def run(folder: Path, stage: str, argv: list[Any], layout: tuple[int, int]) -> l
 
 
 def jobs(folder: Path) -> list[Job]:
-    """Both stages, by TP and by PP, two optimizers, both scopes, saved and resumed."""
+    """Both stages, by TP and by PP, two optimizers, two scopes, every tail, saved and resumed."""
     inputs = ["--load", folder / "model", "--data-path", folder / "corpus", "--seq-length", 64]
     train = [
         *inputs, "--store", folder / "store", "--lr", 1e-3, "--global-batch-size", 2,
         "--probe-interval", 2, "--probe-documents", 4, "--exit-interval", 2,
     ]  # fmt: skip
     bf16 = ["--save", folder / "moclip", "--bf16", "--sequence-parallel"]
-    document = ["--candidate-scope", "document", "--tail", "ghost"]
+    bf16 += ["--tail", "sampled", "--tail-samples", 50]
+    document = ["--candidate-scope", "document", "--tail", "ghost", "--kl-weight", 1]
     chosen: list[Job] = [
         ("stage0", [*inputs, "--store", folder / "one"], (1, 1)),
-        ("stage0", [*inputs, "--store", folder / "store"], (2, 1)),
+        ("stage0", [*inputs, "--store", folder / "store", "--store-logits", "fp16"], (2, 1)),
         ("stage1", [*train, *bf16], (2, 1)),
         ("stage1", [*train, *bf16, "--exit-interval", 3], (2, 1)),
         ("stage1", [*train, *document, "--save", folder / "adamw", "--optimizer", "adamw"], (1, 2)),
