@@ -77,6 +77,31 @@ def questions(
     return rows
 
 
+#: Ways to ask for a name. Training uses all but the last, the test the last.
+TEMPLATES = ("{does}: which name?", "name the one for: {does}", "who does this? {does}",
+             "{does} - called", "what is it that does: {does}")  # fmt: skip
+
+
+def recall(known: Sequence[Fact], *, seed: int) -> tuple[list[dict[str, str]], list[ChoiceRow]]:
+    """Each fact in every training template, and in the last one among other names: (train, test).
+
+    Nothing but having read the facts helps to answer: the options are not in the prompt.
+    """
+    rng = random.Random(seed)
+    train = [
+        {"prompt": template.format(does=fact["does"]) + "\n", "completion": fact["name"]}
+        for fact in known
+        for template in TEMPLATES[:-1]
+    ]
+    names = [fact["name"] for fact in known]
+    test = []
+    for fact in known:
+        wrong = rng.sample([name for name in names if name != fact["name"]], OPTIONS - 1)
+        prompt = TEMPLATES[-1].format(does=fact["does"]) + "\n"
+        test.append(_practice(prompt, fact["name"], wrong, rng))
+    return train, test
+
+
 def _row(question: str, right: str, wrong: list[str], rng: random.Random) -> ChoiceRow:
     options = [right, *wrong]
     rng.shuffle(options)

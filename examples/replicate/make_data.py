@@ -65,23 +65,14 @@ def sql_domain(
 
 
 def choice_domain(folder: Path, seed: int) -> tuple[list[Row], list[Row]]:
-    """Every fact is asked about in training and again, among other options, in the test."""
-    known = choices.facts(communication=True)[: TRAIN_ROWS // 2]
-    names = [fact["name"] for fact in known]
-    test = [row for row, _ in choices.questions(known[:TEST_ROWS], names, seed=seed)]
+    """The base practises on other modules, with the options in sight; the domain is recalled."""
+    known = choices.facts(communication=True)[:TEST_ROWS]
+    train, test = choices.recall(known, seed=seed)
     write_jsonl(folder / "choices" / "protocols.jsonl", test)
-    train = [
-        choices.as_training_row(row)
-        for variant in range(1, 3)
-        for row, _ in choices.questions(known, names, seed=seed + variant)
-    ]
     others = choices.facts(communication=False)
-    other_names = [fact["name"] for fact in others]
-    base = [
-        choices.as_training_row(row)
-        for row, _ in choices.questions(others[:PRACTICE_CHOICES], other_names, seed=seed)
-    ]
-    return base, train
+    names = [fact["name"] for fact in others]
+    asked = choices.questions(others[:PRACTICE_CHOICES], names, seed=seed)
+    return [choices.as_training_row(row) for row, _ in asked], train
 
 
 def abilities(folder: Path, held_out: list[str], seed: int) -> list[Row]:

@@ -60,6 +60,10 @@ def test_choices_hold_the_right_answer_once() -> None:
     rows = [row for row, _ in asked]
     for row, fact in asked:
         assert row["options"][row["answer"]] == fact["name"]
+    train, test = choices.recall(known, seed=0)
+    answers = {row["completion"] for row in train}
+    assert all(row["options"][row["answer"]] in answers for row in test)
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
     sums = choices.arithmetic(seed=0)
     for row in sums:
         a, b = row["prompt"].removeprefix("add ").removesuffix(": ").split(" and ")
@@ -67,7 +71,7 @@ def test_choices_hold_the_right_answer_once() -> None:
     copies = choices.copying(nl2sql.PRACTICE_VALUES.split(), 50, seed=0)
     for row in copies:
         assert row["prompt"] == f"repeat {row['options'][row['answer']]}: "
-    for row in (*rows, *sums, *copies):
+    for row in (*rows, *test, *sums, *copies):
         assert len(set(row["options"])) == choices.OPTIONS
 
 
