@@ -14,6 +14,7 @@ LR = 2e-4
 #: Rates of the sweeps; MoClip moves less at the same rate (docs/method.md).
 ADAMW_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
 MOCLIP_RATES = (2e-4, 4e-4, 8e-4)
+PAPERS_RATES = (1e-4, 2e-4, 4e-4)
 #: The rate of this method is found: at which AdamW moves the weights as far as the paper's recipe.
 MATCHED, MATCHED_TO = "AdamW, matched", "Dyn. Top-K + MoClip"
 
@@ -93,19 +94,22 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def paper_tables(base: str, size: str, seeds: Iterable[int]) -> Iterator[Run]:
-    """The paper's tables 1 to 6, seed by seed."""
+def methods(base: str, size: str, seeds: Iterable[int]) -> Iterator[Run]:
+    """The paper's tables 1 to 3 and 6, seed by seed."""
+    store = Store(base=base, size=size)
+    for seed, (method, (loss, optim)) in product(seeds, METHODS.items()):
+        ours = method == MATCHED_TO
+        yield Run(
+            method=method, store=store, loss=loss, optimizer=optim, seed=seed,
+            lr=None if method == MATCHED else LR,
+            tables=("methods", "positions", "angles", "coverage") if ours else ("methods",),
+        )  # fmt: skip
+
+
+def ablations(base: str, size: str, seeds: Iterable[int]) -> Iterator[Run]:
+    """The paper's tables 4 and 5, and the coverage tau; their middle is in `methods`."""
     store = Store(base=base, size=size)
     for seed in seeds:
-        for method, (loss, optim) in METHODS.items():
-            lr = None if method == MATCHED else LR
-            tables = ("methods",) if method != MATCHED_TO else (
-                "methods", "positions", "angles", "coverage"
-            )  # fmt: skip
-            yield Run(
-                method=method, store=store, loss=loss, optimizer=optim, seed=seed, tables=tables,
-                lr=lr,
-            )  # fmt: skip
         ours = Run(
             method=MATCHED_TO, store=store, loss=REPLAY, optimizer=MOCLIP, seed=seed, tables=()
         )
@@ -162,6 +166,8 @@ def adamw_sweep(
     """Three losses over learning rates, so that a curve is compared with a curve."""
     store = Store(base=base, size=size, strategy="all", logits=True)
     for seed, (method, loss), lr in product(seeds, SWEPT.items(), rates):
+        if loss == REPLAY and lr not in PAPERS_RATES:
+            continue
         yield Run(
             method=method, store=store, loss=loss, optimizer=ADAMW, seed=seed, lr=lr,
             tables=("remedies", "sweep") if lr == LR else ("sweep",),
@@ -189,21 +195,27 @@ def plan(name: str) -> list[Run]:
 
 def _quick() -> Iterator[Run]:
     """One base, one seed."""
-    yield from paper_tables("competent", "small", [0])
+    yield from methods("competent", "small", [0])
+    yield from ablations("competent", "small", [0])
 
 
 def _paper() -> Iterator[Run]:
+    """Ablations on the base that the method is meant for."""
     for seed in range(3):
-        for base in ("competent", "ignorant"):
-            yield from paper_tables(base, "small", [seed])
+        yield from methods("competent", "small", [seed])
+        yield from methods("ignorant", "small", [seed])
+        yield from ablations("competent", "small", [seed])
 
 
 def _evidence() -> Iterator[Run]:
     """Seed by seed, so that what is done at any moment covers all of it."""
-    for seed, base in product(range(5), ("competent", "ignorant")):
+    seeds, bases = range(5), ("competent", "ignorant")
+    for seed, base in product(seeds, bases):
         yield from adamw_sweep(base, "small", [seed])
         yield from remedies(base, "small", [seed])
-        yield from adamw_sweep(base, "large", [seed], rates=(1e-4, 2e-4, 4e-4))
+    for seed, base in product(seeds, bases):
+        yield from adamw_sweep(base, "large", [seed], rates=PAPERS_RATES)
+    for seed, base in product(seeds, bases):
         yield from moclip_sweep(base, "small", [seed])
 
 
