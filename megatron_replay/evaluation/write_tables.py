@@ -1,4 +1,4 @@
-"""``tables.md``, ``tables.json``, a CSV for each table: all that is told of a file of rows."""
+"""``tables.md``, ``tables.json``, a CSV a table, a PNG a figure: all that rows tell."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation import table_text
 from megatron_replay.evaluation.curve_tables import compare_curves
+from megatron_replay.evaluation.paper_figures import draw_figures
 from megatron_replay.evaluation.paper_tables import paper_tables
 from megatron_replay.evaluation.rows import Row
 from megatron_replay.files import atomic_file, write_json
@@ -44,6 +45,10 @@ def write_tables(
     for table in tables:
         lines += table_text.markdown_table(table)
     lines += table_text.markdown_comparisons(comparisons)
+    if figures:
+        lines += ["## Figures", ""]
+        lines += [f"![{name.removesuffix('.png')}]({name})" for name in draw_figures(rows, output)]
+        lines += [""]
     lines += table_text.sources(tables)
     lines += ["Made by", "", "```", command, "```"]
     markdown = "\n".join(lines) + "\n"

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.image import imread
 
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.curve_tables import compare_curves
+from megatron_replay.evaluation.paper_figures import draw_figures
 from megatron_replay.evaluation.paper_tables import paper_tables
 from megatron_replay.evaluation.rows import Row, append_row, base_row, read_rows
 from megatron_replay.evaluation.table_text import markdown_table
@@ -216,6 +218,24 @@ def test_the_row_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         report.main(["tables", f"--rows={rows}", "--reference=x", f"--output-dir={tmp_path}"]) == 2
     )
     assert "--reference: no row of this method (expected Base or Replay" in capsys.readouterr().err
+
+
+def test_the_figures(tmp_path: Path) -> None:
+    """Each is drawn where its rows are there; its paper is neither blank nor black."""
+    kinds = (("positions", "all"), ("positions", ""), ("angles", "30"), ("angles", ""))
+    rows = methods() + sweep()
+    rows += [
+        row("ours", seed=s, tables=(kind,), variant=variant, **OF,
+            evaluation=entry(0.4 + 0.01 * s, 0.5, 0.7, 0.1, 1.0))
+        for kind, variant in kinds for s in range(2)
+    ]  # fmt: skip
+    of_base = [f"figure{number}-small-1M.png" for number in (2, 3, 4)]
+    assert draw_figures(rows, tmp_path) == [*of_base, "pareto.png"]
+    for name in (*of_base, "pareto.png"):
+        image = imread(tmp_path / name)
+        assert image.shape[1] >= 1000
+        assert 0.01 < (image[..., :3].min(-1) < 0.9).mean() < 0.5
+    assert draw_figures([one for one in rows if one.is_base], tmp_path) == []
 
 
 def test_numbers_that_are_not_finite() -> None:

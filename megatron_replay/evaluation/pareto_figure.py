@@ -1,0 +1,123 @@
+"""Forgetting against gain: a curve a method over its learning rates, a panel a base and size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from megatron_replay.evaluation import scores
+from megatron_replay.evaluation.comparison import Measure
+from megatron_replay.evaluation.figure_style import (
+    FONT,
+    Style,
+    deviation,
+    new_figure,
+    over_seeds,
+    save,
+    styles,
+    tidy,
+)
+from megatron_replay.evaluation.paper_tables import sweeps
+from megatron_replay.evaluation.rows import Row
+from megatron_replay.evaluation.tables import Group, groups_of, in_table
+
+#: ΔPPL is drawn to a logarithmic scale where it spans more than this.
+_LOG_FROM = 20.0
+Place = tuple[float, float, float, float, float]
+
+
+def draw_pareto(rows: Sequence[Row], path: Path) -> bool:
+    """Draw all panels; False where no method was run at two learning rates."""
+    curves = {group: _curves(rows, group) for group in groups_of(rows)}
+    curves = {group: own for group, own in curves.items() if any(len(p) > 1 for p in own.values())}
+    if not curves:
+        return False
+    names = list(dict.fromkeys(name for own in curves.values() for name in own))
+    swept = {name for own in curves.values() for name, points in own.items() if len(points) > 1}
+    style = styles(sorted(names, key=lambda name: name not in swept))
+    columns = min(2, len(curves))
+    lines = -(-len(curves) // columns)
+    legend = -(-len(names) // 4)
+    figure = new_figure(10 * columns, 7.5 * lines + 0.4 * legend)
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes, (group, own) in zip(panels, curves.items(), strict=False):
+        _draw(axes, own, style)
+        tidy(axes, ", ".join(part for part in group if part) or "sweep of learning rates")
+    for axes in panels[len(curves) :]:
+        axes.set_visible(False)
+    found: dict[str, Any] = {}
+    for axes in panels[: len(curves)]:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        [found[name] for name in style], list(style), loc="outside lower center",
+        ncols=4 if columns > 1 else 2, fontsize=FONT, frameon=False,
+    )  # fmt: skip
+    figure.suptitle(
+        "Forgetting against gain over learning rates (right and down is better), "
+        "± standard deviation; labels: learning rates",
+        fontsize=FONT + 2,
+    )
+    save(figure, path)
+    return True
+
+
+def _curves(rows: Sequence[Row], group: Group) -> dict[str, list[Place]]:
+    """Method → (learning rate, score, its deviation, ΔPPL, its deviation), by learning rate."""
+    domain = scores.domain_mean(in_table(rows, "sweep", group))
+    found = {name: _points(own, domain) for name, own in sweeps(rows, group).items()}
+    return {name: points for name, points in found.items() if points}
+
+
+def _points(rows: Sequence[Row], domain: Measure) -> list[Place]:
+    points = []
+    for lr in sorted({row.lr or 0.0 for row in rows}):
+        own = [row for row in rows if row.lr == lr]
+        x, y = over_seeds(own, domain), over_seeds(own, scores.FORGETTING.measure)
+        if x and y:
+            points.append((lr, x.mean, deviation(x), y.mean, deviation(y)))
+    return points
+
+
+def _draw(axes: Axes, curves: dict[str, list[Place]], style: dict[str, Style]) -> None:
+    for name, points in curves.items():
+        look, alone = style[name], len(points) == 1
+        lrs, x, x_error, y, y_error = zip(*points, strict=True)
+        axes.errorbar(
+            x, y, xerr=x_error, yerr=y_error, label=name, color=look.colour,
+            marker=look.marker, markersize=11, linewidth=0 if alone else 2.2, elinewidth=1.2,
+            capsize=3, markerfacecolor="white" if alone else look.colour, markeredgewidth=1.8,
+        )  # fmt: skip
+        for lr, u, v in zip(lrs, x, y, strict=True):
+            if not alone:
+                axes.annotate(
+                    _short(lr), (u, v), xytext=(8, -15),
+                    textcoords="offset points", fontsize=FONT - 3, color=_darker(look.colour),
+                    path_effects=[withStroke(linewidth=3, foreground="white")], zorder=4,
+                )  # fmt: skip
+    values = [point[3] for points in curves.values() for point in points]
+    if min(values) > 0 and max(values) > _LOG_FROM * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("domain score, mean, %")
+    scale = ", log scale" if axes.get_yscale() == "log" else ""
+    axes.set_ylabel(f"forgetting: ΔPPL on general text{scale}")
+    axes.grid(alpha=0.25)
+
+
+def _short(lr: float) -> str:
+    """``2e-4``, ``1.2e-5``."""
+    return f"{lr:.1e}".replace(".0e", "e").replace("e-0", "e-")
+
+
+def _darker(colour: str) -> tuple[float, ...]:
+    """Light colours are good for markers and too pale for text."""
+    return tuple(0.65 * part for part in to_rgb(colour))
