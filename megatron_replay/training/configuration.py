@@ -15,7 +15,14 @@ from megatron_replay.files import atomic_file
 FILE = "resolved_config.yaml"
 #: The rest may differ from one start to the next without other weights coming of it.
 _SECTIONS = ("model", "data", "loss", "optimizer", "training")
-_WITHOUT_EFFECT = ("save", "save_interval", "exit_interval", "log_interval", "tensorboard_dir")
+_WITHOUT_EFFECT = (
+    "save",
+    "save_interval",
+    "exit_interval",
+    "log_interval",
+    "tensorboard_dir",
+    "refresh_store",  # which other store it had, --store tells
+)
 
 
 def changes(directory: Path, config: Stage1Config) -> list[str]:

@@ -67,6 +67,7 @@ def test_a_run_is_refreshed_when_told_and_its_batches_stay(tmp_path):
     assert f"candidates from iteration 3 on: {tmp_path / 'after'}\n" in said
     said = stages.succeed("stage1", *argv(run, "after"))  # its own by now
     assert "candidates from" not in said
+    assert "changed" not in said
     lines = read_metrics(run / "metrics.jsonl")
     assert [(x["iteration"], x["store"]) for x in lines if "store" in x] == [
         (2, str(tmp_path / "after"))
