@@ -56,17 +56,12 @@ def measure(
             **_choices(model, tokenizer, inputs.choices, settings, False, progress),
             **_choices(model, tokenizer, inputs.general_choices, settings, True, progress),
         },
-        "lm_eval": {
-            **run_tasks(
-                model,
-                tokenizer.path,
-                inputs.lm_eval(),
-                batch_size=settings.batch_size,
-                progress=progress,
-            )
-        },
         **_perplexities(model, tokenizer, inputs, settings, f"{path.name}: ", progress),
     }
+    if tasks := inputs.lm_eval():
+        result["lm_eval"] = run_tasks(
+            model, tokenizer.path, tasks, batch_size=settings.batch_size, progress=progress
+        )
     if inputs.data_path and inputs.store:
         corpus, reader = Corpus(inputs.data_path), CandidateReader(inputs.store)
         reader.require(corpus_fingerprint=corpus.fingerprint)

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.inputs import Inputs, Settings
+from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval
 from megatron_replay.evaluation.measurements import Result, measure
 from megatron_replay.evaluation.retention import general_scores, retention
 from megatron_replay.evaluation.weight_distance import relative_l2, weight_files
@@ -46,7 +47,7 @@ def evaluate(
     Raises:
         ConfigError, DataError, CheckpointError, StoreError: something given cannot be used.
     """
-    hashes = inputs.sha256()
+    hashes, tasks = inputs.sha256(), inputs.lm_eval()
     base_sha256 = model_sha256(base)
     tokens = load_tokenizer(tokenizer or base)
     done = {result["key"]: result for result in _previous(output)}
@@ -58,12 +59,16 @@ def evaluate(
             for name, path in inputs.paths().items()
         },
         "settings": asdict(settings),
+        "lm_eval_version": require_lm_eval() if tasks else None,
         "tokenizer": tokens.fingerprint,
         "models": [],
     }
+    decisive = dict(hashes)
+    if tasks:
+        decisive["lm_eval"] = repr((document["lm_eval_version"], tasks.general, tasks.domain))
     for name, path in {BASE: base, **models}.items():
         sha256 = model_sha256(path)
-        key = _key(sha256, base_sha256, tokens.fingerprint, hashes, settings)
+        key = _key(sha256, base_sha256, tokens.fingerprint, decisive, settings)
         if key in done:
             result = done[key] | {"name": name, "path": str(path)}
         else:
@@ -113,7 +118,13 @@ def read_evaluation(path: Path) -> Result:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"not an evaluation: {error}", where=path) from error
     if version != FORMAT:
-        raise DataError("another format of evaluation", where=path, expected=FORMAT, found=version)
+        raise DataError(
+            "another format of evaluation",
+            where=path,
+            expected=FORMAT,
+            found=version,
+            fix="Measure again with tools/evaluate.py, into another file",
+        )
     return document
 
 
