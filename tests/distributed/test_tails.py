@@ -6,6 +6,7 @@ Shapes: T positions, V vocabulary, H hidden channels.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_replay.config.stage1 import LossConfig
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.data.tail_sample import draw_ids
 from megatron_replay.functional.shard_head import VocabShard
 from megatron_replay.kernels.cpu.head import head as cpu_head
 from megatron_replay.store import CandidateReader
+from megatron_replay.training.work import WorkMaker
 from tests import pool, tiny
 from tests.e2e import stages
 from tests.functional import tails
@@ -64,6 +67,17 @@ def test_losses_and_gradients_equal_dense(interleaved: bool) -> None:
         dW_VH = torch.stack(shards, 1).flatten(0, 1) if interleaved else torch.cat(shards)
         for ours, exact in zip((loss_T, dH_TH, dW_VH), tails.dense(case, **options), strict=True):
             assert error(ours, exact) < 2e-6, number
+
+
+def test_a_draw_is_that_of_the_step_and_of_the_micro_batchs_place() -> None:
+    loss = LossConfig(store="store", tail="sampled", tail_samples=9)
+    groups = SimpleNamespace(last_stage=True, dp_size=2, dp_rank=1)
+    config = SimpleNamespace(loss=loss, training=SimpleNamespace(seed=7))
+    maker: Any = SimpleNamespace(config=config, groups=groups, vocab_size=100)
+    expected = draw_ids(100, 9, seed=7, iteration=5, micro_batch=7).tolist()
+    found = WorkMaker._drawn_ids(maker, 5, 3)
+    assert found is not None
+    assert found.tolist() == expected
 
 
 def steps(folder: Path, save: Path, stop: int, *flags: object, **layout: int) -> list[float]:
