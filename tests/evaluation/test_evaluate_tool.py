@@ -46,6 +46,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     choice = {"prompt": "who?\n", "options": ["you", "me"], "answer": 1}
     write_rows(site / "choices.jsonl", choice, choice | {"answer": 0})
+    write_rows(site / "wrong.jsonl", choice | {"options": ["me"] * 2})  # the first of equals wins
     connection = sqlite3.connect(site / "database.sqlite")
     connection.execute("create table book (title text)")
     connection.execute("insert into book values ('a')")
@@ -185,6 +186,13 @@ def test_reuses_what_is_unchanged(
         (["--model=a=x", "--model=a=y"], 2, "a is given twice"),
         (["--store={site}/store"], 2, "--data-path and --store are given together"),
         (["--sql=books"], 2, "--sql: not a name and a path (expected NAME=DIR; found books)"),
+        (["--sql=books={site}/store"], 3, "store: no layout of SQL questions that is known"),
+        (["--choices=c={site}/missing"], 3, "no such file, given as --choices"),
+        (["--choices=c={site}/text.jsonl"], 3, "text.jsonl:1: missing key (expected 'prompt'"),
+        (["--choices=c={site}/c", "--general-choices=c={site}/c"], 2, "have one name"),
+        (["--lm-eval-tasks=c"], 2, "--lm-eval-include-path are given together"),
+        (["--general-choices=c={site}/wrong.jsonl"], 3, "benchmark c: the base scores 0"),
+        (["--sql=books={site}", "--max-new-tokens=510"], 3, "questions.jsonl:1: prompt and answer"),
         (["--window=0"], 2, "--window: must be positive (found 0)"),
         (["--data={site}/missing"], 3, "no such file, given as --data"),
         (["--task-data={site}/text.jsonl"], 3, "text.jsonl:1"),

@@ -1,0 +1,113 @@
+"""Three layouts of SQL questions, one prompt, and the mistakes in them."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_replay.data.database import schema_lines
+from megatron_replay.data.sql_sets import read_questions, read_sql_set, sql_set_files
+from megatron_replay.errors import DataError
+
+BOOKS = 'create table book (\n  title text, -- as printed\n  "-- pages" integer /* > 0 */)'
+QUESTION = {"db_id": "shop", "question": " How many? ", "query": "select 1", "SQL": "select 2"}
+
+
+def write_database(path: Path, *statements: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path)
+    for statement in statements:
+        connection.execute(statement)
+    connection.commit()
+    connection.close()
+    return path
+
+
+def write_set(folder: Path, databases: str, rows: Any) -> Path:
+    write_database(folder / databases / "shop" / "shop.sqlite", BOOKS, "create table b (x)")
+    (folder / "dev.json").write_text(json.dumps(rows))
+    return folder
+
+
+def test_schema_lines(tmp_path: Path) -> None:
+    counted = "create table n (i integer primary key autoincrement)"  # adds sqlite_sequence
+    path = write_database(tmp_path / "d.sqlite", BOOKS, counted, "create index i on book (title)")
+    assert schema_lines(path) == [
+        'CREATE TABLE book ( title text, "-- pages" integer )',
+        counted.replace("create table", "CREATE TABLE"),
+    ]
+
+
+def test_spider(tmp_path: Path) -> None:
+    folder = write_set(tmp_path, "database", [QUESTION, QUESTION | {"question": "Which?"}])
+    first, second = read_sql_set(folder)
+    assert first.prompt == (
+        'CREATE TABLE book ( title text, "-- pages" integer );\nCREATE TABLE b (x);\n'
+        "\nQuestion: How many?\nSQL:\n"
+    )
+    assert (first.gold, first.database.name) == ("select 1", "shop.sqlite")
+    assert second.where.endswith("dev.json: question 2")
+    assert sql_set_files(folder) == [folder / "dev.json", first.database]
+
+
+def test_bird(tmp_path: Path) -> None:
+    rows = [QUESTION | {"evidence": "all of them"}, QUESTION | {"evidence": ""}]
+    first, second = read_sql_set(write_set(tmp_path, "dev_databases", rows))
+    assert first.prompt.endswith("\n\nEvidence: all of them\nQuestion: How many?\nSQL:\n")
+    assert second.prompt.endswith(";\n\nQuestion: How many?\nSQL:\n")
+    assert first.gold == "select 2"
+
+
+def test_plain(tmp_path: Path) -> None:
+    database = write_database(tmp_path / "database.sqlite", BOOKS)
+    rows = tmp_path / "questions.jsonl"
+    rows.write_text('{"prompt": "p\\n", "completion": "select 3"}\n')
+    [question] = read_sql_set(tmp_path)
+    assert (question.prompt, question.gold, question.database) == ("p\n", "select 3", database)
+    assert question.where == f"{rows}:1"
+    assert sql_set_files(tmp_path) == [rows, database]
+
+
+def test_a_training_file_finds_its_databases(tmp_path: Path) -> None:
+    folder = write_set(tmp_path, "train_databases", [])
+    (folder / "train.json").write_text(json.dumps([QUESTION]))
+    [question] = read_questions(folder / "train.json", "bird")
+    assert question.database == folder / "train_databases" / "shop" / "shop.sqlite"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([QUESTION, QUESTION | {"db_id": "x"}], "dev.json: question 2: no such database"),
+        ([{"db_id": "shop"}], "dev.json: question 1: missing key (expected 'question'"),
+        ([QUESTION, 1], "dev.json: question 2: not an object"),
+        ({}, "dev.json: not a list of questions"),
+        ([], "no questions"),
+    ],
+)
+def test_mistakes(tmp_path: Path, rows: Any, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_sql_set(write_set(tmp_path, "database", rows))
+    assert message in str(caught.value)
+
+
+def test_unknown_layouts(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no layout .*found nothing"):
+        read_sql_set(tmp_path)
+    with pytest.raises(DataError, match=r"no layout .*found no directory"):
+        read_sql_set(tmp_path / "missing")
+    (tmp_path / "dev.json").write_text("[")
+    with pytest.raises(DataError, match=r"no layout .*found dev\.json"):
+        read_sql_set(tmp_path)
+    with pytest.raises(DataError, match=r"no databases beside this file .*database/"):
+        list(read_questions(tmp_path / "dev.json", "spider"))
+    (tmp_path / "database").mkdir()
+    with pytest.raises(DataError, match="not JSON"):
+        read_sql_set(tmp_path)
+    (tmp_path / "dev_databases").mkdir()
+    with pytest.raises(DataError, match="no layout"):  # two of them
+        read_sql_set(tmp_path)

@@ -1,0 +1,120 @@
+"""lm-eval: which number is a task's score, which files decide it, and, where it is, a real run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval, task_files, task_score
+from tests.evaluation.models import save_model
+from tools import evaluate
+
+#: What lm_eval 0.4.13 returned for a task, two groups, and a task with a perplexity, less the rest.
+RESULTS: dict[str, Any] = {
+    "results": {
+        "plain": {
+            "name": "plain", "alias": "plain", "sample_len": 300,
+            "acc,none": 0.25, "acc_stderr,none": 0.02,
+            "acc_norm,none": 0.5, "acc_norm_stderr,none": "N/A",
+        },
+        "mean": {
+            "alias": "mean", "name": "mean", "sample_len": 300,
+            "exact_match,custom-extract": 0.125, "exact_match_stderr,custom-extract": "N/A",
+            "sample_count": {"exact_match,custom-extract": 300},
+        },
+        "ppl": {"alias": "ppl", "word_perplexity,none": 9.0, "word_perplexity_stderr,none": "N/A"},
+    },
+    "group_subtasks": {"mean": ["plain"], "loose": ["plain", "ppl"]},
+    "higher_is_better": {
+        "plain": {"acc": True, "acc_norm": True}, "mean": {"exact_match": True},
+        "ppl": {"word_perplexity": False},
+    },
+}  # fmt: skip
+
+
+def test_the_score_is_the_first_metric() -> None:
+    assert task_score(RESULTS, "plain", general=True) == {
+        "score": 0.25, "metric": "acc,none", "standard_error": 0.02, "questions": 300,
+        "general": True,
+    }  # fmt: skip
+    found = task_score(RESULTS, "mean", general=False)
+    assert (found["score"], found["metric"]) == (0.125, "exact_match,custom-extract")
+    assert found["standard_error"] is None
+
+
+def test_what_has_no_score_to_keep_is_refused() -> None:
+    with pytest.raises(DataError, match=r"task loose: the group has no score .*plain,ppl"):
+        task_score(RESULTS, "loose", general=True)
+    with pytest.raises(DataError, match="task ppl: word_perplexity is better when lower"):
+        task_score(RESULTS, "ppl", general=True)
+    assert task_score(RESULTS, "ppl", general=False)["score"] == 9.0
+
+
+def test_local_data_that_a_task_names_decides_too(tmp_path: Path) -> None:
+    tasks, data = tmp_path / "tasks", tmp_path / "data"
+    data.mkdir()
+    for name in ("a.jsonl", "b-1.jsonl", "b-2.jsonl", "unused.jsonl"):
+        (data / name).touch()
+    tasks.mkdir()
+    (tasks / "functions.py").touch()
+    (tasks / "task.yaml").write_text(
+        f"task: one\ndataset_path: json\nprocess_docs: !function functions.pick\n"
+        f"dataset_kwargs: {{data_files: {{test: {data}/a.jsonl, train: ['{data}/b-*.jsonl']}}}}\n"
+    )
+    assert [path.name for path in task_files(tasks)] == [
+        "a.jsonl", "b-1.jsonl", "b-2.jsonl", "functions.py", "task.yaml"
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="no task's YAML file here"):
+        task_files(data)
+
+
+def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match=r"not installed.*pip install 'megatron-replay\[eval\]'"):
+        require_lm_eval()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm_eval: see requirements/eval.txt"
+)
+@pytest.mark.filterwarnings("default")  # the harness's libraries have their own
+def test_a_real_run_agrees_with_our_own_choices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    base = save_model(tmp_path / "base")
+    scaled = {k: 8 * v for k, v in load_file(base / "model.safetensors").items()}
+    save_file(scaled, base / "model.safetensors", metadata={"format": "pt"})
+    rows = [
+        {"prompt": f"{i}?", "options": [f"x{i}", "yes", f"{i * i}"], "answer": i % 3}
+        for i in range(60)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks").mkdir()
+    task = {
+        "task": "rows", "dataset_path": "json", "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "target_delimiter": "",
+        "doc_to_choice": "{{options}}", "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (tmp_path / "tasks" / "rows.yaml").write_text(json.dumps(task))
+    given = [
+        f"--base={base}", f"--output={tmp_path / 'eval.json'}", "--lm-eval-tasks=rows",
+        f"--lm-eval-include-path={tmp_path / 'tasks'}",
+        f"--choices=ours={tmp_path / 'rows.jsonl'}",
+    ]  # fmt: skip
+    assert evaluate.main(given) == 0
+    [entry] = json.loads((tmp_path / "eval.json").read_text())["models"]
+    assert entry["lm_eval"]["rows"]["score"] == entry["choices"]["ours"]["accuracy"]
+    assert math.isfinite(entry["lm_eval"]["rows"]["standard_error"])
+    assert entry["retention"] == {"rows": 100.0}
+    assert evaluate.main([*given, "--lm-eval-tasks=nothing"]) == 3
