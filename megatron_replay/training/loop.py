@@ -39,7 +39,6 @@ from megatron_replay.optim.build import (
     apply_hyperparameters,
     build_optimizer,
     kernels_of,
-    state_kind,
 )
 from megatron_replay.optim.schedule import learning_rate
 from megatron_replay.parallel import Parallel
@@ -209,7 +208,7 @@ class Trainer:
         )
 
     def _resume(self) -> TrainState:
-        identity = self._identity()
+        identity = refresh.identity(self.config, self.corpus, self.reader, self.lengths)
         allowed = self.config.loss.refresh_store
         iteration = self.groups.broadcast(latest_iteration(self.directory))
         if self.groups.rank == 0:
@@ -243,28 +242,6 @@ class Trainer:
                 print(f"changed since it last ran: {', '.join(changed)}", file=sys.stderr)
         self.is_refreshed = refresh.is_refreshed(state.identity, identity)
         return dataclasses.replace(state, identity=identity)
-
-    def _identity(self) -> dict[str, Any]:
-        """What a resumed run must agree on: which documents an iteration sees, what is stored."""
-        restricted = self.config.loss.loss == "restricted"
-        drops_unread = restricted and self.config.training.drop_unread_tokens
-        store = {}
-        if restricted:
-            assert self.reader is not None
-            store = refresh.store_identity(
-                self.reader.description, self.lengths, drop_unread_tokens=drops_unread
-            )
-        return store | {
-            "corpus_fingerprint": self.corpus.fingerprint,
-            "seq_length": self.config.data.seq_length,
-            "long_documents": self.config.data.long_documents,
-            "pack_documents": self.config.data.pack_documents,
-            "drop_unread_tokens": drops_unread,
-            "global_batch_size": self.config.training.global_batch_size,
-            "seed": self.config.training.seed,
-            "optimizer_state": state_kind(self.config.optimizer),
-            "use_distributed_optimizer": self.config.optimizer.use_distributed_optimizer,
-        }
 
     def _start_loader(self) -> Loader[GlobalWork]:
         """What is left of the run, a step's work at a time."""

@@ -1,4 +1,6 @@
-"""Refresh: a run goes on with the candidates of its own checkpoint, made by Stage 0 meanwhile.
+"""What a run that goes on must agree on, and refresh: the one thing that it may change when told.
+
+Refreshed, it goes on with the candidates of its own checkpoint, made by Stage 0 meanwhile.
 
 Batches must stay those of the run: which documents an iteration sees may not depend on which store
 it has. Under --drop-unread-tokens the lengths to pack do, by each document's last recorded
@@ -16,8 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_replay.config import Stage1Config
+from megatron_replay.data.corpus import Corpus
 from megatron_replay.errors import ConfigError
-from megatron_replay.store import StoreDescription
+from megatron_replay.optim.build import state_kind
+from megatron_replay.store import CandidateReader, StoreDescription
 
 #: Names in a run's identity.
 STORE, POSITIONS = "store", "last recorded positions"
@@ -29,23 +34,51 @@ FIXES = {
 }
 
 
-def store_identity(
-    description: StoreDescription, lengths: npt.NDArray[np.int32], *, drop_unread_tokens: bool
-) -> dict[str, str]:
-    """What was recorded, however it is written; and the lengths of documents that come of it."""
-    content = [
+def identity(
+    config: Stage1Config,
+    corpus: Corpus,
+    reader: CandidateReader | None,
+    lengths: npt.NDArray[np.int32],
+) -> dict[str, Any]:
+    """What a resumed run must agree on: which documents an iteration sees, what is stored."""
+    restricted = config.loss.loss == "restricted"
+    drops_unread = restricted and config.training.drop_unread_tokens
+    agreed = {
+        "corpus_fingerprint": corpus.fingerprint,
+        "seq_length": config.data.seq_length,
+        "long_documents": config.data.long_documents,
+        "pack_documents": config.data.pack_documents,
+        "drop_unread_tokens": drops_unread,
+        "global_batch_size": config.training.global_batch_size,
+        "seed": config.training.seed,
+        "optimizer_state": state_kind(config.optimizer),
+        "use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
+    }
+    if restricted:
+        assert reader is not None
+        agreed[STORE] = _digest(_recorded(reader.description))
+    if drops_unread:
+        agreed[POSITIONS] = _digest(lengths.astype("<i4").tobytes())
+    return agreed
+
+
+def _recorded(description: StoreDescription) -> bytes:
+    """What decides ids and positions, however they are written."""
+    made_of = [
         description.corpus_fingerprint,
         description.checkpoint_fingerprint,
         description.selection,
     ]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    stops = hashlib.sha256(lengths.astype("<i4").tobytes()).hexdigest()
-    return {STORE: digest[:16]} | ({POSITIONS: stops[:16]} if drop_unread_tokens else {})
+    return json.dumps(made_of, sort_keys=True).encode()
 
 
-def resumable(identity: dict[str, Any], *, allowed: bool) -> dict[str, Any]:
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def resumable(agreed: dict[str, Any], *, allowed: bool) -> dict[str, Any]:
     """What a checkpoint must agree on; ``allowed``: the store may be another."""
-    return {name: value for name, value in identity.items() if name != STORE or not allowed}
+    return {name: value for name, value in agreed.items() if name != STORE or not allowed}
 
 
 def require_checkpoint(iteration: int | None, directory: Path) -> None:
@@ -60,6 +93,6 @@ def require_checkpoint(iteration: int | None, directory: Path) -> None:
         )
 
 
-def is_refreshed(before: dict[str, Any], identity: dict[str, Any]) -> bool:
+def is_refreshed(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether the steps before were taken with another store."""
-    return STORE in before and STORE in identity and bool(before[STORE] != identity[STORE])
+    return STORE in before and STORE in now and bool(before[STORE] != now[STORE])
