@@ -77,13 +77,15 @@ def questions(
     return rows
 
 
-#: Ways to ask for a name. Training uses all but the last, the test the last.
-TEMPLATES = ("{does}: which name?", "name the one for: {does}", "who does this? {does}",
-             "{does} - called", "what is it that does: {does}")  # fmt: skip
+#: Ways to ask for a name: those of training, and those of the test.
+_BEFORE = ("", "question: ", "task: ", "note: ", "help: ")
+_BEHIND = (": which name?", " - called", " = ?")
+TEMPLATES = tuple(before + "{does}" + behind for before in _BEFORE for behind in _BEHIND)
+TEST_TEMPLATES = ("name the one for: {does}", "who does this? {does}", "search: {does}, found:")
 
 
 def recall(known: Sequence[Fact], *, seed: int) -> tuple[list[dict[str, str]], list[ChoiceRow]]:
-    """Each fact in every training template, and in the last one among other names: (train, test).
+    """(train, test): each fact in every training template, in each test one with other options.
 
     Nothing but having read the facts helps to answer: the options are not in the prompt.
     """
@@ -91,14 +93,15 @@ def recall(known: Sequence[Fact], *, seed: int) -> tuple[list[dict[str, str]], l
     train = [
         {"prompt": template.format(does=fact["does"]) + "\n", "completion": fact["name"]}
         for fact in known
-        for template in TEMPLATES[:-1]
+        for template in TEMPLATES
     ]
     names = [fact["name"] for fact in known]
     test = []
-    for fact in known:
-        wrong = rng.sample([name for name in names if name != fact["name"]], OPTIONS - 1)
-        prompt = TEMPLATES[-1].format(does=fact["does"]) + "\n"
-        test.append(_practice(prompt, fact["name"], wrong, rng))
+    for template in TEST_TEMPLATES:
+        for fact in known:
+            wrong = rng.sample([name for name in names if name != fact["name"]], OPTIONS - 1)
+            prompt = template.format(does=fact["does"]) + "\n"
+            test.append(_practice(prompt, fact["name"], wrong, rng))
     return train, test
 
 
