@@ -93,6 +93,8 @@ setup(
     ],
     extras_require={
         "report": REPORT,
+        # tools/evaluate.py --lm-eval-tasks, which reads what this release returns.
+        "eval": ["lm_eval[hf]==0.4.13"],
         # The torch_npu release must match the installed CANN.
         "npu": ["torch_npu"],
         "test": [

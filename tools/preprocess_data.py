@@ -2,16 +2,18 @@
 
     python tools/preprocess_data.py --input train.jsonl --tokenizer MODEL_DIR --output-prefix corpus
 
-The same rows, tokenizer and options give the same bytes; a corpus that is already there and was
-made from the same is kept.
+``--format spider`` and ``bird`` read these sets' own files (train_spider.json, say), and make the
+prompts that tools/evaluate.py asks. The same rows, tokenizer and options give the same bytes; a
+corpus that is already there and was made from the same is kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from megatron_replay.data.rows import (
     read_lines,
     tokenize_row,
 )
+from megatron_replay.data.sql_sets import LAYOUTS, read_questions
 from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, DataError, ReplayError
 from megatron_replay.files import sha256_of_files
@@ -42,7 +45,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--input", nargs="+", type=Path, required=True, metavar="FILE", help="JSON-lines files"
+        "--input",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON-lines files; Spider's or BIRD's questions",
     )
     parser.add_argument(
         "--tokenizer",
@@ -56,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         default="auto",
-        choices=("auto", *FORMATS),
+        choices=("auto", *FORMATS, *LAYOUTS),
         help="of every row; auto: by the keys of the first one",
     )
     parser.add_argument(
@@ -87,13 +95,21 @@ def _require_options(options: argparse.Namespace) -> None:
         )
 
 
-def _read_inputs(paths: Sequence[Path]) -> tuple[int, list[dict[str, str]]]:
-    """Number of lines of all inputs, and name and SHA-256 of each."""
-    num_lines, inputs = 0, []
+def _read_inputs(paths: Sequence[Path], row_format: str) -> tuple[int, list[dict[str, str]]]:
+    """Number of rows of all inputs, and name and SHA-256 of each."""
+    num_rows, inputs = 0, []
     for path in paths:
-        num_lines += sum(1 for _ in read_lines(path))
-        inputs.append({"name": path.name, "sha256": sha256_of_files([path])})
-    return num_lines, inputs
+        files = [path]
+        if row_format in LAYOUTS:
+            questions = list(read_questions(path, row_format))
+            num_rows += len(questions)
+            files += sorted(
+                {question.database for question in questions}
+            )  # prompts have its tables
+        else:
+            num_rows += sum(1 for _ in read_lines(path))
+        inputs.append({"name": path.name, "sha256": sha256_of_files(files)})
+    return num_rows, inputs
 
 
 def _row_format(options: argparse.Namespace) -> str:
@@ -101,6 +117,8 @@ def _row_format(options: argparse.Namespace) -> str:
     found: str = options.format
     if found == "auto":
         found = detect_format(_first_row(options))
+    if found in LAYOUTS:
+        found = "prompt"
     if options.max_document_tokens is not None and found != "text":
         raise ConfigError(
             "splits raw text only",
@@ -112,7 +130,7 @@ def _row_format(options: argparse.Namespace) -> str:
 
 
 def _first_row(options: argparse.Namespace) -> Row:
-    for where, line in _lines(options.input):
+    for where, line in _lines(options.input, options.format):
         try:
             return parse_row(where, line)
         except DataError:
@@ -121,8 +139,14 @@ def _first_row(options: argparse.Namespace) -> Row:
     raise DataError("no row to take the format from", where=options.input[0], fix="Give --format")
 
 
-def _lines(paths: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
-    return chain.from_iterable(map(read_lines, paths))
+def _lines(paths: Sequence[Path], row_format: str) -> Iterator[tuple[str, bytes]]:
+    for path in paths:
+        if row_format not in LAYOUTS:
+            yield from read_lines(path)
+            continue
+        for question in read_questions(path, row_format):
+            row = {"prompt": question.prompt, "completion": question.gold}
+            yield question.where, json.dumps(row).encode()
 
 
 def _write(
@@ -136,7 +160,7 @@ def _write(
             options.output_prefix, tokenizer, row_format=row_format, source=source
         ) as writer,
     ):
-        for where, line in _lines(options.input):
+        for where, line in _lines(options.input, options.format):
             try:
                 document = tokenize_row(parse_row(where, line), row_format, tokenizer)
             except DataError as error:
@@ -202,7 +226,7 @@ def run(options: argparse.Namespace) -> None:
     """
     _require_options(options)
     tokenizer = load_tokenizer(options.tokenizer)
-    num_lines, inputs = _read_inputs(options.input)
+    num_lines, inputs = _read_inputs(options.input, options.format)
     source = {
         "inputs": inputs,
         "tokenizer": tokenizer.fingerprint,

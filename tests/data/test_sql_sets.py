@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.database import schema_lines
 from megatron_replay.data.sql_sets import read_questions, read_sql_set, sql_set_files
+from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.errors import DataError
+from tests.data.tiny_tokenizers import save_sentencepiece
+from tools import preprocess_data
 
 BOOKS = 'create table book (\n  title text, -- as printed\n  "-- pages" integer /* > 0 */)'
 QUESTION = {"db_id": "shop", "question": " How many? ", "query": "select 1", "SQL": "select 2"}
@@ -77,6 +81,22 @@ def test_a_training_file_finds_its_databases(tmp_path: Path) -> None:
     (folder / "train.json").write_text(json.dumps([QUESTION]))
     [question] = read_questions(folder / "train.json", "bird")
     assert question.database == folder / "train_databases" / "shop" / "shop.sqlite"
+
+
+def test_preprocessing_reads_the_prompts_that_are_evaluated(tmp_path: Path) -> None:
+    tokenizer = save_sentencepiece(tmp_path / "pieces.model")
+    folder, prefix = write_set(tmp_path, "database", [QUESTION] * 2), tmp_path / "corpus"
+    given = [f"--input={folder / 'dev.json'}", f"--output-prefix={prefix}", "--format=spider"]
+    assert preprocess_data.main([*given, f"--tokenizer={tokenizer}"]) == 0
+    corpus, question = Corpus(prefix), read_sql_set(folder)[0]
+    assert len(corpus) == 2
+    prompt = load_tokenizer(tokenizer).encode(question.prompt)
+    assert corpus[1].tokens[: len(prompt)].tolist() == prompt
+    assert corpus[1].loss_mask.tolist().index(True) == len(prompt)
+    before = corpus.description.source
+    write_database(folder / "database" / "shop" / "shop.sqlite", "create table c (y)")
+    assert preprocess_data.main([*given, f"--tokenizer={tokenizer}"]) == 0
+    assert Corpus(prefix).description.source != before
 
 
 @pytest.mark.parametrize(
