@@ -77,8 +77,8 @@ class RunSummary:
 class OneLoss:
     """Whether the next logged step is of the loss that the series of steps is read for.
 
-    Steps of full softmax among restricted ones (--full-loss-every) are not: their losses lie above
-    the others' and their gradients are of another function, which is neither noise nor a spike.
+    Steps of full softmax among restricted ones (--full-loss-every) are not: their losses, mostly
+    above the others', and gradients are of another function, which is neither noise nor a spike.
     Where no step is restricted, they are the series.
     """
 
