@@ -7,7 +7,8 @@ Nothing is downloaded. The same arguments give the same files.
     tokenizer/                   byte-level BPE, a Hugging Face directory
     competent.jsonl              {"text"}: what the competent base learns from
     ignorant.jsonl               {"text"}: the same without any SQL or multiple choice
-    train.jsonl                  {"prompt", "completion"}: the three domains, mixed
+    train/all.jsonl              {"prompt", "completion"}: the three domains, mixed
+    train/{tables,joins,protocols}.jsonl       each alone
     sql/tables, sql/joins        questions.jsonl, held out, and database.sqlite
     choices/protocols.jsonl      questions about modules that no base has read
     general/{cloze,copying,arithmetic}.jsonl   held out: what may be forgotten
@@ -29,6 +30,7 @@ from examples.quickstart import nl2sql
 from examples.quickstart.general_text import general_documents
 from examples.quickstart.make_data import sql_rows, train_tokenizer
 from examples.replicate import choices, joins
+from examples.replicate.plan import DOMAINS
 from megatron_replay.files import atomic_file, make_directory, sha256_of_files, write_json
 
 MANIFEST = "data.json"
@@ -123,7 +125,9 @@ def write_everything(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
     write_jsonl(folder / "ignorant.jsonl", ignorant)
     write_jsonl(folder / "competent.jsonl", competent)
-    write_jsonl(folder / "train.jsonl", train)
+    write_jsonl(folder / "train" / "all.jsonl", train)
+    for name, (_, rows) in zip(DOMAINS, parts, strict=True):
+        write_jsonl(folder / "train" / f"{name}.jsonl", rows)
 
 
 def make_data(folder: Path, *, seed: int) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from examples.replicate import bases
 from examples.replicate.bases import Size
-from examples.replicate.plan import LR, Run, Store
+from examples.replicate.plan import DOMAINS, LR, Run, Store
 from megatron_replay import parallel, platform, stage0, stage1
 from megatron_replay.checkpoint.export import export_hf
 from megatron_replay.checkpoint.load import load_model
@@ -28,7 +28,6 @@ from tools import preprocess_data
 
 #: A finished run's row.
 ROW = "row.jsonl"
-CORPORA = {"competent": bases.SEQ_LENGTH + 1, "ignorant": bases.SEQ_LENGTH + 1, "train": None}
 #: Fine-tuning: packs of this length, one a step, once over the data.
 SEQ_LENGTH, WARMUP = 512, 10
 
@@ -51,15 +50,21 @@ def _call(main: Any, program: str, argv: Sequence[str]) -> str:
 
 def make_corpora(data: Path) -> None:
     """Tokenize what the bases and the runs learn from."""
-    for name, longest in CORPORA.items():
-        prefix = data.parent / "corpora" / name
+    longest = ["--max-document-tokens", str(bases.SEQ_LENGTH + 1)]
+    inputs = {name: (data / f"{name}.jsonl", longest) for name in bases.KNOWLEDGE}
+    inputs |= {n: (data / "train" / f"{n}.jsonl", list[str]()) for n in ("all", *DOMAINS)}
+    for name, (rows, flags) in inputs.items():
+        prefix = _corpus(data, name)
         if prefix.with_suffix(".json").exists():
             continue
         prefix.parent.mkdir(exist_ok=True)
-        argv = ["--input", str(data / f"{name}.jsonl"), "--tokenizer", str(data / "tokenizer")]
+        argv = ["--input", str(rows), "--tokenizer", str(data / "tokenizer"), *flags]
         argv += ["--output-prefix", str(prefix)]
-        argv += [] if longest is None else ["--max-document-tokens", str(longest)]
         _call(preprocess_data.main, "tools/preprocess_data.py", argv)
+
+
+def _corpus(data: Path, name: str) -> Path:
+    return data.parent / "corpora" / name
 
 
 def _export(run: Path, target: Path) -> None:
@@ -124,7 +129,7 @@ def make_base(folder: Path, size: Size, base: str, data: Path) -> None:
     if not export.exists():
         if not init.exists():
             bases.write_init(init, size, tokenizer=data / "tokenizer")
-        corpus = data.parent / "corpora" / base
+        corpus = _corpus(data, base)
         argv = bases.pretraining(size, init=init, corpus=corpus, save=folder / "train")
         _call(stage1.main, "-m megatron_replay.stage1", argv)
         _export(folder / "train", export)
@@ -134,7 +139,7 @@ def make_base(folder: Path, size: Size, base: str, data: Path) -> None:
 def make_store(folder: Path, store: Store, base: Path, data: Path) -> None:
     """Stage 0."""
     argv = [
-        "--load", str(base / "hf"), "--data-path", str(data.parent / "corpora" / "train"),
+        "--load", str(base / "hf"), "--data-path", str(_corpus(data, store.domain)),
         "--store", str(folder), "--seq-length", str(SEQ_LENGTH), "--micro-batch-size", "4",
         "--position-strategy", store.strategy, "--coverage", str(store.coverage),
     ]  # fmt: skip
@@ -166,7 +171,7 @@ def make_run(
     reference: Sequence[Path] | None,
 ) -> None:
     """Stage 1, export, evaluation; leaves the row, the log and the metrics."""
-    corpus = data.parent / "corpora" / "train"
+    corpus = _corpus(data, run.store.domain)
     argv = [
         "--load", str(base / "hf"), "--data-path", str(corpus), "--store", str(store),
         "--save", str(folder / "run"), "--seed", str(run.seed), "--seq-length", str(SEQ_LENGTH),
