@@ -85,10 +85,13 @@ def _export(run: Path, target: Path) -> None:
     parallel.shutdown()
 
 
-def _inputs(data: Path) -> Inputs:
+def _inputs(data: Path, domain: str) -> Inputs:
+    """What a run on ``domain`` is measured by."""
+    sql = {name: data / "sql" / name for name in ("tables", "joins")}
+    choices = {"protocols": data / "choices" / "protocols.jsonl"}
     return Inputs(
-        sql={name: data / "sql" / name for name in ("tables", "joins")},
-        choices={"protocols": data / "choices" / "protocols.jsonl"},
+        sql={name: path for name, path in sql.items() if domain in ("all", name)},
+        choices={name: path for name, path in choices.items() if domain in ("all", name)},
         general_choices={
             # Sums are in the data as well, but neither base of either size learns them.
             name: data / "general" / f"{name}.jsonl"
@@ -98,10 +101,17 @@ def _inputs(data: Path) -> Inputs:
     )
 
 
-def _evaluate(base: Path, models: dict[str, Path], data: Path, output: Path) -> dict[str, Any]:
+def base_evaluation(base: Path, domain: str) -> Path:
+    """Where a base model's own scores are."""
+    return base / f"evaluation-{domain}.json"
+
+
+def _evaluate(
+    base: Path, models: dict[str, Path], data: Path, domain: str, output: Path
+) -> dict[str, Any]:
     """Measure, into ``output``, which may hold the base's own results already."""
     named = [word for name, path in models.items() for word in ("--model", f"{name}={path}")]
-    inputs = _inputs(data)
+    inputs = _inputs(data, domain)
     flags = [
         *(w for n, p in inputs.sql.items() for w in ("--sql", f"{n}={p}")),
         *(w for n, p in inputs.choices.items() for w in ("--choices", f"{n}={p}")),
@@ -133,7 +143,8 @@ def make_base(folder: Path, size: Size, base: str, data: Path) -> None:
         argv = bases.pretraining(size, init=init, corpus=corpus, save=folder / "train")
         _call(stage1.main, "-m megatron_replay.stage1", argv)
         _export(folder / "train", export)
-    _evaluate(export, {}, data, folder / "evaluation.json")
+    for domain in (*DOMAINS, "all"):
+        _evaluate(export, {}, data, domain, base_evaluation(folder, domain))
 
 
 def make_store(folder: Path, store: Store, base: Path, data: Path) -> None:
@@ -185,8 +196,9 @@ def make_run(
     export = folder / "export"
     _export(folder / "run", export)
     output = folder / "evaluation.json"
-    shutil.copy(base / "evaluation.json", output)  # the base is not measured again
-    measured = _evaluate(base / "hf", {"run": export}, data, output)
+    domain = run.store.domain
+    shutil.copy(base_evaluation(base, domain), output)  # the base is not measured again
+    measured = _evaluate(base / "hf", {"run": export}, data, domain, output)
     (entry,) = (model for model in measured["models"] if model["name"] != BASE)
     cost = json.loads((store / "cost.json").read_text())
     row = row_of_run(
@@ -196,7 +208,7 @@ def make_run(
         tables=run.tables,
         seed=run.seed,
         variant=run.variant,
-        base=run.store.base,
+        base=run.store.setting,
         size=run.store.size,
         stage0_seconds=cost["seconds"] if "restricted" in run.loss else None,
         command=command,

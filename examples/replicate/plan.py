@@ -31,6 +31,11 @@ class Store:
     logits: bool = False
 
     @property
+    def setting(self) -> str:
+        """What runs must share to be compared."""
+        return self.base if self.domain == "all" else f"{self.base}, {self.domain}"
+
+    @property
     def name(self) -> str:
         """Its directory's name."""
         name = f"{self.base}-{self.size}-{self.domain}-{self.strategy}-{self.coverage}"
@@ -167,7 +172,7 @@ def sweep(store: Store, seed: int, *, moclip: bool = False) -> Iterator[Run]:
             yield Run(
                 method=f"{method}, MoClip" if moclip else method, store=store,
                 loss=REMEDIES[method], optimizer=MOCLIP if moclip else ADAMW, seed=seed, lr=lr,
-                tables=("sweep",), variant=store.domain,
+                tables=("sweep",),
             )  # fmt: skip
 
 

@@ -78,7 +78,7 @@ class Study:
         folder = self.base_path(base, size)
         return Job(
             f"base {base} {size}",
-            folder / "evaluation.json",
+            parts.base_evaluation(folder, "all"),
             lambda: parts.make_base(folder, bases.SIZES[size], base, self.data),
         )
 
@@ -89,7 +89,7 @@ class Study:
             f"Stage 0 {store.name}",
             folder / "manifest.json",
             lambda: parts.make_store(folder, store, base, self.data),
-            needs=[base / "evaluation.json"],
+            needs=[parts.base_evaluation(base, "all")],
         )
 
     def _run(self, run: Run) -> Job:
@@ -125,7 +125,8 @@ class Study:
     def collect(self, runs: Sequence[Run]) -> int:
         """Append to rows.jsonl what is not in it; returns the number of runs that have a row."""
         known = {_identity(row) for row in read_rows(self.rows_path)} if self._has_rows() else set()
-        found = [self._base_row(*of) for of in dict.fromkeys(_base_of(run) for run in runs)]
+        settings = {(run.store.setting, run.store.size): run.store for run in runs}
+        found = [self._base_row(store) for store in settings.values()]
         done = [path for run in runs if (path := self.row_path(run)).exists()]
         for row in (*found, *(read_rows(path)[0] for path in done)):
             if row is not None and _identity(row) not in known:
@@ -135,18 +136,18 @@ class Study:
     def _has_rows(self) -> bool:
         return self.rows_path.exists() and self.rows_path.stat().st_size > 0
 
-    def _base_row(self, base: str, size: str) -> Row | None:
-        path = self.base_path(base, size) / "evaluation.json"
+    def _base_row(self, store: Store) -> Row | None:
+        base = self.base_path(store.base, store.size)
+        path = parts.base_evaluation(base, store.domain)
         if not path.exists():
             return None
         evaluation = read_evaluation(path)
         return base_row(
-            evaluation["models"][0], base=base, size=size, command=evaluation["command"]
+            evaluation["models"][0],
+            base=store.setting,
+            size=store.size,
+            command=evaluation["command"],
         )
-
-
-def _base_of(run: Run) -> tuple[str, str]:
-    return run.store.base, run.store.size
 
 
 def _identity(row: Row) -> tuple[object, ...]:
