@@ -95,7 +95,7 @@ class Study:
     def _run(self, run: Run) -> Job:
         base = self.base_path(run.store.base, run.store.size)
         store = self.folder / "stores" / run.store.name
-        needs = [store / "manifest.json"]
+        needs = [parts.base_evaluation(base, "all"), store / "manifest.json"]
         reference = None
         if run.lr is None:
             reference = self._matching(run)
