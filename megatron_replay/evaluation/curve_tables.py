@@ -17,7 +17,14 @@ from megatron_replay.evaluation.comparison import (
 )
 from megatron_replay.evaluation.paper_tables import sweeps
 from megatron_replay.evaluation.rows import Row
-from megatron_replay.evaluation.tables import Group, groups_of, in_table, reference_of
+from megatron_replay.evaluation.tables import (
+    Group,
+    by_method,
+    groups_of,
+    in_table,
+    reference_of,
+    reference_rows,
+)
 
 #: Where two curves are compared, as shares of the range of scores that both reach.
 _SHARES = (0.25, 0.5, 0.75)
@@ -64,13 +71,14 @@ def compare_curves(
 def _compare_group(
     rows: Sequence[Row], group: Group, asked: str | None, at_scores: Sequence[float]
 ) -> list[CurveComparison]:
-    own = in_table(rows, "sweep", group)
-    curves, reference = sweeps(rows, group), reference_of(own, asked)
-    if reference not in curves or _rates(curves[reference]) < 2:
+    own = [row for row in in_table(rows, "sweep", group) if not row.is_base]
+    reference = reference_of(own, asked)
+    if reference is None:
         return []
-    domain, against, found = scores.domain_mean(own), curves[reference], []
-    for method, its in curves.items():
-        if method == reference:
+    domain, found = scores.domain_mean(own), []
+    for method, its in sweeps(rows, group).items():
+        against = reference_rows(own, its, reference)
+        if _rates(against) < 2:
             continue
         for at, own_score, difference, why_not in _compare(its, against, domain, at_scores):
             found.append(
@@ -78,7 +86,7 @@ def _compare_group(
                     base=group[0],
                     size=group[1],
                     method=method,
-                    reference=reference,
+                    reference=by_method(against[0])[0],
                     at=at,
                     own_score=own_score,
                     difference=difference,

@@ -28,7 +28,10 @@ from megatron_replay.evaluation.rows import Row
 from megatron_replay.evaluation.tables import Group, groups_of, in_table
 
 #: ΔPPL is drawn to a logarithmic scale where it spans more than this.
-_LOG_FROM = 20.0
+_LOG_FROM = 10.0
+#: Where the labels of the first, second, … curve stand, in points from its markers: curves that
+#: nearly coincide stay legible.
+_LABELS = ((9, -16, "left"), (-9, 7, "right"), (-9, -16, "right"), (9, 7, "left"))
 Place = tuple[float, float, float, float, float]
 
 
@@ -60,9 +63,9 @@ def draw_pareto(rows: Sequence[Row], path: Path) -> bool:
         ncols=4 if columns > 1 else 2, fontsize=FONT, frameon=False,
     )  # fmt: skip
     figure.suptitle(
-        "Forgetting against gain over learning rates (right and down is better), "
-        "± standard deviation; labels: learning rates",
-        fontsize=FONT + 2,
+        "Forgetting against gain (right and down is better)\n"
+        "mean ± standard deviation over seeds; labels: learning rates",
+        fontsize=FONT + 1,
     )
     save(figure, path)
     return True
@@ -86,7 +89,8 @@ def _points(rows: Sequence[Row], domain: Measure) -> list[Place]:
 
 
 def _draw(axes: Axes, curves: dict[str, list[Place]], style: dict[str, Style]) -> None:
-    for name, points in curves.items():
+    for i, (name, points) in enumerate(curves.items()):
+        right, up, alignment = _LABELS[i % len(_LABELS)]
         look, alone = style[name], len(points) == 1
         lrs, x, x_error, y, y_error = zip(*points, strict=True)
         axes.errorbar(
@@ -97,7 +101,7 @@ def _draw(axes: Axes, curves: dict[str, list[Place]], style: dict[str, Style]) -
         for lr, u, v in zip(lrs, x, y, strict=True):
             if not alone:
                 axes.annotate(
-                    _short(lr), (u, v), xytext=(8, -15),
+                    _short(lr), (u, v), xytext=(right, up), ha=alignment,
                     textcoords="offset points", fontsize=FONT - 3, color=_darker(look.colour),
                     path_effects=[withStroke(linewidth=3, foreground="white")], zorder=4,
                 )  # fmt: skip

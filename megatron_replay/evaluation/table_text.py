@@ -77,7 +77,7 @@ def _note(table: Table, marked: bool) -> list[str]:
     sentences = []
     if "spread" in forms and any(len(line.rows) > 1 for line in table.lines):
         sentences.append("± is the sample standard deviation over n seeds.")
-    if forms & {"interval", "paired"}:
+    if forms & {"interval", "paired"} and any(len(line.rows) > 1 for line in table.lines):
         sentences.append("In brackets: the 95 % confidence interval of the mean over n seeds.")
     if "paired" in forms:
         sentences.append(f"Paired: difference from {table.reference}, seed by seed.")
@@ -134,7 +134,11 @@ def sources(tables: Sequence[Table]) -> list[str]:
             seeds = ", ".join(str(seed) for seed in sorted(r.seed for r in rows))
             rates = sorted({r.lr for r in rows if r.lr is not None})
             rate = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
-            told += [f"loss {row.loss}", f"{row.optimizer}, learning rate {rate}", f"seeds {seeds}"]
+            told += [
+                f"loss {row.loss}",
+                f"{row.optimizer}, learning rate {rate}",
+                f"seed{'s'[: len(rows) > 1]} {seeds}",
+            ]
             one = "" if len({r.config_hash for r in rows}) == 1 else "first seed's "
             told += [f"{one}configuration `{row.config_hash[:12]}`"]
         lines += [f"- {name} ({'; '.join(told)}): `{row.command}`"]

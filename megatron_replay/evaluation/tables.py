@@ -105,7 +105,7 @@ def in_table(rows: Iterable[Row], table: str, group: Group | None = None) -> lis
         for row in rows
         if table in row.tables and (group is None or (row.base, row.size) == group)
     }
-    return sorted(found.values(), key=lambda row: _rank(row.method))
+    return sorted(found.values(), key=lambda row: (_rank(row.method), row.variant != ""))
 
 
 def reference_of(rows: Iterable[Row], asked: str | None) -> str | None:
@@ -168,9 +168,7 @@ def make_table(
         Line(
             label,
             tuple(line),
-            tuple(
-                _cell(column, line, _reference_rows(rows, line, reference)) for column in columns
-            ),
+            tuple(_cell(column, line, reference_rows(rows, line, reference)) for column in columns),
         )
         for label, line in lines.items()
     ]
@@ -190,12 +188,17 @@ def make_table(
     )
 
 
-def _reference_rows(rows: Sequence[Row], line: Sequence[Row], method: str | None) -> list[Row]:
-    """The reference's rows for a line: of its base and size; none for the reference's own."""
+def reference_rows(rows: Sequence[Row], line: Sequence[Row], method: str | None) -> list[Row]:
+    """The reference's rows for a line: of its base, size and, where there is one, variant.
+
+    None for the reference's own: neither for itself nor for another variant of it.
+    """
     if line[0].method == method or line[0].is_base:
         return []
     of = (line[0].base, line[0].size)
-    return [r for r in rows if r.method == method and not r.variant and (r.base, r.size) == of]
+    own = [row for row in rows if row.method == method and (row.base, row.size) == of]
+    same = [row for row in own if row.variant == line[0].variant]
+    return same or [row for row in own if not row.variant]
 
 
 def _cell(column: Column, rows: Sequence[Row], reference: Sequence[Row]) -> Cell:

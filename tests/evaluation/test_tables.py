@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,24 @@ def test_sweeps_are_compared_as_curves() -> None:
     asked = [c for c in compare_curves(sweep(), at_scores=[65.0]) if c.method == "ours"]
     assert [(c.difference, c.why_not) for c in asked] == [(None, "not reached by every seed")]
     assert compare_curves(methods()) == []
+
+
+def test_a_variant_is_compared_with_its_own_reference() -> None:
+    """Trained on less, say, AdamW is worse: so is what it is compared with."""
+    less = [
+        replace(r, variant="less", evaluation=entry(0.15, 0.15, 0.5, 9.0, 1.0)) for r in sweep()
+    ]
+    less = [r for r in less if not r.is_base]
+    rows = [
+        replace(r, tables=("sweep", "remedies")) for r in sweep() + less if r.lr in (1e-4, None)
+    ]
+    line = next(line for line in table(rows, "remedies") if "| ours, less |" in line)
+    assert line.startswith("| small | 1M | ours, less | 15.0 [15.0, 15.0] | +9.00")
+    assert line.endswith("| +0.0 [+0.0, +0.0] | +0.00 [+0.00, +0.00] | 2 |")
+    against = {c.method: c.reference for c in compare_curves(sweep() + less)}
+    assert against["ours"] == against["one"] == "AdamW"
+    assert against["ours, less"] == against["one, less"] == "AdamW, less"
+    assert "AdamW, less" not in against
 
 
 def test_two_runs_in_one_line_are_refused() -> None:
