@@ -95,16 +95,24 @@ def curve(rows: Sequence[Row], seed: int, x: Measure, y: Measure) -> list[Point]
     return [(u, v) for u, v in points if u is not None and v is not None]
 
 
-def interpolate(points: Sequence[Point], x: float) -> float | None:
-    """The least y at which the line through ``points``, in their order, passes x.
+def rising(points: Sequence[Point]) -> list[tuple[Point, Point]]:
+    """The stretches of a curve on which x does not fall as the learning rate rises.
 
-    A curve that turns back passes x more than once: the least is the best that the method can do
-    there. None where it does not reach x: nothing is extrapolated.
+    Where it falls, the rate is too high: what is forgotten there is no price of x, which a lower
+    rate, run or not, has for less.
     """
-    found = [v for u, v in points if u == x]
-    for (u0, v0), (u1, v1) in itertools.pairwise(points):
-        if min(u0, u1) < x < max(u0, u1):
-            found.append(v0 + (v1 - v0) * (x - u0) / (u1 - u0))
+    return [(a, b) for a, b in itertools.pairwise(points) if a[0] <= b[0]]
+
+
+def interpolate(points: Sequence[Point], x: float) -> float | None:
+    """The least y at which a rising stretch of the line through ``points`` passes x.
+
+    None where none does: nothing is extrapolated.
+    """
+    found = []
+    for (u0, v0), (u1, v1) in rising(points):
+        if u0 <= x <= u1:
+            found.append(v0 + (v1 - v0) * (x - u0) / (u1 - u0) if u0 < u1 else min(v0, v1))
     return min(found, default=None)
 
 
@@ -137,7 +145,7 @@ def common_range(
     low, high = -math.inf, math.inf
     for seed in shared_seeds(rows_a, rows_b):
         for rows in (rows_a, rows_b):
-            reached = [point[0] for point in curve(rows, seed, x, y)]
+            reached = [point[0] for ends in rising(curve(rows, seed, x, y)) for point in ends]
             low = max([low, min(reached, default=math.inf)])
             high = min([high, max(reached, default=-math.inf)])
     return (low, high) if -math.inf < low <= high < math.inf else None

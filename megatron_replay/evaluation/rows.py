@@ -182,8 +182,10 @@ def _loss_name(loss: Mapping[str, Any]) -> str:
     """``full``, ``restricted``, ``restricted document ghost``: what is not the default is named."""
     if loss["loss"] == "full":
         return "full"
-    named = [loss.get("candidate_scope", "position"), loss.get("tail", "none")]
-    named = [str(name) for name in named if name not in ("position", "none")]
+    scope, tail = loss.get("candidate_scope", "position"), loss.get("tail", "none")
+    named = [] if scope == "position" else [str(scope)]
+    if tail != "none":
+        named.append(f"{tail} {loss['tail_samples']}" if tail == "sampled" else str(tail))
     for name, written in (("full_loss_every", "full every"), ("kl_weight", "KL")):
         if loss.get(name):
             named.append(f"{written} {loss[name]}")

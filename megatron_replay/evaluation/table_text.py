@@ -110,8 +110,9 @@ def markdown_comparisons(comparisons: Sequence[CurveComparison]) -> list[str]:
         *lines,
         "",
         "ΔPPL of the method's sweep less the reference's, where both have the domain score of the "
-        "line, interpolated between neighbouring learning rates of one seed and paired by seed; "
-        "the 95 % confidence interval of the mean over n seeds. Nothing is extrapolated. A method "
+        "line, interpolated between neighbouring learning rates of one seed and paired by seed "
+        "(where a higher rate lowers the score, the stretch between does not count); the 95 % "
+        "confidence interval of the mean over n seeds. Nothing is extrapolated. A method "
         'with one learning rate is compared at "its own" score of each seed.',
         "",
     ]

@@ -62,12 +62,16 @@ def test_seeds_are_paired() -> None:
 
 
 def test_interpolation_never_leaves_the_curve() -> None:
-    turning = [(10.0, 1.0), (20.0, 3.0), (16.0, 0.0)]
+    turning = [(10.0, 1.0), (20.0, 3.0), (16.0, 4.0), (8.0, 6.0), (12.0, 0.0)]
     assert interpolate(turning, 12.5) == 1.5
-    assert interpolate(turning, 18.0) == 1.5  # going up it is 2.6
+    assert interpolate(turning, 18.0) == 2.6
     assert interpolate(turning, 20.0) == 3.0
-    assert interpolate(turning, 9.99) is None
-    assert interpolate(turning, 20.01) is None
+    assert interpolate(turning, 11.0) == 1.2  # the last stretch has 1.5 there
+    assert interpolate(turning, 12.0) == 0.0
+    assert interpolate(turning, 9.0) == 4.5
+    assert interpolate(turning, 20.01) is interpolate(turning, 7.99) is None
+    assert interpolate([(20.0, 3.0), (16.0, 0.0)], 18.0) is None  # too high a rate from the start
+    assert interpolate([(5.0, 2.0), (5.0, 1.0)], 5.0) == 1.0
     assert interpolate([], 1.0) is None
 
 

@@ -59,6 +59,29 @@ def test_a_row_says_what_was_run(tmp_path: Path) -> None:
     assert not row.is_base
 
 
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        ({"loss": "full", "candidate_scope": "document", "tail": "ghost"}, "full"),
+        ({"loss": "restricted"}, "restricted"),
+        (
+            {"loss": "restricted", "tail": "sampled", "tail_samples": 64, "full_loss_every": 4},
+            "restricted sampled 64 full every 4",
+        ),
+        (
+            {"loss": "restricted", "candidate_scope": "tile", "kl_weight": 0.5},
+            "restricted tile KL 0.5",
+        ),
+    ],
+)
+def test_a_loss_is_named_by_what_is_not_default(
+    tmp_path: Path, loss: dict[str, Any], name: str
+) -> None:
+    run = run_directory(tmp_path / "run")
+    (run / "resolved_config.yaml").write_text(yaml.safe_dump({**CONFIG, "loss": loss}))
+    assert make_row(run).loss == name
+
+
 def test_the_hash_is_of_the_settings_alone() -> None:
     training = CONFIG["training"]
     moved = {**CONFIG, "training": {**training, "seed": 4, "save": "x", "tensorboard_dir": "y"}}
