@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -191,9 +192,9 @@ def task_score(results: Mapping[str, Any], task: str, *, general: bool) -> Resul
         )
     error = values.get(f"{metric}_stderr,{filtered}")
     return {
-        "score": values[metrics[0]],
+        "score": float(values[metrics[0]]),
         "metric": metrics[0],
-        "standard_error": error if isinstance(error, float) else None,
+        "standard_error": float(error) if isinstance(error, float) else None,
         "questions": values.get("sample_len"),
         "general": general,
     }
@@ -201,7 +202,7 @@ def task_score(results: Mapping[str, Any], task: str, *, general: bool) -> Resul
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Nothing is fetched, whatever was imported before: libraries read the variables only then."""
+    """Nothing is fetched or kept, whatever was imported before: variables are read only then."""
     import huggingface_hub.constants
 
     with ExitStack() as stack:
@@ -213,7 +214,11 @@ def _offline() -> Iterator[None]:
         except ImportError:
             pass  # `require_lm_eval` says so
         else:
-            stack.enter_context(_replaced(vars(datasets.config), "HF_HUB_OFFLINE", True))
+            known = vars(datasets.config)
+            stack.enter_context(_replaced(known, "HF_HUB_OFFLINE", True))
+            # Its cache gives yesterday's rows for a local file that has changed since.
+            cache = stack.enter_context(TemporaryDirectory(prefix="lm-eval-"))
+            stack.enter_context(_replaced(known, "HF_DATASETS_CACHE", Path(cache)))
         yield
 
 
