@@ -209,13 +209,15 @@ def _evidence() -> Iterator[Run]:
     for seed, base, domain in product(seeds, bases, DOMAINS):
         if (base, domain) != ("ignorant", "protocols"):
             yield from sweep(replace(small, base=base, domain=domain), seed)
+    joins = replace(small, domain="joins")
+    for seed in seeds:
+        yield from sweep(replace(joins, base="competent", size="large"), seed)
     for seed, base in product(seeds, bases):
         yield from remedies(base, [seed])
-    joins = replace(small, domain="joins")
-    for base, seed in product(bases, seeds):
-        yield from sweep(replace(joins, base=base, size="large"), seed)
-    for base, seed in product(bases, seeds):
+    for seed, base in product(seeds, bases):
         yield from sweep(replace(joins, base=base), seed, moclip=True)
+    for seed in seeds:
+        yield from sweep(replace(joins, base="ignorant", size="large"), seed)
 
 
 PLANS = {"quick": _quick, "paper": _paper, "evidence": _evidence}
