@@ -30,7 +30,7 @@ Lines = dict[str, list[Row]]
 
 
 def draw_figures(rows: Sequence[Row], output: Path) -> list[str]:
-    """Draw what the rows suffice for; the names of the files, in order."""
+    """Draw what the rows suffice for, two methods at least; the files' names, in order."""
     drawn = []
     for group in groups_of(rows):
         of = "-".join(re.sub(r"[^\w.]+", "_", part) for part in group if part)
@@ -79,7 +79,7 @@ def _figure_2(rows: Sequence[Row], group: Group, path: Path) -> bool:
          scores.general_quantity),
     ]  # fmt: skip
     kinds = [kind for kind in kinds if kind[1]]
-    if not kinds or not _trained(lines):
+    if not kinds or len(_trained(lines)) < 2:
         return False
     figure = new_figure(18, 8)
     panels = figure.subplots(1, len(kinds), squeeze=False, width_ratios=[len(k[1]) for k in kinds])
@@ -109,7 +109,7 @@ def _figure_3(rows: Sequence[Row], group: Group, path: Path) -> bool:
     hidden = ("loss_variance", "gradient_spikes")
     wanted = [*(q for q in scores.STABILITY if q.name not in hidden), step, whole]
     wanted = [quantity for quantity in wanted if _measured(own, quantity.measure)]
-    if not wanted:
+    if not wanted or len(lines) < 2:
         return False
     figure = new_figure(3.2 * len(wanted) + 3.5, 2.2 + 0.52 * len(lines))
     panels = figure.subplots(1, len(wanted), squeeze=False, sharey=True)[0]
@@ -165,18 +165,21 @@ def _figure_4(rows: Sequence[Row], group: Group, path: Path) -> bool:
     """Four panels: positions, loss std against accuracy, the largest angle, the ablation."""
     lines, style = _methods(rows, group)
     lines = _trained(lines)
-    if not lines:
+    if len(lines) < 2:
         return False
-    figure = new_figure(20, 15)
-    (top_left, top_right), (low_left, low_right) = figure.subplots(2, 2)
-    for axes, kind, draw in ((top_left, "positions", _positions), (low_left, "angles", _angles)):
-        own = variants(rows, kind, group)
-        if own:
-            draw(axes, own)
-        else:
-            axes.set_visible(False)
-    _pareto_of_noise(top_right, lines, style)
-    _ablation(low_right, lines, style)
+    positions, angles = (variants(rows, kind, group) for kind in ("positions", "angles"))
+    panels: list[Callable[[Axes], None]] = []
+    panels += [lambda axes: _positions(axes, positions)] if positions else []
+    panels += [lambda axes: _pareto_of_noise(axes, lines, style)]
+    panels += [lambda axes: _angles(axes, angles)] if angles else []
+    panels += [lambda axes: _ablation(axes, lines, style)]
+    high = -(-len(panels) // 2)
+    figure = new_figure(20, 7.5 * high)
+    grid = figure.subplots(high, 2, squeeze=False).ravel()
+    for axes, draw in zip(grid, panels, strict=False):
+        draw(axes)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
     figure.suptitle(f"{_title(group)}: mean ± standard deviation over seeds", fontsize=FONT + 2)
     save(figure, path)
     return True
