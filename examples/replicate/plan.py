@@ -108,8 +108,33 @@ def methods(base: str, size: str, seeds: Iterable[int]) -> Iterator[Run]:
         yield Run(
             method=method, store=store, loss=loss, optimizer=optim, seed=seed,
             lr=None if method == MATCHED else LR,
-            tables=("methods", "positions", "angles", "coverage") if ours else ("methods",),
+            tables=("methods", "sweep", *(("positions", "angles", "coverage") if ours else ())),
         )  # fmt: skip
+
+
+#: Further rates of each method: those that move little at `LR` get higher ones.
+PARETO_RATES: dict[str, tuple[float, float]] = {name: (4e-4, 8e-4) for name in METHODS}
+for _name in ("AdamW (SFT)", "Dyn. Top-K", "Dyn. Top-K, document + ghost"):
+    PARETO_RATES[_name] = (1e-4, 4e-4)
+PARETO_RATES[MATCHED_TO] = (8e-4, 1.6e-3)
+
+
+def pareto(seeds: Iterable[int]) -> Iterator[Run]:
+    """Every method of the tables at other rates, and the remedy with the best optimizer of them."""
+    store = Store(base="competent", size="small")
+    muon = optimizer("muonclip")
+    for seed in seeds:
+        for method, (loss, optim) in METHODS.items():
+            for lr in PARETO_RATES[method] if method != MATCHED else ():
+                yield Run(
+                    method=method, store=store, loss=loss, optimizer=optim, seed=seed, lr=lr,
+                    tables=("sweep",),
+                )  # fmt: skip
+        for lr in (LR, *PARETO_RATES["MuonClip"]):
+            yield Run(
+                method="document + ghost, MuonClip", store=store, loss=DOCUMENT_GHOST,
+                optimizer=muon, seed=seed, lr=lr, tables=("sweep",),
+            )  # fmt: skip
 
 
 def ablations(base: str, size: str, seeds: Iterable[int]) -> Iterator[Run]:
@@ -212,6 +237,7 @@ def _evidence() -> Iterator[Run]:
     joins = replace(small, domain="joins")
     for seed in seeds:
         yield from sweep(replace(joins, base="competent", size="large"), seed)
+    yield from pareto(range(3))
     for seed, base in product(seeds, bases):
         yield from remedies(base, [seed])
     for seed, base in product(seeds, bases):

@@ -203,6 +203,8 @@ class Pool:
         process, status = os.wait()
         job, started = self.running.pop(process)
         code = os.waitstatus_to_exitcode(status)
+        if code == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
         done = self.total - len(self.pending) - len(self.running)
         elapsed = time.monotonic() - start
         remaining = elapsed / done * (self.total - done)
