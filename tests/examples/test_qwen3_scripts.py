@@ -33,7 +33,6 @@ from tests.e2e import stages
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "qwen3"
-OPTIMIZERS = ("adamw", "mofo", "tam", "adamuon", "muonclip")
 
 TRUE_CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 36,
@@ -192,7 +191,8 @@ def test_from_hugging_face_to_the_report(
     script("ckpt_convert_qwen3_SIZE_mcore2hf")
     assert script("stage1_qwen3_SIZE_adamw_ptd", "--train-iters", "1")
     if qwen3 == "4b":
-        for optimizer in OPTIMIZERS[1:]:
+        # The others' scripts differ in a word, and every optimizer trains in tests/e2e.
+        for optimizer in ("mofo", "muonclip"):
             output = script(f"stage1_qwen3_SIZE_{optimizer}_ptd", "--train-iters", "1")
             assert f"optimizer: {optimizer}" in output
     script("evaluate_qwen3_SIZE_ptd")
