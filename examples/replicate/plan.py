@@ -78,6 +78,7 @@ SCOPE = {
 }
 GHOST = ("--tail", "ghost")
 DOCUMENT_GHOST = (*SCOPE["document"], *GHOST)
+KL = ("--kl-weight", "0.5")
 
 
 def optimizer(name: str, *flags: str) -> tuple[str, ...]:
@@ -171,7 +172,8 @@ REMEDIES = {
     "document + ghost": DOCUMENT_GHOST,
     "micro-batch": SCOPE["micro-batch"],
     "position, full every 4": (*REPLAY, "--full-loss-every", "4"),
-    "position + KL 0.5": (*REPLAY, "--kl-weight", "0.5"),
+    "position + KL 0.5": (*REPLAY, *KL),
+    "document + ghost + KL 0.5": (*DOCUMENT_GHOST, *KL),
 }
 
 
@@ -199,6 +201,16 @@ def sweep(store: Store, seed: int, *, moclip: bool = False) -> Iterator[Run]:
                 loss=REMEDIES[method], optimizer=MOCLIP if moclip else ADAMW, seed=seed, lr=lr,
                 tables=("sweep",),
             )  # fmt: skip
+
+
+def divergence(store: Store, seed: int) -> Iterator[Run]:
+    """The remedy that kept most, over learning rates."""
+    for lr in ADAMW_RATES:
+        yield Run(
+            method="document + ghost + KL 0.5", store=replace(store, logits=True),
+            loss=REMEDIES["document + ghost + KL 0.5"], optimizer=ADAMW, seed=seed, lr=lr,
+            tables=("sweep",),
+        )  # fmt: skip
 
 
 def plan(name: str) -> list[Run]:
@@ -231,19 +243,28 @@ def _evidence() -> Iterator[Run]:
     """
     seeds, bases = range(5), ("competent", "ignorant")
     small = Store(base="", size="small", strategy="all")
-    for seed, base, domain in product(seeds, bases, DOMAINS):
-        if (base, domain) != ("ignorant", "protocols"):
-            yield from sweep(replace(small, base=base, domain=domain), seed)
+    settings = [
+        replace(small, base=base, domain=domain)
+        for base, domain in product(bases, DOMAINS)
+        if (base, domain) != ("ignorant", "protocols")
+    ]
+    for seed, setting in product(seeds, settings):
+        yield from sweep(setting, seed)
     joins = replace(small, domain="joins")
+    large = replace(joins, base="competent", size="large")
     for seed in seeds:
-        yield from sweep(replace(joins, base="competent", size="large"), seed)
+        yield from sweep(large, seed)
+    for seed, setting in product(seeds, (*settings, replace(small, base="competent"))):
+        yield from divergence(setting, seed)
     yield from pareto(range(3))
+    for seed in seeds:
+        yield from divergence(large, seed)
     for seed, base in product(seeds, bases):
         yield from remedies(base, [seed])
     for seed, base in product(seeds, bases):
         yield from sweep(replace(joins, base=base), seed, moclip=True)
     for seed in seeds:
-        yield from sweep(replace(joins, base="ignorant", size="large"), seed)
+        yield from sweep(replace(large, base="ignorant"), seed)
 
 
 PLANS = {"quick": _quick, "paper": _paper, "evidence": _evidence}
