@@ -183,7 +183,7 @@ def remedies(base: str, seeds: Iterable[int]) -> Iterator[Run]:
     for seed, (method, loss) in product(seeds, REMEDIES.items()):
         yield Run(
             method=method, store=store, loss=loss, optimizer=ADAMW, seed=seed,
-            tables=("remedies",),
+            tables=("remedies", "sweep"),
         )  # fmt: skip
 
 
@@ -209,7 +209,8 @@ def divergence(store: Store, seed: int) -> Iterator[Run]:
         yield Run(
             method="document + ghost + KL 0.5", store=replace(store, logits=True),
             loss=REMEDIES["document + ghost + KL 0.5"], optimizer=ADAMW, seed=seed, lr=lr,
-            tables=("sweep",),
+            # One of them is a remedy of the table at one rate.
+            tables=("remedies", "sweep") if (store.domain, lr) == ("all", LR) else ("sweep",),
         )  # fmt: skip
 
 
