@@ -257,9 +257,9 @@ def _evidence() -> Iterator[Run]:
         yield from sweep(large, seed)
     for seed, setting in product(seeds, (*settings, replace(small, base="competent"))):
         yield from divergence(setting, seed)
-    yield from pareto(range(3))
     for seed in seeds:
         yield from divergence(large, seed)
+    yield from pareto(range(3))
     for seed, base in product(seeds, bases):
         yield from remedies(base, [seed])
     for seed, base in product(seeds, bases):
