@@ -144,6 +144,7 @@ class Study:
         evaluation = read_evaluation(path)
         return base_row(
             evaluation["models"][0],
+            tables=("methods", "remedies", "sweep") if store.domain == "all" else ("sweep",),
             base=store.setting,
             size=store.size,
             command=evaluation["command"],

@@ -35,10 +35,10 @@ class Style:
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """One for each name, in their order; with more than thirteen, they come again."""
+    """One for each name, in their order; after thirteen, colours come again with other markers."""
     n = len(COLOURS)
     return {
-        name: Style(COLOURS[i % n], MARKERS[i % n], HATCHES[i % n])
+        name: Style(COLOURS[i % n], MARKERS[(i + 5 * (i // n)) % n], HATCHES[i % n])
         for i, name in enumerate(dict.fromkeys(names))
     }
 

@@ -143,11 +143,12 @@ def _appended_line(share: float | None) -> str:
 
 
 #: Shares of positions beyond which the paper's loss has been seen to leak (docs/log.md), and to
-#: lose accuracy (docs/evidence.md: 0.4 % missed at a mean coverage of 0.98 cost 8 points or more).
+#: lose accuracy (docs/evidence.md: 0.4 % missed at a mean coverage of 0.98 cost 6 points or more).
 _MANY_APPENDED, _MANY_AT_CAP = 0.10, 0.20
 _SOME_APPENDED = 0.002
 #: Mean coverage below which the sets no longer stand for the base model's distribution.
 _LITTLE_COVERAGE = 0.90
+_RECIPE = "--candidate-scope document --tail ghost --kl-weight 0.5 (needs Stage 0 --store-logits)"
 
 
 def _verdict(summary: dict[str, Any]) -> str:
@@ -164,9 +165,8 @@ def _verdict(summary: dict[str, Any]) -> str:
     if missed > _SOME_APPENDED:
         return (
             f"Perhaps, not with the paper's loss: {found}. At 0.4 % to 1.6 % missed it has cost "
-            "8 to 21 points of accuracy, document scope with a ghost none (docs/when-to-use.md): "
-            "give Stage 1 --candidate-scope document --tail ghost, and compare with --loss full "
-            "--optimizer adamw."
+            "6 to 21 points of accuracy, document scope with a ghost none (docs/when-to-use.md): "
+            f"give Stage 1 {_RECIPE}, and compare with --loss full --optimizer adamw."
         )
     return f"Nothing speaks against it: {found}. Compare with --loss full --optimizer adamw."
 
@@ -178,8 +178,8 @@ def _advice(summary: dict[str, Any]) -> list[str]:
     hopeless = summary["coverage"]["mean"] < _LITTLE_COVERAGE
     if (summary["share_gold_appended"] or 0) > _MANY_APPENDED or hopeless:
         advice.append(
-            "probability will leak out of the sets: use --loss full, or --candidate-scope document "
-            "--tail ghost in Stage 1" + ("" if at_cap else "; or a higher --coverage in Stage 0")
+            f"probability will leak out of the sets: use --loss full, or {_RECIPE}, in Stage 1"
+            + ("" if at_cap else "; or a higher --coverage in Stage 0")
         )
     if at_cap and not hopeless:
         room = cap["max_candidates"] < _MOST_CANDIDATES
