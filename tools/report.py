@@ -160,17 +160,19 @@ def _make_row(given: argparse.Namespace, entry: Mapping[str, Any], evaluated: st
 
 
 def all_tables(argv: list[str], command: str) -> str:
-    """Write the tables and figures of rows and return the tables."""
+    """Write the tables and figures of rows, and return the tables and where the rest is."""
     given = tables_parser().parse_args(argv)
     rows = [row for path in given.rows for row in read_rows(path)]
-    return write_tables(
+    output = make_directory(given.output_dir)
+    shown = write_tables(
         rows,
-        make_directory(given.output_dir),
+        output,
         reference=given.reference,
         at_scores=given.at_score,
         figures=not given.no_figures,
         command=command,
     )
+    return f"{shown}{output / 'tables.md'}: these, and the command and hash behind each line\n"
 
 
 SUBCOMMANDS = {"row": add_row, "tables": all_tables}

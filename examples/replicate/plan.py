@@ -5,8 +5,9 @@ Names of methods are the paper's. "Dyn. Top-K" is Stage 1 on the candidate sets 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import product
 
 DOMAINS = ("tables", "joins", "protocols")
@@ -224,13 +225,34 @@ def divergence(store: Store, seed: int) -> Iterator[Run]:
         )  # fmt: skip
 
 
-def plan(name: str) -> list[Run]:
-    """The runs of "quick", "paper" or "evidence", each once, what matters most first.
+def matching(run: Run) -> tuple[Run, Run]:
+    """The two runs that a matched rate is found from: AdamW, and what it is to move like."""
+    moving, target = (
+        replace(run, method=name, loss=METHODS[name][0], optimizer=METHODS[name][1], lr=LR)
+        for name in ("AdamW (SFT)", MATCHED_TO)
+    )
+    return moving, target
+
+
+def plan(name: str, only: Sequence[str] = ("*",)) -> list[Run]:
+    """The runs of a plan, each once, what matters most first.
+
+    Args:
+        name: "quick", "paper" or "evidence".
+        only: patterns of names of runs, as a shell's; those that these need come with them.
 
     Raises:
         KeyError: no such plan.
     """
-    return list(dict.fromkeys(PLANS[name]()))
+    runs = list(dict.fromkeys(PLANS[name]()))
+    wanted = {run.name for run in runs if any(fnmatchcase(run.name, one) for one in only)}
+    wanted |= {
+        needed.name
+        for run in runs
+        if run.lr is None and run.name in wanted
+        for needed in matching(run)
+    }
+    return [run for run in runs if run.name in wanted]
 
 
 def _quick() -> Iterator[Run]:
@@ -253,29 +275,25 @@ def _evidence() -> Iterator[Run]:
     Neither base has read anything of "protocols": one of them is enough there.
     """
     seeds, bases = range(5), ("competent", "ignorant")
-    small = Store(base="", size="small", strategy="all")
     settings = [
-        replace(small, base=base, domain=domain)
+        Store(base=base, size="small", domain=domain, strategy="all")
         for base, domain in product(bases, DOMAINS)
         if (base, domain) != ("ignorant", "protocols")
     ]
+    together = Store(base="competent", size="small", strategy="all")
     for seed, setting in product(seeds, settings):
         yield from sweep(setting, seed)
-    joins = replace(small, domain="joins")
-    large = replace(joins, base="competent", size="large")
-    for seed in seeds:
-        yield from sweep(large, seed)
-    for seed, setting in product(seeds, (*settings, replace(small, base="competent"))):
+    for seed, setting in product(seeds, (*settings, together)):
         yield from divergence(setting, seed)
-    for seed in seeds:
+    for seed, setting in product(seeds, settings):
+        large = replace(setting, size="large")
+        yield from sweep(large, seed)
         yield from divergence(large, seed)
     yield from pareto(range(3))
     for seed, base in product(seeds, bases):
         yield from remedies(base, [seed])
-    for seed, base in product(seeds, bases):
-        yield from sweep(replace(joins, base=base), seed, moclip=True)
-    for seed in seeds:
-        yield from sweep(replace(large, base="ignorant"), seed)
+    for seed, setting in product(seeds, settings):
+        yield from sweep(setting, seed, moclip=True)
 
 
 PLANS = {"quick": _quick, "paper": _paper, "evidence": _evidence}

@@ -110,16 +110,7 @@ class Study:
         )
 
     def _matching(self, run: Run) -> tuple[Path, Path]:
-        """Rows of AdamW and of what it is to move like, of the same store and seed."""
-        names = ("AdamW (SFT)", plan.MATCHED_TO)
-        methods = [plan.METHODS[name] for name in names]
-        moving, target = (
-            Run(
-                method=name, store=run.store, loss=loss, optimizer=optimizer, seed=run.seed,
-                tables=(),
-            )
-            for name, (loss, optimizer) in zip(names, methods, strict=True)
-        )  # fmt: skip
+        moving, target = plan.matching(run)
         return self.row_path(moving), self.row_path(target)
 
     def collect(self, runs: Sequence[Run]) -> int:
@@ -251,10 +242,16 @@ def main() -> int:
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="start nothing new after this long"
     )
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="GLOB",
+        help="runs whose names, as --list shows them, match one of these",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="name the runs, and which are done")
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes
-    study, runs = Study(options.output), plan.plan(options.plan)
+    study, runs = Study(options.output), plan.plan(options.plan, options.only)
+    if not runs:
+        parser.error(f"--only: no run of plan {options.plan} has such a name; --list shows them")
     if options.list:
         for run in runs:
             print("done" if study.row_path(run).exists() else "open", run.name)

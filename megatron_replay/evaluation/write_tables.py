@@ -23,7 +23,7 @@ def write_tables(
     figures: bool = True,
     command: str,
 ) -> str:
-    """Write everything into ``output`` and return ``tables.md``.
+    """Write everything into ``output`` and return the tables alone, for a terminal.
 
     Raises:
         ConfigError: no row is of ``reference``.
@@ -41,19 +41,20 @@ def write_tables(
     if not tables:
         raise DataError("no table has a line", expected="rows with --table and scores")
     comparisons = compare_curves(rows, reference=reference, at_scores=at_scores)
-    lines = ["# Tables", ""]
+    lines: list[str] = []
     for table in tables:
         lines += table_text.markdown_table(table)
     lines += table_text.markdown_comparisons(comparisons)
+    shown = "\n".join(lines) + "\n"
+    lines = ["# Tables", "", *lines]
     if figures:
         lines += ["## Figures", ""]
         lines += [f"![{name.removesuffix('.png')}]({name})" for name in draw_figures(rows, output)]
         lines += [""]
     lines += table_text.sources(tables)
     lines += ["Made by", "", "```", command, "```"]
-    markdown = "\n".join(lines) + "\n"
     with atomic_file(output / "tables.md", "w") as handle:
-        handle.write(markdown)
+        handle.write("\n".join(lines) + "\n")
     for name in dict.fromkeys(table.name for table in tables):
         with atomic_file(output / f"{name}.csv", "w") as handle:
             handle.write(table_text.to_csv([table for table in tables if table.name == name]))
@@ -66,4 +67,4 @@ def write_tables(
             "curves": [table_text.comparison_json(comparison) for comparison in comparisons],
         },
     )
-    return markdown
+    return shown

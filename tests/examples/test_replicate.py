@@ -39,6 +39,31 @@ def test_paper_plan_has_every_method_seed_and_ablation() -> None:
     assert {"random", "last-token", "all", "30", "60", "90", "0.8", "0.99"} <= variants
 
 
+def test_a_run_asked_for_comes_with_those_that_it_needs(tmp_path: Path) -> None:
+    runs = plan.plan("paper", only=["ignorant-small-*/lrmatched-seed2"])
+    assert sorted(run.method for run in runs) == sorted(
+        ["AdamW (SFT)", "AdamW, matched", "Dyn. Top-K + MoClip"]
+    )
+    assert {(run.store.base, run.seed) for run in runs} == {("ignorant", 2)}
+    jobs = Study(tmp_path).jobs(runs)
+    made = {job.product for job in jobs}
+    assert all(need in made for job in jobs for need in job.needs)
+    assert plan.plan("paper", only=["nothing*"]) == []
+
+
+def test_evidence_sweeps_both_sizes_on_every_domain_with_five_seeds() -> None:
+    swept = {
+        (run.store.size, run.store.base, run.store.domain, run.seed)
+        for run in plan.plan("evidence")
+        if run.method == "document + ghost" and run.store.domain != "all"
+    }
+    for size in ("small", "large"):
+        for domain in plan.DOMAINS:
+            assert {(size, "competent", domain, seed) for seed in range(5)} <= swept
+        for domain in ("tables", "joins"):
+            assert {(size, "ignorant", domain, seed) for seed in range(5)} <= swept
+
+
 def test_joined_questions_are_answered_by_their_database(tmp_path: Path) -> None:
     database = tmp_path / "database.sqlite"
     joins.write_database(database, seed=0)
