@@ -33,14 +33,19 @@ def draw_figures(rows: Sequence[Row], output: Path) -> list[str]:
     """Draw what the rows suffice for, two methods at least; the files' names, in order."""
     drawn = []
     for group in groups_of(rows):
-        of = "-".join(re.sub(r"[^\w.]+", "_", part) for part in group if part)
         for name, draw in _FIGURES.items():
-            file = f"{name}-{of}.png" if of else f"{name}.png"
+            file = _file(name, *group)
             if draw(rows, group, output / file):
                 drawn.append(file)
-    if draw_pareto(rows, output / "pareto.png"):
-        drawn.append("pareto.png")
+    for size in dict.fromkeys(size for _, size in groups_of(rows)):
+        file = _file("pareto", size)
+        if draw_pareto(rows, size, output / file):
+            drawn.append(file)
     return drawn
+
+
+def _file(name: str, *of: str) -> str:
+    return "-".join([name, *(re.sub(r"[^\w.]+", "_", part) for part in of if part)]) + ".png"
 
 
 def _lines(rows: Sequence[Row], name: Callable[[Row], str]) -> Lines:

@@ -1,8 +1,8 @@
-"""Forgetting against gain: a curve a method over its learning rates, a panel a base and size."""
+"""Forgetting against gain: a curve a method over its learning rates, a panel a base."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,15 @@ _LABELS = ((9, -16, "left"), (-9, 7, "right"), (-9, -16, "right"), (9, 7, "left"
 Place = tuple[float, float, float, float, float]
 
 
-def draw_pareto(rows: Sequence[Row], path: Path) -> bool:
-    """Draw all panels; False where no method was run at two learning rates."""
-    curves = {group: _curves(rows, group) for group in groups_of(rows)}
-    curves = {group: own for group, own in curves.items() if any(len(p) > 1 for p in own.values())}
+def draw_pareto(rows: Sequence[Row], size: str, path: Path) -> bool:
+    """Draw one size's panels; False where no method was run at two learning rates."""
+    every = {group: _curves(rows, group) for group in groups_of(rows)}
+    every = {group: own for group, own in every.items() if any(len(p) > 1 for p in own.values())}
+    curves = {group: own for group, own in every.items() if group[1] == size}
     if not curves:
         return False
-    names = list(dict.fromkeys(name for own in curves.values() for name in own))
-    swept = {name for own in curves.values() for name, points in own.items() if len(points) > 1}
-    style = styles(sorted(names, key=lambda name: name not in swept))
+    style = _styles(every.values())
+    names = [name for name in style if any(name in own for own in curves.values())]
     columns = min(2, len(curves))
     lines = -(-len(curves) // columns)
     legend = -(-len(names) // 4)
@@ -59,16 +59,23 @@ def draw_pareto(rows: Sequence[Row], path: Path) -> bool:
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        [found[name] for name in style], list(style), loc="outside lower center",
+        [found[name] for name in names], names, loc="outside lower center",
         ncols=4 if columns > 1 else 2, fontsize=FONT, frameon=False,
     )  # fmt: skip
     figure.suptitle(
         "Forgetting against gain (right and down is better)\n"
-        "mean ± standard deviation over seeds; labels: learning rates",
+        "mean ± standard deviation over seeds; labels: least and largest learning rate",
         fontsize=FONT + 1,
     )
     save(figure, path)
     return True
+
+
+def _styles(every: Iterable[dict[str, list[Place]]]) -> dict[str, Style]:
+    """One look a method in every figure; those with a curve have the first colours."""
+    points = [(name, len(found)) for own in every for name, found in own.items()]
+    swept = {name for name, count in points if count > 1}
+    return styles(sorted(dict(points), key=lambda name: name not in swept))
 
 
 def _curves(rows: Sequence[Row], group: Group) -> dict[str, list[Place]]:
@@ -98,13 +105,12 @@ def _draw(axes: Axes, curves: dict[str, list[Place]], style: dict[str, Style]) -
             marker=look.marker, markersize=11, linewidth=0 if alone else 2.2, elinewidth=1.2,
             capsize=3, markerfacecolor="white" if alone else look.colour, markeredgewidth=1.8,
         )  # fmt: skip
-        for lr, u, v in zip(lrs, x, y, strict=True):
-            if not alone:
-                axes.annotate(
-                    _short(lr), (u, v), xytext=(right, up), ha=alignment,
-                    textcoords="offset points", fontsize=FONT - 3, color=_darker(look.colour),
-                    path_effects=[withStroke(linewidth=3, foreground="white")], zorder=4,
-                )  # fmt: skip
+        for end in () if alone else (0, -1):
+            axes.annotate(
+                _short(lrs[end]), (x[end], y[end]), xytext=(right, up), ha=alignment,
+                textcoords="offset points", fontsize=FONT - 3, color=_darker(look.colour),
+                path_effects=[withStroke(linewidth=3, foreground="white")], zorder=4,
+            )  # fmt: skip
     values = [point[3] for points in curves.values() for point in points]
     if min(values) > 0 and max(values) > _LOG_FROM * min(values):
         axes.set_yscale("log")

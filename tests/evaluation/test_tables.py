@@ -253,8 +253,8 @@ def test_the_figures(tmp_path: Path) -> None:
         for kind, variant in kinds for s in range(2)
     ]  # fmt: skip
     of_base = [f"figure{number}-small-1M.png" for number in (2, 3, 4)]
-    assert draw_figures(rows, tmp_path) == [*of_base, "pareto.png"]
-    for name in (*of_base, "pareto.png"):
+    assert draw_figures(rows, tmp_path) == [*of_base, "pareto-1M.png"]
+    for name in (*of_base, "pareto-1M.png"):
         image = imread(tmp_path / name)
         assert image.shape[1] >= 1000
         assert 0.01 < (image[..., :3].min(-1) < 0.9).mean() < 0.5
