@@ -225,6 +225,21 @@ def divergence(store: Store, seed: int) -> Iterator[Run]:
         )  # fmt: skip
 
 
+#: Further weights of the divergence; heavier ones move less, so they get a higher rate.
+KL_RATES = {"0.25": ADAMW_RATES, "0.5": (1.6e-3,), "1": (4e-4, 8e-4, 1.6e-3), "2": (8e-4, 1.6e-3)}
+
+
+def weights(store: Store, seed: int) -> Iterator[Run]:
+    """The weight of the divergence, each over learning rates."""
+    for weight, rates in KL_RATES.items():
+        for lr in rates:
+            yield Run(
+                method=f"document + ghost + KL {weight}", store=replace(store, logits=True),
+                loss=(*DOCUMENT_GHOST, "--kl-weight", weight), optimizer=ADAMW, seed=seed, lr=lr,
+                tables=("sweep",),
+            )  # fmt: skip
+
+
 def matching(run: Run) -> tuple[Run, Run]:
     """The two runs that a matched rate is found from: AdamW, and what it is to move like."""
     moving, target = (
@@ -290,6 +305,8 @@ def _evidence() -> Iterator[Run]:
         yield from sweep(large, seed)
         yield from divergence(large, seed)
     yield from pareto(range(3))
+    for seed in range(3):
+        yield from weights(together, seed)
     for seed, base in product(seeds, bases):
         yield from remedies(base, [seed])
     for seed, setting in product(seeds, settings):
