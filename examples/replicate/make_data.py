@@ -31,6 +31,7 @@ from examples.quickstart.general_text import general_documents
 from examples.quickstart.make_data import sql_rows, train_tokenizer
 from examples.replicate import choices, joins
 from examples.replicate.plan import DOMAINS
+from megatron_replay.errors import DataError, ReplayError
 from megatron_replay.files import atomic_file, make_directory, sha256_of_files, write_json
 
 MANIFEST = "data.json"
@@ -130,18 +131,40 @@ def write_everything(folder: Path, seed: int) -> None:
         write_jsonl(folder / "train" / f"{name}.jsonl", rows)
 
 
+def describe(folder: Path, seed: int) -> dict[str, Any]:
+    """What is in ``folder``: the seed, and every file's hash."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {
+        "seed": seed,
+        "files": {str(path.relative_to(folder)): sha256_of_files([path]) for path in files},
+    }
+
+
 def make_data(folder: Path, *, seed: int) -> None:
-    """Write the data to ``folder``, unless it is there already."""
-    if (folder / MANIFEST).exists():
+    """Write the data to ``folder``, unless it is there already.
+
+    Raises:
+        DataError: something else is there.
+    """
+    manifest = folder / MANIFEST
+    if manifest.exists():
+        if json.loads(manifest.read_text()) != describe(folder, seed):
+            raise DataError(
+                "files were changed, or made with another seed",
+                where=folder,
+                expected=f"the hashes in {MANIFEST} and seed {seed}",
+                fix="Remove the directory, or name another",
+            )
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    make_directory(folder)
-    write_everything(folder, seed)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    write_json(
-        folder / MANIFEST,
-        {"seed": seed, "files": {str(p.relative_to(folder)): sha256_of_files([p]) for p in files}},
-    )
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"not empty, and without a {MANIFEST} of ours", where=folder)
+    # Complete or not there; only what was left of an earlier try is removed.
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    make_directory(unfinished)
+    write_everything(unfinished, seed)
+    write_json(unfinished / MANIFEST, describe(unfinished, seed))
+    unfinished.replace(folder)
 
 
 def main() -> int:
@@ -150,7 +173,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    make_data(options.output, seed=options.seed)
+    try:
+        make_data(options.output, seed=options.seed)
+    except ReplayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 

@@ -49,14 +49,12 @@ def _call(main: Any, program: str, argv: Sequence[str]) -> str:
 
 
 def make_corpora(data: Path) -> None:
-    """Tokenize what the bases and the runs learn from."""
+    """Tokenize what the bases and the runs learn from; what is up to date is left."""
     longest = ["--max-document-tokens", str(bases.SEQ_LENGTH + 1)]
     inputs = {name: (data / f"{name}.jsonl", longest) for name in bases.KNOWLEDGE}
     inputs |= {n: (data / "train" / f"{n}.jsonl", list[str]()) for n in ("all", *DOMAINS)}
     for name, (rows, flags) in inputs.items():
         prefix = _corpus(data, name)
-        if prefix.with_suffix(".json").exists():
-            continue
         prefix.parent.mkdir(exist_ok=True)
         argv = ["--input", str(rows), "--tokenizer", str(data / "tokenizer"), *flags]
         argv += ["--output-prefix", str(prefix)]

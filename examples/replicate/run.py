@@ -16,8 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 # Before torch is imported: the parts run side by side, one thread each, and are forked.
@@ -25,126 +24,15 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 
 import torch
 
-from examples.replicate import bases, plan
-from examples.replicate.make_data import make_data
-from examples.replicate.plan import Run, Store
+from examples.replicate import plan
 from megatron_replay import platform
 from megatron_replay.errors import EXIT_INTERRUPTED, ReplayError
 from megatron_replay.files import make_directory
 
 platform.select("cpu").prepare()  # before megatron-core is imported, which forks then share
 
-from examples.replicate import parts  # noqa: E402
-from megatron_replay.evaluation.rows import Row, append_row, base_row, read_rows  # noqa: E402
-from megatron_replay.evaluation.suite import read_evaluation  # noqa: E402
-
-
-@dataclass(frozen=True)
-class Job:
-    """A part that needs others: done when ``product`` is there."""
-
-    name: str
-    product: Path
-    action: Callable[[], None]
-    needs: Sequence[Path] = field(default=())
-
-
-class Study:
-    """The directory of a study, and the jobs that fill it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.data = folder, folder / "data"
-        self.rows_path = folder / "rows.jsonl"
-
-    def jobs(self, runs: Sequence[Run]) -> list[Job]:
-        """Everything ``runs`` need, each part before what needs it."""
-        jobs: dict[Path, Job] = {}
-        for run in runs:
-            store = run.store
-            for job in (self._base(store.base, store.size), self._store(store)):
-                jobs.setdefault(job.product, job)
-            jobs[self.row_path(run)] = self._run(run)
-        return list(jobs.values())
-
-    def row_path(self, run: Run) -> Path:
-        """Where a finished run leaves its row."""
-        return self.folder / "runs" / run.name / parts.ROW
-
-    def base_path(self, base: str, size: str) -> Path:
-        """A base model's directory."""
-        return self.folder / "bases" / f"{base}-{size}"
-
-    def _base(self, base: str, size: str) -> Job:
-        folder = self.base_path(base, size)
-        return Job(
-            f"base {base} {size}",
-            parts.base_evaluation(folder, "all"),
-            lambda: parts.make_base(folder, bases.SIZES[size], base, self.data),
-        )
-
-    def _store(self, store: Store) -> Job:
-        base = self.base_path(store.base, store.size)
-        folder = self.folder / "stores" / store.name
-        return Job(
-            f"Stage 0 {store.name}",
-            folder / "manifest.json",
-            lambda: parts.make_store(folder, store, base, self.data),
-            needs=[parts.base_evaluation(base, "all")],
-        )
-
-    def _run(self, run: Run) -> Job:
-        base = self.base_path(run.store.base, run.store.size)
-        store = self.folder / "stores" / run.store.name
-        needs = [parts.base_evaluation(base, "all"), store / "manifest.json"]
-        reference = None
-        if run.lr is None:
-            reference = self._matching(run)
-            needs += reference
-        return Job(
-            run.name,
-            self.row_path(run),
-            lambda: parts.make_run(
-                self.row_path(run).parent, run, base, store, self.data, reference
-            ),
-            needs=needs,
-        )
-
-    def _matching(self, run: Run) -> tuple[Path, Path]:
-        moving, target = plan.matching(run)
-        return self.row_path(moving), self.row_path(target)
-
-    def collect(self, runs: Sequence[Run]) -> int:
-        """Append to rows.jsonl what is not in it; returns the number of runs that have a row."""
-        known = {_identity(row) for row in read_rows(self.rows_path)} if self._has_rows() else set()
-        settings = {(run.store.setting, run.store.size): run.store for run in runs}
-        found = [self._base_row(store) for store in settings.values()]
-        done = [path for run in runs if (path := self.row_path(run)).exists()]
-        for row in (*found, *(read_rows(path)[0] for path in done)):
-            if row is not None and _identity(row) not in known:
-                append_row(self.rows_path, row)
-        return len(done)
-
-    def _has_rows(self) -> bool:
-        return self.rows_path.exists() and self.rows_path.stat().st_size > 0
-
-    def _base_row(self, store: Store) -> Row | None:
-        base = self.base_path(store.base, store.size)
-        path = parts.base_evaluation(base, store.domain)
-        if not path.exists():
-            return None
-        evaluation = read_evaluation(path)
-        return base_row(
-            evaluation["models"][0],
-            tables=("methods", "remedies", "sweep") if store.domain == "all" else ("sweep",),
-            base=store.setting,
-            size=store.size,
-            command=evaluation["command"],
-        )
-
-
-def _identity(row: Row) -> tuple[object, ...]:
-    """What tells a row from others."""
-    return row.method, row.tables, row.variant, row.base, row.size, row.seed, row.config_hash
+from examples.replicate.parts import Failed  # noqa: E402
+from examples.replicate.study import Job, Study  # noqa: E402
 
 
 class Pool:
@@ -212,13 +100,13 @@ class Pool:
 
 def _exit_code(job: Job) -> int:
     """Do the job, in a process of its own; what it prints goes to the log beside its product."""
-    log = os.open(job.product.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(job.product.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
     try:
         job.action()
-    except parts.Failed as failure:
+    except Failed as failure:
         return failure.code
     except ReplayError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -257,8 +145,7 @@ def main() -> int:
             print("done" if study.row_path(run).exists() else "open", run.name)
         return 0
     try:
-        make_data(study.data, seed=0)
-        parts.make_corpora(study.data)
+        study.prepare()
         pool = Pool(study.jobs(runs), workers=options.workers)
         try:
             pool.run(until=until)

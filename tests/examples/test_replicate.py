@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from examples.quickstart import nl2sql
-from examples.replicate import choices, joins, parts, plan
-from examples.replicate.run import Job, Pool, Study
+from examples.replicate import choices, joins, make_data, parts, plan
+from examples.replicate.run import Pool
+from examples.replicate.study import Job, Study
+from megatron_replay.errors import DataError
+from megatron_replay.evaluation.rows import Row, append_row, read_rows
 
 
 @pytest.mark.parametrize("name", plan.PLANS)
@@ -149,3 +152,67 @@ def test_pool_starts_nothing_after_its_time(tmp_path: Path) -> None:
     pool = Pool([_touching(tmp_path / "a")], workers=1)
     pool.run(until=time.monotonic() - 1)
     assert not (tmp_path / "a").exists()
+
+
+def test_data_are_written_whole_and_nothing_else_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(folder: Path, seed: int) -> None:
+        (folder / "rows.jsonl").write_text(f"{seed}\n")
+
+    monkeypatch.setattr(make_data, "write_everything", write)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"theirs: not empty, and without a data\.json"):
+        make_data.make_data(theirs, seed=0)
+    assert (theirs / "thesis.txt").read_text() == "mine"
+    ours, cut = tmp_path / "ours", tmp_path / "ours.unfinished"
+    cut.mkdir()
+    (cut / "half.jsonl").touch()  # left by a run that was killed
+    make_data.make_data(ours, seed=0)
+    make_data.make_data(ours, seed=0)
+    assert sorted(path.name for path in ours.iterdir()) == ["data.json", "rows.jsonl"]
+    assert not cut.exists()
+    with pytest.raises(DataError, match="changed, or made with another seed"):
+        make_data.make_data(ours, seed=1)
+    (ours / "rows.jsonl").write_text("other\n")
+    with pytest.raises(DataError, match="changed, or made with another seed"):
+        make_data.make_data(ours, seed=0)
+
+
+def test_a_study_of_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_data, "write_everything", lambda folder, seed: None)
+    monkeypatch.setattr(parts, "make_corpora", lambda data: None)
+    study = Study(tmp_path)
+    study.prepare()
+    study.prepare()
+    (study.data / "data.json").unlink()  # made again by another version
+    study.data.rmdir()
+    monkeypatch.setattr(
+        make_data, "write_everything", lambda folder, seed: (folder / "new").touch()
+    )
+    with pytest.raises(DataError, match="the models here were made from other data"):
+        study.prepare()
+
+
+def test_a_run_done_again_is_collected_again(tmp_path: Path) -> None:
+    (run, *_) = plan.plan("paper")
+    study = Study(tmp_path)
+    path = study.row_path(run)
+    path.parent.mkdir(parents=True)
+    for score in (0.2, 0.2, float("nan"), float("nan")):
+        path.unlink(missing_ok=True)
+        append_row(path, _row(run, score))
+        assert study.collect([run]) == 1
+    found = [row.evaluation["general"]["delta_perplexity"] for row in read_rows(study.rows_path)]
+    assert found == [0.2, pytest.approx(float("nan"), nan_ok=True)]
+
+
+def _row(run: plan.Run, forgetting: float) -> Row:
+    return Row(
+        method=run.method, tables=run.tables, base=run.store.setting, size=run.store.size,
+        seed=run.seed, lr=run.lr, optimizer="adamw", loss="full", config_hash="", command="",
+        evaluation={"general": {"delta_perplexity": forgetting}}, run=None, stage0_seconds=None,
+        variant=run.variant,
+    )  # fmt: skip
