@@ -2,7 +2,8 @@
 
 Facts are pairs of a name and the first sentence of its documentation, read from Python itself.
 Those of modules about communication are the domain, in the place of a telecom's: the base model
-never reads these modules. The other three kinds are general abilities, that fine-tuning may cost.
+never reads these modules, but other modules say some of the same (three of the forty sentences of
+the study). The other three kinds are general abilities, that fine-tuning may cost.
 """
 
 from __future__ import annotations

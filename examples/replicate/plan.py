@@ -287,7 +287,7 @@ def _paper() -> Iterator[Run]:
 def _evidence() -> Iterator[Run]:
     """What matters most first, seed by seed, so that it may be stopped at any moment.
 
-    Neither base has read anything of "protocols": one of them is enough there.
+    Neither base has read the modules that "protocols" is of: one of them is enough there.
     """
     seeds, bases = range(5), ("competent", "ignorant")
     settings = [
