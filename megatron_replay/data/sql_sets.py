@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from megatron_replay.data.database import schema_lines
@@ -77,28 +77,13 @@ def read_sql_set(directory: Path) -> list[SqlQuestion]:
     Raises:
         DataError: it has none of them, a question lacks something, or a database is missing.
     """
-    found = [
-        (name, read)
-        for name, read, parts in (
-            ("plain", _read_plain, (_ROWS, _DATABASE)),
-            *((name, _reader(name), (_DEV, layout.folders[0])) for name, layout in LAYOUTS.items()),
-        )
-        if all((directory / part).exists() for part in parts)
-    ]
-    if len(found) != 1:
-        inside = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else None
-        raise DataError(
-            "no layout of SQL questions that is known",
-            where=directory,
-            expected="one of questions.jsonl + database.sqlite; dev.json + database/ (Spider); "
-            "dev.json + dev_databases/ (BIRD)",
-            found="no directory" if inside is None else ", ".join(inside[:8]) or "nothing",
-        )
-    ((_, read),) = found
-    questions = list(read(directory))
+    _, read = _layout(directory)
+    questions = list(read())
     if not questions:
         raise DataError("no questions", where=directory)
     for question in questions:
+        if not question.prompt:
+            raise DataError("the prompt is empty", where=question.where)
         if not question.database.is_file():
             raise DataError("no such database", where=question.where, expected=question.database)
     return questions
@@ -110,9 +95,29 @@ def sql_set_files(directory: Path) -> list[Path]:
     Raises:
         DataError: as `read_sql_set`.
     """
-    databases = {question.database for question in read_sql_set(directory)}
-    rows = directory / _ROWS
-    return [rows if rows.exists() else directory / _DEV, *sorted(databases)]
+    rows, _ = _layout(directory)
+    return [rows, *sorted({question.database for question in read_sql_set(directory)})]
+
+
+def _layout(directory: Path) -> tuple[Path, Callable[[], Iterator[SqlQuestion]]]:
+    """The file that holds a set's questions, and what reads it."""
+    rows, dev = directory / _ROWS, directory / _DEV
+    found: list[tuple[Path, Callable[[], Iterator[SqlQuestion]]]] = []
+    if rows.exists() and (directory / _DATABASE).exists():
+        found.append((rows, partial(_read_plain, directory)))
+    for name, layout in LAYOUTS.items():
+        if dev.exists() and (directory / layout.folders[0]).exists():
+            found.append((dev, partial(read_questions, dev, name)))
+    if len(found) != 1:
+        inside = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else None
+        raise DataError(
+            "no layout of SQL questions that is known",
+            where=directory,
+            expected="one of questions.jsonl + database.sqlite; dev.json + database/ (Spider); "
+            "dev.json + dev_databases/ (BIRD)",
+            found="no directory" if inside is None else ", ".join(inside[:8]) or "nothing",
+        )
+    return found[0]
 
 
 def _read_plain(directory: Path) -> Iterator[SqlQuestion]:
@@ -124,10 +129,6 @@ def _read_plain(directory: Path) -> Iterator[SqlQuestion]:
             prompt=row.text("prompt"),
             gold=row.text("completion"),
         )
-
-
-def _reader(layout: str) -> Callable[[Path], Iterator[SqlQuestion]]:
-    return lambda directory: read_questions(directory / _DEV, layout)
 
 
 def read_questions(file: Path, layout: str) -> Iterator[SqlQuestion]:

@@ -76,6 +76,21 @@ def test_plain(tmp_path: Path) -> None:
     assert sql_set_files(tmp_path) == [rows, database]
 
 
+def test_the_files_that_are_hashed_are_those_that_are_read(tmp_path: Path) -> None:
+    folder = write_set(tmp_path, "database", [QUESTION])
+    (folder / "questions.jsonl").write_text("a stray file")
+    [question] = read_sql_set(folder)
+    assert question.gold == "select 1"
+    assert sql_set_files(folder) == [folder / "dev.json", question.database]
+
+
+def test_an_empty_prompt_is_refused(tmp_path: Path) -> None:
+    write_database(tmp_path / "database.sqlite", BOOKS)
+    (tmp_path / "questions.jsonl").write_text('{"prompt": "", "completion": "select 3"}\n')
+    with pytest.raises(DataError, match=r"questions\.jsonl:1: the prompt is empty"):
+        read_sql_set(tmp_path)
+
+
 def test_a_training_file_finds_its_databases(tmp_path: Path) -> None:
     folder = write_set(tmp_path, "train_databases", [])
     (folder / "train.json").write_text(json.dumps([QUESTION]))
