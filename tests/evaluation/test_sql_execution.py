@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+import time
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,63 @@ def test_deadline(database: Path) -> None:
     assert reason(database, endless, seconds=0.05) == "timeout"
 
 
+def test_deadline_of_slow_instructions(database: Path) -> None:
+    # 64 calls of 0.17 s, and no more instructions than there are between two calls of the handler.
+    rowids = "a.rowid + b.rowid + c.rowid"
+    slow = f"instr(hex(zeroblob(60000 + {rowids})), hex(zeroblob(25000)) || '1')"
+    joined = "from book a, book b, book c"
+    for sql in (f"select count(*) {joined} where {slow}", f"select {slow} {joined}"):
+        before = time.process_time()
+        assert reason(database, sql, seconds=0.05) == "timeout"
+        assert time.process_time() - before < 1.5
+
+
+def test_a_query_that_takes_too_long_in_one_instruction(database: Path) -> None:
+    slow = "select instr(hex(zeroblob(60000)), hex(zeroblob(25000)) || '1')"
+    assert reason(database, slow, seconds=0.001) == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("sql", "expected"),
+    [
+        ("select zeroblob(1000001)", "too large"),
+        ("select zeroblob(999999)", ""),
+        (f"select 'a' like '{'%a' * 500}'", ""),
+        (f"select 'a' like '{'%a' * 501}'", "sql error"),
+        (f"select trim('ab', '{'b' * 1000}')", ""),
+        (f"select trim('ab', '{'b' * 1001}')", "too large"),
+        ("select rtrim('ab', hex(zeroblob(501)))", "too large"),
+    ],
+)
+def test_limits_of_values(database: Path, sql: str, expected: str) -> None:
+    if expected:
+        assert reason(database, sql) == expected
+    else:
+        with open_read_only(database) as connection:
+            assert len(run_query(connection, sql)) == 1
+
+
+def test_limit_of_an_answer(database: Path) -> None:
+    sql = "select zeroblob(100000) from book a, book b"
+    with open_read_only(database) as connection:
+        assert len(run_query(connection, sql, limits=Limits(max_bytes=1_700_000))) == 16
+    assert reason(database, sql, max_bytes=1_600_000) == "too large"
+
+
+@pytest.mark.parametrize("name", ["trim", "ltrim", "rtrim"])
+def test_trimming_is_sqlite_s(database: Path, name: str) -> None:
+    values = ["", "xxaxbxx", "éaé", None, 1.50, 10, b"xAx", "x"]
+    characters = ["", "x", "xa", "é", None, 0, b"x", "5."]
+    plain = sqlite3.connect(":memory:")
+    with open_read_only(database) as connection:
+        for value, taken in product(values, characters):
+            (sql,) = plain.execute(
+                f"select 'select {name}(' || quote(?) || ',' || quote(?) || ')'", (value, taken)
+            ).fetchone()
+            assert run_query(connection, sql) == plain.execute(sql).fetchall()
+    plain.close()
+
+
 def test_row_limit(database: Path) -> None:
     with open_read_only(database) as connection:
         assert len(run_query(connection, "select * from book", limits=Limits(max_rows=4))) == 4
@@ -100,7 +159,8 @@ def test_row_limit(database: Path) -> None:
 
 def test_deadline_of_one_query_does_not_reach_the_next(database: Path) -> None:
     with open_read_only(database) as connection:
-        run_query(connection, "select 1", limits=Limits(seconds=1e-9))
+        with pytest.raises(QueryError, match="more than 1e-09 s"):
+            run_query(connection, "select 1", limits=Limits(seconds=1e-9))
         assert run_query(connection, "select count(*) from book a, book b, book c") == [(64,)]
 
 
