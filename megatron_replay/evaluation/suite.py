@@ -6,11 +6,12 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_replay.data.tokenizer import load_tokenizer
-from megatron_replay.errors import DataError
+from megatron_replay.errors import CheckpointError, DataError
 from megatron_replay.evaluation.inputs import Inputs, Settings
 from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval
 from megatron_replay.evaluation.measurements import Result, measure
@@ -23,8 +24,18 @@ BASE = "base"
 
 
 def model_sha256(directory: Path) -> str:
-    """SHA-256 of a model's weights and configuration."""
-    return sha256_of_files([*weight_files(directory), directory / "config.json"])
+    """SHA-256 of a model's weights and configuration, what it generates with included.
+
+    Raises:
+        CheckpointError: weights or configuration are missing.
+    """
+    config, generation = directory / "config.json", directory / "generation_config.json"
+    files = [*weight_files(directory), config]
+    if not config.is_file():
+        raise CheckpointError("no Hugging Face model here", where=directory, expected=config.name)
+    if generation.is_file():  # lm-eval's answers depend on it
+        files.append(generation)
+    return sha256_of_files(files)
 
 
 def evaluate(
@@ -41,16 +52,18 @@ def evaluate(
     """Measure the base and every model, and write ``output`` after each of them.
 
     A model whose weights, inputs, settings and base are those of a result in ``output`` is not
-    measured again. All models are read with one tokenizer, the base's where no other is given
-    (a sentencepiece model, say): perplexities are comparable only over the same tokens.
+    measured again, and none of ``output`` is lost when a run is cut off or asks for less: results
+    that it does not ask for, of other models, inputs or settings, stay there as ``kept``. All
+    models are read with one tokenizer, the base's where no other is given (a sentencepiece model,
+    say): perplexities are comparable only over the same tokens.
 
     Raises:
         ConfigError, DataError, CheckpointError, StoreError: something given cannot be used.
     """
     hashes, tasks = inputs.sha256(), inputs.lm_eval()
-    base_sha256 = model_sha256(base)
+    asked = {BASE: base, **models}
+    sha256 = {name: model_sha256(path) for name, path in asked.items()}
     tokens = load_tokenizer(tokenizer or base)
-    done = {result["key"]: result for result in _previous(output)}
     document: Result = {
         "format": FORMAT,
         "command": command,
@@ -61,26 +74,46 @@ def evaluate(
         "settings": asdict(settings),
         "lm_eval_version": require_lm_eval() if tasks else None,
         "tokenizer": tokens.fingerprint,
-        "models": [],
     }
     decisive = dict(hashes)
     if tasks:
         decisive["lm_eval"] = repr((document["lm_eval_version"], tasks.general, tasks.domain))
-    for name, path in {BASE: base, **models}.items():
-        sha256 = model_sha256(path)
-        key = _key(sha256, base_sha256, tokens.fingerprint, decisive, settings)
-        if key in done:
-            result = done[key] | {"name": name, "path": str(path)}
-        else:
-            start = time.monotonic()
-            measured = measure(path, tokens, inputs, settings, progress=progress)
-            measured["relative_l2_percent"] = 100 * relative_l2(path, base)
-            result = {"name": name, "path": str(path), "sha256": sha256, "key": key, **measured}
-            result["seconds"] = round(time.monotonic() - start, 2)
-        document["models"].append(result)
-        _add_differences(result, document["models"][0])
-        write_json(output, document)
+    keys = {
+        name: _key(sha256[name], sha256[BASE], tokens.fingerprint, decisive, settings)
+        for name in asked
+    }
+    known = {result["key"]: result for result in _previous(output)}
+    if keys[BASE] in known:  # before the first measurement, which may be cut off
+        _write(output, document, asked, keys, known)
+    for name, path in asked.items():
+        if keys[name] in known:
+            continue
+        start = time.monotonic()
+        measured = measure(path, tokens, inputs, settings, progress=progress)
+        measured["relative_l2_percent"] = 100 * relative_l2(path, base)
+        measured["seconds"] = round(time.monotonic() - start, 2)
+        known[keys[name]] = {"sha256": sha256[name], "key": keys[name], **measured}
+        _write(output, document, asked, keys, known)
     return document
+
+
+def _write(
+    output: Path,
+    document: Result,
+    asked: Mapping[str, Path],
+    keys: Mapping[str, str],
+    known: Mapping[str, Result],
+) -> None:
+    """Write the results that were asked for, compared with the base, and keep all others."""
+    document["models"] = [
+        deepcopy(known[keys[name]]) | {"name": name, "path": str(path)}
+        for name, path in asked.items()
+        if keys[name] in known
+    ]
+    for result in document["models"]:
+        _add_differences(result, document["models"][0])
+    document["kept"] = [known[key] for key in known if key not in keys.values()]
+    write_json(output, document)
 
 
 def _add_differences(result: Result, base: Result) -> None:
@@ -129,4 +162,8 @@ def read_evaluation(path: Path) -> Result:
 
 
 def _previous(output: Path) -> list[Result]:
-    return list(read_evaluation(output)["models"]) if output.exists() else []
+    """Every result of ``output``, shown or kept; none where there is no such file."""
+    if not output.exists():
+        return []
+    document = read_evaluation(output)
+    return [*document["models"], *document.get("kept", [])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_replay.evaluation import suite
 from megatron_replay.evaluation.candidate_mass import candidate_mass
 from megatron_replay.evaluation.language_model import load_model, score
 from megatron_replay.evaluation.measurements import read_documents
+from megatron_replay.files import sha256_of_files
 from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
 from tests.data.tiny_tokenizers import save_sentencepiece
 from tests.evaluation.models import VOCAB_SIZE, random_documents, save_model
@@ -52,6 +54,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     connection.execute("insert into book values ('a')")
     connection.commit()
     connection.close()
+    (site / "weights").mkdir()
+    save_file(tuned, site / "weights" / "model.safetensors")
     _write_corpus_and_store(site)
     return site
 
@@ -178,6 +182,83 @@ def test_reuses_what_is_unchanged(
     assert measured == ["base", "tuned", "base", "base"]
 
 
+class Measuring:
+    """Stands in for `measure`: remembers what it measured, and is cut off at the model ``stop``."""
+
+    def __init__(self) -> None:
+        self.measured: list[str] = []
+        self.stop = ""
+
+    def __call__(self, path: Path, *_: object, **__: object) -> dict[str, Any]:
+        if path.name == self.stop:
+            raise KeyboardInterrupt
+        self.measured.append(path.name)
+        return {"general": {"perplexity": float(len(path.name))}}
+
+
+@pytest.fixture
+def measuring(monkeypatch: pytest.MonkeyPatch) -> Measuring:
+    stub = Measuring()
+    monkeypatch.setattr(suite, "measure", stub)
+    return stub
+
+
+def shown_and_kept(output: Path) -> tuple[list[str], list[str]]:
+    document = json.loads(output.read_text())
+    shown, kept = ([model["name"] for model in document[part]] for part in ("models", "kept"))
+    assert all("delta_perplexity" in model["general"] for model in document["models"])
+    return shown, kept
+
+
+@pytest.fixture
+def three(site: Path, tmp_path: Path) -> dict[str, Path]:
+    """Three models that differ."""
+    weights = load_file(site / "base" / "model.safetensors")
+    models = {}
+    for number, name in enumerate(("a", "b", "new"), start=2):
+        models[name] = shutil.copytree(site / "base", tmp_path / name)
+        scaled = {key: number * tensor for key, tensor in weights.items()}
+        save_file(scaled, models[name] / "model.safetensors", metadata={"format": "pt"})
+    return models
+
+
+def test_no_result_is_lost_by_a_run_that_is_cut_off_or_asks_for_less(
+    site: Path, tmp_path: Path, measuring: Measuring, three: dict[str, Path]
+) -> None:
+    output = tmp_path / "eval.json"
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={output}"]
+    new, a, b = (f"--model={name}={three[name]}" for name in ("new", "a", "b"))
+    assert evaluate.main([*given, a, b]) == 0
+    measuring.stop = "new"
+    assert evaluate.main([*given, new, a, b]) == 130
+    assert shown_and_kept(output) == (["base", "a", "b"], [])
+    measuring.stop = ""
+    assert evaluate.main([*given, new, a, b]) == 0
+    assert shown_and_kept(output) == (["base", "new", "a", "b"], [])
+    assert evaluate.main([*given, a]) == 0
+    assert shown_and_kept(output) == (["base", "a"], ["new", "b"])
+    assert measuring.measured == ["base", "a", "b", "new"]
+    measuring.stop = "base"  # with other settings, nothing asked for is there
+    assert evaluate.main([*given, a, "--window=7"]) == 130
+    assert shown_and_kept(output) == (["base", "a"], ["new", "b"])
+    measuring.stop = ""
+    assert evaluate.main([*given, a, "--window=7"]) == 0
+    assert evaluate.main([*given, b, new]) == 0
+    assert shown_and_kept(output)[0] == ["base", "b", "new"]
+    assert measuring.measured == ["base", "a", "b", "new", "base", "a"]
+
+
+def test_what_a_model_generates_with_is_part_of_it(
+    site: Path, tmp_path: Path, measuring: Measuring
+) -> None:
+    base = shutil.copytree(site / "base", tmp_path / "base")
+    (base / "generation_config.json").unlink(missing_ok=True)
+    before = suite.model_sha256(base)
+    assert before == sha256_of_files([base / "model.safetensors", base / "config.json"])
+    (base / "generation_config.json").write_text('{"eos_token_id": 256}')
+    assert suite.model_sha256(base) != before
+
+
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
@@ -197,6 +278,7 @@ def test_reuses_what_is_unchanged(
         (["--data={site}/missing"], 3, "no such file, given as --data"),
         (["--task-data={site}/text.jsonl"], 3, "text.jsonl:1"),
         (["--model=a={site}"], 4, "no safetensors files here"),
+        (["--model=a={site}/weights"], 4, "no Hugging Face model here (expected config.json"),
     ],
 )
 def test_mistakes_are_one_line(
