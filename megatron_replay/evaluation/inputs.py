@@ -54,13 +54,15 @@ class Inputs:
                 "--lm-eval-tasks and --lm-eval-include-path are given together or not"
             )
         names = [
-            *self.choices, *self.general_choices, *self.lm_eval_tasks, *self.lm_eval_domain_tasks
+            *self.sql, *self.choices, *self.general_choices,
+            *self.lm_eval_tasks, *self.lm_eval_domain_tasks,
         ]  # fmt: skip
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(
                     "two benchmarks have one name",
-                    where="--choices, --general-choices, --lm-eval-tasks, --lm-eval-domain-tasks",
+                    where="--sql, --choices, --general-choices, --lm-eval-tasks, "
+                    "--lm-eval-domain-tasks",
                     found=name,
                 )
 

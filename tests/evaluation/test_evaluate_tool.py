@@ -271,6 +271,7 @@ def test_what_a_model_generates_with_is_part_of_it(
         (["--choices=c={site}/missing"], 3, "no such file, given as --choices"),
         (["--choices=c={site}/text.jsonl"], 3, "text.jsonl:1: missing key (expected 'prompt'"),
         (["--choices=c={site}/c", "--general-choices=c={site}/c"], 2, "have one name"),
+        (["--sql=c={site}", "--choices=c={site}/c"], 2, "have one name"),
         (["--lm-eval-tasks=c"], 2, "--lm-eval-include-path are given together"),
         (["--general-choices=c={site}/wrong.jsonl"], 3, "benchmark c: the base scores 0"),
         (["--sql=books={site}", "--max-new-tokens=510"], 3, "questions.jsonl:1: prompt and answer"),
