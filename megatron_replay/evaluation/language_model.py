@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_replay.data.document import Document
-from megatron_replay.errors import CheckpointError, DataError
+from megatron_replay.errors import CheckpointError, ConfigError, DataError
 from megatron_replay.progress import Progress
 
 
@@ -71,8 +71,10 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
     """Load a Hugging Face directory for evaluation; nothing is fetched, no remote code is run.
 
     Raises:
+        ConfigError: there is no such device here.
         CheckpointError: it is missing, or transformers cannot load it.
     """
+    _require_device(device)
     if not (path / "config.json").is_file():
         raise CheckpointError("no Hugging Face model here", where=path, expected="config.json")
     try:
@@ -95,6 +97,18 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
             )
     model.to(device).eval()
     return cast(PreTrainedModel, model)
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (AssertionError, RuntimeError) as error:  # torch without a backend asserts
+        reason = str(error).partition("\n")[0]  # CUDA's goes on about debugging
+        raise ConfigError(
+            f"torch cannot use this device: {reason}",
+            where="--device",
+            found=repr(device),
+        ) from error
 
 
 @contextmanager
@@ -200,7 +214,7 @@ def greedy_answers(
     """The most probable continuation of each prompt, token by token, in the order of ``prompts``.
 
     Prompts of one length form a batch: no padding, so an answer does not depend on its neighbours
-    beyond rounding. Equal logits: the smallest id wins.
+    beyond rounding. Equal logits: the smallest id wins. No prompt is empty.
     """
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, prompt in enumerate(prompts):

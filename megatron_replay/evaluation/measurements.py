@@ -147,7 +147,7 @@ def _execution(
     progress: bool,
 ) -> Result:
     prompts = [tokenizer.encode(question.prompt) for question in questions]
-    _require_room(model, questions, prompts, settings.max_new_tokens)
+    _require_answerable(model, questions, prompts, settings.max_new_tokens)
     answers = greedy_answers(
         model,
         prompts,
@@ -170,7 +170,7 @@ def _execution(
     }
 
 
-def _require_room(
+def _require_answerable(
     model: PreTrainedModel,
     questions: list[SqlQuestion],
     prompts: list[list[int]],
@@ -184,4 +184,14 @@ def _require_room(
                 where=question.where,
                 expected=f"at most {context} tokens",
                 found=f"{len(prompt)} and --max-new-tokens {max_new_tokens}",
+            )
+        if not prompt:
+            raise DataError("the prompt has no tokens", where=question.where)
+        if max(prompt) >= model.config.vocab_size:
+            raise DataError(
+                "the prompt holds a token that the model lacks",
+                where=question.where,
+                expected=f"ids below {model.config.vocab_size}",
+                found=max(prompt),
+                fix="Give the tokenizer that belongs to the model",
             )

@@ -15,13 +15,15 @@ VOCAB_SIZE = 257
 EOS = 256
 
 
-def save_model(directory: Path, *, tied: bool = True, seed: int = 0) -> Path:
-    """Bytes are the tokens, so that any text can be read and written."""
+def save_model(
+    directory: Path, *, tied: bool = True, seed: int = 0, vocab_size: int = VOCAB_SIZE
+) -> Path:
+    """Bytes are the tokens, so that any text can be read and, with all of them, written."""
     save_qwen3(
         directory,
         tied=tied,
         seed=seed,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

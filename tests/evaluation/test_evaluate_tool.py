@@ -259,6 +259,24 @@ def test_what_a_model_generates_with_is_part_of_it(
     assert suite.model_sha256(base) != before
 
 
+def test_a_prompt_that_the_model_cannot_read(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(site / "database.sqlite", tmp_path)
+    rows, output = tmp_path / "questions.jsonl", tmp_path / "eval.json"
+    given = [f"--base={site}/base", f"--sql=s={tmp_path}", f"--output={output}"]
+    write_rows(rows, {"prompt": "", "completion": "select 1"})
+    assert evaluate.main(given) == 3
+    assert "questions.jsonl:1: the prompt is empty" in capsys.readouterr().err
+    write_rows(rows, {"prompt": "p", "completion": "select 1"})
+    small = save_model(tmp_path / "small", vocab_size=64)
+    assert evaluate.main([*given, f"--base={small}"]) == 3
+    assert (
+        "questions.jsonl:1: the prompt holds a token that the model lacks (expected ids below 64; "
+        "found 79)" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
@@ -272,6 +290,8 @@ def test_what_a_model_generates_with_is_part_of_it(
         (["--choices=c={site}/text.jsonl"], 3, "text.jsonl:1: missing key (expected 'prompt'"),
         (["--choices=c={site}/c", "--general-choices=c={site}/c"], 2, "have one name"),
         (["--sql=c={site}", "--choices=c={site}/c"], 2, "have one name"),
+        (["--device=cuda:99"], 2, "--device: torch cannot use this device: "),
+        (["--device=gpu"], 2, "--device: torch cannot use this device: Expected one of cpu"),
         (["--lm-eval-tasks=c"], 2, "--lm-eval-include-path are given together"),
         (["--general-choices=c={site}/wrong.jsonl"], 3, "benchmark c: the base scores 0"),
         (["--sql=books={site}", "--max-new-tokens=510"], 3, "questions.jsonl:1: prompt and answer"),
