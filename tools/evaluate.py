@@ -6,7 +6,7 @@
 
 Every input is optional, and what is not given is not measured; docs/evaluation.md has the formats.
 A model that ``--output`` already holds a result for, made from the same files and settings, is not
-measured again.
+measured again. Prints a line a model; the JSON has all of it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
 from megatron_replay.evaluation.inputs import Inputs, Settings, named_paths
+from megatron_replay.evaluation.scores import domain_scores, value_at
 from megatron_replay.evaluation.suite import BASE, evaluate
 from megatron_replay.files import make_directory
 
@@ -96,8 +98,18 @@ def _inputs(given: dict[str, Any]) -> Inputs:
     return Inputs(**rest | named | tasks)
 
 
+def _line(model: Mapping[str, Any]) -> str:
+    """The model's scores in the domain, and what general text costs it more than the base."""
+    found = [f"{name} {score:.1f} %" for name, score in domain_scores(model).items()]
+    change = value_at(model, "general.delta_perplexity")
+    if change is not None:
+        found.append(f"ΔPPL {change:+.2f}")
+    found.append(f"relative L2 {model['relative_l2_percent']:.2f} %")
+    return f"{model['name']}: {', '.join(found)}"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate and print one line a model."""
+    """Evaluate and print one line a model, and where all of it is."""
     argv = sys.argv[1:] if argv is None else argv
     given = vars(parser().parse_args(argv))
     try:
@@ -120,6 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    for model in document["models"]:
+        print(_line(model))
     print(f"{given['output']}: {len(document['models'])} models")
     return 0
 

@@ -259,6 +259,23 @@ def test_what_a_model_generates_with_is_part_of_it(
     assert suite.model_sha256(base) != before
 
 
+def test_prints_a_line_a_model(
+    site: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = {"choices": {"c": {"accuracy": 0.5, "general": False}}, "general": {"perplexity": 2.0}}
+    monkeypatch.setattr(suite, "measure", lambda *_, **__: json.loads(json.dumps(found)))
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={tmp_path}/e"]
+    assert evaluate.main([*given, f"--model=full={site}/tuned"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "base: c 50.0 %, ΔPPL +0.00, relative L2 0.00 %",
+        "full: c 50.0 %, ΔPPL +0.00, relative L2 1.00 %",
+        f"{tmp_path}/e: 2 models",
+    ]
+
+
 def test_a_prompt_that_the_model_cannot_read(
     site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
