@@ -15,19 +15,16 @@ from megatron_replay.functional.restricted_cross_entropy import (
 )
 from megatron_replay.functional.stability import (
     Spikes,
-    delta_ppl,
     gradient_norm_cv,
     loss_std,
     loss_variance,
     relative_l2,
-    retention,
     spikes,
 )
 
 __all__ = [
     "CandidateSets",
     "Spikes",
-    "delta_ppl",
     "gradient_norm_cv",
     "loss_std",
     "loss_variance",
@@ -35,7 +32,6 @@ __all__ = [
     "relative_l2",
     "restricted_cross_entropy",
     "restricted_cross_entropy_dense",
-    "retention",
     "select_candidates",
     "select_positions",
     "spikes",

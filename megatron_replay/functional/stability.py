@@ -1,12 +1,12 @@
-"""How steady a run was and what it kept: loss, gradient norm, distance, perplexity, retention.
+"""How steady a run was and how far it moved: loss, gradient norm, spikes, relative L2.
 
-Pure functions of numbers, in float64. Shapes: N steps, D documents.
+Pure functions of numbers, in float64. Shape: N steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,53 +123,6 @@ def relative_l2(pairs: Iterable[tuple[npt.ArrayLike, npt.ArrayLike]]) -> float:
     if norm == 0.0:
         raise DataError("every base weight is 0", where="relative L2")
     return math.sqrt(distance / norm)
-
-
-def delta_ppl(
-    tuned_nll_D: npt.ArrayLike, base_nll_D: npt.ArrayLike, num_tokens_D: npt.ArrayLike
-) -> float:
-    """exp(CE_tuned) - exp(CE_base) on one fixed set; CE = Σ nll / Σ tokens, in nats a token.
-
-    Args:
-        tuned_nll_D: summed negative log-likelihood of each document after fine-tuning.
-        base_nll_D: the same of the base model.
-        num_tokens_D: scored tokens of each document.
-
-    Raises:
-        DataError: lengths differ, a value is not finite, or there is no token.
-    """
-    tuned = _series(tuned_nll_D, "tuned_nll_D")
-    base = _series(base_nll_D, "base_nll_D")
-    tokens = _series(num_tokens_D, "num_tokens_D")
-    if not len(tuned) == len(base) == len(tokens):
-        raise DataError(
-            "the numbers of documents differ",
-            where="perplexity",
-            found=f"{len(tuned)} tuned, {len(base)} base, {len(tokens)} counts",
-        )
-    total = tokens.sum()
-    if total <= 0:
-        raise DataError("no token is scored", where="perplexity")
-    return float(np.exp(tuned.sum() / total) - np.exp(base.sum() / total))
-
-
-def retention(scores: Mapping[str, float], base_scores: Mapping[str, float]) -> float:
-    """Mean over general benchmarks of score / base score, in percent; 100 is all kept.
-
-    Raises:
-        DataError: the two name different benchmarks, or none, or a base score is not above 0.
-    """
-    if not base_scores or scores.keys() != base_scores.keys():
-        raise DataError(
-            "the benchmarks differ from the base's",
-            where="retention",
-            expected=", ".join(sorted(base_scores)) or "at least one",
-            found=", ".join(sorted(scores)) or "none",
-        )
-    for name, base in base_scores.items():
-        if not base > 0:
-            raise DataError("a base score of 0 leaves nothing to keep", where=name, found=base)
-    return 100.0 * math.fsum(scores[name] / base_scores[name] for name in scores) / len(scores)
 
 
 def _series(values: npt.ArrayLike, name: str) -> _Array:

@@ -1,4 +1,4 @@
-"""Stability and retention metrics against numpy's own fits and numbers worked out by hand."""
+"""Stability metrics against numpy's own fits and numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 
 from megatron_replay.errors import DataError
 from megatron_replay.functional import (
-    delta_ppl,
     gradient_norm_cv,
     loss_std,
     loss_variance,
     relative_l2,
-    retention,
     spikes,
 )
 
@@ -97,23 +95,6 @@ def test_relative_l2_is_computed_in_float64() -> None:
     base, tuned = np.ones(1 << 12, np.float32), np.ones(1 << 12, np.float32)
     tuned[0] += np.float32(2.0**-20)
     assert relative_l2([(tuned, base)]) == pytest.approx(2.0**-20 / 64, rel=1e-12)
-
-
-def test_delta_ppl_weighs_tokens_not_documents() -> None:
-    tokens = [1, 3]
-    assert delta_ppl([4 * math.log(5), 0.0], [0.0, 4 * math.log(2)], tokens) == pytest.approx(3.0)
-    with pytest.raises(DataError, match="numbers of documents differ"):
-        delta_ppl([1.0], [1.0, 2.0], [1, 1])
-    with pytest.raises(DataError, match="no token"):
-        delta_ppl([1.0], [1.0], [0])
-
-
-def test_retention_is_a_mean_of_ratios() -> None:
-    assert retention({"a": 0.25, "b": 0.9}, {"a": 0.5, "b": 0.9}) == pytest.approx(75.0)
-    with pytest.raises(DataError, match=r"expected a, b; found a\b"):
-        retention({"a": 1.0}, {"a": 1.0, "b": 1.0})
-    with pytest.raises(DataError, match="a: a base score of 0"):
-        retention({"a": 1.0}, {"a": 0.0})
 
 
 @pytest.mark.parametrize("metric", [loss_std, gradient_norm_cv, spikes])
