@@ -111,9 +111,11 @@ def interpolate(points: Sequence[Point], x: float) -> float | None:
     """
     found = []
     for (u0, v0), (u1, v1) in rising(points):
-        if u0 <= x <= u1:
-            found.append(v0 + (v1 - v0) * (x - u0) / (u1 - u0) if u0 < u1 else min(v0, v1))
-    return min(found, default=None)
+        # At an end, its own y: beside a run that diverged the line's formula has 0 · ∞.
+        found += [v for u, v in ((u0, v0), (u1, v1)) if u == x]
+        if u0 < x < u1:
+            found.append(v0 + (v1 - v0) * (x - u0) / (u1 - u0))
+    return min(found, key=lambda v: (math.isnan(v), v), default=None)
 
 
 def curve_difference(

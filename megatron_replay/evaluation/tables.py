@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -213,7 +214,8 @@ def _cell(column: Column, rows: Sequence[Row], reference: Sequence[Row]) -> Cell
 def ranking(table: Table, column: int, shown: Callable[[float], str]) -> dict[int, int]:
     """Line → 1 for the best and 2 for the second best, ties of what is shown included.
 
-    None for a base model, nor in a table whose lines are of several bases.
+    None for a base model, nor for a mean that is no number (of a run that diverged), nor in a table
+    whose lines are of several bases.
     """
     better = table.columns[column].quantity.better
     if better == 0 or table.base is None or table.columns[column].form == "paired":
@@ -221,7 +223,7 @@ def ranking(table: Table, column: int, shown: Callable[[float], str]) -> dict[in
     means = {
         i: value.mean
         for i, line in enumerate(table.lines)
-        if (value := line.cells[column].value) and not line.is_base
+        if (value := line.cells[column].value) and not line.is_base and not math.isnan(value.mean)
     }
     order = list(dict.fromkeys(shown(v) for v in sorted(means.values(), key=lambda v: -better * v)))
     if len(order) < 2:

@@ -75,6 +75,15 @@ def test_interpolation_never_leaves_the_curve() -> None:
     assert interpolate([], 1.0) is None
 
 
+def test_a_curve_beside_a_run_that_diverged() -> None:
+    nan, inf = math.nan, math.inf
+    diverged = [(10.0, 1.0), (20.0, inf)]
+    assert [interpolate(diverged, x) for x in (10.0, 15.0, 20.0)] == [1.0, inf, inf]
+    assert interpolate([(10.0, 1.0), (20.0, nan)], 10.0) == 1.0
+    twice = [(10.0, 1.0), (20.0, nan), (10.0, 4.0), (20.0, 6.0)]
+    assert interpolate(twice, 15.0) == interpolate(twice[2:] + twice[:2], 15.0) == 5.0
+
+
 def test_curves_at_one_score() -> None:
     """Seed 0 at 15: 2 against 5; seed 1: 1 against 2. Differences −3 and −1."""
     a = points(0, (10, 1), (20, 3)) + points(1, (12, 0), (18, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -262,10 +263,14 @@ def test_the_figures(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite() -> None:
-    rows = [row("AdamW", seed=s, evaluation=entry(0.1, 0.1, 0.1, v, 1.0)) for s, v in
-            enumerate((float("inf"), 1.0))]  # fmt: skip
+    """What is no number is neither best nor second, wherever its line stands."""
+    changes = {"AdamW": (math.inf, 1.0), "MoFO": (math.nan, 1.0), "TAM": (math.nan,)}
+    rows = [row(method, seed=s, evaluation=entry(0.1, 0.1, 0.1, v, 1.0))
+            for method, values in changes.items() for s, v in enumerate(values)]  # fmt: skip
     rows.append(row("calm", run={**RUN, "loss_std": None}, evaluation=entry(0.1, 0.1, 0.1, 1, 1)))
-    assert table(rows, "table3")[4:6] == [
+    assert table(rows, "table3")[4:8] == [
         "| AdamW | 1.00 ± 0.00 | <u>∞</u> | 2 |",
+        "| MoFO | 1.00 ± 0.00 | – | 2 |",
+        "| TAM | 1.00 | – | 1 |",
         "| calm | 1.00 | **+1.00** | 1 |",
     ]
