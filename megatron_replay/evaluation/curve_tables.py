@@ -38,7 +38,8 @@ class CurveComparison:
     Attributes:
         at: the score in per cent; None where there is none to compare at.
         own_score: whether ``at`` is the mean score of a method with one learning rate only, each
-            seed of which is held against the reference's curve at its own score.
+            seed of which, of those that the reference has too, is held against the reference's
+            curve at its own score.
         difference: over seeds; None where it cannot be told without extrapolating.
         why_not: then, why.
     """
@@ -61,21 +62,26 @@ def compare_curves(
     Compared at ``at_scores``, else at a quarter, half and three quarters of the range of domain
     scores that both reach with every seed.
     """
+    domain = scores.domain_mean(rows)
     return [
         comparison
         for group in groups_of(rows)
-        for comparison in _compare_group(rows, group, reference, at_scores)
+        for comparison in _compare_group(rows, domain, group, reference, at_scores)
     ]
 
 
 def _compare_group(
-    rows: Sequence[Row], group: Group, asked: str | None, at_scores: Sequence[float]
+    rows: Sequence[Row],
+    domain: Measure,
+    group: Group,
+    asked: str | None,
+    at_scores: Sequence[float],
 ) -> list[CurveComparison]:
     own = [row for row in in_table(rows, "sweep", group) if not row.is_base]
     reference = reference_of(own, asked)
     if reference is None:
         return []
-    domain, found = scores.domain_mean(own), []
+    found = []
     for method, its in sweeps(rows, group).items():
         against = reference_rows(own, its, reference)
         if _rates(against) < 2:
@@ -106,11 +112,12 @@ Compared = tuple[float | None, bool, Spread | None, str | None]
 def _compare(
     its: Sequence[Row], against: Sequence[Row], domain: Measure, at_scores: Sequence[float]
 ) -> list[Compared]:
-    if not shared_seeds(its, against):
+    shared = shared_seeds(its, against)
+    if not shared:
         return [(None, False, None, "no seed in common")]
     if _rates(its) == 1:
         difference = point_difference(its, against, x=domain, y=_forgetting)
-        mean = spread([domain(row) for row in its])
+        mean = spread([domain(row) for row in its if row.seed in shared])
         why_not = None if difference else "the reference does not reach its score with every seed"
         return [(mean.mean if mean else None, True, difference, why_not)]
     if not at_scores:

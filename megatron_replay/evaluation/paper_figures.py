@@ -173,11 +173,12 @@ def _figure_4(rows: Sequence[Row], group: Group, path: Path) -> bool:
     if len(lines) < 2:
         return False
     positions, angles = (variants(rows, kind, group) for kind in ("positions", "angles"))
+    domain = scores.domain_mean(rows)
     panels: list[Callable[[Axes], None]] = []
     panels += [lambda axes: _positions(axes, positions)] if positions else []
-    panels += [lambda axes: _pareto_of_noise(axes, lines, style)]
-    panels += [lambda axes: _angles(axes, angles)] if angles else []
-    panels += [lambda axes: _ablation(axes, lines, style)]
+    panels += [lambda axes: _pareto_of_noise(axes, lines, domain, style)]
+    panels += [lambda axes: _angles(axes, angles, domain)] if angles else []
+    panels += [lambda axes: _ablation(axes, lines, domain, style)]
     high = -(-len(panels) // 2)
     figure = new_figure(20, 7.5 * high)
     grid = figure.subplots(high, 2, squeeze=False).ravel()
@@ -205,11 +206,11 @@ def _positions(axes: Axes, rows: Sequence[Row]) -> None:
     tidy(axes, "A: positions that Stage 0 takes")
 
 
-def _pareto_of_noise(axes: Axes, lines: Lines, style: dict[str, Style]) -> None:
+def _pareto_of_noise(axes: Axes, lines: Lines, domain: Measure, style: dict[str, Style]) -> None:
     """Retention is the marker's area: from the least at 60 to the most at 400 points²."""
     own = [row for line in lines.values() for row in line]
     sql = _measured(own, scores.sql_mean)
-    score = scores.sql_mean if sql else scores.domain_mean(own)
+    score = scores.sql_mean if sql else domain
     kept = {name: over_seeds(line, scores.RETENTION.measure) for name, line in lines.items()}
     known = [value.mean for value in kept.values() if value]
     for name, line in lines.items():
@@ -242,9 +243,8 @@ def _pareto_of_noise(axes: Axes, lines: Lines, style: dict[str, Style]) -> None:
     tidy(axes, "B1: noise of the loss against accuracy (up and left is better)")
 
 
-def _angles(axes: Axes, rows: Sequence[Row]) -> None:
+def _angles(axes: Axes, rows: Sequence[Row], domain: Measure) -> None:
     lines = _lines(rows, lambda row: f"{row.variant}°")
-    domain = scores.domain_mean(rows)
     series = {"domain mean": [over_seeds(line, domain) for line in lines.values()]}
     grouped_bars(axes, list(lines), series, {"domain mean": Style("#56B4E9", "s", "")})
     kept = [over_seeds(line, scores.RETENTION.measure) for line in lines.values()]
@@ -254,9 +254,7 @@ def _angles(axes: Axes, rows: Sequence[Row]) -> None:
     tidy(axes, "B2: the largest angle")
 
 
-def _ablation(axes: Axes, lines: Lines, style: dict[str, Style]) -> None:
-    own = [row for line in lines.values() for row in line]
-    domain = scores.domain_mean(own)
+def _ablation(axes: Axes, lines: Lines, domain: Measure, style: dict[str, Style]) -> None:
     for x, (name, line) in enumerate(lines.items()):
         value = over_seeds(line, domain)
         if value:

@@ -28,11 +28,12 @@ DEFAULT_VARIANTS = {"positions": "bucket", "angles": "45", "coverage": "0.95"}
 def paper_tables(rows: Sequence[Row], *, reference: str | None = None) -> list[Table]:
     """Tables 1 to 6, coverage, stability, efficiency and sweep of each base and size; remedies."""
     tables: list[Table | None] = []
+    domain = scores.domain_quantity(rows)
     for group in groups_of(rows):
-        tables += _methods_tables(in_table(rows, "methods", group), group, reference)
-        tables += [_variants_table(rows, kind, group) for kind in DEFAULT_VARIANTS]
-    tables.append(_remedies(in_table(rows, "remedies"), reference))
-    tables += [_sweep(in_table(rows, "sweep", group), group) for group in groups_of(rows)]
+        tables += _methods_tables(in_table(rows, "methods", group), domain, group, reference)
+        tables += [_variants_table(rows, domain, kind, group) for kind in DEFAULT_VARIANTS]
+    tables.append(_remedies(in_table(rows, "remedies"), domain, reference))
+    tables += [_sweep(in_table(rows, "sweep", group), domain, group) for group in groups_of(rows)]
     return [table for table in tables if table]
 
 
@@ -42,15 +43,17 @@ def task_columns(rows: Sequence[Row]) -> list[Column]:
     return [Column(scores.task_quantity(name)) for name in names]
 
 
-def _methods_tables(rows: Sequence[Row], group: Group, reference: str | None) -> list[Table | None]:
+def _methods_tables(
+    rows: Sequence[Row], domain: Quantity, group: Group, reference: str | None
+) -> list[Table | None]:
     reference = reference_of(rows, reference)
     trained = [row for row in rows if not row.is_base]
-    tasks, domain = task_columns(rows), Column(scores.domain_quantity(rows))
+    gained = [*task_columns(rows), Column(domain)]
     general = scores.names_of(scores.general_scores(row.evaluation) for row in rows)
     specifications: list[tuple[str, str, Sequence[Row], list[Column]]] = [
         (
             "table1", "Table 1: domain scores", rows,
-            [replace(column, with_difference=True) for column in (*tasks, domain)],
+            [replace(column, with_difference=True) for column in gained],
         ),
         (
             "table2", "Table 2: general benchmarks", rows,
@@ -65,7 +68,7 @@ def _methods_tables(rows: Sequence[Row], group: Group, reference: str | None) ->
         ),
         (
             "table6", "Table 6: ablation", trained,
-            [*tasks, domain, Column(scores.RETENTION), Column(scores.LOSS_STD)],
+            [*gained, Column(scores.RETENTION), Column(scores.LOSS_STD)],
         ),
         ("stability", "Stability", trained, [Column(q) for q in scores.STABILITY]),
         ("efficiency", "Efficiency", trained, [Column(q) for q in scores.EFFICIENCY]),
@@ -102,10 +105,10 @@ def _numbers_first(text: str) -> tuple[float, str]:
         return float("inf"), text
 
 
-def _variants_table(rows: Sequence[Row], kind: str, group: Group) -> Table | None:
+def _variants_table(rows: Sequence[Row], domain: Quantity, kind: str, group: Group) -> Table | None:
     name, title, label, more = _VARIANTS[kind]
     own = variants(rows, kind, group)
-    columns = [*task_columns(own), Column(scores.domain_quantity(own)), *more]
+    columns = [*task_columns(own), Column(domain), *more]
     labels: tuple[str, ...] = (label,)
     key: LineKey = lambda row: (row.variant,)  # noqa: E731
     if len({row.method for row in own}) > 1:
@@ -113,9 +116,8 @@ def _variants_table(rows: Sequence[Row], kind: str, group: Group) -> Table | Non
     return make_table(name, title, own, columns, labels=labels, key=key, group=group)
 
 
-def _remedies(rows: Sequence[Row], reference: str | None) -> Table | None:
+def _remedies(rows: Sequence[Row], domain: Quantity, reference: str | None) -> Table | None:
     reference = reference_of(rows, reference)
-    domain = scores.domain_quantity(rows)
     quantities = (
         domain, scores.FORGETTING, scores.DISTANCE, scores.OUTSIDE_MASS, scores.PROBED_OUTSIDE_MASS
     )  # fmt: skip
@@ -144,8 +146,7 @@ def sweeps(rows: Sequence[Row], group: Group) -> dict[str, list[Row]]:
     return {name: sorted(own, key=lambda row: row.lr or 0.0) for name, own in found.items()}
 
 
-def _sweep(rows: Sequence[Row], group: Group) -> Table | None:
-    domain = scores.domain_quantity(rows)
+def _sweep(rows: Sequence[Row], domain: Quantity, group: Group) -> Table | None:
     columns = [Column(domain), Column(scores.FORGETTING), Column(scores.DISTANCE)]
     base = spread([domain.measure(row) for row in rows if row.is_base])
     if base:

@@ -25,7 +25,7 @@ from megatron_replay.evaluation.figure_style import (
 )
 from megatron_replay.evaluation.paper_tables import sweeps
 from megatron_replay.evaluation.rows import Row
-from megatron_replay.evaluation.tables import Group, groups_of, in_table
+from megatron_replay.evaluation.tables import Group, groups_of
 
 #: ΔPPL is drawn to a logarithmic scale where it spans more than this.
 _LOG_FROM = 10.0
@@ -37,7 +37,8 @@ Place = tuple[float, float, float, float, float]
 
 def draw_pareto(rows: Sequence[Row], size: str, path: Path) -> bool:
     """Draw one size's panels; False where no method was run at two learning rates."""
-    every = {group: _curves(rows, group) for group in groups_of(rows)}
+    domain = scores.domain_mean(rows)
+    every = {group: _curves(rows, domain, group) for group in groups_of(rows)}
     every = {group: own for group, own in every.items() if any(len(p) > 1 for p in own.values())}
     curves = {group: own for group, own in every.items() if group[1] == size}
     if not curves:
@@ -78,9 +79,8 @@ def _styles(every: Iterable[dict[str, list[Place]]]) -> dict[str, Style]:
     return styles(sorted(dict(points), key=lambda name: name not in swept))
 
 
-def _curves(rows: Sequence[Row], group: Group) -> dict[str, list[Place]]:
+def _curves(rows: Sequence[Row], domain: Measure, group: Group) -> dict[str, list[Place]]:
     """Method → (learning rate, score, its deviation, ΔPPL, its deviation), by learning rate."""
-    domain = scores.domain_mean(in_table(rows, "sweep", group))
     found = {name: _points(own, domain) for name, own in sweeps(rows, group).items()}
     return {name: points for name, points in found.items() if points}
 

@@ -75,7 +75,8 @@ def names_of(scores: Iterable[Mapping[str, float]]) -> list[str]:
 def domain_mean(rows: Iterable[Row]) -> Measure:
     """Mean over the tasks of all ``rows`` of a row's base and size.
 
-    None for a row that lacks one: means over other tasks do not compare.
+    None for a row that lacks one: means over other tasks do not compare. For the same reason every
+    table, curve and figure takes it of all rows that are given, never of its own only.
     """
     tasks: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
@@ -140,7 +141,7 @@ def general_quantity(name: str) -> Quantity:
 
 
 def domain_quantity(rows: Iterable[Row]) -> Quantity:
-    """The mean over the domain's tasks that ``rows`` were evaluated on."""
+    """`domain_mean` of all ``rows``."""
     return Quantity(name="domain", title="domain mean, %", measure=domain_mean(rows), better=1)
 
 

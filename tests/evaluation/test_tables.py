@@ -159,6 +159,41 @@ def test_sweeps_are_compared_as_curves() -> None:
     assert compare_curves(methods()) == []
 
 
+def test_a_point_has_the_mean_score_of_the_seeds_that_are_compared() -> None:
+    """Seed 2, which no other method has, scores 90."""
+    more = row(
+        "one", seed=2, lr=1e-4, tables=("sweep",), evaluation=entry(0.9, 0.9, 0.5, 9, 1), **OF
+    )
+    [found] = [c for c in compare_curves([*sweep(), more]) if c.method == "one"]
+    assert found.at == pytest.approx(40.0)
+    assert found.difference is not None
+    assert (found.difference.mean, found.difference.n) == (pytest.approx(-1.0), 2)
+
+
+def test_the_domain_mean_is_one_in_every_table_and_curve(tmp_path: Path) -> None:
+    """A task that only the base, or a row of another table, was evaluated on leaves it none."""
+    choice = {"accuracy": 0.5, "standard_error": 0.02, "general": False}
+    position = row("ours", tables=("positions",), evaluation=entry(0.4, 0.5, 0.7, 0.1, 1.0), **OF)
+    for table_of in ("positions", "sweep"):
+        rows = [*methods(), *sweep(), position]
+        more = base_row(
+            entry(0.1, 0.1, 0.8, 0.0, 0.0), tables=(table_of,), command="evaluate", **OF
+        )
+        more.evaluation["choices"]["more"] = choice
+        rows.append(more)
+        assert not any(
+            column.quantity.title == "domain mean, %" and any(
+                line.cells[i].value for line in made.lines if not line.is_base
+            )
+            for made in paper_tables(rows) for i, column in enumerate(made.columns)
+        )  # fmt: skip
+        assert {c.why_not for c in compare_curves(rows)} == {
+            "no score that both reach with every seed",
+            "the reference does not reach its score with every seed",
+        }
+        assert "pareto-1M.png" not in draw_figures(rows, tmp_path)
+
+
 def test_a_variant_is_compared_with_its_own_reference() -> None:
     """Trained on less, say, AdamW is worse: so is what it is compared with."""
     less = [
