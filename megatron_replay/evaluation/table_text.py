@@ -119,20 +119,25 @@ def markdown_comparisons(comparisons: Sequence[CurveComparison]) -> list[str]:
 
 
 def sources(tables: Sequence[Table]) -> list[str]:
-    """Of each line, once: tables, seeds, configuration, its hash, the first seed's command."""
-    listed: dict[tuple[Any, ...], tuple[Row, list[Row], list[str]]] = {}
+    """Of each line, once: tables, seeds, configuration, its hash, the first seed's command.
+
+    The seeds are those of all these tables; each counts its own in its last column.
+    """
+    listed: dict[tuple[Any, ...], tuple[Row, dict[int, Row], list[str]]] = {}
     for table in tables:
         for line in table.lines:
             first = line.first
             key = (*_identity(line), first.lr, first.config_hash)
-            _, _, names = listed.setdefault(key, (first, list(line.rows), []))
+            _, by_seed, names = listed.setdefault(key, (first, {}, []))
+            by_seed |= {row.seed: row for row in line.rows}
             names += [table.name] if table.name not in names else []
     lines = ["## Where the numbers come from", ""]
-    for row, rows, names in listed.values():
+    for row, by_seed, names in listed.values():
+        rows = list(by_seed.values())
         name = ", ".join(p for p in (row.method, row.variant, row.base, row.size) if p)
         told = [f"in {', '.join(names)}"]
         if not row.is_base:
-            seeds = ", ".join(str(seed) for seed in sorted(r.seed for r in rows))
+            seeds = ", ".join(str(seed) for seed in sorted(by_seed))
             rates = sorted({r.lr for r in rows if r.lr is not None})
             rate = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
             told += [

@@ -18,7 +18,7 @@ from megatron_replay.evaluation.curve_tables import compare_curves
 from megatron_replay.evaluation.paper_figures import draw_figures
 from megatron_replay.evaluation.paper_tables import paper_tables
 from megatron_replay.evaluation.rows import Row, append_row, base_row, read_rows
-from megatron_replay.evaluation.table_text import markdown_table
+from megatron_replay.evaluation.table_text import markdown_table, sources
 from tests.evaluation.synthetic_rows import RUN, entry, row
 from tests.evaluation.test_report import evaluation_file, steps, write_run
 from tools import report
@@ -249,6 +249,21 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert shop["half_width_95"] == pytest.approx(4.30265 * 2 / 3**0.5, rel=1e-5)
     assert document["curves"][0]["difference"]["n"] == 2
     assert len(document["tables"][0]["lines"][1]["config_hashes"][0]) == 64
+
+
+def test_the_seeds_of_a_line_are_those_of_all_its_tables() -> None:
+    """Methods with seeds 0 to 2, remedies with 0 to 4: one line, five seeds."""
+    values = entry(0.4, 0.5, 0.7, 0.1, 1.0)
+    rows = [
+        row("AdamW", seed=s, evaluation=values, **OF,
+            tables=("methods", "remedies") if s < 3 else ("remedies",))
+        for s in range(5)
+    ]  # fmt: skip
+    made = [t for t in paper_tables(rows) if t.name in ("table1", "remedies")]
+    assert [len(t.lines[0].rows) for t in made] == [3, 5]
+    [line] = [line for line in sources(made) if line.startswith("- ")]
+    assert "(in table1, remedies; " in line
+    assert "; seeds 0, 1, 2, 3, 4; " in line
 
 
 def test_the_row_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
