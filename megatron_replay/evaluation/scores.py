@@ -142,7 +142,7 @@ def general_quantity(name: str) -> Quantity:
 
 def domain_quantity(rows: Iterable[Row]) -> Quantity:
     """`domain_mean` of all ``rows``."""
-    return Quantity(name="domain", title="domain mean, %", measure=domain_mean(rows), better=1)
+    return Quantity(name="domain_mean", title="domain mean, %", measure=domain_mean(rows), better=1)
 
 
 RETENTION = Quantity(

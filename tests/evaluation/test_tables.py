@@ -18,7 +18,7 @@ from megatron_replay.evaluation.curve_tables import compare_curves
 from megatron_replay.evaluation.paper_figures import draw_figures
 from megatron_replay.evaluation.paper_tables import paper_tables
 from megatron_replay.evaluation.rows import Row, append_row, base_row, read_rows
-from megatron_replay.evaluation.table_text import markdown_table, sources
+from megatron_replay.evaluation.table_text import markdown_table, sources, to_csv, to_json
 from tests.evaluation.synthetic_rows import RUN, entry, row
 from tests.evaluation.test_report import evaluation_file, steps, write_run
 from tools import report
@@ -241,7 +241,7 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with (output / "table1.csv").open() as handle:
         lines = list(csv.DictReader(handle))
     assert float(lines[2]["shop difference"]) == pytest.approx(3.0)
-    assert float(lines[1]["domain std"]) == pytest.approx(2.0)
+    assert float(lines[1]["domain_mean std"]) == pytest.approx(2.0)
     assert (lines[1]["lr"], lines[1]["n"], lines[1]["command"]) == ("0.0002", "3", "train AdamW")
     document = json.loads((output / "tables.json").read_text())
     shop = document["tables"][0]["lines"][1]["cells"]["shop"]
@@ -249,6 +249,17 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert shop["half_width_95"] == pytest.approx(4.30265 * 2 / 3**0.5, rel=1e-5)
     assert document["curves"][0]["difference"]["n"] == 2
     assert len(document["tables"][0]["lines"][1]["config_hashes"][0]) == 64
+
+
+def test_a_task_may_be_called_domain() -> None:
+    values = entry(0.4, 0.5, 0.7, 0.1, 1.0)
+    values["choices"]["domain"] = {"accuracy": 0.9, "standard_error": 0.02, "general": False}
+    [made] = [t for t in paper_tables([row("m", evaluation=values)]) if t.name == "table1"]
+    [line] = to_json(made)["lines"]
+    means = {name: cell["mean"] for name, cell in line["cells"].items()}
+    assert means == pytest.approx({"shop": 40, "quiz": 50, "domain": 90, "domain_mean": 60})
+    [line] = csv.DictReader(to_csv([made]).splitlines())
+    assert (float(line["domain"]), float(line["domain_mean"])) == pytest.approx((90, 60))
 
 
 def test_the_seeds_of_a_line_are_those_of_all_its_tables() -> None:
