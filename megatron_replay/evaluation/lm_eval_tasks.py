@@ -1,6 +1,7 @@
 """Tasks of the lm-evaluation-harness: from local YAML files, on local data, without a network.
 
-    score(task) = the first metric that the task's YAML file lists, behind its first filter
+    score(task) = the first metric of the YAML file's metric_list, behind its first filter
+    score(task without a list), score(group) = the first that lm-eval gives
 
 The harness is an extra (``pip install 'megatron-replay[eval]'``) and is imported when it is used.
 """
@@ -176,6 +177,10 @@ def task_score(results: Mapping[str, Any], task: str, *, general: bool) -> Resul
     """
     values = results["results"].get(task, {})
     metrics = [key for key in values if "," in key and not key.split(",")[0].endswith("_stderr")]
+    # The harness has them in the order of its own code. A group has no configuration.
+    listed = results.get("configs", {}).get(task, {}).get("metric_list") or []
+    order = [entry["metric"] for entry in listed]
+    metrics.sort(key=lambda key: [*order, key.split(",")[0]].index(key.split(",")[0]))
     if not metrics:
         parts = results.get("group_subtasks", {}).get(task, [])
         raise DataError(

@@ -33,6 +33,10 @@ RESULTS: dict[str, Any] = {
         "ppl": {"alias": "ppl", "word_perplexity,none": 9.0, "word_perplexity_stderr,none": "N/A"},
     },
     "group_subtasks": {"mean": ["plain"], "loose": ["plain", "ppl"]},
+    "configs": {
+        "plain": {"metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]},
+        "ppl": {"output_type": "loglikelihood_rolling"},
+    },
     "higher_is_better": {
         "plain": {"acc": True, "acc_norm": True}, "mean": {"exact_match": True},
         "ppl": {"word_perplexity": False},
@@ -40,7 +44,7 @@ RESULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_the_score_is_the_first_metric() -> None:
+def test_the_score_is_the_first_metric_of_the_list() -> None:
     assert task_score(RESULTS, "plain", general=True) == {
         "score": 0.25, "metric": "acc,none", "standard_error": 0.02, "questions": 300,
         "general": True,
@@ -48,6 +52,17 @@ def test_the_score_is_the_first_metric() -> None:
     found = task_score(RESULTS, "mean", general=False)
     assert (found["score"], found["metric"]) == (0.125, "exact_match,custom-extract")
     assert found["standard_error"] is None
+
+
+def test_the_harness_has_metrics_in_an_order_of_its_own() -> None:
+    listed = [{"metric": name} for name in ("f1", "acc_norm", "acc")]
+    results = RESULTS | {"configs": {"plain": {"metric_list": listed}}}
+    found = task_score(results, "plain", general=True)  # f1 has no value: a function's, say
+    assert (found["score"], found["metric"]) == (0.5, "acc_norm,none")
+    assert found["standard_error"] is None
+    for without in ({}, {"plain": {}}, {"plain": {"metric_list": [{"metric": "f1"}]}}):
+        found = task_score(RESULTS | {"configs": without}, "plain", general=True)
+        assert found["metric"] == "acc,none"
 
 
 def test_what_has_no_score_to_keep_is_refused() -> None:
@@ -82,28 +97,37 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
         require_lm_eval()
 
 
-@pytest.mark.skipif(
+needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm_eval: see requirements/eval.txt"
 )
+
+
+def write_task(directory: Path, **more: Any) -> None:
+    """A base whose answers differ, and a multiple-choice task over ``rows.jsonl``."""
+    base = save_model(directory / "base")
+    scaled = {k: 8 * v for k, v in load_file(base / "model.safetensors").items()}
+    save_file(scaled, base / "model.safetensors", metadata={"format": "pt"})
+    (directory / "tasks").mkdir()
+    task = {
+        "task": "rows", "dataset_path": "json", "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(directory / "rows.jsonl")}},
+        "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "target_delimiter": "",
+        "doc_to_choice": "{{options}}", "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        **more,
+    }  # fmt: skip
+    (directory / "tasks" / "rows.yaml").write_text(json.dumps(task))
+
+
+@needs_harness
 @pytest.mark.filterwarnings("default")  # the harness's libraries have their own
 def test_a_real_run_agrees_with_our_own_choices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    base = save_model(tmp_path / "base")
-    scaled = {k: 8 * v for k, v in load_file(base / "model.safetensors").items()}
-    save_file(scaled, base / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "tasks").mkdir()
-    task = {
-        "task": "rows", "dataset_path": "json", "test_split": "test",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-        "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "target_delimiter": "",
-        "doc_to_choice": "{{options}}", "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }  # fmt: skip
-    (tmp_path / "tasks" / "rows.yaml").write_text(json.dumps(task))
+    write_task(tmp_path)
     given = [
-        f"--base={base}", f"--output={tmp_path / 'eval.json'}", "--lm-eval-tasks=rows",
+        f"--base={tmp_path / 'base'}", f"--output={tmp_path / 'eval.json'}", "--lm-eval-tasks=rows",
         f"--lm-eval-include-path={tmp_path / 'tasks'}",
         f"--choices=ours={tmp_path / 'rows.jsonl'}",
     ]  # fmt: skip
@@ -127,3 +151,23 @@ def test_a_real_run_agrees_with_our_own_choices(
     assert math.isfinite(entry["lm_eval"]["rows"]["standard_error"])
     assert entry["retention"] == {"rows": 100.0}
     assert evaluate.main([*given, "--lm-eval-tasks=nothing"]) == 3
+
+
+@needs_harness
+@pytest.mark.filterwarnings("default")
+def test_a_real_run_takes_the_first_metric_of_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    names = ("acc_norm", "acc")
+    metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in names]
+    write_task(tmp_path, metric_list=metrics)
+    rows = [{"prompt": f"{i}?", "options": ["x" * 9, "y"], "answer": i % 2} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [
+        f"--base={tmp_path / 'base'}", f"--output={tmp_path / 'eval.json'}",
+        f"--lm-eval-include-path={tmp_path / 'tasks'}",
+    ]  # fmt: skip
+    assert evaluate.main([*given, "--lm-eval-tasks=rows"]) == 0
+    [entry] = json.loads((tmp_path / "eval.json").read_text())["models"]
+    assert entry["lm_eval"]["rows"]["metric"] == "acc_norm,none"
