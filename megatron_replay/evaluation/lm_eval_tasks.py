@@ -28,6 +28,8 @@ from megatron_replay.errors import ConfigError, DataError
 Result = dict[str, Any]
 #: For metrics whose standard error has no formula; a mean's has one.
 _BOOTSTRAP_ITERATIONS = 1000
+#: Metrics of lm-eval's own that are better when higher, but no shares: to 100, from -1, unbounded.
+_NO_SHARES = ("bleu", "chrf", "chrf++", "mcc", "likelihood")
 #: What may name local data in a task's YAML file.
 _DATA_KEYS = ("data_files", "data_dir", "dataset_path")
 
@@ -172,8 +174,8 @@ def task_score(results: Mapping[str, Any], task: str, *, general: bool) -> Resul
     """One task's entry, from what the harness returned.
 
     Raises:
-        DataError: it has no metric, or a general one that is better when lower: retention is a
-            share of the base's score.
+        DataError: it has no metric, or a general one that is better when lower or no share of
+            one: retention is a percentage of the base's score.
     """
     values = results["results"].get(task, {})
     metrics = [key for key in values if "," in key and not key.split(",")[0].endswith("_stderr")]
@@ -189,16 +191,30 @@ def task_score(results: Mapping[str, Any], task: str, *, general: bool) -> Resul
             fix=f"Name its tasks: {','.join(parts)}" if parts else None,
         )
     metric, _, filtered = metrics[0].partition(",")
-    if general and not results["higher_is_better"][task].get(metric, True):
+    score = float(values[metrics[0]])
+    higher_is_better = results["higher_is_better"].get(task, {}).get(metric, True)
+    if higher_is_better is None:
         raise DataError(
-            f"{metric} is better when lower, so no share of it can be kept",
+            f"of the group's tasks, {metric} is better when lower in some only",
             where=f"lm-eval task {task}",
-            fix="List another metric first, or give it to --lm-eval-domain-tasks",
+            fix="Name its tasks",
+        )
+    # A function of the task's own may give per cent.
+    share = higher_is_better and metric not in _NO_SHARES and not score > 1
+    if general and not share:
+        kind = "no share from 0 to 1" if higher_is_better else "better when lower"
+        raise DataError(
+            f"{metric} is {kind}, so no percentage of it can be kept",
+            where=f"lm-eval task {task}",
+            fix="List another metric first; --lm-eval-domain-tasks shows this one by itself, "
+            "outside the domain's mean",
         )
     error = values.get(f"{metric}_stderr,{filtered}")
     return {
-        "score": float(values[metrics[0]]),
+        "score": score,
         "metric": metrics[0],
+        "higher_is_better": higher_is_better,
+        "share": share,
         "standard_error": float(error) if isinstance(error, float) else None,
         "questions": values.get("sample_len"),
         "general": general,

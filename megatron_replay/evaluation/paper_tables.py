@@ -38,9 +38,10 @@ def paper_tables(rows: Sequence[Row], *, reference: str | None = None) -> list[T
 
 
 def task_columns(rows: Sequence[Row]) -> list[Column]:
-    """One for each task of the domain."""
+    """One for each task of the domain, then for each of its scores that are no shares."""
     names = scores.names_of(scores.domain_scores(row.evaluation) for row in rows)
-    return [Column(scores.task_quantity(name)) for name in names]
+    others = scores.other_quantities(row.evaluation for row in rows)
+    return [Column(quantity) for quantity in (*map(scores.task_quantity, names), *others)]
 
 
 def _methods_tables(

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation.run_log import RunSummary
-from megatron_replay.evaluation.scores import value_at
+from megatron_replay.evaluation.scores import is_share, value_at
 
 Report = dict[str, Any]
 Method = dict[str, Any]
@@ -89,24 +89,36 @@ def _accuracy(method: Mapping[str, Any], path: At) -> str | None:
 
 def _score(method: Mapping[str, Any], path: At) -> str | None:
     found = value_at(method, path)
-    if found is None:
-        return None
-    error = found.get("standard_error")
-    return f"{100 * found['score']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+    return _with_error(found, 100, ".1f") if found is not None and is_share(found) else None
+
+
+def _own_unit(method: Mapping[str, Any], path: At) -> str | None:
+    found = value_at(method, path)
+    return None if found is None or is_share(found) else _with_error(found, 1, ".3f")
+
+
+def _with_error(found: Mapping[str, Any], scale: int, form: str) -> str:
+    numbers = [found["score"], found.get("standard_error")]
+    return " ± ".join(format(scale * number, form) for number in numbers if number is not None)
 
 
 def _benchmarks(methods: Sequence[Method], *, general: bool) -> list[Column]:
     """The columns of each set of questions, in the order in which they are first met."""
     kinds = (("sql", _accuracy), ("choices", _accuracy), ("lm_eval", _score))
-    found: dict[tuple[str, str], list[Column]] = {}
+    found: dict[tuple[str, ...], list[Column]] = {}
     for method in methods:
         for kind, form in kinds:
             for name, result in method.get(kind, {}).items():
                 if bool(result.get("general")) is general:
                     of = (kind, name)
-                    found[of] = [(f"{name} %", of, form)]
+                    column: Column = (f"{name} %", of, form)
+                    if not is_share(result):
+                        metric = result["metric"].partition(",")[0]
+                        arrow = "↑" if result.get("higher_is_better", True) else "↓"
+                        column = (f"{name} {metric} {arrow}", of, _own_unit)
+                    columns = found[kind, name, column[0]] = [column]
                     if "questions" in result:
-                        found[of].append(("questions", (*of, "questions"), _number("d", 1)))
+                        columns.append(("questions", (*of, "questions"), _number("d", 1)))
     return [column for columns in found.values() for column in columns]
 
 

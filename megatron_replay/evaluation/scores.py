@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_replay.evaluation.comparison import Measure
@@ -47,8 +48,16 @@ def sql_scores(evaluation: Mapping[str, Any]) -> Scores:
     return {k: 100 * v["accuracy"] for k, v in evaluation.get("sql", {}).items()}
 
 
+def is_share(result: Mapping[str, Any]) -> bool:
+    """Whether a score is a share of one that is better when higher: only lm-eval has others.
+
+    Evaluations from before this was told are read as if all were.
+    """
+    return bool(result.get("share", True) and result.get("higher_is_better", True))
+
+
 def domain_scores(evaluation: Mapping[str, Any]) -> Scores:
-    """Score by task of the domain, in per cent: SQL, multiple choice, lm-eval's."""
+    """Score by task of the domain, in per cent: SQL, multiple choice, lm-eval's that are shares."""
     return sql_scores(evaluation) | _benchmarks(evaluation, general=False)
 
 
@@ -63,7 +72,7 @@ def _benchmarks(evaluation: Mapping[str, Any], *, general: bool) -> Scores:
         name: 100 * result[score]
         for kind, score in kinds
         for name, result in evaluation.get(kind, {}).items()
-        if bool(result.get("general")) is general
+        if bool(result.get("general")) is general and is_share(result)
     }
 
 
@@ -128,6 +137,31 @@ def task_quantity(name: str) -> Quantity:
         measure=lambda row: domain_scores(row.evaluation).get(name),
         better=1,
     )
+
+
+def other_quantities(evaluations: Iterable[Mapping[str, Any]]) -> list[Quantity]:
+    """Scores of domain tasks that are no shares, a perplexity, say: in their own unit, in no mean.
+
+    In the order in which they are first met.
+    """
+    found = {}
+    for evaluation in evaluations:
+        for task, result in evaluation.get("lm_eval", {}).items():
+            if not is_share(result):
+                metric = result["metric"].partition(",")[0]
+                found[task, metric] = Quantity(
+                    name=f"{task} {metric}",
+                    title=f"{task}, {metric}",
+                    measure=partial(_own_unit, task),
+                    form=".3f",
+                    better=1 if result.get("higher_is_better", True) else -1,
+                )
+    return list(found.values())
+
+
+def _own_unit(task: str, row: Row) -> float | None:
+    result = value_at(row.evaluation, ("lm_eval", task))
+    return None if result is None or is_share(result) else float(result["score"])
 
 
 def general_quantity(name: str) -> Quantity:

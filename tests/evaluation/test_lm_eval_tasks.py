@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval, task_files, task_score
+from megatron_replay.evaluation.scores import domain_scores
 from tests.evaluation.models import save_model
 from tools import evaluate
 
@@ -46,8 +47,8 @@ RESULTS: dict[str, Any] = {
 
 def test_the_score_is_the_first_metric_of_the_list() -> None:
     assert task_score(RESULTS, "plain", general=True) == {
-        "score": 0.25, "metric": "acc,none", "standard_error": 0.02, "questions": 300,
-        "general": True,
+        "score": 0.25, "metric": "acc,none", "higher_is_better": True, "share": True,
+        "standard_error": 0.02, "questions": 300, "general": True,
     }  # fmt: skip
     found = task_score(RESULTS, "mean", general=False)
     assert (found["score"], found["metric"]) == (0.125, "exact_match,custom-extract")
@@ -70,7 +71,23 @@ def test_what_has_no_score_to_keep_is_refused() -> None:
         task_score(RESULTS, "loose", general=True)
     with pytest.raises(DataError, match="task ppl: word_perplexity is better when lower"):
         task_score(RESULTS, "ppl", general=True)
-    assert task_score(RESULTS, "ppl", general=False)["score"] == 9.0
+    rouge = RESULTS | {"results": {"plain": {"rouge1,none": 35.0}}}
+    with pytest.raises(DataError, match="task plain: rouge1 is no share from 0 to 1"):
+        task_score(rouge, "plain", general=True)
+    directions = {"mean": {"exact_match": None}}
+    with pytest.raises(DataError, match=r"task mean: .*exact_match is better when lower in some"):
+        task_score(RESULTS | {"higher_is_better": directions}, "mean", general=False)
+
+
+def test_what_is_no_share_is_told() -> None:
+    perplexity = task_score(RESULTS, "ppl", general=False)
+    told = ("score", "higher_is_better", "share")
+    assert [perplexity[key] for key in told] == [9.0, False, False]
+    for name, value in (("rouge1", 35.0), ("bleu", 0.5), ("mcc", 0.5)):
+        results = RESULTS | {"results": {"plain": {f"{name},none": value}}}
+        assert [task_score(results, "plain", general=False)[key] for key in told] == [
+            value, True, False
+        ]  # fmt: skip
 
 
 def test_local_data_that_a_task_names_decides_too(tmp_path: Path) -> None:
@@ -155,7 +172,7 @@ def test_a_real_run_agrees_with_our_own_choices(
 
 @needs_harness
 @pytest.mark.filterwarnings("default")
-def test_a_real_run_takes_the_first_metric_of_the_list(
+def test_a_real_run_takes_the_first_metric_of_the_list_and_its_direction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -168,6 +185,21 @@ def test_a_real_run_takes_the_first_metric_of_the_list(
         f"--base={tmp_path / 'base'}", f"--output={tmp_path / 'eval.json'}",
         f"--lm-eval-include-path={tmp_path / 'tasks'}",
     ]  # fmt: skip
-    assert evaluate.main([*given, "--lm-eval-tasks=rows"]) == 0
+    perplexity = {
+        "task": "texts", "dataset_path": "json", "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{prompt}}",
+    }  # fmt: skip
+    (tmp_path / "tasks" / "texts.yaml").write_text(json.dumps(perplexity))
+    tasks = ["--lm-eval-tasks=rows", "--lm-eval-domain-tasks=texts"]
+    assert evaluate.main([*given, *tasks]) == 0
     [entry] = json.loads((tmp_path / "eval.json").read_text())["models"]
-    assert entry["lm_eval"]["rows"]["metric"] == "acc_norm,none"
+    found, texts = entry["lm_eval"]["rows"], entry["lm_eval"]["texts"]
+    assert (found["metric"], found["higher_is_better"], found["share"]) == (
+        "acc_norm,none", True, True,
+    )  # fmt: skip
+    assert texts["metric"].endswith("perplexity,none")
+    assert (texts["higher_is_better"], texts["share"]) == (False, False)
+    assert texts["score"] > 1
+    assert domain_scores(entry) == {}
+    assert evaluate.main([*given, "--lm-eval-tasks=texts"]) == 3

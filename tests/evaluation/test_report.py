@@ -11,6 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from megatron_replay.errors import DataError
+from megatron_replay.evaluation.report import build_report, render_markdown
 from megatron_replay.evaluation.run_log import summarize_run
 from tools import report
 
@@ -28,6 +29,24 @@ def method(name: str, accuracy: float, change: float, l2: float, **more: Any) ->
         "relative_l2_percent": l2,
         **more,
     }
+
+
+def test_a_perplexity_of_a_task_keeps_its_unit() -> None:
+    wiki = {"score": 9.0, "metric": "word_perplexity,none", "standard_error": None,
+            "higher_is_better": False, "share": False, "general": False}  # fmt: skip
+    old = {"score": 0.25, "metric": "acc,none", "standard_error": 0.02, "general": False}
+    tuned = {"wiki": wiki | {"score": 30.0, "standard_error": 0.5}, "old": old}
+    evaluation = {
+        "models": [
+            method("base", 0.02, 0.0, 0.0, lm_eval={"wiki": wiki, "old": old}),
+            method("tuned", 0.21, 0.6, 3.07, lm_eval=tuned),
+        ],
+        "inputs": {}, "settings": {}, "command": "evaluate",
+    }  # fmt: skip
+    text = render_markdown(build_report(evaluation, {}, timings={}, command="report"))
+    assert "| shop.v1 % | questions | wiki word_perplexity ↓ | old % |" in text
+    assert "| 200 | 9.000 | 25.0 ± 2.0 |" in text
+    assert "| 200 | 30.000 ± 0.500 | 25.0 ± 2.0 |" in text
 
 
 def evaluation_file(directory: Path) -> Path:

@@ -251,6 +251,26 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(document["tables"][0]["lines"][1]["config_hashes"][0]) == 64
 
 
+def test_a_perplexity_of_the_domain_is_in_no_mean() -> None:
+    """It has a column of its own, where less is better; files from before had no directions."""
+    rows = []
+    for method, perplexity in (("AdamW", 9.0), ("TAM", 30.0)):
+        result = {"score": perplexity, "metric": "word_perplexity,none", "general": False}
+        tasks = {"wiki": result | {"higher_is_better": False, "share": False}}
+        tasks["old"] = {"score": 0.6, "metric": "acc,none", "general": False}
+        rows.append(row(method, evaluation=entry(0.4, 0.5, 0.7, 0.1, 1.0, lm_eval=tasks)))
+    assert table(rows, "table1")[2:6] == [
+        "| method | shop, % ↑ | quiz, % ↑ | old, % ↑ | wiki, word_perplexity ↓ | domain mean, % ↑ "
+        "| n |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        "| AdamW | 40.0 | 50.0 | 60.0 | **9.000** | 50.0 | 1 |",
+        "| TAM | 40.0 (+0.0) | 50.0 (+0.0) | 60.0 (+0.0) | <u>30.000</u> (+21.000) | 50.0 (+0.0) "
+        "| 1 |",
+    ]
+    [made] = [t for t in paper_tables(rows) if t.name == "table1"]
+    assert made.columns[3].name == "wiki word_perplexity"
+
+
 def test_a_task_may_be_called_domain() -> None:
     values = entry(0.4, 0.5, 0.7, 0.1, 1.0)
     values["choices"]["domain"] = {"accuracy": 0.9, "standard_error": 0.02, "general": False}
