@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from megatron_replay.errors import DataError
+from megatron_replay.evaluation.figure_style import (
+    COLOURS,
+    FONT,
+    darker,
+    new_figure,
+    save,
+    tidy,
+)
 from megatron_replay.evaluation.report import Report
 from megatron_replay.evaluation.scores import domain_scores, value_at
-from megatron_replay.files import atomic_file
 
-# Okabe and Ito (2008), without the yellow that vanishes on white: told apart by the colour-blind.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_FONT = 15
 #: Height of a label as a share of the axes: labels closer than this would overlap.
 _LABEL_HEIGHT = 0.075
 
@@ -38,21 +41,16 @@ def draw_report(report: Report, path: Path) -> None:
         DataError: there is no gain or no forgetting to draw.
     """
     methods = report["methods"]
-    figure = Figure(figsize=(16, 7), dpi=100, layout="constrained")
+    figure = new_figure(16, 7)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    colours = {m["name"]: _COLOURS[i % len(_COLOURS)] for i, m in enumerate(methods)}
+    colours = {m["name"]: COLOURS[i % len(COLOURS)] for i, m in enumerate(methods)}
     _draw_gain(left, methods, colours)
     tuned = [m for m in methods if m["relative_l2_percent"] > 0]
     if tuned:
         _draw_movement(right, methods)
     else:
         _draw_timings(right, report["timings"])
-    for axes in (left, right):
-        axes.tick_params(labelsize=_FONT)
-        axes.spines[["top", "right"]].set_visible(False)
-    with atomic_file(path) as handle:
-        # A bare Figure draws with Agg: no display, no global state.
-        figure.savefig(handle, format="png")
+    save(figure, path)
 
 
 def _draw_gain(axes: Axes, methods: Sequence[Any], colours: dict[str, str]) -> None:
@@ -79,10 +77,10 @@ def _draw_gain(axes: Axes, methods: Sequence[Any], colours: dict[str, str]) -> N
     axes.margins(x=0.12, y=0.12)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     _label_points(axes, points, colours)
-    axes.set_xlabel("forgetting: Δ perplexity on general text", fontsize=_FONT)
-    axes.set_ylabel(f"gain: {title}", fontsize=_FONT)
-    axes.set_title("Gain against forgetting (up and left is better)", fontsize=_FONT + 1)
+    axes.set_xlabel("forgetting: Δ perplexity on general text")
+    axes.set_ylabel(f"gain: {title}")
     axes.grid(alpha=0.25)
+    tidy(axes, "Gain against forgetting (up and left is better)")
 
 
 def _gains(methods: Sequence[Any]) -> tuple[str, list[tuple[float, float | None]]]:
@@ -125,8 +123,8 @@ def _label_points(
             xy=(x, y),
             xytext=(1.03, height),
             textcoords="axes fraction",
-            fontsize=_FONT,
-            color=colours[name],
+            fontsize=FONT,
+            color=darker(colours[name]),
             va="center",
             arrowprops={"arrowstyle": "-", "color": colours[name], "alpha": 0.35, "shrinkB": 8},
         )
@@ -149,18 +147,18 @@ def _draw_movement(axes: Axes, methods: Sequence[Any]) -> None:
             label=label,
             color=colour,
         )
-        axes.bar_label(bars, fmt="%.2f", padding=4, fontsize=_FONT - 1)
+        axes.bar_label(bars, fmt="%.2f", padding=4, fontsize=FONT - 1)
     axes.set_yticks(range(len(methods)), [m["name"] for m in methods])
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.set_title("How far it moved (less is better)", fontsize=_FONT + 1)
-    axes.set_xlabel("%", fontsize=_FONT)
-    axes.legend(fontsize=_FONT - 1, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    axes.set_xlabel("%")
+    tidy(axes, "How far it moved (less is better)")
+    axes.legend(fontsize=FONT - 1, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 def _draw_timings(axes: Axes, timings: dict[str, float]) -> None:
     bars = axes.barh(list(timings), list(timings.values()), color="#4C72B0")
-    axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=_FONT - 1)
+    axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=FONT - 1)
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.set_title("Time of the parts, seconds", fontsize=_FONT + 1)
+    tidy(axes, "Time of the parts, seconds")

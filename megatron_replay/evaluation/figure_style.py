@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from megatron_replay.evaluation.comparison import Measure, Spread, spread
@@ -41,6 +42,11 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
         name: Style(COLOURS[i % n], MARKERS[(i + 5 * (i // n)) % n], HATCHES[i % n])
         for i, name in enumerate(dict.fromkeys(names))
     }
+
+
+def darker(colour: str) -> tuple[float, ...]:
+    """Light colours are good for markers and too pale for text."""
+    return tuple(0.65 * part for part in to_rgb(colour))
 
 
 def new_figure(width: float, height: float) -> Figure:

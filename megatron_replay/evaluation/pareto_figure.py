@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -16,6 +15,7 @@ from megatron_replay.evaluation.comparison import Measure
 from megatron_replay.evaluation.figure_style import (
     FONT,
     Style,
+    darker,
     deviation,
     new_figure,
     over_seeds,
@@ -108,7 +108,7 @@ def _draw(axes: Axes, curves: dict[str, list[Place]], style: dict[str, Style]) -
         for end in () if alone else (0, -1):
             axes.annotate(
                 _short(lrs[end]), (x[end], y[end]), xytext=(right, up), ha=alignment,
-                textcoords="offset points", fontsize=FONT - 3, color=_darker(look.colour),
+                textcoords="offset points", fontsize=FONT - 3, color=darker(look.colour),
                 path_effects=[withStroke(linewidth=3, foreground="white")], zorder=4,
             )  # fmt: skip
     values = [point[3] for points in curves.values() for point in points]
@@ -126,8 +126,3 @@ def _draw(axes: Axes, curves: dict[str, list[Place]], style: dict[str, Style]) -
 def _short(lr: float) -> str:
     """``2e-4``, ``1.2e-5``."""
     return f"{lr:.1e}".replace(".0e", "e").replace("e-0", "e-")
-
-
-def _darker(colour: str) -> tuple[float, ...]:
-    """Light colours are good for markers and too pale for text."""
-    return tuple(0.65 * part for part in to_rgb(colour))

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from megatron_replay.errors import DataError
+from megatron_replay.evaluation.figure_style import COLOURS
 from megatron_replay.evaluation.report import build_report, render_markdown
 from megatron_replay.evaluation.run_log import summarize_run
 from tools import report
@@ -226,6 +228,8 @@ def test_the_whole_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     image = imread(tmp_path / "out" / "report.png")
     assert image.shape[:2] == (700, 1600)
     assert 0.01 < (image[..., :3].min(-1) < 0.9).mean() < 0.5
+    for colour in COLOURS[:4]:  # the methods have those of every other figure
+        assert np.isclose(image[..., :3], to_rgb(colour), atol=0.003).all(-1).sum() > 50
 
 
 @pytest.mark.parametrize(
