@@ -209,6 +209,7 @@ def greedy_answers(
     eos_id: int,
     max_new_tokens: int,
     batch_size: int = 64,
+    description: str = "generate",
     progress: bool = False,
 ) -> list[Answer]:
     """The most probable continuation of each prompt, token by token, in the order of ``prompts``.
@@ -220,7 +221,7 @@ def greedy_answers(
     for number, prompt in enumerate(prompts):
         by_length[len(prompt)].append(number)
     answers: dict[int, Answer] = {}
-    with Progress("generate", len(prompts), "answers", enabled=progress) as bar:
+    with Progress(description, len(prompts), "answers", enabled=progress) as bar:
         for numbers in by_length.values():
             for start in range(0, len(numbers), batch_size):
                 batch = numbers[start : start + batch_size]

@@ -1,9 +1,9 @@
-"""All measurements of one model that need no other."""
+"""All measurements of one model that need no other: what is asked, and what it answers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from megatron_replay.data.sql_sets import SqlQuestion, read_sql_set
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.candidate_mass import candidate_mass
-from megatron_replay.evaluation.choices import read_choices, score_choices
+from megatron_replay.evaluation.choices import Choice, read_choices, score_choices
 from megatron_replay.evaluation.inputs import Inputs, Settings
 from megatron_replay.evaluation.language_model import Score, greedy_answers, load_model, score
-from megatron_replay.evaluation.lm_eval_tasks import run_tasks
-from megatron_replay.evaluation.sql_execution import Limits, execution_match
+from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, run_tasks
+from megatron_replay.evaluation.sql_execution import Limits, execution_match, with_answers
 from megatron_replay.store import CandidateReader
 
 Result = dict[str, Any]
@@ -42,66 +42,119 @@ def read_documents(path: Path, tokenizer: Tokenizer, *, row_format: str | None) 
     return documents
 
 
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What is asked of every model, read and checked before the first of them is loaded.
+
+    Attributes:
+        sql: the questions of each set whose gold query finds something, and how many do not.
+        choices, general_choices: rows of each benchmark.
+        documents: "task", "data" and "general", those that are given.
+        candidates: corpus and store whose outside mass is measured.
+    """
+
+    sql: Mapping[str, tuple[list[SqlQuestion], int]]
+    choices: Mapping[str, list[Choice]]
+    general_choices: Mapping[str, list[Choice]]
+    documents: Mapping[str, list[Document]]
+    candidates: tuple[Corpus, CandidateReader] | None
+
+
+def read_material(
+    inputs: Inputs, tokenizer: Tokenizer, settings: Settings, *, progress: bool
+) -> Material:
+    """Read every input that this project reads itself (lm-eval reads its own tasks).
+
+    Raises:
+        DataError, StoreError: a row does not fit, a gold query fails, the store is of another
+            corpus.
+    """
+    documents = {
+        name: read_documents(file, tokenizer, row_format=row_format)
+        for name, file, row_format in (
+            ("task", inputs.task_data, "prompt"),
+            ("data", inputs.data, None),
+            ("general", inputs.general_text, "text"),
+        )
+        if file is not None
+    }
+    if general := documents.get("general"):
+        documents["general"] = [p for d in general for p in d.split(settings.window + 1)]
+    candidates = None
+    if inputs.data_path and inputs.store:
+        candidates = Corpus(inputs.data_path), CandidateReader(inputs.store)
+        candidates[1].require(corpus_fingerprint=candidates[0].fingerprint)
+    choices, general_choices = (
+        {name: read_choices(file, tokenizer) for name, file in files.items()}
+        for files in (inputs.choices, inputs.general_choices)
+    )
+    sql = {}
+    for name, directory in inputs.sql.items():
+        questions = read_sql_set(directory)
+        asked = with_answers(
+            questions, limits=_limits(settings), description=f"{name}: gold", progress=progress
+        )
+        sql[name] = asked, len(questions) - len(asked)
+    return Material(
+        sql=sql,
+        choices=choices,
+        general_choices=general_choices,
+        documents=documents,
+        candidates=candidates,
+    )
+
+
 def measure(
-    path: Path, tokenizer: Tokenizer, inputs: Inputs, settings: Settings, *, progress: bool
+    name: str,
+    path: Path,
+    tokenizer: Tokenizer,
+    material: Material,
+    tasks: LmEvalTasks | None,
+    settings: Settings,
+    *,
+    progress: bool,
 ) -> Result:
     """All measurements of one model that need no other; what is not given is left out."""
     model = load_model(path, device=settings.device, dtype=settings.dtype)
+
+    def choose(rows: Mapping[str, list[Choice]], general: bool) -> Result:
+        return {
+            of: _choices(model, asked, settings, general, f"{name}: {of}", progress)
+            for of, asked in rows.items()
+        }
+
     result: Result = {
         "sql": {
-            name: _execution(model, tokenizer, read_sql_set(directory), settings, progress)
-            for name, directory in inputs.sql.items()
+            of: _execution(model, tokenizer, *asked, settings, f"{name}: {of}", progress)
+            for of, asked in material.sql.items()
         },
-        "choices": {
-            **_choices(model, tokenizer, inputs.choices, settings, False, progress),
-            **_choices(model, tokenizer, inputs.general_choices, settings, True, progress),
-        },
-        **_perplexities(model, tokenizer, inputs, settings, f"{path.name}: ", progress),
+        "choices": choose(material.choices, False) | choose(material.general_choices, True),
     }
-    if tasks := inputs.lm_eval():
+    for kind, documents in material.documents.items():
+        measured = score(
+            model,
+            documents,
+            batch_size=settings.batch_size,
+            description=f"{name}: {kind}",
+            progress=progress,
+        )
+        result[kind] = _score_result(measured)
+    if tasks:
         result["lm_eval"] = run_tasks(
             model, tokenizer.path, tasks, batch_size=settings.batch_size, progress=progress
         )
-    if inputs.data_path and inputs.store:
-        corpus, reader = Corpus(inputs.data_path), CandidateReader(inputs.store)
-        reader.require(corpus_fingerprint=corpus.fingerprint)
+    if material.candidates:
+        corpus, reader = material.candidates
         result["candidates"] = asdict(
             candidate_mass(
                 model, corpus, reader, max_documents=settings.max_documents, progress=progress
             )
         )
-    return {name: found for name, found in result.items() if found}
+    return {of: found for of, found in result.items() if found}
 
 
-def _perplexities(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    inputs: Inputs,
-    settings: Settings,
-    prefix: str,
-    progress: bool,
-) -> Result:
-    result: Result = {}
-    for name, file, row_format in (
-        ("task", inputs.task_data, "prompt"),
-        ("data", inputs.data, None),
-        ("general", inputs.general_text, "text"),
-    ):
-        if file is None:
-            continue
-        documents = read_documents(file, tokenizer, row_format=row_format)
-        if name == "general":
-            documents = [p for d in documents for p in d.split(settings.window + 1)]
-        result[name] = _score_result(
-            score(
-                model,
-                documents,
-                batch_size=settings.batch_size,
-                description=prefix + name,
-                progress=progress,
-            )
-        )
-    return result
+def _limits(settings: Settings) -> Limits:
+    return Limits(seconds=settings.query_seconds)
 
 
 def _score_result(result: Score) -> Result:
@@ -115,35 +168,34 @@ def _score_result(result: Score) -> Result:
 
 def _choices(
     model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    files: Mapping[str, Path],
+    asked: list[Choice],
     settings: Settings,
     general: bool,
+    description: str,
     progress: bool,
 ) -> Result:
-    result: Result = {}
-    for name, file in files.items():
-        found = score_choices(
-            model,
-            read_choices(file, tokenizer),
-            batch_size=settings.batch_size,
-            description=name,
-            progress=progress,
-        )
-        result[name] = asdict(found) | {
-            "accuracy": found.accuracy,
-            "accuracy_per_byte": found.accuracy_per_byte,
-            "standard_error": found.standard_error,
-            "general": general,
-        }
-    return result
+    found = score_choices(
+        model,
+        asked,
+        batch_size=settings.batch_size,
+        description=description,
+        progress=progress,
+    )
+    return asdict(found) | {
+        "accuracy": found.accuracy,
+        "accuracy_per_byte": found.accuracy_per_byte,
+        "standard_error": found.standard_error,
+        "general": general,
+    }
 
 
 def _execution(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     questions: list[SqlQuestion],
+    left_out: int,
     settings: Settings,
+    description: str,
     progress: bool,
 ) -> Result:
     prompts = [tokenizer.encode(question.prompt) for question in questions]
@@ -154,16 +206,19 @@ def _execution(
         eos_id=tokenizer.eos_id,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
+        description=f"{description}: generate",
         progress=progress,
     )
     match = execution_match(
         questions,
         [tokenizer.decode(answer.tokens).strip() for answer in answers],
-        limits=Limits(seconds=settings.query_seconds),
+        limits=_limits(settings),
         bird_compat=settings.bird_compat,
+        description=f"{description}: match",
         progress=progress,
     )
     return asdict(match) | {
+        "empty_gold": left_out,
         "accuracy": match.accuracy,
         "standard_error": match.standard_error,
         "unfinished": sum(not answer.finished for answer in answers),

@@ -242,12 +242,38 @@ def holds_a_value(rows: Sequence[Row]) -> bool:
     return any(value is not None for row in rows for value in row)
 
 
+def with_answers(
+    questions: Sequence[SqlQuestion],
+    *,
+    limits: Limits | None = None,
+    description: str = "gold answers",
+    progress: bool = False,
+) -> list[SqlQuestion]:
+    """The questions whose gold answer holds a value: the others need no model's answer.
+
+    Raises:
+        DataError: a gold query does not run (its question is named), or no question is left.
+    """
+    found = []
+    with Progress(description, len(questions), "questions", enabled=progress) as bar:
+        for database, group in groupby(questions, key=lambda question: question.database):
+            with open_read_only(database) as connection:
+                for question in group:
+                    if holds_a_value(_gold_answer(connection, question, limits)):
+                        found.append(question)
+                    bar.advance()
+    if not found:
+        raise _all_empty(questions)
+    return found
+
+
 def execution_match(
     questions: Sequence[SqlQuestion],
     predictions: Sequence[str],
     *,
     limits: Limits | None = None,
     bird_compat: bool = False,
+    description: str = "execution match",
     progress: bool = False,
 ) -> ExecutionMatch:
     """Run gold and predicted queries and count the matches.
@@ -260,7 +286,7 @@ def execution_match(
     """
     counts = Counter[str]()
     pairs = list(zip(questions, predictions, strict=True))
-    with Progress("execution match", len(pairs), "questions", enabled=progress) as bar:
+    with Progress(description, len(pairs), "questions", enabled=progress) as bar:
         for database, group in groupby(pairs, key=lambda pair: pair[0].database):
             with open_read_only(database) as connection:
                 for question, predicted in group:
@@ -268,17 +294,34 @@ def execution_match(
                     bar.advance()
     matches, empty = counts.pop(_MATCH, 0), counts.pop(_EMPTY, 0)
     if empty == len(pairs):
-        raise DataError(
-            "every gold answer is empty",
-            where=questions[0].database if questions else None,
-            found=f"{empty} questions",
-        )
+        raise _all_empty(questions)
     return ExecutionMatch(
         matches=matches,
         questions=len(pairs) - empty,
         empty_gold=empty,
         failures=dict(sorted(counts.items())),
     )
+
+
+def _all_empty(questions: Sequence[SqlQuestion]) -> DataError:
+    return DataError(
+        "every gold answer is empty",
+        where=questions[0].database if questions else None,
+        found=f"{len(questions)} questions",
+    )
+
+
+def _gold_answer(
+    connection: sqlite3.Connection, question: SqlQuestion, limits: Limits | None
+) -> list[Row]:
+    try:
+        return run_query(connection, question.gold, limits=limits)
+    except QueryError as error:
+        raise DataError(
+            f"the gold query fails: {error}: {question.gold}",
+            where=question.where,
+            fix="Give it more time with --query-seconds" if error.reason == "timeout" else None,
+        ) from error
 
 
 def _outcome(
@@ -289,14 +332,7 @@ def _outcome(
     bird_compat: bool,
 ) -> str:
     """``_MATCH``, ``_EMPTY``, "other answer", or why the predicted query has no answer."""
-    try:
-        gold = run_query(connection, question.gold, limits=limits)
-    except QueryError as error:
-        raise DataError(
-            f"the gold query fails: {error}: {question.gold}",
-            where=question.where,
-            fix="Give it more time with --query-seconds" if error.reason == "timeout" else None,
-        ) from error
+    gold = _gold_answer(connection, question, limits)
     if not holds_a_value(gold):
         return _EMPTY
     try:

@@ -14,7 +14,7 @@ from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.errors import CheckpointError, DataError
 from megatron_replay.evaluation.inputs import Inputs, Settings
 from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval
-from megatron_replay.evaluation.measurements import Result, measure
+from megatron_replay.evaluation.measurements import Result, measure, read_material
 from megatron_replay.evaluation.retention import general_scores, retention
 from megatron_replay.evaluation.weight_distance import relative_l2, weight_files
 from megatron_replay.files import sha256_of_files, write_json
@@ -82,6 +82,7 @@ def evaluate(
         name: _key(sha256[name], sha256[BASE], tokens.fingerprint, decisive, settings)
         for name in asked
     }
+    material = read_material(inputs, tokens, settings, progress=progress)
     known = {result["key"]: result for result in _previous(output)}
     if keys[BASE] in known:  # before the first measurement, which may be cut off
         _write(output, document, asked, keys, known)
@@ -89,7 +90,7 @@ def evaluate(
         if keys[name] in known:
             continue
         start = time.monotonic()
-        measured = measure(path, tokens, inputs, settings, progress=progress)
+        measured = measure(name, path, tokens, material, tasks, settings, progress=progress)
         measured["relative_l2_percent"] = 100 * relative_l2(path, base)
         measured["seconds"] = round(time.monotonic() - start, 2)
         known[keys[name]] = {"sha256": sha256[name], "key": keys[name], **measured}

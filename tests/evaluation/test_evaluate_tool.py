@@ -165,9 +165,9 @@ def test_reuses_what_is_unchanged(
     measured: list[str] = []
     measure = suite.measure
 
-    def counting(path: Path, *rest: object, **more: object) -> object:
+    def counting(name: str, path: Path, *rest: object, **more: object) -> object:
         measured.append(path.name)
-        return measure(path, *rest, **more)  # type: ignore[arg-type]
+        return measure(name, path, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(suite, "measure", counting)
     evaluate.main(given)
@@ -189,7 +189,7 @@ class Measuring:
         self.measured: list[str] = []
         self.stop = ""
 
-    def __call__(self, path: Path, *_: object, **__: object) -> dict[str, Any]:
+    def __call__(self, name: str, path: Path, *_: object, **__: object) -> dict[str, Any]:
         if path.name == self.stop:
             raise KeyboardInterrupt
         self.measured.append(path.name)
@@ -246,6 +246,34 @@ def test_no_result_is_lost_by_a_run_that_is_cut_off_or_asks_for_less(
     assert evaluate.main([*given, b, new]) == 0
     assert shown_and_kept(output)[0] == ["base", "b", "new"]
     assert measuring.measured == ["base", "a", "b", "new", "base", "a"]
+
+
+def test_every_input_is_read_before_the_first_model(
+    site: Path, tmp_path: Path, measuring: Measuring, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"--base={site}/base", f"--output={tmp_path}/eval.json"]
+    rows = {"prompt": "who?", "options": ["you", "me"], "answer": "B"}
+    bad = write_rows(tmp_path / "bad.jsonl", rows)
+    assert evaluate.main([*given, f"--sql=s={site}", f"--choices=c={bad}"]) == 3
+    assert "bad.jsonl:1: 'answer' names no option" in capsys.readouterr().err
+    shutil.copy(site / "database.sqlite", tmp_path)
+    write_rows(tmp_path / "questions.jsonl", {"prompt": "p", "completion": "select no from book"})
+    assert evaluate.main([*given, f"--sql=s={tmp_path}"]) == 3
+    assert "questions.jsonl:1: the gold query fails: no such column" in capsys.readouterr().err
+    assert measuring.measured == []
+
+
+def test_a_question_without_an_answer_is_not_asked(site: Path, tmp_path: Path) -> None:
+    shutil.copy(site / "database.sqlite", tmp_path)
+    rows = [
+        {"prompt": "p", "completion": f"select title from book where title = '{t}'"} for t in "aab"
+    ]
+    write_rows(tmp_path / "questions.jsonl", *rows)
+    output = tmp_path / "eval.json"
+    given = [f"--base={site}/base", f"--output={output}", "--max-new-tokens=1"]
+    assert evaluate.main([*given, f"--sql=s={tmp_path}"]) == 0
+    found = json.loads(output.read_text())["models"][0]["sql"]["s"]
+    assert (found["questions"], found["empty_gold"], found["unfinished"]) == (2, 1, 2)
 
 
 def test_what_a_model_generates_with_is_part_of_it(
