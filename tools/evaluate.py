@@ -30,6 +30,16 @@ _NAMED = (
     ("--general-choices", "FILE", "multiple-choice rows of general abilities: retention"),
 )
 
+_SETTINGS = {
+    "device": "torch device",
+    "dtype": "what the models compute in",
+    "batch_size": "documents or prompts at once",
+    "window": "general text is cut into pieces of so many predicted tokens",
+    "max_new_tokens": "length of a generated query",
+    "max_documents": "documents of --data-path whose outside mass is measured",
+    "query_seconds": "time limit of one query",
+}
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -70,15 +80,13 @@ def parser() -> argparse.ArgumentParser:
     inputs.add_argument("--data-path", type=Path, help="corpus prefix, for the outside mass")
     inputs.add_argument("--store", type=Path, help="candidate store of that corpus")
     how = flags.add_argument_group("settings")
-    how.add_argument("--device", default=settings.device, help="torch device")
-    how.add_argument("--dtype", choices=("float32", "bfloat16"), default=settings.dtype)
-    how.add_argument("--batch-size", type=int, default=settings.batch_size)
-    how.add_argument(
-        "--window", type=int, default=settings.window, help="tokens of a piece of text"
-    )
-    how.add_argument("--max-new-tokens", type=int, default=settings.max_new_tokens)
-    how.add_argument("--max-documents", type=int, default=settings.max_documents)
-    how.add_argument("--query-seconds", type=float, default=settings.query_seconds)
+    for name, what in _SETTINGS.items():
+        default = getattr(settings, name)
+        how.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default,
+            choices=("float32", "bfloat16") if name == "dtype" else None,
+            help=f"{what} (default: {default})",
+        )  # fmt: skip
     how.add_argument("--bird-compat", action="store_true", help="compare answers as sets")
     return flags
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,7 +61,8 @@ def compare_curves(
     """Every method's sweep against the reference's, for each base and size.
 
     Compared at ``at_scores``, else at a quarter, half and three quarters of the range of domain
-    scores that both reach with every seed.
+    scores that both reach with every seed and that are above the base's: without a gain there is
+    no price of one.
     """
     domain = scores.domain_mean(rows)
     return [
@@ -81,12 +83,14 @@ def _compare_group(
     reference = reference_of(own, asked)
     if reference is None:
         return []
+    bases = [row for row in rows if row.is_base and (row.base, row.size) == group]
+    floor = domain(bases[-1]) if bases else None
     found = []
     for method, its in sweeps(rows, group).items():
         against = reference_rows(own, its, reference)
         if _rates(against) < 2:
             continue
-        for at, own_score, difference, why_not in _compare(its, against, domain, at_scores):
+        for at, own_score, difference, why_not in _compare(its, against, domain, floor, at_scores):
             found.append(
                 CurveComparison(
                     base=group[0],
@@ -110,21 +114,30 @@ Compared = tuple[float | None, bool, Spread | None, str | None]
 
 
 def _compare(
-    its: Sequence[Row], against: Sequence[Row], domain: Measure, at_scores: Sequence[float]
+    its: Sequence[Row],
+    against: Sequence[Row],
+    domain: Measure,
+    floor: float | None,
+    at_scores: Sequence[float],
 ) -> list[Compared]:
+    least = -math.inf if floor is None else floor
     shared = shared_seeds(its, against)
     if not shared:
         return [(None, False, None, "no seed in common")]
     if _rates(its) == 1:
-        difference = point_difference(its, against, x=domain, y=_forgetting)
         mean = spread([domain(row) for row in its if row.seed in shared])
+        if mean and mean.mean <= least:
+            return [(mean.mean, True, None, "no gain over the base")]
+        difference = point_difference(its, against, x=domain, y=_forgetting)
         why_not = None if difference else "the reference does not reach its score with every seed"
         return [(mean.mean if mean else None, True, difference, why_not)]
     if not at_scores:
         common = common_range(its, against, x=domain, y=_forgetting)
         if common is None:
             return [(None, False, None, "no score that both reach with every seed")]
-        low, high = common
+        low, high = max(common[0], least), common[1]
+        if high <= least:
+            return [(None, False, None, "no gain over the base that both reach with every seed")]
         at_scores = [low + share * (high - low) for share in _SHARES]
     found: list[Compared] = []
     for at in at_scores:

@@ -78,9 +78,9 @@ def _draw_gain(axes: Axes, methods: Sequence[Any], colours: dict[str, str]) -> N
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     _label_points(axes, points, colours)
     axes.set_xlabel("forgetting: Δ perplexity on general text")
-    axes.set_ylabel(f"gain: {title}")
+    axes.set_ylabel(f"domain: {title}")
     axes.grid(alpha=0.25)
-    tidy(axes, "Gain against forgetting (up and left is better)")
+    tidy(axes, "Domain against forgetting (up and left is better)")
 
 
 def _gains(methods: Sequence[Any]) -> tuple[str, list[tuple[float, float | None]]]:

@@ -87,6 +87,18 @@ def _accuracy(method: Mapping[str, Any], path: At) -> str | None:
     return f"{100 * found['accuracy']:.1f} ± {100 * found['standard_error']:.1f}"
 
 
+def _failures(method: Mapping[str, Any], path: At) -> str | None:
+    """Why queries did not match, and what the counts leave out."""
+    found = value_at(method, path)
+    if found is None:
+        return None
+    reasons = [f"{count} {reason}" for reason, count in found["failures"].items()]
+    for key, what in (("unfinished", "without an end"), ("empty_gold", "left out")):
+        if found.get(key):
+            reasons.append(f"({found[key]} {what})")
+    return ", ".join(reasons) or "–"
+
+
 def _score(method: Mapping[str, Any], path: At) -> str | None:
     found = value_at(method, path)
     return _with_error(found, 100, ".1f") if found is not None and is_share(found) else None
@@ -119,6 +131,8 @@ def _benchmarks(methods: Sequence[Method], *, general: bool) -> list[Column]:
                     columns = found[kind, name, column[0]] = [column]
                     if "questions" in result:
                         columns.append(("questions", (*of, "questions"), _number("d", 1)))
+                    if "failures" in result:
+                        columns.append(("not right because", of, _failures))
     return [column for columns in found.values() for column in columns]
 
 
@@ -188,7 +202,9 @@ def render_markdown(report: Report) -> str:
     ):
         lines += [f"## {title}", "", *_table(methods, columns), ""]
     lines += [
-        "± is one standard error over the questions. Δ perplexity and relative L2 are against the "
+        "± is one standard error over the questions; left out are those whose gold query finds "
+        "nothing; retention may exceed 100 % by chance where a benchmark is small or its base's "
+        "score is near that of guessing. Δ perplexity and relative L2 are against the "
         "base; outside mass is the probability outside the stored candidate sets. What a run "
         "measured itself (run:) is of its own sample of general text and its fp32 weights.",
         "",

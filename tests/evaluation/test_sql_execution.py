@@ -159,8 +159,9 @@ def test_row_limit(database: Path) -> None:
 
 def test_deadline_of_one_query_does_not_reach_the_next(database: Path) -> None:
     with open_read_only(database) as connection:
-        with pytest.raises(QueryError, match="more than 1e-09 s"):
+        with pytest.raises(QueryError) as caught:
             run_query(connection, "select 1", limits=Limits(seconds=1e-9))
+        assert caught.value.reason == "timeout"  # the clock's or the thread's
         assert run_query(connection, "select count(*) from book a, book b, book c") == [(64,)]
 
 

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.image import imread
 
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.curve_tables import compare_curves
+from megatron_replay.evaluation.curve_tables import CurveComparison, compare_curves
 from megatron_replay.evaluation.paper_figures import draw_figures
 from megatron_replay.evaluation.paper_tables import paper_tables
 from megatron_replay.evaluation.rows import Row, append_row, base_row, read_rows
@@ -127,7 +127,7 @@ def test_bases_and_sizes_never_meet() -> None:
 def sweep() -> list[Row]:
     """AdamW from 20 to 60 per cent with ΔPPL 1 to 5; ours from 30 to 70 with 1 to 3; a point."""
     curves = {"AdamW": ((0.2, 1.0), (0.6, 5.0)), "ours": ((0.3, 1.0), (0.7, 3.0))}
-    curves |= {"one": ((0.4, 2.0),), "low": ((0.1, 2.0),), "worse": ((0.0, 1.0), (0.1, 2.0))}
+    curves |= {"one": ((0.4, 2.0),), "low": ((0.15, 2.0),), "worse": ((0.0, 1.0), (0.1, 2.0))}
     return [
         row(m, seed=s, lr=lr, tables=("sweep",), evaluation=entry(x, x, 0.5, y, 1.0), **OF)
         for m, points in curves.items()
@@ -152,7 +152,7 @@ def test_sweeps_are_compared_as_curves() -> None:
     assert one.own_score
     assert one.difference is not None
     assert one.difference.mean == pytest.approx(-1.0)
-    assert found["low", 10.0].difference is None
+    assert found["low", 15.0].difference is None
     assert found["worse", None].why_not == "no score that both reach with every seed"
     asked = [c for c in compare_curves(sweep(), at_scores=[65.0]) if c.method == "ours"]
     assert [(c.difference, c.why_not) for c in asked] == [(None, "not reached by every seed")]
@@ -233,7 +233,7 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert last.startswith(f"{output / 'tables.md'}: ")
     assert "| **51.0** (+4.0) | 1 |" in text
     assert "| small | 1M | ours | AdamW | 45.0 | -1.75 [-1.75, -1.75] | 2 |" in text
-    assert "| low | AdamW | 10.0 (its own) | the reference does not reach its score" in text
+    assert "| low | AdamW | 15.0 (its own) | the reference does not reach its score" in text
     assert (
         "- AdamW, small, 1M (in table1, table2, table3, table6, stability, efficiency; loss full; "
         "adamw, learning rate 0.0002; seeds 0, 1, 2; configuration `4164616d574e`): `train AdamW`"
@@ -323,6 +323,29 @@ def test_the_row_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         report.main(["tables", f"--rows={rows}", "--reference=x", f"--output-dir={tmp_path}"]) == 2
     )
     assert "--reference: no row of this method (expected Base or Replay" in capsys.readouterr().err
+
+
+def test_without_a_gain_no_price_of_one() -> None:
+    """Curves from 20 to 60 per cent: all of it, its upper half, and nothing above the base."""
+
+    def found(base_score: float, *, points: int = 2) -> list[CurveComparison]:
+        rows = [
+            row(m, seed=s, lr=lr, tables=("sweep",), evaluation=entry(x, x, 0.5, 10 * x, 1.0), **OF)
+            for m in ("AdamW", "ours")
+            for lr, x in ((1e-4, 0.2), (2e-4, 0.6))[: points if m == "ours" else 2]
+            for s in range(2)
+        ]
+        base = base_row(entry(base_score, base_score, 0.8, 0.0, 0.0), command="evaluate", **OF)
+        return [one for one in compare_curves([*rows, base]) if one.method == "ours"]
+
+    assert [one.at for one in found(0.1)] == pytest.approx([30, 40, 50])
+    assert [one.at for one in found(0.4)] == pytest.approx([45, 50, 55])
+    (none,) = found(0.6)
+    assert (none.difference, none.why_not) == (
+        None, "no gain over the base that both reach with every seed",
+    )  # fmt: skip
+    (alone,) = found(0.2, points=1)
+    assert (alone.at, alone.difference, alone.why_not) == (20.0, None, "no gain over the base")
 
 
 def test_the_figures(tmp_path: Path) -> None:
