@@ -116,8 +116,11 @@ def told(found: dict[str, Any], **changes: float) -> tuple[str, str]:
 
 def test_the_verdict_is_always_told_with_what_helps(reader: CandidateReader) -> None:
     found = summarize(reader)
-    verdict, hints = told(found, missed=0.0, coverage=0.97, at_cap=0.0)
+    verdict, hints = told(found, missed=0.0, coverage=1.0, at_cap=0.0)
     assert "Nothing speaks against it" in verdict
+    assert hints == ""
+    verdict, hints = told(found, missed=0.0, coverage=0.99, at_cap=0.0)  # it has leaked there
+    assert "Perhaps, not with the paper's loss" in verdict
     assert hints == ""
     verdict, hints = told(found, missed=0.013, coverage=0.966, at_cap=0.02)
     assert "Perhaps" in verdict
