@@ -106,3 +106,9 @@ def grouped_bars(
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
+
+
+def score_limits(limits: tuple[float, float]) -> tuple[float, float]:
+    """Limits of an axis of scores: hardly below 0, and never a fraction of a point magnified."""
+    high = max(limits[1], 1.0)
+    return max(limits[0], -0.03 * high), high

@@ -18,6 +18,7 @@ from megatron_replay.evaluation.figure_style import (
     new_figure,
     over_seeds,
     save,
+    score_limits,
     styles,
     tidy,
 )
@@ -175,9 +176,9 @@ def _figure_4(rows: Sequence[Row], group: Group, path: Path) -> bool:
     positions, angles = (variants(rows, kind, group) for kind in ("positions", "angles"))
     domain = scores.domain_mean(rows)
     panels: list[Callable[[Axes], None]] = []
-    panels += [lambda axes: _positions(axes, positions)] if positions else []
+    panels += [lambda axes: _positions(axes, positions)] if _differ(positions) else []
     panels += [lambda axes: _pareto_of_noise(axes, lines, domain, style)]
-    panels += [lambda axes: _angles(axes, angles, domain)] if angles else []
+    panels += [lambda axes: _angles(axes, angles, domain)] if _differ(angles) else []
     panels += [lambda axes: _ablation(axes, lines, domain, style)]
     high = -(-len(panels) // 2)
     figure = new_figure(20, 7.5 * high)
@@ -189,6 +190,10 @@ def _figure_4(rows: Sequence[Row], group: Group, path: Path) -> bool:
     figure.suptitle(f"{_title(group)}: mean ± standard deviation over seeds", fontsize=FONT + 2)
     save(figure, path)
     return True
+
+
+def _differ(rows: Sequence[Row]) -> bool:
+    return len({row.variant for row in rows}) > 1
 
 
 def _positions(axes: Axes, rows: Sequence[Row]) -> None:
@@ -230,6 +235,7 @@ def _pareto_of_noise(axes: Axes, lines: Lines, domain: Measure, style: dict[str,
             x.mean, y.mean, s=area, color=style[name].colour, marker=style[name].marker,
             label=label, zorder=3,
         )  # fmt: skip
+    axes.set_ylim(score_limits(axes.get_ylim()))
     axes.set_xlabel("standard deviation of the loss")
     axes.set_ylabel(f"{'NL2SQL execution match' if sql else 'domain score'}, mean, %")
     axes.grid(alpha=0.25)

@@ -20,6 +20,7 @@ from megatron_replay.evaluation.figure_style import (
     new_figure,
     over_seeds,
     save,
+    score_limits,
     styles,
     tidy,
 )
@@ -117,6 +118,7 @@ def _draw(axes: Axes, curves: dict[str, list[Place]], style: dict[str, Style]) -
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(score_limits(axes.get_xlim()))
     axes.set_xlabel("domain score, mean, %")
     scale = ", log scale" if axes.get_yscale() == "log" else ""
     axes.set_ylabel(f"forgetting: ΔPPL on general text{scale}")
