@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print("error: interrupted; models that are done are not measured again", file=sys.stderr)
         return EXIT_INTERRUPTED
     for model in document["models"]:
         print(_line(model))
