@@ -317,6 +317,9 @@ def _evidence() -> Iterator[Run]:
         yield from remedies(base, [seed])
     for seed, setting in product(seeds, settings):
         yield from sweep(setting, seed, moclip=True)
+    larger = replace(together, size="large", domain="joins")
+    for seed in seeds:
+        yield from sweep(larger, seed, moclip=True)
 
 
 PLANS = {"quick": _quick, "paper": _paper, "evidence": _evidence}
