@@ -166,8 +166,8 @@ def _verdict(summary: dict[str, Any]) -> str:
         )
     if covered < _ALL_COVERED:
         return (
-            f"Perhaps, not with the paper's loss: {found}. At 0.2 % to 1.6 % missed it has cost "
-            "6 to 47 points of accuracy (docs/when-to-use.md): sweep the learning rate of "
+            f"Perhaps, not with the paper's loss: {found}. With 0.2 % to 0.5 % missed it has "
+            "cost 6 to 47 points of accuracy (docs/when-to-use.md): sweep the learning rate of "
             f"--loss full --optimizer adamw first, then compare {_RECIPE}."
         )
     return f"Nothing speaks against it, nor for it: {found}, so it is --loss full."
