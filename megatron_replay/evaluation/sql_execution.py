@@ -52,7 +52,7 @@ _REASONS = {sqlite3.SQLITE_INTERRUPT: "timeout", sqlite3.SQLITE_TOOBIG: "too lar
 # The handler runs every so many virtual-machine instructions, about 10 µs: 10,000 are no faster,
 # 100 cost a tenth of the time.
 _INSTRUCTIONS_PER_CHECK = 1_000
-_MATCH, _EMPTY = "match", "empty gold"
+_MATCH = "match"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +88,12 @@ class ExecutionMatch:
 
     Attributes:
         matches: predictions whose answer equals the gold answer.
-        questions: questions that count.
-        empty_gold: questions left out because the gold answer holds no value: any query that
-            returns nothing would match it.
+        questions: how many were asked.
         failures: wrong predictions by reason; "other answer" is a query that ran.
     """
 
     matches: int
     questions: int
-    empty_gold: int
     failures: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -249,7 +246,7 @@ def with_answers(
     description: str = "gold answers",
     progress: bool = False,
 ) -> list[SqlQuestion]:
-    """The questions whose gold answer holds a value: the others need no model's answer.
+    """The questions whose gold answer holds a value: a query that finds nothing matches the others.
 
     Raises:
         DataError: a gold query does not run (its question is named), or no question is left.
@@ -263,7 +260,11 @@ def with_answers(
                         found.append(question)
                     bar.advance()
     if not found:
-        raise _all_empty(questions)
+        raise DataError(
+            "every gold answer is empty",
+            where=questions[0].database if questions else None,
+            found=f"{len(questions)} questions",
+        )
     return found
 
 
@@ -279,10 +280,11 @@ def execution_match(
     """Run gold and predicted queries and count the matches.
 
     Args:
-        predictions: the query predicted for each of ``questions``.
+        questions: what `with_answers` found.
+        predictions: the query predicted for each of them.
 
     Raises:
-        DataError: a gold query does not run (its question is named), or no question is left.
+        DataError: a gold query does not run, or finds nothing (its question is named).
     """
     counts = Counter[str]()
     pairs = list(zip(questions, predictions, strict=True))
@@ -292,22 +294,10 @@ def execution_match(
                 for question, predicted in group:
                     counts[_outcome(connection, question, predicted, limits, bird_compat)] += 1
                     bar.advance()
-    matches, empty = counts.pop(_MATCH, 0), counts.pop(_EMPTY, 0)
-    if empty == len(pairs):
-        raise _all_empty(questions)
     return ExecutionMatch(
-        matches=matches,
-        questions=len(pairs) - empty,
-        empty_gold=empty,
+        matches=counts.pop(_MATCH, 0),
+        questions=len(pairs),
         failures=dict(sorted(counts.items())),
-    )
-
-
-def _all_empty(questions: Sequence[SqlQuestion]) -> DataError:
-    return DataError(
-        "every gold answer is empty",
-        where=questions[0].database if questions else None,
-        found=f"{len(questions)} questions",
     )
 
 
@@ -331,10 +321,10 @@ def _outcome(
     limits: Limits | None,
     bird_compat: bool,
 ) -> str:
-    """``_MATCH``, ``_EMPTY``, "other answer", or why the predicted query has no answer."""
+    """``_MATCH``, "other answer", or why the predicted query has no answer."""
     gold = _gold_answer(connection, question, limits)
     if not holds_a_value(gold):
-        return _EMPTY
+        raise DataError(f"the gold answer is empty: {question.gold}", where=question.where)
     try:
         predicted = run_query(connection, predicted_sql, limits=limits)
     except QueryError as error:

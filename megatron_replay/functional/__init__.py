@@ -18,7 +18,6 @@ from megatron_replay.functional.stability import (
     gradient_norm_cv,
     loss_std,
     loss_variance,
-    relative_l2,
     spikes,
 )
 
@@ -29,7 +28,6 @@ __all__ = [
     "loss_std",
     "loss_variance",
     "outside_mass",
-    "relative_l2",
     "restricted_cross_entropy",
     "restricted_cross_entropy_dense",
     "select_candidates",

@@ -1,4 +1,4 @@
-"""How steady a run was and how far it moved: loss, gradient norm, spikes, relative L2.
+"""How steady a run was: loss, gradient norm, spikes.
 
 Pure functions of numbers, in float64. Shape: N steps.
 """
@@ -6,7 +6,6 @@ Pure functions of numbers, in float64. Shape: N steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,29 +99,6 @@ def spikes(values_N: npt.ArrayLike, *, window: int = 128, sigmas: float = 6.0) -
     hit = values[window:] > before.mean(1) + sigmas * before.std(1)
     first = hit & ~np.concatenate([[False], hit[:-1]])
     return Spikes(tuple(int(i) + window for i in np.flatnonzero(first)), judged)
-
-
-def relative_l2(pairs: Iterable[tuple[npt.ArrayLike, npt.ArrayLike]]) -> float:
-    """√Σ‖θ - θ₀‖² / √Σ‖θ₀‖² over pairs (θ, θ₀), each parameter given once.
-
-    Raises:
-        DataError: a pair differs in shape, or every θ₀ is 0.
-    """
-    distance = norm = 0.0
-    for number, (weight, base) in enumerate(pairs):
-        tuned, start = np.asarray(weight, np.float64), np.asarray(base, np.float64)
-        if tuned.shape != start.shape:
-            raise DataError(
-                "the two shapes differ",
-                where=f"parameter {number}",
-                expected=start.shape,
-                found=tuned.shape,
-            )
-        distance += float(np.sum((tuned - start) ** 2))
-        norm += float(np.sum(start**2))
-    if norm == 0.0:
-        raise DataError("every base weight is 0", where="relative L2")
-    return math.sqrt(distance / norm)
 
 
 def _series(values: npt.ArrayLike, name: str) -> _Array:

@@ -14,7 +14,6 @@ from megatron_replay.functional import (
     gradient_norm_cv,
     loss_std,
     loss_variance,
-    relative_l2,
     spikes,
 )
 
@@ -78,23 +77,6 @@ def test_a_constant_series_has_no_spike_by_rounding() -> None:
 def test_a_short_series_is_not_judged() -> None:
     found = spikes([0.0] * 127 + [1e9])
     assert (found.count, found.judged, found.rate) == (0, 0, 0.0)
-
-
-def test_relative_l2_by_hand_and_over_parameters() -> None:
-    base = [np.array([3.0, 0.0]), np.array([[4.0]])]
-    tuned = [np.array([3.0, 1.0]), np.array([[4.0]])]
-    assert relative_l2(zip(tuned, base, strict=True)) == pytest.approx(0.2)
-    assert relative_l2(zip(base, base, strict=True)) == 0.0
-    with pytest.raises(DataError, match=r"parameter 0: the two shapes differ"):
-        relative_l2([(np.zeros(2), np.zeros(3))])
-    with pytest.raises(DataError, match="every base weight is 0"):
-        relative_l2([(np.ones(2), np.zeros(2))])
-
-
-def test_relative_l2_is_computed_in_float64() -> None:
-    base, tuned = np.ones(1 << 12, np.float32), np.ones(1 << 12, np.float32)
-    tuned[0] += np.float32(2.0**-20)
-    assert relative_l2([(tuned, base)]) == pytest.approx(2.0**-20 / 64, rel=1e-12)
 
 
 @pytest.mark.parametrize("metric", [loss_std, gradient_norm_cv, spikes])
