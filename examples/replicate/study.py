@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from examples.replicate import bases, parts, plan
@@ -114,12 +114,12 @@ class Study:
         A run that was done again is appended again: of its rows the tables take the last.
         """
         rows = read_rows(self.rows_path) if self._has_rows() else []
-        known = {_identity(row): _content(row) for row in rows}
+        known = {_identity(row): row for row in rows}
         settings = {(run.store.setting, run.store.size): run.store for run in runs}
         found = [self._base_row(store) for store in settings.values()]
         done = [path for run in runs if (path := self.row_path(run)).exists()]
         for row in (*found, *(read_rows(path)[0] for path in done)):
-            if row is not None and known.get(_identity(row)) != _content(row):
+            if row is not None and known.get(_identity(row)) != row:
                 append_row(self.rows_path, row)
         return len(done)
 
@@ -144,8 +144,3 @@ class Study:
 def _identity(row: Row) -> tuple[object, ...]:
     """What tells a row from others."""
     return row.method, row.tables, row.variant, row.base, row.size, row.seed, row.config_hash
-
-
-def _content(row: Row) -> str:
-    """All of a row, so that a score that is NaN equals itself."""
-    return json.dumps(asdict(row), sort_keys=True)

@@ -15,6 +15,7 @@ from matplotlib.image import imread
 
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.curve_tables import CurveComparison, compare_curves
+from megatron_replay.evaluation.figure_style import score_limits
 from megatron_replay.evaluation.paper_figures import draw_figures
 from megatron_replay.evaluation.paper_tables import paper_tables
 from megatron_replay.evaluation.rows import Row, append_row, base_row, read_rows
@@ -363,7 +364,16 @@ def test_the_figures(tmp_path: Path) -> None:
         image = imread(tmp_path / name)
         assert image.shape[1] >= 1000
         assert 0.01 < (image[..., :3].min(-1) < 0.9).mean() < 0.5
+    high = imread(tmp_path / of_base[-1]).shape[0]
+    draw_figures([one for one in rows if one.variant == ""], tmp_path)
+    assert imread(tmp_path / of_base[-1]).shape[0] < high  # nothing varies: two panels fewer
     assert draw_figures([one for one in rows if one.method in ("Base", "TAM")], tmp_path) == []
+
+
+def test_axes_of_scores() -> None:
+    assert score_limits((20.0, 60.0)) == (20.0, 60.0)
+    assert score_limits((-5.0, 60.0)) == (pytest.approx(-1.8), 60.0)
+    assert score_limits((-0.05, 0.05)) == (pytest.approx(-0.03), 1.0)
 
 
 def test_numbers_that_are_not_finite() -> None:
