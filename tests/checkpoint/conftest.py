@@ -43,3 +43,18 @@ def sharded_qwen3(qwen3, tmp_path_factory) -> dict[bool, Path]:
         index = json.loads((folder / f"tied-{tied}" / "model.safetensors.index.json").read_text())
         assert len(set(index["weight_map"].values())) > 2
     return {tied: folder / f"tied-{tied}" for tied in qwen3}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> dict[tuple[bool, int], Path]:
+    """Tied and untied, of a vocabulary that TP divides and of one that it does not; in shards."""
+    folder, models = tmp_path_factory.mktemp("small"), {}
+    for tied in (True, False):
+        for vocabulary in (96, 97):
+            name = folder / f"{tied}-{vocabulary}"
+            models[tied, vocabulary] = tiny.save_qwen3(
+                name, tied=tied, vocab_size=vocabulary, hidden_size=16, intermediate_size=24,
+                num_hidden_layers=2, head_dim=4,
+            )  # fmt: skip
+            (name / "tokenizer.json").write_text("{}")
+    return models

@@ -1,0 +1,226 @@
+"""Conversion that goes wrong: wrong mappings, damaged and hostile files, a full disk, a kill."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import pickle
+import shutil
+import signal
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_replay.checkpoint import compare, rank_files, stream
+from megatron_replay.checkpoint.export import require_equal
+from megatron_replay.checkpoint.names import Layout, QueryKeyValue, mapping_of
+from megatron_replay.checkpoint.stream import ranks_to_hf
+from megatron_replay.errors import CheckpointError, OutputError
+from megatron_replay.model.config import ModelConfig
+from tests.checkpoint.rank_models import EMBEDDING, converted, rewrite
+from tests.store.test_kill import fork
+
+
+def _swapped_key_and_value(self, shard, size):
+    grouped = shard.view(self.groups // size, -1, self.channels, shard.shape[-1])
+    return grouped[:, :-2], grouped[:, -1:], grouped[:, -2:-1]
+
+
+def test_verification_finds_a_wrong_mapping(small, tmp_path, monkeypatch):
+    """The mapping both ways is broken alike: only a comparison of another make can tell."""
+    monkeypatch.setattr(QueryKeyValue, "places", _swapped_key_and_value)
+    with pytest.raises(CheckpointError, match=r"linear_qkv\.weight differs from .*k_proj"):
+        converted(small[True, 96], tmp_path / "mg", 2)
+    assert not (tmp_path / "mg").exists()
+
+
+def test_verification_finds_damage_of_what_was_written(small, tmp_path, monkeypatch):
+    def damaged(path, parameters, iteration):
+        if path.parent.name == "mp_rank_01":
+            parameters["decoder.layers.1.mlp.linear_fc2.weight"][3, 2] += 1e-3
+        write(path, parameters, iteration)
+
+    write = rank_files.write_rank
+    monkeypatch.setattr(stream, "write_rank", damaged)
+    with pytest.raises(CheckpointError, match=r"mp_rank_01/.*linear_fc2\.weight differs"):
+        converted(small[False, 96], tmp_path / "mg", 2)
+    monkeypatch.undo()
+    converted(small[False, 96], tmp_path / "mg", 2)
+    join = Layout.__subclasses__()[1].join
+    monkeypatch.setattr(
+        type(mapping_of(EMBEDDING, ModelConfig.from_hf(small[False, 96]), 0).layout),
+        "join",
+        lambda self, shards: [part.neg() for part in join(self, shards)],
+    )
+    with pytest.raises(CheckpointError, match="differs from"):
+        ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_verification_insists_on_every_number(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_is_surplus", lambda name, config: "k_proj" in name)
+    with pytest.raises(CheckpointError, match=r"not every number of this file was compared"):
+        converted(small[False, 96], tmp_path / "mg", 2)
+
+
+def test_verification_finds_padding_that_is_not_zero(small, tmp_path, monkeypatch):
+    fill = stream._fill_rows
+    monkeypatch.setattr(stream, "_fill_rows", lambda shard, *rest: fill(shard.fill_(1), *rest))
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda self: self)
+    with pytest.raises(CheckpointError, match=r"mp_rank_03/.*: embedding\..* padding is not zero"):
+        converted(small[True, 97], tmp_path / "mg", 4)
+
+
+def test_everything_is_synced(small, tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (synced.add(Path(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
+    )
+    staged = tmp_path / ".mg.incomplete"
+    converted(small[True, 96], tmp_path / "mg", 2)
+    written = [path.relative_to(tmp_path / "mg") for path in (tmp_path / "mg").rglob("*")]
+    kept = [path for path in written if path.parts[0].startswith("iter")]
+    assert len(kept) == 5
+    assert {staged, tmp_path, *(staged / path for path in kept)} <= synced
+
+
+class _Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_training_files_are_read_and_nothing_in_them_is_run(small, tmp_path):
+    """As MindSpeed-LLM writes: protocol 4, with arguments, random states, and worse, beside."""
+    converted(small[True, 96], tmp_path / "mg", 2)
+    for path in (tmp_path / "mg").glob("iter_0000001/*/model_optim_rng.pt"):
+        content = torch.load(path, weights_only=True)
+        content["model"] = OrderedDict(content["model"])
+        content["model"]["decoder.layers.0.mlp.linear_fc1._extra_state"] = None
+        content |= {
+            "args": argparse.Namespace(dtype=torch.bfloat16, signal=signal.SIGTERM, path=tmp_path),
+            "rng_state": [{"np": np.random.get_state(), "set": {1, 2}}],
+            "bomb": _Bomb(tmp_path / "bomb"),
+        }
+        torch.save(content, path, pickle_protocol=4)
+        torch.load(path, weights_only=False)  # it does go off when read carelessly
+        (tmp_path / "bomb").rmdir()
+    ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
+    require_equal(tmp_path / "hf", small[True, 96])
+    assert not (tmp_path / "bomb").exists()
+
+
+FILES: dict[str, tuple] = {
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-300]), "truncated, or not a file of"),
+    "empty": (lambda p: p.write_bytes(b""), "truncated, or not a file of"),
+    "no zip": (lambda p: p.write_bytes(pickle.dumps({})), "truncated, or not a file of"),
+    "gone": (lambda p: p.unlink(), "cannot read: No such file"),
+    "rank gone": (lambda p: shutil.rmtree(p.parent), "a rank is missing .*TP 2 x PP 2; found 3"),
+    "twice": (
+        lambda p: shutil.copytree(p.parent, p.parent.with_name("mp_rank_00")), "are the same rank"
+    ),
+    "experts": (
+        lambda p: p.parent.rename(p.parent.with_name("mp_rank_00_000_001")), "Experts are not"
+    ),
+    "virtual": (
+        lambda p: rewrite(p, lambda c: c.update(model0=c.pop("model"))), "no plain model .*model0"
+    ),
+    "a list": (lambda p: torch.save([1], p), "no plain model"),
+    "integers": (
+        lambda p: rewrite(p, lambda c: c["model"].update(x=torch.ones(2).int())), "x is no floating"
+    ),
+    "extra": (
+        lambda p: rewrite(p, lambda c: c["model"].update(x=torch.ones(2))), "not part of .*: x$"
+    ),
+    "missing": (lambda p: rewrite(p, lambda c: c["model"].pop(EMBEDDING)), "0 tokens|missing"),
+    "shape": (
+        lambda p: rewrite(
+            p,
+            lambda c: c["model"].update(
+                {"decoder.layers.0.self_attention.q_layernorm.weight": torch.ones(5)}
+            ),
+        ),
+        r"wrong shape of .*q_layernorm.* \(expected \(4,\); found \(5,\)\)",
+    ),
+    "dtype": (
+        lambda p: rewrite(
+            p, lambda c: c["model"].update({k: v.double() for k, v in c["model"].items()})
+        ),
+        "another dtype than on TP rank 0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_damaged_ranks(small, tmp_path, case):
+    converted(small[True, 96], tmp_path / "mg", 2, 2)
+    change, message = FILES[case]
+    change(tmp_path / "mg" / "iter_0000001" / "mp_rank_00_000" / "model_optim_rng.pt")
+    with pytest.raises(CheckpointError, match=message):
+        ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_script_modules_are_not_loaded(tmp_path):
+    """torch.load hands such files, by what they contain, to TorchScript's reader."""
+    path = tmp_path / "model_optim_rng.pt"
+    torch.save({"model": {}}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("model_optim_rng/constants.pkl", pickle.dumps(()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as outside of tests: it must be an error all the same
+        with pytest.raises(CheckpointError, match="TorchScript"):
+            rank_files.RankFile(path)
+
+
+def test_full_disk(small, tmp_path, monkeypatch):
+    """/dev/full takes no byte; nothing is left under the name."""
+    full = functools.partial(open, "/dev/full")
+    monkeypatch.setattr(rank_files, "open", lambda _, mode: full(mode), raising=False)
+    with pytest.raises(OutputError, match=r"model_optim_rng\.pt: no space left on the device"):
+        converted(small[True, 96], tmp_path / "mg")
+    assert not (tmp_path / "mg").exists()
+
+
+def _die_at(step: int, source: Path, target: Path) -> None:
+    taken = 0
+
+    def mortal(call):
+        def counted(*arguments, **options):
+            nonlocal taken
+            taken += 1
+            if taken == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+
+        return counted
+
+    for name in ("fsync", "replace"):
+        setattr(os, name, mortal(getattr(os, name)))
+    converted(source, target, 2)
+
+
+def test_killed_at_each_step(small, tmp_path):
+    deaths = complete = 0
+    for step in range(1, 100):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        child = fork(lambda step=step, to=folder: _die_at(step, small[True, 96], to / "mg"))
+        status = os.waitpid(child, 0)[1]
+        if not os.WIFSIGNALED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        deaths += 1
+        if (folder / "mg").exists():
+            complete += 1
+            ranks_to_hf(folder / "mg", folder / "hf")
+    assert deaths > 8
+    assert complete == 1  # only the last fsync comes after the rename
