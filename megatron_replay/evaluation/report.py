@@ -92,11 +92,10 @@ def _failures(method: Mapping[str, Any], path: At) -> str | None:
     found = value_at(method, path)
     if found is None:
         return None
-    reasons = [f"{count} {reason}" for reason, count in found["failures"].items()]
-    for key, what in (("unfinished", "without an end"), ("empty_gold", "left out")):
-        if found.get(key):
-            reasons.append(f"({found[key]} {what})")
-    return ", ".join(reasons) or "–"
+    reasons = ", ".join(f"{count} {reason}" for reason, count in found["failures"].items())
+    counts = (("unfinished", "without an end"), ("empty_gold", "left out"))
+    more = ", ".join(f"{found[key]} {what}" for key, what in counts if found.get(key))
+    return " ".join(filter(None, (reasons or "–", more and f"({more})")))
 
 
 def _score(method: Mapping[str, Any], path: At) -> str | None:

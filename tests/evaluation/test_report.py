@@ -51,6 +51,24 @@ def test_a_perplexity_of_a_task_keeps_its_unit() -> None:
     assert "| 200 | 30.000 ± 0.500 | 25.0 ± 2.0 |" in text
 
 
+def test_why_queries_failed_is_told() -> None:
+    scored = {"accuracy": 0.5, "standard_error": 0.1, "questions": 4}
+    found = (
+        {"failures": {"other answer": 1, "sql error": 1}, "unfinished": 3, "empty_gold": 2},
+        {"failures": {"timeout": 2}, "unfinished": 0, "empty_gold": 0},
+        {"failures": {}, "unfinished": 0, "empty_gold": 2},
+    )
+    models = [
+        method(str(i), 0.0, 0.0, 0.0, sql={"shop": scored | one}) for i, one in enumerate(found)
+    ]
+    evaluation = {"models": models, "inputs": {}, "settings": {}, "command": "evaluate"}
+    text = render_markdown(build_report(evaluation, {}, timings={}, command="report"))
+    assert "| shop % | questions | not right because |" in text
+    assert "| 4 | 1 other answer, 1 sql error (3 without an end, 2 left out) |" in text
+    assert "| 4 | 2 timeout |" in text
+    assert "| 4 | – (2 left out) |" in text
+
+
 def evaluation_file(directory: Path) -> Path:
     mass = {"outside_mass": 0.07, "restricted_loss": 0.1, "full_loss": 0.2}
     document = {
