@@ -6,6 +6,8 @@ Every command line catches ``ReplayError``, prints that line to stderr and leave
 
 from __future__ import annotations
 
+import re
+
 
 class ReplayError(Exception):
     """Base of all errors shown to users without a traceback.
@@ -29,12 +31,13 @@ class ReplayError(Exception):
             for name, value in (("expected", expected), ("found", found))
             if value is not None
         ]
-        message = f"{where}: {what}" if where is not None else what
+        # A path is shown as it is, blanks included: people copy it.
+        message = what if where is None else str(where).replace("\n", "\\n") + f": {what}"
         if facts:
             message += f" ({'; '.join(facts)})"
         if fix:
             message += f". {fix}"
-        super().__init__(" ".join(message.split()))
+        super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message.strip()))
 
 
 class ConfigError(ReplayError):

@@ -1,4 +1,9 @@
-"""Files that are either wholly there or not there: tmp, fsync, rename, fsync of the directory."""
+"""Reading files that may be anything, and writing files that are either whole or not there.
+
+Reading: only regular files are opened (a FIFO would block for ever, a device has no end), and each
+kind of file is read and checked in one place, which raises one line. Writing: a temporary file,
+fsync, rename, fsync of the directory.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,120 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_replay.errors import OutputError
+from megatron_replay.errors import ConfigError, OutputError, ReplayError
+
+#: The most that a JSON, YAML or marker file may hold: read whole, so a damaged one must not fill
+#: memory. The largest that we write, a manifest of a million shards, is a tenth of it.
+MAX_TEXT_BYTES = 512 << 20
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a pipe (FIFO)"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def require_regular(path: str | os.PathLike[str], error: type[ReplayError]) -> int:
+    """Raise ``error`` unless ``path`` is a readable regular file; returns its size in bytes.
+
+    To be called before a library opens the file by its name.
+    """
+    with open_regular(path, error) as handle:
+        return os.fstat(handle.fileno()).st_size
+
+
+def open_regular(path: str | os.PathLike[str], error: type[ReplayError]) -> IO[bytes]:
+    """Open a regular file for reading bytes, without ever waiting for a writer.
+
+    Raises:
+        ReplayError: of class ``error``: it is missing, may not be read, or is no regular file.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as reason:
+        raise error(f"cannot read: {reason.strerror or reason}", where=path) from reason
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        found = next((name for test, name in _KINDS if test(mode)), "something else")
+        raise error("cannot read", where=path, expected="a regular file", found=found)
+    return os.fdopen(fd, "rb")
+
+
+def read_text(
+    path: str | os.PathLike[str], error: type[ReplayError], *, fix: str | None = None
+) -> str:
+    """All of a text file, UTF-8.
+
+    Raises:
+        ReplayError: of class ``error``: it cannot be read, is too large, or is not UTF-8.
+    """
+    with open_regular(path, error) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size > MAX_TEXT_BYTES:
+            raise error(
+                "too large to be what its name says",
+                where=path,
+                expected=f"at most {MAX_TEXT_BYTES} bytes",
+                found=f"{size} bytes",
+                fix=fix,
+            )
+        try:
+            return handle.read().decode("utf-8")
+        except UnicodeDecodeError as reason:
+            raise error(f"damaged: not UTF-8: {reason.reason}", where=path, fix=fix) from reason
+        except OSError as reason:  # a bad block, a server that has gone
+            raise error(f"cannot read: {reason.strerror or reason}", where=path) from reason
+
+
+def read_json(
+    path: str | os.PathLike[str], error: type[ReplayError], *, fix: str | None = None
+) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        ReplayError: of class ``error``: it cannot be read, is not JSON, or no object.
+    """
+    text = read_text(path, error, fix=fix)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as reason:
+        raise error(f"damaged: not JSON: {reason}", where=path, fix=fix) from reason
+    if not isinstance(value, dict):
+        raise error(
+            "damaged: no JSON object", where=path, expected="{...}", found=text[:40], fix=fix
+        )
+    return value
+
+
+def require_apart(
+    output: str | os.PathLike[str],
+    inputs: Iterable[tuple[str, str | os.PathLike[str]]],
+    *,
+    flag: str,
+) -> None:
+    """Raise ConfigError where ``output`` is one of ``inputs``, by whatever name.
+
+    Args:
+        inputs: (flag, path) of each input.
+        flag: of the output.
+    """
+    written = Path(output).resolve()
+    for name, path in inputs:
+        if written == Path(path).resolve():
+            raise ConfigError(
+                f"the output is also read, as {name}",
+                where=f"{flag} {output}",
+                expected=f"another place than {path}",
+                fix="Nothing was written: choose another output",
+            )
 
 
 def output_error(path: str | os.PathLike[str], error: OSError) -> OutputError:

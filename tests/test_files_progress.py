@@ -13,13 +13,69 @@ from pathlib import Path
 import pytest
 
 from megatron_replay import files, progress
-from megatron_replay.errors import OutputError
-from megatron_replay.files import atomic_file, make_directory, sha256_of_files, write_json
+from megatron_replay.errors import ConfigError, DataError, OutputError, ReplayError
+from megatron_replay.files import (
+    atomic_file,
+    make_directory,
+    open_regular,
+    read_json,
+    require_apart,
+    require_regular,
+    sha256_of_files,
+    write_json,
+)
 from megatron_replay.progress import Progress
 
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
+
+
+def test_an_error_is_one_line_and_keeps_the_blanks_of_a_path():
+    error = ReplayError("broken:\n  twice", where="a  b\nc", found="x  y", fix="Mend\r\nit ")
+    assert str(error) == "a  b\\nc: broken: twice (found x  y). Mend it"
+
+
+@pytest.fixture(params=["missing", "fifo", "device", "directory"])
+def no_file(request, tmp_path):
+    """What must never be waited for, nor read to an end that does not come."""
+    path = tmp_path / "it"
+    if request.param == "fifo":
+        os.mkfifo(path)
+    elif request.param == "device":
+        path.symlink_to("/dev/zero")
+    elif request.param == "directory":
+        path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("read", [open_regular, require_regular, read_json])
+def test_only_regular_files_are_opened(no_file, read):
+    with pytest.raises(DataError, match=f"{no_file}: cannot read"):
+        read(no_file, DataError)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"1", b"[" * 100_000, b"\x00"])
+def test_damaged_json_is_one_line(tmp_path, content):
+    path = tmp_path / "it.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="damaged") as caught:
+        read_json(path, DataError, fix="Write it again")
+    assert str(caught.value).endswith("Write it again")
+
+
+def test_a_sparse_terabyte_is_not_read(tmp_path):
+    with open(tmp_path / "it.json", "wb") as handle:
+        handle.truncate(1 << 40)
+    with pytest.raises(DataError, match="too large"):
+        read_json(tmp_path / "it.json", DataError)
+
+
+def test_an_output_that_is_an_input_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "rows")
+    with pytest.raises(ConfigError, match="also read, as --input"):
+        require_apart(tmp_path / "link", [("--input", tmp_path / "rows")], flag="--output")
+    require_apart(tmp_path / "other", [("--input", tmp_path / "rows")], flag="--output")
 
 
 @pytest.mark.parametrize(("mode", "content"), [("wb", b"new\x00"), ("w", "neu: \u00e4\n")])

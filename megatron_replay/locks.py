@@ -1,0 +1,178 @@
+"""One writer a directory, on local disks, on NFS and on Lustre.
+
+A directory that this project writes to holds a ``.lock``: an flock keeps other processes out, and a
+record in it says whose it is. The kernel releases the flock when its owner dies, however it dies.
+
+An flock may not reach other machines: Lustre mounted with ``localflock`` and NFS with
+``local_lock`` keep it on one, and say nothing. So the owner also counts up a number in its record
+every few seconds, and whoever finds the record of another machine watches whether it still counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+from megatron_replay.errors import OutputError
+from megatron_replay.files import output_error
+
+LOCK_FILE = ".lock"
+_PROGRAM = "megatron_replay"
+#: Seconds between two beats of an owner; and how long a foreign record is watched for one. Opening
+#: a file makes NFS ask its server, so a beat shows at once; a busy owner may be late by some.
+BEAT_SECONDS, WATCH_SECONDS = 5.0, 60.0
+
+
+class DirectoryLock:
+    """Holds ``directory`` for this process until ``release``, or until the object or process ends.
+
+    The lock file stays when it is released: removing it would let two processes hold locks on two
+    files of one name. It also proves that the directory is this project's (``is_ours``).
+
+    Args:
+        purpose: what is written here ("this store"), for the message of whoever is kept out.
+
+    Raises:
+        OutputError: another process holds it, or it cannot be written.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, purpose: str) -> None:
+        path = Path(directory) / LOCK_FILE
+        record = {
+            "program": _PROGRAM,
+            "host": socket.gethostname(),
+            "machine": _machine(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "beat": 0,
+        }
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            raise output_error(path, error) from error
+        try:
+            _keep_others_out(fd, path, purpose)
+            _write(fd, record)
+        except BaseException as error:
+            os.close(fd)
+            if isinstance(error, OSError):
+                raise output_error(path, error) from error
+            raise
+        stop = threading.Event()
+        # The thread has a descriptor of its own: it never writes to a number that was closed.
+        thread = threading.Thread(
+            target=_beat, args=(os.dup(fd), record, stop), name="lock", daemon=True
+        )
+        thread.start()
+        self.release = weakref.finalize(self, _let_go, fd, stop, thread)
+
+
+def is_ours(directory: str | os.PathLike[str]) -> bool:
+    """Whether a lock of this project was ever taken in ``directory``."""
+    return _read(Path(directory) / LOCK_FILE).get("program") == _PROGRAM
+
+
+def _keep_others_out(fd: int, path: Path, purpose: str) -> None:
+    found, is_certain = _read(path), True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise _is_taken(path, purpose) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        is_certain = False
+        print(
+            f"{path}: this file system has no locks ({error.strerror}). What this file records "
+            "keeps later runs out; two that start at the same moment are not kept apart",
+            file=sys.stderr,
+        )
+    is_elsewhere = found.get("machine") != _machine()
+    if "pid" in found and (is_elsewhere or not is_certain) and _is_alive(path, found):
+        raise _is_taken(path, purpose)
+
+
+def _machine() -> str:
+    """What tells one running kernel from another: containers on one machine share it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _write(fd: int, record: dict[str, Any]) -> None:
+    data = json.dumps(record).encode()
+    os.pwrite(fd, data.ljust(os.fstat(fd).st_size), 0)
+    os.fsync(fd)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The record; {} where there is none, or none of ours."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as handle:
+            record = json.loads(handle.read(4096) or b"{}")
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _beat(fd: int, record: dict[str, Any], stop: threading.Event) -> None:
+    while not stop.wait(BEAT_SECONDS):
+        record["beat"] += 1
+        with contextlib.suppress(OSError):  # a full disk is met by what is written beside it
+            _write(fd, record)
+    with contextlib.suppress(OSError):
+        _write(fd, {"program": _PROGRAM})  # signed off: nobody has to watch
+    os.close(fd)
+
+
+def _let_go(fd: int, stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    thread.join(BEAT_SECONDS)
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+def _is_alive(path: Path, found: dict[str, Any]) -> bool:
+    """Whether the owner that the record names still counts in it."""
+    print(
+        f"{path}: {_owner(found)}, wrote here last and has not signed off. Watching for "
+        f"{WATCH_SECONDS:.0f} s whether it is alive",
+        file=sys.stderr,
+        flush=True,
+    )
+    deadline = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(WATCH_SECONDS / 60)
+        if _read(path).get("beat") != found.get("beat"):
+            return True
+    return False
+
+
+def _owner(record: dict[str, Any]) -> str:
+    return (
+        f"process {record.get('pid', '?')} on {record.get('host', '?')}, "
+        f"since {record.get('since', '?')}"
+    )
+
+
+def _is_taken(path: Path, purpose: str) -> OutputError:
+    record = _read(path)
+    return OutputError(
+        f"another run is writing {purpose}",
+        where=path.parent,
+        found=_owner(record) if "pid" in record else None,
+        fix="Wait until it has ended, end it, or give another directory",
+    )

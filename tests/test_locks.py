@@ -1,0 +1,117 @@
+"""One writer a directory: processes of this machine, of another, and file systems without locks."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from megatron_replay import locks
+from megatron_replay.errors import OutputError
+from megatron_replay.locks import LOCK_FILE, DirectoryLock, is_ours
+
+HOLD = "import sys, time; from megatron_replay.locks import DirectoryLock; \
+lock = DirectoryLock(sys.argv[1], purpose='it'); print('held', flush=True); sys.stdin.read()"
+
+
+def hold(directory):
+    """Another process that holds ``directory``."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, directory],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    return holder
+
+
+def record(directory, **changes):
+    found = json.loads((directory / LOCK_FILE).read_text()) | changes
+    (directory / LOCK_FILE).write_text(json.dumps(found))
+
+
+def test_another_process_is_kept_out_and_named(tmp_path):
+    with hold(tmp_path) as holder:
+        with pytest.raises(OutputError, match=f"another run is writing it .*process {holder.pid} "):
+            DirectoryLock(tmp_path, purpose="it")
+        holder.stdin.close()
+    DirectoryLock(tmp_path, purpose="it").release()
+
+
+def test_a_killed_owner_leaves_no_lock_behind(tmp_path, capfd):
+    with hold(tmp_path) as holder:
+        holder.send_signal(signal.SIGKILL)
+    DirectoryLock(tmp_path, purpose="it").release()
+    assert capfd.readouterr().err == ""  # the kernel of this machine vouches: nothing to watch
+
+
+def test_it_goes_with_its_object_and_can_be_taken_again(tmp_path):
+    lock = DirectoryLock(tmp_path, purpose="it")
+    assert is_ours(tmp_path)
+    del lock
+    again = DirectoryLock(tmp_path, purpose="it")
+    again.release()
+    again.release()
+    assert is_ours(tmp_path)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(locks, "WATCH_SECONDS", 0.5)
+
+
+def test_a_live_owner_on_another_machine_is_seen_by_its_beat(tmp_path, monkeypatch):
+    """As under Lustre's localflock: this machine's kernel knows of no lock."""
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.01)
+    owner = DirectoryLock(tmp_path, purpose="it")
+    monkeypatch.setattr(locks, "_machine", lambda: "another")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    with pytest.raises(OutputError, match="another run"):
+        DirectoryLock(tmp_path, purpose="it")
+    owner.release()
+
+
+def test_a_dead_owner_on_another_machine_is_watched_then_followed(tmp_path, quick, capfd):
+    DirectoryLock(tmp_path, purpose="it").release()
+    record(tmp_path, machine="another", host="node7", pid=12, beat=3)
+    DirectoryLock(tmp_path, purpose="it").release()
+    assert "process 12 on node7" in capfd.readouterr().err
+
+
+def test_an_owner_that_signed_off_is_not_watched(tmp_path, capfd, monkeypatch):
+    DirectoryLock(tmp_path, purpose="it").release()
+    monkeypatch.setattr(locks, "_machine", lambda: "another")
+    DirectoryLock(tmp_path, purpose="it").release()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_file_system_without_locks_says_so_and_the_record_serves(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.01)
+
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    owner = DirectoryLock(tmp_path, purpose="it")
+    assert "this file system has no locks" in capfd.readouterr().err
+    with pytest.raises(OutputError, match="another run"):
+        DirectoryLock(tmp_path, purpose="it")
+    owner.release()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'"text"'])
+def test_a_damaged_record_is_replaced(tmp_path, content):
+    (tmp_path / LOCK_FILE).write_bytes(content)
+    assert not is_ours(tmp_path)
+    DirectoryLock(tmp_path, purpose="it").release()
+    assert is_ours(tmp_path)
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(OutputError, match="cannot write"):
+        DirectoryLock(tmp_path / "absent", purpose="it")
