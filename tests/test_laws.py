@@ -21,7 +21,7 @@ LAYERS = [
     {"config", "flags", "cli"},
     {"functional", "store", "platform"},
     {"parallel", "kernels", "optim", "data", "model", "checkpoint", "forward", "evaluation"},
-    {"estimate", "collection", "training"},
+    {"functional's front", "estimate", "collection", "training"},
     {"stage0", "stage1"},
     {"tools", "examples"},
 ]
@@ -31,8 +31,14 @@ DEVICES = re.compile(r"\b(cuda|npu|hccl|nccl|torch_npu)\b")
 
 
 def part_of(module: str) -> str:
-    """megatron_replay.optim.moclip -> optim; tools.report -> tools."""
+    """megatron_replay.optim.moclip -> optim; tools.report -> tools.
+
+    What ``megatron_replay.functional`` itself offers to loops of one's own is a part apart: it
+    chooses among the compiled forms of the modules below it.
+    """
     first, *rest = module.split(".")
+    if module == "megatron_replay.functional":
+        return "functional's front"
     return first if first != "megatron_replay" else (rest or [""])[0]
 
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from megatron_replay.data.replay import ReplayTargets
-from megatron_replay.functional import (
+from megatron_replay.functional.full_cross_entropy import (
     outside_mass,
-    restricted_cross_entropy,
     vocab_parallel_cross_entropy,
 )
-from megatron_replay.functional.restricted_cross_entropy import cross_entropy_of_shard
+from megatron_replay.functional.restricted_cross_entropy import (
+    cross_entropy_of_shard,
+    restricted_cross_entropy,
+)
 from megatron_replay.functional.shard_head import HeadForm, ShardSets, VocabShard
 from megatron_replay.functional.soft_targets import SoftTargets, with_divergence
 from megatron_replay.functional.tiled_head import union_head

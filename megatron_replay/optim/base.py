@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
-from megatron_replay.errors import ConfigError
+from megatron_replay.errors import ConfigError, few
 from megatron_replay.kernels import OPTIMIZER
 from megatron_replay.optim.angle import Angle
 from megatron_replay.optim.batch import Batch, Scalars
@@ -91,6 +92,7 @@ class UpdateRule(torch.optim.AdamW):
         """
         self._placement, self._copies = placement, copies
 
+    @_disable_dynamo  # under torch.compile(optimizer.step), too, the compiled form is ours
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -294,6 +296,36 @@ class UpdateRule(torch.optim.AdamW):
         """Add a group, as in AdamW. Raises ConfigError for options a group cannot have."""
         self._require_no_variant(param_group)
         super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as in AdamW.
+
+        Raises:
+            ConfigError: it is another optimizer's, or another model's.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        groups = state_dict.get("param_groups", ())
+        numbered = [(number, group) for group in groups for number in group["params"]]
+        for (number, group), param in zip(numbered, params, strict=False):  # torch counts them
+            state = state_dict.get("state", {}).get(number, {})
+            expected = {"step", *self._state_keys(self._place(param, group, 0))}
+            if state and not expected <= state.keys():
+                raise ConfigError(
+                    "the state is another optimizer's",
+                    where=type(self).__name__,
+                    expected=", ".join(sorted(expected)),
+                    found=few(sorted(map(str, state))),
+                    fix="Load the weights alone, and start the optimizer anew",
+                )
+            for name in sorted(expected - {"step"}) if state else ():
+                if state[name].shape != param.shape:
+                    raise ConfigError(
+                        f"{name} is of another model",
+                        where=type(self).__name__,
+                        expected=tuple(param.shape),
+                        found=tuple(state[name].shape),
+                    )
+        super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch copies and pickles state and groups alone; without its settings a copy cannot step.

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_replay import kernels
 from megatron_replay.data.tail_sample import draw_ids
 from megatron_replay.errors import DataError
 from megatron_replay.functional import restricted_cross_entropy
@@ -305,3 +306,30 @@ def test_a_constant_in_the_logits_changes_nothing_however_large(form: HeadForm) 
     case.hidden_TH[:, 0], case.weight_VH[:, 0] = 64.0, 64.0
     loss_T = run(case, form)[0]
     assert (loss_T - case.dense()[0]).abs().max() < 1e-3  # one unit of a logit of 4096 is 2.4e-4
+
+
+def test_what_is_called_without_a_choice_is_the_fast_path() -> None:
+    """The compiled form, bit for bit, and the weight's ``main_grad`` where Megatron gave it one."""
+    from megatron_replay import functional
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 16), torch.randn(40, 16)
+    ids = torch.arange(0, 40, 4, dtype=torch.int32).repeat(6)
+    offsets, labels = torch.arange(0, 61, 10), torch.arange(0, 24, 4)
+    assert kernels.HEAD.resolve("auto", weight) == "cpu"
+
+    def run(**choice):
+        operands = [x.clone().requires_grad_() for x in (hidden, weight)]
+        operands[1].main_grad = torch.zeros(40, 16)
+        loss = functional.restricted_cross_entropy(*operands, ids, offsets, labels, **choice)
+        loss.sum().backward()
+        return loss.detach(), operands[0].grad, operands[1].grad, operands[1].main_grad
+
+    ours = run()
+    assert ours[2] is None
+    assert ours[3].any()
+    chosen = run(form=kernels.HEAD.choose("cpu", weight))
+    assert all(torch.equal(a, b) for a, b in zip(ours, chosen, strict=True) if a is not None)
+    by_autograd = run(weight_grad_out=None)
+    torch.testing.assert_close(by_autograd[2], ours[3])
+    assert not by_autograd[3].any()

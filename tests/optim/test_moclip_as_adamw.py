@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -246,3 +247,38 @@ def test_adamws_variants_are_refused_also_in_a_checkpoint(option):
     adamw = torch.optim.AdamW(params, lr=0.1, **{option: True})
     with pytest.raises(ConfigError, match=option):
         MoClip(params, lr=0.1).load_state_dict(adamw.state_dict())
+
+
+@pytest.mark.parametrize("other", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_another_optimizers_state_is_refused_in_words(other):
+    params = [torch.nn.Parameter(torch.ones(3, 2))]
+    theirs = other(params, lr=0.1, **({"momentum": 0.9} if other is torch.optim.SGD else {}))
+    params[0].grad = torch.ones(3, 2)
+    theirs.step()
+    with pytest.raises(ConfigError, match="MoClip: the state is another optimizer's"):
+        MoClip(params, lr=0.1).load_state_dict(theirs.state_dict())
+
+
+def test_the_state_of_another_model_is_refused_in_words():
+    params, larger = [torch.nn.Parameter(torch.ones(3, 2))], [torch.nn.Parameter(torch.ones(4, 2))]
+    theirs = MoClip(larger, lr=0.1)
+    larger[0].grad = torch.ones(4, 2)
+    theirs.step()
+    with pytest.raises(ConfigError, match="exp_avg is of another model"):
+        MoClip(params, lr=0.1).load_state_dict(theirs.state_dict())
+
+
+def test_a_compiled_step_is_the_plain_one():
+    """``torch.compile(optimizer.step)`` works as AdamW's does; dynamo leaves ours alone."""
+    torch.manual_seed(0)
+    plain, compiled = ([torch.nn.Parameter(torch.ones(3, 2))] for _ in range(2))
+    optimizers = [MoClip(params, lr=0.1) for params in (plain, compiled)]
+    steps = [optimizers[0].step, torch.compile(optimizers[1].step, backend="eager")]
+    for _ in range(3):
+        gradient = torch.randn(3, 2)
+        for params, step in zip((plain, compiled), steps, strict=True):
+            params[0].grad = gradient.clone()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # dynamo's notices about what it leaves alone
+                step()
+    assert torch.equal(plain[0], compiled[0])

@@ -28,7 +28,7 @@ def test_cosine():
 
 
 def test_constant_after_warm_up():
-    found = rates(lr_warmup_iters=4, lr_decay_style="constant", min_lr=0.2)
+    found = rates(lr_warmup_iters=4, lr_decay_style="constant")
     assert found == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
 
 
