@@ -59,7 +59,7 @@ fi
 base_model() { # full loss on general text and some SQL, two data-parallel processes
     launch 2 megatron_replay.stage1 --load "$CACHE/init" --data-path "$CACHE/corpus" \
         --save "$CACHE/train" --loss full --optimizer adamw --seq-length 128 \
-        --micro-batch-size 8 --global-batch-size 16 --train-epochs 8 --train-iters 800 \
+        --micro-batch-size 8 --global-batch-size 16 --train-iters 800 \
         --lr 4e-3 --min-lr 4e-5 --lr-decay-style linear --lr-warmup-iters 50 \
         --weight-decay 0.1 --save-interval 200 &&
         "$PYTHON" tools/convert_checkpoint.py --load "$CACHE/train" --save "$CACHE/hf"
@@ -151,7 +151,7 @@ COMMON=(--data-path "$OUT/corpus" --seq-length "$SEQ_LENGTH" --micro-batch-size 
     --tensor-model-parallel-size "$TP" --long-documents "$LONG")
 part "$OUT/store/manifest.json" "Stage 0, TP $TP" \
     launch "$TP" megatron_replay.stage0 --load "$BASE" --store "$OUT/store" "${COMMON[@]}" \
-    --position-seed "$SEED" --position-strategy all --documents-per-shard 256
+    --position-strategy all --documents-per-shard 256
 
 # ---------------------------------------------------------------- Stage 1: four ways
 train() { # train ARM FLAGS...: to the end, then export

@@ -48,7 +48,6 @@ stage1() { # stage1 RUN FLAGS...: corpus and store -> checkpoints in $RUN_DIR/RU
     shift
     local training=(
         --global-batch-size "${GBS:-16}"
-        --train-epochs 1
         --lr 1.25e-6
         --min-lr 1.25e-7
         --lr-decay-style cosine

@@ -56,7 +56,7 @@ def pretraining(size: Size, *, init: Path, corpus: Path, save: Path) -> list[str
         "--load", str(init), "--data-path", str(corpus), "--save", str(save),
         "--loss", "full", "--optimizer", "adamw", "--seq-length", str(SEQ_LENGTH),
         "--micro-batch-size", "16", "--global-batch-size", "16",
-        "--train-epochs", "20", "--train-iters", str(size.train_iters),
+        "--train-iters", str(size.train_iters),
         "--lr", str(size.lr), "--min-lr", str(size.lr / 100), "--lr-decay-style", "linear",
         "--lr-warmup-iters", "50", "--weight-decay", "0.1",
         "--save-interval", "200", "--keep-last", "1", "--probe-interval", "0",
