@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,9 +27,14 @@ def launch(
     root: type[Config],
     run: Callable[[Config], None],
     estimate: Callable[[Config], str],
+    explain: Callable[[Exception], ReplayError | None],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse, then print, estimate or run. Returns the exit code."""
+    """Parse, then print, estimate or run. Returns the exit code.
+
+    ``explain``: what an error that no line of ours describes was caused by, if it knows.
+    """
+    end_with_launcher()
     try:
         invocation = flags.parse(root, sys.argv[1:] if argv is None else argv, program=program)
         if invocation.print_config:
@@ -42,9 +50,38 @@ def launch(
         report_error(str(stop) or "interrupted; the same command goes on from here")
         return EXIT_INTERRUPTED
     except Exception as error:
-        report_error(f"{type(error).__name__}: {error}", details=traceback.format_exc())
+        details = traceback.format_exc()
+        explained = explain(error)
+        if explained is not None:
+            report_error(str(explained))
+            return explained.exit_code
+        report_error(f"{type(error).__name__}: {error}", details=details)
         return 1
     return 0
+
+
+#: Seconds that torchrun, too, gives its workers between SIGTERM and SIGKILL.
+_GRACE_SECONDS = 30.0
+
+
+def end_with_launcher() -> None:
+    """End this process when torchrun is gone; without torchrun, do nothing.
+
+    A torchrun that is killed leaves its workers behind, which would go on writing beside those of
+    the next one. They get the SIGTERM that torchrun would have sent, upon which Stage 1 saves, and
+    half a minute later an end that nothing can hold up.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_watch, args=(os.getppid(),), name="launcher", daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1.0)
+    print("torchrun is gone: stopping", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_SECONDS)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def exit_now(code: int) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from megatron_replay.config import ParallelConfig
-from megatron_replay.errors import ConfigError, ReplayError
+from megatron_replay.errors import ConfigError, ReplayError, TrainingError
 from megatron_replay.platform import Platform
 
 T = TypeVar("T")
@@ -27,7 +28,8 @@ class Parallel:
     ``model_group`` spans TP x PP: one whole copy of the model; ``tp_dp_group`` all that hold one
     stage. ``writer`` is the one process that
     logs: last pipeline stage, where the loss is, tensor rank 0, data rank 0.
-    ``interleaved_vocabulary``: whether TP ranks have every nth id, or a piece of the vocabulary.
+    ``timeout`` is how long a collective of any group waits for a rank. ``interleaved_vocabulary``:
+    whether TP ranks have every nth id, or a piece of the vocabulary.
     """
 
     rank: int
@@ -44,6 +46,7 @@ class Parallel:
     model_group: dist.ProcessGroup
     tp_dp_group: dist.ProcessGroup
     device: torch.device
+    timeout: datetime.timedelta
     interleaved_vocabulary: bool = False
 
     @property
@@ -66,6 +69,11 @@ class Parallel:
         if self.interleaved_vocabulary:
             return {"vocab_start": self.tp_rank, "vocab_stride": self.tp_size}
         return {"vocab_start": self.tp_rank * num_rows, "vocab_stride": 1}
+
+    @property
+    def store(self) -> dist.Store:  # type: ignore[name-defined]
+        """Keys and values that every process of this run sees; costs a message to its server."""
+        return dist.distributed_c10d._get_default_store()
 
     def broadcast(self, value: T) -> T:
         """``value`` as rank 0 has it, on every process. One object broadcast over the world."""
@@ -96,18 +104,50 @@ class Parallel:
 
     def on_rank_zero(self, work: Callable[[], object]) -> None:
         """Do ``work`` on rank 0; the others wait for it, and share its error."""
-        self.agreed(work if self.rank == 0 else lambda: None)
 
-    def any(self, flag: bool) -> bool:
-        """Whether ``flag`` holds on any process. One all-reduce of an int32 over the world."""
-        votes = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes.item())
+        def quietly() -> None:
+            if self.rank == 0:
+                work()
+
+        self.agreed(quietly)
+
+    def from_rank_zero(self, work: Callable[[], T]) -> T:
+        """What ``work()`` gives on rank 0, on every process; all share its error."""
+        found = self.agreed(lambda: work() if self.rank == 0 else None)[0]
+        return cast(T, found)
 
 
 def environment_world_size() -> int:
-    """How many processes torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes were started for this run; 1 without a launcher.
+
+    Raises:
+        ConfigError: a launcher started several and told them nothing of each other, or too little.
+    """
+    text = os.environ.get("WORLD_SIZE")
+    if text is None:
+        for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            if os.environ.get(name, "1") not in ("", "1"):
+                raise _not_torchrun(f"{name}={os.environ[name]} and no WORLD_SIZE")
+        return 1
+    if not text.isdecimal() or int(text) < 1:
+        raise _not_torchrun(f"WORLD_SIZE={text!r}")
+    names = ["RANK", "LOCAL_RANK"]
+    names += [] if dist.is_initialized() else ["MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in names if not os.environ.get(name)]
+    if int(text) > 1 and missing:
+        raise _not_torchrun(f"WORLD_SIZE={text} and no {', '.join(missing)}")
+    return int(text)
+
+
+def _not_torchrun(found: str) -> ConfigError:
+    return ConfigError(
+        "these processes do not know of each other",
+        where="environment",
+        expected="RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them",
+        found=found,
+        fix="Start one torchrun on each node (srun --ntasks-per-node 1 torchrun ...), or set them: "
+        "under srun RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID",
+    )
 
 
 def data_parallel_size(config: ParallelConfig, world_size: int) -> int:
@@ -131,7 +171,7 @@ def initialize(config: ParallelConfig, platform: Platform) -> Parallel:
     """Join the processes torchrun started and build the groups.
 
     Raises:
-        ConfigError: the world does not divide into TP x PP.
+        ConfigError: the world does not divide into TP x PP, or its processes know too little.
     """
     world_size = environment_world_size()
     data_parallel_size(config, world_size)
@@ -144,7 +184,7 @@ def initialize(config: ParallelConfig, platform: Platform) -> Parallel:
             os.environ.setdefault(name, value)
     platform.prepare(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
+        timeout = _timeout(config)
         dist.init_process_group(
             platform.communication_backend, timeout=timeout, **_this_rounds_store(timeout)
         )
@@ -201,7 +241,9 @@ def build_groups(config: ParallelConfig, device: torch.device) -> Parallel:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    parallel_state.initialize_model_parallel(tp, pp)
+    parallel_state.initialize_model_parallel(
+        tp, pp, distributed_timeout_minutes=config.distributed_timeout_minutes
+    )
     # megatron-core draws initial weights from these generators; a checkpoint overwrites them.
     model_parallel_cuda_manual_seed(1234)
     return Parallel(
@@ -219,6 +261,47 @@ def build_groups(config: ParallelConfig, device: torch.device) -> Parallel:
         model_group=parallel_state.get_model_parallel_group(),
         tp_dp_group=parallel_state.get_tensor_and_data_parallel_group(),
         device=device,
+        timeout=_timeout(config),
+    )
+
+
+def _timeout(config: ParallelConfig) -> datetime.timedelta:
+    return datetime.timedelta(minutes=config.distributed_timeout_minutes)
+
+
+#: Seconds in which a rank that is alive tells the others that it has met an error, too.
+_ANSWER_SECONDS = 15.0
+#: How torch and its backends say that somebody did not come, or has gone.
+_LOST = re.compile(r"timed? ?out|timeout|closed by peer|connection (reset|refused)", re.I)
+
+
+def explain(error: Exception) -> ReplayError | None:
+    """Which ranks an operation between processes waited for in vain; None: it is another error.
+
+    Every rank that meets such an error calls this, and says so in the run's store. Whoever has not
+    within some seconds is stuck or dead.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1 or not _LOST.search(str(error)):
+        return None
+    others = set(range(dist.get_world_size())) - {dist.get_rank()}
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"met an error/{dist.get_rank()}", "")
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while others and time.monotonic() < deadline:
+            others = {other for other in others if not store.check([f"met an error/{other}"])}
+            time.sleep(0.1)
+    except RuntimeError:  # the store's server has gone
+        return None
+    if not others:
+        return None
+    ranks = ", ".join(map(str, sorted(others)))
+    return TrainingError(
+        f"rank {ranks} does not answer; the others waited for it as long as "
+        f"--distributed-timeout-minutes says: {str(error).splitlines()[0]}",
+        fix="Look at that process and its machine (stopped, out of memory, a device or disk that "
+        "hangs), or raise --distributed-timeout-minutes if it was only slow. The same command goes "
+        "on from the last checkpoint",
     )
 
 

@@ -20,7 +20,7 @@ from megatron_replay.config import Stage0Config
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m megatron_replay.stage0``."""
-    return cli.launch("stage0", Stage0Config, run, estimate.stage0, argv)
+    return cli.launch("stage0", Stage0Config, run, estimate.stage0, parallel.explain, argv)
 
 
 def run(config: Stage0Config) -> None:

@@ -19,7 +19,7 @@ from megatron_replay.config import Stage1Config
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m megatron_replay.stage1``."""
-    return cli.launch("stage1", Stage1Config, run, estimate.stage1, argv)
+    return cli.launch("stage1", Stage1Config, run, estimate.stage1, parallel.explain, argv)
 
 
 def run(config: Stage1Config) -> None:
@@ -29,7 +29,7 @@ def run(config: Stage1Config) -> None:
     from megatron_replay.training.interrupt import StopRequest
     from megatron_replay.training.loop import Trainer
 
-    with StopRequest() as stop:
+    with StopRequest(groups.store) as stop:
         Trainer(config, groups).train(stop)
     parallel.shutdown()
 
