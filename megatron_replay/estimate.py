@@ -11,6 +11,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_replay.config import (
     CandidatesConfig,
     DataConfig,
@@ -20,11 +23,17 @@ from megatron_replay.config import (
     Stage1Config,
 )
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.packing import document_order, fit_documents, plan_packs
-from megatron_replay.data.sampler import GlobalBatches
+from megatron_replay.data.packing import (
+    FittedDocuments,
+    document_order,
+    fit_documents,
+    plan_packs,
+)
+from megatron_replay.data.plan import global_batches, require_iterations, usable_documents
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.parallel import data_parallel_size
+from megatron_replay.store import CandidateReader
 
 _GIB = 1 << 30
 #: Bytes of a stored position beside its ids: |S|, lse, gold log-probability, tail mass, position.
@@ -41,6 +50,9 @@ def stage0(config: Stage0Config) -> str:
     """
     shape, dp = _layout(config.model, config.parallel)
     corpus = Corpus(config.data.data_path)
+    fitted = fit_documents(
+        corpus.lengths, config.data.seq_length, config.data.long_documents, corpus.first_labels
+    )
     width = 2 if config.model.bf16 else 4
     weights = _parameters_per_device(shape, config.parallel) * width
     # One chunk of logits: as computed, fp32, and int64 masses.
@@ -55,7 +67,7 @@ def stage0(config: Stage0Config) -> str:
     return _table(
         "Stage 0",
         _layout_rows(shape, config.parallel, dp)
-        + _corpus_rows(corpus, config.data)
+        + _corpus_rows(fitted, fitted.lengths, config.data)
         + _recorded_rows(config.candidates, corpus, shape.vocab_size)
         + [
             ("memory per device", _gib(needed)),
@@ -73,7 +85,7 @@ def _recorded_rows(
     share = {"all": 1.0}.get(candidates.position_strategy, candidates.position_fraction)
     positions = round(corpus.description.num_loss_tokens * share)
     if candidates.position_strategy == "last-token":
-        positions = len(corpus) * candidates.last_n
+        positions = min(positions, len(corpus) * candidates.last_n)
     id_bytes = 2 + (vocab_size > 1 << 16) * 0.25
     logit_bytes = 0 if candidates.store_logits == "none" else 2
     store = [
@@ -95,17 +107,11 @@ def stage1(config: Stage1Config) -> str:
     """
     shape, dp = _layout(config.model, config.parallel)
     corpus = Corpus(config.data.data_path)
-    fitted = fit_documents(corpus.lengths, config.data.seq_length, config.data.long_documents)
-    batches = GlobalBatches(
-        fitted.lengths,
-        seq_length=config.data.seq_length,
-        global_batch_size=config.training.global_batch_size,
-        micro_batch_size=config.data.micro_batch_size,
-        seed=config.training.seed,
-        epochs=config.training.train_epochs,
-        dp_rank=0,
-        dp_size=dp,
-    )
+    reader, store_row = _store(config.loss.store)
+    fitted, lengths = usable_documents(config, corpus, reader)
+    batches = global_batches(config, lengths, dp_rank=0, dp_size=dp)
+    train_iters = config.training.train_iters or batches.num_batches
+    require_iterations(config, train_iters)
     width = 2 if config.model.bf16 else 4
     local = _parameters_per_device(shape, config.parallel)
     masters = 4 if config.model.bf16 else 0
@@ -124,9 +130,10 @@ def stage1(config: Stage1Config) -> str:
     return _table(
         "Stage 1",
         _layout_rows(shape, config.parallel, dp)
-        + _corpus_rows(corpus, config.data)
+        + store_row
+        + _corpus_rows(fitted, lengths, config.data)
         + [
-            ("iterations", f"{config.training.train_iters or batches.num_batches:,}"),
+            ("iterations", f"{train_iters:,}"),
             ("memory per device", _gib(needed)),
             ("  weights", _gib(local * width)),
             ("  gradients, masters, optimizer", _gib(state)),
@@ -187,7 +194,8 @@ def _layout(source: ModelConfigSource, parallel: ParallelConfig) -> tuple[ModelC
         )
     shape = ModelConfig.from_hf(places[0])
     shape.check_layout(tp, pp)
-    return shape, data_parallel_size(parallel, int(os.environ.get("WORLD_SIZE", tp * pp)))
+    launched = os.environ.get("WORLD_SIZE", "")
+    return shape, data_parallel_size(parallel, int(launched) if launched.isdecimal() else tp * pp)
 
 
 def _parameters_per_device(shape: ModelConfig, parallel: ParallelConfig) -> int:
@@ -224,14 +232,27 @@ def _layout_rows(shape: ModelConfig, parallel: ParallelConfig, dp: int) -> list[
     ]
 
 
-def _corpus_rows(corpus: Corpus, data: DataConfig) -> list[tuple[str, str]]:
-    fitted = fit_documents(corpus.lengths, data.seq_length, data.long_documents)
-    order = document_order(len(corpus), seed=0, epoch=0, shuffle=False)
-    packs = len(plan_packs(fitted.lengths, order, data.seq_length))
-    used = int((fitted.lengths - 1).clip(0).sum()) / max(1, packs * data.seq_length)
+def _store(path: str | None) -> tuple[CandidateReader | None, list[tuple[str, str]]]:
+    """The store, and what to say where it is still to be collected."""
+    if path is None:
+        return None, []
+    if not Path(path).exists():
+        return None, [("store", "not there yet: tokens that no position reads are counted")]
+    return CandidateReader(path), []
+
+
+def _corpus_rows(
+    fitted: FittedDocuments, lengths: npt.NDArray[np.int32], data: DataConfig
+) -> list[tuple[str, str]]:
+    order = document_order(len(lengths), seed=0, epoch=0, shuffle=False)
+    packs = len(plan_packs(lengths, order, data.seq_length, together=data.pack_documents))
+    positions = int((lengths - 1).clip(0).sum(dtype=np.int64))
+    used = positions / max(1, packs * data.seq_length)
     return [
-        ("documents", f"{len(corpus):,}"),
+        ("documents", f"{len(lengths):,}"),
         ("  dropped, truncated", f"{fitted.num_dropped:,}, {fitted.num_truncated:,}"),
+        ("  without a label left", f"{fitted.num_unlabelled:,}"),
+        ("positions per epoch", f"{positions:,}"),
         ("packs per epoch", f"{packs:,} of {data.seq_length:,}, {100 * used:.0f} % filled"),
     ]
 

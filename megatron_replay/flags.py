@@ -20,6 +20,7 @@ import yaml
 
 from megatron_replay.config import flag_name
 from megatron_replay.errors import ConfigError
+from megatron_replay.files import read_text
 
 Config = TypeVar("Config")
 
@@ -48,8 +49,9 @@ def parse(root: type[Config], argv: Sequence[str], *, program: str) -> Invocatio
     """
     parser = _Parser(prog=program, description=root.__doc__, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with one mapping per section")
-    parser.add_argument("--print-config", action="store_true", help="print the result and leave")
-    parser.add_argument(
+    control = parser.add_mutually_exclusive_group()
+    control.add_argument("--print-config", action="store_true", help="print the result and leave")
+    control.add_argument(
         "--dry-run", action="store_true", help="check the layout, estimate memory and disk, leave"
     )
     sections = _sections(root)
@@ -63,8 +65,8 @@ def parse(root: type[Config], argv: Sequence[str], *, program: str) -> Invocatio
         hint = nearest(unknown[0].split("=")[0], known)
         raise ConfigError(f"unknown flag {unknown[0]}{hint}", fix=f"See {program} --help")
     flags = vars(given)
-    control = {key: flags.pop(key) for key in ("config", "print_config", "dry_run")}
-    from_file = _read_yaml(Path(control["config"]), sections) if control["config"] else {}
+    file, shown, dry_run = (flags.pop(key) for key in ("config", "print_config", "dry_run"))
+    from_file = {} if file is None else _read_yaml(Path(file), sections)
     branches = {}
     for name, section in sections.items():
         values = dict(from_file.get(name, {}))
@@ -73,7 +75,19 @@ def parse(root: type[Config], argv: Sequence[str], *, program: str) -> Invocatio
         )
         _require_all(section, values)
         branches[name] = section(**values)
-    return Invocation(root(**branches), control["print_config"], control["dry_run"])
+    if not dry_run:
+        _refuse_dry_run_only(flags)
+    return Invocation(root(**branches), shown, dry_run)
+
+
+def _refuse_dry_run_only(flags: dict[str, Any]) -> None:
+    """A file may hold what only --dry-run reads; on the command line it is meant for this run."""
+    if "device_memory_gib" in flags:
+        raise ConfigError(
+            "only --dry-run reads it",
+            where=flag_name("device_memory_gib"),
+            fix="Leave it out, or add --dry-run",
+        )
 
 
 def to_yaml(config: Any) -> str:
@@ -128,10 +142,8 @@ def _require_all(section: type[Any], values: dict[str, Any]) -> None:
 
 def _read_yaml(path: Path, sections: dict[str, type[Any]]) -> dict[str, dict[str, Any]]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read: {error.strerror}", where=path) from error
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(read_text(path, ConfigError))
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"not YAML: {error}", where=path) from error
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -146,19 +158,24 @@ def _read_yaml(path: Path, sections: dict[str, type[Any]]) -> dict[str, dict[str
         if not isinstance(values, dict):
             raise ConfigError(f"section {name!r} is not a mapping", where=path)
         kinds = {field.name: kind for field, kind in _fields(sections[name])}
+        optional = {field.name for field, _ in _fields(sections[name]) if field.default is None}
         for key, value in values.items():
             if key not in kinds:
                 raise ConfigError(
                     f"unknown key {key!r} under {name!r}{nearest(str(key), list(kinds))}",
                     where=path,
                 )
-            values[key] = _coerce(value, kinds[key], where=f"{path}: {name}.{key}")
+            where = f"{path}: {name}.{key}"
+            values[key] = _coerce(value, kinds[key], where, may_be_null=key in optional)
     return tree
 
 
-def _coerce(value: Any, kind: type[Any], *, where: str) -> Any:
-    """YAML reads 1e-5 as a string and 1 as an int: accept both for a float, nothing else."""
-    if value is None or type(value) is kind:
+def _coerce(value: Any, kind: type[Any], where: str, *, may_be_null: bool) -> Any:
+    """YAML reads 1e-5 as a string and 1 as an int: accept both for a float, nothing else.
+
+    Null is the default of whatever may be left out altogether.
+    """
+    if type(value) is kind or (value is None and may_be_null):
         return value
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:

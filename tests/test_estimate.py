@@ -46,7 +46,7 @@ def test_layer_keeps_what_the_estimate_says(bf16: bool, tmp_path: Path) -> None:
     expected = layer_activations(
         ModelConfig.from_hf(tmp_path / "model2"),
         ParallelConfig(),
-        DataConfig(data_path="", seq_length=SEQ_LENGTH),
+        DataConfig(data_path="corpus", seq_length=SEQ_LENGTH),
         2 if bf16 else 4,
     )
     assert (four - two) / 2 == pytest.approx(expected, rel=0.15)

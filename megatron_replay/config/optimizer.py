@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from megatron_replay.config.section import Section, option
 
@@ -12,13 +11,15 @@ from megatron_replay.config.section import Section, option
 class OptimizerConfig(Section):
     """The update rule and its schedule."""
 
-    SWITCH: ClassVar[str] = "optimizer"
-
     optimizer: str = option(
         "update rule", "moclip", ("moclip", "adamw", "mofo", "tam", "adamuon", "muonclip")
     )
     lr: float = option("peak learning rate")
-    min_lr: float = option("learning rate at the end of the decay", 0.0)
+    min_lr: float = option(
+        "learning rate at the end of the decay",
+        0.0,
+        used_with={"lr_decay_style": ("cosine", "linear")},
+    )
     lr_decay_style: str = option("shape of the decay", "cosine", ("cosine", "linear", "constant"))
     lr_warmup_iters: int = option("iterations of linear warm-up", 0)
     weight_decay: float = option("decoupled weight decay", 0.1)
@@ -26,7 +27,9 @@ class OptimizerConfig(Section):
     adam_beta1: float = option("decay of the first moment", 0.9)
     adam_beta2: float = option("decay of the second moment", 0.95)
     adam_eps: float = option(
-        "epsilon; MoClip has none", 1e-8, only=("adamw", "mofo", "tam", "adamuon", "muonclip")
+        "epsilon; MoClip has none",
+        1e-8,
+        used_with={"optimizer": ("adamw", "mofo", "tam", "adamuon", "muonclip")},
     )
     use_distributed_optimizer: bool = option(
         "shard the optimizer's state over data parallel ranks (ZeRO-1)", False
@@ -40,48 +43,66 @@ class OptimizerConfig(Section):
         "one angle for the whole model, or one for each parameter",
         "model",
         ("model", "tensor"),
-        only=("moclip", "tam"),
+        used_with={"optimizer": ("moclip", "tam")},
     )
-    max_angle: float = option("degrees between gradient and momentum", 45.0, only=("moclip",))
+    max_angle: float = option(
+        "degrees between gradient and momentum", 45.0, used_with={"optimizer": ("moclip",)}
+    )
     obtuse: str = option(
         "reading of Eq. 5 beyond 90 degrees (docs/method.md)",
         "line",
         ("line", "zero", "reflect", "project", "rotate"),
-        only=("moclip",),
+        used_with={"optimizer": ("moclip",)},
     )
     obtuse_patience: int = option(
-        "--obtuse zero: obtuse steps in a row before one passes unturned", 3, only=("moclip",)
+        "--obtuse zero: obtuse steps in a row before one passes unturned",
+        3,
+        used_with={"optimizer": ("moclip",), "obtuse": ("zero",)},
     )
     second_moment: str = option(
-        "gradient that feeds v", "raw", ("raw", "clipped"), only=("moclip",)
+        "gradient that feeds v", "raw", ("raw", "clipped"), used_with={"optimizer": ("moclip",)}
     )
-    atan_a: float = option("A in lr A atan2(m, B sqrt v)", 1.0, only=("moclip",))
-    atan_b: float = option("B in lr A atan2(m, B sqrt v)", 1.0, only=("moclip",))
-    mofo_fraction: float = option("share of each matrix that moves", 0.2, only=("mofo",))
+    atan_a: float = option(
+        "A in lr A atan2(m, B sqrt v)", 1.0, used_with={"optimizer": ("moclip",)}
+    )
+    atan_b: float = option(
+        "B in lr A atan2(m, B sqrt v)", 1.0, used_with={"optimizer": ("moclip",)}
+    )
+    mofo_fraction: float = option(
+        "share of each matrix that moves", 0.2, used_with={"optimizer": ("mofo",)}
+    )
     torque: str = option(
         "cosine: damp the step (the paper's); smoothed: damp what enters the momentum",
         "cosine",
         ("cosine", "smoothed"),
-        only=("tam",),
+        used_with={"optimizer": ("tam",)},
     )
     muon_momentum: float = option(
-        "decay of the momentum that is orthogonalised", 0.95, only=("adamuon", "muonclip")
+        "decay of the momentum that is orthogonalised",
+        0.95,
+        used_with={"optimizer": ("adamuon", "muonclip")},
     )
     newton_schulz_dtype: str = option(
         "precision of the orthogonalisation",
         "float32",
         ("float32", "bfloat16"),
-        only=("adamuon", "muonclip"),
+        used_with={"optimizer": ("adamuon", "muonclip")},
     )
     attention_clip_grad: float = option(
-        "norm to clip each attention layer's gradient at; 0: never", 1.0, only=("muonclip",)
+        "norm to clip each attention layer's gradient at; 0: never",
+        1.0,
+        used_with={"optimizer": ("muonclip",)},
     )
     qk_clip_threshold: float | None = option(
-        "largest attention logit (QK-Clip); for models without QK-norm", None, only=("muonclip",)
+        "largest attention logit (QK-Clip); for models without QK-norm",
+        None,
+        used_with={"optimizer": ("muonclip",)},
     )
 
     def _check(self) -> None:
         self.require_positive("lr", "atan_a", "atan_b")
+        # A step moves a weight by up to the learning rate: above 1, nothing of the model is left.
+        self.require(self.lr <= 1, "lr", "a number above 0, at most 1")
         self.require(0 <= self.min_lr <= self.lr, "min_lr", "0 to --lr")
         self.require(self.obtuse_patience >= 0, "obtuse_patience", "a number from 0")
         for name in (

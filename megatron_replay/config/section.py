@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_replay.errors import ConfigError
+
+#: In ``used_with``: any value that is not nothing.
+SET: tuple[Any, ...] = ()
+#: The largest integer that JSON, YAML and floats agree on.
+_LARGEST = 2**53
 
 
 def option(
     help_text: str,
     default: Any = dataclasses.MISSING,
     choices: tuple[str, ...] | None = None,
-    only: tuple[str, ...] | None = None,
+    used_with: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> Any:
     """A dataclass field with its help; without ``default`` the user must give it.
 
-    ``only`` names the values of the branch's ``SWITCH`` under which the field means something;
-    under another it must keep its default.
+    ``used_with``: the field is read only where each of these other fields, of any branch, has one
+    of these values (``SET``: any but None, False and 0); elsewhere it must keep its default.
     """
-    metadata = {"help": help_text, "choices": choices, "only": only}
+    metadata = {"help": help_text, "choices": choices, "used_with": used_with or {}}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -29,23 +36,23 @@ def flag_name(field_name: str) -> str:
 
 
 class Section:
-    """Base of the tree's branches: checks ``choices`` and ``only``, and offers ``require``."""
-
-    #: The field that decides which of the others mean something.
-    SWITCH: ClassVar[str] = ""
+    """Base of the tree's branches: checks every value, and offers ``require``."""
 
     def __post_init__(self) -> None:
-        """Check every choice, then what the branch itself demands."""
+        """Check every value by its kind, then what the branch itself demands."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             choices, value = field.metadata.get("choices"), getattr(self, field.name)
             if choices is not None and value not in choices:
                 self.require(False, field.name, "one of " + ", ".join(choices))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            only = field.metadata.get("only")
-            if only is not None and getattr(self, self.SWITCH) not in only:
-                unused = getattr(self, field.name) == field.default
-                users = f"{flag_name(self.SWITCH)} {' or '.join(only)}"
-                self.require(unused, field.name, f"{field.default}, as only {users} uses it")
+            if isinstance(value, float):
+                self.require(math.isfinite(value), field.name, "a finite number")
+            elif isinstance(value, int):
+                self.require(abs(value) < _LARGEST, field.name, "a number below 2^53")
+            elif isinstance(value, str):  # an empty path would be the directory one stands in
+                self.require(
+                    value != "" and "\0" not in value, field.name, "a text that is not empty"
+                )
+        require_used([self])
         self._check()
 
     def _check(self) -> None:
@@ -61,7 +68,35 @@ class Section:
                 found=repr(getattr(self, field_name)),
             )
 
+    def require_between(self, least: float, most: float, *field_names: str) -> None:
+        """Raise a ConfigError for the first named field that is not within these numbers."""
+        for name in field_names:
+            is_within = least <= getattr(self, name) <= most
+            self.require(is_within, name, f"{least:,} to {most:,}")
+
     def require_positive(self, *field_names: str) -> None:
         """Raise a ConfigError for the first named field that is not above zero."""
         for name in field_names:
             self.require(getattr(self, name) > 0, name, "a number above 0")
+
+
+def require_used(sections: Sequence[Section]) -> None:
+    """Raise a ConfigError for a field that was changed where nothing reads it.
+
+    Conditions on fields of other branches than these are left alone.
+    """
+    values = {
+        field.name: getattr(section, field.name)
+        for section in sections
+        for field in dataclasses.fields(section)  # type: ignore[arg-type]
+    }
+    for section in sections:
+        for field in dataclasses.fields(section):  # type: ignore[arg-type]
+            for name, wanted in field.metadata.get("used_with", {}).items():
+                if name not in values or values[name] in wanted:
+                    continue
+                if wanted is SET and values[name]:
+                    continue
+                users = " ".join([flag_name(name), " or ".join(map(str, wanted))]).strip()
+                is_default = getattr(section, field.name) == field.default
+                section.require(is_default, field.name, f"{field.default}, as only {users} uses it")

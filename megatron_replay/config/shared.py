@@ -17,7 +17,7 @@ class ParallelConfig(Section):
     platform: str = option("auto, or the name of a platform (cpu, ...)", "auto")
     distributed_timeout_minutes: float = option("minutes a collective may wait for a rank", 10.0)
     device_memory_gib: float | None = option(
-        "--dry-run: memory of a device; names the largest micro-batch that fits", None
+        "--dry-run only: memory of a device; names the largest micro-batch that fits", None
     )
 
     def _check(self) -> None:
@@ -25,6 +25,12 @@ class ParallelConfig(Section):
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
             "distributed_timeout_minutes",
+        )
+        week = 7 * 24 * 60
+        self.require(
+            self.distributed_timeout_minutes <= week,
+            "distributed_timeout_minutes",
+            f"at most {week}, a week",
         )
         memory = self.device_memory_gib
         self.require(memory is None or memory > 0, "device_memory_gib", "a number above 0")
@@ -60,7 +66,8 @@ class DataConfig(Section):
     )
 
     def _check(self) -> None:
-        self.require_positive("seq_length", "micro_batch_size")
+        self.require_between(1, 1 << 22, "seq_length")
+        self.require_between(1, 1 << 16, "micro_batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,3 +78,13 @@ class ProgressConfig(Section):
 
     def _check(self) -> None:
         self.require_positive("progress_interval")
+
+
+def require_even_sequence(parallel: ParallelConfig, data: DataConfig) -> None:
+    """Raise ConfigError where sequence parallelism cannot cut a pack into equal parts."""
+    tp = parallel.tensor_model_parallel_size
+    data.require(
+        not parallel.sequence_parallel or data.seq_length % tp == 0,
+        "seq_length",
+        f"a multiple of --tensor-model-parallel-size {tp} under --sequence-parallel",
+    )

@@ -10,6 +10,7 @@ from megatron_replay.config.shared import (
     ModelConfigSource,
     ParallelConfig,
     ProgressConfig,
+    require_even_sequence,
 )
 
 
@@ -23,13 +24,22 @@ class CandidatesConfig(Section):
     position_strategy: str = option(
         "which answer positions to record", "bucket", ("bucket", "random", "last-token", "all")
     )
-    position_fraction: float = option("share of positions for bucket and random", 0.5)
-    num_buckets: int = option("confidence buckets of the bucket strategy", 5)
-    confidence: str = option(
-        "what the bucket strategy sorts by", "max-prob", ("max-prob", "gold-prob")
+    position_fraction: float = option(
+        "share of the positions", 0.5, used_with={"position_strategy": ("bucket", "random")}
     )
-    last_n: int = option("positions a document gives under last-token", 1)
-    position_seed: int = option("seed of the positions drawn", 1234)
+    num_buckets: int = option("confidence buckets", 5, used_with={"position_strategy": ("bucket",)})
+    confidence: str = option(
+        "what the buckets sort by",
+        "max-prob",
+        ("max-prob", "gold-prob"),
+        used_with={"position_strategy": ("bucket",)},
+    )
+    last_n: int = option(
+        "positions of a document", 1, used_with={"position_strategy": ("last-token",)}
+    )
+    position_seed: int = option(
+        "seed of the positions drawn", 1234, used_with={"position_strategy": ("bucket", "random")}
+    )
     store_codec: str = option(
         "how ids are written: planar is read fastest, archive is smallest",
         "planar",
@@ -59,8 +69,9 @@ class CandidatesConfig(Section):
             0 < self.position_fraction <= 1, "position_fraction", "a share above 0, at most 1"
         )
         self.require(self.position_seed >= 0, "position_seed", "a number from 0")
+        self.require_between(1, 10_000, "num_buckets")
         self.require_positive(
-            "num_buckets", "last_n", "documents_per_shard", "logits_chunk_size", "write_buffer_mib"
+            "last_n", "documents_per_shard", "logits_chunk_size", "write_buffer_mib"
         )
 
 
@@ -73,3 +84,7 @@ class Stage0Config:
     data: DataConfig
     candidates: CandidatesConfig
     progress: ProgressConfig
+
+    def __post_init__(self) -> None:
+        """Check what two branches must agree on."""
+        require_even_sequence(self.parallel, self.data)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from dataclasses import dataclass
 
 from megatron_replay.config.optimizer import OptimizerConfig
-from megatron_replay.config.section import Section, option
+from megatron_replay.config.section import SET, Section, option, require_used
 from megatron_replay.config.shared import (
     DataConfig,
     ModelConfigSource,
     ParallelConfig,
     ProgressConfig,
+    require_even_sequence,
 )
 from megatron_replay.errors import ConfigError
 
@@ -26,8 +27,10 @@ class LossConfig(Section):
     store: str | None = option(
         "candidate store of this corpus; with --loss full, for the probe", None
     )
-    refresh_store: bool = option(
-        "the run that goes on may have another --store: Stage 0 was rerun on its checkpoint", False
+    allow_other_store: bool = option(
+        "the store may be of another base model than --load, or another than the run had so far",
+        False,
+        used_with={"store": SET},
     )
     candidate_scope: str = option(
         "compete over a position's own set, or a union: of its document's sets, of those of its "
@@ -35,21 +38,28 @@ class LossConfig(Section):
         "which alone depends on --micro-batch-size and packing",
         "position",
         ("position", "tile", "document", "micro-batch"),
+        used_with={"loss": ("restricted",)},
     )
     full_loss_every: int = option(
-        "every n-th iteration by full softmax at the recorded positions; 0: never", 0
+        "every n-th iteration by full softmax at the recorded positions; 0: never",
+        0,
+        used_with={"loss": ("restricted",)},
     )
     tail: str = option(
         "what the set leaves out. ghost: one extra term for the base model's mass there; sampled: "
         "an unbiased estimate of the model's own",
         "none",
         ("none", "ghost", "sampled"),
+        used_with={"loss": ("restricted",)},
     )
-    tail_samples: int = option("--tail sampled: ids drawn for a micro-batch", 256)
+    tail_samples: int = option(
+        "--tail sampled: ids drawn for a micro-batch", 256, used_with={"tail": ("sampled",)}
+    )
     kl_weight: float = option(
         "add this times the divergence from the base model's stored logits (Stage 0 "
         "--store-logits); the loss that is logged has it",
         0.0,
+        used_with={"loss": ("restricted",)},
     )
     vocab_sharding: str = option(
         "ids of a TP rank: a piece of the vocabulary, or every TP-th id, which evens out the "
@@ -62,6 +72,7 @@ class LossConfig(Section):
         "of sets) or torch (the definition, as costly as full softmax)",
         "auto",
         ("auto", "torch", "union", "cpu", "triton", "ascend"),
+        used_with={"loss": ("restricted",)},
     )
 
     def form_of_step(self, iteration: int) -> str:
@@ -70,31 +81,12 @@ class LossConfig(Section):
         return "full" if is_full else self.loss
 
     def _check(self) -> None:
-        restricted = self.loss == "restricted"
         self.require(
-            not restricted or self.store is not None, "store", "a store for --loss restricted"
+            self.loss == "full" or self.store is not None, "store", "a store for --loss restricted"
         )
-        neutral = {
-            "candidate_scope": "position",
-            "refresh_store": False,
-            "full_loss_every": 0,
-            "tail": "none",
-            "kl_weight": 0.0,
-            "head_backend": "auto",
-        }
-        for name, value in neutral.items():
-            self.require(
-                restricted or getattr(self, name) == value, name, f"{value} under --loss full"
-            )
         self.require(self.full_loss_every >= 0, "full_loss_every", "a number from 0")
         self.require_positive("tail_samples")
-        default = type(self).__dataclass_fields__["tail_samples"].default
-        self.require(
-            self.tail == "sampled" or self.tail_samples == default,
-            "tail_samples",
-            f"{default} without --tail sampled",
-        )
-        self.require(0 <= self.kl_weight < math.inf, "kl_weight", "a finite number from 0")
+        self.require(self.kl_weight >= 0, "kl_weight", "a number from 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +95,24 @@ class TrainingConfig(Section):
 
     save: str = option("directory for checkpoints, metrics.jsonl and the resolved configuration")
     global_batch_size: int = option("packs in one optimizer step, over all devices", 16)
-    train_epochs: int = option("passes over the corpus", 1)
+    train_epochs: int | None = option(
+        "passes over the corpus; default: 1, or what --train-iters takes", None
+    )
     last_layer_at_selected: bool = option(
         "the last layer's queries, attention and MLP at positions with a loss only: exact", True
     )
     drop_unread_tokens: bool = option(
-        "leave out what follows a document's last recorded position: exact", True
+        "leave out what follows a document's last recorded position: exact",
+        True,
+        used_with={"loss": ("restricted",)},
     )
     overlap_grad_reduce: bool = option(
         "sum gradients over data parallel ranks beside backward, bucket by bucket", False
     )
     prefetch_batches: int = option("global batches made ahead of the step; 0: none", 2)
-    train_iters: int | None = option("iterations; default: what --train-epochs needs", None)
+    train_iters: int | None = option(
+        "iterations, over as many epochs as they take; default: what --train-epochs needs", None
+    )
     seed: int = option("seed of the order of documents", 1234)
     save_interval: int = option("iterations between checkpoints; 0: at the end only", 0)
     keep_last: int = option("checkpoints kept, the newest ones; 0: all", 0)
@@ -124,7 +122,9 @@ class TrainingConfig(Section):
         "none",
         ("none", "loss", "probe", "general"),
     )
-    exit_interval: int | None = option("save and leave after this iteration (a time slice)", None)
+    exit_interval: int | None = option(
+        "save and leave after each iteration that is a multiple of this (a time slice)", None
+    )
     max_skipped_steps: int = option(
         "steps with a non-finite loss or gradient to skip before giving up", 10
     )
@@ -132,8 +132,10 @@ class TrainingConfig(Section):
         "full: keep only layer inputs and recompute in backward", "none", ("none", "full")
     )
     profile: bool = option("trace some steps into --save/profile, a file a rank", False)
-    profile_start: int = option("--profile: steps of this process before the first traced", 3)
-    profile_steps: int = option("--profile: steps traced", 3)
+    profile_start: int = option(
+        "steps of this process before the first traced", 3, used_with={"profile": SET}
+    )
+    profile_steps: int = option("steps traced", 3, used_with={"profile": SET})
     log_interval: int = option("iterations between lines of metrics.jsonl and TensorBoard", 1)
     tensorboard_dir: str | None = option("TensorBoard events; default: under --save", None)
     stability_interval: int = option(
@@ -144,12 +146,20 @@ class TrainingConfig(Section):
     )
 
     def _check(self) -> None:
-        self.require_positive("global_batch_size", "train_epochs", "log_interval", "profile_steps")
-        for name in ("train_iters", "exit_interval"):
+        self.require_positive("log_interval", "profile_steps")
+        self.require_between(1, 1 << 20, "global_batch_size")
+        self.require_between(0, 1024, "prefetch_batches")
+        for name in ("train_epochs", "train_iters", "exit_interval"):
             value = getattr(self, name)
             self.require(value is None or value > 0, name, "a number above 0")
+        epochs = self.train_epochs or 1
+        self.require(epochs <= 100_000, "train_epochs", "at most 100,000")
+        self.require(
+            self.train_iters is None or self.train_epochs is None,
+            "train_epochs",
+            "nothing beside --train-iters, which says how long",
+        )
         for name in (
-            "prefetch_batches",
             "profile_start",
             "seed",
             "save_interval",
@@ -166,11 +176,15 @@ class ProbeConfig(Section):
     """The fixed samples on which Stage 1 watches mass leave the candidate sets, and forgetting."""
 
     probe_interval: int = option("iterations between probes; 0: never", 50)
-    probe_documents: int = option("documents of the sample", 64)
+    probe_documents: int = option(
+        "documents of the sample", 64, used_with={"store": SET, "probe_interval": SET}
+    )
     general_data_path: str | None = option(
         "prefix of a corpus of general text: logs its perplexity against that of --load", None
     )
-    general_documents: int = option("documents of the sample of general text", 64)
+    general_documents: int = option(
+        "documents of the sample of general text", 64, used_with={"general_data_path": SET}
+    )
 
     def _check(self) -> None:
         self.require_positive("probe_documents", "general_documents")
@@ -197,7 +211,16 @@ class Stage1Config:
 
     def __post_init__(self) -> None:
         """Check what two branches must agree on."""
+        branches = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        require_used(branches)
+        require_even_sequence(self.parallel, self.data)
+        self._check_observers()
         if self.loss.vocab_sharding == "interleaved":
+            self.loss.require(
+                self.parallel.tensor_model_parallel_size > 1,
+                "vocab_sharding",
+                "contiguous without --tensor-model-parallel-size above 1",
+            )
             self.optimizer.require(
                 not self.optimizer.use_distributed_optimizer,
                 "use_distributed_optimizer",
@@ -219,6 +242,28 @@ class Stage1Config:
             f"no multiple of --full-loss-every {every}: only its steps would be logged",
         )
         self._check_keep_best()
+
+    def _check_observers(self) -> None:
+        """What measures must have something to measure."""
+        has_probe = self.loss.store is not None and self.probe.probe_interval > 0
+        self.loss.require(
+            self.loss.loss == "restricted" or self.loss.store is None or has_probe,
+            "store",
+            "nothing under --loss full and --probe-interval 0, where nobody reads it",
+        )
+        default = type(self.probe).__dataclass_fields__["probe_interval"].default
+        has_any = self.loss.store is not None or self.probe.general_data_path is not None
+        self.probe.require(
+            has_any or self.probe.probe_interval in (0, default),
+            "probe_interval",
+            f"{default} without --store or --general-data-path, which it reads",
+        )
+        if self.optimizer.qk_clip_threshold is not None:
+            self.training.require(
+                self.training.last_layer_at_selected,
+                "last_layer_at_selected",
+                "True with --qk-clip-threshold, which reads every position in either case",
+            )
 
     def _check_keep_best(self) -> None:
         """What --keep-best judges by must be measured."""

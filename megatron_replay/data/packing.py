@@ -35,26 +35,33 @@ class FittedDocuments:
     Attributes:
         lengths: int32 [D], tokens used of each document; 0 for a dropped one.
         num_dropped: documents left out.
-        num_truncated: documents cut to their first ``seq_length + 1`` tokens. Where the prompt
-            alone is that long, no label with loss is left.
+        num_truncated: documents cut to their first ``seq_length + 1`` tokens.
+        num_unlabelled: truncated documents whose prompt alone is that long: no label is left.
         num_tokens_lost: tokens of the corpus that are not used.
     """
 
     lengths: npt.NDArray[np.int32]
     num_dropped: int
     num_truncated: int
+    num_unlabelled: int
     num_tokens_lost: int
 
 
-def fit_documents(lengths: npt.NDArray[np.int32], seq_length: int, policy: str) -> FittedDocuments:
+def fit_documents(
+    lengths: npt.NDArray[np.int32],
+    seq_length: int,
+    policy: str,
+    first_labels: npt.NDArray[np.int32] | None = None,
+) -> FittedDocuments:
     """Apply ``--long-documents`` to documents that need more than ``seq_length`` positions.
 
     Args:
         lengths: int32 [D], tokens of each document.
         policy: one of ``LONG_DOCUMENTS``.
+        first_labels: int32 [D], each document's first token that carries loss; None: the second.
 
     Raises:
-        DataError: policy "error" and a document is too long; or policy "drop" and all are.
+        DataError: policy "error" and a document is too long; or nothing is left to learn.
     """
     assert policy in LONG_DOCUMENTS, policy
     too_long = lengths > seq_length + 1
@@ -77,10 +84,22 @@ def fit_documents(lengths: npt.NDArray[np.int32], seq_length: int, policy: str) 
         )
     kept = 0 if policy == "drop" else seq_length + 1
     fitted = np.where(too_long, kept, lengths).astype(np.int32)
+    first_labels = np.ones_like(lengths) if first_labels is None else first_labels
+    has_label = first_labels < fitted
+    if not has_label.any():
+        longest = int(first_labels.min())
+        raise DataError(
+            "no answer token is left: every document's prompt is as long as a pack",
+            expected=f"prompts below {seq_length} tokens for --seq-length {seq_length}",
+            found=f"at least {longest} tokens",
+            fix="Raise --seq-length: nothing could be learnt",
+        )
+    num_unlabelled = int(((fitted > 0) & ~has_label & (first_labels < lengths)).sum())
     return FittedDocuments(
         lengths=fitted,
         num_dropped=num_too_long if policy == "drop" else 0,
         num_truncated=num_too_long if policy == "truncate" else 0,
+        num_unlabelled=num_unlabelled,
         num_tokens_lost=int((lengths - fitted).sum(dtype=np.int64)),
     )
 
@@ -92,6 +111,12 @@ def report_long_documents(fitted: FittedDocuments, policy: str) -> None:
         print(
             f"--long-documents {policy}: {num_documents} of {len(fitted.lengths)} documents, "
             f"{fitted.num_tokens_lost} tokens not used",
+            file=sys.stderr,
+        )
+    if fitted.num_unlabelled:
+        print(
+            f"warning: {fitted.num_unlabelled} of them have lost every answer token: they are "
+            "computed, and teach nothing. Raise --seq-length, or choose --long-documents drop",
             file=sys.stderr,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from bisect import bisect_right
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ class GlobalBatches:
     Args:
         lengths: int32 [D], tokens used of each document (``fit_documents``).
         seq_length: positions of a pack.
-        epochs: passes over the documents.
+        epochs: passes over the documents; None: as many as are asked for, so no batch is padded.
         pack_documents: False gives each document a pack of its own.
 
     Raises:
@@ -40,7 +40,7 @@ class GlobalBatches:
         global_batch_size: int,
         micro_batch_size: int,
         seed: int,
-        epochs: int,
+        epochs: int | None,
         pack_documents: bool = True,
         dp_rank: int,
         dp_size: int,
@@ -58,16 +58,22 @@ class GlobalBatches:
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._pack_documents = pack_documents
         self._epochs, self._dp_rank, self._dp_size = epochs, dp_rank, dp_size
+        assert (lengths > 0).any(), "fit_documents refuses what leaves nothing"
         self._planned: tuple[int, list[Pack]] = (-1, [])
+        # The number of packs before each epoch known so far: epochs differ in theirs.
+        self._first_pack = [0]
 
     @property
     def num_batches(self) -> int:
-        """Global batches in all epochs."""
-        return -(-int(self._first_pack[-1]) // self._global_batch_size)
+        """Global batches in all epochs, of which there must be a number."""
+        assert self._epochs is not None
+        while len(self._first_pack) <= self._epochs:
+            self._count_epoch()
+        return -(-self._first_pack[-1] // self._global_batch_size)
 
     def global_batch(self, k: int) -> list[Pack]:
         """All ``global_batch_size`` packs of global batch ``k``, empty ones included."""
-        if not 0 <= k < self.num_batches:
+        if k < 0 or (self._epochs is not None and k >= self.num_batches):
             raise IndexError(f"global batch {k} of {self.num_batches}")
         first = k * self._global_batch_size
         return [self._pack(i) for i in range(first, first + self._global_batch_size)]
@@ -78,11 +84,8 @@ class GlobalBatches:
         micro_batches = [packs[i : i + size] for i in range(0, len(packs), size)]
         return micro_batches[self._dp_rank :: self._dp_size]
 
-    @cached_property
-    def _first_pack(self) -> npt.NDArray[np.int64]:
-        """Int64 [epochs + 1]: the number of packs before each epoch (epochs differ in theirs)."""
-        counts = [len(self._plan(epoch)) for epoch in range(self._epochs)]
-        return np.cumsum([0, *counts], dtype=np.int64)
+    def _count_epoch(self) -> None:
+        self._first_pack.append(self._first_pack[-1] + len(self._plan(len(self._first_pack) - 1)))
 
     def _plan(self, epoch: int) -> list[Pack]:
         """The packs of ``epoch``; only the last one asked for is kept."""
@@ -96,7 +99,9 @@ class GlobalBatches:
 
     def _pack(self, i: int) -> Pack:
         """Pack ``i`` of all epochs laid end to end; an empty one behind the last."""
-        if i >= self._first_pack[-1]:
-            return np.empty(0, dtype=np.int64)
-        epoch = int(np.searchsorted(self._first_pack, i, side="right")) - 1
-        return self._plan(epoch)[i - int(self._first_pack[epoch])]
+        while i >= self._first_pack[-1]:
+            if self._epochs is not None and len(self._first_pack) > self._epochs:
+                return np.empty(0, dtype=np.int64)
+            self._count_epoch()
+        epoch = bisect_right(self._first_pack, i) - 1
+        return self._plan(epoch)[i - self._first_pack[epoch]]

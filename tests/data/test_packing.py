@@ -93,6 +93,18 @@ def test_long_documents():
         fit_documents(lengths_D[2:4], SEQ_LENGTH, "drop")
 
 
+def test_documents_that_lose_every_label_are_counted_and_none_left_is_refused(capsys):
+    lengths_D = np.array([5, 20, 20, 20], dtype=np.int32)
+    first_labels = np.array([3, 12, 13, 19], dtype=np.int32)
+    cut = fit_documents(lengths_D, SEQ_LENGTH, "truncate", first_labels)
+    assert (cut.num_truncated, cut.num_unlabelled) == (3, 2)
+    report_long_documents(cut, "truncate")
+    assert "warning: 2 of them have lost every answer token" in capsys.readouterr().err
+    assert fit_documents(lengths_D, SEQ_LENGTH, "drop", first_labels).num_unlabelled == 0
+    with pytest.raises(DataError, match=r"no answer token is left.*at least 13 tokens"):
+        fit_documents(lengths_D[2:], SEQ_LENGTH, "truncate", first_labels[2:])
+
+
 def test_what_is_left_out_is_said(capsys):
     lengths_D = np.array([5, 14, 20], dtype=np.int32)
     for policy, tokens in (("drop", 34), ("truncate", 8)):
