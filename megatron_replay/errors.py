@@ -7,6 +7,7 @@ Every command line catches ``ReplayError``, prints that line to stderr and leave
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 
 class ReplayError(Exception):
@@ -78,3 +79,9 @@ class TrainingError(ReplayError):
 
 #: Left by a run that was asked to stop (SIGTERM or Ctrl-C) and saved its work first.
 EXIT_INTERRUPTED = 130
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """``a, b, c and 2 more``: as many names as a line can hold."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -13,12 +13,12 @@ import io
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_replay.errors import ConfigError, OutputError, ReplayError
+from megatron_replay.errors import ConfigError, DataError, OutputError, ReplayError
 
 #: The most that a JSON, YAML or marker file may hold: read whole, so a damaged one must not fill
 #: memory. The largest that we write, a manifest of a million shards, is a tenth of it.
@@ -143,8 +143,8 @@ def output_error(path: str | os.PathLike[str], error: OSError) -> OutputError:
     )
 
 
-def fsync_directory(path: str | os.PathLike[str]) -> None:
-    """Make a rename inside ``path`` survive a power cut."""
+def fsync_path(path: str | os.PathLike[str]) -> None:
+    """Make a rename inside ``path``, or the content of a file, survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -172,7 +172,7 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
                 os.fsync(handle.fileno())
         with _reported(path):
             os.replace(tmp, path)
-            fsync_directory(path.parent)
+            fsync_path(path.parent)
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
@@ -225,7 +225,7 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     try:
         if not path.is_dir():
             path.mkdir(parents=True, exist_ok=True)
-            fsync_directory(path.parent)
+            fsync_path(path.parent)
         probe.touch()
         probe.unlink(missing_ok=True)  # another rank's machine may share directory and number
     except OSError as error:
@@ -233,12 +233,22 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def sha256_of_files(paths: list[Path]) -> str:
-    """SHA-256 over names, sizes and contents of ``paths``, in the order of their names."""
+def sha256_of_files(paths: list[Path], *, error: type[ReplayError] = DataError) -> str:
+    """SHA-256 over names, sizes and contents of ``paths``, in the order of their names.
+
+    Raises:
+        ReplayError: of class ``error``: one cannot be read, or is no regular file.
+    """
     digest = hashlib.sha256()
     for path in sorted(paths, key=lambda p: p.name):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        with open(path, "rb") as handle:
+        with open_regular(path, error) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            digest.update(f"{path.name}\0{size}\0".encode())
             while block := handle.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def differing(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Names that only one side has, or with another digest; ascending."""
+    return sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))

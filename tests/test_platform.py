@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-import multiprocessing
 import sys
 import types
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core import optimizer as megatron_optimizer
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -166,16 +164,6 @@ def test_rng_functions_of_the_tracker_are_ours():
     torch.rand(3)
     megatron_random._set_cuda_rng_state(new_state=state, device=0, graph_safe=False)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_checkpoint_writers_answer_without_another_process(monkeypatch):
-    monkeypatch.setattr(filesystem_async, "_results_queue", None)
-    started = multiprocessing.active_children()
-    with megatron_core.checkpointing():
-        answers = filesystem_async._get_write_results_queue()
-        answers.put("written")
-        assert answers.get(timeout=1) == "written"
-    assert multiprocessing.active_children() == started
 
 
 def source_of(name: str) -> str:

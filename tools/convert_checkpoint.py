@@ -15,7 +15,7 @@ compared with what was read, unless ``--no-verify``.
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from megatron_replay.checkpoint.directories import iteration_directory, latest_i
 from megatron_replay.checkpoint.rank_files import open_grid
 from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.errors import CheckpointError, ConfigError, ReplayError
+from megatron_replay.files import read_json, require_apart
 from megatron_replay.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from megatron_replay.parallel import Parallel
 
 #: Largest difference of logits, relative to the largest one: rounding, by a wide margin.
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _VERIFIED_TOKENS = 32
 #: Models of up to so many parameters are run to compare logits after a conversion without a model.
 _LARGEST_RUN = 50_000_000
@@ -46,6 +47,7 @@ def main() -> int:
     """Convert; returns the exit code."""
     try:
         options = parse_arguments(__doc__)
+        require_apart(options.save_dir, [("--load-dir", options.load_dir)], flag="--save-dir")
         load_type = find_type(options)
         if "mg" in (load_type, options.save_model_type):
             convert_ranks(options, load_type)
@@ -73,38 +75,84 @@ def convert_models(options: argparse.Namespace) -> None:
 
 def convert(options: argparse.Namespace, config: ParallelConfig, groups: Parallel) -> None:
     """Load this rank's part, write it in the other format, verify."""
-    from megatron_replay.checkpoint.export import export_hf
     from megatron_replay.checkpoint.load import load_model, model_files
-    from megatron_replay.checkpoint.training import (
-        TrainState,
-        keep_model_files,
-        save_checkpoint,
-    )
 
-    to_hf = options.save_model_type == "hf"
-    target = Path(options.save_dir)
     dtype = _dtype(options.params_dtype, model_files(options.load_dir))
     source = ModelConfigSource(load=options.load_dir, bf16=dtype is torch.bfloat16)
     model = load_model(source, config, groups, iteration=options.iteration)
-    if to_hf:
-        export_hf(
-            model.module.named_parameters(),
-            model.shape,
-            target,
-            groups,
-            layer_offset=model.layer_offset,
-            source=model.files,
-            dtype=dtype,
-            overwrite=options.overwrite,
-        )
+    if options.save_model_type == "hf":
+        write_hf(model, options, groups, dtype)
     else:
-        if groups.rank == 0:
-            keep_model_files(model.files, target)
-        save_checkpoint(target, TrainState(0, 0, 0, {}), model.module, None, groups)
-    if options.verify:
-        verify(model, target if to_hf else Path(options.load_dir), groups)
+        write_mcore(model, options, config, groups, source)
     if groups.rank == 0:
-        print(f"wrote {target} ({options.save_model_type}, {dtype})")
+        print(f"wrote {options.save_dir} ({options.save_model_type}, {dtype})")
+
+
+def write_hf(
+    model: LoadedModel, options: argparse.Namespace, groups: Parallel, dtype: torch.dtype
+) -> None:
+    """Export, once transformers computes this model's logits from what is to be published."""
+    from megatron_replay.checkpoint.export import export_hf
+
+    export_hf(
+        model.module.named_parameters(),
+        model.shape,
+        options.save_dir,
+        groups,
+        layer_offset=model.layer_offset,
+        source=model.files,
+        dtype=dtype,
+        overwrite=options.overwrite,
+        verify=(lambda staged: verify(model, staged, groups, dtype)) if options.verify else None,
+    )
+
+
+def write_mcore(
+    model: LoadedModel,
+    options: argparse.Namespace,
+    config: ParallelConfig,
+    groups: Parallel,
+    source: ModelConfigSource,
+) -> None:
+    """Write a checkpoint beside its name, read it again into another model, verify, rename."""
+    from megatron_replay.checkpoint.load import base_fingerprint, load_model
+    from megatron_replay.checkpoint.model_files import fingerprints, keep_model_files
+    from megatron_replay.checkpoint.staging import (
+        CHECKPOINTS,
+        publish,
+        staging_directory,
+        start_directory,
+    )
+    from megatron_replay.checkpoint.training import CONVERTED_FROM, TrainState, save_checkpoint
+
+    target = Path(options.save_dir)
+    staged = staging_directory(target)
+    groups.on_rank_zero(
+        lambda: start_directory(target, overwrite=options.overwrite, marker=CHECKPOINTS)
+    )
+    groups.on_rank_zero(lambda: keep_model_files(model.files, staged))
+    is_exact = _dtype(options.params_dtype, model.files) is _dtype("auto", model.files)
+    origin = groups.from_rank_zero(lambda: base_fingerprint(options.load_dir) if is_exact else "")
+    identity = {CONVERTED_FROM: origin} if origin else {}
+    state = TrainState(0, 0, 0, identity, model_files=fingerprints(model.files))
+    save_checkpoint(staged, state, model.module, None, groups)
+    if options.verify:
+        written = load_model(dataclasses.replace(source, load=str(staged)), config, groups)
+        groups.agreed(lambda: require_same_weights(written, model))
+        verify(written, Path(options.load_dir), groups, torch.float32)
+    groups.on_rank_zero(lambda: publish(staged, target.resolve(), overwrite=options.overwrite))
+
+
+def require_same_weights(written: LoadedModel, model: LoadedModel) -> None:
+    """Raise CheckpointError unless both hold the same bits on this rank."""
+    from megatron_replay.checkpoint.hf import same_bits
+
+    expected = dict(model.module.named_parameters())
+    for name, parameter in written.module.named_parameters():
+        if not same_bits(parameter.detach(), expected[name].detach()):
+            raise CheckpointError(
+                f"{name} was written, and reads differently", where=written.files.parent
+            )
 
 
 def convert_ranks(options: argparse.Namespace, load_type: str) -> None:
@@ -173,26 +221,35 @@ def verify_logits(hf_directory: Path, ranks_directory: Path, platform_name: str)
     with torch.no_grad():
         for name, parameter in model.module.named_parameters():
             parameter.copy_(whole_parameter(name, files, shape, grid))
-    verify(model, hf_directory, groups)
+    verify(model, hf_directory, groups, torch.float32)
     parallel.shutdown()
 
 
 def _dtype(name: str, files: Path) -> torch.dtype:
-    """The dtype asked for, or the one config.json names (float32 when it names none)."""
+    """The dtype asked for, or the one config.json names (float32 when it names none).
+
+    Raises:
+        ConfigError: config.json names another.
+    """
     if name == "auto":
-        content = json.loads((files / "config.json").read_text(encoding="utf-8"))
-        name = content.get("dtype") or content.get("torch_dtype") or "float32"
-    dtype = DTYPES.get(name)
-    if dtype not in (torch.float32, torch.bfloat16):
+        content = read_json(files / "config.json", CheckpointError)
+        name = str(content.get("dtype") or content.get("torch_dtype") or "float32")
+    if name not in DTYPES:
         raise ConfigError(
-            "unsupported dtype", where="--params-dtype", expected="float32 or bfloat16", found=name
+            "config.json names a dtype that no weights are written in",
+            where=files / "config.json",
+            expected=" or ".join(DTYPES),
+            found=name,
+            fix="Give --params-dtype",
         )
-    return dtype
+    return DTYPES[name]
 
 
 @torch.no_grad()
-def verify(model: LoadedModel, hf_directory: Path, groups: Parallel) -> None:
+def verify(model: LoadedModel, hf_directory: Path, groups: Parallel, dtype: torch.dtype) -> None:
     """Compare this model's logits with those transformers computes from ``hf_directory``.
+
+    ``dtype``: what the directory's weights were rounded to.
 
     Raises:
         CheckpointError: they differ by more than rounding.
@@ -211,25 +268,36 @@ def verify(model: LoadedModel, hf_directory: Path, groups: Parallel) -> None:
     outputs = forward_only(
         model.module, [Work(batch, lambda hidden, weight: hidden.all() @ weight.T)]
     )
+
+    def compare() -> None:
+        if outputs and groups.tp_rank == 0 and groups.dp_rank == 0:
+            logits_TV = torch.cat(shards, 1).float().cpu()
+            _compare(logits_TV, tokens, hf_directory, outputs[0].dtype, dtype)
+
     if outputs:
         shards = [torch.empty_like(outputs[0]) for _ in range(groups.tp_size)]
         dist.all_gather(shards, outputs[0].contiguous(), group=groups.tp_group)
-        if groups.tp_rank == 0 and groups.dp_rank == 0:
-            _compare(torch.cat(shards, 1).float().cpu(), tokens, hf_directory, outputs[0].dtype)
-    dist.barrier()
+    groups.agreed(compare)
 
 
-def _compare(logits_TV: Tensor, tokens: Tensor, directory: Path, dtype: torch.dtype) -> None:
+def _compare(
+    logits_TV: Tensor,
+    tokens: Tensor,
+    directory: Path,
+    computed: torch.dtype,
+    stored: torch.dtype,
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=computed).eval()
     expected_TV = reference(tokens).logits[0].float()
     error = ((logits_TV - expected_TV).abs().max() / expected_TV.abs().max()).item()
-    if not error <= _TOLERANCE[dtype]:
+    tolerance = max(_TOLERANCE[computed], _TOLERANCE[stored])
+    if not error <= tolerance:
         raise CheckpointError(
             "the converted model's logits differ from transformers'",
             where=directory,
-            expected=f"a relative error of at most {_TOLERANCE[dtype]}",
+            expected=f"a relative error of at most {tolerance}",
             found=f"{error:.2e}",
         )
     print(f"verified: logits equal transformers' within {error:.1e} of the largest")

@@ -7,10 +7,9 @@ name.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_replay.checkpoint.hf import INDEX, HFReader, same_bits
+from megatron_replay.checkpoint.model_files import read_side_file, side_files
 from megatron_replay.checkpoint.names import hf_tensor_shapes, mapping_of
 from megatron_replay.checkpoint.staging import publish, staging_directory, start_directory
-from megatron_replay.errors import CheckpointError, OutputError
-from megatron_replay.files import atomic_file, output_error, write_json
+from megatron_replay.errors import CheckpointError, ReplayError
+from megatron_replay.files import atomic_file, output_error, read_json, write_json
 from megatron_replay.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from megatron_replay.parallel import Parallel
-
-#: Copied from the source: what a Hugging Face directory holds beside weights and their index.
-_SIDE_FILES = (".json", ".model", ".txt", ".jinja")
 
 
 def export_hf(
@@ -44,6 +41,7 @@ def export_hf(
     source: Path,
     dtype: torch.dtype,
     overwrite: bool = False,
+    verify: Callable[[Path], None] | None = None,
     max_shard_bytes: int = 2 << 30,
 ) -> None:
     """Export the model this world holds; collective over the world.
@@ -52,18 +50,22 @@ def export_hf(
 
     Args:
         source: directory whose config.json and tokenizer go with the weights.
+        verify: called on every rank with the directory as it is staged; raises to keep it from
+            being published. Every bit of the weights has been compared before.
 
     Raises:
+        CheckpointError: a weight does not fit ``dtype``, or reads differently than it was written.
         OutputError: ``directory`` is not empty, or cannot be written; raised on every rank.
     """
-    final = Path(directory)
+    final, named_parameters = Path(directory), list(named_parameters)
+    staged = staging_directory(final)
     parallel.on_rank_zero(lambda: start_directory(final, overwrite=overwrite))
     tensors = gathered_tensors(
         named_parameters, config, layer_offset=layer_offset, tp_group=parallel.tp_group
     )
     written = parallel.agreed(
         lambda: write_weights(
-            staging_directory(final),
+            staged,
             tensors,
             dtype=dtype,
             stage=parallel.pp_rank,
@@ -75,16 +77,41 @@ def export_hf(
     if missing := sorted(hf_tensor_shapes(config).keys() - merged.keys()):
         raise CheckpointError(f"no parameter gave the tensor {missing[0]}", where=directory)
     parallel.on_rank_zero(
-        lambda: finish_directory(
-            staging_directory(final),
-            final,
-            merged,
-            read_config(source),
-            dtype=dtype,
-            source=source,
-            overwrite=overwrite,
-        )
+        lambda: _write_files(staged, merged, read_config(source), dtype=dtype, source=source)
     )
+    if verify is not None:
+        parallel.agreed(
+            lambda: _require_written(
+                named_parameters,
+                HFReader(staged),
+                config,
+                parallel,
+                layer_offset=layer_offset,
+                dtype=dtype,
+            )
+        )
+        verify(staged)
+    parallel.on_rank_zero(lambda: _publish(staged, final, overwrite=overwrite))
+
+
+def _require_written(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    reader: HFReader,
+    config: ModelConfig,
+    parallel: Parallel,
+    *,
+    layer_offset: int,
+    dtype: torch.dtype,
+) -> None:
+    """Raise CheckpointError unless the files hold this rank's parameters, rounded to ``dtype``."""
+    for name, parameter in named_parameters:
+        mapping = mapping_of(name, config, layer_offset)
+        tensors = [reader.slice(hf_name) for hf_name in mapping.names]
+        found = mapping.layout.split(tensors, parallel.tp_rank, parallel.tp_size)
+        if not same_bits(parameter.detach().to("cpu", dtype), found):
+            raise CheckpointError(
+                f"{mapping.names[0]} reads differently than it was written", where=reader.directory
+            )
 
 
 def gathered_tensors(
@@ -123,15 +150,23 @@ def write_weights(
     they are.
 
     Raises:
+        CheckpointError: a weight is beyond the numbers of ``dtype``.
         OutputError: a shard cannot be written.
     """
     shards = _ShardFiles(directory, stage, max_shard_bytes)
-    failure: OutputError | None = None
+    failure: ReplayError | None = None
     for name, tensor in tensors:
         if writes and failure is None:
             try:
-                shards.add(name, tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous())
-            except OutputError as error:
+                rounded = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
+                if rounded.dtype is torch.float16 and not rounded.isfinite().all():
+                    raise CheckpointError(
+                        f"a weight of {name} is beyond the numbers of float16",
+                        expected="-65504 to 65504",
+                        fix="Give --params-dtype bfloat16 or float32",
+                    )
+                shards.add(name, rounded)
+            except ReplayError as error:
                 failure = error
     if failure is not None:
         raise failure
@@ -180,12 +215,28 @@ def finish_directory(
         CheckpointError: ``source`` cannot be read.
         OutputError: ``staged`` cannot be written, or ``final`` has meanwhile been filled.
     """
-    for name, content in _side_files(source):
-        with atomic_file(staged / name) as handle:
-            handle.write(content)
+    _write_files(staged, written, config, dtype=dtype, source=source)
+    _publish(staged, final, overwrite=overwrite)
+
+
+def _write_files(
+    staged: Path,
+    written: dict[str, tuple[str, int]],
+    config: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    source: Path,
+) -> None:
+    for file in side_files(source):
+        if file.name != "config.json":
+            with atomic_file(staged / file.name) as handle:
+                handle.write(read_side_file(file))
     name = str(dtype).removeprefix("torch.")
     write_json(staged / "config.json", {**config, "dtype": name, "torch_dtype": name})
     write_index(staged, written)
+
+
+def _publish(staged: Path, final: Path, *, overwrite: bool) -> None:
     try:
         publish(staged, final.resolve(), overwrite=overwrite)
     except OSError as error:
@@ -199,17 +250,6 @@ def write_index(staged: Path, written: dict[str, tuple[str, int]]) -> None:
         "weight_map": {name: file for name, (file, _) in sorted(written.items())},
     }
     write_json(staged / INDEX, index)
-
-
-def _side_files(source: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of what goes along with the weights."""
-    try:
-        for file in sorted(source.iterdir()):
-            is_ours = file.name == "config.json" or file.name.endswith(".index.json")
-            if file.suffix in _SIDE_FILES and file.is_file() and not is_ours:
-                yield file.name, file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read: {error.strerror}", where=source) from error
 
 
 def write_random(
@@ -253,8 +293,12 @@ def require_equal(directory: str | Path, reference: str | Path) -> None:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as it is."""
-    return dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    """config.json as it is.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no JSON object.
+    """
+    return read_json(directory / "config.json", CheckpointError)
 
 
 def _save(shard: dict[str, Tensor], path: Path) -> None:

@@ -7,7 +7,6 @@ the right shape.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -23,8 +22,8 @@ from megatron_replay.checkpoint.mapped import (
     read_header,
 )
 from megatron_replay.checkpoint.names import EMBEDDING, HEAD, hf_tensor_shapes, mapping_of
-from megatron_replay.errors import CheckpointError
-from megatron_replay.files import sha256_of_files
+from megatron_replay.errors import CheckpointError, few
+from megatron_replay.files import read_json
 from megatron_replay.model.config import ModelConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -56,12 +55,9 @@ class HFReader:
             raise CheckpointError(f"no tensor {name}", where=self.directory)
         return self._open[self._files[name]][name]
 
-    def fingerprint(self) -> str:
-        """SHA-256 over config.json and all weights."""
-        config = self.directory / "config.json"
-        if not config.is_file():
-            raise CheckpointError("no such file", where=config)
-        return sha256_of_files([config, *(self.directory / file for file in self._open)])
+    def files(self) -> list[Path]:
+        """config.json and the files of weights, by name."""
+        return [self.directory / "config.json", *(self.directory / file for file in self._open)]
 
     def check(self, config: ModelConfig) -> None:
         """Raise CheckpointError unless the tensors are just those of ``config``.
@@ -122,10 +118,7 @@ class HFReader:
 
     def _report_difference(self, what: str, names: list[str]) -> None:
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise CheckpointError(
-                f"tensors {what}: {', '.join(names[:3])}{more}", where=self.directory
-            )
+            raise CheckpointError(f"tensors {what}: {few(names)}", where=self.directory)
 
     def _tensor_files(self) -> dict[str, str]:
         index, single = self.directory / INDEX, self.directory / SINGLE
@@ -136,9 +129,9 @@ class HFReader:
                 )
             return dict.fromkeys(read_header(single)[0], SINGLE)
         try:
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = read_json(index, CheckpointError)["weight_map"]
             pairs = {str(name): str(file) for name, file in files.items()}
-        except (OSError, *MALFORMED) as error:
+        except MALFORMED as error:
             raise CheckpointError("not an index of weights", where=index) from error
         for file in set(pairs.values()):
             if Path(file).name != file or file in ("", ".", ".."):

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_replay.checkpoint import checksums
 from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
+from megatron_replay.checkpoint.model_files import FOLDER
 from megatron_replay.checkpoint.training import (
+    CONVERTED_FROM,
     iteration_directory,
     latest_iteration,
     load_checkpoint,
-    model_files_directory,
+    read_state,
+    require_finite,
 )
 from megatron_replay.checkpoint.vocabulary import interleave_parameters
 from megatron_replay.config import ModelConfigSource, ParallelConfig
-from megatron_replay.errors import CheckpointError
-from megatron_replay.files import sha256_of_files
+from megatron_replay.errors import CheckpointError, TrainingError, few
+from megatron_replay.files import differing, sha256_of_files
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.model.gpt import (
     ReplayGPTModel,
@@ -56,7 +62,7 @@ def model_files(load: str | Path) -> Path:
                 fix="Convert them: tools/convert_checkpoint.py --load-model-type mg "
                 "--save-model-type hf",
             )
-        return model_files_directory(directory)
+        return directory / FOLDER
     if (directory / "config.json").exists():
         return directory
     raise CheckpointError(
@@ -65,6 +71,24 @@ def model_files(load: str | Path) -> Path:
         expected="config.json (Hugging Face) or latest_checkpointed_iteration.txt",
         found="nothing of either" if directory.is_dir() else "no such directory",
     )
+
+
+def describe_model(load: str | Path, iteration: int | None = None) -> tuple[Path, ModelConfig]:
+    """Where config.json and tokenizer of ``--load`` lie, and the shape they give.
+
+    Before memory is taken for it: the weights are known to have that shape, or, of a training
+    checkpoint, to have been made with these files.
+
+    Raises:
+        CheckpointError: weights and config.json are not made for each other.
+    """
+    files, newest = model_files(load), latest_iteration(Path(load))
+    if newest is not None:
+        read_state(Path(load), newest if iteration is None else iteration)
+    shape = ModelConfig.from_hf(files)
+    if newest is None:
+        HFReader(files).check(shape)
+    return files, shape
 
 
 def load_model(
@@ -78,9 +102,14 @@ def load_model(
     """Build this rank's part of the model and fill it from ``source.load``.
 
     ``iteration``: of a training checkpoint; None: the newest.
+
+    Raises:
+        CheckpointError: what is there is damaged, does not fit its config.json, or holds a weight
+            that is not finite.
     """
-    files = model_files(source.load)
-    shape = ModelConfig.from_hf(files)
+    directory, newest = Path(source.load), latest_iteration(Path(source.load))
+    chosen = newest if iteration is None else iteration
+    files, shape = describe_model(source.load, chosen)
     shape.check_layout(parallel.tp_size, parallel.pp_size)
     config = transformer_config(
         shape,
@@ -91,8 +120,7 @@ def load_model(
     )
     module = build_model(shape, config, parallel).to(parallel.device)
     offset = layer_offset(config)
-    newest = latest_iteration(Path(source.load))
-    if newest is None:
+    if chosen is None:
         load_hf_weights(
             module.named_parameters(),
             HFReader(files),
@@ -104,18 +132,52 @@ def load_model(
         if parallel.interleaved_vocabulary:
             interleave_parameters(module, parallel.tp_group)
     else:
-        chosen = newest if iteration is None else iteration
-        load_checkpoint(Path(source.load), chosen, module, None, parallel)
+        load_checkpoint(directory, chosen, module, None, parallel)
+    parallel.agreed(lambda: _require_numbers(module, directory))
     if parallel.interleaved_vocabulary:
         module.interleave_vocabulary()
     return LoadedModel(shape, config, module, files, offset)
 
 
-def checkpoint_fingerprint(load: str | Path) -> str:
-    """SHA-256 of the weights behind ``--load``: which model a candidate store was made with."""
+def _require_numbers(module: ReplayGPTModel, directory: Path) -> None:
+    try:
+        require_finite(module)
+    except TrainingError as error:
+        raise CheckpointError(
+            str(error).partition(". ")[0],
+            where=directory,
+            fix="Nothing can be trained or collected from them: give another checkpoint",
+        ) from error
+
+
+def base_fingerprint(load: str | Path) -> str:
+    """Which weights lie behind ``--load``: the SHA-256 of each file, a JSON object by name.
+
+    Of a Hugging Face directory: config.json and the weights, each read whole, side by side. Of a
+    training checkpoint: its checksums.json, which stands for the others; but of one that was
+    converted bit for bit, what that was made of, so that both are one model.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
     directory = Path(load)
     iteration = latest_iteration(directory)
     if iteration is None:
-        return HFReader(directory).fingerprint()
-    files = [path for path in iteration_directory(directory, iteration).iterdir() if path.is_file()]
-    return sha256_of_files(files)
+        paths = HFReader(directory).files()
+    else:
+        converted_from = read_state(directory, iteration).identity.get(CONVERTED_FROM)
+        if isinstance(converted_from, str):
+            return converted_from
+        paths = [iteration_directory(directory, iteration) / checksums.FILE]
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda path: sha256_of_files([path], error=CheckpointError), paths)
+        found = {path.name: digest for path, digest in zip(paths, digests, strict=True)}
+    return json.dumps(found, sort_keys=True)
+
+
+def differing_files(one: str, other: str) -> str:
+    """Which files tell one ``base_fingerprint`` from another, for a message."""
+    try:
+        return few(differing(json.loads(one), json.loads(other)))
+    except (ValueError, TypeError):  # of another version, or not of a model
+        return "its fingerprint"

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_replay.errors import CheckpointError
+from megatron_replay.files import open_regular
 
 #: The safetensors format's own limit on a header.
 _MAX_HEADER = 100_000_000
@@ -116,7 +117,7 @@ def mapped_tensors(path: Path) -> dict[str, MappedTensor]:
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """The file's table of tensors, once it is as long as the table says, and where data start."""
     try:
-        with open(path, "rb") as handle:
+        with open_regular(path, CheckpointError) as handle:
             size = os.fstat(handle.fileno()).st_size
             start = handle.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else size

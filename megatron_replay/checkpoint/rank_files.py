@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_replay.checkpoint import restricted_pickle
 from megatron_replay.checkpoint.names import hf_tensor_shapes, mapping_of
-from megatron_replay.errors import CheckpointError, OutputError
+from megatron_replay.errors import CheckpointError, OutputError, few
 from megatron_replay.files import output_error
 from megatron_replay.model.config import ModelConfig
 
@@ -268,9 +268,7 @@ def _check(file: RankFile, grid: Grid, config: ModelConfig, stage: int) -> None:
         ("not part of the model", file.shapes.keys() - allowed),
     ):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            shown = ", ".join(sorted(names)[:3])
-            raise CheckpointError(f"tensors {what}: {shown}{more}", where=file.path)
+            raise CheckpointError(f"tensors {what}: {few(sorted(names))}", where=file.path)
     for name, shape in file.shapes.items():
         wanted = grid.shard_shape(name, config)
         if shape != wanted:

@@ -6,8 +6,9 @@ are on disk, so that a run killed anywhere in here has the same done by the next
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,8 +19,11 @@ from megatron_replay.checkpoint.directories import (
     iteration_directory,
     latest_iteration,
 )
-from megatron_replay.files import fsync_directory, output_error, write_json
+from megatron_replay.errors import CheckpointError
+from megatron_replay.files import fsync_path, output_error, read_json, write_json
 
+#: Of each iteration, its ``TrainState``.
+STATE = "train_state.json"
 #: {"iteration", "metric", "value"} of the best iteration so far, under --keep-best.
 BEST = "best_checkpoint.json"
 
@@ -30,9 +34,18 @@ def iterations(directory: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
+#: Exactly the names that a save and a removal make: nothing else is ever removed.
+_UNFINISHED = re.compile(r"\.iter_\d{7,}\.[0-9a-f]{8}\.incomplete")
+_REMOVED = re.compile(r"\.iter_\d{7,}\.removed")
+
+
 def unfinished(directory: Path) -> list[Path]:
     """What saves that were killed have left in ``directory``."""
-    return sorted(directory.glob(".iter_*.incomplete"))
+    return _named(directory, _UNFINISHED)
+
+
+def _named(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
+    return sorted(path for path in directory.glob(".iter_*") if pattern.fullmatch(path.name))
 
 
 def report_remains(directory: Path, newest: int | None) -> None:
@@ -52,16 +65,13 @@ def report_remains(directory: Path, newest: int | None) -> None:
 
 
 def clear_remains(directory: Path) -> None:
-    """Remove what killed saves and removals have left.
-
-    A killed rank's writers may outlive it for a moment: what they leave behind here goes next time,
-    and what is to be written meanwhile has another name.
-    """
-    for path in [*unfinished(directory), *directory.glob(".iter_*.removed")]:
+    """Remove what killed saves and removals have left. The directory must be locked."""
+    for path in [*unfinished(directory), *_named(directory, _REMOVED)]:
         shutil.rmtree(path, ignore_errors=True)
     for name in (LATEST, BEST):
         for path in directory.glob(f".{name}.tmp.*"):
-            path.unlink(missing_ok=True)
+            if path.name.rpartition(".")[2].isdecimal():
+                path.unlink(missing_ok=True)
 
 
 def keep_only(directory: Path, *, last: int, best_by: str | None) -> None:
@@ -102,7 +112,7 @@ def remove_iteration(directory: Path, iteration: int) -> None:
         if remains.exists():
             shutil.rmtree(remains)
         os.replace(path, remains)
-        fsync_directory(directory)
+        fsync_path(directory)
         shutil.rmtree(remains)
     except OSError as error:
         raise output_error(path, error) from error
@@ -111,19 +121,18 @@ def remove_iteration(directory: Path, iteration: int) -> None:
 def _score(directory: Path, iteration: int, metric: str) -> float | None:
     """The value stored with an iteration; None where it was not measured."""
     try:
-        state = json.loads(
-            (iteration_directory(directory, iteration) / "train_state.json").read_text()
-        )
-        return float(state["scores"][metric])
-    except (OSError, ValueError, KeyError, TypeError):
+        state = read_json(iteration_directory(directory, iteration) / STATE, CheckpointError)
+        score = float(state["scores"][metric])
+        return score if math.isfinite(score) else None
+    except (CheckpointError, ValueError, KeyError, TypeError):
         return None
 
 
 def _write_best(directory: Path, record: dict[str, Any]) -> None:
     path = directory / BEST
     try:
-        if json.loads(path.read_text()) == record:
+        if read_json(path, CheckpointError) == record:
             return
-    except (OSError, ValueError):
-        pass  # none yet
+    except CheckpointError:
+        pass  # none yet, or one to replace
     write_json(path, record)

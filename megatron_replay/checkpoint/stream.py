@@ -15,15 +15,10 @@ from torch import Tensor
 
 from megatron_replay.checkpoint import export
 from megatron_replay.checkpoint.compare import require_same
-from megatron_replay.checkpoint.directories import (
-    LATEST,
-    iteration_directory,
-    keep_model_files,
-    latest_iteration,
-    model_files_directory,
-)
+from megatron_replay.checkpoint.directories import LATEST, iteration_directory, latest_iteration
 from megatron_replay.checkpoint.hf import HFReader, same_bits
 from megatron_replay.checkpoint.mapped import MappedTensor
+from megatron_replay.checkpoint.model_files import FOLDER, keep_model_files
 from megatron_replay.checkpoint.names import EMBEDDING, mapping_of
 from megatron_replay.checkpoint.rank_files import (
     VOCABULARY,
@@ -34,7 +29,7 @@ from megatron_replay.checkpoint.rank_files import (
 )
 from megatron_replay.checkpoint.staging import publish, start_directory
 from megatron_replay.errors import CheckpointError, ConfigError
-from megatron_replay.files import atomic_file, fsync_directory, output_error
+from megatron_replay.files import atomic_file, fsync_path, output_error
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.progress import Progress
 
@@ -141,7 +136,7 @@ def hf_to_ranks(
         verified = require_same(reader, files, config, written, dtype=dtype, padding_is_zero=True)
     try:
         for folder in (*iteration.iterdir(), iteration):
-            fsync_directory(folder)
+            fsync_path(folder)
         publish(staged, target.resolve(), overwrite=overwrite)
     except OSError as error:
         raise output_error(target, error) from error
@@ -206,7 +201,7 @@ def ranks_to_hf(
         CheckpointError: ``source`` is not whole, or what was written differs from it.
         OutputError: ``target`` is not empty or cannot be written; nothing is published then.
     """
-    side_files = config_directory or model_files_directory(source)
+    side_files = config_directory or source / FOLDER
     if not (side_files / "config.json").is_file():
         raise CheckpointError(
             "no config.json", where=side_files, fix="Name a directory that has it: --hf-cfg-dir"

@@ -3,7 +3,8 @@
 A checkpoint directory holds::
 
     latest_checkpointed_iteration.txt   the newest complete iteration, Megatron's convention
-    iter_0000100/                       megatron-core's torch_dist files, and train_state.json
+    iter_0000100/                       megatron-core's torch_dist files, train_state.json, and
+                                        checksums.json over all of them
     best_checkpoint.json                under --keep-best: which one, and its value (retention.py)
     hf/                                 config.json and tokenizer of the model, for export
 
@@ -16,50 +17,47 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_replay.checkpoint.directories import (
-    LATEST,
-    iteration_directory,
-    keep_model_files,
-    latest_iteration,
-    model_files_directory,
-)
-from megatron_replay.checkpoint.retention import clear_remains, remove_iteration
+from megatron_replay.checkpoint.checksums import require_file, require_intact, write_checksums
+from megatron_replay.checkpoint.directories import LATEST, iteration_directory, latest_iteration
+from megatron_replay.checkpoint.model_files import require_model_files
+from megatron_replay.checkpoint.retention import STATE, clear_remains, remove_iteration
 from megatron_replay.checkpoint.vocabulary import (
     change_places,
     deinterleave,
     interleave,
     vocabulary_places,
 )
-from megatron_replay.errors import CheckpointError, ConfigError, OutputError
-from megatron_replay.files import atomic_file, fsync_directory, output_error, write_json
+from megatron_replay.errors import CheckpointError, OutputError, TrainingError, few
+from megatron_replay.files import atomic_file, fsync_path, output_error, read_json, write_json
 from megatron_replay.model.gpt import ReplayGPTModel
 from megatron_replay.parallel import Parallel
-from megatron_replay.platform.megatron_core import checkpointing
+from megatron_replay.platform.checkpoint_writer import Written, checkpointing
 
 __all__ = [
+    "CONVERTED_FROM",
     "TrainState",
     "iteration_directory",
-    "keep_model_files",
     "latest_iteration",
     "load_checkpoint",
-    "model_files_directory",
+    "read_state",
     "save_checkpoint",
 ]
 
 
-_NO_FIXES: Mapping[str, str] = {}
+#: In the identity of a conversion that kept every bit: ``base_fingerprint`` of what it was made of.
+CONVERTED_FROM = "converted from"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +68,9 @@ class TrainState:
         iteration: optimizer steps taken, skipped ones included.
         consumed_tokens: positions computed so far.
         skipped_steps: steps left out because a loss or gradient was not finite.
-        identity: the settings that decide which documents an iteration sees, and what is stored.
+        identity: the settings that decide which documents an iteration sees, and what is stored; of
+            a converted model, which is no run, ``CONVERTED_FROM`` alone, or nothing.
+        model_files: SHA-256 by name of what lies in hf/ beside the checkpoint.
         scores: by what --keep-best may judge it: the values known when it was saved.
     """
 
@@ -78,25 +78,25 @@ class TrainState:
     consumed_tokens: int
     skipped_steps: int
     identity: dict[str, Any]
+    model_files: dict[str, str]
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def require_identity(
-        self, identity: dict[str, Any], directory: Path, fixes: Mapping[str, str] = _NO_FIXES
-    ) -> None:
-        """Raise ConfigError, naming the setting, unless a run is resumed with its own data.
+    def __post_init__(self) -> None:
+        """Check what a damaged file may hold.
 
-        What the checkpoint does not tell (it is older, or had no store) is not compared. ``fixes``
-        says what to do about a name where it is not to give the value it had.
+        Raises:
+            ValueError: a value is of another type, or negative.
         """
-        for name, value in identity.items():
-            if self.identity.get(name, value) != value:
-                raise ConfigError(
-                    f"this directory holds a run with another {name}",
-                    where=directory,
-                    expected=self.identity[name],
-                    found=value,
-                    fix=fixes.get(name, "Give the value it was started with, or another --save"),
-                )
+        numbers = (self.iteration, self.consumed_tokens, self.skipped_steps)
+        named = (self.identity, self.model_files, self.scores)
+        is_sound = (
+            all(type(number) is int and number >= 0 for number in numbers)
+            and all(type(mapping) is dict for mapping in named)
+            and all(type(digest) is str for digest in self.model_files.values())
+            and all(type(score) in (int, float) for score in self.scores.values())
+        )
+        if not is_sound:
+            raise ValueError("a value of another type")
 
 
 def save_checkpoint(
@@ -109,26 +109,69 @@ def save_checkpoint(
     """Write one checkpoint, unless it is the newest; collective over the world.
 
     One of the same number that the marker does not name is replaced: the run was killed before it
-    was named, or set back.
+    was named, or set back. The directory must be this process's alone (``locks.DirectoryLock``).
 
     Raises:
+        TrainingError: a weight is not finite, on any rank; nothing is published then.
         OutputError: it cannot be written, on any rank; nothing is published then.
     """
     final = iteration_directory(directory, state.iteration)
-    # Each save has a name of its own: a killed rank's writers, which are processes, may still
-    # write under that of theirs.
+    # A name of its own for each save: of what a killed one left, nothing is taken for a part of it.
     name = f".{final.name}.{secrets.token_hex(4)}.incomplete"
     is_saved, name = parallel.broadcast((_is_newest(directory, final), name))
     if is_saved:
         return final
+    parallel.agreed(lambda: require_finite(model))
     staged = directory / name
     parallel.on_rank_zero(lambda: _start_staging(directory, staged))
     content = _sharded_state(model, optimizer, parallel, is_loading=False)
     if parallel.interleaved_vocabulary:
         _to_contiguous_shards(content, parallel)
-    parallel.agreed(lambda: _write(content, staged))
-    parallel.on_rank_zero(lambda: _publish(directory, staged, final, state))
+    parts = parallel.agreed(lambda: _write(content, staged, parallel))
+    written = {name: sums for part in parts for name, sums in part.items()}
+    parallel.on_rank_zero(lambda: _publish(directory, staged, final, state, written))
     return final
+
+
+def require_finite(model: torch.nn.Module) -> None:
+    """Raise TrainingError unless every weight of this rank, and fp32 master, is a finite number."""
+    tensors = dict(_weights(model))
+    # One answer of the device for all: a read of each would stop it as often.
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
+    bad = [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]
+    if bad:
+        raise TrainingError(
+            f"the weights are not finite: {few(bad)}",
+            fix="Nothing was saved. The checkpoints before are as they were; lower --lr or look at "
+            "the data of the steps before",
+        )
+
+
+def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach()
+        master = getattr(parameter, "main_param", None)
+        if master is not None:
+            yield f"{name} (fp32 master)", master.detach()
+
+
+def read_state(directory: Path, iteration: int) -> TrainState:
+    """The state of a checkpoint, once it is known to lie beside its own model files.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or hf/ is another model's.
+    """
+    path = iteration_directory(directory, iteration) / STATE
+    require_file(path.parent, STATE)
+    content = read_json(path, CheckpointError, fix=_OTHER_ITERATION)
+    try:
+        state = TrainState(**content)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"damaged, or of another version: {error}", where=path, fix=_OTHER_ITERATION
+        ) from error
+    require_model_files(directory, state.model_files)
+    return state
 
 
 def load_checkpoint(
@@ -137,23 +180,16 @@ def load_checkpoint(
     model: ReplayGPTModel,
     optimizer: MegatronOptimizer | None,
     parallel: Parallel,
-    *,
-    identity: dict[str, Any] | None = None,
-    fixes: Mapping[str, str] = _NO_FIXES,
-) -> TrainState:
+) -> None:
     """Load weights, and the optimizer's state when ``optimizer`` is given, into any layout.
+
+    Collective over the world. ``read_state`` comes first: it tells whose the checkpoint is.
 
     Raises:
         CheckpointError: files are missing, damaged, or of another model.
-        ConfigError: it is a run's of another ``identity``; found out before anything is loaded.
     """
     path = iteration_directory(directory, iteration)
-    try:
-        state = TrainState(**json.loads((path / "train_state.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise _unloadable(path, error) from error
-    if identity is not None:
-        state.require_identity(identity, directory, fixes)
+    require_intact(path, parallel)
     content = _sharded_state(model, optimizer, parallel, is_loading=True)
     places = vocabulary_places(content)
     try:
@@ -165,16 +201,18 @@ def load_checkpoint(
         if optimizer is not None:
             optimizer.load_state_dict(loaded["optimizer"])
     except (Exception, CheckpointException) as error:
-        raise _unloadable(path, error) from error
-    return state
+        raise CheckpointError(
+            f"the checkpoint does not fit this model and optimizer: {type(error).__name__}: "
+            f"{_reason(error)}",
+            where=path,
+            fix="Its files are whole: give the settings it was made with (optimizer, --bf16, "
+            "--use-distributed-optimizer, the model of --load)",
+        ) from error
 
 
-def _unloadable(path: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(
-        f"cannot load the checkpoint: {type(error).__name__}: {_reason(error)}",
-        where=path,
-        fix=f"Remove it and write the number of another iteration into {LATEST}",
-    )
+_OTHER_ITERATION = (
+    f"Leave it where it is; to go on from another one, write its number into {LATEST}"
+)
 
 
 def _sharded_state(
@@ -226,11 +264,12 @@ def _start_staging(directory: Path, staged: Path) -> None:
         raise output_error(staged, error) from error
 
 
-def _write(content: dict[str, Any], staged: Path) -> None:
-    """This rank's files. CheckpointException is no Exception, and holds the errors of all ranks."""
+def _write(content: dict[str, Any], staged: Path, parallel: Parallel) -> Written:
+    """This rank's files; CheckpointException is no Exception, and holds the errors of all ranks."""
     try:
-        with checkpointing():
+        with checkpointing(stall_seconds=parallel.timeout.total_seconds()) as written:
             dist_checkpointing.save(content, str(staged))
+        return written
     except (Exception, CheckpointException) as error:
         reason = _reason(error)
         if "Errno 28" in reason:
@@ -239,18 +278,24 @@ def _write(content: dict[str, Any], staged: Path) -> None:
         raise OutputError(
             f"saving failed, nothing was published: {reason}",
             where=staged,
-            fix="Mend the cause (a full disk or a limit, often) and run the same command again",
+            fix="Fix the cause (often a full disk or a quota), then rerun the same command",
         ) from error
 
 
-def _publish(directory: Path, staged: Path, final: Path, state: TrainState) -> None:
+def _publish(
+    directory: Path, staged: Path, final: Path, state: TrainState, written: Written
+) -> None:
     try:
-        write_json(staged / "train_state.json", dataclasses.asdict(state))
-        fsync_directory(staged)
+        write_json(staged / STATE, dataclasses.asdict(state))
+        write_checksums(staged, written)
+        for path in staged.iterdir():  # megatron-core does not sync what rank 0 writes alone
+            if path.name not in written:
+                fsync_path(path)
+        fsync_path(staged)
         if final.exists():
             remove_iteration(directory, state.iteration)
         os.replace(staged, final)
-        fsync_directory(directory)
+        fsync_path(directory)
         with atomic_file(directory / LATEST, "w") as handle:
             handle.write(f"{state.iteration}\n")
     except OSError as error:
@@ -263,4 +308,5 @@ def _reason(error: BaseException) -> str:
     telling = [line for line in lines if "Errno" in line] or lines[-1:]
     if telling and "inline_container" in telling[0]:  # torch's zip writer, short of space
         return "a file could not be written whole; is the disk full?"
-    return telling[0] if telling else type(error).__name__
+    text = telling[0] if telling else type(error).__name__
+    return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"

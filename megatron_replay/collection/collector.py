@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,13 +22,12 @@ from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import (
     Pack,
     PackedBatch,
-    fit_documents,
     pack_batch,
     plan_packs,
 )
 from megatron_replay.data.replay import eligible_rows
 from megatron_replay.forward import Work, forward_only
-from megatron_replay.functional import CandidateSets, select_candidates
+from megatron_replay.functional.candidates import CandidateSets, select_candidates
 from megatron_replay.functional.shard_selection import SelectionKernel
 from megatron_replay.model.rows import HiddenStates, SelectedRows
 from megatron_replay.parallel import Parallel
@@ -48,6 +48,9 @@ class _Selection:
 class Collector:
     """Turns document numbers into candidate sets; every rank of one model copy calls it alike.
 
+    Args:
+        lengths: int32 [D], tokens used of each document (``fit_documents``).
+
     Attributes:
         positions: how many went through the model so far, padding left out.
         writes: whether this rank writes what its model copy collects.
@@ -58,16 +61,17 @@ class Collector:
         settings: CandidatesConfig,
         data: DataConfig,
         corpus: Corpus,
+        lengths: npt.NDArray[np.int32],
         model: LoadedModel,
         groups: Parallel,
         kernel: SelectionKernel,
     ) -> None:
         self._settings, self._data = settings, data
-        self._corpus, self._model, self._groups = corpus, model, groups
+        self._corpus, self._lengths = corpus, lengths
+        self._model, self._groups = model, groups
         self._kernel = kernel
         self.positions = 0
         self.writes = groups.last_stage and groups.tp_rank == 0
-        self.fitted = fit_documents(corpus.lengths, data.seq_length, data.long_documents)
 
     def collect(self, documents: np.ndarray) -> Iterator[SelectedBatch]:
         """Micro-batches with candidates, their documents in the order of ``documents``.
@@ -76,7 +80,12 @@ class Collector:
         others of a model copy.
         """
         stages = self._groups.pp_size
-        packs = plan_packs(self.fitted.lengths, documents, self._data.seq_length)
+        packs = plan_packs(
+            self._lengths,
+            documents,
+            self._data.seq_length,
+            together=self._data.pack_documents,
+        )
         per_call = _MICRO_BATCHES_PER_STAGE * stages if stages > 1 else 1
         per_call *= self._data.micro_batch_size
         for first in range(0, len(packs), per_call):
@@ -97,7 +106,7 @@ class Collector:
         for first in range(0, len(packs), size):
             group = packs[first : first + size]
             group += [np.empty(0, np.int64)] * (size - len(group))
-            yield pack_batch(self._corpus, group, self._data.seq_length, self.fitted.lengths)
+            yield pack_batch(self._corpus, group, self._data.seq_length, self._lengths)
 
     def _spans(self, batch: PackedBatch) -> Iterator[Span]:
         """Rows whose logits are wanted, by document.

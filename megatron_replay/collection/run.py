@@ -8,14 +8,15 @@ import numpy as np
 import torch
 
 from megatron_replay import kernels
-from megatron_replay.checkpoint.load import checkpoint_fingerprint, load_model, model_files
+from megatron_replay.checkpoint.load import base_fingerprint, describe_model, load_model
 from megatron_replay.collection.collector import Collector
 from megatron_replay.collection.report import Cost, report
 from megatron_replay.collection.stream import ShardStream
 from megatron_replay.config import Stage0Config
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.packing import report_long_documents
+from megatron_replay.data.packing import fit_documents, report_long_documents
 from megatron_replay.errors import ConfigError
+from megatron_replay.files import require_apart
 from megatron_replay.model.compatibility import require_context, require_vocabulary
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.parallel import Parallel
@@ -28,23 +29,33 @@ _LONGEST_PAUSE = 20.0
 
 def collect(config: Stage0Config, groups: Parallel) -> None:
     """Write the store, or what an interrupted run left of it, and print its summary."""
+    require_apart(
+        config.candidates.store,
+        [("--load", config.model.load), ("--data-path", config.data.data_path)],
+        flag="--store",
+    )
     corpus = Corpus(config.data.data_path)
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
     like = torch.empty(0, dtype=dtype, device=groups.device)
     backend = config.candidates.selection_backend
     # What can be refused is refused before minutes of loading.
     kernel = kernels.SELECTION.choose(backend, like)
-    shape = ModelConfig.from_hf(model_files(config.model.load))
-    require_vocabulary(corpus, shape)
+    files, shape = describe_model(config.model.load)
+    require_vocabulary(corpus, shape, files)
+    fitted = fit_documents(
+        corpus.lengths, config.data.seq_length, config.data.long_documents, corpus.first_labels
+    )
+    require_context(fitted.lengths, shape)
     num_shards = -(-len(corpus) // config.candidates.documents_per_shard)
     chosen = _chosen_shards(config.candidates.shards, num_shards)
     writer = _open_writer(config, corpus, shape, groups)
     model = load_model(config.model, config.parallel, groups)
-    collector = Collector(config.candidates, config.data, corpus, model, groups, kernel)
-    require_context(collector.fitted.lengths, shape)
+    collector = Collector(
+        config.candidates, config.data, corpus, fitted.lengths, model, groups, kernel
+    )
     if groups.rank == 0:
         print(f"candidate selection: {kernels.SELECTION.describe(backend, like)}")
-        report_long_documents(collector.fitted, config.data.long_documents)
+        report_long_documents(fitted, config.data.long_documents)
     missing = [s for s in groups.broadcast(writer.missing_shards()) if s in chosen]
     if not missing and groups.rank == 0:
         print(f"{config.candidates.store}: nothing is left to do; its report again")
@@ -151,7 +162,7 @@ def _open_writer(
     config: Stage0Config, corpus: Corpus, shape: ModelConfig, groups: Parallel
 ) -> CandidateWriter:
     """Open the store on rank 0 first, which keeps other runs out, then everywhere."""
-    fingerprint = checkpoint_fingerprint(config.model.load) if groups.rank == 0 else ""
+    fingerprint = groups.from_rank_zero(lambda: base_fingerprint(config.model.load))
     candidates = config.candidates
     description = StoreDescription(
         vocab_size=shape.vocab_size,
@@ -161,7 +172,7 @@ def _open_writer(
         logits=candidates.store_logits,
         corpus_fingerprint=corpus.fingerprint,
         tokenizer_fingerprint=corpus.tokenizer_fingerprint,
-        checkpoint_fingerprint=groups.broadcast(fingerprint),
+        checkpoint_fingerprint=fingerprint,
         selection={
             "coverage": candidates.coverage,
             "max_candidates": candidates.max_candidates,

@@ -1,26 +1,55 @@
-"""Do the corpus, the store and the model speak of the same tokens?"""
+"""Are corpus, store and model made for each other?"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_replay.config.stage1 import LossConfig
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.errors import ConfigError, StoreError
+from megatron_replay.data.tokenizer import tokenizer_digests
+from megatron_replay.errors import ConfigError, DataError, StoreError, few
+from megatron_replay.files import differing
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.store import CandidateReader
 
 
-def require_vocabulary(corpus: Corpus, model: ModelConfig) -> None:
-    """Raise ConfigError when the corpus may hold ids beyond the model's embedding."""
-    if corpus.vocab_size > model.vocab_size:
+def require_vocabulary(corpus: Corpus, model: ModelConfig, files: Path) -> None:
+    """Raise unless the corpus holds tokens of the model's own tokenizer, and rows for all of them.
+
+    A tokenizer may have more tokens than the model has rows, as long as the corpus uses none of
+    them; a model mostly has more rows than its tokenizer has tokens.
+
+    Args:
+        files: the directory of the model's config.json and tokenizer.
+
+    Raises:
+        ConfigError: a token has no row.
+        DataError: the tokenizer is another, file by file.
+    """
+    largest = corpus.description.max_token_id
+    if largest >= model.vocab_size:
         raise ConfigError(
-            "the corpus was made with a larger vocabulary than the model has",
+            "the corpus holds a token that the model has no row for",
             where="--data-path",
-            expected=f"at most {model.vocab_size} tokens",
-            found=f"a tokenizer of {corpus.vocab_size}",
-            fix="Run tools/preprocess_data.py with the tokenizer of --load",
+            expected=f"tokens below {model.vocab_size}",
+            found=largest,
+            fix="Run tools/preprocess_data.py with the tokenizer of --load; tokens added to that "
+            "one need a model whose embedding was resized",
+        )
+    ours, theirs = corpus.description.tokenizer_files, tokenizer_digests(files)
+    if len(ours) == 1:  # of a sentencepiece model alone; a directory may hold more beside it
+        theirs = {name: digest for name, digest in theirs.items() if name in ours} or theirs
+    names = differing(ours, theirs)
+    if ours and theirs and names:
+        raise DataError(
+            f"the corpus was made with another tokenizer than --load has, by {few(names)}",
+            where=files,
+            expected=f"the files of {corpus.description.tokenizer_path}",
+            fix="Run tools/preprocess_data.py with the tokenizer of --load, or put the one that is "
+            "meant into --load, from where it goes along with the trained model",
         )
 
 
@@ -51,17 +80,13 @@ def require_loss(loss: LossConfig, model: ModelConfig) -> None:
         )
 
 
-def open_store(
-    path: str, corpus: Corpus, model: ModelConfig, *, logits: bool = False
-) -> CandidateReader:
-    """The store at ``path``, checked to be of this corpus, tokenizer and vocabulary.
+def require_store(
+    reader: CandidateReader, corpus: Corpus, model: ModelConfig, *, logits: bool = False
+) -> None:
+    """Raise StoreError unless the store is of this corpus, tokenizer and vocabulary.
 
     ``logits``: it must have them.
-
-    Raises:
-        StoreError: it is of something else, without logits, unfinished or damaged.
     """
-    reader = CandidateReader(path)
     reader.require(
         corpus_fingerprint=corpus.fingerprint,
         tokenizer_fingerprint=corpus.tokenizer_fingerprint,
@@ -70,7 +95,6 @@ def open_store(
     if logits and reader.description.logits == "none":
         raise StoreError(
             "the store has no logits, which --kl-weight is about",
-            where=path,
+            where=reader.directory,
             fix="Rerun Stage 0 with --store-logits fp16, or leave out --kl-weight",
         )
-    return reader

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_replay.errors import CheckpointError, ConfigError
+from megatron_replay.files import read_json
 
 SUPPORTED_MODEL_TYPES = ("qwen3", "llama")
 #: The largest integer that every reader of JSON agrees on.
@@ -55,12 +55,7 @@ class ModelConfig:
             ConfigError: it asks for something this project would compute wrongly.
         """
         path = Path(directory) / "config.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"cannot read: {error.strerror}", where=path) from error
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"not JSON: {error}", where=path) from error
+        content = read_json(path, CheckpointError)
         _refuse_unsupported(content, path)
         is_llama = content["model_type"] == "llama"
         if is_llama:
@@ -149,14 +144,13 @@ class ModelConfig:
         }
 
 
-def _refuse_unsupported(content: Any, path: Path) -> None:
-    if not isinstance(content, dict) or content.get("model_type") not in SUPPORTED_MODEL_TYPES:
-        found = content.get("model_type") if isinstance(content, dict) else "no mapping"
+def _refuse_unsupported(content: dict[str, Any], path: Path) -> None:
+    if content.get("model_type") not in SUPPORTED_MODEL_TYPES:
         raise ConfigError(
             "unsupported model",
             where=path,
             expected=" or ".join(SUPPORTED_MODEL_TYPES),
-            found=found,
+            found=content.get("model_type"),
         )
     for key in ("rope_parameters", "rope_scaling"):
         _refuse_unsupported_rope(content.get(key) or {}, key, path)

@@ -21,7 +21,6 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-import queue
 import sys
 import types
 import warnings
@@ -227,26 +226,6 @@ def _quiet() -> None:
 
 def _no_compile(function: Callable[..., Any] | None = None, **_: Any) -> Any:
     return function if function is not None else (lambda f: f)
-
-
-@contextlib.contextmanager
-def checkpointing() -> Iterator[None]:
-    """Surround every call of dist_checkpointing with this.
-
-    Patches ``filesystem_async._results_queue``, on which a checkpoint's writers answer. It is made
-    for writers in other processes and lives in a manager that is spawned: it imports the main
-    module and torch again, 4 to 18 seconds on every rank, and outlives a rank that is killed. We
-    save synchronously, so writer and reader are one process and a plain queue does.
-
-    Silences torch's notices that the ShardedTensor API underneath will go one day: nothing a user
-    of the pinned release can do about.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = queue.Queue()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 @contextlib.contextmanager

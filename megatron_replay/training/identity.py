@@ -1,11 +1,8 @@
-"""What a run that goes on must agree on, and refresh: the one thing that it may change when told.
+"""What makes a run this run: a resumed one must agree on it, so its batches are those it had.
 
-Refreshed, it goes on with the candidates of its own checkpoint, made by Stage 0 meanwhile.
-
-Batches must stay those of the run: which documents an iteration sees may not depend on which store
-it has. Under --drop-unread-tokens the lengths to pack do, by each document's last recorded
-position. Strategies that draw by (seed, document) record the same positions for any model; "bucket"
-does not.
+Which documents an iteration sees may not depend on which store the run has. Under
+--drop-unread-tokens the lengths to pack do, by each document's last recorded position. Strategies
+that draw by (seed, document) record the same positions for any model; "bucket" does not.
 """
 
 from __future__ import annotations
@@ -18,17 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_replay.checkpoint.load import differing_files
+from megatron_replay.checkpoint.training import TrainState
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.errors import ConfigError
+from megatron_replay.errors import ConfigError, StoreError, few
+from megatron_replay.files import differing
 from megatron_replay.optim.build import state_kind
 from megatron_replay.store import CandidateReader, StoreDescription
 
-#: Names in a run's identity.
-STORE, POSITIONS = "store", "last recorded positions"
-#: What to do where they are others.
-FIXES = {
-    STORE: "Give the store it had, or --refresh-store to go on with this one",
+BASE, STORE, POSITIONS = "--load", "--store", "last recorded positions"
+_FIXES = {
+    STORE: "Give the store it had, or --allow-other-store to go on with this one",
     POSITIONS: "Make the store with a --position-strategy that does not look at the model (random, "
     "last-token, all), or start the run with --no-drop-unread-tokens",
 }
@@ -39,26 +37,34 @@ def identity(
     corpus: Corpus,
     reader: CandidateReader | None,
     lengths: npt.NDArray[np.int32],
+    base: str,
 ) -> dict[str, Any]:
-    """What a resumed run must agree on: which documents an iteration sees, what is stored."""
+    """What a resumed run must agree on, by the flag that says it.
+
+    Args:
+        base: ``base_fingerprint`` of --load; empty where that is the run's own directory.
+    """
     restricted = config.loss.loss == "restricted"
-    drops_unread = restricted and config.training.drop_unread_tokens
-    agreed = {
-        "corpus_fingerprint": corpus.fingerprint,
-        "seq_length": config.data.seq_length,
-        "long_documents": config.data.long_documents,
-        "pack_documents": config.data.pack_documents,
-        "drop_unread_tokens": drops_unread,
-        "global_batch_size": config.training.global_batch_size,
-        "seed": config.training.seed,
-        "optimizer_state": state_kind(config.optimizer),
-        "use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
+    agreed: dict[str, Any] = {
+        "--loss": config.loss.loss,
+        "--data-path": corpus.fingerprint,
+        "--seq-length": config.data.seq_length,
+        "--long-documents": config.data.long_documents,
+        "--pack-documents": config.data.pack_documents,
+        "--global-batch-size": config.training.global_batch_size,
+        "--seed": config.training.seed,
+        "--optimizer": state_kind(config.optimizer),
+        "--use-distributed-optimizer": config.optimizer.use_distributed_optimizer,
+        "--bf16": config.model.bf16,
     }
+    if base:
+        agreed[BASE] = base
     if restricted:
         assert reader is not None
+        agreed["--drop-unread-tokens"] = config.training.drop_unread_tokens
         agreed[STORE] = _digest(_recorded(reader.description))
-    if drops_unread:
-        agreed[POSITIONS] = _digest(lengths.astype("<i4").tobytes())
+        if config.training.drop_unread_tokens:
+            agreed[POSITIONS] = _digest(lengths.astype("<i4").tobytes())
     return agreed
 
 
@@ -76,23 +82,64 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def resumable(agreed: dict[str, Any], *, allowed: bool) -> dict[str, Any]:
-    """What a checkpoint must agree on; ``allowed``: the store may be another."""
-    return {name: value for name, value in agreed.items() if name != STORE or not allowed}
+def require_same(
+    state: TrainState,
+    agreed: dict[str, Any],
+    model_files: dict[str, str],
+    directory: Path,
+    *,
+    other_store: bool,
+) -> None:
+    """Raise ConfigError, naming the flag, unless a run is resumed with what it was started with.
 
-
-def require_checkpoint(iteration: int | None, directory: Path) -> None:
-    """Raise ConfigError where there is no run whose store could be another: a wrong --save."""
-    if iteration is None:
+    Args:
+        agreed: ``identity`` of the run as it is asked for now.
+        model_files: of its --load.
+        other_store: --allow-other-store.
+    """
+    for name, value in agreed.items():
+        before = state.identity.get(name, value)
+        if before == value or (name == STORE and other_store):
+            continue
+        if name == BASE:
+            raise _other_base(differing_files(before, value), directory)
         raise ConfigError(
-            "there is no run that could go on with another store",
-            where="--refresh-store",
-            expected="a checkpoint in --save",
-            found=f"none in {directory}",
-            fix="Leave it out when a run starts",
+            f"this directory holds a run with another {name}",
+            where=directory,
+            expected=before,
+            found=value,
+            fix=_FIXES.get(name, "Give the value it was started with, or another --save"),
         )
+    names = differing(state.model_files, model_files)
+    if names:
+        raise _other_base(few(names), directory)
 
 
-def is_refreshed(before: dict[str, Any], now: dict[str, Any]) -> bool:
+def _other_base(names: str, directory: Path) -> ConfigError:
+    return ConfigError(
+        f"this directory holds a run from another --load: {names} is not what it was",
+        where=directory,
+        fix="Give the --load it was started with, or another --save",
+    )
+
+
+def has_other_store(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether the steps before were taken with another store."""
     return STORE in before and STORE in now and bool(before[STORE] != now[STORE])
+
+
+def require_store_of_base(reader: CandidateReader, base: str) -> None:
+    """Raise StoreError unless Stage 0 ran on these very weights.
+
+    Args:
+        base: ``base_fingerprint`` of --load.
+    """
+    made_with = reader.description.checkpoint_fingerprint
+    if made_with != base:
+        raise StoreError(
+            "the store was made with another base model than --load, by "
+            f"{differing_files(made_with, base)}",
+            where=reader.directory,
+            fix="Give the --load that Stage 0 had, rerun Stage 0 with this one, or choose "
+            "--allow-other-store if the candidates shall be another model's",
+        )

@@ -12,27 +12,28 @@ import torch
 from torch.profiler import record_function
 
 from megatron_replay import cli, kernels
-from megatron_replay.checkpoint.load import LoadedModel, load_model, model_files
+from megatron_replay.checkpoint.load import base_fingerprint, describe_model, load_model
+from megatron_replay.checkpoint.model_files import fingerprints, keep_model_files
 from megatron_replay.checkpoint.retention import keep_only, report_remains
 from megatron_replay.checkpoint.training import (
     TrainState,
-    keep_model_files,
     latest_iteration,
     load_checkpoint,
+    read_state,
     save_checkpoint,
 )
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import Loader
-from megatron_replay.data.packing import fit_documents, report_long_documents, without_unread
-from megatron_replay.data.sampler import GlobalBatches
-from megatron_replay.errors import ConfigError
-from megatron_replay.files import make_directory
+from megatron_replay.data.packing import report_long_documents
+from megatron_replay.data.plan import global_batches, require_iterations, usable_documents
+from megatron_replay.errors import TrainingError
+from megatron_replay.locks import DirectoryLock
 from megatron_replay.model.attention import record_max_logits
 from megatron_replay.model.compatibility import (
-    open_store,
     require_context,
     require_loss,
+    require_store,
     require_vocabulary,
 )
 from megatron_replay.optim.build import (
@@ -44,9 +45,10 @@ from megatron_replay.optim.schedule import learning_rate
 from megatron_replay.parallel import Parallel
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
-from megatron_replay.training import configuration, refresh
+from megatron_replay.training import identity, run_directory
 from megatron_replay.training.interrupt import StopRequest
 from megatron_replay.training.profile import StepTrace
+from megatron_replay.training.skipped import FILE as SKIPPED
 from megatron_replay.training.skipped import SkippedBatches
 from megatron_replay.training.step import StepResult, train_step, wrap_for_training
 from megatron_replay.training.watch import Watch
@@ -54,54 +56,38 @@ from megatron_replay.training.work import GlobalWork, WorkMaker
 
 
 class Trainer:
-    """The state of a run, in the order it is built: data, model, optimizer, watch."""
+    """The state of a run, in the order it is built: directory, data, model, optimizer, watch.
+
+    What can be refused is refused before a weight is loaded, and nothing but the lock is written
+    before everything is accepted.
+    """
 
     _loader: Loader[GlobalWork]  # while it trains
+    _lock: DirectoryLock  # of rank 0, for as long as this process lives
 
     def __init__(self, config: Stage1Config, groups: Parallel) -> None:
         interleaved = config.loss.vocab_sharding == "interleaved" and groups.tp_size > 1
         groups = dataclasses.replace(groups, interleaved_vocabulary=interleaved)
         self.config, self.groups = config, groups
         self.directory = Path(config.training.save)
-        self._prepare_directory()
-        self.corpus = Corpus(config.data.data_path)
-        fitted = fit_documents(
-            self.corpus.lengths, config.data.seq_length, config.data.long_documents
-        )
-        if groups.rank == 0:
-            report_long_documents(fitted, config.data.long_documents)
-        self.lengths = fitted.lengths
-        if config.loss.loss == "restricted" and config.training.drop_unread_tokens:
-            assert config.loss.store is not None
-            reader = CandidateReader(config.loss.store)
-            reader.require(corpus_fingerprint=self.corpus.fingerprint)
-            self.lengths = without_unread(self.lengths, reader.stops())
-        self.batches = GlobalBatches(
-            self.lengths,
-            seq_length=config.data.seq_length,
-            global_batch_size=config.training.global_batch_size,
-            micro_batch_size=config.data.micro_batch_size,
-            seed=config.training.seed,
-            epochs=config.training.train_epochs,
-            pack_documents=config.data.pack_documents,
-            dp_rank=groups.dp_rank,
-            dp_size=groups.dp_size,
-        )
-        self.train_iters = config.training.train_iters or self.batches.num_batches
-        self._require_iterations()
+        groups.on_rank_zero(self._claim)
+        self._prepare_data()
+        files, shape = describe_model(config.model.load)
+        require_vocabulary(self.corpus, shape, files)
+        require_context(self.lengths, shape)
+        require_loss(config.loss, shape)
+        if self.reader is not None:
+            require_store(self.reader, self.corpus, shape, logits=config.loss.kl_weight > 0)
         dtype = torch.bfloat16 if config.model.bf16 else torch.float32
         like = torch.empty(0, dtype=dtype, device=groups.device)
         self.head_form = kernels.HEAD.choose(config.loss.head_backend, like)
-        self.model = self._load_model()
-        require_vocabulary(self.corpus, self.model.shape)
-        require_context(self.lengths, self.model.shape)
-        require_loss(config.loss, self.model.shape)
-        self.reader: CandidateReader | None = None
-        if config.loss.store is not None:
-            logits = config.loss.kl_weight > 0
-            self.reader = open_store(
-                config.loss.store, self.corpus, self.model.shape, logits=logits
-            )
+        self.state, resumes, has_other_store = self._find_state(fingerprints(files))
+        self.model = load_model(
+            config.model,
+            config.parallel,
+            groups,
+            recompute=config.training.recompute_granularity == "full",
+        )
         self.wrapped = wrap_for_training(
             self.model,
             use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
@@ -109,18 +95,13 @@ class Trainer:
         )
         self.optimizer = build_optimizer(config.optimizer, self.model, self.wrapped, groups)
         if groups.writer:
-            print(f"attention: {kernels.ATTENTION.describe('auto', like)}")
-            print(f"optimizer: {config.optimizer.optimizer}, {kernels_of(self.optimizer)}")
-            if config.loss.loss == "restricted":
-                form = kernels.HEAD.describe(config.loss.head_backend, like)
-                dense = config.loss.candidate_scope != "position"
-                print(f"restricted head: {form}" + ", by dense products" * dense)
+            self._describe(like)
         if config.optimizer.qk_clip_threshold is not None:
             record_max_logits(self.model.module)
-        self.is_refreshed = False
-        self.state = self._resume()
+        if resumes:
+            self._resume()
         if self.state.iteration < self.train_iters:  # what is refused or finished records nothing
-            groups.on_rank_zero(lambda: configuration.record(self.directory, config))
+            groups.on_rank_zero(lambda: self._record(files))
         self.trace = StepTrace(config, groups.rank)
         self.skipped = SkippedBatches(
             self.directory,
@@ -141,8 +122,68 @@ class Trainer:
             iteration=self.state.iteration,
             train_iters=self.train_iters,
         )
-        if self.is_refreshed and self.state.iteration < self.train_iters:
+        self._labels = 0  # that this process has seen, on the last pipeline stage
+        if has_other_store and self.state.iteration < self.train_iters:
             self.watch.refreshed(self.state.iteration, str(config.loss.store))
+
+    def _claim(self) -> None:
+        self._lock = run_directory.claim(self.config)
+
+    def _record(self, files: Path) -> None:
+        keep_model_files(files, self.directory)
+        run_directory.record(self.directory, self.config)
+
+    def _prepare_data(self) -> None:
+        """Corpus, store, and which documents make up a step."""
+        config, groups = self.config, self.groups
+        self.corpus = Corpus(config.data.data_path)
+        self.reader: CandidateReader | None = None
+        if config.loss.store is not None:
+            self.reader = CandidateReader(config.loss.store)
+            self.reader.require(corpus_fingerprint=self.corpus.fingerprint)
+        documents, self.lengths = usable_documents(config, self.corpus, self.reader)
+        if groups.rank == 0:
+            report_long_documents(documents, config.data.long_documents)
+        self.batches = global_batches(
+            config, self.lengths, dp_rank=groups.dp_rank, dp_size=groups.dp_size
+        )
+        self.train_iters = config.training.train_iters or self.batches.num_batches
+        require_iterations(config, self.train_iters)
+
+    def _describe(self, like: torch.Tensor) -> None:
+        loss = self.config.loss
+        print(f"attention: {kernels.ATTENTION.describe('auto', like)}")
+        print(f"optimizer: {self.config.optimizer.optimizer}, {kernels_of(self.optimizer)}")
+        if loss.loss == "restricted":
+            form = kernels.HEAD.describe(loss.head_backend, like)
+            dense = loss.candidate_scope != "position"
+            print(f"restricted head: {form}" + ", by dense products" * dense)
+
+    def _find_state(self, model_files: dict[str, str]) -> tuple[TrainState, bool, bool]:
+        """Where the run stands; whether that is a checkpoint; whether it had another store."""
+        config, groups = self.config, self.groups
+        own = Path(config.model.load).resolve() == self.directory.resolve()
+        base = groups.from_rank_zero(lambda: base_fingerprint(config.model.load))
+        agreed = identity.identity(
+            config, self.corpus, self.reader, self.lengths, base="" if own else base
+        )
+        iteration = groups.from_rank_zero(lambda: latest_iteration(self.directory))
+        if groups.rank == 0:
+            report_remains(self.directory, iteration)
+        before: dict[str, Any] = {}
+        state = TrainState(0, 0, 0, agreed, model_files)
+        other_store = config.loss.allow_other_store
+        if iteration is not None:
+            state = read_state(self.directory, iteration)
+            identity.require_same(
+                state, agreed, model_files, self.directory, other_store=other_store
+            )
+            before = state.identity
+            state = dataclasses.replace(state, identity={**before, **agreed})
+        is_its_own = before.get(identity.STORE) == agreed.get(identity.STORE, ...)
+        if self.reader is not None and not other_store and not is_its_own:
+            identity.require_store_of_base(self.reader, base)
+        return state, iteration is not None, identity.has_other_store(before, agreed)
 
     def train(self, stop: StopRequest) -> None:
         """Take every step that is left, watching and saving on the way."""
@@ -157,16 +198,18 @@ class Trainer:
             ) as progress,
             self._start_loader() as self._loader,
         ):
+            self._first_iteration = self.state.iteration
             self.watch.begin(self.state.iteration)
             while self.state.iteration < self.train_iters:
                 with self.trace.step(self.state.iteration + 1):
                     result, values = self._step()
-                progress.advance(note="" if result.loss is None else f"loss {result.loss:.4f}")
+                progress.advance(note=_note(result, last_stage=self.groups.last_stage))
                 self.watch.step(self.state.iteration, values)
                 if self._must_leave(stop):
                     break
                 self._save_if_due()
         self.trace.close()
+        self._require_progress()
         self._save()
         self.watch.close()
         if self.state.iteration < self.train_iters:
@@ -180,52 +223,10 @@ class Trainer:
             if self.groups.writer:
                 print(message, file=sys.stderr)
 
-    def _prepare_directory(self) -> None:
-        def prepare() -> None:
-            make_directory(self.directory)
-            keep_model_files(model_files(self.config.model.load), self.directory)
-
-        self.groups.on_rank_zero(prepare)
-
-    def _require_iterations(self) -> None:
-        warmup = self.config.optimizer.lr_warmup_iters
-        if warmup >= self.train_iters:
-            raise ConfigError(
-                "the warm-up is as long as the run",
-                where="--lr-warmup-iters",
-                expected=f"below the run's {self.train_iters} iterations",
-                found=warmup,
-                fix="Shorten it, or lower --global-batch-size or --seq-length for more iterations",
-            )
-
-    def _load_model(self) -> LoadedModel:
-        """Weights from ``--load``; ``_resume`` overwrites them where ``--save`` has newer ones."""
-        return load_model(
-            self.config.model,
-            self.config.parallel,
-            self.groups,
-            recompute=self.config.training.recompute_granularity == "full",
-        )
-
-    def _resume(self) -> TrainState:
-        identity = refresh.identity(self.config, self.corpus, self.reader, self.lengths)
-        allowed = self.config.loss.refresh_store
-        iteration = self.groups.broadcast(latest_iteration(self.directory))
-        if self.groups.rank == 0:
-            report_remains(self.directory, iteration)
-        if allowed:
-            refresh.require_checkpoint(iteration, self.directory)
-        if iteration is None:
-            return TrainState(0, 0, 0, identity)
-        state = load_checkpoint(
-            self.directory,
-            iteration,
-            self.model.module,
-            self.optimizer,
-            self.groups,
-            identity=refresh.resumable(identity, allowed=allowed),
-            fixes=refresh.FIXES,
-        )
+    def _resume(self) -> None:
+        """Load the checkpoint that ``_find_state`` found, and say so."""
+        iteration = self.state.iteration
+        load_checkpoint(self.directory, iteration, self.model.module, self.optimizer, self.groups)
         apply_hyperparameters(self.optimizer, self.config.optimizer)
         self._keep_only()  # where a killed run could not
         if self.groups.writer:
@@ -237,11 +238,9 @@ class Trainer:
                 else f"resuming {self.directory} after iteration {iteration}"
             )
             print(message, file=sys.stderr)
-            changed = configuration.changes(self.directory, self.config)
+            changed = run_directory.changes(self.directory, self.config)
             if changed and not finished:
                 print(f"changed since it last ran: {', '.join(changed)}", file=sys.stderr)
-        self.is_refreshed = refresh.is_refreshed(state.identity, identity)
-        return dataclasses.replace(state, identity=identity)
 
     def _start_loader(self) -> Loader[GlobalWork]:
         """What is left of the run, a step's work at a time."""
@@ -280,6 +279,7 @@ class Trainer:
             consumed_tokens=self.state.consumed_tokens + tokens,
             skipped_steps=self.state.skipped_steps + result.skipped,
         )
+        self._labels += result.positions
         if result.skipped:
             self._tell_of_skipped(result)
         return result, {
@@ -296,9 +296,8 @@ class Trainer:
         }
 
     def _tell_of_skipped(self, result: StepResult) -> None:
-        k = (self.state.iteration - 1) % self.batches.num_batches
         with self._loader.still():  # whose thread uses the batches otherwise
-            packs = self.batches.global_batch(k)
+            packs = self.batches.global_batch(self.state.iteration - 1)
         self.skipped.add(
             self.state.iteration,
             self.state.skipped_steps,
@@ -309,17 +308,36 @@ class Trainer:
 
     def _must_leave(self, stop: StopRequest) -> bool:
         """Whether any rank was asked to stop, or the slice is over."""
-        return self.groups.any(stop.received is not None) or self._slice_is_over()
+        return stop.after(self.state.iteration) or self._slice_is_over()
 
     def _save_if_due(self) -> None:
-        """Every ``--save-interval``; the loader stands still, as saving forks."""
+        """Every ``--save-interval``."""
         interval = self.config.training.save_interval
         if interval and self.state.iteration % interval == 0:
-            with self._loader.still():
-                self._save()
+            self._save()
 
     def _slice_is_over(self) -> bool:
-        return self.state.iteration == self.config.training.exit_interval
+        interval = self.config.training.exit_interval
+        return interval is not None and self.state.iteration % interval == 0
+
+    def _require_progress(self) -> None:
+        """Raise TrainingError where not one step learnt anything: such a run is no success."""
+        state = self.state
+        steps = state.iteration if self._first_iteration == 0 else 0
+        if steps and not any(self.groups.agreed(lambda: self._labels)):
+            raise TrainingError(
+                f"none of {steps} steps had a label: weights only decayed, and were not saved",
+                where=self.directory,
+                fix="Raise --seq-length to that of Stage 0, or look at the corpus (tools/"
+                "preprocess_data.py --show 3)",
+            )
+        if state.iteration and state.skipped_steps == state.iteration:
+            raise TrainingError(
+                f"each of the {state.iteration} steps was skipped for a loss or gradient that was "
+                "not finite: the weights are those of --load, and nothing was saved",
+                where=self.directory,
+                fix=f"Look at the batches in {SKIPPED}, or lower --lr",
+            )
 
     def _save(self) -> None:
         """A checkpoint with what is known of its worth; then the older ones go that may."""
@@ -334,3 +352,9 @@ class Trainer:
         self.groups.on_rank_zero(
             lambda: keep_only(self.directory, last=last, best_by=None if best == "none" else best)
         )
+
+
+def _note(result: StepResult, *, last_stage: bool) -> str:
+    if result.loss is not None:
+        return f"loss {result.loss:.4f}"
+    return "no label in this step" if last_stage else ""

@@ -94,6 +94,9 @@ class Probe:
         corpus, reader: where the sample comes from.
         lengths: usable tokens per document; documents with none are not sampled.
         num_documents: size of the sample.
+
+    Raises:
+        DataError: none of its positions is recorded.
     """
 
     def __init__(
@@ -109,13 +112,23 @@ class Probe:
     ) -> None:
         sample = pick_documents(lengths, num_documents)
         self._work: list[Work] = []
+        tail_mass = []  # of the positions that are read: truncation may have cut others off
         for batch in pack_documents(
             corpus, sample, lengths, seq_length=seq_length, micro_batch_size=micro_batch_size
         ):
-            targets = join_candidates(batch, reader, scope="position").to(parallel.device)
+            targets = join_candidates(batch, reader, scope="position")
+            tail_mass.append((targets.tail_logit_N - targets.lse_N).exp())
+            targets = targets.to(parallel.device)
             self._work.append(Work(batch.to(parallel.device), heads.probe(targets, parallel)))
-        tail = [reader[int(document)].tail_mass for document in sample]
-        self._base_outside_mass = float(np.concatenate(tail).mean())
+        tail_mass_N = torch.cat(tail_mass) if tail_mass else torch.empty(0)
+        if not len(tail_mass_N):
+            raise DataError(
+                "the store records no position of the probe's sample",
+                where=reader.directory,
+                found=f"{len(sample)} documents",
+                fix="Raise --probe-documents, or give --probe-interval 0",
+            )
+        self._base_outside_mass = float(tail_mass_N.double().mean())
 
     def read(self, model: torch.nn.Module) -> Reading | None:
         """Run the sample through ``model``; None on all stages but the last. Collective over PP."""

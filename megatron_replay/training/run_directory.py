@@ -1,4 +1,4 @@
-"""``resolved_config.yaml``: what a run's steps were taken with, and what a resumed run changed."""
+"""A run's directory: whose it is, its ``resolved_config.yaml``, what a resumed run changed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from typing import Any
 import yaml
 
 from megatron_replay import flags
+from megatron_replay.checkpoint.directories import LATEST, latest_iteration
+from megatron_replay.checkpoint.model_files import FOLDER
+from megatron_replay.checkpoint.retention import BEST, iterations
 from megatron_replay.config import Stage1Config, flag_name
-from megatron_replay.files import atomic_file
+from megatron_replay.errors import CheckpointError, OutputError
+from megatron_replay.files import atomic_file, make_directory, read_text, require_apart
+from megatron_replay.locks import DirectoryLock, is_ours
 
 FILE = "resolved_config.yaml"
+#: What a run writes into its directory: under these names nobody else's files are replaced.
+_OURS = (FILE, LATEST, BEST, FOLDER, "metrics.jsonl", "skipped_batches.jsonl")
 #: The rest may differ from one start to the next without other weights coming of it.
 _SECTIONS = ("model", "data", "loss", "optimizer", "training")
 _WITHOUT_EFFECT = (
@@ -21,16 +28,46 @@ _WITHOUT_EFFECT = (
     "exit_interval",
     "log_interval",
     "tensorboard_dir",
-    "refresh_store",  # which other store it had, --store tells
+    "allow_other_store",  # which other store it had, --store says
 )
 
 
+def claim(config: Stage1Config) -> DirectoryLock:
+    """Make --save this process's own for as long as it lives.
+
+    Raises:
+        ConfigError: it is also an input.
+        OutputError: another run is writing it, or somebody else's files lie there.
+    """
+    directory, load = Path(config.training.save), Path(config.model.load)
+    inputs = [] if latest_iteration(load) is not None else [("--load", load)]
+    if config.loss.store is not None:
+        inputs.append(("--store", Path(config.loss.store)))
+    require_apart(directory, inputs, flag="--save")
+    if directory.is_dir() and not is_ours(directory):
+        held = [name for name in (*_OURS, "config.json") if (directory / name).exists()]
+        held += [f"iter_{number:07d}" for number in iterations(directory)]
+        if held:
+            raise OutputError(
+                "the directory holds files that no run of Stage 1 wrote here",
+                where=directory,
+                expected="an empty directory, or one that --save named before",
+                found=", ".join(held[:4]),
+                fix="Give another --save; a converted checkpoint is given as --load",
+            )
+    return DirectoryLock(make_directory(directory), purpose="this run")
+
+
 def changes(directory: Path, config: Stage1Config) -> list[str]:
-    """``--lr 0.0002 -> 0.009`` of every setting that the run in ``directory`` had otherwise."""
+    """``--lr 0.0002 -> 0.009`` of every setting that the run in ``directory`` had otherwise.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
     path = directory / FILE
     if not path.exists():
         return []
-    before: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    before = _read(path)
     now = dataclasses.asdict(config)
     return [
         f"{flag_name(name)} {before[section][name]} -> {value}"
@@ -40,6 +77,19 @@ def changes(directory: Path, config: Stage1Config) -> list[str]:
         and name in before.get(section, {})
         and before[section][name] != value
     ]
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    fix = "Remove it: it only tells what was changed since, and is written again"
+    text = read_text(path, CheckpointError, fix=fix)
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"damaged: {error}", where=path, fix=fix) from error
+    sections = content.values() if isinstance(content, dict) else [None]
+    if not all(isinstance(section, dict) for section in sections):
+        raise CheckpointError("damaged: no mapping of sections", where=path, fix=fix)
+    return dict(content)
 
 
 def record(directory: Path, config: Stage1Config) -> None:

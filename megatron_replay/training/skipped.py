@@ -114,7 +114,8 @@ class SkippedBatches:
         described = []
         for number, pack in enumerate(packs):
             stops = np.cumsum(self._lengths[pack].astype(np.int64) - 1).tolist()
-            places = zip(pack.tolist(), [0, *stops[:-1]], stops, strict=True)
+            starts = [0, *stops][: len(stops)]  # none of an empty pack, which fills up a batch
+            places = zip(pack.tolist(), starts, stops, strict=True)
             described.append(
                 {
                     "dp_rank": number // micro_batch_size % self._groups.dp_size,

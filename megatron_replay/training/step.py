@@ -30,7 +30,8 @@ class StepResult:
     """What a step did.
 
     Attributes:
-        loss: mean over the global batch's positions; None before the last pipeline stage.
+        loss: mean over the global batch's positions; None before the last pipeline stage, and where
+            the batch has no label.
         positions: their number.
         grad_norm: of the whole gradient before clipping.
         skipped: a loss or gradient was not finite and nothing moved.
@@ -146,7 +147,7 @@ def _global_mean(sums: torch.Tensor | None, parallel: Parallel) -> tuple[float |
         return None, 0
     dist.all_reduce(sums, group=parallel.dp_group)
     total, count = sums.tolist()
-    return (total / count if count else 0.0), int(count)
+    return (total / count if count else None), int(count)
 
 
 def _clip_attention(

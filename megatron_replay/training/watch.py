@@ -128,7 +128,7 @@ class Watch:
 
     def _notice(self, line: Mapping[str, Any]) -> list[str]:
         """Feed a logged line to whatever watches steps; what there is to say about it."""
-        if "loss" not in line:
+        if "loss" not in line or not line["positions"]:  # a step without a label has no loss
             return []
         self._seconds += line["seconds"]
         self._waited += line.get("data_wait_seconds", 0.0)

@@ -67,10 +67,10 @@ class WorkMaker:
         Raises:
             StoreError: a record is damaged, or of another corpus.
         """
-        k = iteration % self.batches.num_batches
-        tokens = sum(int((self.lengths[pack] - 1).sum()) for pack in self.batches.global_batch(k))
+        packs = self.batches.global_batch(iteration)
+        tokens = sum(int((self.lengths[pack] - 1).sum()) for pack in packs)
         form = self.config.loss.form_of_step(iteration + 1)
-        micro_batches = self.batches.micro_batches(k)
+        micro_batches = self.batches.micro_batches(iteration)
         work = [
             self._work(packs, form, self._drawn_ids(iteration, number))
             for number, packs in enumerate(micro_batches)

@@ -32,7 +32,7 @@ def export_all(rank: int, world_size: int, cases: dict[bool, Path], folder: Path
     save_file = export.save_file
     export.save_file = no_space if (groups.pp_rank, groups.tp_rank) == (1, 0) else save_file
     lines.append(refusal(model, groups, folder / "full"))
-    export.save_file, export.finish_directory = save_file, no_space
+    export.save_file, export._publish = save_file, no_space
     lines.append(refusal(model, groups, folder / "late"))
     return lines
 

@@ -107,14 +107,14 @@ class TestMistakes:
         save = tmp_path / "run"
         stages.run("stage1", *argv(folder, save, "adamw", "--exit-interval", 1))
         message = stages.fail("stage1", *argv(folder, save, "muonclip"), code=2)
-        assert "another optimizer_state (expected adam; found muonclip)" in message
+        assert "another --optimizer (expected adam; found muonclip)" in message
 
     def test_state_sharded_or_not(self, folder, tmp_path):
         save = tmp_path / "run"
         stages.run("stage1", *argv(folder, save, "adamw", "--exit-interval", 1))
         extra = ["--use-distributed-optimizer"]
         message = stages.fail("stage1", *argv(folder, save, "adamw", *extra), code=2)
-        assert "another use_distributed_optimizer (expected False; found True)" in message
+        assert "another --use-distributed-optimizer (expected False; found True)" in message
 
     def test_qk_clip_of_a_model_with_qk_norm(self, folder, tmp_path):
         extra = ["--qk-clip-threshold", 100]
@@ -162,7 +162,7 @@ def test_qk_clip_bounds_the_logits_of_a_model_without_qk_norm(folder, tmp_path):
     free, one, many, bf16 = (
         stages.losses(tmp_path / name) for name in ("free", "one", "many", "bf16")
     )
-    assert one[0] == free[0]
+    assert one[0] == pytest.approx(free[0], rel=1e-6)  # the last layer at all positions, or some
     assert abs(one[1] - free[1]) > 1e-5
     assert many == pytest.approx(one, abs=1e-5)
     assert bf16 == pytest.approx(one, abs=2e-2)

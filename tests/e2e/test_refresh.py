@@ -40,9 +40,6 @@ def test_a_run_is_refreshed_when_told_and_its_batches_stay(tmp_path):
         ]  # fmt: skip
 
     before = collect("model", "before", *draw)
-    assert "no run that could go on" in stages.fail(
-        "stage1", *argv(run, "before", "--refresh-store"), code=2
-    )
     stages.succeed("stage1", *argv(run, "before", "--exit-interval", 2), tp=2)
     after = collect("run", "after", *draw)
     stages.convert(run, tmp_path / "tuned", "--no-verify")
@@ -55,15 +52,17 @@ def test_a_run_is_refreshed_when_told_and_its_batches_stay(tmp_path):
 
     shutil.copytree(run, other)
     message = stages.fail("stage1", *argv(run, "after"), code=2)
-    assert "another store" in message
-    assert "--refresh-store to go on with this one" in message
+    assert "another --store" in message
+    assert "--allow-other-store to go on with this one" in message
     collect("model", "bucket")
-    message = stages.fail("stage1", *argv(run, "bucket", "--refresh-store"), code=2)
+    message = stages.fail("stage1", *argv(run, "bucket", "--allow-other-store"), code=2)
     assert "another last recorded positions" in message
     assert "--no-drop-unread-tokens" in message
 
     stages.succeed("stage1", *argv(other, "before"))
-    said = stages.succeed("stage1", *argv(run, "after", "--refresh-store", "--exit-interval", 3))
+    said = stages.succeed(
+        "stage1", *argv(run, "after", "--allow-other-store", "--exit-interval", 3)
+    )
     assert f"candidates from iteration 3 on: {tmp_path / 'after'}\n" in said
     said = stages.succeed("stage1", *argv(run, "after"))  # its own by now
     assert "candidates from" not in said

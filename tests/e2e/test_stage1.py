@@ -109,7 +109,7 @@ def test_sigterm_saves_and_the_rerun_loses_nothing(folder, finished, tmp_path):
     )
     assert [code for code, _, _ in results] == [130, 130]
     assert "SIGTERM" in results[0][2]
-    assert training.latest_iteration(tmp_path / "run") == 3
+    assert training.latest_iteration(tmp_path / "run") == 4  # the step after the signal is the last
     stages.succeed("stage1", *argv(folder, tmp_path / "run"), tp=2)
     assert weights(tmp_path / "run") == weights(finished)
 
@@ -213,13 +213,16 @@ def test_drifting_mass_is_warned_of(folder, tmp_path):
 def test_an_unfinished_checkpoint_is_ignored_and_said(folder, tmp_path):
     save = tmp_path / "run"
     stages.run("stage1", *argv(folder, save, "--exit-interval", 2))
-    (save / ".iter_0000005.incomplete").mkdir()
-    (save / ".iter_0000005.incomplete" / "junk").write_text("torn")
+    (save / ".iter_0000005.0123abcd.incomplete").mkdir()
+    (save / ".iter_0000005.0123abcd.incomplete" / "junk").write_text("torn")
     shutil.copytree(save / "iter_0000002", save / "iter_0000005")  # whole, but not named
     (save / "iter_0000005" / "junk").write_text("of another life")
     said = stages.succeed("stage1", *argv(folder, save), tp=2)
     for name, what in (
-        (".iter_0000005.incomplete", "a save that was not finished: ignored, removed at the next"),
+        (
+            ".iter_0000005.0123abcd.incomplete",
+            "a save that was not finished: ignored, removed at the next",
+        ),
         ("iter_0000005", "newer than latest_checkpointed_iteration.txt says: ignored, replaced"),
     ):
         assert said.count(f"{save / name}: {what}") == 1

@@ -63,7 +63,7 @@ def measure(
     wrapped = wrap_for_training(model, use_distributed_optimizer=sharded)
     settings = OptimizerConfig(optimizer="adamw", lr=1.0, use_distributed_optimizer=sharded)
     optimizer = build_optimizer(settings, model, wrapped, groups)
-    save_checkpoint(folder / "mcore", TrainState(0, 0, 0, {}), model.module, optimizer, groups)
+    save_checkpoint(folder / "mcore", TrainState(0, 0, 0, {}, {}), model.module, optimizer, groups)
     from_hf, from_mcore = (
         Distance(str(load), folder / "run", model, optimizer, groups)
         for load in (checkpoint, folder / "mcore")
@@ -123,7 +123,7 @@ def unusable_starts(rank: int, world_size: int, zeros: Path, folder: Path) -> li
     settings = OptimizerConfig(optimizer="adamw", lr=1.0)
     optimizer = build_optimizer(settings, model, wrap_for_training(model), groups)
     mcore = folder / "mcore"
-    saved = save_checkpoint(mcore, TrainState(0, 0, 0, {}), model.module, optimizer, groups)
+    saved = save_checkpoint(mcore, TrainState(0, 0, 0, {}, {}), model.module, optimizer, groups)
 
     def said(load: Path) -> str:
         with pytest.raises(CheckpointError) as caught:

@@ -23,7 +23,7 @@ from tests.e2e import stages
 pytestmark = pytest.mark.distributed
 KILLS = 20
 #: What a life is killed in place of: a change of the directory, a step, or a word between ranks.
-EVENTS = 36
+EVENTS = 60
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_killed_twenty_times(folder, tmp_path):
     for life in range(KILLS):
         victim, moment = draw.randint(0, 1), draw.randint(1, EVENTS)
         if life % 4 == 2:  # rank 0 publishes
-            victim, moment = 0, -draw.randint(3, 10)
+            victim, moment = 0, -draw.randint(8, 17)
         if life % 4 == 3:
             moment = draw.random()
         codes = live(victim, moment, command)

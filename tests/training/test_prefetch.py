@@ -39,7 +39,7 @@ def inputs(folder) -> list[object]:
 
 def argv(folder, save, *extra) -> list[object]:
     return [
-        *inputs(folder), "--store", folder / "store", "--save", save, "--lr", 1e-3,
+        *inputs(folder), "--save", save, "--lr", 1e-3,
         "--global-batch-size", GLOBAL_BATCH, "--seed", SEED, "--probe-interval", 0, *extra,
     ]  # fmt: skip
 
@@ -68,7 +68,8 @@ def report_threads(rank: int) -> None:
 @pytest.mark.parametrize("loss", ["restricted", "full"])
 def test_the_same_bits_with_and_without(folder, tmp_path, loss):
     """Two epochs; the run that prefetches stops in the second, and goes on with another depth."""
-    flags = ["--loss", loss, "--train-epochs", 2]
+    store = ["--store", folder / "store"] if loss == "restricted" else []
+    flags = ["--loss", loss, *store, "--train-epochs", 2]
     stages.succeed("stage1", *argv(folder, tmp_path / "none", *flags, "--prefetch-batches", 0))
     losses, weights = trained(tmp_path / "none")
     at = len(losses) * 2 // 3
@@ -113,7 +114,9 @@ def test_a_damaged_record_ends_the_run_at_its_step(folder, damaged_at_third, tmp
 
 
 def test_the_wait_is_logged_and_summed_up(folder, tmp_path):
-    said = stages.succeed("stage1", *argv(folder, tmp_path / "run", "--train-iters", 3))
+    said = stages.succeed(
+        "stage1", *argv(folder, tmp_path / "run", "--store", folder / "store", "--train-iters", 3)
+    )
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert all(0 <= line["data_wait_seconds"] < line["seconds"] for line in lines)
     share = summarize_run(tmp_path / "run").data_wait_share

@@ -53,7 +53,17 @@ def test_each_rank_traces_the_parts_of_the_steps_asked_for(folder, tmp_path):
 
 @pytest.mark.distributed
 def test_a_run_that_ends_early_leaves_what_it_traced(folder, tmp_path):
-    flags = ["--profile", "--profile-start", 1, "--exit-interval", 2, "--probe-interval", 0]
+    flags = [
+        "--profile",
+        "--profile-start",
+        1,
+        "--exit-interval",
+        2,
+        "--probe-interval",
+        0,
+        "--probe-documents",
+        64,
+    ]
     stages.succeed("stage1", *stages.argv(folder, tmp_path, *flags))
     [trace] = (tmp_path / "profile").iterdir()
     assert trace.name == "iterations-0000002-0000002-rank-00000.json"

@@ -1,0 +1,117 @@
+"""What goes along with weights: config.json, tokenizer, generation settings.
+
+A directory of checkpoints keeps them in ``hf/``, for export. Each checkpoint has the SHA-256 of
+every one of them in its train_state.json, and is not loaded beside others: weights under another
+model's rope_theta are another model, and nothing in their shapes shows it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_replay.errors import CheckpointError
+from megatron_replay.files import (
+    atomic_file,
+    differing,
+    fsync_path,
+    open_regular,
+    output_error,
+    sha256_of_files,
+)
+
+FOLDER = "hf"
+_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+#: More of a "side file" is none: somebody's data lie beside the model.
+_MOST_BYTES = 1 << 30
+
+
+def side_files(source: Path) -> list[Path]:
+    """The files of a Hugging Face directory that are no weights and no index of weights.
+
+    Raises:
+        CheckpointError: the directory, or one of them, cannot be read.
+    """
+    try:
+        found = sorted(path for path in source.iterdir() if path.suffix in _SUFFIXES)
+    except OSError as error:
+        raise CheckpointError(f"cannot read: {error.strerror}", where=source) from error
+    return [path for path in found if not path.name.endswith(".index.json") and not path.is_dir()]
+
+
+def read_side_file(path: Path) -> bytes:
+    """All bytes of one.
+
+    Raises:
+        CheckpointError: it cannot be read, or is too large to be one.
+    """
+    with open_regular(path, CheckpointError) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size > _MOST_BYTES:
+            raise CheckpointError(
+                "too large to go along with the weights",
+                where=path,
+                expected=f"at most {_MOST_BYTES} bytes",
+                found=f"{size} bytes",
+                fix="Move it out of the model's directory",
+            )
+        return handle.read()
+
+
+def fingerprints(source: Path) -> dict[str, str]:
+    """SHA-256 by name of each of ``side_files``."""
+    return {
+        path.name: sha256_of_files([path], error=CheckpointError) for path in side_files(source)
+    }
+
+
+def keep_model_files(source: Path, directory: Path) -> None:
+    """Copy the side files of ``source`` into ``directory``/hf, all of them or none.
+
+    What lies there of an earlier attempt is replaced, so no checkpoint may depend on it.
+
+    Raises:
+        CheckpointError: one cannot be read.
+        OutputError: one cannot be written.
+    """
+    target = directory / FOLDER
+    if source.resolve() == target.resolve() or (
+        target.is_dir() and not differing(fingerprints(source), fingerprints(target))
+    ):
+        return
+    staged, retired = directory / f".{FOLDER}.incomplete", directory / f".{FOLDER}.removed"
+    try:
+        for path in (staged, retired):
+            if path.exists():
+                shutil.rmtree(path)
+        staged.mkdir(parents=True)
+        for file in side_files(source):
+            with atomic_file(staged / file.name) as handle:
+                handle.write(read_side_file(file))
+        fsync_path(staged)
+        if target.exists():
+            os.replace(target, retired)
+        os.replace(staged, target)
+        fsync_path(directory)
+        if retired.exists():
+            shutil.rmtree(retired)
+    except OSError as error:
+        raise output_error(target, error) from error
+
+
+def require_model_files(directory: Path, expected: Mapping[str, str]) -> None:
+    """Raise CheckpointError unless ``directory``/hf holds what a checkpoint was made with."""
+    found = fingerprints(directory / FOLDER)
+    names = differing(expected, found)
+    if names:
+        name = names[0]
+        raise CheckpointError(
+            f"not the {name} that the checkpoint beside it was made with"
+            + (f"; {len(names) - 1} more files differ" if len(names) > 1 else ""),
+            where=directory / FOLDER / name,
+            expected=f"SHA-256 {expected[name][:16]}" if name in expected else "no such file",
+            found=f"SHA-256 {found[name][:16]}" if name in found else "no such file",
+            fix="Put the model's own file back: with another, the same weights are another model",
+        )
