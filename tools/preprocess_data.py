@@ -20,9 +20,9 @@ from typing import Any
 from megatron_replay.data.corpus import Corpus, corpus_file
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.document import Document
+from megatron_replay.data.row import Row
 from megatron_replay.data.rows import (
     FORMATS,
-    Row,
     detect_format,
     parse_row,
     read_lines,

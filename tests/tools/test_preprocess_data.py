@@ -114,13 +114,13 @@ def test_a_bad_row_stops_with_one_line(run, write_rows, tmp_path):
 
 
 def test_bad_rows_are_listed_and_counted(run, write_rows, tmp_path):
-    rows = write_rows(["{", ROWS[0], {"text": "raw"}, ROWS[1], ""])
+    rows = write_rows(["{", ROWS[0], {"text": "raw"}, ROWS[1], "", ROWS[2], "", ""])
     code, out, err = run(rows, flags=["--on-bad-row", "skip"])
     assert code == 0
-    assert "; written, 3 of 5 rows skipped" in out
+    assert "; written, 3 of 6 rows skipped" in out
     skipped = [line for line in err.splitlines() if line.startswith("skipped: ")]
     assert [line.split(": ")[1] for line in skipped] == [f"{rows}:{n}" for n in (1, 3, 5)]
-    assert len(Corpus(tmp_path / "corpus")) == 2
+    assert len(Corpus(tmp_path / "corpus")) == 3
 
 
 def test_only_bad_rows(run, write_rows, tmp_path):
