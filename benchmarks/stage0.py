@@ -144,7 +144,7 @@ def random_model(name: str, groups: Parallel) -> LoadedModel:
 def random_corpus(folder: Path, vocab_size: int, positions: int) -> Corpus:
     """Documents of 60 to 350 tokens, all labels with loss, until there are ``positions``."""
     tokenizer = SimpleNamespace(
-        vocab_size=vocab_size, eos_id=0, pad_id=0, path="random", fingerprint="random"
+        vocab_size=vocab_size, eos_id=0, pad_id=0, path="random", fingerprint="random", files={}
     )
     rng, left = np.random.default_rng(0), positions
     with CorpusWriter(folder / "corpus", tokenizer, row_format="random", source={}) as writer:

@@ -88,7 +88,7 @@ def save_model(folder: Path, layers: int) -> int:
 def save_corpus(folder: Path) -> Corpus:
     """Documents of random tokens, of which the answer carries loss."""
     tokenizer = SimpleNamespace(
-        vocab_size=VOCAB_SIZE, eos_id=0, pad_id=0, path="random", fingerprint="random"
+        vocab_size=VOCAB_SIZE, eos_id=0, pad_id=0, path="random", fingerprint="random", files={}
     )
     rng = np.random.default_rng(0)
     with CorpusWriter(folder / "corpus", tokenizer, row_format="random", source={}) as writer:

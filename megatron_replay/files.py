@@ -152,6 +152,12 @@ def fsync_path(path: str | os.PathLike[str]) -> None:
         os.close(fd)
 
 
+def temporary_path(path: str | os.PathLike[str]) -> Path:
+    """The name under which this process writes ``path`` until it is complete."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.tmp.{os.getpid()}")
+
+
 @contextmanager
 def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """Open ``path`` for writing, "w" or "wb"; it appears under its name complete, or not at all.
@@ -163,7 +169,7 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
         OutputError: the file cannot be created, written, synced or renamed.
     """
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.tmp.{os.getpid()}")
+    tmp = temporary_path(path)
     try:
         with _open(tmp, path, mode) as handle:
             yield handle

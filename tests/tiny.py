@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.corpus import Corpus, checksum, corpus_file
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.document import Document
 
@@ -83,7 +84,7 @@ def load_reference(directory: Path) -> PreTrainedModel:
 def save_corpus(prefix: Path, *, num_documents: int, seed: int = 0, longest: int = 24) -> Corpus:
     """Random documents of 6 to ``longest`` tokens; the last 3 to half of each carry loss."""
     tokenizer = SimpleNamespace(
-        vocab_size=VOCAB_SIZE, eos_id=0, pad_id=0, path="random", fingerprint="random"
+        vocab_size=VOCAB_SIZE, eos_id=0, pad_id=0, path="random", fingerprint="random", files={}
     )
     rng = np.random.default_rng(seed)
     with CorpusWriter(prefix, tokenizer, row_format="random", source={"seed": seed}) as writer:
@@ -94,3 +95,10 @@ def save_corpus(prefix: Path, *, num_documents: int, seed: int = 0, longest: int
             tokens = rng.integers(0, VOCAB_SIZE, length).astype(np.int32)
             writer.add(Document(tokens, loss_mask))
     return Corpus(prefix)
+
+
+def change_description(prefix: Path, **changes: Any) -> None:
+    """Write PREFIX.json with ``changes``, under a checksum that fits: as if made so."""
+    path = corpus_file(prefix, "json")
+    description = {**json.loads(path.read_text("utf-8")), **changes}
+    path.write_text(json.dumps({**description, "checksum": checksum(description)}), "utf-8")

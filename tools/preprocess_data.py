@@ -13,16 +13,20 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from megatron_replay.data.corpus import Corpus, corpus_file
-from megatron_replay.data.corpus_writer import CorpusWriter
+from megatron_replay.data.corpus_writer import CorpusWriter, require_ours, written_files
 from megatron_replay.data.document import Document
+from megatron_replay.data.row import Row
+from megatron_replay.data.row_files import is_pipe, spooled
 from megatron_replay.data.rows import (
+    CHAT_FORMATS,
     FORMATS,
-    Row,
     detect_format,
     parse_row,
     read_lines,
@@ -31,10 +35,30 @@ from megatron_replay.data.rows import (
 from megatron_replay.data.sql_sets import LAYOUTS, read_questions
 from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, DataError, ReplayError
-from megatron_replay.files import sha256_of_files
+from megatron_replay.files import (
+    make_directory,
+    require_apart,
+    require_regular,
+    sha256_of_files,
+)
 from megatron_replay.progress import Progress
 
 _GREEN, _PLAIN = "\033[32m", "\033[0m"
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file of rows.
+
+    Attributes:
+        path: where it is read.
+        shown: what the user calls it.
+        sha256: of a pipe, which is read from a copy; None for a file.
+    """
+
+    path: Path
+    shown: str
+    sha256: str | None = None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="FILE",
-        help="JSON-lines files; Spider's or BIRD's questions",
+        help="JSON-lines files, plain or gzip, or pipes; Spider's or BIRD's questions",
     )
     parser.add_argument(
         "--tokenizer",
@@ -74,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
         help="skip lists and counts the rows it leaves out",
     )
     parser.add_argument(
+        "--ignore-fields",
+        type=lambda names: [name.strip() for name in names.split(",") if name.strip()],
+        default=[],
+        metavar="NAME,...",
+        help="fields of rows and messages to leave out; others that no format reads are refused",
+    )
+    parser.add_argument(
         "--show", type=int, default=0, metavar="N", help="print N documents, loss tokens marked"
     )
     parser.add_argument(
@@ -86,6 +117,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _require_options(options: argparse.Namespace) -> None:
+    if options.ignore_fields and options.format in LAYOUTS:
+        raise ConfigError(
+            f"has no effect on --format {options.format}, which reads the fields it needs",
+            where="--ignore-fields",
+        )
     if options.show < 0:
         raise ConfigError("negative", where="--show", expected="0 or more", found=options.show)
     limit = options.max_document_tokens
@@ -95,28 +131,53 @@ def _require_options(options: argparse.Namespace) -> None:
         )
 
 
-def _read_inputs(paths: Sequence[Path], row_format: str) -> tuple[int, list[dict[str, str]]]:
+def _read_inputs(inputs: Sequence[Input], row_format: str) -> tuple[int, list[dict[str, str]]]:
     """Number of rows of all inputs, and name and SHA-256 of each."""
-    num_rows, inputs = 0, []
-    for path in paths:
-        files = [path]
+    num_rows, described = 0, []
+    for source in inputs:
+        files = [source.path]
         if row_format in LAYOUTS:
-            questions = list(read_questions(path, row_format))
+            require_regular(source.path, DataError)
+            questions = list(read_questions(source.path, row_format))
             num_rows += len(questions)
             files += sorted(
                 {question.database for question in questions}
             )  # prompts have its tables
         else:
-            num_rows += sum(1 for _ in read_lines(path))
-        inputs.append({"name": path.name, "sha256": sha256_of_files(files)})
-    return num_rows, inputs
+            num_rows += sum(1 for _ in read_lines(source.path, source.shown))
+        name = source.path.name if source.sha256 is None else "pipe"
+        described.append({"name": name, "sha256": source.sha256 or sha256_of_files(files)})
+    return num_rows, described
 
 
-def _row_format(options: argparse.Namespace) -> str:
+def _open_inputs(options: argparse.Namespace, opened: ExitStack) -> list[Input]:
+    """The inputs, and a pipe's copy beside the output: a pipe can be read once only."""
+    directory, inputs = corpus_file(options.output_prefix, "json").parent, []
+    for path in options.input:
+        if options.format in LAYOUTS or not is_pipe(path):
+            inputs.append(Input(path, str(path)))
+            continue
+        print(f"{path}: a pipe, copied until it ends", file=sys.stderr)
+        copy, sha256 = opened.enter_context(spooled(path, make_directory(directory)))
+        inputs.append(Input(copy, str(path), sha256))
+    return inputs
+
+
+def _require_output(options: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """Raise where a file that would be written is also read, or is not ours to replace."""
+    inputs = [("--input", path) for path in options.input]
+    folder = tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent
+    inputs += [("--tokenizer", folder / name) for name in tokenizer.files]
+    for output in written_files(options.output_prefix):
+        require_apart(output, inputs, flag="--output-prefix, which writes")
+    require_ours(options.output_prefix)
+
+
+def _row_format(options: argparse.Namespace, inputs: Sequence[Input]) -> str:
     """The format of every row: as told, or that of the first row that is JSON."""
     found: str = options.format
     if found == "auto":
-        found = detect_format(_first_row(options))
+        found = detect_format(_first_row(options, inputs))
     if found in LAYOUTS:
         found = "prompt"
     if options.max_document_tokens is not None and found != "text":
@@ -129,40 +190,52 @@ def _row_format(options: argparse.Namespace) -> str:
     return found
 
 
-def _first_row(options: argparse.Namespace) -> Row:
-    for where, line in _lines(options.input, options.format):
+def _first_row(options: argparse.Namespace, inputs: Sequence[Input]) -> Row:
+    for where, line in _lines(inputs, options.format):
         try:
-            return parse_row(where, line)
+            return parse_row(where, line, frozenset(options.ignore_fields))
         except DataError:
             if options.on_bad_row == "error":
                 raise
-    raise DataError("no row to take the format from", where=options.input[0], fix="Give --format")
+    raise DataError("no row to take the format from", where=inputs[0].shown, fix="Give --format")
 
 
-def _lines(paths: Sequence[Path], row_format: str) -> Iterator[tuple[str, bytes]]:
-    for path in paths:
+def _lines(inputs: Sequence[Input], row_format: str) -> Iterator[tuple[str, bytes]]:
+    for source in inputs:
         if row_format not in LAYOUTS:
-            yield from read_lines(path)
+            yield from read_lines(source.path, source.shown)
             continue
-        for question in read_questions(path, row_format):
+        for question in read_questions(source.path, row_format):
             row = {"prompt": question.prompt, "completion": question.gold}
             yield question.where, json.dumps(row).encode()
 
 
 def _write(
-    options: argparse.Namespace, tokenizer: Tokenizer, source: dict[str, Any], num_lines: int
+    options: argparse.Namespace,
+    inputs: Sequence[Input],
+    tokenizer: Tokenizer,
+    source: dict[str, Any],
+    num_lines: int,
 ) -> int:
     """Write the corpus; return the number of rows left out."""
-    row_format, num_skipped = _row_format(options), 0
+    row_format, num_skipped = _row_format(options, inputs), 0
+    ignored = frozenset(options.ignore_fields)
+    if row_format in CHAT_FORMATS and "strftime_now" in (tokenizer.chat_template or ""):
+        print(
+            "the chat template writes today's date: the same rows give other tokens tomorrow. "
+            "Keep this corpus, or put a fixed date into the template",
+            file=sys.stderr,
+        )
     with (
         Progress("tokenize", num_lines, "rows") as progress,
         CorpusWriter(
             options.output_prefix, tokenizer, row_format=row_format, source=source
         ) as writer,
     ):
-        for where, line in _lines(options.input, options.format):
+        for where, line in _lines(inputs, options.format):
             try:
-                document = tokenize_row(parse_row(where, line), row_format, tokenizer)
+                row = parse_row(where, line, ignored)
+                document = tokenize_row(row, row_format, tokenizer)
             except DataError as error:
                 if options.on_bad_row == "error":
                     raise
@@ -226,19 +299,23 @@ def run(options: argparse.Namespace) -> None:
     """
     _require_options(options)
     tokenizer = load_tokenizer(options.tokenizer)
-    num_lines, inputs = _read_inputs(options.input, options.format)
-    source = {
-        "inputs": inputs,
-        "tokenizer": tokenizer.fingerprint,
-        "format": options.format,
-        "on_bad_row": options.on_bad_row,
-        "max_document_tokens": options.max_document_tokens,
-    }
-    corpus, outcome = _existing(options.output_prefix, source), "up to date"
-    if corpus is None:
-        num_skipped = _write(options, tokenizer, source, num_lines)
-        corpus = Corpus(options.output_prefix)
-        outcome = f"written, {num_skipped} of {num_lines} rows skipped"
+    _require_output(options, tokenizer)
+    with ExitStack() as opened:
+        inputs = _open_inputs(options, opened)
+        num_lines, described = _read_inputs(inputs, options.format)
+        source = {
+            "inputs": described,
+            "tokenizer": tokenizer.fingerprint,
+            "format": options.format,
+            "on_bad_row": options.on_bad_row,
+            "ignore_fields": sorted(set(options.ignore_fields)),
+            "max_document_tokens": options.max_document_tokens,
+        }
+        corpus, outcome = _existing(options.output_prefix, source), "up to date"
+        if corpus is None:
+            num_skipped = _write(options, inputs, tokenizer, source, num_lines)
+            corpus = Corpus(options.output_prefix)
+            outcome = f"written, {num_skipped} of {num_lines} rows skipped"
     _show(corpus, tokenizer, options.show)
     print(f"{options.output_prefix}: {_summary(corpus)}; {outcome}")
 

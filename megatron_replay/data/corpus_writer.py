@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import array
 import os
+import zlib
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,26 +18,79 @@ from megatron_replay.data.corpus import (
     CORPUS_VERSION,
     MASK_HEADER,
     MASK_MAGIC,
+    MAX_INT32,
     ContentFingerprint,
     CorpusDescription,
+    checksum,
     corpus_file,
+    document_crc,
     idx_bytes,
 )
 from megatron_replay.data.document import Document
 from megatron_replay.data.tokenizer import Tokenizer
-from megatron_replay.errors import DataError
-from megatron_replay.files import atomic_file, make_directory, write_json
+from megatron_replay.errors import DataError, OutputError
+from megatron_replay.files import (
+    atomic_file,
+    make_directory,
+    open_regular,
+    read_json,
+    temporary_path,
+    write_json,
+)
+
+_SUFFIXES = ("bin", "idx", "loss_mask", "json")
+
+
+def written_files(prefix: str | os.PathLike[str]) -> list[Path]:
+    """Every file that a corpus under ``prefix`` is written to, those of a temporary name too."""
+    files = [corpus_file(prefix, suffix) for suffix in _SUFFIXES]
+    return files + [temporary_path(file) for file in files]
+
+
+def require_ours(prefix: str | os.PathLike[str]) -> None:
+    """Raise OutputError where a corpus under ``prefix`` would replace a file of another kind.
+
+    PREFIX.json and PREFIX.loss_mask are known by what they hold. PREFIX.bin and PREFIX.idx look
+    like those of any Megatron data set: one of the other two must vouch for them.
+    """
+    found = [file for file in map(corpus_file, [prefix] * 4, _SUFFIXES) if os.path.lexists(file)]
+    proofs = {"json": _is_description, "loss_mask": _is_loss_mask}
+    is_ours = {suffix: proof(corpus_file(prefix, suffix)) for suffix, proof in proofs.items()}
+    for file in found:
+        suffix = file.name.rpartition(".")[2]
+        if not is_ours.get(suffix, any(is_ours.values())):
+            raise OutputError(
+                "a file is here that is not of a corpus of megatron_replay",
+                where=file,
+                fix="Nothing was written: choose another --output-prefix, or move the file away",
+            )
+
+
+def _is_description(path: Path) -> bool:
+    try:
+        content = read_json(path, DataError)
+    except DataError:
+        return False
+    return {"version", "num_documents", "tokenizer_fingerprint", "fingerprint"} <= content.keys()
+
+
+def _is_loss_mask(path: Path) -> bool:
+    try:
+        with open_regular(path, DataError) as handle:
+            return handle.read(len(MASK_MAGIC)) == MASK_MAGIC
+    except (DataError, OSError):
+        return False
 
 
 class CorpusWriter:
-    """Write documents to ``PREFIX.*`` as they come; memory: four bytes a document.
+    """Write documents to ``PREFIX.*`` as they come; memory: twelve bytes a document.
 
     Nothing appears under the prefix until the block ends, and nothing at all if it raises. An older
     corpus under the same prefix loses its PREFIX.json first, so no moment shows a mixture of two.
 
     Raises:
         DataError: a document that cannot be in a corpus, or no document at all.
-        OutputError: the files cannot be written.
+        OutputError: the files cannot be written, or would replace one that is not a corpus's.
     """
 
     def __init__(
@@ -48,12 +103,14 @@ class CorpusWriter:
     ) -> None:
         self._prefix, self._tokenizer = prefix, tokenizer
         self._row_format, self._source = row_format, source
-        self._lengths = array.array("i")
-        self._num_loss_tokens = 0
+        self._lengths, self._first_labels = array.array("i"), array.array("i")
+        self._crcs = array.array("I")
+        self._num_loss_tokens = self._max_token_id = 0
         self._fingerprint = ContentFingerprint()
         self._files = ExitStack()
 
     def __enter__(self) -> CorpusWriter:
+        require_ours(self._prefix)
         make_directory(corpus_file(self._prefix, "json").parent)
         with ExitStack() as opened:
             self._tokens = opened.enter_context(atomic_file(corpus_file(self._prefix, "bin")))
@@ -66,16 +123,22 @@ class CorpusWriter:
 
     def add(self, document: Document) -> None:
         """Append one document."""
-        tokens = document.tokens.astype("<i4")
-        if len(tokens) < 2:
+        if len(document) < 2:
             raise DataError("a document needs two tokens: one to see, one to predict")
-        if tokens.min() < 0 or tokens.max() >= self._tokenizer.vocab_size:
+        if max(len(document), len(self._lengths) + 1) > MAX_INT32:
+            raise DataError(
+                "more than a corpus can hold",
+                expected=f"at most {MAX_INT32} documents, of at most {MAX_INT32} tokens",
+                found=f"document {len(self._lengths)}, of {len(document)} tokens",
+            )
+        smallest, largest = int(document.tokens.min()), int(document.tokens.max())
+        if smallest < 0 or largest >= self._tokenizer.vocab_size:
             raise DataError(
                 "a token lies outside the vocabulary",
                 expected=f"0 to {self._tokenizer.vocab_size - 1}",
-                found=f"{tokens.min()} to {tokens.max()}",
+                found=f"{smallest} to {largest}",
             )
-        loss_mask = document.loss_mask.astype(np.uint8)
+        tokens, loss_mask = document.tokens.astype("<i4"), document.loss_mask.astype(np.uint8)
         assert loss_mask.shape == tokens.shape, (loss_mask.shape, tokens.shape)
         for stream, digest, data in (
             (self._tokens, self._fingerprint.tokens, tokens.tobytes()),
@@ -83,8 +146,13 @@ class CorpusWriter:
         ):
             stream.write(data)
             digest.update(data)
+        num_loss_tokens = int(np.count_nonzero(loss_mask[1:]))
+        first = int(np.argmax(loss_mask[1:])) + 1 if num_loss_tokens else len(tokens)
         self._lengths.append(len(tokens))
-        self._num_loss_tokens += int(np.count_nonzero(loss_mask[1:]))
+        self._first_labels.append(first)
+        self._crcs.append(document_crc(tokens, loss_mask))
+        self._num_loss_tokens += num_loss_tokens
+        self._max_token_id = max(self._max_token_id, largest)
 
     def __exit__(
         self,
@@ -100,13 +168,19 @@ class CorpusWriter:
             if not len(lengths_D):
                 raise DataError("no document to write", where=self._prefix)
             num_tokens = int(lengths_D.sum(dtype=np.int64))
+            header = MASK_HEADER.pack(MASK_MAGIC, CORPUS_VERSION, num_tokens)
+            trailer = np.array(self._crcs, dtype="<u4").tobytes()
+            trailer += np.array(self._first_labels, dtype="<i4").tobytes()
+            self._loss_mask.write(trailer)
+            self._loss_mask.write(zlib.crc32(header + trailer).to_bytes(4, "little"))
             self._loss_mask.seek(0)
-            self._loss_mask.write(MASK_HEADER.pack(MASK_MAGIC, CORPUS_VERSION, num_tokens))
+            self._loss_mask.write(header)
             corpus_file(self._prefix, "json").unlink(missing_ok=True)
         with atomic_file(corpus_file(self._prefix, "idx")) as handle:
             handle.write(idx_bytes(lengths_D))
-        description = self._description(lengths_D, num_tokens)
-        write_json(corpus_file(self._prefix, "json"), asdict(description))
+        description = asdict(self._description(lengths_D, num_tokens))
+        description["checksum"] = checksum(description)
+        write_json(corpus_file(self._prefix, "json"), description)
 
     def _description(self, lengths_D: npt.NDArray[np.int32], num_tokens: int) -> CorpusDescription:
         return CorpusDescription(
@@ -115,8 +189,10 @@ class CorpusWriter:
             num_tokens=num_tokens,
             num_loss_tokens=self._num_loss_tokens,
             vocab_size=self._tokenizer.vocab_size,
+            max_token_id=self._max_token_id,
             tokenizer_path=str(self._tokenizer.path),
             tokenizer_fingerprint=self._tokenizer.fingerprint,
+            tokenizer_files=self._tokenizer.files,
             eos_id=self._tokenizer.eos_id,
             pad_id=self._tokenizer.pad_id,
             format=self._row_format,

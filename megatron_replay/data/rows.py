@@ -10,15 +10,16 @@ format         row                                                 what carries 
 ``text``       ``{"text": "…"}``                                   every token and EOS
 =============  ==================================================  =============================
 
-Prompt and completion are encoded apart, as a model meets them when it generates. The last two chat
-formats use the tokenizer's chat template (``chat.py``); alpaca rows use the prompt they were
-published with, which needs none. Fields beside those named are ignored (ids, sources), except those
-that would change the text (``history``, ``tools``, …): such a row is refused.
+Prompt and completion are encoded apart, as a model meets them when it generates. The two chat
+formats use the tokenizer's chat template (``chat.py``) and take a ``system`` or ``system_prompt``
+beside the messages; alpaca rows use the prompt they were published with, which needs none. What a
+row says beside these is metadata, left out by name, or refused (``row.py``).
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_replay.data.chat import tokenize_conversation
 from megatron_replay.data.document import Document
-from megatron_replay.data.tokenizer import Message, Tokenizer
+from megatron_replay.data.row import Row, json_type
+from megatron_replay.data.row_chat import read_conversation
+from megatron_replay.data.row_files import open_rows
+from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError
 
 # github.com/tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT.
@@ -42,201 +45,149 @@ _ALPACA_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
+_EXPECTED = "one JSON object per line"
+_CONVERT = (
+    'Convert it: python -c "import json, sys; [print(json.dumps(row)) for row in '
+    'json.load(open(sys.argv[1]))]" FILE > FILE.jsonl'
+)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a file, parsed, with ``FILE:LINE`` for the messages about it."""
+def read_lines(path: Path, name: str | None = None) -> Iterator[tuple[str, bytes]]:
+    """Yield ``(FILE:LINE, bytes)`` for every line of ``path``, plain or compressed by gzip.
 
-    where: str
-    fields: dict[str, Any]
+    A byte order mark and blank lines at the end are left out.
 
-    def text(self, name: str) -> str:
-        """The string under ``name``.
-
-        Raises:
-            DataError: it is missing, no string, or no valid Unicode.
-        """
-        value: str = self.checked(self.fields, name, str)
-        return value
-
-    def checked(self, fields: Any, name: str, kind: type[Any], inside: str = "") -> Any:
-        """``fields[name]``, checked to be a ``kind``; ``inside`` says where in the row."""
-        at = f"{inside}{name}"
-        if not isinstance(fields, dict):
-            raise self.error(f"{inside.rstrip('.')} is not an object", found=_json_type(fields))
-        if name not in fields:
-            keys = ", ".join(map(repr, fields)) or "no keys"
-            raise self.error("missing key", expected=repr(at), found=keys)
-        value = fields[name]
-        if not isinstance(value, kind):
-            raise self.error(
-                f"{at!r} has the wrong type", expected=_TYPES[kind], found=_json_type(value)
-            )
-        if kind is str and not value.isascii():
-            self._require_unicode(at, value)
-        return value
-
-    def refuse(self, *names: str) -> None:
-        """Raise if a field that would change the text, and that no format carries, is not empty."""
-        for name in names:
-            if self.fields.get(name):
-                raise self.error(
-                    f"{name!r} would be lost: this format does not carry it",
-                    fix="Fold it into the conversation, or remove it",
-                )
-
-    def error(self, what: str, **facts: Any) -> DataError:
-        """A DataError about this row."""
-        return DataError(what, where=self.where, **facts)
-
-    def _require_unicode(self, at: str, value: str) -> None:
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:  # "\ud800" is JSON, but half a character
-            raise self.error(f"{at!r} is not valid Unicode: {error.reason}") from error
-
-
-_TYPES: dict[type[Any], str] = {str: "a string", list: "a list", dict: "an object"}
-
-
-def _json_type(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return _TYPES.get(type(value), "a number")
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield ``(FILE:LINE, bytes)`` for every line of ``path``.
+    Args:
+        name: shown instead of ``path``.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or holds no lines of text.
     """
-    try:
-        with open(path, "rb") as handle:
-            for number, line in enumerate(handle, start=1):
-                yield f"{path}:{number}", line
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror}", where=path) from error
+    name, blank = name or str(path), 0
+    with open_rows(path, name) as handle:
+        for number, line in enumerate(handle, start=1):
+            if not line.strip():
+                blank += 1
+                continue
+            for before in range(number - blank, number):
+                yield f"{name}:{before}", b"\n"
+            blank = 0
+            yield f"{name}:{number}", line
 
 
-def parse_row(where: str, line: bytes) -> Row:
-    """Parse one line.
+def parse_row(where: str, line: bytes, ignored: frozenset[str] = frozenset()) -> Row:
+    """Parse one line; fields whose names are ``ignored`` are left out.
 
     Raises:
-        DataError: it is empty, not UTF-8, not JSON, or not an object.
+        DataError: it is empty, not UTF-8, not JSON, not an object, or has two values for one key.
     """
     if not line.strip():
-        raise DataError("empty line", where=where, expected="a JSON object")
+        raise DataError("empty line", where=where, expected=_EXPECTED)
+    is_array = line.lstrip().startswith(b"[")  # on one line, or on many
     try:
-        fields = json.loads(line.decode())
+        fields = None if is_array else _DECODER.decode(line.decode())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}", where=where) from error
+        what = str(error) if isinstance(error, _TwiceError) else f"not JSON: {error}"
+        raise DataError(what, where=where, expected=_EXPECTED) from error
     if not isinstance(fields, dict):
         raise DataError(
-            "not a row", where=where, expected="a JSON object", found=_json_type(fields)
+            "not a row",
+            where=where,
+            expected=_EXPECTED,
+            found="a JSON array" if is_array else json_type(fields),
+            fix=_CONVERT if is_array else None,
         )
-    return Row(where, fields)
+    return Row(where, {k: v for k, v in fields.items() if k not in ignored}, ignored)
 
 
-def _prompt_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> Document:
-    prompt_ids = tokenizer.encode(prompt)
-    answer_ids = [*tokenizer.encode(completion), tokenizer.eos_id]
+class _TwiceError(ValueError):
+    """Two values under one key."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json would keep the last of two values under one key, without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise _TwiceError(f"the key {counts.most_common(1)[0][0]!r} is there twice")
+    return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _tokens(row: Row, text: str, tokenizer: Tokenizer) -> list[int]:
+    try:
+        return tokenizer.encode(text)
+    except DataError as error:
+        raise row.error(str(error)) from error
+
+
+def _prompt_completion(row: Row, prompt: str, answer: str, tokenizer: Tokenizer) -> Document:
+    prompt_ids = _tokens(row, prompt, tokenizer)
+    answer_ids = [*_tokens(row, answer, tokenizer), tokenizer.eos_id]
     tokens = np.array(prompt_ids + answer_ids, dtype=np.int32)
     return Document(tokens, np.arange(len(tokens)) >= len(prompt_ids))
 
 
+def _answer(row: Row, name: str) -> str:
+    answer = row.text(name)
+    if not answer.strip():
+        raise row.error(f"no answer token: {name!r} is {'blank' if answer else 'empty'}")
+    return answer
+
+
 def _from_prompt(row: Row, tokenizer: Tokenizer) -> Document:
-    prompt, completion = row.text("prompt"), row.text("completion")
+    prompt, completion = row.text("prompt"), _answer(row, "completion")
     if not prompt:
         raise row.error("'prompt' is empty", fix='Write raw text as {"text": …} rows')
-    if not completion:
-        raise row.error("no answer token: 'completion' is empty")
-    return _prompt_completion(prompt, completion, tokenizer)
+    return _prompt_completion(row, prompt, completion, tokenizer)
 
 
 def _from_alpaca(row: Row, tokenizer: Tokenizer) -> Document:
-    row.refuse("history", "system")
-    instruction, output = row.text("instruction"), row.text("output")
-    context = row.text("input") if "input" in row.fields else ""
+    instruction, context = row.text("instruction"), row.text_or_empty("input")
     if not instruction:
         raise row.error("'instruction' is empty")
-    if not output:
-        raise row.error("no answer token: 'output' is empty")
     template = _ALPACA_WITH_INPUT if context else _ALPACA
     prompt = template.format(instruction=instruction, input=context)
-    return _prompt_completion(prompt, output, tokenizer)
+    return _prompt_completion(row, prompt, _answer(row, "output"), tokenizer)
 
 
 def _from_sharegpt(row: Row, tokenizer: Tokenizer) -> Document:
-    row.refuse("tools")
-    messages: list[Message] = []
-    if row.fields.get("system"):
-        messages.append({"role": "system", "content": row.text("system")})
-    for i, turn in enumerate(row.checked(row.fields, "conversations", list)):
-        inside = f"conversations[{i}]."
-        speaker = row.checked(turn, "from", str, inside)
-        if speaker not in _SHAREGPT_ROLES:
-            raise row.error(
-                f"{inside}from is unknown",
-                expected="one of " + ", ".join(_SHAREGPT_ROLES),
-                found=repr(speaker),
-            )
-        value = row.checked(turn, "value", str, inside)
-        messages.append({"role": _SHAREGPT_ROLES[speaker], "content": value})
-    return _conversation(row, messages, tokenizer)
+    return read_conversation(row, "conversations", ("from", "value"), tokenizer)
 
 
 def _from_messages(row: Row, tokenizer: Tokenizer) -> Document:
-    row.refuse("tools", "functions")
-    messages = row.checked(row.fields, "messages", list)
-    for i, message in enumerate(messages):
-        row.checked(message, "role", str, f"messages[{i}].")
-        row.checked(message, "content", str, f"messages[{i}].")
-    return _conversation(row, messages, tokenizer)
-
-
-def _conversation(row: Row, messages: list[Message], tokenizer: Tokenizer) -> Document:
-    if not messages:
-        raise row.error("the conversation is empty")
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers:
-        raise row.error("no answer token: no message is the assistant's")
-    if not all(answer["content"] for answer in answers):
-        raise row.error("no answer token: an assistant's message is empty")
-    return tokenize_conversation(messages, tokenizer, where=row.where)
+    return read_conversation(row, "messages", ("role", "content"), tokenizer)
 
 
 def _from_text(row: Row, tokenizer: Tokenizer) -> Document:
     text = row.text("text")
     if not text:
         raise row.error("'text' is empty")
-    tokens = np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=np.int32)
+    tokens = np.array([*_tokens(row, text, tokenizer), tokenizer.eos_id], dtype=np.int32)
     return Document(tokens, np.ones(len(tokens), dtype=np.bool_))
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How a format is recognised (the keys it must have) and read."""
+    """How a format is recognised (the keys it must have) and read (with what else it carries)."""
 
     keys: tuple[str, ...]
     read: Callable[[Row, Tokenizer], Document]
+    also: tuple[str, ...] = ()
 
 
+_SYSTEM = ("system", "system_prompt")
 FORMATS = {
     "prompt": RowFormat(("prompt", "completion"), _from_prompt),
-    "alpaca": RowFormat(("instruction", "output"), _from_alpaca),
-    "sharegpt": RowFormat(("conversations",), _from_sharegpt),
-    "messages": RowFormat(("messages",), _from_messages),
+    "alpaca": RowFormat(("instruction", "output"), _from_alpaca, ("input",)),
+    "sharegpt": RowFormat(("conversations",), _from_sharegpt, _SYSTEM),
+    "messages": RowFormat(("messages",), _from_messages, _SYSTEM),
     "text": RowFormat(("text",), _from_text),
 }
+#: The formats that the tokenizer's chat template writes.
+CHAT_FORMATS = tuple(name for name, form in FORMATS.items() if form.also == _SYSTEM)
 
 
 def detect_format(row: Row) -> str:
@@ -264,9 +215,13 @@ def tokenize_row(row: Row, row_format: str, tokenizer: Tokenizer) -> Document:
         row_format: a key of ``FORMATS``.
 
     Raises:
-        DataError: the row does not fit the format, or nothing in it could be learnt.
+        DataError: the row does not fit the format, holds what would be lost, or nothing in it
+            could be learnt.
     """
-    document = FORMATS[row_format].read(row, tokenizer)
+    form = FORMATS[row_format]
+    if all(key in row.fields for key in form.keys):
+        row.refuse_unread(row_format, (*form.keys, *form.also))
+    document = form.read(row, tokenizer)
     if not document.loss_mask[1:].any():
         raise row.error("no answer token after the first token")
     return document

@@ -6,26 +6,24 @@ corpus needs neither, and transformers alone costs seconds.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
-from megatron_replay.errors import DataError
-from megatron_replay.files import sha256_of_files
-
-# Everything in a Hugging Face directory that decides which ids a text becomes.
-_TOKENIZER_FILES = (
-    "tokenizer*.json",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "*.model",
-    "*.tiktoken",
+from megatron_replay.data.render_limits import MAX_TEXT, render_limits
+from megatron_replay.data.tokenizer_files import (
+    require_declared_ids,
+    require_ids,
+    require_regular_beside,
+    tokenizer_files,
 )
+from megatron_replay.errors import DataError
+from megatron_replay.files import open_regular, sha256_of_files
+
+_MAX_TEMPLATE = 1 << 20  # characters; published ones have up to 50,000
 
 Message = Mapping[str, Any]
 
@@ -40,7 +38,9 @@ class Tokenizer(ABC):
         pad_id: what empty positions hold; the EOS where the tokenizer names no padding token.
             That is harmless: padding is known by its document id (-1), never by its token.
         special_ids: control tokens (turn markers, BOS, EOS, padding).
-        fingerprint: SHA-256 of the files that decide the ids.
+        files: SHA-256 by name of each file that decides the ids.
+        fingerprint: SHA-256 of all of them.
+        chat_template: the Jinja source that renders conversations; None where there is none.
     """
 
     path: Path
@@ -48,13 +48,18 @@ class Tokenizer(ABC):
     eos_id: int
     pad_id: int
     special_ids: frozenset[int]
+    files: dict[str, str]
     fingerprint: str
+    chat_template: str | None = None
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``; no BOS, EOS or other special token is added.
 
         A Hugging Face tokenizer reads a special token spelled out in ``text`` as that token.
+
+        Raises:
+            DataError: the tokenizer fails on it.
         """
 
     @abstractmethod
@@ -65,73 +70,95 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool
-    ) -> list[int]:
-        """Ids of a conversation as the tokenizer's own template renders it.
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """A conversation as the tokenizer's own template writes it, within ``render_limits``.
 
         Raises:
-            DataError: there is no template, or it refuses the conversation.
+            DataError: there is no template, it fails on the conversation, or writes too much.
         """
+
+
+def tokenizer_digests(path: str | os.PathLike[str]) -> dict[str, str]:
+    """SHA-256 by name of each file of a tokenizer that decides which ids a text becomes.
+
+    Args:
+        path: a Hugging Face directory (one without a tokenizer gives {}), or a ``.model`` file.
+
+    Raises:
+        DataError: nothing is there, or a file is no regular file, too large or not readable.
+    """
+    path = Path(path)
+    digests = {}
+    for file in tokenizer_files(path):
+        with open_regular(file, DataError) as handle:
+            name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
+            digests[name] = hashlib.file_digest(cast(Any, handle), "sha256").hexdigest()
+    return digests
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Load a Hugging Face tokenizer directory or a sentencepiece ``.model`` file.
 
     Raises:
-        DataError: nothing is there, it cannot be read, or it has no EOS token.
+        DataError: nothing is there, it cannot be read, is damaged, or has no EOS token.
     """
     path = Path(path)
+    files = tokenizer_files(path)
     if path.is_dir():
-        return _HuggingFaceTokenizer(path)
-    if path.is_file() and path.suffix == ".model":
-        return _SentencePieceTokenizer(path)
-    raise DataError(
-        "no tokenizer here",
-        where=path,
-        expected="a Hugging Face directory or a sentencepiece .model file",
-        found="another kind of file" if path.exists() else "nothing",
-    )
+        return _HuggingFaceTokenizer(path, files)
+    return _SentencePieceTokenizer(path, files)
 
 
 class _HuggingFaceTokenizer(Tokenizer):
-    def __init__(self, path: Path) -> None:
-        files = {file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)}
+    def __init__(self, path: Path, files: list[Path]) -> None:
         if not files:
             raise DataError(
                 "no tokenizer files in this directory",
                 where=path,
                 expected="tokenizer.json, or a vocabulary with tokenizer_config.json",
             )
+        require_regular_beside(path)
         self.path = path
-        self.fingerprint = sha256_of_files(list(files))
-        self._backend = self._load(path)
+        self.files = tokenizer_digests(path)
+        self.fingerprint = sha256_of_files(files)
+        try:
+            self._load()
+        except DataError:
+            raise
+        except BaseException as error:  # neither transformers nor the Rust below promise a type
+            _failed("cannot load the tokenizer", error, where=path)
+
+    def _load(self) -> None:
+        from transformers import AutoTokenizer
+
+        for file in sorted(self.files):
+            require_declared_ids(self.path / file)
+        backend = self._backend = AutoTokenizer.from_pretrained(
+            self.path, local_files_only=True, trust_remote_code=False
+        )
+        # Documents may be longer than a model's context; transformers would warn at each.
+        backend.model_max_length = 1 << 62
         # Added tokens may leave holes, so the number of entries is not the bound.
-        self.vocab_size = max(self._backend.get_vocab().values()) + 1
-        self.eos_id = _require_eos(self._backend.eos_token_id, path)
-        pad_id = self._backend.pad_token_id
+        self.vocab_size = max(backend.get_vocab().values()) + 1
+        require_ids([self.vocab_size - 1], self.path)
+        self.eos_id = _require_eos(backend.eos_token_id, self.path)
+        pad_id = backend.pad_token_id
         self.pad_id = self.eos_id if pad_id is None else pad_id
-        added = self._backend.added_tokens_decoder
+        added = backend.added_tokens_decoder
         self.special_ids = frozenset(
             {id_ for id_, token in added.items() if token.special} | {self.eos_id, self.pad_id}
         )
-
-    @staticmethod
-    def _load(path: Path) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            backend = AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # transformers promises no type here
-            raise DataError(f"cannot load the tokenizer: {error}", where=path) from error
-        # Documents may be longer than a model's context; transformers would warn at each.
-        backend.model_max_length = 1 << 62
-        return backend
+        template = backend.chat_template
+        if isinstance(template, dict):  # several by name
+            template = template.get("default")
+        if template:
+            self.chat_template = _require_template(template, self.path)
 
     def encode(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False))
+        try:
+            return list(self._backend.encode(text, add_special_tokens=False))
+        except BaseException as error:
+            _failed("the tokenizer cannot encode the text", error)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(
@@ -140,29 +167,33 @@ class _HuggingFaceTokenizer(Tokenizer):
             )
         )
 
-    def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool
-    ) -> list[int]:
-        from jinja2 import TemplateError
-
-        if not self._backend.chat_template:
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        if self.chat_template is None:
             raise DataError(
                 "the tokenizer has no chat template",
                 where=self.path,
                 fix="Use an instruction-tuned model's tokenizer, or prompt/completion rows",
             )
         try:
-            # return_dict=False: transformers 5 would otherwise return a BatchEncoding.
-            ids = self._backend.apply_chat_template(
-                list(messages), add_generation_prompt=add_generation_prompt, return_dict=False
+            with render_limits():
+                text = self._backend.apply_chat_template(
+                    [dict(message) for message in messages],
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                )
+        except BaseException as error:  # a template is a program: it can fail in any way
+            _failed("the chat template refuses the conversation", error)
+        if len(text) > MAX_TEXT:
+            raise DataError(
+                "the chat template writes too much",
+                expected=f"at most {MAX_TEXT} characters",
+                found=len(text),
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            raise DataError(f"the chat template refuses the conversation: {error}") from error
-        return list(ids)
+        return str(text)
 
 
 class _SentencePieceTokenizer(Tokenizer):
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: list[Path]) -> None:
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
@@ -177,7 +208,8 @@ class _SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, OSError) as error:
             raise DataError(f"not a sentencepiece model: {error}", where=path) from error
         self.path = path
-        self.fingerprint = sha256_of_files([path])
+        self.files = tokenizer_digests(path)
+        self.fingerprint = sha256_of_files(files)
         self.vocab_size = self._backend.vocab_size()
         eos_id, pad_id = self._backend.eos_id(), self._backend.pad_id()  # -1: there is none
         self.eos_id = _require_eos(None if eos_id < 0 else eos_id, path)
@@ -187,19 +219,41 @@ class _SentencePieceTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, out_type=int))
+        try:
+            return list(self._backend.encode(text, out_type=int))
+        except Exception as error:
+            _failed("the tokenizer cannot encode the text", error)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode([i for i in ids if i < self.vocab_size]))
 
-    def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool
-    ) -> list[int]:
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         raise DataError(
             "a sentencepiece model has no chat template",
             where=self.path,
             fix="Use a Hugging Face tokenizer directory, or prompt/completion rows",
         )
+
+
+def _failed(what: str, error: BaseException, **facts: Any) -> NoReturn:
+    """Raise ``error`` as a DataError, unless it ends the process: a Rust panic is no Exception."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        raise error
+    reason = str(error) or type(error).__name__
+    raise DataError(f"{what}: {reason[:500]}", **facts) from error
+
+
+def _require_template(template: object, path: Path) -> str:
+    if not isinstance(template, str):
+        raise DataError("the chat template is no text", where=path, found=type(template).__name__)
+    if len(template) > _MAX_TEMPLATE:
+        raise DataError(
+            "the chat template is too large",
+            where=path,
+            expected=f"at most {_MAX_TEMPLATE} characters",
+            found=len(template),
+        )
+    return template
 
 
 def _require_eos(eos_id: int | None, path: Path) -> int:

@@ -16,6 +16,7 @@ VOCAB_SIZE, PAD_ID = 90_000, 7
 FACTS = SimpleNamespace(
     path=Path("some/tokenizer"),
     fingerprint="f" * 64,
+    files={"tokenizer.json": "e" * 64},
     vocab_size=VOCAB_SIZE,
     eos_id=1,
     pad_id=PAD_ID,

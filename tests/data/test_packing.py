@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_replay.data.packing import (
@@ -20,6 +20,7 @@ from megatron_replay.errors import ConfigError, DataError
 from tests.data.examples import PAD_ID, random_documents, write_corpus
 
 SEQ_LENGTH = 12
+ANY_SPEED = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 lengths_lists = st.lists(st.integers(2, SEQ_LENGTH + 1), min_size=1, max_size=40)
 
 
@@ -36,6 +37,7 @@ def next_fit(lengths, order, seq_length):
 
 
 @given(lengths_lists, st.integers(0, 2**32), st.integers(0, 50))
+@ANY_SPEED
 def test_packs_hold_every_document_once_within_capacity(lengths, seed, epoch):
     lengths_D = np.array(lengths, dtype=np.int32)
     order = document_order(len(lengths), seed=seed, epoch=epoch)
@@ -46,6 +48,7 @@ def test_packs_hold_every_document_once_within_capacity(lengths, seed, epoch):
 
 
 @given(st.lists(st.sampled_from([0, 2, 5]), min_size=1, max_size=20))
+@ANY_SPEED
 def test_dropped_documents_are_in_no_pack(lengths):
     lengths_D = np.array(lengths, dtype=np.int32)
     packs = plan_packs(lengths_D, np.arange(len(lengths)), SEQ_LENGTH)
@@ -162,6 +165,7 @@ def as_lists(packs):
 
 
 @given(lengths_lists, st.integers(1, 5), st.integers(1, 3))
+@ANY_SPEED
 def test_global_batches_are_the_epochs_end_to_end(lengths, gbs, epochs):
     sampler = batches(lengths, gbs=gbs, epochs=epochs)
     stream = [p for k in range(sampler.num_batches) for p in as_lists(sampler.global_batch(k))]
@@ -176,7 +180,7 @@ def test_global_batches_are_the_epochs_end_to_end(lengths, gbs, epochs):
 
 
 @given(lengths_lists, st.sampled_from([(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 2)]))
-@settings(max_examples=60)
+@settings(ANY_SPEED, max_examples=60)
 def test_ranks_share_out_the_same_micro_batches(lengths, layout):
     mbs, dp_size = layout
     alone = batches(lengths, gbs=8, mbs=mbs)
@@ -189,6 +193,7 @@ def test_ranks_share_out_the_same_micro_batches(lengths, layout):
 
 
 @given(lengths_lists, st.randoms(use_true_random=False))
+@ANY_SPEED
 def test_batch_k_does_not_depend_on_what_was_asked_before(lengths, random):
     fresh = batches(lengths)
     ks = list(range(fresh.num_batches))

@@ -109,24 +109,6 @@ def test_a_template_without_end_token_keeps_all_of_the_turn(tmp_path):
     assert spans(got, plain) == [("user: hi\nassistant:", False), (" yes\n", True)]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
-    """Qwen3's template drops the thoughts of all answers but the last; this does the same."""
-    forgetful = load_tokenizer(
-        save_hugging_face(
-            tmp_path / "forgetful",
-            chat_template="{% for m in messages %}<|im_start|>{{ m.role }}\n"
-            "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
-            "{{ m.content }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        )
-    )
-    one = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    got = document({"messages": one}, forgetful)
-    assert spans(got, forgetful)[1] == ("<think>\n\n</think>\n\nyes<|im_end|>", True)
-    with pytest.raises(DataError, match=r"rows.jsonl:7: .* message 1 differently once more"):
-        document({"messages": one + one}, forgetful)
-
-
 def test_text(tokenizer):
     got = document({"text": "select 1"}, tokenizer)
     assert spans(got, tokenizer) == [("select 1<|endoftext|>", True)]
@@ -199,12 +181,15 @@ def test_a_bad_row_names_its_line_and_reason(tokenizer, fields, row_format, mess
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": ', "not JSON"),
+        (b'{"text": ', r"not JSON: .* \(expected one JSON object per line\)"),
+        (b'{"text": "a", "text": "b"}', r"the key 'text' is there twice"),
+        (b'{"text": "a", "meta": {"b": 1, "c": 1, "b": 2}}', r"the key 'b' is there twice"),
         (b'{"text": "\xff"}', "not JSON: 'utf-8' codec can't decode"),
         (b"\n", "empty line"),
-        (b"[1]", r"not a row \(expected a JSON object; found a list\)"),
+        (b"[1]", r"not a row \(expected one JSON object per line; found a JSON array\). Convert"),
+        (b"[\n", r"not a row \(expected one JSON object per line; found a JSON array\). Convert"),
         (b"3", "not a row .*found a number"),
-        (b"[" * 100_000, "not JSON"),
+        (b'{"text":' + b"[" * 100_000, "not JSON"),
     ],
 )
 def test_a_line_that_is_no_row(line, message):

@@ -15,6 +15,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+#: Ends in a newline, as an answer may begin with some: tokens of several newlines are learnt.
+BLANK_LINES = ["assistant\n\n\n- a\n\n\n\nb \n\n c\n\n"] * 30
 SENTENCES = [
     "how many singers are there in france?",
     "select count(*) from singer where country = 'france'",
@@ -24,19 +26,31 @@ SENTENCES = [
 
 
 def save_hugging_face(
-    directory: Path, *, chat_template: str | None = CHATML, eos: str | None = "<|endoftext|>"
+    directory: Path,
+    *,
+    chat_template: str | None = CHATML,
+    eos: str | None = "<|endoftext|>",
+    sentences: list[str] = SENTENCES,
+    like_sentencepiece: bool = False,
 ) -> Path:
-    """A byte-level BPE of about 300 ids; padding is the EOS, as in many published models."""
+    """A BPE of about 300 ids; padding is the EOS, as in many published models.
+
+    Byte-level; or one that writes a blank before each text, as Llama 2's does.
+    """
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    if like_sentencepiece:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        backend.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(SENTENCES, trainer)
+    backend.train_from_iterator(sentences, trainer)
     directory.mkdir(parents=True)
     backend.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": eos, "eos_token": eos}

@@ -28,8 +28,9 @@ def text_of(document: DocumentCandidates) -> Document:
 
 def write_corpus(prefix: Path, documents: list[Document]) -> Corpus:
     tokenizer: Any = SimpleNamespace(
-        path="tokenizer", fingerprint="tokenizer", vocab_size=VOCAB_SIZE, eos_id=0, pad_id=0
-    )
+        path="tokenizer", fingerprint="tokenizer", files={},
+        vocab_size=VOCAB_SIZE, eos_id=0, pad_id=0,
+    )  # fmt: skip
     with CorpusWriter(prefix, tokenizer, row_format="messages", source={}) as corpus:
         for document in documents:
             corpus.add(document)

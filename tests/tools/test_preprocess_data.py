@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gzip
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +12,8 @@ import pytest
 
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.tokenizer import load_tokenizer
-from tests.data.tiny_tokenizers import save_hugging_face, save_sentencepiece
+from tests.data.test_row_files import piped
+from tests.data.tiny_tokenizers import CHATML, save_hugging_face, save_sentencepiece
 from tools import preprocess_data
 
 ROWS = [{"prompt": f"what is {i} + 1?", "completion": f" {i + 1}"} for i in range(5)]
@@ -114,13 +118,13 @@ def test_a_bad_row_stops_with_one_line(run, write_rows, tmp_path):
 
 
 def test_bad_rows_are_listed_and_counted(run, write_rows, tmp_path):
-    rows = write_rows(["{", ROWS[0], {"text": "raw"}, ROWS[1], ""])
+    rows = write_rows(["{", ROWS[0], {"text": "raw"}, ROWS[1], "", ROWS[2], "", ""])
     code, out, err = run(rows, flags=["--on-bad-row", "skip"])
     assert code == 0
-    assert "; written, 3 of 5 rows skipped" in out
+    assert "; written, 3 of 6 rows skipped" in out
     skipped = [line for line in err.splitlines() if line.startswith("skipped: ")]
     assert [line.split(": ")[1] for line in skipped] == [f"{rows}:{n}" for n in (1, 3, 5)]
-    assert len(Corpus(tmp_path / "corpus")) == 2
+    assert len(Corpus(tmp_path / "corpus")) == 3
 
 
 def test_only_bad_rows(run, write_rows, tmp_path):
@@ -166,6 +170,7 @@ def test_raw_text_is_split(run, write_rows, tmp_path):
         (["--max-document-tokens", "10"], "splits raw text only (expected text rows; found prompt"),
         (["--max-document-tokens", "1"], "too small (expected 2 or more; found 1)"),
         (["--show", "-1"], "--show: negative"),
+        (["--ignore-fields", "a", "--format", "spider"], "--ignore-fields: has no effect"),
     ],
 )
 def test_options_that_cannot_work(run, write_rows, flags, message):
@@ -179,6 +184,109 @@ def test_missing_input(run, tmp_path):
     code, _, err = run(tmp_path / "none.jsonl")
     assert code == 3
     assert err == f"error: {tmp_path}/none.jsonl: cannot read: No such file or directory\n"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("by", ["name", "link", "pid"])
+def test_no_output_over_an_input(run, write_rows, tmp_path, suffix, by):
+    name = {"pid": f".train.{suffix}.tmp.{os.getpid()}"}.get(by, f"train.{suffix}")
+    rows = write_rows(ROWS, name)
+    before = rows.read_bytes()
+    if by == "link":
+        (tmp_path / "link.jsonl").symlink_to(rows)
+    code, _, err = run(tmp_path / "link.jsonl" if by == "link" else rows, prefix="train")
+    assert code == 2
+    assert "the output is also read, as --input" in err
+    assert name in err
+    assert err.count("\n") == 1
+    assert rows.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1 + (by == "link")
+
+
+def test_no_output_over_the_tokenizer(run, write_rows, tmp_path, tokenizer_dir):
+    saved = shutil.copytree(tokenizer_dir, tmp_path / "saved")
+    before = (saved / "tokenizer.json").read_bytes()
+    code, _, err = run(write_rows(ROWS), prefix="saved/tokenizer", tokenizer=saved)
+    assert code == 2
+    assert "the output is also read, as --tokenizer" in err
+    assert (saved / "tokenizer.json").read_bytes() == before
+
+
+def test_no_output_over_a_file_of_another_kind(run, write_rows, tmp_path):
+    others = write_rows([{"a": 1}], "corpus.json")
+    before = others.read_bytes()
+    code, out, err = run(write_rows(ROWS))
+    assert (code, out) == (6, "")
+    assert err == (
+        f"error: {others}: a file is here that is not of a corpus of megatron_replay. Nothing was "
+        "written: choose another --output-prefix, or move the file away\n"
+    )
+    assert others.read_bytes() == before
+
+
+def test_a_pipe_is_read_like_a_file(run, write_rows, tmp_path):
+    """As often as needed, errors included; the second time its corpus is up to date."""
+    rows = write_rows(ROWS)
+    run(rows, prefix="of-a-file")
+    for outcome in ("written, 0 of 5 rows skipped", "up to date"):
+        with piped(gzip.compress(rows.read_bytes())) as pipe:
+            code, out, err = run(pipe)
+        assert code == 0
+        assert out.endswith(f"; {outcome}\n")
+        assert err.startswith(f"{pipe}: a pipe, copied until it ends\n")
+    assert contents(tmp_path)[:3] == contents(tmp_path, "of-a-file")[:3]
+    with piped(b'\n{"prompt": "a"}\n') as pipe:
+        code, _, err = run(pipe, prefix="bad", flags=["--format", "prompt"])
+    assert code == 3
+    assert err.endswith(f"error: {pipe}:1: empty line (expected one JSON object per line)\n")
+    assert not list(tmp_path.glob("*bad*"))
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/"])
+def test_an_input_that_is_no_file(run, path):
+    code, _, err = run(path)
+    assert code == 3
+    assert err.startswith(f"error: {path}: cannot read (expected a regular file; found a d")
+
+
+def test_ignored_fields_are_part_of_what_a_corpus_was_made_from(run, write_rows, tmp_path):
+    rows = write_rows([{**row, "context": "a", "note": "b"} for row in ROWS])
+    code, _, err = run(rows)
+    assert code == 3
+    assert "rows.jsonl:1: 'context', 'note' would be lost" in err
+    assert "--ignore-fields context,note" in err
+    code, out, _ = run(rows, flags=["--ignore-fields", "note, context"])
+    assert code == 0
+    assert "; written" in out
+    _, out, _ = run(rows, flags=["--ignore-fields", "context,note"])
+    assert out.endswith("; up to date\n")
+    bytes_of = contents(tmp_path)[:3]
+    run(write_rows(ROWS), prefix="plain")
+    assert contents(tmp_path, "plain")[:3] == bytes_of
+    code, out, _ = run(write_rows(ROWS), flags=["--ignore-fields", "text"])
+    assert "; written" in out
+
+
+def test_an_ignored_field_does_not_decide_the_format(run, write_rows):
+    rows = write_rows([{**row, "text": "a"} for row in ROWS])
+    code, _, err = run(rows)
+    assert code == 3
+    assert "fits the formats prompt and text" in err
+    code, out, _ = run(rows, flags=["--ignore-fields", "text"])
+    assert code == 0
+    assert "(prompt)" in out
+
+
+def test_a_template_that_writes_the_date_is_said(run, write_rows, tmp_path):
+    dated = save_hugging_face(tmp_path / "dated", chat_template="{{ strftime_now('%F') }}" + CHATML)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    said = "the chat template writes today's date"
+    _, _, err = run(write_rows([{"messages": turns}]), tokenizer=dated)
+    assert err.count(said) == 1
+    _, _, err = run(write_rows([{"messages": turns}]))
+    assert said not in err
+    _, _, err = run(write_rows(ROWS), tokenizer=dated, prefix="no-chat")
+    assert said not in err
 
 
 def test_from_a_shell_with_sentencepiece(write_rows, tmp_path):

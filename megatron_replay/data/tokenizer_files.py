@@ -1,0 +1,96 @@
+"""Which files of a directory a tokenizer is made of, and checks before a library opens them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_replay.errors import DataError
+from megatron_replay.files import MAX_TEXT_BYTES, require_regular
+
+# Everything in a Hugging Face directory that decides which ids a text becomes.
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "*.model",
+    "*.tiktoken",
+    "additional_chat_templates/*.jinja",
+)
+# What transformers may open beside them: model configurations, other vocabularies.
+_OTHER_FILES = ("*.json", "*.txt", "*.jinja")
+_MAX_TEMPLATE_BYTES = 4 << 20  # published ones have up to 50,000
+_MAX_ID = np.iinfo(np.int32).max - 1  # so that the size of the vocabulary fits, too
+
+
+def tokenizer_files(path: Path) -> list[Path]:
+    """The files that decide the ids, checked to be regular and of a size that can be read."""
+    if os.path.isdir(path):
+        files = sorted({file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)})
+    elif path.suffix == ".model" and os.path.exists(path):
+        files = [path]
+    else:
+        raise DataError(
+            "no tokenizer here",
+            where=path,
+            expected="a Hugging Face directory or a sentencepiece .model file",
+            found="another kind of file" if os.path.exists(path) else "nothing",
+        )
+    for file in files:
+        size = require_regular(file, DataError)
+        limit = _MAX_TEMPLATE_BYTES if file.suffix == ".jinja" else MAX_TEXT_BYTES
+        if size > limit:
+            raise DataError(
+                "too large for a tokenizer's file",
+                where=file,
+                expected=f"at most {limit} bytes",
+                found=f"{size} bytes",
+            )
+    return files
+
+
+def require_regular_beside(path: Path) -> None:
+    """Raise DataError where transformers could open a pipe or a device in directory ``path``."""
+    for file in (file for pattern in _OTHER_FILES for file in path.glob(pattern)):
+        if os.path.exists(file) and not (file.is_file() or file.is_dir()):
+            require_regular(file, DataError)
+
+
+def require_declared_ids(file: Path) -> None:
+    """Raise DataError where a file of a tokenizer declares an id that does not fit into int32.
+
+    The library below numbers an added token of such an id anew, without a word.
+    """
+    if file.name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json"):
+        content = json.loads(file.read_bytes())
+        require_ids(_declared_ids(file.name, content if isinstance(content, dict) else {}), file)
+
+
+def _declared_ids(name: str, content: dict[str, Any]) -> list[int]:
+    if name == "tokenizer_config.json":
+        return [int(id_) for id_ in content.get("added_tokens_decoder") or ()]
+    if name != "tokenizer.json":
+        return [id_ for id_ in content.values() if type(id_) is int]
+    model, added = content.get("model"), content.get("added_tokens") or ()
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []  # a unigram model has a list
+    return ids + [token["id"] for token in added]
+
+
+def require_ids(ids: Sequence[int], where: Path) -> None:
+    """Raise DataError where an id does not fit into int32."""
+    if ids and not 0 <= min(ids) <= max(ids) <= _MAX_ID:
+        raise DataError(
+            "a token's id does not fit",
+            where=where,
+            expected=f"ids from 0 to {_MAX_ID}",
+            found=f"{min(ids)} to {max(ids)}",
+        )

@@ -1,0 +1,117 @@
+"""Files of rows that are not plain JSON lines: read, or named for what they are."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import hashlib
+import lzma
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_replay.data.row_files import is_pipe, spooled
+from megatron_replay.data.rows import read_lines
+from megatron_replay.errors import DataError, OutputError
+
+LINES = b'{"text": "a"}\n{"text": "\xc3\xa9"}\n'
+READ = [b'{"text": "a"}\n', b'{"text": "\xc3\xa9"}\n']
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LINES,
+        b"\xef\xbb\xbf" + LINES,
+        gzip.compress(LINES),
+        gzip.compress(LINES[:14]) + gzip.compress(LINES[14:]),
+        gzip.compress(b"\xef\xbb\xbf" + LINES),
+        LINES + b"\n \n\t\n",
+    ],
+)
+def test_a_byte_order_mark_gzip_and_blank_lines_at_the_end_are_read(tmp_path, content):
+    path = tmp_path / "rows"  # known by its content, not by its name
+    path.write_bytes(content)
+    assert list(read_lines(path)) == [(f"{path}:1", READ[0]), (f"{path}:2", READ[1])]
+
+
+def test_blank_lines_in_between_keep_their_numbers(tmp_path):
+    path = tmp_path / "rows"
+    path.write_bytes(b"\n" + READ[0] + b"\n\n" + READ[1] + b"\n")
+    assert list(read_lines(path, "shown")) == [
+        ("shown:1", b"\n"), ("shown:2", READ[0]), ("shown:3", b"\n"), ("shown:4", b"\n"),
+        ("shown:5", READ[1]),
+    ]  # fmt: skip
+    path.write_bytes(b"")
+    assert list(read_lines(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"PAR1" + bytes(99), "a Parquet file"),
+        (b"ARROW1\0\0", "an Arrow file"),
+        (b"PK\x03\x04" + bytes(99), "a zip file"),
+        (bz2.compress(LINES), "a file compressed by bzip2"),
+        (lzma.compress(LINES), "a file compressed by xz"),
+        (b"\x28\xb5\x2f\xfd" + bytes(9), "a file compressed by zstd"),
+        (LINES.decode().encode("utf-16"), "text in UTF-16"),
+        (gzip.compress(b"PAR1" + bytes(99)), "a Parquet file"),
+    ],
+)
+def test_other_files_are_named(tmp_path, content, kind):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"one JSON object per line, .*found {kind}"):
+        list(read_lines(path))
+
+
+@pytest.mark.parametrize("damage", [slice(0, -9), slice(0, 20), slice(0, 2)])
+def test_damaged_gzip_is_one_line(tmp_path, damage):
+    path = tmp_path / "rows.gz"
+    path.write_bytes(gzip.compress(LINES)[damage])
+    with pytest.raises(DataError, match=r"rows.gz: cannot read: "):
+        list(read_lines(path))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_neither_waited_for_nor_read(tmp_path, make):
+    make(tmp_path / "rows")
+    with pytest.raises(DataError, match=r"rows: cannot read \(expected a regular file"):
+        list(read_lines(tmp_path / "rows"))
+
+
+def test_a_line_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_replay.data.row_files.MAX_TEXT_BYTES", 1000)
+    path = tmp_path / "rows.gz"
+    path.write_bytes(gzip.compress(READ[0] + b"x" * 2000))
+    with pytest.raises(DataError, match=r"rows.gz:2: the line is too long"):
+        list(read_lines(path))
+
+
+@contextlib.contextmanager
+def piped(content):
+    """The path of a pipe that holds ``content``, as ``<(cat FILE)`` gives one."""
+    reader, writer = os.pipe()
+    os.write(writer, content)
+    os.close(writer)
+    yield Path(f"/dev/fd/{reader}")
+    os.close(reader)
+
+
+def test_a_pipe_is_copied_to_a_file_without_a_name(tmp_path):
+    with piped(LINES * 1000) as pipe:
+        assert is_pipe(pipe)
+        with spooled(pipe, tmp_path) as (copy, digest):
+            assert [line for _, line in read_lines(copy, "shown")] == READ * 1000
+            assert len(list(read_lines(copy, "shown"))) == 2000  # again
+            assert digest == hashlib.sha256(LINES * 1000).hexdigest()
+            assert list(tmp_path.iterdir()) == []
+    os.mkfifo(tmp_path / "pipe")
+    assert is_pipe(tmp_path / "pipe")
+    assert not is_pipe(tmp_path)
+    assert not is_pipe(tmp_path / "nothing")
+    with pytest.raises(OutputError), spooled(pipe, tmp_path / "missing"):
+        pass
