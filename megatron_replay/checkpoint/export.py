@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_replay.checkpoint.hf import INDEX, HFReader, same_bits
-from megatron_replay.checkpoint.model_files import read_side_file, side_files
+from megatron_replay.checkpoint.model_files import copy_side_file, side_files
 from megatron_replay.checkpoint.names import hf_tensor_shapes, mapping_of
 from megatron_replay.checkpoint.staging import publish, staging_directory, start_directory
 from megatron_replay.errors import CheckpointError, ReplayError
-from megatron_replay.files import atomic_file, output_error, read_json, write_json
+from megatron_replay.files import output_error, read_json, write_json
 from megatron_replay.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -227,12 +227,11 @@ def _write_files(
     dtype: torch.dtype,
     source: Path,
 ) -> None:
-    for file in side_files(source):
-        if file.name != "config.json":
-            with atomic_file(staged / file.name) as handle:
-                handle.write(read_side_file(file))
-    name = str(dtype).removeprefix("torch.")
-    write_json(staged / "config.json", {**config, "dtype": name, "torch_dtype": name})
+    for name, file in side_files(source).items():
+        if name != "config.json":
+            copy_side_file(file, staged / name)
+    stored = str(dtype).removeprefix("torch.")
+    write_json(staged / "config.json", {**config, "dtype": stored, "torch_dtype": stored})
     write_index(staged, written)
 
 

@@ -28,24 +28,30 @@ _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 _MOST_BYTES = 1 << 30
 
 
-def side_files(source: Path) -> list[Path]:
-    """The files of a Hugging Face directory that are no weights and no index of weights.
+def side_files(source: Path) -> dict[str, Path]:
+    """The files of a Hugging Face directory that are no weights and no index of weights, by name.
 
     Raises:
-        CheckpointError: the directory, or one of them, cannot be read.
+        CheckpointError: the directory cannot be read.
     """
     try:
         found = sorted(path for path in source.iterdir() if path.suffix in _SUFFIXES)
     except OSError as error:
         raise CheckpointError(f"cannot read: {error.strerror}", where=source) from error
-    return [path for path in found if not path.name.endswith(".index.json") and not path.is_dir()]
+    found += sorted(source.glob("additional_chat_templates/*.jinja"))
+    return {
+        path.relative_to(source).as_posix(): path
+        for path in found
+        if not path.name.endswith(".index.json") and not path.is_dir()
+    }
 
 
-def read_side_file(path: Path) -> bytes:
-    """All bytes of one.
+def copy_side_file(path: Path, target: Path) -> None:
+    """Copy one, into a folder that is made if need be.
 
     Raises:
         CheckpointError: it cannot be read, or is too large to be one.
+        OutputError: it cannot be written.
     """
     with open_regular(path, CheckpointError) as handle:
         size = os.fstat(handle.fileno()).st_size
@@ -57,14 +63,16 @@ def read_side_file(path: Path) -> bytes:
                 found=f"{size} bytes",
                 fix="Move it out of the model's directory",
             )
-        return handle.read()
+        content = handle.read()
+    target.parent.mkdir(exist_ok=True)
+    with atomic_file(target) as handle:
+        handle.write(content)
 
 
 def fingerprints(source: Path) -> dict[str, str]:
     """SHA-256 by name of each of ``side_files``."""
-    return {
-        path.name: sha256_of_files([path], error=CheckpointError) for path in side_files(source)
-    }
+    files = side_files(source).items()
+    return {name: sha256_of_files([path], error=CheckpointError) for name, path in files}
 
 
 def keep_model_files(source: Path, directory: Path) -> None:
@@ -87,9 +95,8 @@ def keep_model_files(source: Path, directory: Path) -> None:
             if path.exists():
                 shutil.rmtree(path)
         staged.mkdir(parents=True)
-        for file in side_files(source):
-            with atomic_file(staged / file.name) as handle:
-                handle.write(read_side_file(file))
+        for name, file in side_files(source).items():
+            copy_side_file(file, staged / name)
         fsync_path(staged)
         if target.exists():
             os.replace(target, retired)

@@ -374,7 +374,7 @@ def test_a_crash_while_publishing_leaves_no_mixture(corpus, prefix, documents, m
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "fsync_directory", crash)  # right after the first rename
+    monkeypatch.setattr(files, "fsync_path", crash)  # right after the first rename
     with pytest.raises(KeyboardInterrupt):
         write_corpus(prefix, documents[:2])
     with pytest.raises(DataError, match="let it finish"):

@@ -1,0 +1,160 @@
+"""Process groups: who waits how long, what a launcher must say, and what a lost rank leads to."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_replay import cli, parallel, platform
+from megatron_replay.config import ParallelConfig
+from megatron_replay.errors import ConfigError, TrainingError
+from megatron_replay.parallel import environment_world_size
+from megatron_replay.training.interrupt import StopRequest
+from tests import pool
+
+TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+        "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # fmt: skip
+WHOLE = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, 1), (WHOLE, 4), ({"WORLD_SIZE": "1"}, 1), ({"OMPI_COMM_WORLD_SIZE": "1"}, 1),
+        ({**WHOLE, "SLURM_STEP_NUM_TASKS": "2"}, 4),
+        ({k: v for k, v in WHOLE.items() if k != "LOCAL_RANK"}, "WORLD_SIZE=4 and no LOCAL_RANK"),
+        ({"WORLD_SIZE": "4"}, "no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "four"}, "WORLD_SIZE='four'"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8 and no WORLD_SIZE"),
+        ({"OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE=8 and no WORLD_SIZE"),
+    ],
+)  # fmt: skip
+def test_what_a_launcher_must_say(monkeypatch, environment, found):
+    """Under srun and mpirun each process would otherwise train alone, into one directory."""
+    for name in TOLD:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(found, int):
+        assert environment_world_size() == found
+    else:
+        with pytest.raises(ConfigError, match=r"do not know of each other.*torchrun") as caught:
+            environment_world_size()
+        assert found in str(caught.value)
+
+
+def timeouts(rank: int, world_size: int) -> set[datetime.timedelta]:
+    config = ParallelConfig(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2,
+        distributed_timeout_minutes=7.5,
+    )  # fmt: skip
+    groups = parallel.initialize(config, platform.select("cpu"))
+    held = (groups.tp_group, groups.pp_group, groups.dp_group, groups.model_group,
+            groups.tp_dp_group)  # fmt: skip
+    cpu = torch.device("cpu")
+    return {groups.timeout, *(group._get_backend(cpu).options._timeout for group in held)}
+
+
+@pytest.mark.distributed
+def test_the_timeout_reaches_every_group():
+    """megatron-core's own would be 30 minutes."""
+    assert pool.run(4, timeouts) == [{datetime.timedelta(minutes=7.5)}] * 4
+
+
+def lost(rank: int, world_size: int, silent: tuple[int, ...], message: str) -> str | None:
+    parallel._ANSWER_SECONDS = 5.0
+    dist.barrier()
+    if rank in silent:
+        time.sleep(6)  # alive, and stuck
+        return None
+    explained = parallel.explain(RuntimeError(message))
+    return None if explained is None else f"{type(explained).__name__} {explained}"
+
+
+@pytest.mark.distributed
+def test_the_rank_that_is_waited_for_is_named_with_the_flag():
+    said = pool.run(3, lost, (1,), "[gloo/...] Timed out waiting 600000ms for recv operation")
+    assert said[1] is None
+    for line in (said[0], said[2]):
+        assert line.startswith("TrainingError rank 1 does not answer; the others waited for it as")
+        assert "--distributed-timeout-minutes" in line
+    assert pool.run(2, lost, (), "Connection closed by peer") == [None, None]
+    assert pool.run(2, lost, (), "division by zero") == [None, None]
+
+
+def test_an_explained_error_is_one_line(capsys, tmp_path):
+    def fail(_) -> None:
+        raise RuntimeError("Timed out")
+
+    from megatron_replay.config import Stage0Config
+
+    argv = ["--load", "m", "--data-path", "d", "--store", "s"]
+    code = cli.launch("x", Stage0Config, fail, str, lambda _: TrainingError("rank 1"), argv)
+    assert code == 7
+    assert capsys.readouterr().err == "error: rank 1\n"
+
+
+def stops(rank: int, world_size: int, asked: dict[int, int]) -> int:
+    """The iteration after which this rank leaves; ``asked``: when a rank gets its signal."""
+    request = StopRequest(dist.distributed_c10d._get_default_store())
+    with request:
+        for iteration in range(1, 20):
+            dist.barrier()  # a step, in which all take part
+            if asked.get(rank) == iteration:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if request.after(iteration):
+                return iteration
+    return 0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("asked", "last"), [({}, 0), ({1: 3}, (4,)), ({0: 3, 1: 3, 2: 3}, (4,)), ({0: 5, 2: 4}, (5,))]
+)
+def test_all_ranks_stop_after_the_same_step(asked, last):
+    [stopped] = set(pool.run(3, stops, asked))
+    assert stopped == last if last == 0 else stopped in last
+
+
+WORKER = """
+import os, sys, time
+from megatron_replay import cli
+cli._GRACE_SECONDS = float(sys.argv[1])
+cli.end_with_launcher()
+if sys.argv[2] == "deaf":
+    import signal
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(os.getpid(), flush=True)
+time.sleep(3600)
+"""
+LAUNCHER = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(3600)"
+
+
+@pytest.mark.parametrize("kind", ["plain", "deaf"])
+def test_a_worker_ends_with_its_torchrun(kind):
+    """Also one that does not answer SIGTERM; both would write beside the next run's."""
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "1",
+                   "PYTHONPATH": str(Path(__file__).parents[1])}  # fmt: skip
+    worker = [sys.executable, "-c", WORKER, "0.2", kind]
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, *worker], stdout=subprocess.PIPE, env=environment,
+        start_new_session=True,
+    ) as launcher:  # fmt: skip
+        try:
+            assert launcher.stdout.readline()
+            launcher.kill()
+            # Its pipe is at an end once the worker, too, is gone.
+            assert launcher.stdout.read() == b""
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
