@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,14 @@ class StepTrace:
             self.close()
 
     def close(self) -> None:
-        """Write the trace if one is being made."""
+        """Write the trace if one is being made; say so where the run was too short for any."""
         if self._profiler is None:
+            if self._wanted and self._taken <= self._wanted[0] and self._rank == 0:
+                print(
+                    f"--profile has traced nothing: {self._taken} steps were taken, and "
+                    f"--profile-start is {self._wanted[0]}",
+                    file=sys.stderr,
+                )
             return
         self._profiler.stop()
         self._names.close()

@@ -1,0 +1,325 @@
+"""Every flag of both stages changes what a run does, or is refused. None is without effect.
+
+A run is observed from outside (exit code, metrics, files and what they hold, what is printed) and,
+where a flag is to change nothing but the cost, by what the run was built with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_replay import flags
+from megatron_replay.config import Stage0Config, Stage1Config, flag_name
+from tests import pool, tiny
+from tests.e2e import stages
+
+pytestmark = pytest.mark.distributed
+
+#: Of each flag of Stage 1: what to give it, and what goes along in both runs that are compared.
+STAGE1: dict[str, list[str]] = {
+    "tensor_model_parallel_size": ["2"],
+    "pipeline_model_parallel_size": ["2"],
+    "sequence_parallel": ["", "--tensor-model-parallel-size", "1"],
+    "platform": ["nonsense"],
+    "distributed_timeout_minutes": ["3"],
+    "device_memory_gib": ["8"],
+    "load": ["OTHER", "--allow-other-store"],
+    "bf16": [""],
+    "data_path": ["TEXT", "--loss", "full"],
+    "seq_length": ["32"],
+    "long_documents": ["truncate", "--seq-length", "12"],
+    "micro_batch_size": ["2"],
+    "pack_documents": ["no"],
+    "loss": ["full"],
+    "store": ["LOGITS", "--candidate-scope", "document"],
+    "allow_other_store": ["", "--load", "OTHER"],
+    "candidate_scope": ["document"],
+    "full_loss_every": ["2"],
+    "tail": ["ghost"],
+    "tail_samples": ["9", "--tail", "sampled"],
+    "kl_weight": ["0.5", "--store", "LOGITS"],
+    "vocab_sharding": ["interleaved"],
+    "head_backend": ["torch"],
+    "optimizer": ["adamw"],
+    "lr": ["2e-3"],
+    "min_lr": ["1e-3"],
+    "lr_decay_style": ["constant"],
+    "lr_warmup_iters": ["1"],
+    "weight_decay": ["0.5"],
+    "clip_grad": ["0.01"],
+    "adam_beta1": ["0.5"],
+    "adam_beta2": ["0.5"],
+    "adam_eps": ["1", "--optimizer", "adamw"],
+    "use_distributed_optimizer": [""],
+    "optimizer_backend": ["torch"],
+    "angle_scope": ["tensor"],
+    "max_angle": ["1"],
+    "obtuse": ["zero", "--lr", "1"],
+    "obtuse_patience": ["0", "--obtuse", "zero", "--lr", "1"],
+    "second_moment": ["clipped", "--max-angle", "1"],
+    "atan_a": ["2"],
+    "atan_b": ["2"],
+    "mofo_fraction": ["0.5", "--optimizer", "mofo"],
+    "torque": ["smoothed", "--optimizer", "tam"],
+    "muon_momentum": ["0.5", "--optimizer", "adamuon"],
+    "newton_schulz_dtype": ["bfloat16", "--optimizer", "adamuon"],
+    "attention_clip_grad": ["1e-3", "--optimizer", "muonclip"],
+    "qk_clip_threshold": [
+        "0.01",
+        "--optimizer",
+        "muonclip",
+        "--load",
+        "LLAMA",
+        "--allow-other-store",
+        "--no-last-layer-at-selected",
+    ],
+    "save": ["ELSEWHERE"],
+    "global_batch_size": ["1"],
+    "train_epochs": ["2"],
+    "last_layer_at_selected": ["no"],
+    "drop_unread_tokens": ["no"],
+    "overlap_grad_reduce": [""],
+    "prefetch_batches": ["0"],
+    "train_iters": ["1"],
+    "seed": ["5"],
+    "save_interval": ["1"],
+    "keep_last": ["1", "--save-interval", "1"],
+    "keep_best": ["loss"],
+    "exit_interval": ["1"],
+    "max_skipped_steps": ["0", "POISON"],
+    "recompute_granularity": ["full"],
+    "profile": ["", "--lr", "1e-3"],
+    "profile_start": ["1", "--profile"],
+    "profile_steps": ["1", "--profile", "--profile-start", "0"],
+    "log_interval": ["2"],
+    "tensorboard_dir": ["ELSEWHERE"],
+    "stability_interval": ["1"],
+    "distance_interval": ["1"],
+    "probe_interval": ["1"],
+    "probe_documents": ["2"],
+    "general_data_path": ["TEXT"],
+    "general_documents": ["2", "--general-data-path", "TEXT"],
+    "progress_interval": ["1e-9"],
+}
+STAGE0: dict[str, list[str]] = {
+    "tensor_model_parallel_size": ["2"],
+    "pipeline_model_parallel_size": ["2"],
+    "sequence_parallel": [""],
+    "platform": ["nonsense"],
+    "distributed_timeout_minutes": ["3"],
+    "device_memory_gib": ["8"],
+    "load": ["OTHER"],
+    "bf16": [""],
+    "data_path": ["TEXT"],
+    "seq_length": ["32"],
+    "long_documents": ["truncate", "--seq-length", "12"],
+    "micro_batch_size": ["2"],
+    "pack_documents": ["no"],
+    "store": ["ELSEWHERE"],
+    "coverage": ["0.5"],
+    "max_candidates": ["9"],
+    "position_strategy": ["all"],
+    "position_fraction": ["1"],
+    "num_buckets": ["2"],
+    "confidence": ["gold-prob"],
+    "last_n": ["2", "--position-strategy", "last-token"],
+    "position_seed": ["5"],
+    "store_codec": ["archive"],
+    "store_logits": ["bf16"],
+    "documents_per_shard": ["5"],
+    "shards": ["0:1", "--documents-per-shard", "5"],
+    "logits_chunk_size": ["3"],
+    "write_buffer_mib": ["1"],
+    "tensorboard_dir": ["ELSEWHERE"],
+    "selection_backend": ["torch"],
+    "progress_interval": ["1e-9", "--documents-per-shard", "5"],
+}
+#: What is read nowhere, and so is refused.
+REFUSED = [
+    ("stage1", ["--obtuse-patience", "9"]),
+    ("stage1", ["--mofo-fraction", "0.5"]),
+    ("stage1", ["--profile-start", "9"]),
+    ("stage1", ["--general-documents", "9"]),
+    ("stage1", ["--loss", "full", "--no-drop-unread-tokens"]),
+    ("stage1", ["--probe-interval", "0", "--probe-documents", "9"]),
+    ("stage1", ["--min-lr", "1e-4", "--lr-decay-style", "constant"]),
+    ("stage0", ["--position-strategy", "random", "--num-buckets", "9"]),
+    ("stage0", ["--position-strategy", "all", "--position-fraction", "0.9"]),
+    ("stage0", ["--position-strategy", "all", "--position-seed", "9"]),
+    ("stage0", ["--position-strategy", "last-token", "--confidence", "gold-prob"]),
+    ("stage0", ["--last-n", "9"]),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flags")
+    tiny.save_corpus(folder / "corpus", num_documents=12)
+    tiny.save_corpus(folder / "text", num_documents=12, seed=4)
+    small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
+    tiny.save_qwen3(folder / "model", tied=True, **small)
+    tiny.save_qwen3(folder / "other", tied=True, seed=7, **small)
+    tiny.save_llama(folder / "llama", tied=True, num_hidden_layers=1)
+    common = stages.inputs(folder)
+    stages.succeed("stage0", *common, "--store", folder / "store")
+    stages.succeed("stage0", *common, "--store", folder / "logits", "--store-logits", "fp16",
+                   "--position-strategy", "random", "--coverage", 0.6)  # fmt: skip
+    return folder
+
+
+def _observe(rank: int, world_size: int, stage: str, argvs: list[list[str]]) -> list[Any]:
+    """Each of several runs in this process, from outside and by what it was built with."""
+    return [_observed(stage, argv) for argv in argvs]
+
+
+def _observed(stage: str, argv: list[str]) -> Any:
+    from megatron_replay import parallel
+    from megatron_replay.collection import collector, run
+    from megatron_replay.training import loop, work
+
+    built: list[Any] = []
+
+    def noting(owner, name, note):
+        call = getattr(owner, name)
+
+        def noted(*args, **kwargs):
+            built.append((name, note(*args, **kwargs)))
+            return call(*args, **kwargs)
+
+        setattr(owner, name, noted)
+        return owner, name, call
+
+    patches = [
+        noting(parallel, "build_groups", lambda config, device: config.distributed_timeout_minutes),
+        noting(loop, "Loader", lambda make, steps, depth: depth),
+        noting(loop, "load_model", lambda *_, recompute: recompute),
+        noting(loop, "wrap_for_training", lambda model, **options: sorted(options.items())),
+        noting(work, "pack_batch", lambda corpus, packs, *_: len(packs)),
+        noting(work, "Work", lambda batch, head, rows: rows is None),
+        noting(run, "ShardStream", lambda *_, max_bytes: max_bytes),
+        noting(collector, "pack_batch", lambda corpus, packs, *_: len(packs)),
+        noting(collector, "select_candidates", lambda _, labels, **__: len(labels)),
+    ]
+    poison = "POISON" in argv
+    if poison:
+        patches.append((loop, "train_step", loop.train_step))
+        loop.train_step = _poisoned(loop.train_step)
+    try:
+        code, out, err = stages._main(0, 1, stage, [x for x in argv if x != "POISON"], None)
+    finally:
+        for owner, name, call in reversed(patches):
+            setattr(owner, name, call)
+        parallel_state.destroy_model_parallel()  # what a refused run has left
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return [
+        code,
+        *(re.sub(r"[\d.]+", "#", text) for text in (out, err)),
+        repr(sorted(map(repr, built))),
+    ]
+
+
+def _poisoned(take_step):
+    def step(model, optimizer, work, *args, **kwargs):
+        head = work[0].head
+        if not step.calls:
+            work = [work[0]._replace(head=lambda h, w: head(h, w) * math.nan), *work[1:]]
+        step.calls += 1
+        return take_step(model, optimizer, work, *args, **kwargs)
+
+    step.calls = 0
+    return step
+
+
+def _held(directory) -> dict[str, Any]:
+    """Files by name, and what those hold that do not tell the time."""
+    held = {}
+    for path in directory.rglob("*"):
+        name = re.sub(r"events\.out.*", "events", str(path.relative_to(directory)))
+        if path.name == "metrics.jsonl":
+            lines = path.read_text().splitlines()
+            held[name] = [_without_time(json.loads(line)) for line in lines]
+        elif path.suffix in (".distcp", ".bin", ".idx"):
+            held[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif path.is_file():
+            held[name] = None
+    return held
+
+
+def _without_time(line: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in line.items() if k not in ("seconds", "data_wait_seconds")}
+
+
+def command(stage: str, folder, place, name: str, value: list[str]) -> list[str]:
+    """A run in the folder ``place``; ``value``: what the flag gets, None to leave it out."""
+    given, *context = value
+    argv = stages.inputs(folder)
+    if stage == "stage1":
+        argv += ["--store", folder / "store", "--save", place / "out", "--lr", 1e-2,
+                 "--global-batch-size", 2]  # fmt: skip
+        argv += [] if name in ("train_epochs", "train_iters") else ["--train-iters", 3]
+    else:
+        argv += ["--store", place / "out"]
+    flag = flag_name(name)
+    changed = [flag.replace("--", "--no-")] if given == "no" else [flag, given] if given else [flag]
+    places = {
+        "OTHER": folder / "other", "LLAMA": folder / "llama", "TEXT": folder / "text",
+        "LOGITS": folder / "logits", "ELSEWHERE": place / "elsewhere",
+    }  # fmt: skip
+    extra = [] if given is None else changed
+    return [str(places.get(x, x)) for x in map(str, [*argv, *context, *extra])]
+
+
+def _alone(name: str, value: list[str]) -> tuple[str, ...]:
+    """What the run without a flag depends on: flags that share it are compared with one run."""
+    return (name if name.startswith("train_") else "", *value[1:])
+
+
+@pytest.mark.parametrize(("stage", "table"), [("stage1", STAGE1), ("stage0", STAGE0)])
+def test_every_flag_changes_something_or_is_refused(folder, tmp_path, stage, table):
+    root = {"stage0": Stage0Config, "stage1": Stage1Config}[stage]
+    fields = [f.name for s in flags._sections(root).values() for f in dataclasses.fields(s)]
+    assert sorted(table) == sorted(fields), "a flag that this table does not know"
+    runs: dict[Any, tuple[Any, list[str]]] = {}  # what several flags are compared with, once
+    for name, value in table.items():
+        for key, given in ((_alone(name, value), [None, *value[1:]]), (name, value)):
+            place = tmp_path / f"{len(runs):04d}"
+            runs.setdefault(key, (place, command(stage, folder, place, name, given)))
+    [seen] = pool.run(1, _observe, stage, [argv for _, argv in runs.values()])
+    found = {
+        key: [[x.replace(str(place), "PLACE") for x in outside], _held(place), code]
+        for (key, (place, _)), (code, *outside) in zip(runs.items(), seen, strict=True)
+    }
+    for name, value in table.items():
+        plain, changed = found[_alone(name, value)], found[name]
+        assert plain[2] == 0 or name in ("long_documents", "allow_other_store"), (name, plain)
+        assert "Traceback" not in changed[0][1], (name, changed)
+        assert plain != changed, f"{flag_name(name)} changes nothing"
+
+
+def test_a_run_observed_twice_is_the_same(folder, tmp_path):
+    """Without which the test above would show nothing."""
+    for stage in ("stage0", "stage1"):
+        places = [tmp_path / stage / "one", tmp_path / stage / "two"]
+        argvs = [command(stage, folder, place, "load", [None]) for place in places]
+        [seen] = pool.run(1, _observe, stage, argvs)
+        one, two = (
+            [[x.replace(str(place), "PLACE") for x in outside], _held(place), code]
+            for place, (code, *outside) in zip(places, seen, strict=True)
+        )
+        assert one == two
+
+
+@pytest.mark.parametrize(("stage", "extra"), REFUSED)
+def test_what_nothing_reads_is_refused(folder, tmp_path, stage, extra):
+    argv = command(stage, folder, tmp_path, "load", [None])
+    assert "uses it" in stages.fail(stage, *argv, *extra, code=2)
