@@ -204,6 +204,24 @@ def test_batch_k_does_not_depend_on_what_was_asked_before(lengths, random):
         assert as_lists(jumping.global_batch(k)) == in_order[k]
 
 
+@given(lengths_lists, st.integers(1, 5))
+def test_without_an_end_epochs_follow_each_other_and_no_batch_is_padded(lengths, gbs):
+    """As under --train-iters: what --train-epochs gives, and then further epochs, shuffled anew."""
+    endless, three = batches(lengths, gbs=gbs, epochs=None), batches(lengths, gbs=gbs, epochs=3)
+    for k in range(three.num_batches - 1):
+        assert as_lists(endless.global_batch(k)) == as_lists(three.global_batch(k))
+    held: list[int] = []
+    for k in range(three.num_batches + 5):
+        packs = as_lists(endless.global_batch(k))
+        assert all(packs)
+        held += [document for pack in packs for document in pack]
+    size = len(lengths)
+    epochs = [held[i : i + size] for i in range(0, len(held) - size + 1, size)]
+    assert len(epochs) > 2
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    assert epochs[3:4] != epochs[2:3] or size < 6
+
+
 def test_more_epochs_only_append():
     lengths = [3, 9, 13, 5, 2, 8, 8, 4]
     few, many = batches(lengths, gbs=2, epochs=1), batches(lengths, gbs=2, epochs=4)
