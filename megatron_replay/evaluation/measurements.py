@@ -20,7 +20,8 @@ from megatron_replay.evaluation.choices import Choice, read_choices, score_choic
 from megatron_replay.evaluation.inputs import Inputs, Settings
 from megatron_replay.evaluation.language_model import Score, greedy_answers, load_model, score
 from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, run_tasks
-from megatron_replay.evaluation.sql_execution import Limits, execution_match, with_answers
+from megatron_replay.evaluation.sql_execution import execution_match, with_answers
+from megatron_replay.evaluation.sql_query import Limits
 from megatron_replay.store import CandidateReader
 
 Result = dict[str, Any]
