@@ -60,7 +60,7 @@ def evaluate(
     Raises:
         ConfigError, DataError, CheckpointError, StoreError: something given cannot be used.
     """
-    hashes, tasks = inputs.sha256(), inputs.lm_eval()
+    hashes = inputs.sha256()
     asked = {BASE: base, **models}
     sha256 = {name: model_sha256(path) for name, path in asked.items()}
     tokens = load_tokenizer(tokenizer or base)
@@ -72,17 +72,19 @@ def evaluate(
             for name, path in inputs.paths().items()
         },
         "settings": asdict(settings),
-        "lm_eval_version": require_lm_eval() if tasks else None,
+        "lm_eval_version": require_lm_eval() if inputs.lm_eval() else None,
         "tokenizer": tokens.fingerprint,
     }
+    material = read_material(inputs, tokens, settings, progress=progress)
     decisive = dict(hashes)
-    if tasks:
-        decisive["lm_eval"] = repr((document["lm_eval_version"], tasks.general, tasks.domain))
+    if material.tasks:
+        tasks, metrics = material.tasks
+        parts = (document["lm_eval_version"], tasks.general, tasks.domain, metrics)
+        decisive["lm_eval"] = repr(parts)
     keys = {
         name: _key(sha256[name], sha256[BASE], tokens.fingerprint, decisive, settings)
         for name in asked
     }
-    material = read_material(inputs, tokens, settings, progress=progress)
     known = {result["key"]: result for result in _previous(output)}
     if keys[BASE] in known:  # before the first measurement, which may be cut off
         _write(output, document, asked, keys, known)
@@ -90,7 +92,7 @@ def evaluate(
         if keys[name] in known:
             continue
         start = time.monotonic()
-        measured = measure(name, path, tokens, material, tasks, settings, progress=progress)
+        measured = measure(name, path, tokens, material, settings, progress=progress)
         measured["relative_l2_percent"] = 100 * relative_l2(path, base)
         measured["seconds"] = round(time.monotonic() - start, 2)
         known[keys[name]] = {"sha256": sha256[name], "key": keys[name], **measured}
