@@ -31,8 +31,8 @@ _NAMED = (
 )
 
 _SETTINGS = {
-    "device": "torch device",
-    "dtype": "what the models compute in",
+    "device": "torch device; auto: this machine's accelerator, or its CPU",
+    "dtype": "what the models compute in, on any device",
     "batch_size": "documents or prompts at once",
     "window": "general text is cut into pieces of so many predicted tokens",
     "max_new_tokens": "length of a generated query",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from megatron_replay.data.corpus import corpus_file
@@ -11,6 +12,7 @@ from megatron_replay.data.sql_sets import sql_set_files
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, task_files
 from megatron_replay.files import sha256_of_files
+from megatron_replay.platform import select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +118,18 @@ def _files(name: str, path: Path) -> list[Path]:
     return [path]
 
 
+#: A day.
+_MAX_QUERY_SECONDS = 86_400
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How it is measured; part of every result's key.
 
     Attributes:
-        device: where the models run.
-        dtype: their number format.
+        device: where the models run; "auto" is this machine's accelerator, or its CPU.
+        dtype: their number format. float32 everywhere: weights that training moved by less than
+            bfloat16 resolves would otherwise count as unmoved.
         batch_size: documents or prompts at once.
         window: general text is cut into pieces of this many predicted tokens.
         max_new_tokens: length limit of a generated query.
@@ -131,7 +138,7 @@ class Settings:
         bird_compat: compare answers as BIRD does, as sets without order.
     """
 
-    device: str = "cpu"
+    device: str = "auto"
     dtype: str = "float32"
     batch_size: int = 16
     window: int = 128
@@ -143,8 +150,25 @@ class Settings:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if not isinstance(value, (str, bool)) and value <= 0:
+            if not isinstance(value, (str, bool)) and not 0 < value < math.inf:
                 raise ConfigError("must be positive", where=_flag(one.name), found=value)
+        if self.query_seconds > _MAX_QUERY_SECONDS:
+            raise ConfigError(
+                "too long for one query",
+                where="--query-seconds",
+                expected=f"at most {_MAX_QUERY_SECONDS}",
+                found=self.query_seconds,
+            )
+
+    def resolved(self) -> Settings:
+        """These settings with the device that "auto" is here: two devices give two results."""
+        if self.device != "auto":
+            return self
+        try:
+            return replace(self, device=select("auto").name)
+        except ConfigError as error:  # an accelerator that cannot be used
+            message = str(error).replace("--platform", "--device")
+            raise ConfigError(message) from error
 
 
 def _flag(name: str) -> str:

@@ -74,7 +74,7 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
         ConfigError: there is no such device here.
         CheckpointError: it is missing, or transformers cannot load it.
     """
-    _require_device(device)
+    require_device(device)
     if not (path / "config.json").is_file():
         raise CheckpointError("no Hugging Face model here", where=path, expected="config.json")
     try:
@@ -99,7 +99,8 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
     return cast(PreTrainedModel, model)
 
 
-def _require_device(device: str) -> None:
+def require_device(device: str) -> None:
+    """Raise ConfigError unless torch can use ``device``."""
     try:
         torch.zeros(1, device=device).item()
     except (AssertionError, RuntimeError) as error:  # torch without a backend asserts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping
 from copy import deepcopy
@@ -13,6 +14,7 @@ from pathlib import Path
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.errors import CheckpointError, DataError
 from megatron_replay.evaluation.inputs import Inputs, Settings
+from megatron_replay.evaluation.language_model import require_device
 from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval
 from megatron_replay.evaluation.measurements import Result, measure, read_material
 from megatron_replay.evaluation.retention import general_scores, retention
@@ -60,6 +62,10 @@ def evaluate(
     Raises:
         ConfigError, DataError, CheckpointError, StoreError: something given cannot be used.
     """
+    settings = settings.resolved()
+    require_device(settings.device)
+    if progress:
+        print(f"models run on {settings.device}, in {settings.dtype}", file=sys.stderr)
     hashes = inputs.sha256()
     asked = {BASE: base, **models}
     sha256 = {name: model_sha256(path) for name, path in asked.items()}

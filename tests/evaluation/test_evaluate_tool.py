@@ -15,11 +15,14 @@ from safetensors.torch import load_file, save_file
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.tokenizer import load_tokenizer
+from megatron_replay.errors import ConfigError
 from megatron_replay.evaluation import suite
 from megatron_replay.evaluation.candidate_mass import candidate_mass
 from megatron_replay.evaluation.language_model import load_model, score
 from megatron_replay.evaluation.measurements import read_documents
 from megatron_replay.files import sha256_of_files
+from megatron_replay.platform import registry
+from megatron_replay.platform.cpu import CPU
 from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
 from tests.data.tiny_tokenizers import save_sentencepiece
 from tests.evaluation.models import VOCAB_SIZE, random_documents, save_model
@@ -304,6 +307,47 @@ def test_prints_a_line_a_model(
     ]
 
 
+class Accelerator(CPU):
+    """Stands in for one that torch can use: its name is a device of torch's."""
+
+    name = "meta"
+
+
+def test_the_default_device_is_this_machine_s_and_part_of_the_key(
+    site: Path,
+    tmp_path: Path,
+    measuring: Measuring,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={tmp_path}/e"]
+    monkeypatch.setattr(registry, "PLATFORMS", (CPU,))
+    assert evaluate.main(given) == evaluate.main([*given, "--device=cpu"]) == 0
+    assert "models run on cpu, in float32" in capsys.readouterr().err
+    assert measuring.measured == ["base"]
+    monkeypatch.setattr(registry, "PLATFORMS", (Accelerator, CPU))
+    monkeypatch.setattr(suite, "require_device", lambda _: None)
+    assert evaluate.main(given) == 0
+    assert "models run on meta, in float32" in capsys.readouterr().err
+    assert measuring.measured == ["base", "base"]
+    document = json.loads((tmp_path / "e").read_text())
+    assert (document["settings"]["device"], document["settings"]["dtype"]) == ("meta", "float32")
+
+
+def test_an_accelerator_that_cannot_be_used_is_one_line(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(CPU):
+        @classmethod
+        def available(cls) -> bool:
+            raise ConfigError("broken", where="--platform", fix="Give --platform cpu")
+
+    monkeypatch.setattr(registry, "PLATFORMS", (Broken, CPU))
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={tmp_path}/e"]
+    assert evaluate.main(given) == 2
+    assert "error: --device: broken. Give --device cpu\n" in capsys.readouterr().err
+
+
 def test_a_prompt_that_the_model_cannot_read(
     site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,6 +385,9 @@ def test_a_prompt_that_the_model_cannot_read(
         (["--general-choices=c={site}/wrong.jsonl"], 3, "benchmark c: the base scores 0"),
         (["--sql=books={site}", "--max-new-tokens=510"], 3, "questions.jsonl:1: prompt and answer"),
         (["--window=0"], 2, "--window: must be positive (found 0)"),
+        (["--query-seconds=nan"], 2, "--query-seconds: must be positive (found nan)"),
+        (["--query-seconds=inf"], 2, "--query-seconds: must be positive (found inf)"),
+        (["--query-seconds=1e300"], 2, "--query-seconds: too long for one query"),
         (["--data={site}/missing"], 3, "no such file, given as --data"),
         (["--task-data={site}/text.jsonl"], 3, "text.jsonl:1"),
         (["--model=a={site}"], 4, "no safetensors files here"),
