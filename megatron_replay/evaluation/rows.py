@@ -9,7 +9,9 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +19,17 @@ from typing import Any
 
 import yaml
 
-from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.errors import ConfigError, DataError, OutputError
 from megatron_replay.evaluation.run_log import CONFIG, summarize_run
-from megatron_replay.files import output_error
+from megatron_replay.files import open_regular, output_error
 
 FORMAT = 1
 #: The tables that a row can be listed in, by the names that ``--table`` takes.
 TABLES = ("methods", "positions", "angles", "coverage", "remedies", "sweep")
+#: How long to wait while other processes append.
+LOCK_SECONDS = 60.0
+#: Bytes that are read at once at the file's end, a few rows; and no row is longer than this.
+_BLOCK, _LONGEST_ROW = 1 << 16, 1 << 26
 #: What seeds of one method differ in, and where a run writes: no part of its configuration's hash.
 _NOT_HASHED = {"training": ("seed", "save", "tensorboard_dir")}
 
@@ -198,13 +204,17 @@ def append_row(path: Path, row: Row) -> None:
     A kill can only leave the last line torn: the next append drops it, and says so.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, is no file of rows, or another process keeps it
+            locked for ``LOCK_SECONDS``.
     """
     line = json.dumps({"format": FORMAT, **asdict(row)}, ensure_ascii=False)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o644)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OutputError("cannot append", where=path, expected="a regular file")
+            _lock(path, fd)
+            _require_rows(path, fd)
             _mend_end(path, fd)
             data = f"{line}\n".encode()
             while data:  # the disk may take less than all
@@ -216,17 +226,55 @@ def append_row(path: Path, row: Row) -> None:
         raise output_error(path, error) from error
 
 
+def _lock(path: Path, fd: int) -> None:
+    """Wait for the lock, which a writer holds for as long as one line takes."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise OutputError(
+                    f"another process has kept this file locked for {LOCK_SECONDS:g} s",
+                    where=path,
+                    fix="End it (fuser names it), or append to another file",
+                ) from None
+            time.sleep(0.01)
+
+
+def _require_rows(path: Path, fd: int) -> None:
+    """Raise OutputError unless the file is empty or begins with a row, or with a torn one."""
+    with os.fdopen(os.dup(fd), "rb") as handle:
+        handle.seek(0)
+        first = handle.readline(_LONGEST_ROW)
+    torn = f'{{"format": {FORMAT}, "method": '.encode()
+    if first and not first.startswith(torn[: len(first)]) and not _is_row(first):
+        raise OutputError(
+            "this file holds something else than rows, so none is appended",
+            where=path,
+            found=repr(first[:60].decode("utf-8", "replace")),
+            fix="Give another file as --rows",
+        )
+
+
 def _mend_end(path: Path, fd: int) -> None:
-    """Cut a torn last line off; end a whole one that only lacks its newline."""
-    text = path.read_bytes()
-    whole, last = _split_end(text)
+    """Cut a torn last line off; end a whole one that only lacks its newline.
+
+    Reads backwards, no further than the last line goes.
+    """
+    start = end = os.fstat(fd).st_size
+    last = b""
+    while start and b"\n" not in last:
+        start = max(0, start - (max(_BLOCK, len(last)) if last else 1))
+        last = os.pread(fd, end - len(last) - start, start) + last
+    last = last[last.rfind(b"\n") + 1 :]
     if not last:
         return
     if _is_object(last):
         os.write(fd, b"\n")
     else:
         _say_torn(path)
-        os.ftruncate(fd, len(whole))
+        os.ftruncate(fd, end - len(last))
 
 
 def _split_end(text: bytes) -> tuple[bytes, bytes]:
@@ -237,10 +285,20 @@ def _split_end(text: bytes) -> tuple[bytes, bytes]:
 
 def _is_object(line: bytes) -> bool:
     """No torn line is one: the brace that closes the object is its last byte."""
+    return _object(line) is not None
+
+
+def _is_row(line: bytes) -> bool:
+    value = _object(line) or {}
+    return value.get("format") == FORMAT and "method" in value
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _say_torn(path: Path) -> None:
@@ -253,10 +311,8 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: the file is missing or empty, or a line is not a row.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror}", where=path) from error
+    with open_regular(path, DataError) as handle:
+        text = handle.read()
     whole, last = _split_end(text)
     if last and _is_object(last):
         whole = text
