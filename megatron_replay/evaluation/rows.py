@@ -17,10 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_replay.errors import ConfigError, DataError, OutputError
-from megatron_replay.evaluation.run_log import CONFIG, summarize_run
+from megatron_replay.evaluation.entries import require_entry, require_numbers
+from megatron_replay.evaluation.run_log import CONFIG, read_resolved_config, summarize_run
 from megatron_replay.files import open_regular, output_error
 
 FORMAT = 1
@@ -163,16 +162,7 @@ def read_configuration(run: Path) -> dict[str, Any]:
     Raises:
         DataError: it is missing, or no mapping of sections.
     """
-    path = run / CONFIG
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"cannot read: {error}", where=path) from error
-    if not isinstance(config, dict) or not all(isinstance(s, dict) for s in config.values()):
-        raise DataError(
-            "not a resolved configuration", where=path, expected="a mapping of mappings"
-        )
-    return config
+    return read_resolved_config(run / CONFIG)
 
 
 def configuration_hash(config: Mapping[str, Mapping[str, Any]]) -> str:
@@ -350,7 +340,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 def _parse(where: str, line: bytes) -> Row:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}", where=where) from error
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise DataError("not a row", where=where, expected=f'an object with "format": {FORMAT}')
@@ -364,7 +354,18 @@ def _parse(where: str, line: bytes) -> Row:
             raise DataError(
                 f"{name!r} is of another type", where=where, expected=expected, found=found
             )
+    require_entry(values["evaluation"], f"{where}: evaluation")
+    if values["run"] is not None:
+        _require_run(values["run"], f"{where}: run")
     try:
         return Row(**values | {"tables": tuple(values["tables"])})
     except ConfigError as error:
         raise DataError(str(error), where=where) from error
+
+
+def _require_run(run: dict[str, Any], where: str) -> None:
+    """Numbers, or null where a run was too short for one; a step's time divides by its steps."""
+    known = {name: value for name, value in run.items() if value is not None and name != "config"}
+    require_numbers(known, where)
+    if not run.get("iterations", 1) > 0:
+        raise DataError("a run without a step", where=where, found=run["iterations"])

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.errors import CheckpointError, DataError
+from megatron_replay.evaluation.entries import require_entry, require_fields, require_object
 from megatron_replay.evaluation.inputs import Inputs, Settings
 from megatron_replay.evaluation.language_model import require_device
 from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval
 from megatron_replay.evaluation.measurements import Result, measure, read_material
 from megatron_replay.evaluation.retention import general_scores, retention
 from megatron_replay.evaluation.weight_distance import relative_l2, weight_files
-from megatron_replay.files import sha256_of_files, write_json
+from megatron_replay.files import read_json, sha256_of_files, write_json
 
 FORMAT = 2
 BASE = "base"
@@ -154,19 +155,28 @@ def read_evaluation(path: Path) -> Result:
     Raises:
         DataError: it is missing, damaged, or of another format.
     """
-    try:
-        document: Result = json.loads(path.read_text())
-        version = document["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"not an evaluation: {error}", where=path) from error
-    if version != FORMAT:
+    document = read_json(path, DataError, fix="Give the JSON that tools/evaluate.py wrote")
+    if "format" not in document:
+        raise DataError("not an evaluation", where=path, expected=f'"format": {FORMAT}')
+    if document["format"] != FORMAT:
         raise DataError(
             "another format of evaluation",
             where=path,
             expected=FORMAT,
-            found=version,
+            found=document["format"],
             fix="Measure again with tools/evaluate.py, into another file",
         )
+    require_fields(document, path, required=["models", "inputs", "settings", "command"])
+    require_object(document["settings"], f"{path}: settings")
+    for name, given in require_object(document["inputs"], f"{path}: inputs").items():
+        require_fields(given, f"{path}: inputs: {name}", required=["path", "sha256"])
+    shown = ("name", "path", "sha256", "key", "relative_l2_percent")
+    for part, required in (("models", shown), ("kept", ("key",))):
+        results = document.get(part, [])
+        if not isinstance(results, list) or (part == "models" and not results):
+            raise DataError("damaged: no list of results", where=f"{path}: {part}")
+        for number, result in enumerate(results):
+            require_entry(result, f"{path}: {part}[{number}]", required=required)
     return document
 
 

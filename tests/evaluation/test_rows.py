@@ -189,6 +189,10 @@ def test_rows_are_appended_to_regular_files(tmp_path: Path) -> None:
         ({"format": 2}, 'not a row (expected an object with "format": 1)'),
         ({"extra": 1}, "unknown field 'extra'"),
         ({"tables": ["table 1"]}, "no such table"),
+        ({"evaluation": {"sql": {"shop": {}}}}, "evaluation: sql: shop: 'accuracy' is missing"),
+        ({"evaluation": {"general": 3}}, "evaluation: general: not an object"),
+        ({"run": {"loss_std": "x"}}, "run: 'loss_std' is of another type"),
+        ({"run": {"iterations": 0}}, "run: a run without a step"),
     ],
 )
 def test_a_mistake_names_the_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
