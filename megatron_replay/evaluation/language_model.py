@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_replay.data.document import Document
 from megatron_replay.errors import CheckpointError, ConfigError, DataError
+from megatron_replay.evaluation.model_files import CONFIG, require_model
 from megatron_replay.progress import Progress
 
 
@@ -72,11 +73,12 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
 
     Raises:
         ConfigError: there is no such device here.
-        CheckpointError: it is missing, or transformers cannot load it.
+        CheckpointError: it is missing, does not fit its config.json, or cannot be loaded.
     """
     require_device(device)
-    if not (path / "config.json").is_file():
-        raise CheckpointError("no Hugging Face model here", where=path, expected="config.json")
+    if not (path / CONFIG).is_file():
+        raise CheckpointError("no Hugging Face model here", where=path, expected=CONFIG)
+    require_model(path)
     try:
         with _no_loader_threads():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -84,9 +86,10 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
                 dtype=getattr(torch, dtype),
                 local_files_only=True,
                 trust_remote_code=False,
+                use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # transformers promises no type here
         raise CheckpointError(f"cannot load the model: {error}", where=path) from error
     model, report = loaded
     # transformers initialises what a file lacks at random and goes on: such numbers mean nothing.

@@ -5,30 +5,21 @@ A table is made from rows: every seed of every method is a run, and so a row.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import stat
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_replay.errors import ConfigError, DataError, OutputError
+from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation.entries import require_entry, require_numbers
+from megatron_replay.evaluation.json_lines import append_line, parse_object, whole_lines
 from megatron_replay.evaluation.run_log import CONFIG, read_resolved_config, summarize_run
-from megatron_replay.files import open_regular, output_error
 
 FORMAT = 1
 #: The tables that a row can be listed in, by the names that ``--table`` takes.
 TABLES = ("methods", "positions", "angles", "coverage", "remedies", "sweep")
-#: How long to wait while other processes append.
-LOCK_SECONDS = 60.0
-#: Bytes that are read at once at the file's end, a few rows; and no row is longer than this.
-_BLOCK, _LONGEST_ROW = 1 << 16, 1 << 26
 #: What seeds of one method differ in, and where a run writes: no part of its configuration's hash.
 _NOT_HASHED = {"training": ("seed", "save", "tensorboard_dir")}
 
@@ -194,105 +185,19 @@ def append_row(path: Path, row: Row) -> None:
     A kill can only leave the last line torn: the next append drops it, and says so.
 
     Raises:
-        OutputError: the file cannot be written, is no file of rows, or another process keeps it
-            locked for ``LOCK_SECONDS``.
+        OutputError: the file cannot be written, holds something else, or stays locked.
     """
     line = json.dumps({"format": FORMAT, **asdict(row)}, ensure_ascii=False)
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o644)
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OutputError("cannot append", where=path, expected="a regular file")
-            _lock(path, fd)
-            _require_rows(path, fd)
-            _mend_end(path, fd)
-            data = f"{line}\n".encode()
-            while data:  # the disk may take less than all
-                data = data[os.write(fd, data) :]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise output_error(path, error) from error
-
-
-def _lock(path: Path, fd: int) -> None:
-    """Wait for the lock, which a writer holds for as long as one line takes."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise OutputError(
-                    f"another process has kept this file locked for {LOCK_SECONDS:g} s",
-                    where=path,
-                    fix="End it (fuser names it), or append to another file",
-                ) from None
-            time.sleep(0.01)
-
-
-def _require_rows(path: Path, fd: int) -> None:
-    """Raise OutputError unless the file is empty or begins with a row, or with a torn one."""
-    with os.fdopen(os.dup(fd), "rb") as handle:
-        handle.seek(0)
-        first = handle.readline(_LONGEST_ROW)
-    torn = f'{{"format": {FORMAT}, "method": '.encode()
-    if first and not first.startswith(torn[: len(first)]) and not _is_row(first):
-        raise OutputError(
-            "this file holds something else than rows, so none is appended",
-            where=path,
-            found=repr(first[:60].decode("utf-8", "replace")),
-            fix="Give another file as --rows",
-        )
-
-
-def _mend_end(path: Path, fd: int) -> None:
-    """Cut a torn last line off; end a whole one that only lacks its newline.
-
-    Reads backwards, no further than the last line goes.
-    """
-    start = end = os.fstat(fd).st_size
-    last = b""
-    while start and b"\n" not in last:
-        start = max(0, start - (max(_BLOCK, len(last)) if last else 1))
-        last = os.pread(fd, end - len(last) - start, start) + last
-    last = last[last.rfind(b"\n") + 1 :]
-    if not last:
-        return
-    if _is_object(last):
-        os.write(fd, b"\n")
-    else:
-        _say_torn(path)
-        os.ftruncate(fd, end - len(last))
-
-
-def _split_end(text: bytes) -> tuple[bytes, bytes]:
-    """What ends with a newline, and what follows it."""
-    cut = text.rfind(b"\n") + 1
-    return text[:cut], text[cut:]
-
-
-def _is_object(line: bytes) -> bool:
-    """No torn line is one: the brace that closes the object is its last byte."""
-    return _object(line) is not None
+    append_line(path, line, _is_row, what="rows")
 
 
 def _is_row(line: bytes) -> bool:
-    value = _object(line) or {}
-    return value.get("format") == FORMAT and "method" in value
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _say_torn(path: Path) -> None:
-    print(f"{path}: dropped its last line, torn by a kill", file=sys.stderr)
+    """Whether a file's first line is a row, or one that was torn while it was written."""
+    begin = f'{{"format": {FORMAT}, "method": '.encode()
+    value = parse_object(line) or {}
+    return line.startswith(begin[: len(line)]) or (
+        value.get("format") == FORMAT and "method" in value
+    )
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -301,16 +206,9 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: the file is missing or empty, or a line is not a row.
     """
-    with open_regular(path, DataError) as handle:
-        text = handle.read()
-    whole, last = _split_end(text)
-    if last and _is_object(last):
-        whole = text
-    elif last:
-        _say_torn(path)
     rows = [
         _parse(f"{path}:{number}", line)
-        for number, line in enumerate(whole.splitlines(), start=1)
+        for number, line in enumerate(whole_lines(path), start=1)
         if line.strip()
     ]
     if not rows:
@@ -367,5 +265,5 @@ def _require_run(run: dict[str, Any], where: str) -> None:
     """Numbers, or null where a run was too short for one; a step's time divides by its steps."""
     known = {name: value for name, value in run.items() if value is not None and name != "config"}
     require_numbers(known, where)
-    if not run.get("iterations", 1) > 0:
-        raise DataError("a run without a step", where=where, found=run["iterations"])
+    if known.get("iterations", 0) <= 0:
+        raise DataError("a run without a step", where=where, found=run.get("iterations"))

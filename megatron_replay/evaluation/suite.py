@@ -12,12 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_replay.data.tokenizer import load_tokenizer
-from megatron_replay.errors import CheckpointError, DataError
+from megatron_replay.errors import DataError
 from megatron_replay.evaluation.entries import require_entry, require_fields, require_object
 from megatron_replay.evaluation.inputs import Inputs, Settings
 from megatron_replay.evaluation.language_model import require_device
 from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval
 from megatron_replay.evaluation.measurements import Result, measure, read_material
+from megatron_replay.evaluation.model_files import CONFIG, GENERATION, require_model
 from megatron_replay.evaluation.retention import general_scores, retention
 from megatron_replay.evaluation.weight_distance import relative_l2, weight_files
 from megatron_replay.files import read_json, sha256_of_files, write_json
@@ -29,14 +30,11 @@ BASE = "base"
 def model_sha256(directory: Path) -> str:
     """SHA-256 of a model's weights and configuration, what it generates with included.
 
-    Raises:
-        CheckpointError: weights or configuration are missing.
+    Args:
+        directory: known to `require_model`.
     """
-    config, generation = directory / "config.json", directory / "generation_config.json"
-    files = [*weight_files(directory), config]
-    if not config.is_file():
-        raise CheckpointError("no Hugging Face model here", where=directory, expected=config.name)
-    if generation.is_file():  # lm-eval's answers depend on it
+    files = [*weight_files(directory), directory / CONFIG]
+    if (generation := directory / GENERATION).is_file():  # lm-eval's answers need it
         files.append(generation)
     return sha256_of_files(files)
 
@@ -69,6 +67,8 @@ def evaluate(
         print(f"models run on {settings.device}, in {settings.dtype}", file=sys.stderr)
     hashes = inputs.sha256()
     asked = {BASE: base, **models}
+    for path in asked.values():
+        require_model(path)
     sha256 = {name: model_sha256(path) for name, path in asked.items()}
     tokens = load_tokenizer(tokenizer or base)
     document: Result = {

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from megatron_replay.errors import ConfigError, DataError, OutputError
-from megatron_replay.evaluation import rows as rows_module
+from megatron_replay.evaluation import json_lines
 from megatron_replay.evaluation.rows import (
     append_row,
     base_row,
@@ -133,7 +133,7 @@ def test_a_lock_that_is_never_released_is_an_error(
 ) -> None:
     row, rows = make_row(run_directory(tmp_path / "run")), tmp_path / "rows.jsonl"
     append_row(rows, row)
-    monkeypatch.setattr(rows_module, "LOCK_SECONDS", 0.02)
+    monkeypatch.setattr(json_lines, "LOCK_SECONDS", 0.02)
     with rows.open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match=r"rows\.jsonl: another process has kept this file"):
