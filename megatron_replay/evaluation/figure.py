@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.figure_style import (
@@ -14,7 +14,6 @@ from megatron_replay.evaluation.figure_style import (
     FONT,
     darker,
     new_figure,
-    save,
     tidy,
 )
 from megatron_replay.evaluation.report import Report
@@ -31,8 +30,8 @@ _GAINS = (
 _KINDS = ("sql", "choices", "lm_eval")
 
 
-def draw_report(report: Report, path: Path) -> None:
-    """Write the figure as PNG, 1600 × 700 pixels.
+def report_figure(report: Report) -> Figure:
+    """The figure, 1600 × 700 pixels.
 
     Left: gain against Δ perplexity on general text, with one standard error. Right: relative L2 and
     outside mass, or the time of the parts where neither is more than the base's zero.
@@ -50,7 +49,7 @@ def draw_report(report: Report, path: Path) -> None:
         _draw_movement(right, methods)
     else:
         _draw_timings(right, report["timings"])
-    save(figure, path)
+    return figure
 
 
 def _draw_gain(axes: Axes, methods: Sequence[Any], colours: dict[str, str]) -> None:

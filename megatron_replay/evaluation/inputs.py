@@ -11,7 +11,7 @@ from megatron_replay.data.corpus import corpus_file
 from megatron_replay.data.sql_sets import sql_set_files
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, task_files
-from megatron_replay.files import sha256_of_files
+from megatron_replay.files import require_regular
 from megatron_replay.platform import select
 
 
@@ -49,7 +49,7 @@ class Inputs:
         if (self.data_path is None) != (self.store is None):
             raise ConfigError("--data-path and --store are given together or not")
         if not any(getattr(self, f.name) for f in fields(self)):
-            flags = ", ".join(_flag(f.name) for f in fields(self))
+            flags = ", ".join(flag_of(f.name) for f in fields(self))
             raise ConfigError("nothing to measure", expected=f"at least one of {flags}")
         if bool(self.lm_eval()) != (self.lm_eval_include_path is not None):
             raise ConfigError(
@@ -89,20 +89,20 @@ class Inputs:
                 found[one.name] = value
         return found
 
-    def sha256(self) -> dict[str, str]:
-        """SHA-256 of the files that decide the measurements, by the input they belong to.
+    def files(self) -> dict[str, list[Path]]:
+        """The files that decide the measurements, by the input they belong to.
 
         Raises:
-            DataError: a file is missing, or a directory has no known layout.
+            DataError: a file is missing or not regular, or a directory has no known layout.
         """
         found = {}
         for name, path in self.paths().items():
-            files = _files(name, path)
-            for file in files:
-                if not file.is_file():
-                    flag = _flag(name.split("/")[0])
+            found[name] = _files(name, path)
+            for file in found[name]:
+                if not file.exists():
+                    flag = flag_of(name.split("/")[0])
                     raise DataError(f"no such file, given as {flag}", where=file)
-            found[name] = sha256_of_files(files)
+                require_regular(file, DataError)
         return found
 
 
@@ -151,7 +151,7 @@ class Settings:
         for one in fields(self):
             value = getattr(self, one.name)
             if not isinstance(value, (str, bool)) and not 0 < value < math.inf:
-                raise ConfigError("must be positive", where=_flag(one.name), found=value)
+                raise ConfigError("must be positive", where=flag_of(one.name), found=value)
         if self.query_seconds > _MAX_QUERY_SECONDS:
             raise ConfigError(
                 "too long for one query",
@@ -171,7 +171,8 @@ class Settings:
             raise ConfigError(message) from error
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """``--general-text`` of ``general_text``."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +14,14 @@ from pathlib import Path
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.entries import require_entry, require_fields, require_object
-from megatron_replay.evaluation.inputs import Inputs, Settings
+from megatron_replay.evaluation.inputs import Inputs, Settings, flag_of
 from megatron_replay.evaluation.language_model import require_device
 from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval
 from megatron_replay.evaluation.measurements import Result, measure, read_material
 from megatron_replay.evaluation.model_files import CONFIG, GENERATION, require_model
 from megatron_replay.evaluation.retention import general_scores, retention
 from megatron_replay.evaluation.weight_distance import relative_l2, weight_files
-from megatron_replay.files import read_json, sha256_of_files, write_json
+from megatron_replay.files import read_json, require_apart, sha256_of_files, write_json
 
 FORMAT = 2
 BASE = "base"
@@ -65,10 +65,13 @@ def evaluate(
     require_device(settings.device)
     if progress:
         print(f"models run on {settings.device}, in {settings.dtype}", file=sys.stderr)
-    hashes = inputs.sha256()
     asked = {BASE: base, **models}
+    files = inputs.files()
+    require_apart(output, _read(asked, files, tokenizer), flag="--output")
+    known = {result["key"]: result for result in _previous(output)}
     for path in asked.values():
         require_model(path)
+    hashes = {name: sha256_of_files(of) for name, of in files.items()}
     sha256 = {name: model_sha256(path) for name, path in asked.items()}
     tokens = load_tokenizer(tokenizer or base)
     document: Result = {
@@ -92,7 +95,6 @@ def evaluate(
         name: _key(sha256[name], sha256[BASE], tokens.fingerprint, decisive, settings)
         for name in asked
     }
-    known = {result["key"]: result for result in _previous(output)}
     if keys[BASE] in known:  # before the first measurement, which may be cut off
         _write(output, document, asked, keys, known)
     for name, path in asked.items():
@@ -105,6 +107,20 @@ def evaluate(
         known[keys[name]] = {"sha256": sha256[name], "key": keys[name], **measured}
         _write(output, document, asked, keys, known)
     return document
+
+
+def _read(
+    models: Mapping[str, Path], inputs: Mapping[str, list[Path]], tokenizer: Path | None
+) -> Iterator[tuple[str, Path]]:
+    """(flag, file) of everything that is read; of a model's or tokenizer's directory, all of it."""
+    for name, path in models.items():
+        flag = "--base" if name == BASE else "--model"
+        yield from ((flag, file) for file in path.glob("*"))
+    if tokenizer:
+        yield "--tokenizer", tokenizer
+        yield from (("--tokenizer", file) for file in tokenizer.glob("*"))
+    for name, files in inputs.items():
+        yield from ((flag_of(name.split("/")[0]), file) for file in files)
 
 
 def _write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 from pathlib import Path
@@ -407,6 +408,58 @@ def test_mistakes_are_one_line(
     errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+@pytest.mark.parametrize(
+    "output",
+    ["base/model.safetensors", "tuned/config.json", "base/tokenizer.json", "text.jsonl",
+     "database.sqlite", "questions.jsonl", "choices.jsonl", "corpus.json", "store/store.json",
+     "link"],
+)  # fmt: skip
+def test_the_output_is_no_input(
+    site: Path, tmp_path: Path, measuring: Measuring, output: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if output == "link":
+        (tmp_path / "link").symlink_to(site / "text.jsonl")
+        path = tmp_path / "link"
+    else:
+        path = site / output
+    before = path.read_bytes()
+    assert evaluate.main([*flags(site, tmp_path / "e"), f"--output={path}"]) == 2
+    assert f"--output {path}: the output is also read, as --" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert not measuring.measured
+
+
+@pytest.mark.parametrize("content", [b"notes", b"{}", b'{"format": 2, "models": []}', None])
+def test_the_output_replaces_nothing_but_an_evaluation(
+    site: Path, tmp_path: Path, measuring: Measuring, content: bytes | None
+) -> None:
+    output = tmp_path / "mine"
+    os.mkfifo(output) if content is None else output.write_bytes(content)
+    assert evaluate.main(flags(site, output)) == 3
+    assert content is None or output.read_bytes() == content
+    assert not measuring.measured
+
+
+@pytest.mark.parametrize(
+    "flag", ["general-text", "data", "task-data", "choices", "general-choices", "sql", "tokenizer"]
+)
+def test_pipes_are_one_line(
+    site: Path, tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "pipe"
+    if flag == "sql":
+        shutil.copy(site / "questions.jsonl", tmp_path)
+        name = "database.sqlite"
+    os.mkfifo(tmp_path / name)
+    value = {"sql": f"s={tmp_path}", "choices": f"c={tmp_path}/pipe",
+             "general-choices": f"c={tmp_path}/pipe"}.get(flag, f"{tmp_path}/pipe")  # fmt: skip
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={tmp_path}/e"]
+    assert evaluate.main([*given, f"--{flag}={value}"]) == 3
+    [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert "found a pipe" in line or flag == "tokenizer"
 
 
 def test_nothing_to_measure(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

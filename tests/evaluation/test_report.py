@@ -378,3 +378,43 @@ def test_a_figure_needs_gain_and_forgetting(
     assert report.main([f"--evaluation={path}", f"--output-dir={tmp_path}"]) == 3
     assert "no gain against forgetting to draw" in capsys.readouterr().err
     assert not (tmp_path / "report.md").exists()
+
+
+def test_an_earlier_report_is_replaced_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    given = [f"--evaluation={evaluation_file(tmp_path)}", f"--output-dir={out}"]
+    assert report.main(given) == report.main(given) == 0
+    (out / "report.json").unlink()  # report.md alone is enough
+    assert report.main(given) == 0
+    (out / "report.json").unlink()
+    (out / "report.md").write_text("# Report\n\nmine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert report.main(given) == 6
+    assert "out: these files are not from an earlier report of ours" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_no_output_is_an_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = evaluation_file(tmp_path).rename(tmp_path / "report.json")
+    timings = tmp_path / "report.md"
+    timings.write_text('{"a": 1}')
+    run = write_run(tmp_path / "run", steps())
+    other = tmp_path / "other.json"
+    other.write_bytes(evaluation.read_bytes())
+    row = [
+        "row", f"--evaluation={other}", "--model=replay", f"--run={run}", "--method=x",
+        "--table=methods", "--seed=1",
+    ]  # fmt: skip
+    for given, flag in (
+        ([f"--evaluation={evaluation}", f"--output-dir={tmp_path}"], "--evaluation"),
+        ([f"--evaluation={other}", f"--timings={timings}", f"--output-dir={tmp_path}"],
+         "--timings"),
+        ([*row, f"--rows={other}"], "--evaluation"),
+        ([*row, f"--rows={run}/metrics.jsonl"], "--run"),
+    ):  # fmt: skip
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert report.main(given) == 2
+        assert f"the output is also read, as {flag}" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
