@@ -27,8 +27,8 @@ from typing import Any
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
 from megatron_replay.evaluation.figure import report_figure
 from megatron_replay.evaluation.figure_style import save
-from megatron_replay.evaluation.inputs import named_paths
-from megatron_replay.evaluation.outputs import require_replaceable
+from megatron_replay.evaluation.inputs import named_paths, require_utf8
+from megatron_replay.evaluation.outputs import printable, require_replaceable
 from megatron_replay.evaluation.report import build_report, read_timings, render_markdown
 from megatron_replay.evaluation.rows import (
     TABLES,
@@ -111,7 +111,7 @@ def one_report(argv: list[str], command: str) -> str:
         timings=read_timings(given.timings) if given.timings else {},
         command=command,
     )
-    figure, markdown = report_figure(report), render_markdown(report)
+    figure, markdown = report_figure(report), printable(render_markdown(report))
     inputs = [("--evaluation", given.evaluation), *_run_files(runs.values())]
     inputs += [("--timings", given.timings)] if given.timings else []
     files = ("report.json", "report.md", "report.png")
@@ -143,6 +143,8 @@ def add_row(argv: list[str], command: str) -> str:
     runs = [given.run] if given.run else []
     inputs = [("--evaluation", given.evaluation), *_run_files(runs)]
     require_apart(given.rows, inputs, flag="--rows")
+    for name in ("method", "variant", "base", "size"):
+        require_utf8(getattr(given, name) or "", where=f"--{name}")
     row = _make_row(given, entries[given.model], evaluation["command"])
     append_row(given.rows, row)
     return f"{given.rows}: {row.method}, seed {row.seed}\n"
@@ -213,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    print(text, end="")
+    print(printable(text), end="")
     return 0
 
 

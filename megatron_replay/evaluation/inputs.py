@@ -189,7 +189,16 @@ def named_paths(pairs: list[str], *, flag: str, kind: str = "DIR") -> dict[str, 
             raise ConfigError(
                 "not a name and a path", where=flag, expected=f"NAME={kind}", found=pair
             )
+        require_utf8(name, where=flag)
         if name in found:
             raise ConfigError(f"{name} is given twice", where=flag)
         found[name] = Path(path)
     return found
+
+
+def require_utf8(name: str, *, where: object) -> None:
+    """Raise ConfigError where a name, unlike a path, cannot be written and drawn."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("this name is not UTF-8", where=where, found=ascii(name)) from error

@@ -60,7 +60,8 @@ def append_line(path: Path, line: str, is_ours: Callable[[bytes], bool], *, what
             _lock(path, fd)
             _require_ours(path, fd, is_ours, what)
             _mend_end(path, fd)
-            data = f"{line}\n".encode()
+            # A file name's byte that is not UTF-8 becomes an escape, which JSON has, too.
+            data = f"{line}\n".encode("utf-8", "backslashreplace")
             while data:  # the disk may take less than all
                 data = data[os.write(fd, data) :]
             os.fsync(fd)

@@ -10,6 +10,11 @@ from megatron_replay.errors import DataError, OutputError
 from megatron_replay.files import read_text, require_apart
 
 
+def printable(text: str) -> str:
+    """``text`` with bytes of file names that are not UTF-8 as escapes, ``\\udce9`` say."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def require_replaceable(
     directory: Path,
     names: Sequence[str],

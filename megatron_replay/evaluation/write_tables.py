@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation import table_text
 from megatron_replay.evaluation.curve_tables import compare_curves
-from megatron_replay.evaluation.outputs import require_replaceable
+from megatron_replay.evaluation.outputs import printable, require_replaceable
 from megatron_replay.evaluation.paper_figures import draw_figures, figure_files
 from megatron_replay.evaluation.paper_tables import paper_tables
 from megatron_replay.evaluation.rows import Row
@@ -61,7 +61,7 @@ def write_tables(
     for table in tables:
         lines += table_text.markdown_table(table)
     lines += table_text.markdown_comparisons(comparisons)
-    shown = "\n".join(lines) + "\n"
+    shown = printable("\n".join(lines) + "\n")
     write_json(  # first: it proves that what is beside it is ours
         output / "tables.json",
         {
@@ -79,8 +79,9 @@ def write_tables(
     lines += table_text.sources(tables)
     lines += ["Made by", "", "```", command, "```"]
     with atomic_file(output / "tables.md", "w") as handle:
-        handle.write("\n".join(lines) + "\n")
+        handle.write(printable("\n".join(lines) + "\n"))
     for file, name in csv_files.items():
         with atomic_file(output / file, "w") as handle:
-            handle.write(table_text.to_csv([table for table in tables if table.name == name]))
+            own = [table for table in tables if table.name == name]
+            handle.write(printable(table_text.to_csv(own)))
     return shown

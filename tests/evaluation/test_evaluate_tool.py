@@ -21,6 +21,7 @@ from megatron_replay.evaluation import suite
 from megatron_replay.evaluation.candidate_mass import candidate_mass
 from megatron_replay.evaluation.language_model import load_model, score
 from megatron_replay.evaluation.measurements import read_documents
+from megatron_replay.evaluation.rows import read_rows
 from megatron_replay.files import sha256_of_files
 from megatron_replay.platform import registry
 from megatron_replay.platform.cpu import CPU
@@ -28,7 +29,7 @@ from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescrip
 from tests.data.tiny_tokenizers import save_sentencepiece
 from tests.evaluation.models import VOCAB_SIZE, random_documents, save_model
 from tests.evaluation.test_candidate_mass import random_candidates
-from tools import evaluate
+from tools import evaluate, report
 
 
 def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
@@ -460,6 +461,36 @@ def test_pipes_are_one_line(
     assert evaluate.main([*given, f"--{flag}={value}"]) == 3
     [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert "found a pipe" in line or flag == "tokenizer"
+
+
+def test_file_names_that_are_not_utf8(
+    site: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], measuring: Measuring
+) -> None:
+    """They are read, written and reported; a name, which is drawn, cannot be so."""
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    place.mkdir()
+    text, output = shutil.copy(site / "text.jsonl", place), place / "eval.json"
+    given = [f"--base={site}/base", f"--general-text={text}", f"--output={output}"]
+    assert evaluate.main([*given, f"--model=tuned={site}/tuned"]) == 0
+    assert json.loads(output.read_text())["inputs"]["general_text"]["path"] == str(text)
+    rows = ["row", f"--evaluation={output}", "--model=base", f"--rows={place}/rows.jsonl"]
+    assert report.main(rows) == 0
+    [row] = read_rows(place / "rows.jsonl")
+    assert str(place) in row.command
+    tables = ["tables", f"--rows={place}/rows.jsonl", f"--output-dir={place}/tables"]
+    assert report.main([*tables, "--no-figures"]) == 3  # a base alone has no table
+    document = json.loads(output.read_text())
+    for model in document["models"]:
+        model["data"] = {"perplexity": 2.0, "accuracy": 0.5}
+    output.write_text(json.dumps(document))
+    assert report.main([f"--evaluation={output}", f"--output-dir={place}/report"]) == 0
+    assert "caf\\udce9/text.jsonl" in (place / "report" / "report.md").read_text()
+    assert "caf\\udce9/text.jsonl" in capfd.readouterr().out
+    for main, wrong in ((evaluate.main, "--model=\udce9=x"), (report.main, "--run=\udce9=x")):
+        start = given if main is evaluate.main else [f"--evaluation={output}", "--output-dir=x"]
+        assert main([*start, wrong]) == 2
+        assert "this name is not UTF-8 (found '\\udce9')" in capfd.readouterr().err
+    assert report.main([*rows, "--base=\udce9"]) == 2
 
 
 def test_nothing_to_measure(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
