@@ -39,10 +39,7 @@ def require_model(directory: Path) -> None:
     Raises:
         CheckpointError: something is missing, damaged, or no regular file, or the sizes differ.
     """
-    if directory.is_dir():
-        for file in sorted(directory.iterdir()):
-            if file.exists() and not file.is_dir():
-                require_regular(file, CheckpointError)
+    require_regular_files(directory)
     weight_files(directory)
     if not (directory / CONFIG).is_file():
         raise CheckpointError("no Hugging Face model here", where=directory, expected=CONFIG)
@@ -56,6 +53,13 @@ def require_model(directory: Path) -> None:
     shapes = {name: reader.slice(name).get_shape() for name in reader.names()}
     _require_counts(config, shapes, directory)
     _require_shapes(_without_memory(directory), shapes, "quantization_config" in config, directory)
+
+
+def require_regular_files(directory: Path) -> None:
+    """Raise CheckpointError if a directory that transformers reads holds a pipe or a device."""
+    for file in sorted(directory.glob("*")):
+        if file.exists() and not file.is_dir():
+            require_regular(file, CheckpointError)
 
 
 def _require_counts(config: Mapping[str, Any], shapes: Shapes, directory: Path) -> None:

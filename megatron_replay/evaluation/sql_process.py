@@ -48,7 +48,7 @@ _START_SECONDS = 120.0
 _END_SECONDS = 10.0
 _ROOT = Path(__file__).resolve().parents[2]
 _PROGRAM = (
-    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "import sys; sys.path.append(sys.argv[1]); "
     "from megatron_replay.evaluation.sql_process import serve; serve(*sys.argv[2:])"
 )
 
@@ -199,7 +199,10 @@ def _bound(kind: int, most: int) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """End when the parent does, however it does, in the middle of a query too (prctl(2))."""
+    """End when the parent does, however it does, in the middle of a query too.
+
+    Or when the thread does that started the process (prctl(2)): it uses the process itself.
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # 1: PR_SET_PDEATHSIG
     if os.getppid() != parent:
         raise SystemExit("the parent has ended")

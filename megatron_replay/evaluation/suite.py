@@ -18,7 +18,12 @@ from megatron_replay.evaluation.inputs import Inputs, Settings, flag_of
 from megatron_replay.evaluation.language_model import require_device
 from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval
 from megatron_replay.evaluation.measurements import Result, measure, read_material
-from megatron_replay.evaluation.model_files import CONFIG, GENERATION, require_model
+from megatron_replay.evaluation.model_files import (
+    CONFIG,
+    GENERATION,
+    require_model,
+    require_regular_files,
+)
 from megatron_replay.evaluation.retention import general_scores, retention
 from megatron_replay.evaluation.weight_distance import relative_l2, weight_files
 from megatron_replay.files import read_json, require_apart, sha256_of_files, write_json
@@ -73,6 +78,7 @@ def evaluate(
         require_model(path)
     hashes = {name: sha256_of_files(of) for name, of in files.items()}
     sha256 = {name: model_sha256(path) for name, path in asked.items()}
+    require_regular_files(tokenizer or base)
     tokens = load_tokenizer(tokenizer or base)
     document: Result = {
         "format": FORMAT,

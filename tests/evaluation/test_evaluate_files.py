@@ -66,6 +66,16 @@ def test_pipes_are_one_line(
     assert "found a pipe" in line or flag == "tokenizer"
 
 
+def test_a_pipe_in_the_tokenizer_s_directory(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = shutil.copytree(site / "base", tmp_path / "tokenizer")
+    os.mkfifo(tokenizer / "added_tokens.json")
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={tmp_path}/e"]
+    assert evaluate.main([*given, f"--tokenizer={tokenizer}"]) == 4
+    assert "added_tokens.json: cannot read (expected a regular file" in capsys.readouterr().err
+
+
 def test_file_names_that_are_not_utf8(
     site: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], measuring: Measuring
 ) -> None:

@@ -287,6 +287,14 @@ def test_bytes_that_are_not_utf8_stay_distinct(database: Path) -> None:
     assert match(database, [(sevens, sevens), (first, first), (first, second)]).matches == 2
 
 
+def test_a_file_name_that_is_not_utf8(database: Path) -> None:
+    place = Path(os.fsdecode(os.fsencode(database.parent) + b"/\xe9%?#"))
+    moved = database.rename(place)
+    assert match(moved, [("select 1 from book", "select 1 from book")]).matches == 1
+    with pytest.raises(DataError, match="no such table"):
+        match(moved, [("select 1 from shelf", "select 1")])
+
+
 def renamed(database: Path, old: bytes, new: bytes) -> Path:
     """``database`` with bytes of its schema changed, as no statement can."""
     content = database.read_bytes()
