@@ -73,7 +73,7 @@ def require_fields(value: Any, where: object, *, required: Iterable[str] = ()) -
             right = isinstance(found, bool)
         else:
             kinds = (int, float) if expected == _NUMBER else int
-            right = not expected or (isinstance(found, kinds) and not isinstance(found, bool))
+            right = not expected or (isinstance(found, kinds) and is_number(found))
         if not right:
             raise DataError(
                 f"{name!r} is of another type", where=where, expected=expected, found=_shown(found)
@@ -83,10 +83,17 @@ def require_fields(value: Any, where: object, *, required: Iterable[str] = ()) -
 def require_numbers(value: Any, where: object) -> None:
     """Raise DataError unless ``value`` is an object of numbers."""
     for name, found in require_object(value, where).items():
-        if not isinstance(found, (int, float)) or isinstance(found, bool):
+        if not is_number(found):
             raise DataError(
                 f"{name!r} is of another type", where=where, expected=_NUMBER, found=_shown(found)
             )
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return not isinstance(value, int) or abs(value) < 1 << 1000
 
 
 def require_object(value: Any, where: object) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,14 +54,20 @@ def report_figure(report: Report) -> Figure:
 
 
 def _draw_gain(axes: Axes, methods: Sequence[Any], colours: dict[str, str]) -> None:
-    title, gains = _gains(methods)
-    if not gains or value_at(methods[0], "general.delta_perplexity") is None:
+    title, _ = _gains(methods[:1])
+    if not title or value_at(methods[0], "general.delta_perplexity") is None:
         raise DataError(
             "no gain against forgetting to draw",
             expected="an evaluation with --general-text and --sql, --choices or --data",
         )
+    for method in methods:
+        if missing := _drawn(methods[0]) ^ _drawn(method):
+            raise DataError(
+                f"{method['name']} was measured on something else than {methods[0]['name']}",
+                found=f"only one of them has {', '.join(sorted(missing))}",
+            )
     points = []
-    for method, (gain, error) in zip(methods, gains, strict=True):
+    for method, (gain, error) in zip(methods, _gains(methods)[1], strict=True):
         forgetting = value_at(method, "general.delta_perplexity")
         axes.errorbar(
             forgetting,
@@ -80,6 +87,13 @@ def _draw_gain(axes: Axes, methods: Sequence[Any], colours: dict[str, str]) -> N
     axes.set_ylabel(f"domain: {title}")
     axes.grid(alpha=0.25)
     tidy(axes, "Domain against forgetting (up and left is better)")
+
+
+def _drawn(method: Any) -> set[str]:
+    """Which of what the left side draws a method has."""
+    paths = ("general.delta_perplexity", *(path for _, path in _GAINS))
+    found = {path for path in paths if value_at(method, path) is not None}
+    return found | set(domain_scores(method))
 
 
 def _gains(methods: Sequence[Any]) -> tuple[str, list[tuple[float, float | None]]]:
@@ -102,7 +116,7 @@ def _domain_mean(method: Any) -> tuple[float, float | None]:
     mean = sum(scores.values()) / len(scores)
     if any(error is None for error in errors):
         return mean, None
-    return mean, 100 * sum(error**2 for error in errors) ** 0.5 / len(errors)
+    return mean, 100 * math.hypot(*errors) / len(errors)
 
 
 def _label_points(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.evaluation.entries import is_number
 from megatron_replay.evaluation.run_log import RunSummary
 from megatron_replay.evaluation.scores import is_share, value_at
 from megatron_replay.files import read_json
@@ -67,8 +68,7 @@ def read_timings(path: Path) -> dict[str, float]:
     """
     timings = read_json(path, DataError)
     for name, seconds in timings.items():
-        is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        if not (is_number and 0 <= seconds < _LONGEST_SECONDS):
+        if not (is_number(seconds) and 0 <= seconds < _LONGEST_SECONDS):
             raise DataError(
                 "not timings",
                 where=path,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.evaluation.entries import require_entry, require_numbers
+from megatron_replay.evaluation.entries import is_number, require_entry, require_numbers
 from megatron_replay.evaluation.json_lines import append_line, parse_object, whole_lines
 from megatron_replay.evaluation.run_log import CONFIG, read_resolved_config, summarize_run
 
@@ -97,7 +97,7 @@ def row_of_run(
     try:
         lr, optimizer = float(config["optimizer"]["lr"]), str(config["optimizer"]["optimizer"])
         loss = _loss_name(config["loss"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"not a resolved configuration: {error!r}",
             where=run / CONFIG,
@@ -246,7 +246,8 @@ def _parse(where: str, line: bytes) -> Row:
         if name not in _KINDS or name not in values:
             problem = "unknown" if name in values else "missing"
             raise DataError(f"{problem} field {name!r}", where=where, expected=", ".join(_KINDS))
-        if isinstance(values[name], bool) or not isinstance(values[name], _KINDS[name]):
+        right = isinstance(values[name], _KINDS[name]) and not isinstance(values[name], bool)
+        if not right or (isinstance(values[name], _NUMBER) and not is_number(values[name])):
             expected = " or ".join("null" if k is type(None) else k.__name__ for k in _KINDS[name])
             found = json.dumps(values[name])[:60]
             raise DataError(
@@ -255,6 +256,8 @@ def _parse(where: str, line: bytes) -> Row:
     require_entry(values["evaluation"], f"{where}: evaluation")
     if values["run"] is not None:
         _require_run(values["run"], f"{where}: run")
+        if values["lr"] is None:
+            raise DataError("a run without a learning rate", where=where)
     try:
         return Row(**values | {"tables": tuple(values["tables"])})
     except ConfigError as error:

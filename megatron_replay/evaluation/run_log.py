@@ -13,6 +13,7 @@ import numpy.typing as npt
 import yaml
 
 from megatron_replay.errors import DataError
+from megatron_replay.evaluation.entries import is_number
 from megatron_replay.files import read_text
 from megatron_replay.functional.stability import gradient_norm_cv, loss_std, loss_variance, spikes
 
@@ -132,14 +133,7 @@ def _has_readings(line: Line) -> bool:
         return False
     general, probe = readings
     numbers = line.get("relative_l2"), *map(general.get, _GENERAL), probe.get("outside_mass")
-    return all(number is None or _is_number(number) for number in numbers)
-
-
-def _is_number(value: Any) -> bool:
-    """One that a float can hold."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return not isinstance(value, int) or abs(value) < 1 << 1000
+    return all(number is None or is_number(number) for number in numbers)
 
 
 def _no_metrics(path: Path, number: int, line: str) -> DataError:
@@ -269,7 +263,7 @@ def _series(steps: list[Line], name: str, directory: Path) -> npt.NDArray[np.flo
                 where=directory / METRICS,
             )
         value = step[name]  # a number that was not finite is logged as null
-        if value is not None and not _is_number(value):
+        if value is not None and not is_number(value):
             raise DataError(
                 f"{name!r} is no number in the line of iteration {step['iteration']}",
                 where=directory / METRICS,

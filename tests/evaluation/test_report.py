@@ -292,6 +292,7 @@ def test_odd_bytes_in_the_metrics_are_one_line(tmp_path: Path) -> None:
         (lambda d: d["models"][0]["general"].pop("perplexity"), "'perplexity' is missing"),
         (lambda d: d["models"][0].update(retention={"cloze": "x"}), "retention: 'cloze' is of"),
         (lambda d: d["models"][0].update(lm_eval={"t": {"score": 1}}), "t: 'metric' is missing"),
+        (lambda d: d["models"][0]["task"].update(loss=10**400), "task: 'loss' is of another type"),
     ],
 )
 def test_a_damaged_evaluation_is_one_line(
@@ -378,6 +379,18 @@ def test_a_figure_needs_gain_and_forgetting(
     assert report.main([f"--evaluation={path}", f"--output-dir={tmp_path}"]) == 3
     assert "no gain against forgetting to draw" in capsys.readouterr().err
     assert not (tmp_path / "report.md").exists()
+
+
+@pytest.mark.parametrize("damage", [{"sql": {}}, {"general": {"perplexity": 20.0}}])
+def test_a_figure_of_models_that_were_measured_on_different_things(
+    tmp_path: Path, damage: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = evaluation_file(tmp_path)
+    document = json.loads(path.read_text())
+    document["models"][2].update(damage)
+    path.write_text(json.dumps(document))
+    assert report.main([f"--evaluation={path}", f"--output-dir={tmp_path}/out"]) == 3
+    assert "replay was measured on something else than base" in capsys.readouterr().err
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else(

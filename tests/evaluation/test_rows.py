@@ -193,6 +193,8 @@ def test_rows_are_appended_to_regular_files(tmp_path: Path) -> None:
         ({"evaluation": {"general": 3}}, "evaluation: general: not an object"),
         ({"run": {"loss_std": "x"}}, "run: 'loss_std' is of another type"),
         ({"run": {"iterations": 0}}, "run: a run without a step"),
+        ({"lr": None}, "a run without a learning rate"),
+        ({"lr": 10**400}, "'lr' is of another type"),
     ],
 )
 def test_a_mistake_names_the_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
