@@ -19,7 +19,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_replay.data.corpus import Corpus, checksum, corpus_file
+from megatron_replay.data.corpus import Corpus, corpus_file
+from megatron_replay.data.corpus_format import checksum
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.document import Document
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
 from megatron_replay.evaluation.inputs import Inputs, Settings, named_paths
+from megatron_replay.evaluation.outputs import printable
 from megatron_replay.evaluation.scores import domain_scores, value_at
 from megatron_replay.evaluation.suite import BASE, evaluate
 from megatron_replay.files import make_directory
@@ -31,8 +32,8 @@ _NAMED = (
 )
 
 _SETTINGS = {
-    "device": "torch device",
-    "dtype": "what the models compute in",
+    "device": "torch device; auto: this machine's accelerator, or its CPU",
+    "dtype": "what the models compute in, on any device",
     "batch_size": "documents or prompts at once",
     "window": "general text is cut into pieces of so many predicted tokens",
     "max_new_tokens": "length of a generated query",
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     for model in document["models"]:
         print(_line(model))
-    print(f"{given['output']}: {len(document['models'])} models")
+    print(printable(f"{given['output']}: {len(document['models'])} models"))
     return 0
 
 

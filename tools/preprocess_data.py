@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from megatron_replay.data.corpus import Corpus, corpus_file
 from megatron_replay.data.corpus_writer import CorpusWriter, require_ours, written_files
 from megatron_replay.data.document import Document
 from megatron_replay.data.row import Row
-from megatron_replay.data.row_files import is_pipe, spooled
+from megatron_replay.data.row_files import Input, readable_often
 from megatron_replay.data.rows import (
     CHAT_FORMATS,
     FORMATS,
@@ -35,30 +34,10 @@ from megatron_replay.data.rows import (
 from megatron_replay.data.sql_sets import LAYOUTS, read_questions
 from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, DataError, ReplayError
-from megatron_replay.files import (
-    make_directory,
-    require_apart,
-    require_regular,
-    sha256_of_files,
-)
+from megatron_replay.files import require_apart, require_regular, sha256_of_files
 from megatron_replay.progress import Progress
 
 _GREEN, _PLAIN = "\033[32m", "\033[0m"
-
-
-@dataclass(frozen=True)
-class Input:
-    """A file of rows.
-
-    Attributes:
-        path: where it is read.
-        shown: what the user calls it.
-        sha256: of a pipe, which is read from a copy; None for a file.
-    """
-
-    path: Path
-    shown: str
-    sha256: str | None = None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,11 +96,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _require_options(options: argparse.Namespace) -> None:
-    if options.ignore_fields and options.format in LAYOUTS:
-        raise ConfigError(
-            f"has no effect on --format {options.format}, which reads the fields it needs",
-            where="--ignore-fields",
-        )
+    if options.format in LAYOUTS:
+        if options.ignore_fields:
+            raise ConfigError(
+                f"has no effect on --format {options.format}, which reads the fields it needs",
+                where="--ignore-fields",
+            )
+        for path in options.input:  # no pipe has databases beside it
+            require_regular(path, DataError)
     if options.show < 0:
         raise ConfigError("negative", where="--show", expected="0 or more", found=options.show)
     limit = options.max_document_tokens
@@ -137,7 +119,6 @@ def _read_inputs(inputs: Sequence[Input], row_format: str) -> tuple[int, list[di
     for source in inputs:
         files = [source.path]
         if row_format in LAYOUTS:
-            require_regular(source.path, DataError)
             questions = list(read_questions(source.path, row_format))
             num_rows += len(questions)
             files += sorted(
@@ -148,19 +129,6 @@ def _read_inputs(inputs: Sequence[Input], row_format: str) -> tuple[int, list[di
         name = source.path.name if source.sha256 is None else "pipe"
         described.append({"name": name, "sha256": source.sha256 or sha256_of_files(files)})
     return num_rows, described
-
-
-def _open_inputs(options: argparse.Namespace, opened: ExitStack) -> list[Input]:
-    """The inputs, and a pipe's copy beside the output: a pipe can be read once only."""
-    directory, inputs = corpus_file(options.output_prefix, "json").parent, []
-    for path in options.input:
-        if options.format in LAYOUTS or not is_pipe(path):
-            inputs.append(Input(path, str(path)))
-            continue
-        print(f"{path}: a pipe, copied until it ends", file=sys.stderr)
-        copy, sha256 = opened.enter_context(spooled(path, make_directory(directory)))
-        inputs.append(Input(copy, str(path), sha256))
-    return inputs
 
 
 def _require_output(options: argparse.Namespace, tokenizer: Tokenizer) -> None:
@@ -301,7 +269,8 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     _require_output(options, tokenizer)
     with ExitStack() as opened:
-        inputs = _open_inputs(options, opened)
+        beside = corpus_file(options.output_prefix, "json").parent
+        inputs = [opened.enter_context(readable_often(path, beside)) for path in options.input]
         num_lines, described = _read_inputs(inputs, options.format)
         source = {
             "inputs": described,

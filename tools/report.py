@@ -20,13 +20,15 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
-from megatron_replay.evaluation.figure import draw_report
-from megatron_replay.evaluation.inputs import named_paths
+from megatron_replay.evaluation.figure import report_figure
+from megatron_replay.evaluation.figure_style import save
+from megatron_replay.evaluation.inputs import named_paths, require_utf8
+from megatron_replay.evaluation.outputs import printable, require_replaceable
 from megatron_replay.evaluation.report import build_report, read_timings, render_markdown
 from megatron_replay.evaluation.rows import (
     TABLES,
@@ -37,10 +39,16 @@ from megatron_replay.evaluation.rows import (
     read_rows,
     row_of_run,
 )
-from megatron_replay.evaluation.run_log import CONFIG, summarize_run
+from megatron_replay.evaluation.run_log import CONFIG, METRICS, summarize_run
 from megatron_replay.evaluation.suite import read_evaluation
 from megatron_replay.evaluation.write_tables import write_tables
-from megatron_replay.files import atomic_file, make_directory, write_json
+from megatron_replay.files import atomic_file, make_directory, require_apart, write_json
+
+#: What earlier reports left, and what stands in it.
+_SIGNS = {
+    "report.json": ('"methods": ', '"timings": ', '"commands": '),
+    "report.md": ("# Report\n\n![gain against forgetting](report.png)",),
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,13 +111,21 @@ def one_report(argv: list[str], command: str) -> str:
         timings=read_timings(given.timings) if given.timings else {},
         command=command,
     )
-    markdown = render_markdown(report)
+    figure, markdown = report_figure(report), printable(render_markdown(report))
+    inputs = [("--evaluation", given.evaluation), *_run_files(runs.values())]
+    inputs += [("--timings", given.timings)] if given.timings else []
+    files = ("report.json", "report.md", "report.png")
+    require_replaceable(given.output_dir, files, _SIGNS, inputs)
     output = make_directory(given.output_dir)
-    draw_report(report, output / "report.png")
+    write_json(output / "report.json", report)  # first: it proves that what is beside it is ours
     with atomic_file(output / "report.md", "w") as handle:
         handle.write(markdown)
-    write_json(output / "report.json", report)
+    save(figure, output / "report.png")
     return markdown
+
+
+def _run_files(runs: Iterable[Path]) -> list[tuple[str, Path]]:
+    return [("--run", run / name) for run in runs for name in (METRICS, CONFIG)]
 
 
 def add_row(argv: list[str], command: str) -> str:
@@ -124,6 +140,11 @@ def add_row(argv: list[str], command: str) -> str:
             expected=" or ".join(entries),
             found=given.model,
         )
+    runs = [given.run] if given.run else []
+    inputs = [("--evaluation", given.evaluation), *_run_files(runs)]
+    require_apart(given.rows, inputs, flag="--rows")
+    for name in ("method", "variant", "base", "size"):
+        require_utf8(getattr(given, name) or "", where=f"--{name}")
     row = _make_row(given, entries[given.model], evaluation["command"])
     append_row(given.rows, row)
     return f"{given.rows}: {row.method}, seed {row.seed}\n"
@@ -163,16 +184,17 @@ def all_tables(argv: list[str], command: str) -> str:
     """Write the tables and figures of rows, and return the tables and where the rest is."""
     given = tables_parser().parse_args(argv)
     rows = [row for path in given.rows for row in read_rows(path)]
-    output = make_directory(given.output_dir)
     shown = write_tables(
         rows,
-        output,
+        given.output_dir,
         reference=given.reference,
         at_scores=given.at_score,
         figures=not given.no_figures,
+        inputs=[("--rows", path) for path in given.rows],
         command=command,
     )
-    return f"{shown}{output / 'tables.md'}: these, and the command and hash behind each line\n"
+    where = given.output_dir / "tables.md"
+    return f"{shown}{where}: these, and the command and hash behind each line\n"
 
 
 SUBCOMMANDS = {"row": add_row, "tables": all_tables}
@@ -193,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    print(text, end="")
+    print(printable(text), end="")
     return 0
 
 

@@ -118,13 +118,13 @@ def _evaluate(
     command = [
         "python", "tools/evaluate.py", "--base", str(base), *named, *flags,
         "--general-text", str(inputs.general_text), "--max-new-tokens", "96", "--batch-size", "150",
-        "--output", str(output),
+        "--device", "cpu", "--output", str(output),
     ]  # fmt: skip
     return evaluate(
         base,
         models,
         inputs,
-        Settings(max_new_tokens=96, batch_size=150),
+        Settings(device="cpu", max_new_tokens=96, batch_size=150),
         output=output,
         command=shlex.join(command),
         progress=False,

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_replay.data.corpus import (
+from megatron_replay.data.corpus import corpus_file
+from megatron_replay.data.corpus_format import (
     CORPUS_VERSION,
     MASK_HEADER,
     MASK_MAGIC,
@@ -22,7 +23,6 @@ from megatron_replay.data.corpus import (
     ContentFingerprint,
     CorpusDescription,
     checksum,
-    corpus_file,
     document_crc,
     idx_bytes,
 )

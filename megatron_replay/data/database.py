@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -9,11 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.files import require_regular
 
-#: What is not SQL's own: strings, quoted names, comments.
+#: What is not SQL's own: strings, quoted names, comments. One that is not closed runs to the end,
+#: so that no text is searched twice: the time is linear in its length.
 QUOTED_OR_COMMENT = re.compile(
-    r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?(?:\*/|$)", re.DOTALL
+    r"'(?:[^']|'')*(?:'|\Z)|\"(?:[^\"]|\"\")*(?:\"|\Z)|`[^`]*(?:`|\Z)|\[[^\]]*(?:\]|\Z)"
+    r"|--[^\n]*|/\*.*?(?:\*/|\Z)",
+    re.DOTALL,
 )
+#: What surrogateescape makes of bytes that are no UTF-8.
+_NOT_UTF8 = re.compile("[\udc80-\udcff]+")
 
 
 @contextmanager
@@ -21,13 +28,15 @@ def open_read_only(database: Path) -> Iterator[sqlite3.Connection]:
     """A connection that can neither write nor lock ``database``.
 
     Raises:
-        DataError: it is missing, is not SQLite, or has a journal that ``immutable`` would ignore.
+        DataError: it is missing, is not SQLite, is damaged, has a name that is not UTF-8, or has a
+            journal that ``immutable`` would ignore.
         ConfigError: this Python cannot limit the length of a value.
     """
     if not hasattr(sqlite3.Connection, "setlimit"):
         raise ConfigError("SQL execution needs sqlite3.Connection.setlimit", expected="Python 3.11")
-    if not database.is_file():
+    if not os.path.exists(database):
         raise DataError("no such database", where=database)
+    require_regular(database, DataError)
     for suffix in ("-wal", "-journal"):
         journal = database.with_name(database.name + suffix)
         if journal.exists() and journal.stat().st_size:
@@ -41,10 +50,7 @@ def open_read_only(database: Path) -> Iterator[sqlite3.Connection]:
     try:
         # Bytes that are no UTF-8 must stay distinct from one another when compared.
         connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
-        try:
-            connection.execute("select count(*) from sqlite_master").fetchone()
-        except sqlite3.DatabaseError as error:
-            raise DataError(f"not an SQLite database: {error}", where=database) from error
+        _require_readable_names(_statements(connection, database), database)
         yield connection
     finally:
         connection.close()
@@ -53,18 +59,55 @@ def open_read_only(database: Path) -> Iterator[sqlite3.Connection]:
 def schema_lines(database: Path) -> list[str]:
     """The CREATE TABLE statements of ``database``, a line each, in the order they were made.
 
-    As they were written, without comments.
+    As they were written, without comments; bytes of a default value that are not UTF-8 are shown
+    as U+FFFD.
 
     Raises:
         DataError: see `open_read_only`.
     """
     with open_read_only(database) as connection:
-        tables = connection.execute(
-            "select sql from sqlite_master where type = 'table' and name not like 'sqlite\\_%' "
-            "escape '\\' order by rowid"
-        ).fetchall()
-    return [" ".join(QUOTED_OR_COMMENT.sub(_not_a_comment, sql).split()) for (sql,) in tables]
+        tables = _statements(
+            connection, database, "and type = 'table' and name not like 'sqlite\\_%' escape '\\'"
+        )
+    plain = (QUOTED_OR_COMMENT.sub(_not_a_comment, sql) for sql in tables)
+    return [
+        " ".join(sql.encode("utf-8", "surrogateescape").decode("utf-8", "replace").split())
+        for sql in plain
+    ]
+
+
+def _statements(connection: sqlite3.Connection, database: Path, only: str = "") -> list[str]:
+    """The statements that made tables, views and indexes, in the order they were made.
+
+    Raises:
+        DataError: SQLite cannot read them: it reads all of them before the first query.
+    """
+    sql = f"select cast(sql as text) from sqlite_master where sql is not null {only} order by rowid"
+    try:
+        return [statement for (statement,) in connection.execute(sql)]
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # a message may quote the schema's bytes
+        raise DataError(
+            f"not an SQLite database, or a damaged one: {error}", where=database
+        ) from error
+
+
+def _require_readable_names(statements: list[str], database: Path) -> None:
+    """Raise DataError if a name is not UTF-8: Python's sqlite3 can read no column called so."""
+    for statement in statements:
+        names = QUOTED_OR_COMMENT.sub(_only_a_name, statement)
+        if found := _NOT_UTF8.search(names):
+            around = names[max(0, found.start() - 20) : found.end() + 20]
+            raise DataError(
+                "a name of a table or column is not UTF-8",
+                where=database,
+                found=ascii(around.encode("utf-8", "surrogateescape")),
+                fix="Rename it (ALTER TABLE … RENAME), or leave this database out",
+            )
 
 
 def _not_a_comment(found: re.Match[str]) -> str:
     return " " if found[0].startswith(("--", "/*")) else found[0]
+
+
+def _only_a_name(found: re.Match[str]) -> str:
+    return " " if found[0].startswith(("--", "/*", "'")) else found[0]

@@ -6,15 +6,17 @@ import gzip
 import hashlib
 import os
 import stat
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_replay.errors import DataError
-from megatron_replay.files import MAX_TEXT_BYTES, open_regular, output_error
+from megatron_replay.files import MAX_TEXT_BYTES, make_directory, open_regular, output_error
 
 _GZIP = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
@@ -75,25 +77,42 @@ def _lines(handle: Any, name: str) -> Iterator[bytes]:
         yield line
 
 
-def is_pipe(path: Path) -> bool:
-    """Whether ``path`` can be read once only: ``<(zcat rows.gz)``, a FIFO, ``/dev/stdin``."""
-    try:
-        return stat.S_ISFIFO(path.stat().st_mode)
-    except OSError:
-        return False  # whoever opens it says why
+@dataclass(frozen=True)
+class Input:
+    """A file of rows.
+
+    Attributes:
+        path: where it is read.
+        shown: what the user calls it.
+        sha256: of a pipe, which is read from a copy; None for a file.
+    """
+
+    path: Path
+    shown: str
+    sha256: str | None = None
 
 
 @contextmanager
-def spooled(path: Path, directory: Path) -> Iterator[tuple[Path, str]]:
-    """Copy a pipe to a file without a name in ``directory``: (a path to open it, its SHA-256).
+def readable_often(path: Path, directory: Path) -> Iterator[Input]:
+    """``path``; or a copy of it, where it is a pipe: ``<(zcat rows.gz)``, a FIFO, ``/dev/stdin``.
 
-    The file is gone when the block or the process ends, however it ends.
+    The copy is a file without a name in ``directory``. It is gone when the block or the process
+    ends, however it ends.
 
     Raises:
         DataError: the pipe cannot be read.
-        OutputError: the file cannot be written.
+        OutputError: the copy cannot be written.
     """
+    try:
+        is_pipe = stat.S_ISFIFO(path.stat().st_mode)
+    except OSError:
+        is_pipe = False  # whoever opens it says why
+    if not is_pipe:
+        yield Input(path, str(path))
+        return
+    print(f"{path}: a pipe, copied until it ends", file=sys.stderr)
     digest = hashlib.sha256()
+    make_directory(directory)
     with _written_in(directory):
         spool: IO[bytes] = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 the next line
     with spool:
@@ -103,7 +122,7 @@ def spooled(path: Path, directory: Path) -> Iterator[tuple[Path, str]]:
                 spool.write(block)
         with _written_in(directory):
             spool.flush()
-        yield Path(f"/proc/self/fd/{spool.fileno()}"), digest.hexdigest()
+        yield Input(Path(f"/proc/self/fd/{spool.fileno()}"), str(path), digest.hexdigest())
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

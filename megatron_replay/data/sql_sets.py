@@ -21,6 +21,7 @@ A plain prompt is used as it is. Spider's and BIRD's are built from the database
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -30,6 +31,7 @@ from megatron_replay.data.database import schema_lines
 from megatron_replay.data.row import Row
 from megatron_replay.data.rows import parse_row, read_lines
 from megatron_replay.errors import DataError
+from megatron_replay.files import read_text, require_regular
 
 _ROWS, _DATABASE, _DEV = "questions.jsonl", "database.sqlite", "dev.json"
 
@@ -85,7 +87,7 @@ def read_sql_set(directory: Path) -> list[SqlQuestion]:
     for question in questions:
         if not question.prompt:
             raise DataError("the prompt is empty", where=question.where)
-        if not question.database.is_file():
+        if not os.path.exists(question.database):
             raise DataError("no such database", where=question.where, expected=question.database)
     return questions
 
@@ -118,6 +120,7 @@ def _layout(directory: Path) -> tuple[Path, Callable[[], Iterator[SqlQuestion]]]
             "dev.json + dev_databases/ (BIRD)",
             found="no directory" if inside is None else ", ".join(inside[:8]) or "nothing",
         )
+    require_regular(found[0][0], DataError)
     return found[0]
 
 
@@ -148,7 +151,7 @@ def read_questions(file: Path, layout: str) -> Iterator[SqlQuestion]:
     for row in _read_list(file):
         name = row.text("db_id")
         database = folder / name / f"{name}.sqlite"
-        if not database.is_file():
+        if not os.path.exists(database):  # pathlib's raises for a name that is too long
             raise DataError("no such database", where=row.where, expected=database)
         evidence = row.text("evidence") if "evidence" in row.fields else ""
         yield SqlQuestion(
@@ -170,9 +173,7 @@ def _database_folder(file: Path, form: Layout) -> Path:
 
 def _read_list(file: Path) -> list[Row]:
     try:
-        values = json.loads(file.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror}", where=file) from error
+        values = json.loads(read_text(file, DataError).removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}", where=file) from error
     if not isinstance(values, list):

@@ -39,10 +39,13 @@ def spread(values: Sequence[float | None]) -> Spread | None:
     n = len(known)
     if n == 0:
         return None
-    mean = math.fsum(known) / n
-    if n == 1 or not math.isfinite(mean):
-        return Spread(mean, None, None, n)
-    std = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (n - 1))
+    try:
+        mean = math.fsum(known) / n
+        if n == 1 or not math.isfinite(mean):
+            return Spread(mean, None, None, n)
+        std = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (n - 1))
+    except OverflowError:  # perplexities of diverged models, whose squares no float holds
+        return Spread(math.inf, None, None, n)
     return Spread(mean, std, student_t(n - 1) * std / math.sqrt(n), n)
 
 

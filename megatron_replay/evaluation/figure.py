@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.figure_style import (
@@ -14,7 +15,6 @@ from megatron_replay.evaluation.figure_style import (
     FONT,
     darker,
     new_figure,
-    save,
     tidy,
 )
 from megatron_replay.evaluation.report import Report
@@ -31,8 +31,8 @@ _GAINS = (
 _KINDS = ("sql", "choices", "lm_eval")
 
 
-def draw_report(report: Report, path: Path) -> None:
-    """Write the figure as PNG, 1600 × 700 pixels.
+def report_figure(report: Report) -> Figure:
+    """The figure, 1600 × 700 pixels.
 
     Left: gain against Δ perplexity on general text, with one standard error. Right: relative L2 and
     outside mass, or the time of the parts where neither is more than the base's zero.
@@ -50,18 +50,24 @@ def draw_report(report: Report, path: Path) -> None:
         _draw_movement(right, methods)
     else:
         _draw_timings(right, report["timings"])
-    save(figure, path)
+    return figure
 
 
 def _draw_gain(axes: Axes, methods: Sequence[Any], colours: dict[str, str]) -> None:
-    title, gains = _gains(methods)
-    if not gains or value_at(methods[0], "general.delta_perplexity") is None:
+    title, _ = _gains(methods[:1])
+    if not title or value_at(methods[0], "general.delta_perplexity") is None:
         raise DataError(
             "no gain against forgetting to draw",
             expected="an evaluation with --general-text and --sql, --choices or --data",
         )
+    for method in methods:
+        if missing := _drawn(methods[0]) ^ _drawn(method):
+            raise DataError(
+                f"{method['name']} was measured on something else than {methods[0]['name']}",
+                found=f"only one of them has {', '.join(sorted(missing))}",
+            )
     points = []
-    for method, (gain, error) in zip(methods, gains, strict=True):
+    for method, (gain, error) in zip(methods, _gains(methods)[1], strict=True):
         forgetting = value_at(method, "general.delta_perplexity")
         axes.errorbar(
             forgetting,
@@ -81,6 +87,13 @@ def _draw_gain(axes: Axes, methods: Sequence[Any], colours: dict[str, str]) -> N
     axes.set_ylabel(f"domain: {title}")
     axes.grid(alpha=0.25)
     tidy(axes, "Domain against forgetting (up and left is better)")
+
+
+def _drawn(method: Any) -> set[str]:
+    """Which of what the left side draws a method has."""
+    paths = ("general.delta_perplexity", *(path for _, path in _GAINS))
+    found = {path for path in paths if value_at(method, path) is not None}
+    return found | set(domain_scores(method))
 
 
 def _gains(methods: Sequence[Any]) -> tuple[str, list[tuple[float, float | None]]]:
@@ -103,7 +116,7 @@ def _domain_mean(method: Any) -> tuple[float, float | None]:
     mean = sum(scores.values()) / len(scores)
     if any(error is None for error in errors):
         return mean, None
-    return mean, 100 * sum(error**2 for error in errors) ** 0.5 / len(errors)
+    return mean, 100 * math.hypot(*errors) / len(errors)
 
 
 def _label_points(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from megatron_replay.data.corpus import corpus_file
 from megatron_replay.data.sql_sets import sql_set_files
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, task_files
-from megatron_replay.files import sha256_of_files
+from megatron_replay.files import require_regular
+from megatron_replay.platform import select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Inputs:
         if (self.data_path is None) != (self.store is None):
             raise ConfigError("--data-path and --store are given together or not")
         if not any(getattr(self, f.name) for f in fields(self)):
-            flags = ", ".join(_flag(f.name) for f in fields(self))
+            flags = ", ".join(flag_of(f.name) for f in fields(self))
             raise ConfigError("nothing to measure", expected=f"at least one of {flags}")
         if bool(self.lm_eval()) != (self.lm_eval_include_path is not None):
             raise ConfigError(
@@ -87,20 +89,20 @@ class Inputs:
                 found[one.name] = value
         return found
 
-    def sha256(self) -> dict[str, str]:
-        """SHA-256 of the files that decide the measurements, by the input they belong to.
+    def files(self) -> dict[str, list[Path]]:
+        """The files that decide the measurements, by the input they belong to.
 
         Raises:
-            DataError: a file is missing, or a directory has no known layout.
+            DataError: a file is missing or not regular, or a directory has no known layout.
         """
         found = {}
         for name, path in self.paths().items():
-            files = _files(name, path)
-            for file in files:
-                if not file.is_file():
-                    flag = _flag(name.split("/")[0])
+            found[name] = _files(name, path)
+            for file in found[name]:
+                if not file.exists():
+                    flag = flag_of(name.split("/")[0])
                     raise DataError(f"no such file, given as {flag}", where=file)
-            found[name] = sha256_of_files(files)
+                require_regular(file, DataError)
         return found
 
 
@@ -116,13 +118,18 @@ def _files(name: str, path: Path) -> list[Path]:
     return [path]
 
 
+#: A day.
+_MAX_QUERY_SECONDS = 86_400
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How it is measured; part of every result's key.
 
     Attributes:
-        device: where the models run.
-        dtype: their number format.
+        device: where the models run; "auto" is this machine's accelerator, or its CPU.
+        dtype: their number format. float32 everywhere: weights that training moved by less than
+            bfloat16 resolves would otherwise count as unmoved.
         batch_size: documents or prompts at once.
         window: general text is cut into pieces of this many predicted tokens.
         max_new_tokens: length limit of a generated query.
@@ -131,7 +138,7 @@ class Settings:
         bird_compat: compare answers as BIRD does, as sets without order.
     """
 
-    device: str = "cpu"
+    device: str = "auto"
     dtype: str = "float32"
     batch_size: int = 16
     window: int = 128
@@ -143,11 +150,29 @@ class Settings:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if not isinstance(value, (str, bool)) and value <= 0:
-                raise ConfigError("must be positive", where=_flag(one.name), found=value)
+            if not isinstance(value, (str, bool)) and not 0 < value < math.inf:
+                raise ConfigError("must be positive", where=flag_of(one.name), found=value)
+        if self.query_seconds > _MAX_QUERY_SECONDS:
+            raise ConfigError(
+                "too long for one query",
+                where="--query-seconds",
+                expected=f"at most {_MAX_QUERY_SECONDS}",
+                found=self.query_seconds,
+            )
+
+    def resolved(self) -> Settings:
+        """These settings with the device that "auto" is here: two devices give two results."""
+        if self.device != "auto":
+            return self
+        try:
+            return replace(self, device=select("auto").name)
+        except ConfigError as error:  # an accelerator that cannot be used
+            message = str(error).replace("--platform", "--device")
+            raise ConfigError(message) from error
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """``--general-text`` of ``general_text``."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -164,7 +189,16 @@ def named_paths(pairs: list[str], *, flag: str, kind: str = "DIR") -> dict[str, 
             raise ConfigError(
                 "not a name and a path", where=flag, expected=f"NAME={kind}", found=pair
             )
+        require_utf8(name, where=flag)
         if name in found:
             raise ConfigError(f"{name} is given twice", where=flag)
         found[name] = Path(path)
     return found
+
+
+def require_utf8(name: str, *, where: object) -> None:
+    """Raise ConfigError where a name, unlike a path, cannot be written and drawn."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("this name is not UTF-8", where=where, found=ascii(name)) from error

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_replay.data.document import Document
 from megatron_replay.errors import CheckpointError, ConfigError, DataError
+from megatron_replay.evaluation.model_files import CONFIG, require_model
 from megatron_replay.progress import Progress
 
 
@@ -72,11 +73,12 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
 
     Raises:
         ConfigError: there is no such device here.
-        CheckpointError: it is missing, or transformers cannot load it.
+        CheckpointError: it is missing, does not fit its config.json, or cannot be loaded.
     """
-    _require_device(device)
-    if not (path / "config.json").is_file():
-        raise CheckpointError("no Hugging Face model here", where=path, expected="config.json")
+    require_device(device)
+    if not (path / CONFIG).is_file():
+        raise CheckpointError("no Hugging Face model here", where=path, expected=CONFIG)
+    require_model(path)
     try:
         with _no_loader_threads():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -84,9 +86,10 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
                 dtype=getattr(torch, dtype),
                 local_files_only=True,
                 trust_remote_code=False,
+                use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # transformers promises no type here
         raise CheckpointError(f"cannot load the model: {error}", where=path) from error
     model, report = loaded
     # transformers initialises what a file lacks at random and goes on: such numbers mean nothing.
@@ -99,7 +102,8 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
     return cast(PreTrainedModel, model)
 
 
-def _require_device(device: str) -> None:
+def require_device(device: str) -> None:
+    """Raise ConfigError unless torch can use ``device``."""
     try:
         torch.zeros(1, device=device).item()
     except (AssertionError, RuntimeError) as error:  # torch without a backend asserts

@@ -1,7 +1,10 @@
 """Tasks of the lm-evaluation-harness: from local YAML files, on local data, without a network.
 
     score(task) = the first metric of the YAML file's metric_list, behind its first filter
-    score(task without a list), score(group) = the first that lm-eval gives
+    score(task without a list) = the first of lm-eval's defaults
+    score(group) = the first metric that it aggregates
+
+What that metric means is decided before a model is measured (``lm_eval_metrics.py``).
 
 The harness is an extra (``pip install 'megatron-replay[eval]'``) and is imported when it is used.
 """
@@ -13,8 +16,9 @@ import importlib.metadata
 import io
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,12 +28,18 @@ import yaml
 from transformers import AutoTokenizer, PreTrainedModel
 
 from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.evaluation.lm_eval_metrics import (
+    Metric,
+    metric_of_group,
+    metric_of_task,
+    require_share,
+    require_within,
+)
+from megatron_replay.files import read_text, require_regular
 
 Result = dict[str, Any]
 #: For metrics whose standard error has no formula; a mean's has one.
 _BOOTSTRAP_ITERATIONS = 1000
-#: Metrics of lm-eval's own that are better when higher, but no shares: to 100, from -1, unbounded.
-_NO_SHARES = ("bleu", "chrf", "chrf++", "mcc", "likelihood")
 #: What may name local data in a task's YAML file.
 _DATA_KEYS = ("data_files", "data_dir", "dataset_path")
 
@@ -72,50 +82,54 @@ def task_files(include_path: Path) -> list[Path]:
     """Every file of the directory, and the local data that its YAML files name.
 
     Raises:
-        DataError: there is no YAML file.
+        DataError: there is no YAML file, one is not YAML, or something is no regular file.
     """
-    files = {path for path in include_path.rglob("*") if path.is_file()}
-    files = {path for path in files if "__pycache__" not in path.parts}
+    files = {path for path in _inside(include_path) if "__pycache__" not in path.parts}
     tasks = [path for path in files if path.name.endswith(("yaml", "yml"))]
     if not tasks:
         raise DataError("no task's YAML file here", where=include_path)
     for path in tasks:
         try:
-            tree = yaml.compose(path.read_text())
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            tree = yaml.compose(read_text(path, DataError))
+            names = set(_named_data(tree))
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise DataError(f"not YAML: {error}", where=path) from error
-        for name in _named_data(tree):
+        for name in names:
             for found in map(Path, glob.glob(name)):
-                inside = found.rglob("*") if found.is_dir() else [found]
-                files |= {file for file in inside if file.is_file()}
+                files.update(_inside(found))
     return sorted(files)
 
 
-def _named_data(node: yaml.Node | None, below: bool = False) -> Iterator[str]:
+def _inside(path: Path) -> Iterator[Path]:
+    """The file, or every file in the directory; lm-eval would wait for a pipe for ever."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if not file.is_dir():
+            require_regular(file, DataError)
+            yield file
+
+
+def _named_data(tree: yaml.Node | None) -> Iterator[str]:
     """Strings under ``_DATA_KEYS``; tags such as ``!function`` are left alone."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield from _named_data(value, below or key.value in _DATA_KEYS)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _named_data(value, below)
-    elif isinstance(node, yaml.ScalarNode) and below:
-        yield node.value
+    nodes, seen = [(tree, False)], set()
+    while nodes:
+        node, below = nodes.pop()
+        if (id(node), below) in seen:  # an alias: the whole of it may be beyond counting
+            continue
+        seen.add((id(node), below))
+        if isinstance(node, yaml.MappingNode):
+            nodes += [(value, below or key.value in _DATA_KEYS) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += [(value, below) for value in node.value]
+        elif isinstance(node, yaml.ScalarNode) and below:
+            yield node.value
 
 
-def run_tasks(
-    model: PreTrainedModel,
-    tokenizer: Path,
-    tasks: LmEvalTasks,
-    *,
-    batch_size: int,
-    progress: bool,
-) -> Result:
-    """Score of every task: ``{task: {"score", "metric", "standard_error", …}}``.
+def read_metrics(tasks: LmEvalTasks, tokenizer: Path, *, progress: bool) -> dict[str, Metric]:
+    """The metric that is each task's score, decided before a model is loaded.
 
     Raises:
         ConfigError: the harness is not installed, or has no use for this tokenizer.
-        DataError: a task is unknown, cannot be run, or has no score.
+        DataError: a task is unknown or cannot be loaded, or a general one's score is no share.
     """
     if not tokenizer.is_dir():
         raise ConfigError(
@@ -124,31 +138,94 @@ def run_tasks(
             expected="a Hugging Face directory",
             found=tokenizer,
         )
+    with _harness(tasks, progress) as manager:
+        found = manager.load([*tasks.general, *tasks.domain])
+    metrics = {}
+    for name in (*tasks.general, *tasks.domain):
+        if name in found["groups"]:
+            group = found["groups"][name]
+            metrics[name] = metric_of_group(
+                group.to_dict(), [_configuration(task) for task in group.get_all_tasks()]
+            )
+        elif name in found["tasks"]:
+            metrics[name] = metric_of_task(*_configuration(found["tasks"][name]))
+        else:
+            raise DataError(
+                "a tag has no score of its own",
+                where=f"lm-eval task {name}",
+                fix="Name its tasks",
+            )
+        if name in tasks.general:
+            require_share(name, metrics[name])
+    return metrics
+
+
+def _configuration(task: Any) -> tuple[Result, Result]:
+    """Configuration and directions of a task that is loaded."""
+    from lm_eval.api.task import ConfigurableTask
+
+    config = dict(task.dump_config())
+    if type(task) is not ConfigurableTask:  # its own class computes its metrics
+        config["process_results"] = type(task).__name__
+    return config, dict(task.higher_is_better())
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: Path,
+    tasks: LmEvalTasks,
+    metrics: Mapping[str, Metric],
+    *,
+    batch_size: int,
+    progress: bool,
+) -> Result:
+    """Score of every task: ``{task: {"score", "metric", "standard_error", …}}``.
+
+    Args:
+        metrics: what `read_metrics` decided.
+
+    Raises:
+        DataError: a task cannot be run, or has no score.
+    """
+    with _harness(tasks, progress) as manager:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        backend = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        if model.generation_config.eos_token_id is None:
+            # The harness would go on behind the answer, as far as its batch's longest.
+            model.generation_config.eos_token_id = backend.eos_token_id
+        results = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=backend, batch_size=batch_size),
+            tasks=list(metrics),
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=_BOOTSTRAP_ITERATIONS,
+        )
+    return {
+        name: task_score(results, name, metric, general=name in tasks.general)
+        for name, metric in metrics.items()
+    }
+
+
+@contextmanager
+def _harness(tasks: LmEvalTasks, progress: bool) -> Iterator[Any]:
+    """lm-eval's TaskManager of the directory, once it is known to have the tasks."""
     names = [*tasks.general, *tasks.domain]
     with ExitStack() as stack:
         stack.enter_context(_offline())
+        # Ours is a line a model, and nothing else.
+        stack.enter_context(redirect_stdout(sys.stderr if progress else io.StringIO()))
         if not progress:
             stack.enter_context(redirect_stderr(io.StringIO()))
         require_lm_eval()
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         try:
             manager = TaskManager(include_path=str(tasks.include_path), include_defaults=False)
             _require_known(names, manager.all_tasks, tasks.include_path)
-            backend = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-            if model.generation_config.eos_token_id is None:
-                # The harness would go on behind the answer, as far as its batch's longest.
-                model.generation_config.eos_token_id = backend.eos_token_id
-            results = simple_evaluate(
-                HFLM(pretrained=model, tokenizer=backend, batch_size=batch_size),
-                tasks=names,
-                task_manager=manager,
-                log_samples=False,
-                bootstrap_iters=_BOOTSTRAP_ITERATIONS,
-            )
+            yield manager
         except DataError:
             raise
         except Exception as error:  # whatever a task's own functions and datasets raise
@@ -156,7 +233,6 @@ def run_tasks(
                 f"lm-eval cannot run {', '.join(names)}: {type(error).__name__}: {error}",
                 where=tasks.include_path,
             ) from error
-    return {name: task_score(results, name, general=name in tasks.general) for name in names}
 
 
 def _require_known(names: list[str], known: list[str], where: Path) -> None:
@@ -170,51 +246,38 @@ def _require_known(names: list[str], known: list[str], where: Path) -> None:
             )
 
 
-def task_score(results: Mapping[str, Any], task: str, *, general: bool) -> Result:
+def task_score(results: Mapping[str, Any], task: str, metric: Metric, *, general: bool) -> Result:
     """One task's entry, from what the harness returned.
 
+    Args:
+        metric: what was decided about its score. Where the task's own function gives other metrics
+            than its YAML file lists, the score is the first of those.
+
     Raises:
-        DataError: it has no metric, or a general one that is better when lower or no share of
-            one: retention is a percentage of the base's score.
+        DataError: it has no score, or a general one has another metric than was decided about, or
+            a share lies outside [0, 1].
     """
     values = results["results"].get(task, {})
-    metrics = [key for key in values if "," in key and not key.split(",")[0].endswith("_stderr")]
-    # The harness has them in the order of its own code. A group has no configuration.
-    listed = results.get("configs", {}).get(task, {}).get("metric_list") or []
-    order = [entry["metric"] for entry in listed]
-    metrics.sort(key=lambda key: [*order, key.split(",")[0]].index(key.split(",")[0]))
-    if not metrics:
-        parts = results.get("group_subtasks", {}).get(task, [])
-        raise DataError(
-            "the group has no score of its own" if parts else "the task has no score",
-            where=f"lm-eval task {task}",
-            fix=f"Name its tasks: {','.join(parts)}" if parts else None,
-        )
-    metric, _, filtered = metrics[0].partition(",")
-    score = float(values[metrics[0]])
-    higher_is_better = results["higher_is_better"].get(task, {}).get(metric, True)
-    if higher_is_better is None:
-        raise DataError(
-            f"of the group's tasks, {metric} is better when lower in some only",
-            where=f"lm-eval task {task}",
-            fix="Name its tasks",
-        )
-    # A function of the task's own may give per cent.
-    share = higher_is_better and metric not in _NO_SHARES and not score > 1
-    if general and not share:
-        kind = "no share from 0 to 1" if higher_is_better else "better when lower"
-        raise DataError(
-            f"{metric} is {kind}, so no percentage of it can be kept",
-            where=f"lm-eval task {task}",
-            fix="List another metric first; --lm-eval-domain-tasks shows this one by itself, "
-            "outside the domain's mean",
-        )
-    error = values.get(f"{metric}_stderr,{filtered}")
+    keys = [key for key in values if "," in key and not key.split(",")[0].endswith("_stderr")]
+    if not keys:
+        raise DataError("the task has no score", where=f"lm-eval task {task}")
+    # The harness has them in the order of its own code.
+    key = min(keys, key=lambda key: key.split(",")[0] != metric.name)
+    name, _, filtered = key.partition(",")
+    if name != metric.name:
+        better = bool(results["higher_is_better"].get(task, {}).get(name, True))
+        share = metric.declared and metric.share and better
+        metric = Metric(name, share, better, metric.declared)
+        if general:
+            require_share(task, metric)
+    score = float(values[key])
+    require_within(task, metric, score)
+    error = values.get(f"{name}_stderr,{filtered}")
     return {
         "score": score,
-        "metric": metrics[0],
-        "higher_is_better": higher_is_better,
-        "share": share,
+        "metric": key,
+        "higher_is_better": metric.higher_is_better,
+        "share": metric.share,
         "standard_error": float(error) if isinstance(error, float) else None,
         "questions": values.get("sample_len"),
         "general": general,
@@ -229,6 +292,8 @@ def _offline() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_replaced(os.environ, "HF_HUB_OFFLINE", "1"))
         stack.enter_context(_replaced(os.environ, "HF_DATASETS_OFFLINE", "1"))
+        # Its bootstrap would fork from this process, which has threads, and might never return.
+        stack.enter_context(_replaced(os.environ, "DISABLE_MULTIPROC", "1"))
         stack.enter_context(_replaced(vars(huggingface_hub.constants), "HF_HUB_OFFLINE", True))
         try:
             import datasets.config

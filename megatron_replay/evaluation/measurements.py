@@ -19,8 +19,10 @@ from megatron_replay.evaluation.candidate_mass import candidate_mass
 from megatron_replay.evaluation.choices import Choice, read_choices, score_choices
 from megatron_replay.evaluation.inputs import Inputs, Settings
 from megatron_replay.evaluation.language_model import Score, greedy_answers, load_model, score
-from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, run_tasks
-from megatron_replay.evaluation.sql_execution import Limits, execution_match, with_answers
+from megatron_replay.evaluation.lm_eval_metrics import Metric
+from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, read_metrics, run_tasks
+from megatron_replay.evaluation.sql_execution import execution_match, with_answers
+from megatron_replay.evaluation.sql_query import Limits
 from megatron_replay.store import CandidateReader
 
 Result = dict[str, Any]
@@ -51,6 +53,7 @@ class Material:
         choices, general_choices: rows of each benchmark.
         documents: "task", "data" and "general", those that are given.
         candidates: corpus and store whose outside mass is measured.
+        tasks: the lm-eval tasks, if any, and the metric that is the score of each.
     """
 
     sql: Mapping[str, tuple[list[SqlQuestion], int]]
@@ -58,16 +61,17 @@ class Material:
     general_choices: Mapping[str, list[Choice]]
     documents: Mapping[str, list[Document]]
     candidates: tuple[Corpus, CandidateReader] | None
+    tasks: tuple[LmEvalTasks, Mapping[str, Metric]] | None
 
 
 def read_material(
     inputs: Inputs, tokenizer: Tokenizer, settings: Settings, *, progress: bool
 ) -> Material:
-    """Read every input that this project reads itself (lm-eval reads its own tasks).
+    """Read every input; lm-eval reads its own tasks, here to see that it can.
 
     Raises:
-        DataError, StoreError: a row does not fit, a gold query fails, the store is of another
-            corpus.
+        ConfigError, DataError, StoreError: a row does not fit, a gold query fails, the store is of
+            another corpus, an lm-eval task is unknown or has no score that can be used.
     """
     documents = {
         name: read_documents(file, tokenizer, row_format=row_format)
@@ -95,12 +99,14 @@ def read_material(
             questions, limits=_limits(settings), description=f"{name}: gold", progress=progress
         )
         sql[name] = asked, len(questions) - len(asked)
+    tasks = inputs.lm_eval()
     return Material(
         sql=sql,
         choices=choices,
         general_choices=general_choices,
         documents=documents,
         candidates=candidates,
+        tasks=(tasks, read_metrics(tasks, tokenizer.path, progress=progress)) if tasks else None,
     )
 
 
@@ -109,7 +115,6 @@ def measure(
     path: Path,
     tokenizer: Tokenizer,
     material: Material,
-    tasks: LmEvalTasks | None,
     settings: Settings,
     *,
     progress: bool,
@@ -139,9 +144,13 @@ def measure(
             progress=progress,
         )
         result[kind] = _score_result(measured)
-    if tasks:
+    if material.tasks:
         result["lm_eval"] = run_tasks(
-            model, tokenizer.path, tasks, batch_size=settings.batch_size, progress=progress
+            model,
+            tokenizer.path,
+            *material.tasks,
+            batch_size=settings.batch_size,
+            progress=progress,
         )
     if material.candidates:
         corpus, reader = material.candidates

@@ -45,6 +45,13 @@ def draw_figures(rows: Sequence[Row], output: Path) -> list[str]:
     return drawn
 
 
+def figure_files(rows: Sequence[Row]) -> list[str]:
+    """Names of all the files that `draw_figures` may write for these rows."""
+    groups = groups_of(rows)
+    of_groups = [_file(name, *group) for group in groups for name in _FIGURES]
+    return [*of_groups, *dict.fromkeys(_file("pareto", size) for _, size in groups)]
+
+
 def _file(name: str, *of: str) -> str:
     return "-".join([name, *(re.sub(r"[^\w.]+", "_", part) for part in of if part)]) + ".png"
 

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.evaluation.entries import is_number
 from megatron_replay.evaluation.run_log import RunSummary
 from megatron_replay.evaluation.scores import is_share, value_at
+from megatron_replay.files import read_json
 
 Report = dict[str, Any]
+#: A thousand years: what is longer was not measured.
+_LONGEST_SECONDS = 3e10
 Method = dict[str, Any]
 #: Where a value is in a method's results.
 At = str | tuple[str, ...]
@@ -62,15 +66,15 @@ def read_timings(path: Path) -> dict[str, float]:
     Raises:
         DataError: it is anything else.
     """
-    try:
-        timings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read: {error}", where=path) from error
-    good = isinstance(timings, dict) and all(
-        isinstance(s, (int, float)) and not isinstance(s, bool) and s >= 0 for s in timings.values()
-    )
-    if not good:
-        raise DataError("not timings", where=path, expected='{"part": seconds, …}')
+    timings = read_json(path, DataError)
+    for name, seconds in timings.items():
+        if not (is_number(seconds) and 0 <= seconds < _LONGEST_SECONDS):
+            raise DataError(
+                "not timings",
+                where=path,
+                expected='{"part": seconds, …}',
+                found=f"{name!r}: {json.dumps(seconds)[:60]}",
+            )
     return {name: float(seconds) for name, seconds in timings.items()}
 
 
@@ -82,9 +86,7 @@ def _number(form: str, scale: float = 1.0) -> Any:
 
 def _accuracy(method: Mapping[str, Any], path: At) -> str | None:
     found = value_at(method, path)
-    if found is None:
-        return None
-    return f"{100 * found['accuracy']:.1f} ± {100 * found['standard_error']:.1f}"
+    return None if found is None else _with_error(found, 100, ".1f", "accuracy")
 
 
 def _failures(method: Mapping[str, Any], path: At) -> str | None:
@@ -108,8 +110,8 @@ def _own_unit(method: Mapping[str, Any], path: At) -> str | None:
     return None if found is None or is_share(found) else _with_error(found, 1, ".3f")
 
 
-def _with_error(found: Mapping[str, Any], scale: int, form: str) -> str:
-    numbers = [found["score"], found.get("standard_error")]
+def _with_error(found: Mapping[str, Any], scale: int, form: str, name: str = "score") -> str:
+    numbers = [found[name], found.get("standard_error")]
     return " ± ".join(format(scale * number, form) for number in numbers if number is not None)
 
 

@@ -5,21 +5,17 @@ A table is made from rows: every seed of every method is a run, and so a row.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.evaluation.run_log import CONFIG, summarize_run
-from megatron_replay.files import output_error
+from megatron_replay.evaluation.entries import is_number, require_entry, require_numbers
+from megatron_replay.evaluation.json_lines import append_line, parse_object, whole_lines
+from megatron_replay.evaluation.run_log import CONFIG, read_resolved_config, summarize_run
 
 FORMAT = 1
 #: The tables that a row can be listed in, by the names that ``--table`` takes.
@@ -101,7 +97,7 @@ def row_of_run(
     try:
         lr, optimizer = float(config["optimizer"]["lr"]), str(config["optimizer"]["optimizer"])
         loss = _loss_name(config["loss"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"not a resolved configuration: {error!r}",
             where=run / CONFIG,
@@ -157,16 +153,7 @@ def read_configuration(run: Path) -> dict[str, Any]:
     Raises:
         DataError: it is missing, or no mapping of sections.
     """
-    path = run / CONFIG
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"cannot read: {error}", where=path) from error
-    if not isinstance(config, dict) or not all(isinstance(s, dict) for s in config.values()):
-        raise DataError(
-            "not a resolved configuration", where=path, expected="a mapping of mappings"
-        )
-    return config
+    return read_resolved_config(run / CONFIG)
 
 
 def configuration_hash(config: Mapping[str, Mapping[str, Any]]) -> str:
@@ -198,53 +185,19 @@ def append_row(path: Path, row: Row) -> None:
     A kill can only leave the last line torn: the next append drops it, and says so.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, holds something else, or stays locked.
     """
     line = json.dumps({"format": FORMAT, **asdict(row)}, ensure_ascii=False)
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            _mend_end(path, fd)
-            data = f"{line}\n".encode()
-            while data:  # the disk may take less than all
-                data = data[os.write(fd, data) :]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise output_error(path, error) from error
+    append_line(path, line, _is_row, what="rows")
 
 
-def _mend_end(path: Path, fd: int) -> None:
-    """Cut a torn last line off; end a whole one that only lacks its newline."""
-    text = path.read_bytes()
-    whole, last = _split_end(text)
-    if not last:
-        return
-    if _is_object(last):
-        os.write(fd, b"\n")
-    else:
-        _say_torn(path)
-        os.ftruncate(fd, len(whole))
-
-
-def _split_end(text: bytes) -> tuple[bytes, bytes]:
-    """What ends with a newline, and what follows it."""
-    cut = text.rfind(b"\n") + 1
-    return text[:cut], text[cut:]
-
-
-def _is_object(line: bytes) -> bool:
-    """No torn line is one: the brace that closes the object is its last byte."""
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
-def _say_torn(path: Path) -> None:
-    print(f"{path}: dropped its last line, torn by a kill", file=sys.stderr)
+def _is_row(line: bytes) -> bool:
+    """Whether a file's first line is a row, or one that was torn while it was written."""
+    begin = f'{{"format": {FORMAT}, "method": '.encode()
+    value = parse_object(line) or {}
+    return line.startswith(begin[: len(line)]) or (
+        value.get("format") == FORMAT and "method" in value
+    )
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -253,18 +206,9 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: the file is missing or empty, or a line is not a row.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror}", where=path) from error
-    whole, last = _split_end(text)
-    if last and _is_object(last):
-        whole = text
-    elif last:
-        _say_torn(path)
     rows = [
         _parse(f"{path}:{number}", line)
-        for number, line in enumerate(whole.splitlines(), start=1)
+        for number, line in enumerate(whole_lines(path), start=1)
         if line.strip()
     ]
     if not rows:
@@ -294,7 +238,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 def _parse(where: str, line: bytes) -> Row:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}", where=where) from error
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise DataError("not a row", where=where, expected=f'an object with "format": {FORMAT}')
@@ -302,13 +246,27 @@ def _parse(where: str, line: bytes) -> Row:
         if name not in _KINDS or name not in values:
             problem = "unknown" if name in values else "missing"
             raise DataError(f"{problem} field {name!r}", where=where, expected=", ".join(_KINDS))
-        if isinstance(values[name], bool) or not isinstance(values[name], _KINDS[name]):
+        right = isinstance(values[name], _KINDS[name]) and not isinstance(values[name], bool)
+        if not right or (isinstance(values[name], _NUMBER) and not is_number(values[name])):
             expected = " or ".join("null" if k is type(None) else k.__name__ for k in _KINDS[name])
             found = json.dumps(values[name])[:60]
             raise DataError(
                 f"{name!r} is of another type", where=where, expected=expected, found=found
             )
+    require_entry(values["evaluation"], f"{where}: evaluation")
+    if values["run"] is not None:
+        _require_run(values["run"], f"{where}: run")
+        if values["lr"] is None:
+            raise DataError("a run without a learning rate", where=where)
     try:
         return Row(**values | {"tables": tuple(values["tables"])})
     except ConfigError as error:
         raise DataError(str(error), where=where) from error
+
+
+def _require_run(run: dict[str, Any], where: str) -> None:
+    """Numbers, or null where a run was too short for one; a step's time divides by its steps."""
+    known = {name: value for name, value in run.items() if value is not None and name != "config"}
+    require_numbers(known, where)
+    if known.get("iterations", 0) <= 0:
+        raise DataError("a run without a step", where=where, found=run.get("iterations"))

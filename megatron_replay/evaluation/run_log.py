@@ -13,10 +13,14 @@ import numpy.typing as npt
 import yaml
 
 from megatron_replay.errors import DataError
+from megatron_replay.evaluation.entries import is_number
+from megatron_replay.files import read_text
 from megatron_replay.functional.stability import gradient_norm_cv, loss_std, loss_variance, spikes
 
 METRICS, CONFIG, _WARMUP = "metrics.jsonl", "resolved_config.yaml", "lr_warmup_iters"
 Line = dict[str, Any]
+_GENERAL = ("perplexity", "delta_ppl")
+_SCALARS = (str, int, float, type(None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,32 +104,74 @@ def read_lines_of_run(directory: Path) -> list[Line]:
             rise.
     """
     path = directory / METRICS
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read: {error}", where=path) from error
     lines: list[Line] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(read_text(path, DataError).split("\n"), start=1):
+        if not line:
+            continue
         try:
             value = json.loads(line)
-            value["iteration"] + 0
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                "not a line of metrics",
-                where=f"{path}:{number}",
-                expected='a JSON object with "iteration"',
-                found=line[:80],
-                fix="The run was killed while it wrote: resume it, which mends the file",
-            ) from error
-        if lines and value["iteration"] < lines[-1]["iteration"]:
+            iteration = value["iteration"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise _no_metrics(path, number, line) from error  # TypeError: no object
+        if type(iteration) is not int or not _has_readings(value):
+            raise _no_metrics(path, number, line)
+        if lines and iteration < lines[-1]["iteration"]:
             raise DataError(
                 "iterations go backwards",
                 where=f"{path}:{number}",
                 expected=f"at least {lines[-1]['iteration']}",
-                found=value["iteration"],
+                found=iteration,
             )
         lines.append(value)
     return lines
+
+
+def _has_readings(line: Line) -> bool:
+    """Whether what is read now and then, beside the steps, has its type, where it is there."""
+    readings = [line.get(name) or {} for name in ("general", "probe")]
+    if not all(isinstance(reading, dict) for reading in readings):
+        return False
+    general, probe = readings
+    numbers = line.get("relative_l2"), *map(general.get, _GENERAL), probe.get("outside_mass")
+    return all(number is None or is_number(number) for number in numbers)
+
+
+def _no_metrics(path: Path, number: int, line: str) -> DataError:
+    return DataError(
+        "not a line of metrics",
+        where=f"{path}:{number}",
+        expected='a JSON object with "iteration"',
+        found=line[:80],
+        fix="The run was killed while it wrote: resume it, which mends the file",
+    )
+
+
+def read_resolved_config(path: Path) -> dict[str, dict[str, Any]]:
+    """A run's resolved configuration, by section and name; values are scalars or lists of them.
+
+    Raises:
+        DataError: it is missing, or anything else.
+    """
+    try:
+        config = yaml.safe_load(read_text(path, DataError))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DataError(f"not YAML: {error}", where=path) from error
+    if not (isinstance(config, dict) and all(map(_is_section, config.values()))):
+        raise DataError(
+            "not a resolved configuration",
+            where=path,
+            expected="a mapping of sections, each a mapping of settings",
+        )
+    return config
+
+
+def _is_section(section: Any) -> bool:
+    """Whether it has nothing nested: an alias within an alias could be beyond counting."""
+    return isinstance(section, dict) and all(
+        isinstance(name, str)
+        and all(isinstance(x, _SCALARS) for x in (value if isinstance(value, list) else [value]))
+        for name, value in section.items()
+    )
 
 
 def summarize_run(directory: Path) -> RunSummary:
@@ -135,8 +181,9 @@ def summarize_run(directory: Path) -> RunSummary:
         DataError: the metrics or the configuration are missing or cannot be read.
     """
     config = directory / CONFIG
-    if not config.is_file():
+    if not config.exists():
         raise DataError("no such file: is this a run's directory?", where=config)
+    warmup_iters = _warmup_iters(config)
     lines = read_lines_of_run(directory)
     steps = [line for line in lines if "loss" in line]
     if not steps:
@@ -147,10 +194,11 @@ def summarize_run(directory: Path) -> RunSummary:
     if not finite.any():
         raise DataError("no logged step is finite", where=directory / METRICS)
     tokens, seconds = _series(steps, "tokens", directory), _series(steps, "seconds", directory)
+    _require_totals(directory, tokens=tokens, seconds=seconds)
     complete = steps[-1]["iteration"] == len(steps)
     losses, norms = losses[finite], norms[finite]
     iterations = np.array([step["iteration"] for step in judged])[finite]
-    norms_after_warmup = norms[iterations > _warmup_iters(config)]
+    norms_after_warmup = norms[iterations > warmup_iters]
     loss_spikes, loss_spike_rate = _spikes(losses)
     gradient_spikes, gradient_spike_rate = _spikes(norms)
     general = _last(lines, "general") or {}
@@ -160,7 +208,7 @@ def summarize_run(directory: Path) -> RunSummary:
         tokens=int(tokens.sum()) if complete else None,
         seconds=float(seconds.sum()) if complete else None,
         tokens_per_second=float(tokens.sum() / seconds.sum()),
-        data_wait_share=_data_wait_share(steps),
+        data_wait_share=_data_wait_share(steps, float(seconds.sum()), directory),
         full_loss_steps=len(steps) - len(judged),
         final_loss=float(losses[-max(1, len(losses) // 10) :].mean()),
         loss_std=loss_std(losses),
@@ -180,23 +228,21 @@ def summarize_run(directory: Path) -> RunSummary:
 
 
 def _warmup_iters(config: Path) -> int:
-    try:
-        return int(yaml.safe_load(config.read_text(encoding="utf-8"))["optimizer"][_WARMUP])
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    found = read_resolved_config(config).get("optimizer", {}).get(_WARMUP)
+    if type(found) is not int:
         raise DataError(
             "the warm-up, which the gradient norm's CV leaves out, is not in it",
             where=config,
             expected=f"optimizer: {{{_WARMUP}: a number}}",
-        ) from error
+            found=found,
+        )
+    return found
 
 
-def _data_wait_share(steps: list[Line]) -> float | None:
+def _data_wait_share(steps: list[Line], seconds: float, directory: Path) -> float | None:
     if not all("data_wait_seconds" in step for step in steps):
         return None
-    waited, seconds = (
-        float(sum(step[name] for step in steps)) for name in ("data_wait_seconds", "seconds")
-    )
-    return waited / seconds
+    return float(_series(steps, "data_wait_seconds", directory).sum()) / seconds
 
 
 def _spikes(values: npt.NDArray[np.float64]) -> tuple[int | None, float | None]:
@@ -210,10 +256,26 @@ def _last(lines: list[Line], name: str) -> Any:
 
 
 def _series(steps: list[Line], name: str, directory: Path) -> npt.NDArray[np.float64]:
-    missing = [step["iteration"] for step in steps if name not in step]
-    if missing:
-        raise DataError(
-            f"no {name!r} in the line of iteration {missing[0]}", where=directory / METRICS
-        )
-    # A number that was not finite is logged as null.
+    for step in steps:
+        if name not in step:
+            raise DataError(
+                f"no {name!r} in the line of iteration {step['iteration']}",
+                where=directory / METRICS,
+            )
+        value = step[name]  # a number that was not finite is logged as null
+        if value is not None and not is_number(value):
+            raise DataError(
+                f"{name!r} is no number in the line of iteration {step['iteration']}",
+                where=directory / METRICS,
+                found=repr(value)[:60],
+            )
     return np.array([np.nan if s[name] is None else s[name] for s in steps], dtype=np.float64)
+
+
+def _require_totals(directory: Path, **series: npt.NDArray[np.float64]) -> None:
+    """Raise DataError where a sum would be no number, or nothing to divide by."""
+    for name, values in series.items():
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.sum() > 0):
+            raise DataError(
+                f"the lines' {name!r} have no sum", where=directory / METRICS, expected="numbers"
+            )

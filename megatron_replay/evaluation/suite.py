@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_replay.data.tokenizer import load_tokenizer
-from megatron_replay.errors import CheckpointError, DataError
-from megatron_replay.evaluation.inputs import Inputs, Settings
+from megatron_replay.errors import DataError
+from megatron_replay.evaluation.entries import require_entry, require_fields, require_object
+from megatron_replay.evaluation.inputs import Inputs, Settings, flag_of
+from megatron_replay.evaluation.language_model import require_device
 from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval
 from megatron_replay.evaluation.measurements import Result, measure, read_material
+from megatron_replay.evaluation.model_files import (
+    CONFIG,
+    GENERATION,
+    require_model,
+    require_regular_files,
+)
 from megatron_replay.evaluation.retention import general_scores, retention
 from megatron_replay.evaluation.weight_distance import relative_l2, weight_files
-from megatron_replay.files import sha256_of_files, write_json
+from megatron_replay.files import read_json, require_apart, sha256_of_files, write_json
 
 FORMAT = 2
 BASE = "base"
@@ -26,14 +35,11 @@ BASE = "base"
 def model_sha256(directory: Path) -> str:
     """SHA-256 of a model's weights and configuration, what it generates with included.
 
-    Raises:
-        CheckpointError: weights or configuration are missing.
+    Args:
+        directory: known to `require_model`.
     """
-    config, generation = directory / "config.json", directory / "generation_config.json"
-    files = [*weight_files(directory), config]
-    if not config.is_file():
-        raise CheckpointError("no Hugging Face model here", where=directory, expected=config.name)
-    if generation.is_file():  # lm-eval's answers depend on it
+    files = [*weight_files(directory), directory / CONFIG]
+    if (generation := directory / GENERATION).is_file():  # lm-eval's answers need it
         files.append(generation)
     return sha256_of_files(files)
 
@@ -60,9 +66,19 @@ def evaluate(
     Raises:
         ConfigError, DataError, CheckpointError, StoreError: something given cannot be used.
     """
-    hashes, tasks = inputs.sha256(), inputs.lm_eval()
+    settings = settings.resolved()
+    require_device(settings.device)
+    if progress:
+        print(f"models run on {settings.device}, in {settings.dtype}", file=sys.stderr)
     asked = {BASE: base, **models}
+    files = inputs.files()
+    require_apart(output, _read(asked, files, tokenizer), flag="--output")
+    known = {result["key"]: result for result in _previous(output)}
+    for path in asked.values():
+        require_model(path)
+    hashes = {name: sha256_of_files(of) for name, of in files.items()}
     sha256 = {name: model_sha256(path) for name, path in asked.items()}
+    require_regular_files(tokenizer or base)
     tokens = load_tokenizer(tokenizer or base)
     document: Result = {
         "format": FORMAT,
@@ -72,30 +88,45 @@ def evaluate(
             for name, path in inputs.paths().items()
         },
         "settings": asdict(settings),
-        "lm_eval_version": require_lm_eval() if tasks else None,
+        "lm_eval_version": require_lm_eval() if inputs.lm_eval() else None,
         "tokenizer": tokens.fingerprint,
     }
+    material = read_material(inputs, tokens, settings, progress=progress)
     decisive = dict(hashes)
-    if tasks:
-        decisive["lm_eval"] = repr((document["lm_eval_version"], tasks.general, tasks.domain))
+    if material.tasks:
+        tasks, metrics = material.tasks
+        parts = (document["lm_eval_version"], tasks.general, tasks.domain, metrics)
+        decisive["lm_eval"] = repr(parts)
     keys = {
         name: _key(sha256[name], sha256[BASE], tokens.fingerprint, decisive, settings)
         for name in asked
     }
-    material = read_material(inputs, tokens, settings, progress=progress)
-    known = {result["key"]: result for result in _previous(output)}
     if keys[BASE] in known:  # before the first measurement, which may be cut off
         _write(output, document, asked, keys, known)
     for name, path in asked.items():
         if keys[name] in known:
             continue
         start = time.monotonic()
-        measured = measure(name, path, tokens, material, tasks, settings, progress=progress)
+        measured = measure(name, path, tokens, material, settings, progress=progress)
         measured["relative_l2_percent"] = 100 * relative_l2(path, base)
         measured["seconds"] = round(time.monotonic() - start, 2)
         known[keys[name]] = {"sha256": sha256[name], "key": keys[name], **measured}
         _write(output, document, asked, keys, known)
     return document
+
+
+def _read(
+    models: Mapping[str, Path], inputs: Mapping[str, list[Path]], tokenizer: Path | None
+) -> Iterator[tuple[str, Path]]:
+    """(flag, file) of everything that is read; of a model's or tokenizer's directory, all of it."""
+    for name, path in models.items():
+        flag = "--base" if name == BASE else "--model"
+        yield from ((flag, file) for file in path.glob("*"))
+    if tokenizer:
+        yield "--tokenizer", tokenizer
+        yield from (("--tokenizer", file) for file in tokenizer.glob("*"))
+    for name, files in inputs.items():
+        yield from ((flag_of(name.split("/")[0]), file) for file in files)
 
 
 def _write(
@@ -146,19 +177,28 @@ def read_evaluation(path: Path) -> Result:
     Raises:
         DataError: it is missing, damaged, or of another format.
     """
-    try:
-        document: Result = json.loads(path.read_text())
-        version = document["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"not an evaluation: {error}", where=path) from error
-    if version != FORMAT:
+    document = read_json(path, DataError, fix="Give the JSON that tools/evaluate.py wrote")
+    if "format" not in document:
+        raise DataError("not an evaluation", where=path, expected=f'"format": {FORMAT}')
+    if document["format"] != FORMAT:
         raise DataError(
             "another format of evaluation",
             where=path,
             expected=FORMAT,
-            found=version,
+            found=document["format"],
             fix="Measure again with tools/evaluate.py, into another file",
         )
+    require_fields(document, path, required=["models", "inputs", "settings", "command"])
+    require_object(document["settings"], f"{path}: settings")
+    for name, given in require_object(document["inputs"], f"{path}: inputs").items():
+        require_fields(given, f"{path}: inputs: {name}", required=["path", "sha256"])
+    shown = ("name", "path", "sha256", "key", "relative_l2_percent")
+    for part, required in (("models", shown), ("kept", ("key",))):
+        results = document.get(part, [])
+        if not isinstance(results, list) or (part == "models" and not results):
+            raise DataError("damaged: no list of results", where=f"{path}: {part}")
+        for number, result in enumerate(results):
+            require_entry(result, f"{path}: {part}[{number}]", required=required)
     return document
 
 

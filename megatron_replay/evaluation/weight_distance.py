@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_replay.errors import CheckpointError
+from megatron_replay.files import read_json, require_regular
 
 #: Elements converted to float64 at once: 128 MiB for each of the two models.
 _BLOCK = 1 << 24
@@ -36,6 +36,7 @@ class Weights:
         self.directory = directory
         self._files: dict[str, Path] = {}
         for path in weight_files(directory):
+            require_regular(path, CheckpointError)
             try:
                 with safe_open(path, framework="pt") as tensors:
                     names = list(tensors.keys())
@@ -54,11 +55,8 @@ class Weights:
             del self._files[_HEAD]
 
     def _is_tied(self) -> bool:
-        config = self.directory / "config.json"
-        try:
-            return bool(json.loads(config.read_text()).get("tie_word_embeddings", False))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read: {error}", where=config) from error
+        config = read_json(self.directory / "config.json", CheckpointError)
+        return bool(config.get("tie_word_embeddings", False))
 
     def names(self) -> set[str]:
         """Names of all tensors; a tied head has none of its own."""

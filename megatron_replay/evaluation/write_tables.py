@@ -8,10 +8,17 @@ from pathlib import Path
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation import table_text
 from megatron_replay.evaluation.curve_tables import compare_curves
-from megatron_replay.evaluation.paper_figures import draw_figures
+from megatron_replay.evaluation.outputs import printable, require_replaceable
+from megatron_replay.evaluation.paper_figures import draw_figures, figure_files
 from megatron_replay.evaluation.paper_tables import paper_tables
 from megatron_replay.evaluation.rows import Row
-from megatron_replay.files import atomic_file, write_json
+from megatron_replay.files import atomic_file, make_directory, write_json
+
+#: What earlier tables left, and what stands in it.
+_SIGNS = {
+    "tables.json": ('"curves": ', '"tables": ', '"command": '),
+    "tables.md": ("# Tables\n", "## Where the numbers come from\n", "\nMade by\n"),
+}
 
 
 def write_tables(
@@ -21,13 +28,18 @@ def write_tables(
     reference: str | None = None,
     at_scores: Sequence[float] = (),
     figures: bool = True,
+    inputs: Sequence[tuple[str, Path]] = (),
     command: str,
 ) -> str:
     """Write everything into ``output`` and return the tables alone, for a terminal.
 
+    Args:
+        inputs: (flag, path) of the files that the rows are from.
+
     Raises:
-        ConfigError: no row is of ``reference``.
+        ConfigError: no row is of ``reference``, or an output is an input.
         DataError: no row is in any table, or two runs claim one place in a line.
+        OutputError: a file of one of the names is there, and no tables of ours beside it.
     """
     methods = dict.fromkeys(row.method for row in rows)
     if reference and reference not in methods:
@@ -40,25 +52,17 @@ def write_tables(
     tables = paper_tables(rows, reference=reference)
     if not tables:
         raise DataError("no table has a line", expected="rows with --table and scores")
+    csv_files = {f"{name}.csv": name for name in dict.fromkeys(table.name for table in tables)}
+    drawn = figure_files(rows) if figures else []
+    require_replaceable(output, [*_SIGNS, *csv_files, *drawn], _SIGNS, inputs)
+    make_directory(output)
     comparisons = compare_curves(rows, reference=reference, at_scores=at_scores)
     lines: list[str] = []
     for table in tables:
         lines += table_text.markdown_table(table)
     lines += table_text.markdown_comparisons(comparisons)
-    shown = "\n".join(lines) + "\n"
-    lines = ["# Tables", "", *lines]
-    if figures:
-        lines += ["## Figures", ""]
-        lines += [f"![{name.removesuffix('.png')}]({name})" for name in draw_figures(rows, output)]
-        lines += [""]
-    lines += table_text.sources(tables)
-    lines += ["Made by", "", "```", command, "```"]
-    with atomic_file(output / "tables.md", "w") as handle:
-        handle.write("\n".join(lines) + "\n")
-    for name in dict.fromkeys(table.name for table in tables):
-        with atomic_file(output / f"{name}.csv", "w") as handle:
-            handle.write(table_text.to_csv([table for table in tables if table.name == name]))
-    write_json(
+    shown = printable("\n".join(lines) + "\n")
+    write_json(  # first: it proves that what is beside it is ours
         output / "tables.json",
         {
             "format": table_text.FORMAT,
@@ -67,4 +71,17 @@ def write_tables(
             "curves": [table_text.comparison_json(comparison) for comparison in comparisons],
         },
     )
+    lines = ["# Tables", "", *lines]
+    if figures:
+        lines += ["## Figures", ""]
+        lines += [f"![{name.removesuffix('.png')}]({name})" for name in draw_figures(rows, output)]
+        lines += [""]
+    lines += table_text.sources(tables)
+    lines += ["Made by", "", "```", command, "```"]
+    with atomic_file(output / "tables.md", "w") as handle:
+        handle.write(printable("\n".join(lines) + "\n"))
+    for file, name in csv_files.items():
+        with atomic_file(output / file, "w") as handle:
+            own = [table for table in tables if table.name == name]
+            handle.write(printable(table_text.to_csv(own)))
     return shown

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_replay.data.corpus import Corpus, idx_bytes
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.corpus_format import idx_bytes
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.document import Document
 from megatron_replay.errors import DataError, OutputError

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_replay.data.row_files import is_pipe, spooled
+from megatron_replay.data.row_files import Input, readable_often
 from megatron_replay.data.rows import read_lines
 from megatron_replay.errors import DataError, OutputError
 
@@ -97,21 +97,22 @@ def piped(content):
     reader, writer = os.pipe()
     os.write(writer, content)
     os.close(writer)
-    yield Path(f"/dev/fd/{reader}")
-    os.close(reader)
+    try:
+        yield Path(f"/dev/fd/{reader}")
+    finally:
+        os.close(reader)
 
 
 def test_a_pipe_is_copied_to_a_file_without_a_name(tmp_path):
-    with piped(LINES * 1000) as pipe:
-        assert is_pipe(pipe)
-        with spooled(pipe, tmp_path) as (copy, digest):
-            assert [line for _, line in read_lines(copy, "shown")] == READ * 1000
-            assert len(list(read_lines(copy, "shown"))) == 2000  # again
-            assert digest == hashlib.sha256(LINES * 1000).hexdigest()
-            assert list(tmp_path.iterdir()) == []
-    os.mkfifo(tmp_path / "pipe")
-    assert is_pipe(tmp_path / "pipe")
-    assert not is_pipe(tmp_path)
-    assert not is_pipe(tmp_path / "nothing")
-    with pytest.raises(OutputError), spooled(pipe, tmp_path / "missing"):
+    with piped(LINES * 1000) as pipe, readable_often(pipe, tmp_path) as copy:
+        assert copy.shown == str(pipe)
+        assert [line for _, line in read_lines(copy.path)] == READ * 1000
+        assert len(list(read_lines(copy.path))) == 2000  # again
+        assert copy.sha256 == hashlib.sha256(LINES * 1000).hexdigest()
+        assert list(tmp_path.iterdir()) == []
+    for path in (tmp_path, tmp_path / "nothing"):
+        with readable_often(path, tmp_path) as same:
+            assert same == Input(path, str(path))
+    nowhere = Path("/proc/nowhere")
+    with piped(LINES) as pipe, pytest.raises(OutputError), readable_often(pipe, nowhere):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,48 @@ def test_schema_lines(tmp_path: Path) -> None:
         'CREATE TABLE book ( title text, "-- pages" integer )',
         counted.replace("create table", "CREATE TABLE"),
     ]
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    """A default value is shown as it can be, a comment is dropped, a name is refused."""
+    path = write_database(
+        tmp_path / "d.sqlite",
+        "create table book (title text default 'caf__' /* n__ */, pages integer)",
+    )
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"caf__", b"caf\xe9_").replace(b"n__", b"n\xe9_"))
+    expected = "CREATE TABLE book (title text default 'caf\ufffd_' , pages integer)"
+    assert schema_lines(path) == [expected]
+    path.write_bytes(content.replace(b"pages integer", b"page\xe9 integer"))
+    with pytest.raises(DataError, match=r"d\.sqlite: a name .* is not UTF-8 .*page\\xe9"):
+        schema_lines(path)
+    folder = tmp_path / "set" / "database" / "shop"
+    folder.mkdir(parents=True)
+    path.rename(folder / "shop.sqlite")
+    (tmp_path / "set" / "dev.json").write_text(json.dumps([QUESTION]))
+    with pytest.raises(DataError, match="is not UTF-8"):
+        read_sql_set(tmp_path / "set")
+
+
+def test_a_damaged_schema_is_one_line(tmp_path: Path) -> None:
+    path = write_database(tmp_path / "d.sqlite", BOOKS, "create table caf__ (x)")
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"TABLE caf__ (x)", b"TABLE caf\xe9_ (("))  # quoted by SQLite
+    with pytest.raises(DataError, match=r"d\.sqlite: not an SQLite database, or a damaged one"):
+        schema_lines(path)
+    path.write_bytes(content[:1000])
+    with pytest.raises(DataError, match=r"d\.sqlite: not an SQLite database, or a damaged one"):
+        schema_lines(path)
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    folder = write_set(tmp_path, "database", [QUESTION])
+    database, rows = folder / "database" / "shop" / "shop.sqlite", folder / "dev.json"
+    for path in (database, rows):
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(DataError, match=rf"{path.name}: .*found a pipe"):
+            read_sql_set(folder)
 
 
 def test_spider(tmp_path: Path) -> None:
@@ -119,6 +162,7 @@ def test_preprocessing_reads_the_prompts_that_are_evaluated(tmp_path: Path) -> N
     [
         ([QUESTION, QUESTION | {"db_id": "x"}], "dev.json: question 2: no such database"),
         ([{"db_id": "shop"}], "dev.json: question 1: missing key (expected 'question'"),
+        ([QUESTION | {"db_id": "x" * 300}], "dev.json: question 1: no such database"),
         ([QUESTION, 1], "dev.json: question 2: not an object"),
         ({}, "dev.json: not a list of questions"),
         ([], "no questions"),

@@ -30,6 +30,14 @@ def points(seed: int, *of: tuple[float, float]) -> list:
     return [row("m", seed=seed, lr=i, evaluation={"x": x, "y": y}) for i, (x, y) in enumerate(of)]
 
 
+def test_values_beyond_a_float() -> None:
+    """A diverged model's perplexity may be close to the largest there is."""
+    for values in ([1e308, 1e308, 1e308], [1e300, 1.0]):
+        found = spread(values)
+        assert found is not None
+        assert (found.mean, found.std, found.n) == (math.inf, None, len(values))
+
+
 def test_student_t_against_printed_tables() -> None:
     for freedom, value in ((1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622)):
         assert student_t(freedom) == pytest.approx(value, abs=5e-5)

@@ -4,106 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
-import sqlite3
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.tokenizer import load_tokenizer
+from megatron_replay.errors import ConfigError
 from megatron_replay.evaluation import suite
 from megatron_replay.evaluation.candidate_mass import candidate_mass
 from megatron_replay.evaluation.language_model import load_model, score
 from megatron_replay.evaluation.measurements import read_documents
 from megatron_replay.files import sha256_of_files
-from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
+from megatron_replay.platform import registry
+from megatron_replay.platform.cpu import CPU
+from megatron_replay.store import CandidateReader
 from tests.data.tiny_tokenizers import save_sentencepiece
-from tests.evaluation.models import VOCAB_SIZE, random_documents, save_model
-from tests.evaluation.test_candidate_mass import random_candidates
+from tests.evaluation.evaluation_site import SLOW_MACHINE, Measuring, flags, write_rows
+from tests.evaluation.models import random_documents, save_model
 from tools import evaluate
-
-
-def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, a model that differs from it, and every kind of input."""
-    site = tmp_path_factory.mktemp("site")
-    save_model(site / "base")
-    weights = load_file(save_model(site / "tuned") / "model.safetensors")
-    tuned = {name: 1.01 * tensor for name, tensor in weights.items()}
-    save_file(tuned, site / "tuned" / "model.safetensors", metadata={"format": "pt"})
-    write_rows(site / "text.jsonl", {"text": "general text " * 9}, {"text": "more"})
-    write_rows(
-        site / "questions.jsonl",
-        {"prompt": "how many?\n", "completion": "select count(*) from book"},
-        {"prompt": "which?\n", "completion": "select title from book"},
-    )
-    choice = {"prompt": "who?\n", "options": ["you", "me"], "answer": 1}
-    write_rows(site / "choices.jsonl", choice, choice | {"answer": 0})
-    write_rows(site / "wrong.jsonl", choice | {"options": ["me"] * 2})  # the first of equals wins
-    connection = sqlite3.connect(site / "database.sqlite")
-    connection.execute("create table book (title text)")
-    connection.execute("insert into book values ('a')")
-    connection.commit()
-    connection.close()
-    (site / "weights").mkdir()
-    save_file(tuned, site / "weights" / "model.safetensors")
-    _write_corpus_and_store(site)
-    return site
-
-
-def _write_corpus_and_store(site: Path) -> None:
-    documents, rng = random_documents(5), np.random.default_rng(0)
-    tokenizer = load_tokenizer(site / "base")
-    with CorpusWriter(site / "corpus", tokenizer, row_format="random", source={}) as corpus:
-        for document in documents:
-            corpus.add(document)
-    frozen = Corpus(site / "corpus")
-    writer = CandidateWriter(
-        site / "store",
-        StoreDescription(
-            vocab_size=VOCAB_SIZE,
-            num_documents=len(documents),
-            documents_per_shard=len(documents),
-            codec="planar",
-            logits="none",
-            corpus_fingerprint=frozen.fingerprint,
-            tokenizer_fingerprint=frozen.tokenizer_fingerprint,
-            checkpoint_fingerprint="none",
-            selection={},
-        ),
-    )
-    with writer.shard(0) as shard:
-        for number, document in enumerate(documents):
-            shard.add(number, random_candidates(document, rng))
-    writer.finish()
-
-
-def flags(site: Path, output: Path) -> list[str]:
-    return [
-        f"--base={site / 'base'}",
-        f"--model=tuned={site / 'tuned'}",
-        f"--sql=books={site}",
-        f"--choices=domain={site / 'choices.jsonl'}",
-        f"--general-choices=general={site / 'choices.jsonl'}",
-        f"--general-text={site / 'text.jsonl'}",
-        f"--task-data={site / 'questions.jsonl'}",
-        f"--data={site / 'text.jsonl'}",
-        f"--data-path={site / 'corpus'}",
-        f"--store={site / 'store'}",
-        f"--output={output}",
-        "--max-new-tokens=4",
-        "--window=16",
-        "--max-documents=3",
-    ]
 
 
 def test_a_sentencepiece_model_in_place_of_the_base_s_tokenizer(site: Path, tmp_path: Path) -> None:
@@ -111,7 +32,7 @@ def test_a_sentencepiece_model_in_place_of_the_base_s_tokenizer(site: Path, tmp_
     given = {
         "--base": site / "base", "--tokenizer": pieces, "--task-data": site / "questions.jsonl",
         "--sql": f"books={site}",
-        "--output": tmp_path / "eval.json", "--max-new-tokens": 4,
+        "--output": tmp_path / "eval.json", "--max-new-tokens": 4, "--query-seconds": 600,
     }  # fmt: skip
     assert evaluate.main([f"{flag}={value}" for flag, value in given.items()]) == 0
     document = json.loads((tmp_path / "eval.json").read_text())
@@ -182,27 +103,6 @@ def test_reuses_what_is_unchanged(
     assert measured == ["base", "tuned", "base", "base"]
 
 
-class Measuring:
-    """Stands in for `measure`: remembers what it measured, and is cut off at the model ``stop``."""
-
-    def __init__(self) -> None:
-        self.measured: list[str] = []
-        self.stop = ""
-
-    def __call__(self, name: str, path: Path, *_: object, **__: object) -> dict[str, Any]:
-        if path.name == self.stop:
-            raise KeyboardInterrupt
-        self.measured.append(path.name)
-        return {"general": {"perplexity": float(len(path.name))}}
-
-
-@pytest.fixture
-def measuring(monkeypatch: pytest.MonkeyPatch) -> Measuring:
-    stub = Measuring()
-    monkeypatch.setattr(suite, "measure", stub)
-    return stub
-
-
 def shown_and_kept(output: Path) -> tuple[list[str], list[str]]:
     document = json.loads(output.read_text())
     shown, kept = ([model["name"] for model in document[part]] for part in ("models", "kept"))
@@ -271,7 +171,7 @@ def test_a_question_without_an_answer_is_not_asked(site: Path, tmp_path: Path) -
     write_rows(tmp_path / "questions.jsonl", *rows)
     output = tmp_path / "eval.json"
     given = [f"--base={site}/base", f"--output={output}", "--max-new-tokens=1"]
-    assert evaluate.main([*given, f"--sql=s={tmp_path}"]) == 0
+    assert evaluate.main([*given, f"--sql=s={tmp_path}", SLOW_MACHINE]) == 0
     found = json.loads(output.read_text())["models"][0]["sql"]["s"]
     assert (found["questions"], found["empty_gold"], found["unfinished"]) == (2, 1, 2)
 
@@ -304,12 +204,53 @@ def test_prints_a_line_a_model(
     ]
 
 
+class Accelerator(CPU):
+    """Stands in for one that torch can use: its name is a device of torch's."""
+
+    name = "meta"
+
+
+def test_the_default_device_is_this_machine_s_and_part_of_the_key(
+    site: Path,
+    tmp_path: Path,
+    measuring: Measuring,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={tmp_path}/e"]
+    monkeypatch.setattr(registry, "PLATFORMS", (CPU,))
+    assert evaluate.main(given) == evaluate.main([*given, "--device=cpu"]) == 0
+    assert "models run on cpu, in float32" in capsys.readouterr().err
+    assert measuring.measured == ["base"]
+    monkeypatch.setattr(registry, "PLATFORMS", (Accelerator, CPU))
+    monkeypatch.setattr(suite, "require_device", lambda _: None)
+    assert evaluate.main(given) == 0
+    assert "models run on meta, in float32" in capsys.readouterr().err
+    assert measuring.measured == ["base", "base"]
+    document = json.loads((tmp_path / "e").read_text())
+    assert (document["settings"]["device"], document["settings"]["dtype"]) == ("meta", "float32")
+
+
+def test_an_accelerator_that_cannot_be_used_is_one_line(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(CPU):
+        @classmethod
+        def available(cls) -> bool:
+            raise ConfigError("broken", where="--platform", fix="Give --platform cpu")
+
+    monkeypatch.setattr(registry, "PLATFORMS", (Broken, CPU))
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={tmp_path}/e"]
+    assert evaluate.main(given) == 2
+    assert "error: --device: broken. Give --device cpu\n" in capsys.readouterr().err
+
+
 def test_a_prompt_that_the_model_cannot_read(
     site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(site / "database.sqlite", tmp_path)
     rows, output = tmp_path / "questions.jsonl", tmp_path / "eval.json"
-    given = [f"--base={site}/base", f"--sql=s={tmp_path}", f"--output={output}"]
+    given = [f"--base={site}/base", f"--sql=s={tmp_path}", f"--output={output}", SLOW_MACHINE]
     write_rows(rows, {"prompt": "", "completion": "select 1"})
     assert evaluate.main(given) == 3
     assert "questions.jsonl:1: the prompt is empty" in capsys.readouterr().err
@@ -339,8 +280,15 @@ def test_a_prompt_that_the_model_cannot_read(
         (["--device=gpu"], 2, "--device: torch cannot use this device: Expected one of cpu"),
         (["--lm-eval-tasks=c"], 2, "--lm-eval-include-path are given together"),
         (["--general-choices=c={site}/wrong.jsonl"], 3, "benchmark c: the base scores 0"),
-        (["--sql=books={site}", "--max-new-tokens=510"], 3, "questions.jsonl:1: prompt and answer"),
+        (
+            ["--sql=books={site}", "--max-new-tokens=510", SLOW_MACHINE],
+            3,
+            "questions.jsonl:1: prompt and answer",
+        ),
         (["--window=0"], 2, "--window: must be positive (found 0)"),
+        (["--query-seconds=nan"], 2, "--query-seconds: must be positive (found nan)"),
+        (["--query-seconds=inf"], 2, "--query-seconds: must be positive (found inf)"),
+        (["--query-seconds=1e300"], 2, "--query-seconds: too long for one query"),
         (["--data={site}/missing"], 3, "no such file, given as --data"),
         (["--task-data={site}/text.jsonl"], 3, "text.jsonl:1"),
         (["--model=a={site}"], 4, "no safetensors files here"),

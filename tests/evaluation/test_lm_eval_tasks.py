@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.evaluation import suite
+from megatron_replay.evaluation.lm_eval_metrics import (
+    Metric,
+    metric_of_group,
+    metric_of_task,
+    require_share,
+)
 from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval, task_files, task_score
 from megatron_replay.evaluation.scores import domain_scores
 from tests.evaluation.models import save_model
@@ -33,11 +42,6 @@ RESULTS: dict[str, Any] = {
         },
         "ppl": {"alias": "ppl", "word_perplexity,none": 9.0, "word_perplexity_stderr,none": "N/A"},
     },
-    "group_subtasks": {"mean": ["plain"], "loose": ["plain", "ppl"]},
-    "configs": {
-        "plain": {"metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]},
-        "ppl": {"output_type": "loglikelihood_rolling"},
-    },
     "higher_is_better": {
         "plain": {"acc": True, "acc_norm": True}, "mean": {"exact_match": True},
         "ppl": {"word_perplexity": False},
@@ -45,49 +49,129 @@ RESULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_the_score_is_the_first_metric_of_the_list() -> None:
-    assert task_score(RESULTS, "plain", general=True) == {
+#: A metric that nothing is known about.
+ROUGE = Metric("rouge1", share=False, higher_is_better=True, declared=False)
+
+
+def listed(*names: str, **more: Any) -> dict[str, Any]:
+    """The configuration of a task that lists these metrics."""
+    return {"task": "t", "metric_list": [{"metric": name} for name in names], **more}
+
+
+def decide(config: dict[str, Any], *names: str, lower: bool = False) -> Metric:
+    return metric_of_task(config, dict.fromkeys(names, not lower))
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "share"),
+    [
+        ("acc", {}, True),
+        ("acc_norm", {}, True),
+        ("exact_match", {}, True),
+        ("f1", {}, True),
+        ("bleu", {}, False),
+        ("mcc", {}, False),
+        ("likelihood", {}, False),
+        ("rouge1", {}, False),
+        ("rouge1", {"metadata": {"version": 1, "share": True}}, True),
+        ("acc", {"metadata": {"share": False}}, False),
+        ("f1", {"process_results": "def per_cent(doc, results): ..."}, False),
+        ("acc", {"process_results": "def f(doc, results): ...", "metadata": {"share": True}}, True),
+        ("acc", {"metric_list": [{"metric": "acc", "aggregation": "perplexity"}]}, False),
+        ("acc", {"metric_list": [{"metric": "acc", "aggregation": "mean"}]}, True),
+        ("acc", {"metric_list": [{"metric": "acc", "hf_evaluate": True}]}, False),
+        ("acc", {"metric_list": [{"metric": "def acc(...): ..."}]}, False),
+        ("acc", {"metric_list": None}, True),
+    ],
+)
+def test_whether_a_score_is_a_share_is_decided_by_the_task(
+    name: str, more: dict[str, Any], share: bool
+) -> None:
+    metric = decide(listed(name) | more, name)
+    assert (metric.name, metric.share, metric.higher_is_better) == (name, share, True)
+    if share:
+        require_share("t", metric)
+    else:
+        with pytest.raises(DataError, match=r"task t: .* so no percentage .*metadata: {share"):
+            require_share("t", metric)
+
+
+def test_what_is_better_when_lower_is_no_share() -> None:
+    for config in (listed("acc"), listed("acc", metadata={"share": True})):
+        metric = decide(config, "acc", lower=True)
+        assert (metric.share, metric.higher_is_better) == (False, False)
+        with pytest.raises(DataError, match="acc is better when lower"):
+            require_share("t", metric)
+
+
+def test_what_cannot_be_decided_is_one_line() -> None:
+    with pytest.raises(DataError, match=r"task t: .*expected true or false; found 1\)"):
+        decide(listed("acc", metadata={"share": 1}), "acc")
+    with pytest.raises(DataError, match="task t: the task has no metric"):
+        decide(listed())
+
+
+def test_a_group_is_a_share_where_all_of_its_tasks_are() -> None:
+    group = {"group": "g", "aggregate_metric_list": [{"metric": "acc"}]}
+    own = listed("acc", "rouge1"), {"acc": True, "rouge1": True}
+    other = listed("acc", process_results="..."), {"acc": True}
+    without, lower = (listed("f1"), {"f1": True}), (listed("acc"), {"acc": False})
+    assert metric_of_group(group, [own, own, without]).share
+    assert not metric_of_group(group, [own, other]).share
+    assert metric_of_group(group | {"metadata": {"share": True}}, [own, other]).share
+    with pytest.raises(DataError, match=r"task g: the group has no score of its own.*t,t"):
+        metric_of_group({"group": "g", "aggregate_metric_list": None}, [own, other])
+    with pytest.raises(DataError, match=r"task g: .*acc is better when lower in some only"):
+        metric_of_group(group, [own, lower])
+    with pytest.raises(DataError, match="task g: none of the group's tasks has acc"):
+        metric_of_group(group, [without])
+
+
+ACC = Metric("acc", share=True, higher_is_better=True, declared=False)
+
+
+def test_the_score_is_that_of_the_metric() -> None:
+    assert task_score(RESULTS, "plain", ACC, general=True) == {
         "score": 0.25, "metric": "acc,none", "higher_is_better": True, "share": True,
         "standard_error": 0.02, "questions": 300, "general": True,
     }  # fmt: skip
-    found = task_score(RESULTS, "mean", general=False)
-    assert (found["score"], found["metric"]) == (0.125, "exact_match,custom-extract")
-    assert found["standard_error"] is None
-
-
-def test_the_harness_has_metrics_in_an_order_of_its_own() -> None:
-    listed = [{"metric": name} for name in ("f1", "acc_norm", "acc")]
-    results = RESULTS | {"configs": {"plain": {"metric_list": listed}}}
-    found = task_score(results, "plain", general=True)  # f1 has no value: a function's, say
+    found = task_score(RESULTS, "plain", replace(ACC, name="acc_norm"), general=True)
     assert (found["score"], found["metric"]) == (0.5, "acc_norm,none")
     assert found["standard_error"] is None
-    for without in ({}, {"plain": {}}, {"plain": {"metric_list": [{"metric": "f1"}]}}):
-        found = task_score(RESULTS | {"configs": without}, "plain", general=True)
-        assert found["metric"] == "acc,none"
+    found = task_score(RESULTS, "mean", replace(ACC, name="exact_match"), general=False)
+    assert (found["score"], found["metric"]) == (0.125, "exact_match,custom-extract")
+    with pytest.raises(DataError, match="task loose: the task has no score"):
+        task_score(RESULTS, "loose", ACC, general=True)
 
 
-def test_what_has_no_score_to_keep_is_refused() -> None:
-    with pytest.raises(DataError, match=r"task loose: the group has no score .*plain,ppl"):
-        task_score(RESULTS, "loose", general=True)
-    with pytest.raises(DataError, match="task ppl: word_perplexity is better when lower"):
-        task_score(RESULTS, "ppl", general=True)
-    rouge = RESULTS | {"results": {"plain": {"rouge1,none": 35.0}}}
-    with pytest.raises(DataError, match="task plain: rouge1 is no share from 0 to 1"):
-        task_score(rouge, "plain", general=True)
-    directions = {"mean": {"exact_match": None}}
-    with pytest.raises(DataError, match=r"task mean: .*exact_match is better when lower in some"):
-        task_score(RESULTS | {"higher_is_better": directions}, "mean", general=False)
-
-
-def test_what_is_no_share_is_told() -> None:
-    perplexity = task_score(RESULTS, "ppl", general=False)
+def test_a_score_never_decides_what_it_is() -> None:
     told = ("score", "higher_is_better", "share")
-    assert [perplexity[key] for key in told] == [9.0, False, False]
-    for name, value in (("rouge1", 35.0), ("bleu", 0.5), ("mcc", 0.5)):
-        results = RESULTS | {"results": {"plain": {f"{name},none": value}}}
-        assert [task_score(results, "plain", general=False)[key] for key in told] == [
-            value, True, False
-        ]  # fmt: skip
+    for value in (0.8, 35.0):  # per cent, both
+        results = RESULTS | {"results": {"plain": {"rouge1,none": value}}}
+        found = task_score(results, "plain", ROUGE, general=False)
+        assert [found[key] for key in told] == [value, True, False]
+    lower = Metric("word_perplexity", share=False, higher_is_better=False, declared=False)
+    found = task_score(RESULTS, "ppl", lower, general=False)
+    assert [found[key] for key in told] == [9.0, False, False]
+
+
+def test_a_share_that_is_none_is_an_error() -> None:
+    for value in (35.0, -0.1, math.nan):
+        results = RESULTS | {"results": {"plain": {"acc,none": value}}}
+        with pytest.raises(DataError, match=r"task plain: acc is not the share .*from 0 to 1"):
+            task_score(results, "plain", ACC, general=False)
+    results = RESULTS | {"results": {"plain": {"acc,none": 1 + 2e-16}}}
+    assert task_score(results, "plain", ACC, general=False)["share"]
+
+
+def test_a_function_that_gives_another_metric_than_is_listed() -> None:
+    results = RESULTS | {"results": {"plain": {"pass@1,none": 0.5}}}
+    found = task_score(results, "plain", ACC, general=False)
+    assert (found["metric"], found["share"]) == ("pass@1,none", False)
+    with pytest.raises(DataError, match="pass@1 is not known to be a share"):
+        task_score(results, "plain", ACC, general=True)
+    found = task_score(results, "plain", replace(ACC, declared=True), general=True)
+    assert (found["metric"], found["share"]) == ("pass@1,none", True)
 
 
 def test_local_data_that_a_task_names_decides_too(tmp_path: Path) -> None:
@@ -106,6 +190,28 @@ def test_local_data_that_a_task_names_decides_too(tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(DataError, match="no task's YAML file here"):
         task_files(data)
+
+
+def test_odd_task_files_are_one_line(tmp_path: Path) -> None:
+    """A pipe would hang lm-eval; an alias of aliases holds more than can be walked."""
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    lines = ["dataset_path: &a0 [x, x]"]
+    lines += [f"data_dir{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)]
+    (tasks / "task.yaml").write_text("\n".join(lines) + "\ndata_dir: *a59\n")
+    assert [path.name for path in task_files(tasks)] == ["task.yaml"]
+    for content in (b"task: [" * 20_000, b"task: \xff", b"task: {"):
+        (tasks / "task.yaml").write_bytes(content)
+        with pytest.raises(DataError, match=r"task\.yaml: (not YAML|damaged: not UTF-8)"):
+            task_files(tasks)
+    (tasks / "task.yaml").write_text(f"dataset_path: {tmp_path}/pipe")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match=r"pipe: .*found a pipe"):
+        task_files(tasks)
+    (tasks / "task.yaml").unlink()
+    os.mkfifo(tasks / "task.yaml")
+    with pytest.raises(DataError, match=r"task\.yaml: .*found a pipe"):
+        task_files(tasks)
 
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +279,7 @@ def test_a_real_run_agrees_with_our_own_choices(
 @needs_harness
 @pytest.mark.filterwarnings("default")
 def test_a_real_run_takes_the_first_metric_of_the_list_and_its_direction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     names = ("acc_norm", "acc")
@@ -202,4 +308,21 @@ def test_a_real_run_takes_the_first_metric_of_the_list_and_its_direction(
     assert (texts["higher_is_better"], texts["share"]) == (False, False)
     assert texts["score"] > 1
     assert domain_scores(entry) == {}
+    functions = "def function(doc, results): return {'acc_norm': 0.8}\n"
+    (tmp_path / "tasks" / "functions.py").write_text(functions)
+    task = json.loads((tmp_path / "tasks" / "rows.yaml").read_text()) | {"task": "custom"}
+    end = ", process_results: !function functions.function}"
+    declared = json.dumps(task | {"metadata": {"version": 1, "share": True}})
+    (tmp_path / "tasks" / "custom.yaml").write_text(declared[:-1] + end)
+    assert evaluate.main([*given, "--lm-eval-tasks=custom"]) == 0
+    [entry] = json.loads((tmp_path / "eval.json").read_text())["models"]
+    assert entry["lm_eval"]["custom"]["score"] == pytest.approx(0.8)
+    assert entry["lm_eval"]["custom"]["share"]
+    monkeypatch.setattr(suite, "measure", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "eval.json").unlink()
+    capsys.readouterr()
     assert evaluate.main([*given, "--lm-eval-tasks=texts"]) == 3
+    assert "word_perplexity is better when lower" in capsys.readouterr().err
+    (tmp_path / "tasks" / "custom.yaml").write_text(json.dumps(task)[:-1] + end)
+    assert evaluate.main([*given, "--lm-eval-tasks=custom"]) == 3
+    assert "acc_norm is not known to be a share" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from megatron_replay.errors import DataError
 from megatron_replay.evaluation.figure_style import COLOURS
 from megatron_replay.evaluation.report import build_report, render_markdown
 from megatron_replay.evaluation.run_log import summarize_run
+from megatron_replay.evaluation.suite import read_evaluation
 from tools import report
 
 
@@ -207,15 +210,100 @@ def test_damaged_runs_are_refused(tmp_path: Path) -> None:
         summarize_run(write_run(tmp_path / "back", [*steps(2), *steps(1)]))
     with pytest.raises(DataError, match="no 'grad_norm' in the line of iteration 1"):
         summarize_run(write_run(tmp_path / "less", [{"iteration": 1, "loss": 1.0}]))
-    no_warmup = write_run(tmp_path / "old", steps())
-    for content in ("optimizer: {lr: 1.0}\n", "- 1\n", "optimizer: [\n", ""):
-        (no_warmup / "resolved_config.yaml").write_text(content)
-        with pytest.raises(DataError, match="the warm-up, which the gradient norm's CV leaves out"):
-            summarize_run(no_warmup)
+    bomb = "a: {x: &a0 [1]}\n"
+    bomb += "".join(f"b{i}: {{x: &a{i} [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 60))
+    for content, message in (
+        (b"optimizer: {lr: 1.0}\n", "the warm-up, which the gradient norm's CV leaves out"),
+        (b"optimizer: {lr_warmup_iters: .inf}\n", "the warm-up, which"),
+        (b"- 1\n", "not a resolved configuration"),
+        (b"", "not a resolved configuration"),
+        (b"optimizer: {1: 2}\n", "not a resolved configuration"),
+        (b"optimizer: {lr: 2020-01-01}\n", "not a resolved configuration"),
+        (bomb.encode(), "not a resolved configuration"),
+        (b"optimizer: [\n", "not YAML"),
+        (b"[" * 20_000, "not YAML"),
+        (b"optimizer: \xff", "not UTF-8"),
+    ):
+        damaged = write_run(tmp_path / f"damaged {message} {len(content)}", steps())
+        (damaged / "resolved_config.yaml").write_bytes(content)
+        with pytest.raises(DataError, match=f"resolved_config.yaml: .*{message}"):
+            summarize_run(damaged)
     with pytest.raises(DataError, match="no training step is logged"):
         summarize_run(write_run(tmp_path / "empty", []))
     with pytest.raises(DataError, match="is this a run's directory"):
         summarize_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"iteration": "1"}, "not a line of metrics"),
+        ({"iteration": None}, "not a line of metrics"),
+        ({"general": [1]}, "not a line of metrics"),
+        ({"general": {"perplexity": "low"}}, "not a line of metrics"),
+        ({"probe": 3}, "not a line of metrics"),
+        ({"relative_l2": True}, "not a line of metrics"),
+        ({"loss": "low"}, "'loss' is no number in the line of iteration 40"),
+        ({"grad_norm": [1.0]}, "'grad_norm' is no number"),
+        ({"grad_norm": 10**400}, "'grad_norm' is no number"),
+        ({"tokens": None}, "the lines' 'tokens' have no sum"),
+        ({"seconds": -1e9}, "the lines' 'seconds' have no sum"),
+        ({"data_wait_seconds": "x"}, "'data_wait_seconds' is no number"),
+    ],
+)
+def test_damaged_lines_are_one_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    lines = [line | {"data_wait_seconds": 0.0} for line in steps()]
+    run = write_run(tmp_path / "run", [*lines[:-1], lines[-1] | change])
+    with pytest.raises(DataError, match=f"metrics.jsonl.*{message}"):
+        summarize_run(run)
+
+
+def test_odd_bytes_in_the_metrics_are_one_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps())
+    for content in (b"[1]\n", b"3\n", b"[" * 99_999, b"\xff\n", b'{"iteration": 1, "loss": NaN'):
+        (run / "metrics.jsonl").write_bytes(content)
+        with pytest.raises(DataError, match=r"metrics\.jsonl"):
+            summarize_run(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(models=3), "models: damaged: no list of results"),
+        (lambda d: d.update(models=[]), "models: damaged: no list of results"),
+        (lambda d: d.update(models=[3]), r"models\[0\]: not an object"),
+        (lambda d: d.update(kept=[{}]), r"kept\[0\]: 'key' is missing"),
+        (lambda d: d.update(command=3), "'command' is of another type"),
+        (lambda d: d.update(settings=[]), "settings: not an object"),
+        (lambda d: d.update(inputs={"a": {"path": 1}}), "inputs: a: 'sha256' is missing"),
+        (lambda d: d.pop("inputs"), "'inputs' is missing"),
+        (lambda d: d.pop("format"), "not an evaluation"),
+        (lambda d: d["models"][1].pop("name"), r"models\[1\]: 'name' is missing"),
+        (lambda d: d["models"][1].update(name=3), r"models\[1\]: 'name' is of another type"),
+        (lambda d: d["models"][0].update(relative_l2_percent=None), "'relative_l2_percent' is of"),
+        (lambda d: d["models"][0].update(sql=3), r"models\[0\]: sql: not an object"),
+        (lambda d: d["models"][0].update(sql={"a": 3}), "sql: a: not an object"),
+        (lambda d: d["models"][0].update(sql={"a": {}}), "sql: a: 'accuracy' is missing"),
+        (lambda d: d["models"][0]["sql"]["shop.v1"].update(accuracy="x"), "shop.v1: 'accuracy' is"),
+        (lambda d: d["models"][0]["sql"]["shop.v1"].update(questions=0.5), "'questions' is of"),
+        (lambda d: d["models"][0]["sql"]["shop.v1"].update(failures={"a": []}), "failures: 'a' is"),
+        (lambda d: d["models"][0]["choices"]["cloze"].update(general=2), "cloze: 'general' is of"),
+        (lambda d: d["models"][0].update(general=True), r"models\[0\]: general: not an object"),
+        (lambda d: d["models"][0]["general"].pop("perplexity"), "'perplexity' is missing"),
+        (lambda d: d["models"][0].update(retention={"cloze": "x"}), "retention: 'cloze' is of"),
+        (lambda d: d["models"][0].update(lm_eval={"t": {"score": 1}}), "t: 'metric' is missing"),
+        (lambda d: d["models"][0]["task"].update(loss=10**400), "task: 'loss' is of another type"),
+    ],
+)
+def test_a_damaged_evaluation_is_one_line(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    path = evaluation_file(tmp_path)
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(DataError, match=rf"eval\.json.*{message}"):
+        read_evaluation(path)
 
 
 def test_the_whole_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,15 +343,22 @@ def test_the_whole_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     [
         ("--run=other={run}", 2, "the run 'other' was not evaluated"),
         ("--run=full softmax", 2, "expected NAME=DIR"),
-        ("--timings={run}/metrics.jsonl", 3, "cannot read"),
+        ("--timings={run}/metrics.jsonl", 3, "not JSON"),
         ("--timings={run}/../eval.json", 3, "not timings"),
-        ("--evaluation={run}/metrics.jsonl", 3, "not an evaluation"),
+        ("--evaluation={run}/metrics.jsonl", 3, "not JSON: Extra data"),
+        ("--evaluation={run}/../pipe", 3, "expected a regular file; found a pipe"),
+        ("--timings={run}/../pipe", 3, "expected a regular file; found a pipe"),
+        ("--run=replay={run}/../pipes", 3, "expected a regular file; found a pipe"),
     ],
 )
 def test_mistakes_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, code: int, message: str
 ) -> None:
     run = write_run(tmp_path / "run", steps())
+    write_run(tmp_path / "pipes", [])
+    (tmp_path / "pipes" / "metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "pipes" / "metrics.jsonl")
+    os.mkfifo(tmp_path / "pipe")
     given = [f"--evaluation={evaluation_file(tmp_path)}", f"--output-dir={tmp_path / 'out'}"]
     assert report.main([*given, flag.format(run=run)]) == code
     error = capsys.readouterr().err
@@ -284,3 +379,55 @@ def test_a_figure_needs_gain_and_forgetting(
     assert report.main([f"--evaluation={path}", f"--output-dir={tmp_path}"]) == 3
     assert "no gain against forgetting to draw" in capsys.readouterr().err
     assert not (tmp_path / "report.md").exists()
+
+
+@pytest.mark.parametrize("damage", [{"sql": {}}, {"general": {"perplexity": 20.0}}])
+def test_a_figure_of_models_that_were_measured_on_different_things(
+    tmp_path: Path, damage: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = evaluation_file(tmp_path)
+    document = json.loads(path.read_text())
+    document["models"][2].update(damage)
+    path.write_text(json.dumps(document))
+    assert report.main([f"--evaluation={path}", f"--output-dir={tmp_path}/out"]) == 3
+    assert "replay was measured on something else than base" in capsys.readouterr().err
+
+
+def test_an_earlier_report_is_replaced_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    given = [f"--evaluation={evaluation_file(tmp_path)}", f"--output-dir={out}"]
+    assert report.main(given) == report.main(given) == 0
+    (out / "report.json").unlink()  # report.md alone is enough
+    assert report.main(given) == 0
+    (out / "report.json").unlink()
+    (out / "report.md").write_text("# Report\n\nmine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert report.main(given) == 6
+    assert "out: these files are not from an earlier report of ours" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_no_output_is_an_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = evaluation_file(tmp_path).rename(tmp_path / "report.json")
+    timings = tmp_path / "report.md"
+    timings.write_text('{"a": 1}')
+    run = write_run(tmp_path / "run", steps())
+    other = tmp_path / "other.json"
+    other.write_bytes(evaluation.read_bytes())
+    row = [
+        "row", f"--evaluation={other}", "--model=replay", f"--run={run}", "--method=x",
+        "--table=methods", "--seed=1",
+    ]  # fmt: skip
+    for given, flag in (
+        ([f"--evaluation={evaluation}", f"--output-dir={tmp_path}"], "--evaluation"),
+        ([f"--evaluation={other}", f"--timings={timings}", f"--output-dir={tmp_path}"],
+         "--timings"),
+        ([*row, f"--rows={other}"], "--evaluation"),
+        ([*row, f"--rows={run}/metrics.jsonl"], "--run"),
+    ):  # fmt: skip
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert report.main(given) == 2
+        assert f"the output is also read, as {flag}" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

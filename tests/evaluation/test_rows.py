@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.errors import ConfigError, DataError, OutputError
+from megatron_replay.evaluation import json_lines
 from megatron_replay.evaluation.rows import (
     append_row,
     base_row,
@@ -99,7 +102,11 @@ def test_a_torn_line_is_dropped_and_said(
     row, rows = make_row(run_directory(tmp_path / "run")), tmp_path / "rows.jsonl"
     append_row(rows, row)
     line = rows.read_bytes()
-    for cut in (1, len(line) // 2, len(line) - 2):
+    for cut in (1, 20, len(line) // 2, len(line) - 2):
+        rows.write_bytes(line[:cut])  # the first of all
+        append_row(rows, row)
+        assert "dropped its last line" in capsys.readouterr().err
+        assert rows.read_bytes() == line
         rows.write_bytes(line + line[:cut])
         assert read_rows(rows) == [row]
         assert "dropped its last line" in capsys.readouterr().err
@@ -114,19 +121,64 @@ def test_a_torn_line_is_dropped_and_said(
 
 
 def test_writers_take_turns(tmp_path: Path) -> None:
+    """An flock keeps open files apart, whichever process opened them: threads do as well."""
     row, rows = make_row(run_directory(tmp_path / "run"), command="c" * 50_000), tmp_path / "rows"
-    fork = multiprocessing.get_context("fork")
-    writers = [fork.Process(target=_append_often, args=(rows, row)) for _ in range(3)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
+    with ThreadPoolExecutor(3) as writers:
+        list(writers.map(lambda _: append_row(rows, row), range(30)))
     assert read_rows(rows) == 30 * [row]
 
 
-def _append_often(rows: Path, row: Any) -> None:
-    for _ in range(10):
+def test_a_lock_that_is_never_released_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, rows = make_row(run_directory(tmp_path / "run")), tmp_path / "rows.jsonl"
+    append_row(rows, row)
+    monkeypatch.setattr(json_lines, "LOCK_SECONDS", 0.02)
+    with rows.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match=r"rows\.jsonl: another process has kept this file"):
+            append_row(rows, row)
+    append_row(rows, row)
+    assert read_rows(rows) == [row, row]
+
+
+def test_appending_reads_the_ends_of_the_file_only(tmp_path: Path) -> None:
+    """Of a file of 64 GiB, most of it a hole: were it read whole, this would take minutes."""
+    row, rows = make_row(run_directory(tmp_path / "run")), tmp_path / "rows.jsonl"
+    append_row(rows, row)
+    line = rows.read_bytes()
+    try:
+        with rows.open("r+b") as handle:
+            handle.truncate(1 << 36)
+            handle.seek(0, os.SEEK_END)
+            handle.write(b"\n" + line + line[:100])
         append_row(rows, row)
+        with rows.open("rb") as handle:
+            handle.seek((1 << 36) + 1)
+            assert handle.read() == 2 * line
+    finally:
+        rows.unlink()
+
+
+@pytest.mark.parametrize(
+    "content", [b"notes\n", b"\n\n{}", b'{"prompt": "a"}\n', b"[1]", b"\xff\n", b'{"format": 1}\n']
+)
+def test_rows_are_appended_to_nothing_else(tmp_path: Path, content: bytes) -> None:
+    row, rows = make_row(run_directory(tmp_path / "run")), tmp_path / "mine"
+    rows.write_bytes(content)
+    with pytest.raises(OutputError, match=r"mine: this file holds something else than rows"):
+        append_row(rows, row)
+    assert rows.read_bytes() == content
+
+
+def test_rows_are_appended_to_regular_files(tmp_path: Path) -> None:
+    row = make_row(run_directory(tmp_path / "run"))
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null"), tmp_path):
+        with pytest.raises(OutputError, match=f"{path}: cannot (append|write)"):
+            append_row(path, row)
+    with pytest.raises(DataError, match="found a pipe"):
+        read_rows(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
@@ -137,6 +189,12 @@ def _append_often(rows: Path, row: Any) -> None:
         ({"format": 2}, 'not a row (expected an object with "format": 1)'),
         ({"extra": 1}, "unknown field 'extra'"),
         ({"tables": ["table 1"]}, "no such table"),
+        ({"evaluation": {"sql": {"shop": {}}}}, "evaluation: sql: shop: 'accuracy' is missing"),
+        ({"evaluation": {"general": 3}}, "evaluation: general: not an object"),
+        ({"run": {"loss_std": "x"}}, "run: 'loss_std' is of another type"),
+        ({"run": {"iterations": 0}}, "run: a run without a step"),
+        ({"lr": None}, "a run without a learning rate"),
+        ({"lr": 10**400}, "'lr' is of another type"),
     ],
 )
 def test_a_mistake_names_the_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:

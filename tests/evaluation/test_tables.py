@@ -370,6 +370,28 @@ def test_the_figures(tmp_path: Path) -> None:
     assert draw_figures([one for one in rows if one.method in ("Base", "TAM")], tmp_path) == []
 
 
+def test_earlier_tables_are_replaced_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    for one in methods():
+        append_row(rows, one)
+    given = ["tables", f"--rows={rows}", f"--output-dir={out}"]
+    out.mkdir()
+    mine = out / "figure2-small-1M.png"
+    mine.write_bytes(b"mine")
+    assert report.main(given) == 6
+    assert "out: these files are not from an earlier report" in capsys.readouterr().err
+    assert [path.read_bytes() for path in out.iterdir()] == [b"mine"]
+    mine.unlink()
+    assert report.main([*given, "--no-figures"]) == 0
+    (out / "tables.json").unlink()  # tables.md alone is enough
+    assert report.main([*given, "--no-figures"]) == 0
+    table = rows.rename(out / "table1.csv")
+    assert report.main(["tables", f"--rows={table}", f"--output-dir={out}"]) == 2
+    assert "the output is also read, as --rows" in capsys.readouterr().err
+
+
 def test_axes_of_scores() -> None:
     assert score_limits((20.0, 60.0)) == (20.0, 60.0)
     assert score_limits((-5.0, 60.0)) == (pytest.approx(-1.8), 60.0)

@@ -247,6 +247,8 @@ def test_an_input_that_is_no_file(run, path):
     code, _, err = run(path)
     assert code == 3
     assert err.startswith(f"error: {path}: cannot read (expected a regular file; found a d")
+    code, _, err = run(path, flags=["--format", "spider"])
+    assert err.startswith(f"error: {path}: cannot read (expected a regular file; found a d")
 
 
 def test_ignored_fields_are_part_of_what_a_corpus_was_made_from(run, write_rows, tmp_path):

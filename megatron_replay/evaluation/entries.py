@@ -1,0 +1,118 @@
+"""A model's results as JSON: checked once where they are read, so that all who use them need not.
+
+``tools/evaluate.py`` writes one such entry a model; a row holds one, too. What is not known here is
+left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from megatron_replay.errors import DataError
+
+#: Kinds of benchmarks, and what each result of them has.
+_SCORES = {"sql": ["accuracy"], "choices": ["accuracy"], "lm_eval": ["score", "metric"]}
+#: Other measurements, and what each of them has.
+_PARTS: dict[str, list[str]] = {
+    "task": ["perplexity"], "data": ["perplexity"], "general": ["perplexity"], "candidates": []
+}  # fmt: skip
+_TEXTS = ("name", "path", "sha256", "key", "metric", "command", "config")
+_FLAGS = ("general", "share", "higher_is_better")
+_COUNTS = (
+    "questions", "matches", "empty_gold", "unfinished", "correct", "correct_per_byte", "tokens",
+    "positions", "documents",
+)  # fmt: skip
+_NUMBERS = (
+    "accuracy", "accuracy_per_byte", "standard_error", "score", "perplexity", "delta_perplexity",
+    "loss", "outside_mass", "restricted_loss", "full_loss", "relative_l2_percent",
+    "retention_percent", "seconds",
+)  # fmt: skip
+_OBJECTS = (*_SCORES, *_PARTS, "retention")
+#: lm-eval does not always tell.
+_MAY_BE_NULL = ("standard_error", "questions")
+_NUMBER = "a number"
+
+
+def require_entry(entry: Any, where: object, *, required: Iterable[str] = ()) -> None:
+    """Raise DataError unless ``entry`` is a model's results, as far as they are known here.
+
+    Args:
+        where: the file, for the message, and where in it.
+        required: names beside those that every result has.
+    """
+    plain = {k: v for k, v in require_object(entry, where).items() if k not in _OBJECTS}
+    require_fields(plain, where, required=required)
+    for name, value in entry.items():
+        inside = f"{where}: {name}"
+        if name in _SCORES:
+            for benchmark, result in require_object(value, inside).items():
+                require_fields(result, f"{inside}: {benchmark}", required=_SCORES[name])
+                require_numbers(result.get("failures", {}), f"{inside}: {benchmark}: failures")
+        elif name in _PARTS:
+            require_fields(value, inside, required=_PARTS[name])
+        elif name == "retention":
+            require_numbers(value, inside)
+
+
+def require_fields(value: Any, where: object, *, required: Iterable[str] = ()) -> None:
+    """Raise DataError unless ``value`` is an object whose known fields have their types."""
+    fields = require_object(value, where)
+    for name in required:
+        if name not in fields:
+            raise DataError(f"{name!r} is missing", where=where, found=", ".join(fields)[:80])
+    for name, found in fields.items():
+        expected = _type_of(name)
+        if name == "failures":
+            continue  # looked into by `require_entry`
+        if found is None and name in _MAY_BE_NULL:
+            right = name not in required
+        elif expected == "a string":
+            right = isinstance(found, str)
+        elif expected == "true or false":
+            right = isinstance(found, bool)
+        else:
+            kinds = (int, float) if expected == _NUMBER else int
+            right = not expected or (isinstance(found, kinds) and is_number(found))
+        if not right:
+            raise DataError(
+                f"{name!r} is of another type", where=where, expected=expected, found=_shown(found)
+            )
+
+
+def require_numbers(value: Any, where: object) -> None:
+    """Raise DataError unless ``value`` is an object of numbers."""
+    for name, found in require_object(value, where).items():
+        if not is_number(found):
+            raise DataError(
+                f"{name!r} is of another type", where=where, expected=_NUMBER, found=_shown(found)
+            )
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return not isinstance(value, int) or abs(value) < 1 << 1000
+
+
+def require_object(value: Any, where: object) -> Mapping[str, Any]:
+    """``value``, if it is a JSON object.
+
+    Raises:
+        DataError: it is not.
+    """
+    if not isinstance(value, Mapping):
+        raise DataError("not an object", where=where, expected="{…}", found=_shown(value))
+    return value
+
+
+def _type_of(name: str) -> str:
+    for names, kind in ((_TEXTS, "a string"), (_FLAGS, "true or false"), (_COUNTS, "an integer")):
+        if name in names:
+            return kind
+    return _NUMBER if name in _NUMBERS else ""
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60]

@@ -1,0 +1,52 @@
+"""Directories that reports are written into again and again, and that may be somebody else's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_replay.errors import DataError, OutputError
+from megatron_replay.files import read_text, require_apart
+
+
+def printable(text: str) -> str:
+    """``text`` with bytes of file names that are not UTF-8 as escapes, ``\\udce9`` say."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def require_replaceable(
+    directory: Path,
+    names: Sequence[str],
+    signs: Mapping[str, tuple[str, ...]],
+    inputs: Sequence[tuple[str, Path]],
+) -> None:
+    """Check that writing ``names`` replaces no input, and nothing that we cannot prove ours.
+
+    Args:
+        signs: of the files that earlier reports left, what stands in them; one of them is enough.
+        inputs: (flag, path) of each.
+
+    Raises:
+        ConfigError: an output is an input.
+        OutputError: a file is there that is not from an earlier report.
+    """
+    for name in names:
+        require_apart(directory / name, inputs, flag="--output-dir")
+    there = [name for name in names if os.path.lexists(directory / name)]
+    if there and not any(_holds(directory / name, texts) for name, texts in signs.items()):
+        raise OutputError(
+            "these files are not from an earlier report of ours, so they are not replaced",
+            where=directory,
+            expected=f"{' or '.join(signs)} of an earlier report beside them",
+            found=", ".join(there[:5]),
+            fix="Give another --output-dir, or move them away",
+        )
+
+
+def _holds(path: Path, texts: tuple[str, ...]) -> bool:
+    try:
+        content = read_text(path, DataError)
+    except DataError:
+        return False
+    return all(text in content for text in texts)

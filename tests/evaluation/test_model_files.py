@@ -1,0 +1,124 @@
+"""Directories whose config.json and weights do not belong together, refused before memory is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from megatron_replay.errors import CheckpointError
+from megatron_replay.evaluation.language_model import load_model
+from megatron_replay.evaluation.model_files import require_model
+from tests.evaluation.models import save_model
+from tools import evaluate
+
+
+@pytest.fixture
+def model(model_directory: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(model_directory, tmp_path / "model")
+
+
+def change(model: Path, **values: Any) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers of at most 24, for 24 tensors"),
+        ({"num_hidden_layers": 25}, "num_hidden_layers of at most 24"),
+        ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers of at most 24"),
+        ({"num_labels": 10**9}, "num_labels of at most 257"),
+        ({"num_attention_heads": 10**9}, "num_attention_heads of at most 257"),
+        ({"num_attention_heads": 64}, "q_proj.weight has another shape"),
+        ({"num_key_value_heads": 10**9}, "num_key_value_heads of at most 257"),
+        ({"num_key_value_heads": 0}, "describes no model: ZeroDivisionError"),
+        ({"head_dim": 10**9}, "has another shape"),
+        ({"hidden_size": 10**9}, "model.embed_tokens.weight has another shape"),
+        ({"hidden_size": 10**19}, "describes no model: "),
+        ({"hidden_size": "x"}, "describes no model: "),
+        ({"vocab_size": 10**12}, "has another shape (expected [1000000000000, 32]; found [257"),
+        ({"intermediate_size": 10**12}, "has another shape"),
+        ({"model_type": "nothing"}, "describes no model: "),
+        ({"quantization_config": {}, "vocab_size": 10**12}, "about "),
+    ],
+)
+def test_sizes_that_do_not_fit_the_weights(
+    model: Path, values: dict[str, Any], message: str
+) -> None:
+    change(model, **values)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(model)
+    assert str(caught.value).startswith(f"{model}: config.json ")
+    assert message in str(caught.value)
+
+
+def test_sizes_that_fit(model: Path, tmp_path: Path) -> None:
+    require_model(model)
+    assert Qwen3Config().max_window_layers > 24  # no count of layers, and more than there are
+    require_model(save_model(tmp_path / "untied", tied=False))
+
+
+def test_a_mixture_whose_experts_are_stored_apart(tmp_path: Path) -> None:
+    """transformers puts them together when it loads: no name of theirs is both here and there."""
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, moe_intermediate_size=64, num_experts=96,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    require_model(tmp_path / "moe")
+    change(tmp_path / "moe", num_local_experts=597)
+    with pytest.raises(CheckpointError, match=r"config\.json does not fit the weights"):
+        require_model(tmp_path / "moe")
+
+
+def weights(path: Path, table: dict[str, Any], size: int) -> None:
+    """A safetensors file of which only the header is written."""
+    header = json.dumps(table).encode()
+    with path.open("wb") as handle:
+        handle.write(struct.pack("<Q", len(header)) + header)
+        handle.truncate(8 + len(header) + size)
+
+
+def test_weights_of_a_terabyte_are_not_read(model: Path) -> None:
+    """A sparse file, whose header says so, or does not; each would take hours to hash."""
+    file, size = model / "model.safetensors", 1 << 40
+    content = file.read_bytes()
+    try:
+        os.truncate(file, size)
+        with pytest.raises(CheckpointError, match="longer than its header says"):
+            require_model(model)
+        extra = {"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+        weights(file, extra, size)
+        with pytest.raises(CheckpointError, match=r"does not fit the weights|unable to mmap"):
+            require_model(model)
+    finally:
+        file.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match="truncated"):
+        require_model(model)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
+@pytest.mark.parametrize("damage", ["pipe", "bytes"])
+def test_odd_files_are_one_line(
+    model: Path, name: str, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, text = model / name, tmp_path / "text.jsonl"
+    file.unlink(missing_ok=True)
+    if damage == "pipe":
+        os.mkfifo(file)
+    else:
+        file.write_bytes(b"\xff" * 100)
+    text.write_text('{"text": "abc"}\n')
+    given = [f"--base={model}", f"--general-text={text}", f"--output={tmp_path}/eval.json"]
+    assert evaluate.main(given) == 4
+    [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert str(model) in line
+    assert (damage == "bytes") or "found a pipe" in line
