@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor
 from megatron_replay.checkpoint import restricted_pickle
 from megatron_replay.checkpoint.names import hf_tensor_shapes, mapping_of
 from megatron_replay.errors import CheckpointError, OutputError, few
-from megatron_replay.files import output_error
+from megatron_replay.files import output_error, require_regular
 from megatron_replay.model.config import ModelConfig
 
 FILE = "model_optim_rng.pt"
@@ -125,6 +126,7 @@ class RankFile:
     def __init__(self, path: Path, mapped_bytes: int = _MAPPED_BYTES) -> None:
         self.path, self._mapped_bytes = path, mapped_bytes
         self._touched = 0
+        _require_intact(path)
         self._tensors: dict[str, Tensor] | None = self._map()
         self.shapes = {name: tuple(held.shape) for name, held in self._tensors.items()}
         self.dtypes = {name: held.dtype for name, held in self._tensors.items()}
@@ -168,6 +170,26 @@ class RankFile:
             return restricted_pickle.load(self.path)
         except Exception as error:  # of damaged zip files and pickles alike, by many names
             raise _unreadable(self.path, error) from error
+
+
+def _require_intact(path: Path) -> None:
+    """Compare the content with the crc32 that torch.save put beside each tensor.
+
+    torch does not, and would load a weight with a flipped bit.
+    """
+    require_regular(path, CheckpointError)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # of damaged archives, by many names
+        raise _unreadable(path, error) from error
+    if damaged is not None:
+        raise CheckpointError(
+            f"damaged: the crc32 of {damaged} differs",
+            where=path,
+            fix="Copy it again from where it is whole (torch.save leaves out the crc32 only under "
+            "torch.serialization.set_crc32_options(False))",
+        )
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

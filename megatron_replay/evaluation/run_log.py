@@ -188,7 +188,10 @@ def summarize_run(directory: Path) -> RunSummary:
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise DataError("no training step is logged", where=directory / METRICS)
-    judged = list(filter(OneLoss(), steps))
+    of_one_loss = list(filter(OneLoss(), steps))
+    judged = [
+        step for step in of_one_loss if step.get("positions") != 0
+    ]  # without a label: no loss
     losses, norms = _series(judged, "loss", directory), _series(judged, "grad_norm", directory)
     finite = np.isfinite(losses) & np.isfinite(norms)
     if not finite.any():
@@ -209,7 +212,7 @@ def summarize_run(directory: Path) -> RunSummary:
         seconds=float(seconds.sum()) if complete else None,
         tokens_per_second=float(tokens.sum() / seconds.sum()),
         data_wait_share=_data_wait_share(steps, float(seconds.sum()), directory),
-        full_loss_steps=len(steps) - len(judged),
+        full_loss_steps=len(steps) - len(of_one_loss),
         final_loss=float(losses[-max(1, len(losses) // 10) :].mean()),
         loss_std=loss_std(losses),
         loss_variance=loss_variance(losses),

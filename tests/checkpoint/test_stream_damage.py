@@ -169,6 +169,31 @@ def test_damaged_ranks(small, tmp_path, case):
     assert not (tmp_path / "hf").exists()
 
 
+def test_a_flipped_bit_in_any_tensor_of_a_rank_is_refused(small, tmp_path):
+    """torch.load has no word for it, and the shapes are right."""
+    converted(small[True, 96], tmp_path / "mg", 1)
+    [path] = (tmp_path / "mg").rglob("*.pt")
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(1, 20):
+        at = place * len(whole) // 20
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << place % 8)]) + whole[at + 1 :])
+        try:
+            ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
+        except CheckpointError as error:
+            assert f"{path.name}: " in str(error)
+            refused += 1
+        else:  # between two tensors, where nothing is read
+            require_equal(tmp_path / "hf", small[True, 96])
+            shutil.rmtree(tmp_path / "hf")
+    assert refused > 12
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="expected a regular file"):
+        ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_script_modules_are_not_loaded(tmp_path):
     """torch.load hands such files, by what they contain, to TorchScript's reader."""
     path = tmp_path / "model_optim_rng.pt"
