@@ -181,7 +181,7 @@ def test_a_flipped_bit_in_any_tensor_of_a_rank_is_refused(small, tmp_path):
         try:
             ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
         except CheckpointError as error:
-            assert f"{path.name}: " in str(error)
+            assert f"{path.name}: " in str(error)  # noqa: PT017 some flips do no harm
             refused += 1
         else:  # between two tensors, where nothing is read
             require_equal(tmp_path / "hf", small[True, 96])
