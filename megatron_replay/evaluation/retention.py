@@ -10,8 +10,8 @@ from megatron_replay.errors import DataError
 def general_scores(result: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
     """Score of every general benchmark of a model's result, by its name."""
     choices, tasks = result.get("choices", {}), result.get("lm_eval", {})
-    return {name: found["accuracy"] for name, found in choices.items() if found["general"]} | {
-        name: found["score"] for name, found in tasks.items() if found["general"]
+    return {name: found["accuracy"] for name, found in choices.items() if found.get("general")} | {
+        name: found["score"] for name, found in tasks.items() if found.get("general")
     }
 
 

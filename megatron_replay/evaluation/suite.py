@@ -30,6 +30,8 @@ from megatron_replay.files import read_json, require_apart, sha256_of_files, wri
 
 FORMAT = 2
 BASE = "base"
+#: Measurements that have a perplexity.
+_TEXTS = {"task", "data", "general"}
 
 
 def model_sha256(directory: Path) -> str:
@@ -154,11 +156,18 @@ def _add_differences(result: Result, base: Result) -> None:
     ``ΔPPL = exp(CE of the model) − exp(CE of the base)``, on the same tokens; retention of every
     general benchmark, and its mean.
     """
-    for name in ("task", "data", "general"):
-        if name in result:
-            change = result[name]["perplexity"] - base[name]["perplexity"]
-            result[name]["delta_perplexity"] = change
-    kept = retention(general_scores(result), general_scores(base))
+    scores, of_base = general_scores(result), general_scores(base)
+    texts = _TEXTS & result.keys()
+    if (texts, scores.keys()) != (_TEXTS & base.keys(), of_base.keys()):
+        raise DataError(
+            "damaged: an earlier result lacks what the base's has, or the base's what it has",
+            where=result["name"],
+            fix="Measure again, into another file",
+        )
+    for name in sorted(texts):
+        change = result[name]["perplexity"] - base[name]["perplexity"]
+        result[name]["delta_perplexity"] = change
+    kept = retention(scores, of_base)
     if kept:
         result["retention"] = kept
         result["retention_percent"] = sum(kept.values()) / len(kept)
@@ -198,7 +207,10 @@ def read_evaluation(path: Path) -> Result:
         if not isinstance(results, list) or (part == "models" and not results):
             raise DataError("damaged: no list of results", where=f"{path}: {part}")
         for number, result in enumerate(results):
-            require_entry(result, f"{path}: {part}[{number}]", required=required)
+            where = f"{path}: {part}[{number}]"
+            require_entry(result, where, required=required)
+            for text in _TEXTS & result.keys():
+                require_fields(result[text], f"{where}: {text}", required=["perplexity"])
     return document
 
 

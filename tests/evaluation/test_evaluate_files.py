@@ -47,6 +47,19 @@ def test_the_output_replaces_nothing_but_an_evaluation(
     assert not measuring.measured
 
 
+def test_an_earlier_result_that_lacks_something(
+    site: Path, tmp_path: Path, measuring: Measuring, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={tmp_path}/e"]
+    given += [f"--model=tuned={site}/tuned"]
+    assert evaluate.main(given) == 0
+    document = json.loads((tmp_path / "e").read_text())
+    del document["models"][1]["general"]
+    (tmp_path / "e").write_text(json.dumps(document))
+    assert evaluate.main(given) == 3
+    assert "tuned: damaged: an earlier result lacks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flag", ["general-text", "data", "task-data", "choices", "general-choices", "sql", "tokenizer"]
 )

@@ -200,7 +200,7 @@ def test_odd_task_files_are_one_line(tmp_path: Path) -> None:
     lines += [f"data_dir{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)]
     (tasks / "task.yaml").write_text("\n".join(lines) + "\ndata_dir: *a59\n")
     assert [path.name for path in task_files(tasks)] == ["task.yaml"]
-    for content in (b"task: [" * 20_000, b"task: \xff", b"task: {"):
+    for content in (b"task: [" * 1_000, b"task: \xff", b"task: {"):
         (tasks / "task.yaml").write_bytes(content)
         with pytest.raises(DataError, match=r"task\.yaml: (not YAML|damaged: not UTF-8)"):
             task_files(tasks)
