@@ -143,7 +143,7 @@ def _require_all(section: type[Any], values: dict[str, Any]) -> None:
 def _read_yaml(path: Path, sections: dict[str, type[Any]]) -> dict[str, dict[str, Any]]:
     try:
         tree = yaml.safe_load(read_text(path, ConfigError))
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"not YAML: {error}", where=path) from error
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
