@@ -10,10 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_replay.checkpoint import training
 from megatron_replay.store import CandidateReader
 from megatron_replay.training.metrics import read_metrics
+from tests import tiny
 from tests.e2e import stages
 from tests.e2e.stages import argv, weights
 
@@ -48,6 +51,28 @@ def test_resuming_is_bitwise(folder, tmp_path, extra):
     assert "resuming" in said
     assert stages.losses(tmp_path / "parts") == stages.losses(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_exit_interval_stops_at_its_multiples(folder, tmp_path):
+    """As Megatron's does, wherever the run was resumed: after 3 of 5, every 2 is after 4."""
+    for interval, reached in ((3, 3), (2, 4), (2, 5)):
+        flags = argv(folder, tmp_path / "run", "--exit-interval", interval)
+        stages.succeed("stage1", *flags)
+        assert training.latest_iteration(tmp_path / "run") == reached
+
+
+def test_a_float16_base_comes_back_as_float16(folder, tmp_path):
+    """Trained in fp32 and exported without a flag, in the dtype that it came in."""
+    tiny.save_qwen3(tmp_path / "half", tied=True, num_hidden_layers=2, dtype="float16")
+    file = tmp_path / "half" / "model.safetensors"
+    save_file({name: x.half() for name, x in load_file(file).items()}, file, {"format": "pt"})
+    flags = ["--load", tmp_path / "half", "--allow-other-store"]
+    stages.succeed("stage1", *argv(folder, tmp_path / "run", *flags))
+    stages.convert(tmp_path / "run", tmp_path / "tuned")
+    [written] = (tmp_path / "tuned").glob("*.safetensors")
+    base, tuned = load_file(file), load_file(written)
+    assert {x.dtype for x in tuned.values()} == {torch.float16}
+    assert any(not torch.equal(tuned[name], x) for name, x in base.items())
 
 
 def test_a_finished_run_is_left_alone(folder, finished, tmp_path):

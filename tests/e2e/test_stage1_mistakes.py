@@ -136,3 +136,17 @@ def test_print_config_and_dry_run_need_no_ranks(folder, tmp_path, capsys):
     assert "disk for the store" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "flags",
+    [["--no-pack-documents"], ["--no-drop-unread-tokens"], ["--train-epochs", "2"], []],
+)
+def test_a_dry_run_predicts_the_iterations(folder, tmp_path, capsys, flags):
+    from megatron_replay import stage1
+
+    assert stage1.main([*map(str, argv(folder, tmp_path / "run", *flags)), "--dry-run"]) == 0
+    [line] = [x.split() for x in capsys.readouterr().out.splitlines() if "iterations" in x]
+    stages.succeed("stage1", *argv(folder, tmp_path / "run", *flags))
+    assert int(line[-1]) == len(stages.losses(tmp_path / "run"))

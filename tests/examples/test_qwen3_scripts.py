@@ -244,6 +244,16 @@ def test_dry_run_prints_the_command_and_touches_nothing(
             assert flags["--optimizer"] in path.stem
 
 
+def test_a_dry_run_for_npus_needs_no_cann(tmp_path: Path, environment: Environment) -> None:
+    env = environment(tmp_path, DRY_RUN=1, MODEL_SIZE="full", PLATFORM="npu")
+    output = run_script("stage1_qwen3_4b_4K_moclip_ptd", **env)
+    assert "--platform npu" in output
+    assert "note: no CANN" in output
+    assert "error: no CANN" in run_script(
+        "stage1_qwen3_4b_4K_moclip_ptd", code=2, **(env | {"DRY_RUN": "0"})
+    )
+
+
 def test_a_failing_command_fails_the_script(tmp_path: Path, environment: Environment) -> None:
     env = environment(tmp_path, CKPT_LOAD_DIR=tmp_path / "nothing", DATA_PATH=tmp_path / "none")
     output = run_script("report_qwen3_4b_4K", code=3, **environment(tmp_path, PLATFORM="cpu"))
