@@ -27,8 +27,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from megatron_replay.data.database import schema_lines
-from megatron_replay.data.row import Row
-from megatron_replay.data.rows import parse_row, read_lines
+from megatron_replay.data.rows import Row, parse_row, read_lines
 from megatron_replay.errors import DataError
 
 _ROWS, _DATABASE, _DEV = "questions.jsonl", "database.sqlite", "dev.json"
