@@ -21,11 +21,11 @@ from typing import Any
 from megatron_replay.data.corpus import Corpus, corpus_file
 from megatron_replay.data.corpus_writer import CorpusWriter, require_ours, written_files
 from megatron_replay.data.document import Document
-from megatron_replay.data.row import Row
 from megatron_replay.data.row_files import Input, readable_often
 from megatron_replay.data.rows import (
     CHAT_FORMATS,
     FORMATS,
+    Row,
     detect_format,
     parse_row,
     read_lines,

@@ -150,7 +150,8 @@ class _Rendering:
                 without = {k: v for k, v in message.items() if k != key}
                 if self._is_same_with(messages, i, without):
                     raise self._error(
-                        f"{key!r} of {turn.name} would be lost: the chat template does not read it",
+                        f"{key!r} of {turn.name} would be lost: the chat template writes the same "
+                        "without it",
                         fix="Fold it into the content, or leave it out on purpose with "
                         f"--ignore-fields {key}",
                     )
@@ -160,9 +161,9 @@ class _Rendering:
             other = {**message, "content": message["content"] + " x"}
             if message["content"].strip() and self._is_same_with(messages, i, other):
                 raise self._error(
-                    f"{turn.name} (role {message['role']!r}) would be lost: the chat template "
-                    "does not write it",
-                    fix="Fold it into another message, or use a template that knows this role",
+                    f"the content of {turn.name} (role {message['role']!r}) would be lost: the "
+                    "chat template does not write it",
+                    fix="Fold it into another message, or use a template that writes it",
                 )
 
     def _is_same_with(

@@ -166,7 +166,7 @@ class Corpus:
         """Raise DataError unless a document is as it was written, its tokens in the vocabulary."""
         start, stop = self._starts[document], self._starts[document + 1]
         tokens, loss_mask = self._tokens[start:stop], self._loss_mask[start:stop]
-        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+        if tokens.view(np.uint32).max() >= self.vocab_size:  # a negative one is large as well
             position = int(np.argmax((tokens < 0) | (tokens >= self.vocab_size)))
             raise DataError(
                 f"document {document}, position {position}: token {tokens[position]} lies outside "

@@ -121,5 +121,8 @@ def _with_system(row: Row, turns: list[Turn]) -> list[Turn]:
                     fix="Keep one of them",
                 )
         if not others:
-            turns = [Turn(f"{name!r}", {"role": "system", "content": text}, False), *turns]
+            turns = [
+                Turn(f"the row's {name!r}", {"role": "system", "content": text}, False),
+                *turns,
+            ]
     return turns

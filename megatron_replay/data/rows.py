@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 
 from megatron_replay.data.document import Document
-from megatron_replay.data.row import Row, json_type
+from megatron_replay.data.row import Row as Row  # for those who read rows as well
+from megatron_replay.data.row import json_type
 from megatron_replay.data.row_chat import read_conversation
 from megatron_replay.data.row_files import open_rows
 from megatron_replay.data.tokenizer import Tokenizer

@@ -28,8 +28,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from megatron_replay.data.database import schema_lines
-from megatron_replay.data.row import Row
-from megatron_replay.data.rows import parse_row, read_lines
+from megatron_replay.data.rows import Row, parse_row, read_lines
 from megatron_replay.errors import DataError
 from megatron_replay.files import read_text, require_regular
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import functools
 import gzip
 import hashlib
 import lzma
@@ -17,6 +18,7 @@ from megatron_replay.data.rows import read_lines
 from megatron_replay.errors import DataError, OutputError
 
 LINES = b'{"text": "a"}\n{"text": "\xc3\xa9"}\n'
+compressed = functools.partial(gzip.compress, mtime=0)
 READ = [b'{"text": "a"}\n', b'{"text": "\xc3\xa9"}\n']
 
 
@@ -25,9 +27,9 @@ READ = [b'{"text": "a"}\n', b'{"text": "\xc3\xa9"}\n']
     [
         LINES,
         b"\xef\xbb\xbf" + LINES,
-        gzip.compress(LINES),
-        gzip.compress(LINES[:14]) + gzip.compress(LINES[14:]),
-        gzip.compress(b"\xef\xbb\xbf" + LINES),
+        compressed(LINES),
+        compressed(LINES[:14]) + compressed(LINES[14:]),
+        compressed(b"\xef\xbb\xbf" + LINES),
         LINES + b"\n \n\t\n",
     ],
 )
@@ -58,7 +60,7 @@ def test_blank_lines_in_between_keep_their_numbers(tmp_path):
         (lzma.compress(LINES), "a file compressed by xz"),
         (b"\x28\xb5\x2f\xfd" + bytes(9), "a file compressed by zstd"),
         (LINES.decode().encode("utf-16"), "text in UTF-16"),
-        (gzip.compress(b"PAR1" + bytes(99)), "a Parquet file"),
+        (compressed(b"PAR1" + bytes(99)), "a Parquet file"),
     ],
 )
 def test_other_files_are_named(tmp_path, content, kind):
@@ -71,7 +73,7 @@ def test_other_files_are_named(tmp_path, content, kind):
 @pytest.mark.parametrize("damage", [slice(0, -9), slice(0, 20), slice(0, 2)])
 def test_damaged_gzip_is_one_line(tmp_path, damage):
     path = tmp_path / "rows.gz"
-    path.write_bytes(gzip.compress(LINES)[damage])
+    path.write_bytes(compressed(LINES)[damage])
     with pytest.raises(DataError, match=r"rows.gz: cannot read: "):
         list(read_lines(path))
 
@@ -86,7 +88,7 @@ def test_what_is_no_file_is_neither_waited_for_nor_read(tmp_path, make):
 def test_a_line_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_replay.data.row_files.MAX_TEXT_BYTES", 1000)
     path = tmp_path / "rows.gz"
-    path.write_bytes(gzip.compress(READ[0] + b"x" * 2000))
+    path.write_bytes(compressed(READ[0] + b"x" * 2000))
     with pytest.raises(DataError, match=r"rows.gz:2: the line is too long"):
         list(read_lines(path))
 
