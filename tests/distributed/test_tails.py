@@ -83,9 +83,9 @@ def test_a_draw_is_that_of_the_step_and_of_the_micro_batchs_place() -> None:
 def steps(folder: Path, save: Path, stop: int, *flags: object, **layout: int) -> list[float]:
     """The losses of a run up to iteration ``stop``: every document a micro-batch, twice."""
     stages.succeed(
-        "stage1", *stages.argv(folder, save), "--tail", "sampled", "--tail-samples", SAMPLES,
-        "--kl-weight", 0.5, "--global-batch-size", DOCUMENTS, "--no-pack-documents",
-        "--train-epochs", 2, "--probe-interval", 0, "--exit-interval", stop, *flags, **layout,
+        "stage1", *stages.argv(folder, save, "--probe-interval", 0), "--tail", "sampled",
+        "--tail-samples", SAMPLES, "--kl-weight", 0.5, "--global-batch-size", DOCUMENTS,
+        "--no-pack-documents", "--train-epochs", 2, "--exit-interval", stop, *flags, **layout,
     )  # fmt: skip
     return stages.losses(save)
 

@@ -83,9 +83,10 @@ def inputs(folder: Path) -> list[object]:
 
 def argv(folder: Path, save: Path, *extra: object) -> list[object]:
     """Flags of Stage 1 for that folder with its store."""
+    probe = [] if "--probe-interval" in extra else ["--probe-interval", 3, "--probe-documents", 8]
     return [
         *inputs(folder), "--store", folder / "store", "--save", save, "--lr", 1e-3,
-        "--global-batch-size", 4, "--probe-interval", 3, "--probe-documents", 8, *extra,
+        "--global-batch-size", 4, *probe, *extra,
     ]  # fmt: skip
 
 

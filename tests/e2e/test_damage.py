@@ -155,7 +155,7 @@ def _ruin(rank: int) -> None:
 
 def test_a_run_with_ruined_weights_publishes_nothing_and_fails(folder, tmp_path):
     save = tmp_path / "run"
-    flags = argv(folder, save, "--save-interval", 1, "--probe-interval", 0, "--probe-documents", 64)
+    flags = argv(folder, save, "--save-interval", 1, "--probe-interval", 0)
     message = stages.fail("stage1", *flags, tp=2, before=_ruin, code=7)
     assert "the weights are not finite: embedding.word_embeddings.weight" in message
     assert training.latest_iteration(save) == 1
