@@ -62,7 +62,7 @@ def fail(stage: str, *argv: object, code: int, **layout: Any) -> str:
     assert [c for c, _, _ in results] == [code] * len(results), results
     lines = [line for line in results[0][2].splitlines() if line.startswith("error")]
     assert len(lines) == 1, results[0][2]
-    assert "Traceback" not in results[0][2]
+    assert "Traceback" not in results[0][2], results[0][2]
     return lines[0]
 
 

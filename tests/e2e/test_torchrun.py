@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 
 from megatron_replay.checkpoint import training
 from megatron_replay.checkpoint.export import require_equal
-from tests import tiny
+from tests import processes, tiny
 from tests.e2e import stages
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +27,17 @@ def torchrun(processes: int, *argv: object) -> list[str]:
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=180
-    )
+        command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True,
+        timeout=processes.HANG_SECONDS,
+    )  # fmt: skip
+
+
+def start(command: list[str], said: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """What it writes goes to a file: a pipe that nobody reads would stop it once it is full."""
+    with open(said, "wb") as stderr:
+        return subprocess.Popen(
+            command, env={**ENVIRONMENT, **environment}, stderr=stderr, start_new_session=True
+        )
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +86,8 @@ def test_from_checkpoint_to_export(folder, tmp_path):
 @pytest.mark.distributed
 def test_a_failing_rank_speaks_first_and_all_end(folder, tmp_path):
     argv = stage1_argv(folder, tmp_path / "run", "--loss", "full")
-    started = time.monotonic()
     script = ROOT / "tests" / "e2e" / "failing_rank.py"
     done = run(torchrun(2, script, *argv), FAULT="raise")
-    assert time.monotonic() - started < 60
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert errors == ["error (rank 1): RuntimeError: the device of this rank is broken"]
@@ -93,21 +99,13 @@ def test_a_killed_rank_ends_all_and_torchrun_starts_them_again(folder, tmp_path)
     hung, save = tmp_path / "hung", tmp_path / "run"
     argv = stage1_argv(folder, save, "--loss", "full", "--save-interval", 2)
     script = ROOT / "tests" / "e2e" / "failing_rank.py"
-    process = subprocess.Popen(
-        torchrun(2, "--max-restarts", 1, script, *argv),
-        env={**ENVIRONMENT, "FAULT": "hang", "HUNG": str(hung)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not (hung.exists() and hung.read_text()):
-        assert process.poll() is None
-        time.sleep(0.1)
+    command = torchrun(2, "--max-restarts", 1, script, *argv)
+    process = start(command, tmp_path / "said", FAULT="hang", HUNG=str(hung))
+    processes.until(lambda: hung.exists() and hung.read_text(), process.pid)
     os.kill(int(hung.read_text()), signal.SIGKILL)
-    started = time.monotonic()
-    _, stderr = process.communicate(timeout=90)
-    assert time.monotonic() - started < 60
-    assert process.returncode == 0, stderr
-    assert f"resuming {save} after iteration 2" in stderr
+    code, said = process.wait(processes.HANG_SECONDS), (tmp_path / "said").read_text()
+    assert code == 0, said
+    assert f"resuming {save} after iteration 2" in said
     undisturbed = tmp_path / "undisturbed"
     stages.succeed("stage1", *stage1_argv(folder, undisturbed, "--loss", "full"), tp=2)
     assert stages.losses(save) == stages.losses(undisturbed)
@@ -118,21 +116,14 @@ def test_a_killed_rank_ends_all_and_torchrun_starts_them_again(folder, tmp_path)
 def test_ctrl_c_saves_and_the_rerun_finishes(folder, tmp_path):
     """A terminal sends SIGINT to the launcher and to every rank at once."""
     argv = stage1_argv(folder, tmp_path / "run", "--loss", "full", "--train-epochs", 40)
-    process = subprocess.Popen(
-        torchrun(2, "-m", "megatron_replay.stage1", *argv),
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start(torchrun(2, "-m", "megatron_replay.stage1", *argv), tmp_path / "said")
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
-        assert process.poll() is None
-        time.sleep(0.1)
+    processes.until(
+        lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, process.pid
+    )
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "saved, the same command goes on from here" in stderr
+    assert process.wait(processes.HANG_SECONDS) != 0
+    assert "saved, the same command goes on from here" in (tmp_path / "said").read_text()
     reached = training.latest_iteration(tmp_path / "run")
     assert reached is not None
     assert reached == len(stages.losses(tmp_path / "run"))
