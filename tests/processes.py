@@ -23,6 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,12 @@ def until(condition: Callable[[], object], pid: int) -> None:
 
 
 def children() -> set[int]:
-    """Processes whose parent this one is, the fork server aside."""
+    """Processes whose parent this one is, but for those that live as long as it does."""
     lists = Path("/proc/self/task").glob("*/children")
     found = {int(pid) for path in lists for pid in path.read_text().split()}
-    return found - ({_server[0].pid} if _server else set())
+    # multiprocessing starts the second with its first spawned process.
+    keep = {_server[0].pid if _server else None, resource_tracker._resource_tracker._pid}
+    return found - keep
 
 
 @contextlib.contextmanager
@@ -116,6 +119,8 @@ def ended() -> Iterator[list[int]]:
             for pid in left:
                 with contextlib.suppress(ChildProcessError):  # waited for elsewhere
                     if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                        alive.append(pid)
+                        # One of multiprocessing's is about to end: its pipe is closed.
+                        if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                            alive.append(pid)
                         os.kill(pid, signal.SIGKILL)
                         os.waitpid(pid, 0)

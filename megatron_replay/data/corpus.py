@@ -129,6 +129,9 @@ class Corpus:
         self._tokens = np.asarray(np.memmap(corpus_file(prefix, "bin"), dtype="<i4", mode="r"))
         self._loss_mask = self._map_loss_mask()
 
+    def __reduce__(self) -> tuple[type[Corpus], tuple[str]]:
+        return Corpus, (os.path.abspath(self.prefix),)
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the content; stores made from this corpus carry it."""

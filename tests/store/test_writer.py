@@ -205,21 +205,6 @@ def test_the_lock_ends_with_its_holder(tmp_path: Path) -> None:
     CandidateWriter(store, describe(), lock=True).close()
 
 
-@pytest.mark.parametrize(
-    "name", ["0000/.shard-0000001.bin.tmp.99999", "0000/.write-test.99999", ".write-test.99999"]
-)
-def test_only_the_holder_of_the_lock_removes_leftovers(tmp_path: Path, name: str) -> None:
-    writer = CandidateWriter(tmp_path, describe())
-    leftover = tmp_path / name
-    leftover.parent.mkdir(exist_ok=True)
-    leftover.touch()
-    CandidateWriter(tmp_path, describe())
-    assert leftover.exists()
-    CandidateWriter(tmp_path, describe(), lock=True).close()
-    assert not leftover.exists()
-    assert writer.missing_shards() == [0, 1, 2]
-
-
 @pytest.mark.parametrize("step", range(5))
 def test_a_full_disk_publishes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
