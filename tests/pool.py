@@ -25,6 +25,22 @@ import torch.distributed as dist
 from tests import processes
 
 
+class _Gloo(dist.ProcessGroupGloo):
+    """On the one device of this rank: a device has a thread that wakes up 100 times a second.
+
+    megatron-core makes some fifty groups; with a device each, most CPU time goes to those threads.
+    """
+
+    _device: Any = None
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
+        if _Gloo._device is None:
+            _Gloo._device = self.create_default_device()
+        options = self._Options()
+        options._devices, options._timeout = [_Gloo._device], timeout
+        super().__init__(store, rank, size, options)
+
+
 def _rank(
     rank: int, world_size: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
@@ -37,6 +53,7 @@ def _rank(
             RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
             LOCAL_WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1",
         )  # fmt: skip
+        dist.distributed_c10d.ProcessGroupGloo = _Gloo
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/rendezvous",

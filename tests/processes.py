@@ -51,6 +51,7 @@ def start_server() -> socket.socket:
             server = subprocess.Popen(
                 [sys.executable, "-m", "tests.fork_server", str(theirs.fileno())],
                 cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C at a terminal is not for it
             )  # fmt: skip
         _server = server, ours
