@@ -17,6 +17,7 @@ from tests import processes, tiny
 from tests.e2e import stages
 
 ROOT = Path(__file__).parents[2]
+FAILING_RANK = ROOT / "tests" / "e2e" / "failing_rank.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -57,9 +58,10 @@ def stage1_argv(folder: Path, save: Path, *extra: object) -> list[object]:
 
 
 @pytest.mark.distributed
-def test_from_checkpoint_to_export(folder, tmp_path):
+def test_from_checkpoint_to_export_with_a_killed_rank_between(folder, tmp_path):
+    """Its death ends all; by --max-restarts the second round goes on where the first had saved."""
+    store, save, hung = (tmp_path / name for name in ("store", "run", "hung"))
     common = ["--load", folder / "model", "--data-path", folder / "corpus", "--seq-length", 64]
-    store = tmp_path / "store"
     done = run(
         torchrun(2, "-m", "megatron_replay.stage0", *common, "--store", store,
                  "--tensor-model-parallel-size", 2)
@@ -67,14 +69,22 @@ def test_from_checkpoint_to_export(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "coverage" in done.stdout
     assert "Warning" not in done.stderr
-    argv = stage1_argv(folder, tmp_path / "run", "--store", store)
-    done = run(torchrun(2, "-m", "megatron_replay.stage1", *argv))
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
-    convert = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), "--load"]
-    done = run([*convert, str(tmp_path / "run"), "--save", str(tmp_path / "export")])
-    assert done.returncode == 0, done.stderr
-    assert "verified" in done.stdout
+
+    argv = stage1_argv(folder, save, "--store", store, "--save-interval", 2)
+    command = torchrun(2, "--max-restarts", 1, FAILING_RANK, *argv)
+    process = start(command, tmp_path / "said", FAULT="hang", HUNG=str(hung))
+    processes.until(lambda: hung.exists() and hung.read_text(), process.pid)
+    os.kill(int(hung.read_text()), signal.SIGKILL)
+    code, said = process.wait(processes.HANG_SECONDS), (tmp_path / "said").read_text()
+    assert code == 0, said
+    assert "Warning" not in said
+    assert f"resuming {save} after iteration 2" in said
+    undisturbed = tmp_path / "undisturbed"
+    stages.succeed("stage1", *stage1_argv(folder, undisturbed, "--store", store), tp=2)
+    assert stages.losses(save) == stages.losses(undisturbed)
+    assert stages.weights(save) == stages.weights(undisturbed)
+
+    stages.convert(save, tmp_path / "export")
     tuned, base = (tiny.load_reference(d) for d in (tmp_path / "export", folder / "model"))
     tokens = torch.arange(12)[None]
     assert not torch.equal(tuned(tokens).logits, base(tokens).logits)
@@ -86,36 +96,16 @@ def test_from_checkpoint_to_export(folder, tmp_path):
 @pytest.mark.distributed
 def test_a_failing_rank_speaks_first_and_all_end(folder, tmp_path):
     argv = stage1_argv(folder, tmp_path / "run", "--loss", "full")
-    script = ROOT / "tests" / "e2e" / "failing_rank.py"
-    done = run(torchrun(2, script, *argv), FAULT="raise")
+    done = run(torchrun(2, FAILING_RANK, *argv), FAULT="raise")
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert errors == ["error (rank 1): RuntimeError: the device of this rank is broken"]
 
 
 @pytest.mark.distributed
-def test_a_killed_rank_ends_all_and_torchrun_starts_them_again(folder, tmp_path):
-    """--max-restarts: the second round goes on where the first had saved."""
-    hung, save = tmp_path / "hung", tmp_path / "run"
-    argv = stage1_argv(folder, save, "--loss", "full", "--save-interval", 2)
-    script = ROOT / "tests" / "e2e" / "failing_rank.py"
-    command = torchrun(2, "--max-restarts", 1, script, *argv)
-    process = start(command, tmp_path / "said", FAULT="hang", HUNG=str(hung))
-    processes.until(lambda: hung.exists() and hung.read_text(), process.pid)
-    os.kill(int(hung.read_text()), signal.SIGKILL)
-    code, said = process.wait(processes.HANG_SECONDS), (tmp_path / "said").read_text()
-    assert code == 0, said
-    assert f"resuming {save} after iteration 2" in said
-    undisturbed = tmp_path / "undisturbed"
-    stages.succeed("stage1", *stage1_argv(folder, undisturbed, "--loss", "full"), tp=2)
-    assert stages.losses(save) == stages.losses(undisturbed)
-    assert stages.weights(save) == stages.weights(undisturbed)
-
-
-@pytest.mark.distributed
 def test_ctrl_c_saves_and_the_rerun_finishes(folder, tmp_path):
     """A terminal sends SIGINT to the launcher and to every rank at once."""
-    argv = stage1_argv(folder, tmp_path / "run", "--loss", "full", "--train-epochs", 40)
+    argv = stage1_argv(folder, tmp_path / "run", "--loss", "full", "--train-epochs", 400)
     process = start(torchrun(2, "-m", "megatron_replay.stage1", *argv), tmp_path / "said")
     metrics = tmp_path / "run" / "metrics.jsonl"
     processes.until(
