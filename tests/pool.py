@@ -1,22 +1,18 @@
-"""A pool of forked gloo processes: import torch (and megatron-core) once, then fork the ranks.
+"""Gloo ranks for tests, forked with all that they need imported.
 
-``run(world_size, function, *args)`` forks ``world_size`` children, gives each a gloo process group,
-calls ``function(rank, world_size, *args)`` in each, and returns the list of their results. A child
-that raises fails the test with that rank's traceback. Forking after the imports costs 0.1 s a rank
-where a fresh interpreter would cost 5. What was imported is frozen for the garbage collector, which
-would copy its pages into every child.
+``run(world_size, function, *args)`` starts ``world_size`` processes, gives each a gloo process
+group, calls ``function(rank, world_size, *args)`` in each, and returns the list of their results. A
+rank that raises or dies fails the test with its traceback, and ends the others. A rank costs 0.1 s
+where a fresh interpreter would cost 5. Function, arguments and results are pickled.
 """
 
 from __future__ import annotations
 
 import datetime
-import gc
-import multiprocessing
 import os
 import pickle
-import signal
+import select
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -26,25 +22,44 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests import processes
 
-def _child(
-    rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+
+class _Gloo(dist.ProcessGroupGloo):
+    """On the one device of this rank: a device has a thread that wakes up 100 times a second.
+
+    megatron-core makes some fifty groups; with a device each, most CPU time goes to those threads.
+    """
+
+    _device: Any = None
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
+        if _Gloo._device is None:
+            _Gloo._device = self.create_default_device()
+        options = self._Options()
+        options._devices, options._timeout = [_Gloo._device], timeout
+        super().__init__(store, rank, size, options)
+
+
+def _rank(
+    rank: int, world_size: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    result_file = Path(folder) / f"result-{rank}"
     try:
-        # A child runs without pytest's own filters; keep what the project set.
-        warnings.filterwarnings("ignore", category=FutureWarning)
+        # Of torch's and megatron-core's own; and the end of the process closes what is open.
+        for category in (FutureWarning, DeprecationWarning, ResourceWarning):
+            warnings.filterwarnings("ignore", category=category)
         torch.set_num_threads(1)
         os.environ.update(
             RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
             LOCAL_WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1",
         )  # fmt: skip
+        dist.distributed_c10d.ProcessGroupGloo = _Gloo
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/rendezvous",
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=300),
+            timeout=datetime.timedelta(seconds=processes.HANG_SECONDS),
         )
         result = ("ok", function(rank, world_size, *args))
         if dist.is_initialized():  # a whole program, as function, has left the group itself
@@ -52,51 +67,47 @@ def _child(
             dist.destroy_process_group()
     except BaseException:
         result = ("error", traceback.format_exc())
-    tmp = result_file.with_suffix(".tmp")
-    tmp.write_bytes(pickle.dumps(result))
-    tmp.rename(result_file)
-    os._exit(0)  # no atexit handlers of the parent's libraries
+    (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
 
 
-def run(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0
-) -> list[Any]:
-    """Run ``function(rank, world_size, *args)`` on ``world_size`` forked gloo ranks."""
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # fork with threads: see above
-            children = [
-                context.Process(target=_child, args=(r, world_size, folder, function, args))
-                for r in range(world_size)
-            ]
-            gc.freeze()
-            for child in children:
-                child.start()
-            gc.unfreeze()
-        files = [Path(folder) / f"result-{r}" for r in range(world_size)]
-        results: dict[int, Any] = {}
-        deadline = time.monotonic() + timeout
+def start(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[int]:
+    """The pids of the ranks; they leave their results in ``folder``."""
+    return [
+        processes.fork(_rank, rank, world_size, folder, function, args)
+        for rank in range(world_size)
+    ]
+
+
+def run(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """``function(rank, world_size, *args)`` on ``world_size`` gloo ranks."""
+    results: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory() as name, processes.ended():
+        folder = Path(name)
+        running = {
+            os.pidfd_open(pid): (rank, pid)
+            for rank, pid in enumerate(start(world_size, folder, function, *args))
+        }
         try:
-            while len(results) < world_size:
-                for rank, file in enumerate(files):
-                    if rank in results:
-                        continue
-                    if file.exists():
-                        status, value = pickle.loads(file.read_bytes())
-                        if status == "error":
-                            raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
-                        results[rank] = value
-                    elif not children[rank].is_alive() and not file.exists():
-                        raise AssertionError(
-                            f"rank {rank} died, exit code {children[rank].exitcode}"
-                        )
-                if time.monotonic() > deadline:
-                    raise AssertionError(f"ranks {set(range(world_size)) - set(results)} hang")
-                time.sleep(0.005)
+            while running:
+                ended, _, _ = select.select(list(running), [], [], processes.HANG_SECONDS)
+                if not ended:
+                    raise AssertionError(f"ranks {[rank for rank, _ in running.values()]} hang")
+                for pidfd in ended:
+                    rank, pid = running.pop(pidfd)
+                    os.close(pidfd)
+                    results[rank] = _result(rank, pid, folder)
         finally:
-            for child in children:
-                if child.is_alive() and len(results) < world_size and child.pid:
-                    os.kill(child.pid, signal.SIGKILL)
-                child.join(5)
-    return [results[r] for r in range(world_size)]
+            for pidfd in running:
+                os.close(pidfd)
+    return [results[rank] for rank in range(world_size)]
+
+
+def _result(rank: int, pid: int, folder: Path) -> Any:
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    file = folder / f"result-{rank}"
+    if code or not file.exists():
+        raise AssertionError(f"rank {rank} died, exit code {code}")
+    status, value = pickle.loads(file.read_bytes())
+    if status == "error":
+        raise AssertionError(f"rank {rank} failed:\n{value}")
+    return value

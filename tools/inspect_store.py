@@ -19,11 +19,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_replay.data.document_view import describe_document, document_text
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
+from megatron_replay.files import require_apart
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
 from megatron_replay.store.codecs import CODEC_NUMBERS
@@ -31,7 +33,7 @@ from megatron_replay.store.convert import convert
 from megatron_replay.store.document import LOGITS
 from megatron_replay.store.merge import merge_corpora, merge_parts
 from megatron_replay.store.summary import summary, summary_text
-from megatron_replay.store.tally import Tally, tally
+from megatron_replay.store.tally import Tally, tally, tally_shard
 from megatron_replay.store.verify import verify
 from megatron_replay.store.workers import each_shard, usable_cores
 
@@ -118,7 +120,8 @@ def _open_tokenizer(path: str | None, reader: CandidateReader) -> Tokenizer | No
     from megatron_replay.data.tokenizer import load_tokenizer  # transformers: seconds to import
 
     tokenizer = load_tokenizer(path)
-    reader.require(tokenizer_fingerprint=tokenizer.fingerprint)
+    fix = f"--tokenizer {path} would show other text: give the tokenizer of the store's corpus"
+    reader.require(tokenizer_fingerprint=tokenizer.fingerprint, fix=fix)
     return tokenizer
 
 
@@ -128,7 +131,8 @@ def _open_corpus(prefix: str | None, reader: CandidateReader) -> Corpus | None:
     from megatron_replay.data.corpus import Corpus
 
     corpus = Corpus(prefix)
-    reader.require(corpus_fingerprint=corpus.fingerprint)
+    fix = f"--data-path {prefix} is another corpus: give the one that Stage 0 read"
+    reader.require(corpus_fingerprint=corpus.fingerprint, fix=fix)
     return corpus
 
 
@@ -156,7 +160,7 @@ def _tally(reader: CandidateReader, workers: int) -> Tally:
     shards = range(reader.description.num_shards)
     counted = tally(reader, [])
     with Progress("read", len(reader), "documents") as progress:
-        for _, part in each_shard(lambda shard: tally(reader, [shard]), shards, workers=workers):
+        for _, part in each_shard(partial(tally_shard, reader), shards, workers=workers):
             counted += part
             progress.advance(part.documents)
     return counted
@@ -174,13 +178,15 @@ def _draw(counted: Tally, content: dict[str, object], path: Path) -> None:
 def _show(options: argparse.Namespace) -> str:
     _require_options(options)
     reader = CandidateReader(options.store)
+    if options.figure is not None:
+        require_apart(options.figure, [("STORE", options.store)], flag="--figure")
+    # Before a verification, which may take an hour.
     corpus = _open_corpus(options.data_path, reader)
+    tokenizer = _open_tokenizer(options.tokenizer, reader)
     if options.verify:
         _verify(reader, corpus, options.workers)
     if options.document is not None:
-        view = describe_document(
-            reader, options.document, _open_tokenizer(options.tokenizer, reader), corpus
-        )
+        view = describe_document(reader, options.document, tokenizer, corpus)
         return (
             json.dumps(view, indent=2)
             if options.json

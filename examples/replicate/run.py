@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # Before torch is imported: the parts run side by side, one thread each, and are forked.
@@ -33,6 +33,18 @@ platform.select("cpu").prepare()  # before megatron-core is imported, which fork
 
 from examples.replicate.parts import Failed  # noqa: E402
 from examples.replicate.study import Job, Study  # noqa: E402
+
+
+def _exit_code(process: int) -> int:
+    """The exit code of a child; after Ctrl-C, which it gets too, not before its end."""
+    try:
+        status = os.waitpid(process, 0)[1]
+    except KeyboardInterrupt:
+        os.waitpid(process, 0)
+        raise
+    if (code := os.waitstatus_to_exitcode(status)) == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt
+    return code
 
 
 class Pool:
@@ -71,11 +83,7 @@ class Pool:
 
     def _start(self, job: Job) -> int:
         make_directory(job.product.parent)
-        sys.stdout.flush()
-        process = os.fork()
-        if process == 0:
-            os._exit(_exit_code(job))
-        return process
+        return _fork(lambda: _do_logged(job))
 
     def _wait(self, start: float) -> None:
         if not self.running:
@@ -95,17 +103,40 @@ class Pool:
             flush=True,
         )
         if code:
-            self.failed.append(f"{job.name}: exit code {code}; see {job.product.parent}/log.txt")
+            self.failed.append(f"{job.name}: exit code {code}; see {_log(job)}")
 
 
-def _exit_code(job: Job) -> int:
-    """Do the job, in a process of its own; what it prints goes to the log beside its product."""
-    log = os.open(job.product.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+def _fork(work: Callable[[], int]) -> int:
+    """The pid of a process that exits with what ``work()`` returns.
+
+    A fork copies the locks that other threads hold, and no thread that would release them: so
+    whatever may start a thread is done in such a process, and this one has none.
+    """
+    assert os.listdir("/proc/self/task") == [str(os.getpid())], "a fork beside threads may hang"
+    sys.stdout.flush()
+    process = os.fork()
+    if process == 0:
+        torch.set_num_threads(1)
+        os._exit(work())
+    return process
+
+
+def _log(job: Job) -> Path:
+    """Beside the product's directory: Stage 0 starts a store in an empty one."""
+    return Path(f"{job.product.parent}.log")
+
+
+def _do_logged(job: Job) -> int:
+    log = os.open(_log(job), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    torch.set_num_threads(1)
+    return _do(job.action)
+
+
+def _do(action: Callable[[], None]) -> int:
+    """The exit code of ``action``."""
     try:
-        job.action()
+        action()
     except Failed as failure:
         return failure.code
     except ReplayError as error:
@@ -145,7 +176,8 @@ def main() -> int:
             print("done" if study.row_path(run).exists() else "open", run.name)
         return 0
     try:
-        study.prepare()
+        if code := _exit_code(_fork(lambda: _do(study.prepare))):
+            return code
         pool = Pool(study.jobs(runs), workers=options.workers)
         try:
             pool.run(until=until)

@@ -71,7 +71,8 @@ def describe_document(
             "coverage": 1 - float(document.tail_mass[i]),
             "lse": float(document.lse[i]),
             "gold_logprob": float(document.gold_logprob[i]),
-            "gold_probability": math.exp(document.gold_logprob[i]),
+            # Rounding lifts some a little above 1; a damaged one must not overflow.
+            "gold_probability": math.exp(min(float(document.gold_logprob[i]), 0.0)),
             "candidates": candidates,
         }
         if tokens is not None:

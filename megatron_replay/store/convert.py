@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from megatron_replay.errors import StoreError
+from megatron_replay.files import require_apart
 from megatron_replay.progress import Progress
 from megatron_replay.store.document import (
     CandidateBatch,
-    DocumentCandidates,
     decode_logits,
     encode_logits,
     located,
@@ -32,22 +33,18 @@ def convert(
     nearest, and either may be dropped.
 
     Raises:
+        ConfigError: ``out`` is the reader's own directory.
         StoreError: there are no logits to keep, one does not fit, ``out`` holds another store, or
             what was written reads differently.
         OutputError: ``out`` cannot be written.
     """
     given = reader.description
-    require_other(out, [reader.directory])
+    require_apart(out, [("IN", reader.directory)], flag="OUT")
     if given.logits == "none" and logits != "none":
         raise StoreError("holds no logits", where=reader.directory, expected=logits, found="none")
     description = dataclasses.replace(given, codec=codec, logits=logits)
     with CandidateWriter(out, description, lock=True) as writer:
-
-        def write(shard: int) -> None:
-            with writer.shard(shard) as written:
-                for document in description.documents(shard):
-                    written.add(document, _with_logits(reader[document], logits))
-
+        write = partial(_write, writer, reader)
         missing, size = writer.missing_shards(), len(reader)
         left = sum(len(description.documents(shard)) for shard in missing)
         with Progress("convert", size, "documents", initial=size - left) as progress:
@@ -62,31 +59,31 @@ def convert(
     return description
 
 
-def require_other(out: Path, sources: list[Path]) -> None:
-    """Raise StoreError where ``out`` is one of ``sources``."""
-    if out.resolve() in [source.resolve() for source in sources]:
-        raise StoreError("is read and written at once", where=out, fix="Give another directory")
-
-
-def _with_logits(document: DocumentCandidates, logits: str) -> DocumentCandidates:
-    return dataclasses.replace(document, logits=None) if logits == "none" else document
+def _write(writer: CandidateWriter, reader: CandidateReader, shard: int) -> None:
+    drops_logits = writer.description.logits == "none"
+    with writer.shard(shard) as written:
+        for number in writer.description.documents(shard):
+            document = reader[number]
+            if drops_logits:
+                document = dataclasses.replace(document, logits=None)
+            written.add(number, document)
 
 
 def require_equal(reader: CandidateReader, copy: CandidateReader, *, workers: int = 1) -> None:
     """Raise StoreError unless ``copy`` reads as ``reader`` does, apart from how logits round."""
-    description, kind = reader.description, copy.description.logits
-
-    def compare(shard: int) -> None:
-        documents = description.documents(shard)
-        for first in range(documents.start, documents.stop, DOCUMENTS_AT_ONCE):
-            some = range(first, min(first + DOCUMENTS_AT_ONCE, documents.stop))
-            with located(f"{copy.directory}, documents {some.start} to {some.stop - 1}"):
-                _require_equal(reader.read(some), copy.read(some), kind)
-
-    shards = range(description.num_shards)
+    description = reader.description
+    compare, shards = partial(_compare, reader, copy), range(description.num_shards)
     with Progress("compare", len(reader), "documents") as progress:
         for shard, _ in each_shard(compare, shards, workers=workers):
             progress.advance(len(description.documents(shard)))
+
+
+def _compare(reader: CandidateReader, copy: CandidateReader, shard: int) -> None:
+    documents = reader.description.documents(shard)
+    for first in range(documents.start, documents.stop, DOCUMENTS_AT_ONCE):
+        some = range(first, min(first + DOCUMENTS_AT_ONCE, documents.stop))
+        with located(f"{copy.directory}, documents {some.start} to {some.stop - 1}"):
+            _require_equal(reader.read(some), copy.read(some), copy.description.logits)
 
 
 def _require_equal(one: CandidateBatch, other: CandidateBatch, kind: str) -> None:

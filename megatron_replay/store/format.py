@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_replay.store.codecs import CODECS, PLANAR
 from megatron_replay.store.document import (
+    MAX_SET_SIZE,
     Array,
     DocumentCandidates,
     decode_logits,
@@ -38,6 +41,11 @@ CRC = struct.Struct("<I")
 NUM_POSITIONS = struct.Struct("<I")
 #: position int32, |S| - 1 uint8, and three fp16: lse, gold_logprob, tail_mass.
 BYTES_PER_POSITION = 4 + 1 + 3 * 2
+#: Of a candidate, at most: its logit, and its id: at most four bytes of the archival codec, which
+#: LZMA may lengthen.
+_MOST_ID_BYTES = 2 + 5
+#: Read of an index at a time; a multiple of an offset.
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,23 +148,37 @@ def require_header(magic: bytes, expected_magic: bytes, version: int) -> None:
     require(version == FORMAT_VERSION, "another version of the format", FORMAT_VERSION, version)
 
 
-def decode_index(content: bytes, *, first_document: int, num_documents: int) -> ShardIndex:
-    """Inverse of ``encode_index``, for the shard that holds the given documents.
+def read_index(
+    handle: IO[bytes], size: int, *, first_document: int, num_documents: int
+) -> tuple[ShardIndex, int]:
+    """The index of the shard that holds the given documents, and the crc32 that it ends with.
+
+    Inverse of ``encode_index``. Reads as far as all is well, some of it at a time: a file may be
+    far larger than what was written to it.
 
     Raises:
         StoreError: damaged, of another version or codec, or the index of other documents.
     """
-    require(len(content) >= INDEX_HEADER.size, "the index is cut off")
-    magic, version, codec, zeros, first, count, bin_bytes, bin_crc = INDEX_HEADER.unpack_from(
-        content
-    )
+    header = handle.read(INDEX_HEADER.size)
+    require(len(header) == INDEX_HEADER.size, "the index is cut off")
+    magic, version, codec, zeros, first, count, bin_bytes, bin_crc = INDEX_HEADER.unpack(header)
     require_header(magic, INDEX_MAGIC, version)
     expected_bytes = INDEX_HEADER.size + 8 * (num_documents + 1) + 8 * num_documents + CRC.size
-    require(len(content) == expected_bytes, "the index is cut off", expected_bytes, len(content))
-    require(
-        CRC.unpack_from(content, len(content) - CRC.size)[0] == zlib.crc32(content[: -CRC.size]),
-        "the index is damaged: its crc32 differs",
-    )
+    require(size == expected_bytes, "the index is cut off", expected_bytes, size)
+    crc, parts = zlib.crc32(header), [np.empty(0, np.int64)]
+    for block in _blocks(handle, 8 * (num_documents + 1)):
+        crc = zlib.crc32(block, crc)
+        part = np.frombuffer(block, "<i8").astype(np.int64)
+        joined = np.concatenate([parts[-1][-1:], part])
+        require(
+            bool(joined.min() >= 0 and (np.diff(joined) >= NUM_POSITIONS.size).all()),
+            "the index is damaged: its offsets do not ascend",
+        )
+        parts.append(part)
+    offsets = np.concatenate(parts)
+    columns = b"".join(_blocks(handle, 8 * num_documents))
+    crc = zlib.crc32(columns, crc)
+    require(handle.read(CRC.size) == CRC.pack(crc), "the index is damaged: its crc32 differs")
     require(zeros == bytes(3), "reserved bytes of the index are not zero")
     require(codec in CODECS, "unknown codec", f"one of {sorted(CODECS)}", codec)
     require(
@@ -165,19 +187,42 @@ def decode_index(content: bytes, *, first_document: int, num_documents: int) -> 
         f"{num_documents} from {first_document}",
         f"{count} from {first}",
     )
-    offsets = np.frombuffer(content, "<i8", count + 1, INDEX_HEADER.size).astype(np.int64)
-    crcs_start = INDEX_HEADER.size + offsets.nbytes
     require(
-        offsets[0] == BIN_HEADER.size
-        and offsets[-1] == bin_bytes
-        and (np.diff(offsets) >= NUM_POSITIONS.size).all(),
+        bool(offsets[0] == BIN_HEADER.size and offsets[-1] == bin_bytes),
         "the records of the index do not fill the .bin",
     )
-    return ShardIndex(
+    index = ShardIndex(
         first_document=first,
         offsets=offsets,
-        record_crcs=np.frombuffer(content, "<u4", count, crcs_start).astype(np.uint32),
-        stops=np.frombuffer(content, "<i4", count, crcs_start + 4 * count).astype(np.int32),
+        record_crcs=np.frombuffer(columns, "<u4", count).astype(np.uint32),
+        stops=np.frombuffer(columns, "<i4", count, 4 * count).astype(np.int32),
         bin_crc=bin_crc,
         codec=codec,
+    )
+    return index, crc
+
+
+def _blocks(handle: IO[bytes], size: int) -> Iterator[bytes]:
+    """The next ``size`` bytes, of which ``_BLOCK_BYTES`` at a time."""
+    while size:
+        block = handle.read(min(size, _BLOCK_BYTES))
+        # Cut off after its size was taken; or the last item is.
+        require(len(block) == min(size, _BLOCK_BYTES), "the index is cut off")
+        yield block
+        size -= len(block)
+
+
+def require_likely(record: memoryview | bytes, size: int) -> None:
+    """Raise StoreError unless a record that begins like this can have ``size`` bytes.
+
+    Looks at its first four, before anybody reads the rest.
+    """
+    (num_positions,) = NUM_POSITIONS.unpack_from(record)
+    least = NUM_POSITIONS.size + BYTES_PER_POSITION * num_positions
+    most = least + num_positions * MAX_SET_SIZE * _MOST_ID_BYTES
+    require(
+        least <= size <= most,
+        f"a record of {num_positions} positions has an impossible size",
+        f"{least} to {most} bytes",
+        size,
     )

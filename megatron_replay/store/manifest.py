@@ -15,22 +15,29 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from megatron_replay.errors import StoreError
-from megatron_replay.files import atomic_file, write_json
+from megatron_replay.files import (
+    atomic_file,
+    open_regular,
+    read_json,
+    require_regular,
+    write_json,
+)
 from megatron_replay.store.codecs import CODEC_NUMBERS, CODECS, MAX_VOCAB_SIZE
 from megatron_replay.store.document import LOGITS, located, require
 from megatron_replay.store.format import (
-    CRC,
     FORMAT_VERSION,
     ShardIndex,
-    decode_index,
-    encode_index,
 )
+from megatron_replay.store.format import read_index as read_index_file
 
 FORMAT_NAME = "megatron_replay candidate store"
 DESCRIPTION_FILE = "store.json"
 MANIFEST_FILE = "manifest.json"
 
 
+#: A store.json takes some kilobytes, a row of a manifest some thirty bytes, and whoever else writes
+#: one fewer than this; seven digits number the shards.
+_MOST_DESCRIPTION_BYTES, _MOST_ROW_BYTES, MAX_SHARDS = 1 << 24, 128, 10**7
 #: Shards whose files share a sub-directory: metadata servers slow down long before 10,000 entries.
 SHARDS_PER_DIRECTORY = 1000
 
@@ -93,6 +100,9 @@ class StoreDescription:
         ):
             if not 1 <= getattr(self, name) <= most:
                 self._refuse(name, f"1 to {most}", getattr(self, name))
+        if self.num_shards > MAX_SHARDS:
+            least = -(-self.num_documents // MAX_SHARDS)
+            self._refuse("documents_per_shard", f"{least} or more", self.documents_per_shard)
         for name, choices in (("codec", tuple(CODEC_NUMBERS)), ("logits", LOGITS)):
             if getattr(self, name) not in choices:
                 self._refuse(name, f"one of {', '.join(choices)}", getattr(self, name))
@@ -144,21 +154,13 @@ def refuse_differences(
         )
 
 
-def read_file(path: Path) -> bytes:
-    """All bytes of ``path``, or a StoreError that says why not."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise StoreError(f"cannot read: {error.strerror or error}", where=path) from error
-
-
-def _read_object(path: Path, keys: set[str]) -> dict[str, Any]:
+def _read_object(path: Path, keys: set[str], *, most: int) -> dict[str, Any]:
     """The JSON object in ``path``, of our format and version, with exactly ``keys`` beside."""
-    try:
-        value = json.loads(read_file(path))
-    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8 or bad JSON
-        raise StoreError("damaged: not JSON", where=path) from error
-    if not isinstance(value, dict) or value.pop("format", None) != FORMAT_NAME:
+    size = require_regular(path, StoreError)
+    with located(path):
+        require(size <= most, "damaged: too large", f"at most {most} bytes", size)
+    value = read_json(path, StoreError)
+    if value.pop("format", None) != FORMAT_NAME:
         raise StoreError("not a file of a candidate store", where=path, expected=FORMAT_NAME)
     version = value.pop("version", None)
     if version != FORMAT_VERSION:
@@ -190,7 +192,8 @@ def read_description(directory: Path) -> StoreDescription:
             expected=DESCRIPTION_FILE,
             fix="Give the directory that Stage 0 wrote with --store",
         )
-    fields = _read_object(path, {"description"})["description"]
+    content = _read_object(path, {"description"}, most=_MOST_DESCRIPTION_BYTES)
+    fields = content["description"]
     names = {field.name for field in dataclasses.fields(StoreDescription)}
     if not isinstance(fields, dict) or fields.keys() != names:
         raise StoreError("damaged: other fields in the description", where=path)
@@ -219,25 +222,30 @@ def read_index(
         StoreError: either file is missing, cut off, damaged, of other documents or another codec,
             or not what the manifest was written for.
     """
-    path, documents = index_path(directory, shard), description.documents(shard)
-    content = read_file(path)
-    with located(path):
-        index = decode_index(content, first_document=documents.start, num_documents=len(documents))
-        codec = CODECS[index.codec].name
-        require(codec == description.codec, "another codec", description.codec, codec)
-    found = ShardRow(index.bin_bytes, index.bin_crc, *CRC.unpack(content[-CRC.size :]))
+    index, found = _read_index(directory, description, shard)
     if row is not None and row != found:
         raise StoreError(
             f"shard {shard} is not the one the manifest was written for",
-            where=path,
+            where=index_path(directory, shard),
             expected=row,
             found=found,
         )
+    return index
+
+
+def _read_index(
+    directory: Path, description: StoreDescription, shard: int
+) -> tuple[ShardIndex, ShardRow]:
+    path, documents = index_path(directory, shard), description.documents(shard)
+    with open_regular(path, StoreError) as handle, located(path):
+        size = os.fstat(handle.fileno()).st_size
+        index, crc = read_index_file(
+            handle, size, first_document=documents.start, num_documents=len(documents)
+        )
+        codec = CODECS[index.codec].name
+        require(codec == description.codec, "another codec", description.codec, codec)
     records = bin_path(directory, shard)
-    try:
-        size = records.stat().st_size
-    except OSError as error:
-        raise StoreError(f"cannot read: {error.strerror or error}", where=records) from error
+    size = require_regular(records, StoreError)
     if size != index.bin_bytes:
         raise StoreError(
             "damaged: another size",
@@ -246,16 +254,12 @@ def read_index(
             found=size,
             fix=f"Delete {path.name} and rerun Stage 0: it writes this shard anew",
         )
-    return index
+    return index, ShardRow(index.bin_bytes, index.bin_crc, crc)
 
 
 def write_manifest(directory: Path, description: StoreDescription) -> None:
     """Check every shard's index and size, then write ``manifest.json``: the store is whole."""
-    rows = []
-    for shard in range(description.num_shards):
-        index = read_index(directory, description, shard)
-        idx_crc32 = CRC.unpack(encode_index(index)[-CRC.size :])[0]
-        rows.append([index.bin_bytes, index.bin_crc, idx_crc32])
+    rows = [_read_index(directory, description, s)[1] for s in range(description.num_shards)]
     header = {"format": FORMAT_NAME, "version": FORMAT_VERSION}
     manifest = header | {"description_sha256": description.fingerprint, "shards": rows}
     with atomic_file(directory / MANIFEST_FILE, "w") as handle:
@@ -276,7 +280,8 @@ def read_manifest(directory: Path, description: StoreDescription) -> list[ShardR
             where=directory,
             fix="Rerun Stage 0 with the same settings to finish",
         )
-    found = _read_object(path, {"description_sha256", "shards"})
+    most = _MOST_ROW_BYTES * (description.num_shards + 8)
+    found = _read_object(path, {"description_sha256", "shards"}, most=most)
     rows = found["shards"]
     if not isinstance(rows, list) or len(rows) != description.num_shards:
         raise StoreError("damaged: another number of shards", where=path)

@@ -6,24 +6,30 @@ import dataclasses
 import filecmp
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 
 from megatron_replay.errors import StoreError
-from megatron_replay.files import atomic_file, make_directory
+from megatron_replay.files import atomic_file, make_directory, open_regular, require_apart
 from megatron_replay.progress import Progress
-from megatron_replay.store.convert import require_other
 from megatron_replay.store.document import CandidateBatch, located, require
+from megatron_replay.store.format import (
+    BIN_HEADER,
+    NUM_POSITIONS,
+    ShardIndex,
+    encode_index,
+    require_likely,
+)
 from megatron_replay.store.manifest import (
     StoreDescription,
     bin_path,
     index_path,
     present_shards,
     read_description,
-    read_file,
     read_index,
     refuse_differences,
 )
@@ -42,11 +48,12 @@ def merge_parts(parts: Sequence[Path], out: Path, *, workers: int = 1) -> StoreD
     the same in all.
 
     Raises:
+        ConfigError: ``out`` is one of ``parts``.
         StoreError: descriptions differ (each difference is named), a shard is damaged or not the
             same in two parts, or shards are missing in all: what is there has been merged then.
         OutputError: ``out`` cannot be written.
     """
-    require_other(out, list(parts))
+    require_apart(out, [("IN", part) for part in parts], flag="OUT")
     description = read_description(parts[0])
     for part in parts[1:]:
         refuse_differences(
@@ -57,15 +64,9 @@ def merge_parts(parts: Sequence[Path], out: Path, *, workers: int = 1) -> StoreD
             "concatenated",
         )
     with CandidateWriter(out, description, lock=True) as writer:
-        there = {part: present_shards(part) for part in (*parts, writer.directory)}
-
-        def take(shard: int) -> None:
-            holders = [part for part, shards in there.items() if shard in shards]
-            _require_same(holders, description, shard)
-            if holders[-1] != writer.directory:
-                _copy(holders[0], writer.directory, description, shard)
-
-        shards = sorted(set().union(*there.values()) & set(range(description.num_shards)))
+        there = set().union(*map(present_shards, (*parts, writer.directory)))
+        shards = sorted(shard for shard in there if shard < description.num_shards)
+        take = partial(_take, parts, writer)
         with Progress("merge", len(shards), "shards") as progress:
             for _ in each_shard(take, shards, workers=workers):
                 progress.advance()
@@ -79,6 +80,14 @@ def merge_parts(parts: Sequence[Path], out: Path, *, workers: int = 1) -> StoreD
             )
         writer.finish()
     return description
+
+
+def _take(parts: Sequence[Path], writer: CandidateWriter, shard: int) -> None:
+    out, description = writer.directory, writer.description
+    holders = [part for part in (*parts, out) if index_path(part, shard).exists()]
+    _require_same(holders, description, shard)
+    if holders[-1] != out:
+        _copy(holders[0], out, description, shard)
 
 
 def _require_same(holders: Sequence[Path], description: StoreDescription, shard: int) -> None:
@@ -103,14 +112,27 @@ def _copy(source: Path, out: Path, description: StoreDescription, shard: int) ->
     make_directory(bin_path(out, shard).parent)
     with atomic_file(bin_path(out, shard)) as handle:
         crc = 0
-        with open(path, "rb") as content:
-            while block := content.read(_BLOCK_BYTES):
+        with open_regular(path, StoreError) as content, located(path):
+            for block in _blocks(content, index):
                 crc = zlib.crc32(block, crc)
                 handle.write(block)
-        with located(path):
             require(crc == index.bin_crc, "damaged: crc32 differs")
     with atomic_file(index_path(out, shard)) as handle:
-        handle.write(read_file(index_path(source, shard)))
+        handle.write(encode_index(index))
+
+
+def _blocks(content: IO[bytes], index: ShardIndex) -> Iterator[bytes]:
+    """Some bytes of a ``.bin`` at a time; none of a record that cannot be as large as it claims."""
+    yield content.read(BIN_HEADER.size)
+    for size in np.diff(index.offsets).tolist():
+        block = content.read(min(size, _BLOCK_BYTES))
+        require(len(block) >= NUM_POSITIONS.size, "cut off")
+        require_likely(block, size)
+        yield block
+        left = size - len(block)
+        while left and (block := content.read(min(left, _BLOCK_BYTES))):
+            yield block
+            left -= len(block)
 
 
 class ConcatenatedCorpus(Labels, Protocol):
@@ -139,29 +161,15 @@ def merge_corpora(
     position and gold is checked against the corpus.
 
     Raises:
+        ConfigError: ``out`` is read.
         StoreError: differences in anything but corpus, documents and shards (each is named),
             documents that are not those of ``corpus``, damage.
         OutputError: ``out`` cannot be written.
     """
-    require_other(out, [reader.directory for reader in readers])
+    require_apart(out, [("IN", reader.directory) for reader in readers], flag="OUT")
     description = _merged_description(readers, corpus)
-    starts = np.cumsum([0, *map(len, readers)]).tolist()
     with CandidateWriter(out, description, lock=True) as writer:
-
-        def write(shard: int) -> None:
-            documents = description.documents(shard)
-            with writer.shard(shard) as written:
-                for first in range(documents.start, documents.stop, DOCUMENTS_AT_ONCE):
-                    some = range(first, min(first + DOCUMENTS_AT_ONCE, documents.stop))
-                    places = [(bisect_right(starts, d) - 1, d) for d in some]
-                    content = [readers[part][d - starts[part]] for part, d in places]
-                    with located(
-                        f"{readers[places[0][0]].directory} from document {first} of the corpus"
-                    ):
-                        require_labels(some, CandidateBatch.of(content), corpus)
-                    for document, candidates in zip(some, content, strict=True):
-                        written.add(document, candidates)
-
+        write = partial(_write, writer, readers, corpus)
         missing, size = writer.missing_shards(), description.num_documents
         left = sum(len(description.documents(shard)) for shard in missing)
         with Progress("merge", size, "documents", initial=size - left) as progress:
@@ -169,6 +177,25 @@ def merge_corpora(
                 progress.advance(len(description.documents(shard)))
         writer.finish()
     return description
+
+
+def _write(
+    writer: CandidateWriter,
+    readers: Sequence[CandidateReader],
+    corpus: ConcatenatedCorpus,
+    shard: int,
+) -> None:
+    starts = np.cumsum([0, *map(len, readers)]).tolist()
+    documents = writer.description.documents(shard)
+    with writer.shard(shard) as written:
+        for first in range(documents.start, documents.stop, DOCUMENTS_AT_ONCE):
+            some = range(first, min(first + DOCUMENTS_AT_ONCE, documents.stop))
+            places = [(bisect_right(starts, d) - 1, d) for d in some]
+            content = [readers[part][d - starts[part]] for part, d in places]
+            with located(f"{readers[places[0][0]].directory} from document {first} of the corpus"):
+                require_labels(some, CandidateBatch.of(content), corpus)
+            for document, candidates in zip(some, content, strict=True):
+                written.add(document, candidates)
 
 
 def _merged_description(

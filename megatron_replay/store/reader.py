@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_replay.errors import StoreError
+from megatron_replay.files import open_regular
 from megatron_replay.store.batch import decode_batch
 from megatron_replay.store.codecs import CODEC_NUMBERS
 from megatron_replay.store.document import (
@@ -36,6 +37,7 @@ from megatron_replay.store.format import (
     ShardIndex,
     decode_record,
     require_header,
+    require_likely,
 )
 from megatron_replay.store.manifest import (
     bin_path,
@@ -65,7 +67,8 @@ class _Shard:
 class CandidateReader:
     """The candidate sets of a corpus: ``reader[document_id]``, ``len(reader)``.
 
-    May be used by several threads. The files of a store must not change while it is open.
+    May be used by several threads, and pickled, to be opened again. The files of a store must not
+    change while it is open.
 
     Raises:
         StoreError: no store, an unfinished one, or one that is damaged or of another version.
@@ -78,6 +81,9 @@ class CandidateReader:
         self._shards: dict[int, _Shard] = {}
         self._mapped: dict[int, memoryview] = {}
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[CandidateReader], tuple[Path]]:
+        return CandidateReader, (self.directory.absolute(),)
 
     def __len__(self) -> int:
         return self.description.num_documents
@@ -132,6 +138,7 @@ class CandidateReader:
         corpus_fingerprint: str | None = None,
         tokenizer_fingerprint: str | None = None,
         vocab_size: int | None = None,
+        fix: str = "Give the store of this corpus, or rerun Stage 0 on it",
     ) -> None:
         """Raise StoreError, naming each difference, unless the store was made for what is given."""
         given = {
@@ -144,7 +151,7 @@ class CandidateReader:
             expected,
             {name: getattr(self.description, name) for name in expected},
             where=self.directory,
-            fix="Give the store of this corpus, or rerun Stage 0 on it",
+            fix=fix,
         )
 
     def _require_document(self, document_id: int) -> int:
@@ -161,6 +168,7 @@ class CandidateReader:
         record = self._records(number)[start:stop]
         if not shard.checked[row]:
             with located(self._where(document_id)):
+                require_likely(record, len(record))
                 crc = int(shard.index.record_crcs[row])
                 require(zlib.crc32(record) == crc, "damaged: the crc32 differs")
             shard.checked[row] = True
@@ -210,19 +218,13 @@ class CandidateReader:
 
     def _map(self, number: int) -> memoryview:
         path = bin_path(self.directory, number)
-        try:
-            with open(path, "rb") as handle:
-                content = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
-        except (OSError, ValueError) as error:  # ValueError: emptied since it was opened
-            raise StoreError(f"cannot read: {error}", where=path) from error
-        with located(path):
-            expected_bytes = self.rows[number].bin_bytes
-            require(
-                len(content) == expected_bytes,
-                "damaged: another size",
-                expected_bytes,
-                len(content),
-            )
+        with open_regular(path, StoreError) as handle, located(path):
+            expected_bytes, size = self.rows[number].bin_bytes, os.fstat(handle.fileno()).st_size
+            require(size == expected_bytes, "damaged: another size", expected_bytes, size)
+            try:
+                content = memoryview(mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ))
+            except (OSError, ValueError) as error:  # ValueError: it has become shorter meanwhile
+                raise StoreError(f"cannot read: {error}") from error
             magic, version = BIN_HEADER.unpack_from(content)
             require_header(magic, BIN_MAGIC, version)
         return content

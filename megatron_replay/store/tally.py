@@ -154,6 +154,11 @@ def tally(
     return total
 
 
+def tally_shard(reader: CandidateReader, shard: int) -> Tally:
+    """``tally`` of one shard."""
+    return tally(reader, [shard])
+
+
 def _columns(
     reader: CandidateReader, shard: int, total: Tally, progress: Progress | None
 ) -> Iterator[_Columns]:
@@ -205,6 +210,6 @@ def _appended(columns: _Columns, coverage: float, most: int) -> int:
     the coverage, for no candidate has less than the least needed. Exact up to fp16 rounding of
     the tail mass.
     """
-    gold_P = np.exp(columns.gold_logprob_P.view("<f2").astype(np.float64))
+    gold_P = np.exp(np.minimum(columns.gold_logprob_P.view("<f2").astype(np.float64), 0))
     others_P = 1 - columns.tail_mass_P.view("<f2").astype(np.float64) - gold_P
     return int(((columns.sizes_P > most) | (others_P >= coverage)).sum())

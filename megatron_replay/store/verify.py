@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,20 +45,22 @@ def verify(
 ) -> list[StoreError]:
     """The first damage of each shard that has any, in the order of shards; none: all is well."""
 
-    def check(shard: int) -> StoreError | None:
-        try:
-            verify_shard(reader, shard, corpus)
-        except StoreError as error:
-            return error
-        return None
-
-    shards, found = range(reader.description.num_shards), {}
+    check, found = partial(_damage, reader, corpus), {}
+    shards = range(reader.description.num_shards)
     with Progress("verify", len(reader), "documents") as progress:
         for shard, error in each_shard(check, shards, workers=workers):
             progress.advance(len(reader.description.documents(shard)))
             if error is not None:
                 found[shard] = error
     return [found[shard] for shard in sorted(found)]
+
+
+def _damage(reader: CandidateReader, corpus: Labels | None, shard: int) -> StoreError | None:
+    try:
+        verify_shard(reader, shard, corpus)
+    except StoreError as error:
+        return error
+    return None
 
 
 def verify_shard(reader: CandidateReader, shard: int, corpus: Labels | None = None) -> None:

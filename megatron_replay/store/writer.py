@@ -7,19 +7,19 @@ a pure function of the documents: a store finished after ten kills equals one fi
 
 from __future__ import annotations
 
-import fcntl
 import os
-import weakref
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 import numpy as np
 
-from megatron_replay.errors import OutputError, StoreError
-from megatron_replay.files import atomic_file, make_directory, output_error
+from megatron_replay.errors import StoreError
+from megatron_replay.files import atomic_file, make_directory
+from megatron_replay.locks import DirectoryLock
 from megatron_replay.store.codecs import CODEC_NUMBERS
 from megatron_replay.store.document import DocumentCandidates, located, require, require_valid
 from megatron_replay.store.format import (
@@ -41,10 +41,7 @@ from megatron_replay.store.manifest import (
     write_description,
     write_manifest,
 )
-
-LOCK_FILE = ".lock"
-#: What a death inside files.atomic_file and files.make_directory leaves behind.
-LEFTOVERS = (".*.tmp.*", ".write-test.*")
+from megatron_replay.store.ownership import remove_leftovers, require_free
 
 
 class ShardWriter:
@@ -111,11 +108,13 @@ class CandidateWriter:
 
     Of the processes that write one store together, one passes ``lock=True``: it creates the
     directory before the others open it, keeps other runs out as long as it lives, and removes what
-    dead runs left unfinished. Each process then writes shards of its own; one calls ``finish``.
+    dead runs left unfinished. Each process then writes shards of its own; one calls ``finish``. A
+    copy that was pickled has no lock.
 
     Raises:
         StoreError: the directory holds a store of another description; names each difference.
-        OutputError: the directory cannot be written to, or another run holds its lock.
+        OutputError: the directory holds anything else, cannot be written to, or another run holds
+            its lock.
     """
 
     def __init__(
@@ -125,10 +124,9 @@ class CandidateWriter:
         *,
         lock: bool = False,
     ) -> None:
+        require_free(Path(directory))
         self.directory, self.description = make_directory(directory), description
-        self._release: weakref.finalize[..., CandidateWriter] | None = None
-        if lock:
-            self._release = self._lock()
+        self._lock = DirectoryLock(self.directory, purpose="this store") if lock else None
         if not (self.directory / DESCRIPTION_FILE).exists():
             write_description(self.directory, description)
         refuse_differences(
@@ -138,33 +136,10 @@ class CandidateWriter:
             fix="Use the settings of the store, or give another directory",
         )
         if lock:
-            self._remove_leftovers()
+            remove_leftovers(self.directory)
 
-    def _lock(self) -> weakref.finalize[..., CandidateWriter]:
-        """Hold an flock until ``close``, the end of this object or of the process.
-
-        The kernel releases it on any death. The file stays: removing it would let two runs hold
-        locks on two files of one name.
-        """
-        path = self.directory / LOCK_FILE
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            release = weakref.finalize(self, os.close, fd)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                "another run is writing this store",
-                where=self.directory,
-                fix="Wait for it to end, or give another directory",
-            ) from error
-        except OSError as error:
-            raise output_error(path, error) from error
-        return release
-
-    def _remove_leftovers(self) -> None:
-        for pattern in LEFTOVERS:
-            for path in self.directory.rglob(pattern):
-                path.unlink(missing_ok=True)
+    def __reduce__(self) -> tuple[type[CandidateWriter], tuple[Path, StoreDescription]]:
+        return CandidateWriter, (self.directory.absolute(), self.description)
 
     def missing_shards(self) -> list[int]:
         """Numbers of the shards still to be written, ascending."""
@@ -216,8 +191,8 @@ class CandidateWriter:
 
     def close(self) -> None:
         """Release the lock, if this writer holds it."""
-        if self._release is not None:
-            self._release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> CandidateWriter:
         return self

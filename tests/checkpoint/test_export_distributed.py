@@ -65,7 +65,7 @@ def no_space(*_: object, **__: object) -> None:
 
 @pytest.mark.distributed
 def test_export_over_ranks(sharded_qwen3, qwen3, tmp_path):
-    lines = pool.run(4, export_all, sharded_qwen3, tmp_path, timeout=60)
+    lines = pool.run(4, export_all, sharded_qwen3, tmp_path)
     for layout in LAYOUTS:
         for tied in (True, False):
             exported = tmp_path / f"{layout}-{tied}"

@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,8 @@ from megatron_replay.checkpoint import export
 from megatron_replay.checkpoint.export import require_equal, staging_directory, start_directory
 from megatron_replay.errors import OutputError
 from megatron_replay.locks import LOCK_FILE
-from tests import tiny
+from tests import processes, tiny
 from tests.checkpoint.grid import load_grid, save_grid
-from tests.store.test_kill import fork
 
 SHARD = 20_000
 
@@ -66,10 +64,9 @@ def export_and_die_at(step: int, source: Path, final: Path, overwrite: bool) -> 
 
 
 def is_killed(step: int, source: Path, final: Path, *, overwrite: bool = False) -> bool:
-    child = fork(partial(export_and_die_at, step, source, final, overwrite))
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
+    code = processes.wait(processes.fork(export_and_die_at, step, source, final, overwrite))
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
 def held(directory: Path) -> list[str]:
@@ -131,16 +128,23 @@ def is_equal(directory: Path, reference: Path) -> bool:
     return True
 
 
+def export_until_killed(source: Path, final: Path, begun: Path) -> None:
+    begun.touch()
+    export_model(source, final, overwrite=True)
+    signal.pause()
+
+
 def test_killed_at_random_moments(models, tmp_path):
-    draw, final, killed = random.Random(0), tmp_path / "model", 0
-    for _ in range(10):
-        child = fork(partial(export_model, models["new"], final, overwrite=True))
+    draw, final = random.Random(0), tmp_path / "model"
+    for life in range(10):
+        begun = tmp_path / f"begun-{life}"
+        child = processes.fork(export_until_killed, models["new"], final, begun)
+        processes.until(begun.exists, child)
         time.sleep(draw.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
-        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        assert processes.wait(child) == -signal.SIGKILL
         if final.exists():
             require_equal(final, models["new"])
-    assert killed
     export_model(models["new"], final, overwrite=True)
     require_equal(final, models["new"])
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from megatron_replay.checkpoint import retention
 from megatron_replay.checkpoint.directories import LATEST, iteration_directory
 from megatron_replay.checkpoint.retention import iterations, keep_only
 from megatron_replay.errors import OutputError
-from tests.store.test_kill import fork
+from tests import processes
 
 
 def save(directory: Path, losses: dict[int, float | None], newest: int) -> Path:
@@ -107,12 +106,13 @@ def test_killed_at_each_step(tmp_path):
     """Whatever has a name is whole; the newest and the best stay; the next call does the rest."""
     for step in range(1, 100):
         directory = save(tmp_path / str(step), LOSSES, 12)
-        status = os.waitpid(fork(partial(keep_and_die_at, step, directory)), 0)[1]
+        code = processes.wait(processes.fork(keep_and_die_at, step, directory))
         for number in iterations(directory):
             assert (iteration_directory(directory, number) / "train_state.json").exists()
         assert {4, 10, 12} <= set(iterations(directory))
-        if not os.WIFSIGNALED(status):
+        if code == 0:
             break
+        assert code == -signal.SIGKILL
         keep_only(directory, last=2, best_by="loss")
         retention.clear_remains(directory)
         assert iterations(directory) == [4, 10, 12]

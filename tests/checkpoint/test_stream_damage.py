@@ -23,8 +23,8 @@ from megatron_replay.checkpoint.names import Layout, QueryKeyValue, mapping_of
 from megatron_replay.checkpoint.stream import ranks_to_hf
 from megatron_replay.errors import CheckpointError, OutputError
 from megatron_replay.model.config import ModelConfig
+from tests import processes
 from tests.checkpoint.rank_models import EMBEDDING, converted, rewrite
-from tests.store.test_kill import fork
 
 
 def _swapped_key_and_value(self, shard, size):
@@ -238,11 +238,10 @@ def test_killed_at_each_step(small, tmp_path):
     for step in range(1, 100):
         folder = tmp_path / str(step)
         folder.mkdir()
-        child = fork(lambda step=step, to=folder: _die_at(step, small[True, 96], to / "mg"))
-        status = os.waitpid(child, 0)[1]
-        if not os.WIFSIGNALED(status):
-            assert os.WEXITSTATUS(status) == 0
+        code = processes.wait(processes.fork(_die_at, step, small[True, 96], folder / "mg"))
+        if code == 0:
             break
+        assert code == -signal.SIGKILL
         deaths += 1
         if (folder / "mg").exists():
             complete += 1

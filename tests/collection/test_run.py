@@ -30,7 +30,7 @@ def test_the_last_copy_is_waited_for_as_long_as_shards_come():
 def test_a_copy_of_which_nothing_comes_is_given_up():
     start = time.monotonic()
     _wait_for_all(Shards([1, 2], [1]), range(3), minutes=0.1 / 60)
-    assert 0.1 <= time.monotonic() - start < 10
+    assert time.monotonic() - start >= 0.1
 
 
 def test_only_the_chosen_shards_are_waited_for():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,25 +79,21 @@ def device_form(sets: ShardSets) -> ShardHead:
 device_form.reads_by_id = True  # type: ignore[attr-defined]
 
 
-def count_in(directory: Path) -> Callable[[int], None]:
+def count(rank: int, directory: Path) -> None:
     """What is counted in each step of the run, to a file of each rank."""
+    maker, train_step, steps = loop.WorkMaker, loop.train_step, []
 
-    def before(rank: int) -> None:
-        maker, train_step, steps = loop.WorkMaker, loop.train_step, []
+    def make(*args: Any) -> Any:
+        return dataclasses.replace(maker(*args), head_form=device_form)
 
-        def make(*args: Any) -> Any:
-            return dataclasses.replace(maker(*args), head_form=device_form)
+    def counted_step(*args: Any, **kwargs: Any) -> Any:
+        with host_reads.counted() as found:
+            result = train_step(*args, **kwargs)
+        steps.append(found)
+        (directory / f"{rank}.json").write_text(json.dumps(steps))
+        return result
 
-        def counted_step(*args: Any, **kwargs: Any) -> Any:
-            with host_reads.counted() as found:
-                result = train_step(*args, **kwargs)
-            steps.append(found)
-            (directory / f"{rank}.json").write_text(json.dumps(steps))
-            return result
-
-        loop.WorkMaker, loop.train_step = make, counted_step  # type: ignore[misc,assignment]
-
-    return before
+    loop.WorkMaker, loop.train_step = make, counted_step  # type: ignore[misc,assignment]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +110,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_host_waits_to_log_and_for_nothing_else(folder, tmp_path, case):
     flags, layout = CASES[case]
     argv = stages.argv(folder, tmp_path / "save", "--probe-interval", 0, "--exit-interval", 2)
-    stages.succeed("stage1", *argv, *flags, **layout, before=count_in(tmp_path))
+    stages.succeed("stage1", *argv, *flags, **layout, before=partial(count, directory=tmp_path))
     for rank in range(2):
         steps = json.loads((tmp_path / f"{rank}.json").read_text())
         assert len(steps) == 2

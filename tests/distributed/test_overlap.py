@@ -115,7 +115,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_overlapped_gradients_equal_those_summed_afterwards(world_size, folders):
-    for report in pool.run(world_size, compare, folders, timeout=120):
+    for report in pool.run(world_size, compare, folders):
         for case, (equal, begun) in report.items():
             assert equal, case
             # In every step but the first; by stages, the last of which has one bucket.

@@ -109,6 +109,7 @@ def save_reference(folder: Path, case: str) -> dict[str, Any]:
 
 
 def compare(rank: int, world_size: int, folder: Path, save: Path) -> dict[str, dict[str, Any]]:
+    replay.TILE_POSITIONS = TILE
     return {case: run(case, folder, save / case) for case in CASES}
 
 
@@ -138,8 +139,7 @@ def run(case: str, folder: Path, save: Path) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-def test_loss_and_gradients_are_those_of_the_definition(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(replay, "TILE_POSITIONS", TILE)
+def test_loss_and_gradients_are_those_of_the_definition(folder, tmp_path):
     references = {case: save_reference(folder, case) for case in CASES}
     assert len({round(r["loss"], 4) for r in references.values()}) == len(CASES)
     per_rank = pool.run(2, compare, folder, tmp_path)

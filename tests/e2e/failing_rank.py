@@ -1,8 +1,8 @@
 """Stage 1 with a fault: rank 1 raises, or hangs once, at its third step. For torchrun in tests."""
 
 import os
+import signal
 import sys
-import time
 from pathlib import Path
 
 from megatron_replay import cli, platform, stage1
@@ -21,7 +21,7 @@ def step(self):
             if hung.exists():  # torchrun has started it again
                 return take_step(self)
             hung.write_text(str(os.getpid()))
-            time.sleep(600)
+            signal.pause()
         raise RuntimeError("the device of this rank is broken")
     return take_step(self)
 

@@ -12,12 +12,15 @@ from typing import Any
 # The stages import these when they run: here once, and not in every rank.
 import megatron.core.dist_checkpointing.strategies.filesystem_async
 import megatron.core.dist_checkpointing.strategies.torch  # noqa: F401
+import numpy.ma  # noqa: F401
+import torch._dynamo  # noqa: F401 - by the first optimizer: a second
 
 import megatron_replay.collection.run
 import megatron_replay.training.loop  # noqa: F401
 from megatron_replay import stage0, stage1
 from megatron_replay.checkpoint import training
 from megatron_replay.collection.report import COST_FILE
+from megatron_replay.locks import LOCK_FILE
 from megatron_replay.training.metrics import read_metrics
 from tests import pool
 from tools import convert_checkpoint
@@ -62,7 +65,7 @@ def fail(stage: str, *argv: object, code: int, **layout: Any) -> str:
     assert [c for c, _, _ in results] == [code] * len(results), results
     lines = [line for line in results[0][2].splitlines() if line.startswith("error")]
     assert len(lines) == 1, results[0][2]
-    assert "Traceback" not in results[0][2]
+    assert "Traceback" not in results[0][2], results[0][2]
     return lines[0]
 
 
@@ -112,5 +115,7 @@ def same_tree(ours: Path, theirs: Path) -> None:
 
 
 def _held(directory: Path) -> dict[str, bytes]:
-    files = (p for p in directory.rglob("*") if p.is_file() and p.name != COST_FILE)
+    files = (
+        p for p in directory.rglob("*") if p.is_file() and p.name not in (COST_FILE, LOCK_FILE)
+    )
     return {str(p.relative_to(directory)): p.read_bytes() for p in files}

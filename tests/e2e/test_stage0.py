@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
@@ -11,6 +10,7 @@ import shutil
 import signal
 import threading
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.errors import StoreError
+from megatron_replay.locks import DirectoryLock
 from megatron_replay.store import CandidateReader, CandidateWriter
 from megatron_replay.store.manifest import index_path
 from megatron_replay.store.merge import merge_parts
@@ -134,7 +135,7 @@ def test_sets_of_a_real_model_differ_only_by_rounding(folder, tmp_path):
 
 @dataclass(frozen=True)
 class Mortal:
-    """Logs which shards are begun; some time after the ``step``-th, kills its rank."""
+    """Logs which shards are begun; kills its rank after the ``step``-th, before the next."""
 
     log: Path
     step: int
@@ -146,6 +147,8 @@ class Mortal:
         def logged(writer: CandidateWriter, number: int):
             nonlocal begun
             begun += 1
+            if begun == self.step + 1:
+                os.kill(os.getpid(), signal.SIGKILL)
             with open(self.log, "a") as log:  # one write: lines of several ranks do not mix
                 log.write(f"{number}\n")
             if begun == self.step:
@@ -180,11 +183,22 @@ def test_killed_again_and_again_under_changing_layouts(folder, tmp_path):
 @pytest.mark.distributed
 def test_a_second_run_into_the_directory_is_refused_on_every_rank(folder, tmp_path):
     argv = ["--load", folder / "exact", "--data-path", folder / "corpus", "--store", tmp_path]
-    with open(tmp_path / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        message = stages.fail("stage0", *argv, *SIZES, code=6, tp=2)
+    lock = DirectoryLock(tmp_path, purpose="this store")
+    message = stages.fail("stage0", *argv, *SIZES, code=6, tp=2)
+    lock.release()
     assert "another run is writing this store" in message
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def _limit(size: int, rank: int) -> None:
+    """No file may grow beyond ``size`` once the first shard is begun."""
+    begin = CandidateWriter.shard
+
+    def begin_limited(writer: CandidateWriter, number: int):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        return begin(writer, number)
+
+    CandidateWriter.shard = begin_limited
 
 
 @pytest.mark.distributed
@@ -194,18 +208,9 @@ def test_a_full_disk_is_told_and_the_rerun_goes_on(folder, tmp_path):
     sizes = [path.stat().st_size for path in sorted((tmp_path / "whole").rglob("*.bin"))]
     assert sizes[2] < min(sizes[:2])
 
-    def limited(rank: int) -> None:
-        begin = CandidateWriter.shard
-
-        def begin_limited(writer: CandidateWriter, number: int):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[2] + 100, resource.RLIM_INFINITY))
-            return begin(writer, number)
-
-        CandidateWriter.shard = begin_limited
-
     store = tmp_path / "store"
     argv = ["--load", folder / "exact", "--data-path", folder / "corpus", "--store", store]
-    message = stages.fail("stage0", *argv, *SIZES, code=6, before=limited)
+    message = stages.fail("stage0", *argv, *SIZES, code=6, before=partial(_limit, sizes[2] + 100))
     assert "shard-0000000.bin: cannot write: File too large" in message
     assert {path.name for path in store.rglob("*") if path.is_file()} == {".lock", "store.json"}
     collect(folder, store)

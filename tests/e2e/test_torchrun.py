@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,11 @@ import torch
 
 from megatron_replay.checkpoint import training
 from megatron_replay.checkpoint.export import require_equal
-from tests import tiny
+from tests import processes, tiny
 from tests.e2e import stages
 
 ROOT = Path(__file__).parents[2]
+FAILING_RANK = ROOT / "tests" / "e2e" / "failing_rank.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -28,8 +28,17 @@ def torchrun(processes: int, *argv: object) -> list[str]:
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=180
-    )
+        command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True,
+        timeout=processes.HANG_SECONDS,
+    )  # fmt: skip
+
+
+def start(command: list[str], said: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """What it writes goes to a file: a pipe that nobody reads would stop it once it is full."""
+    with open(said, "wb") as stderr:
+        return subprocess.Popen(
+            command, env={**ENVIRONMENT, **environment}, stderr=stderr, start_new_session=True
+        )
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +58,10 @@ def stage1_argv(folder: Path, save: Path, *extra: object) -> list[object]:
 
 
 @pytest.mark.distributed
-def test_from_checkpoint_to_export(folder, tmp_path):
+def test_from_checkpoint_to_export_with_a_killed_rank_between(folder, tmp_path):
+    """Its death ends all; by --max-restarts the second round goes on where the first had saved."""
+    store, save, hung = (tmp_path / name for name in ("store", "run", "hung"))
     common = ["--load", folder / "model", "--data-path", folder / "corpus", "--seq-length", 64]
-    store = tmp_path / "store"
     done = run(
         torchrun(2, "-m", "megatron_replay.stage0", *common, "--store", store,
                  "--tensor-model-parallel-size", 2)
@@ -59,14 +69,22 @@ def test_from_checkpoint_to_export(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "coverage" in done.stdout
     assert "Warning" not in done.stderr
-    argv = stage1_argv(folder, tmp_path / "run", "--store", store)
-    done = run(torchrun(2, "-m", "megatron_replay.stage1", *argv))
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
-    convert = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), "--load"]
-    done = run([*convert, str(tmp_path / "run"), "--save", str(tmp_path / "export")])
-    assert done.returncode == 0, done.stderr
-    assert "verified" in done.stdout
+
+    argv = stage1_argv(folder, save, "--store", store, "--save-interval", 2)
+    command = torchrun(2, "--max-restarts", 1, FAILING_RANK, *argv)
+    process = start(command, tmp_path / "said", FAULT="hang", HUNG=str(hung))
+    processes.until(lambda: hung.exists() and hung.read_text(), process.pid)
+    os.kill(int(hung.read_text()), signal.SIGKILL)
+    code, said = process.wait(processes.HANG_SECONDS), (tmp_path / "said").read_text()
+    assert code == 0, said
+    assert "Warning" not in said
+    assert f"resuming {save} after iteration 2" in said
+    undisturbed = tmp_path / "undisturbed"
+    stages.succeed("stage1", *stage1_argv(folder, undisturbed, "--store", store), tp=2)
+    assert stages.losses(save) == stages.losses(undisturbed)
+    assert stages.weights(save) == stages.weights(undisturbed)
+
+    stages.convert(save, tmp_path / "export")
     tuned, base = (tiny.load_reference(d) for d in (tmp_path / "export", folder / "model"))
     tokens = torch.arange(12)[None]
     assert not torch.equal(tuned(tokens).logits, base(tokens).logits)
@@ -78,61 +96,24 @@ def test_from_checkpoint_to_export(folder, tmp_path):
 @pytest.mark.distributed
 def test_a_failing_rank_speaks_first_and_all_end(folder, tmp_path):
     argv = stage1_argv(folder, tmp_path / "run", "--loss", "full")
-    started = time.monotonic()
-    script = ROOT / "tests" / "e2e" / "failing_rank.py"
-    done = run(torchrun(2, script, *argv), FAULT="raise")
-    assert time.monotonic() - started < 60
+    done = run(torchrun(2, FAILING_RANK, *argv), FAULT="raise")
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert errors == ["error (rank 1): RuntimeError: the device of this rank is broken"]
 
 
 @pytest.mark.distributed
-def test_a_killed_rank_ends_all_and_torchrun_starts_them_again(folder, tmp_path):
-    """--max-restarts: the second round goes on where the first had saved."""
-    hung, save = tmp_path / "hung", tmp_path / "run"
-    argv = stage1_argv(folder, save, "--loss", "full", "--save-interval", 2)
-    script = ROOT / "tests" / "e2e" / "failing_rank.py"
-    process = subprocess.Popen(
-        torchrun(2, "--max-restarts", 1, script, *argv),
-        env={**ENVIRONMENT, "FAULT": "hang", "HUNG": str(hung)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not (hung.exists() and hung.read_text()):
-        assert process.poll() is None
-        time.sleep(0.1)
-    os.kill(int(hung.read_text()), signal.SIGKILL)
-    started = time.monotonic()
-    _, stderr = process.communicate(timeout=90)
-    assert time.monotonic() - started < 60
-    assert process.returncode == 0, stderr
-    assert f"resuming {save} after iteration 2" in stderr
-    undisturbed = tmp_path / "undisturbed"
-    stages.succeed("stage1", *stage1_argv(folder, undisturbed, "--loss", "full"), tp=2)
-    assert stages.losses(save) == stages.losses(undisturbed)
-    assert stages.weights(save) == stages.weights(undisturbed)
-
-
-@pytest.mark.distributed
 def test_ctrl_c_saves_and_the_rerun_finishes(folder, tmp_path):
     """A terminal sends SIGINT to the launcher and to every rank at once."""
-    argv = stage1_argv(folder, tmp_path / "run", "--loss", "full", "--train-epochs", 40)
-    process = subprocess.Popen(
-        torchrun(2, "-m", "megatron_replay.stage1", *argv),
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    argv = stage1_argv(folder, tmp_path / "run", "--loss", "full", "--train-epochs", 400)
+    process = start(torchrun(2, "-m", "megatron_replay.stage1", *argv), tmp_path / "said")
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
-        assert process.poll() is None
-        time.sleep(0.1)
+    processes.until(
+        lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, process.pid
+    )
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "saved, the same command goes on from here" in stderr
+    assert process.wait(processes.HANG_SECONDS) != 0
+    assert "saved, the same command goes on from here" in (tmp_path / "said").read_text()
     reached = training.latest_iteration(tmp_path / "run")
     assert reached is not None
     assert reached == len(stages.losses(tmp_path / "run"))

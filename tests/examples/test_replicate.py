@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import math
 import os
 import signal
 import sqlite3
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +21,7 @@ from examples.replicate.run import Pool
 from examples.replicate.study import Job, Study
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.rows import Row, append_row, read_rows
+from tests import processes
 
 
 @pytest.mark.parametrize("name", plan.PLANS)
@@ -119,39 +125,67 @@ def _touching(path: Path, *needs: Path) -> Job:
     return Job(path.name, path, touch, needs=needs)
 
 
-def test_pool_runs_what_is_open_once_its_needs_are_there(tmp_path: Path) -> None:
-    first, second, third = (tmp_path / name for name in ("a", "b", "c"))
+def _in_a_process_without_threads(test: Callable[[Path], None], folder: Path) -> None:
+    """The pool refuses to fork from any other."""
+    assert processes.wait(processes.fork(test, folder)) == 0
+
+
+def _runs_what_is_open(folder: Path) -> None:
+    first, second, third = (folder / name for name in ("a", "b", "c"))
     third.touch()
     jobs = [_touching(second, first), _touching(first), _touching(third)]
     pool = Pool(jobs, workers=2)
     assert pool.total == 2
-    pool.run(until=time.monotonic() + 60)
+    pool.run(until=math.inf)
     assert second.exists()
     assert not pool.failed
 
 
-def test_pool_tells_of_a_failure_and_starts_nothing_after_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refused() -> None:
-        raise parts.Failed(4)
+def test_pool_runs_what_is_open_once_its_needs_are_there(tmp_path: Path) -> None:
+    _in_a_process_without_threads(_runs_what_is_open, tmp_path)
 
-    def killed() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
 
-    for action, code in ((refused, 4), (killed, -9)):
-        bad, later = tmp_path / f"bad{code}", tmp_path / f"later{code}"
+def _refused() -> None:
+    raise parts.Failed(4)
+
+
+def _killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _stops_at_a_failure(folder: Path) -> None:
+    for action, code in ((_refused, 4), (_killed, -9)):
+        bad, later = folder / f"bad{code}" / "product", folder / f"later{code}"
         pool = Pool([Job("bad", bad, action), _touching(later)], workers=1)
-        pool.run(until=time.monotonic() + 60)
-        assert pool.failed == [f"bad: exit code {code}; see {tmp_path}/log.txt"]
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            pool.run(until=math.inf)
+        assert pool.failed == [f"bad: exit code {code}; see {bad.parent}.log"]
+        assert list(bad.parent.iterdir()) == []  # Stage 0 refuses a directory with a log in it
         assert not later.exists()
-    assert "failed with exit code 4" in capsys.readouterr().out
+        assert f"failed with exit code {code}" in said.getvalue()
+
+
+def test_pool_tells_of_a_failure_and_starts_nothing_after_it(tmp_path: Path) -> None:
+    _in_a_process_without_threads(_stops_at_a_failure, tmp_path)
 
 
 def test_pool_starts_nothing_after_its_time(tmp_path: Path) -> None:
     pool = Pool([_touching(tmp_path / "a")], workers=1)
     pool.run(until=time.monotonic() - 1)
     assert not (tmp_path / "a").exists()
+
+
+def test_pool_refuses_to_fork_beside_a_thread(tmp_path: Path) -> None:
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        with pytest.raises(AssertionError, match="a fork beside threads may hang"):
+            Pool([_touching(tmp_path / "a")], workers=1).run(until=math.inf)
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_data_are_written_whole_and_nothing_else_is_touched(

@@ -1,7 +1,6 @@
 """The Triton kernels without a GPU: their numbers in Triton's interpreter, their code compiled.
 
-In processes of their own, for Triton decides at its import whether it interprets; two at a time, as
-each keeps one core busy.
+In processes of their own, side by side: Triton decides at its import whether it interprets.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ("triton", "triton_head", "triton_head_tiles", "triton_selection")
@@ -27,30 +27,34 @@ PROCESSES = {
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux only")
 
 
-def run(files: list[str], interpret: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    pytest_here = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider"]
-    return subprocess.run(
-        [*pytest_here, *(f"tests/kernels/{file}" for file in files)],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+Runs = dict[str, tuple[subprocess.Popen[bytes], Path]]
 
 
 @pytest.fixture(scope="module")
 def runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """Of the processes that tests were asked for."""
+) -> Iterator[Runs]:
+    """The processes that tests were asked for, side by side, and where they write."""
     wanted = {item.callspec.params["process"] for item in request.session.items if run_of(item)}
-    with ThreadPoolExecutor(2) as pool:
+    with processes.ended():
         yield {
-            name: pool.submit(run, *PROCESSES[name], tmp_path_factory.mktemp("triton"))
+            name: start(*PROCESSES[name], tmp_path_factory.mktemp("triton"))
             for name in PROCESSES
             if name in wanted
         }
+
+
+def start(files: list[str], interpret: str, folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    pytest_here = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider"]
+    with open(folder / "said", "wb") as said:
+        process = subprocess.Popen(
+            [*pytest_here, *(f"tests/kernels/{file}" for file in files)],
+            cwd=ROOT,
+            env=os.environ | {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(folder)},
+            stdout=said,
+            stderr=said,
+        )
+    return process, folder / "said"
 
 
 def run_of(item: pytest.Item) -> bool:
@@ -58,7 +62,8 @@ def run_of(item: pytest.Item) -> bool:
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_triton(process: str, runs: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
-    finished = runs[process].result()
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "skipped" not in finished.stdout
+def test_triton(process: str, runs: Runs) -> None:
+    started, said = runs[process]
+    code = started.wait(processes.HANG_SECONDS)
+    assert code == 0, said.read_text()
+    assert "skipped" not in said.read_text()

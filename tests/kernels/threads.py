@@ -12,13 +12,11 @@ Result = TypeVar("Result")
 
 
 def in_threads(count: int, work: Callable[[], Result]) -> Result:
-    """``work()`` by ``count`` threads. In a thread of its own: later tests fork, and OpenMP's
-    team, which would not survive in a child, belongs to the thread that started it.
-    """
+    """``work()`` by ``count`` threads, of a thread whose team ends with it: others keep one."""
 
     def run() -> Result:
         torch.set_num_threads(count)
         return work()
 
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(run).result(timeout=60)
+        return pool.submit(run).result()

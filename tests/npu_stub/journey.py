@@ -52,6 +52,7 @@ def run(folder: Path, stage: str, argv: list[Any], layout: tuple[int, int]) -> l
     """What each rank found."""
     tp, pp = layout
     world = tp * pp
+    assert os.listdir("/proc/self/task") == [str(os.getpid())], "a fork beside threads may hang"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

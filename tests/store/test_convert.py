@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_replay.errors import StoreError
+from megatron_replay.errors import ConfigError, StoreError
 from megatron_replay.store import CandidateReader, DocumentCandidates
 from megatron_replay.store.convert import convert
 from megatron_replay.store.writer import CandidateWriter, ShardWriter
@@ -89,7 +89,7 @@ def test_refusals(
 def test_neither_itself_nor_another_store_is_overwritten(tmp_path: Path) -> None:
     reader = make(tmp_path / "in")
     before = contents(tmp_path / "in")
-    with pytest.raises(StoreError, match="is read and written at once"):
+    with pytest.raises(ConfigError, match="the output is also read, as IN"):
         convert(reader, tmp_path / "in" / ".." / "in", codec="archive", logits="fp16")
     make(tmp_path / "other", checkpoint_fingerprint="other")
     with pytest.raises(StoreError, match="another codec, checkpoint_fingerprint"):

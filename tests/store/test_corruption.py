@@ -179,7 +179,7 @@ RECORD = BIN_HEADER_BYTES + 4
     [
         (lambda s: forge(s, 0, b"X"), "0000/shard-0000000.bin: not a file of a candidate store"),
         (lambda s: forge(s, 8, b"\1"), "0000/shard-0000000.bin: another version of the format"),
-        (lambda s: forge(s, RECORD, struct.pack("<I", 2**32 - 1)), "a record is cut off"),
+        (lambda s: forge(s, RECORD, struct.pack("<I", 2**32 - 1)), "an impossible size"),
         (lambda s: forge(s, RECORD + 4, struct.pack("<i", -1)), "positions do not ascend"),
         (lambda s: forge(s, RECORD + 8, b"\xff"), "too short for its logits"),
         (lambda s: forge(s, RECORD + 9, struct.pack("<e", float("inf"))), "lse does not fit"),
@@ -222,7 +222,7 @@ def sign_index(store: Path, at: int, content: bytes) -> None:
         (12, b"\1", "another codec (expected planar; found archive)"),
         (13, b"\1", "reserved bytes"),
         (INDEX_HEADER_BYTES, struct.pack("<q", BIN_HEADER_BYTES - 1), "do not fill the .bin"),
-        (INDEX_HEADER_BYTES + 8, struct.pack("<q", 2**62), "do not fill the .bin"),
+        (INDEX_HEADER_BYTES + 8, struct.pack("<q", 2**62), "offsets do not ascend"),
         (
             INDEX_HEADER_BYTES + 24 + 8 + 4,
             struct.pack("<i", 7),
@@ -243,8 +243,8 @@ def test_forged_indexes_are_refused_for_what_they_are(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("store.json", b"[]", "not a file of a candidate store"),
-        ("store.json", b"\xff", "not JSON"),
+        ("store.json", b"[]", "no JSON object"),
+        ("store.json", b"\xff", "not UTF-8"),
         ("store.json", b"[" * 100_000, "not JSON"),
         ("manifest.json", b"{}", "not a file of a candidate store"),
     ],

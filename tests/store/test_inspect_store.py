@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -18,6 +19,8 @@ from tests.store.examples import describe, draw_document, write_store
 from tools.inspect_store import main
 
 CAP = 20
+#: Without processes, that take longer to start than these stores to read.
+ALONE = ["--workers", "1"]
 
 
 def draw(document_id: int) -> DocumentCandidates:
@@ -42,7 +45,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def test_the_summary_is_what_a_loop_counts(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(store), "--json"]) == 0
+    assert main([str(store), "--json", *ALONE]) == 0
     summary: dict[str, Any] = json.loads(capsys.readouterr().out)
     documents = [draw(i) for i in range(40)]
     sizes = sorted(int(n) for d in documents for n in np.diff(d.offsets))
@@ -76,7 +79,7 @@ def test_the_summary_is_what_a_loop_counts(store: Path, capsys: pytest.CaptureFi
 
 
 def test_the_summary_as_text(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(store), "--verify"]) == 0
+    assert main([str(store), "--verify", *ALONE]) == 0
     captured = capsys.readouterr()
     assert "every byte as written" in captured.err
     assert "at the cap of 20" in captured.out
@@ -89,10 +92,10 @@ def test_a_store_without_positions_or_cap(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_store(tmp_path / "empty", describe(num_documents=1))
-    assert main([str(tmp_path / "empty")]) == 0
+    assert main([str(tmp_path / "empty"), *ALONE]) == 0
     assert "positions: 0" in capsys.readouterr().out
     write_store(tmp_path / "no-cap", describe(selection={}))
-    assert main([str(tmp_path / "no-cap")]) == 0
+    assert main([str(tmp_path / "no-cap"), *ALONE]) == 0
     assert "does not tell max_candidates" in capsys.readouterr().out
 
 
@@ -160,12 +163,51 @@ def test_mistakes_are_one_line(
     assert error.count("\n") == 1
 
 
+def test_another_tokenizer_is_refused_before_anything_is_read(
+    store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text would be of other tokens."""
+    (store / "0000/shard-0000001.bin").write_bytes(b"")
+    another: Any = SimpleNamespace(fingerprint="another", decode=lambda ids: "x")
+    monkeypatch.setattr("megatron_replay.data.tokenizer.load_tokenizer", lambda path: another)
+    code = main([str(store), "--verify", "--document", "8", "--tokenizer", "dir", *ALONE])
+    assert code == StoreError.exit_code
+    error = capsys.readouterr().err
+    assert "another tokenizer_fingerprint (expected tokenizer_fingerprint = another; fo" in error
+    assert "--tokenizer dir would show other text: give the tokenizer of the store's c" in error
+    assert error.count("\n") == 1
+
+
+def test_a_figure_in_place_of_the_store_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store.png"
+    write_store(store, describe(num_documents=1))
+    assert main([str(store), "--figure", str(store), *ALONE]) == ConfigError.exit_code
+    assert "the output is also read, as STORE" in capsys.readouterr().err
+
+
+def test_impossible_numbers_of_a_damaged_store_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A log-probability above 0, whose exponential overflows; a cap beyond any integer of numpy."""
+    selection = {"coverage": 0.9, "max_candidates": 10**30}
+    writer = CandidateWriter(tmp_path, describe(num_documents=1, selection=selection))
+    document = draw_document(np.random.default_rng(0), vocab_size=300, set_sizes=[3, 4])
+    with writer.shard(0) as shard:
+        shard.add(0, dataclasses.replace(document, gold_logprob=np.full(2, 6e4, np.float32)))
+    writer.finish()
+    assert main([str(tmp_path), "--document", "0", *ALONE]) == 0
+    assert "gold 100 %" in capsys.readouterr().out
+    assert main([str(tmp_path), *ALONE]) == 0
+
+
 def test_damage_is_one_line(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = store / "0000/shard-0000001.bin"
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
-    assert main([str(store), "--verify"]) == StoreError.exit_code
+    assert main([str(store), "--verify", *ALONE]) == StoreError.exit_code
     *_, error = capsys.readouterr().err.splitlines()
     assert error == f"error: {path}, document 16: damaged: the crc32 differs"
 
@@ -199,7 +241,7 @@ def test_probabilities_are_those_of_the_base_model(tmp_path: Path) -> None:
 
 def test_the_figure(store: Path, tmp_path: Path) -> None:
     matplotlib_image = pytest.importorskip("matplotlib.image")
-    assert main([str(store), "--figure", str(tmp_path / "figure.png")]) == 0
+    assert main([str(store), "--figure", str(tmp_path / "figure.png"), *ALONE]) == 0
     pixels = matplotlib_image.imread(tmp_path / "figure.png")[..., :3]
     assert pixels.shape == (600, 1800, 3)
     panels = np.split(pixels, 3, axis=1)

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.document import Document
-from megatron_replay.errors import StoreError
+from megatron_replay.errors import ConfigError, StoreError
 from megatron_replay.store import CandidateReader, CandidateWriter
 from megatron_replay.store.manifest import bin_path, index_path
 from megatron_replay.store.merge import merge_corpora, merge_parts
@@ -69,7 +69,7 @@ def test_parts_that_are_not_of_one_store_are_refused(tmp_path: Path) -> None:
     other = write_part(tmp_path / "b", [1], codec="planar", selection={"coverage": 0.9})
     with pytest.raises(StoreError, match=r"another codec, selection\.coverage, .*--data-path"):
         merge_parts([one, other], tmp_path / "out")
-    with pytest.raises(StoreError, match="read and written at once"):
+    with pytest.raises(ConfigError, match="the output is also read, as IN"):
         merge_parts([one], one)
     assert not (tmp_path / "out").exists()
 
@@ -134,7 +134,7 @@ def test_stores_of_concatenated_corpora(
     selection = dict(merged.description.selection)
     assert selection.pop("merged_from") == [r.description.fingerprint for r in readers]
     assert selection == readers[0].description.selection
-    assert main([str(tmp_path / "out"), "--verify", "--data-path", corpus.prefix]) == 0
+    assert main([str(tmp_path / "out"), "--verify", *flags]) == 0
 
 
 def test_a_merged_store_can_be_merged(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +17,6 @@ from megatron_replay.errors import DataError, StoreError
 from megatron_replay.store import CandidateReader
 from megatron_replay.store._records import joined_crc
 from megatron_replay.store.verify import verify
-from megatron_replay.store.workers import each_shard
 from tests.store.corpora import write_both, write_corpus
 from tools.inspect_store import main
 
@@ -156,35 +153,6 @@ def test_another_or_a_damaged_corpus_is_refused(
     assert "corpus_fingerprint" in capsys.readouterr().err
     flip(Path(f"{corpus.prefix}.bin"), 9)
     assert main([str(store), "--verify", f"--data-path={corpus.prefix}"]) == DataError.exit_code
-
-
-def test_a_killed_process_ends_the_work(store: Path) -> None:
-    def work(shard: int) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    with pytest.raises(StoreError, match="was killed"):
-        list(each_shard(work, range(4), workers=2))
-
-
-def test_an_error_of_a_process_comes_as_it_is() -> None:
-    def work(shard: int) -> int:
-        if shard == 5:
-            raise StoreError("damaged", where="here", expected=1, found=2)
-        return shard
-
-    with pytest.raises(StoreError, match=r"^here: damaged \(expected 1; found 2\)$"):
-        list(each_shard(work, range(40), workers=2))
-    assert sorted(each_shard(abs, range(5), workers=2)) == [(i, i) for i in range(5)]
-
-
-def test_ctrl_c_ends_processes_without_their_tracebacks() -> None:
-    """The terminal sends it to all of them; the first one alone tells of it."""
-
-    def work(shard: int) -> bool:
-        return signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-
-    assert all(ends for _, ends in each_shard(work, range(2), workers=2))
-    assert not any(ends for _, ends in each_shard(work, range(2), workers=1))
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1], [5, 0, 70_000, 1], [1 << 20] * 3])

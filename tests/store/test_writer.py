@@ -17,6 +17,7 @@ import pytest
 
 from megatron_replay.errors import OutputError, StoreError
 from megatron_replay.store import CandidateReader, CandidateWriter
+from tests import processes
 from tests.store.examples import (
     contents,
     describe,
@@ -186,38 +187,22 @@ def test_a_second_run_is_refused_until_the_first_lets_go(tmp_path: Path) -> None
     CandidateWriter(tmp_path, describe(), lock=True).close()
 
 
+def hold_for_ever(directory: Path) -> None:
+    writer = CandidateWriter(directory, describe(), lock=True)
+    (directory.parent / "held").touch()
+    signal.pause()
+    writer.close()
+
+
 def test_the_lock_ends_with_its_holder(tmp_path: Path) -> None:
-    ready, tell = os.pipe()
-    holder = os.fork()
-    if holder == 0:
-        writer = CandidateWriter(tmp_path, describe(), lock=True)
-        os.write(tell, b"!")
-        signal.pause()  # for ever: the process is killed with `writer` alive
-        writer.close()
-    os.read(ready, 1)
+    store = tmp_path / "store"
+    holder = processes.fork(hold_for_ever, store)
+    processes.until((tmp_path / "held").exists, holder)
     with pytest.raises(OutputError, match="another run"):
-        CandidateWriter(tmp_path, describe(), lock=True)
+        CandidateWriter(store, describe(), lock=True)
     os.kill(holder, signal.SIGKILL)
-    os.waitpid(holder, 0)
-    os.close(ready)
-    os.close(tell)
-    gc.collect()
-    CandidateWriter(tmp_path, describe(), lock=True).close()
-
-
-@pytest.mark.parametrize(
-    "name", ["0000/.shard-0000001.bin.tmp.99999", "0000/.write-test.99999", ".write-test.99999"]
-)
-def test_only_the_holder_of_the_lock_removes_leftovers(tmp_path: Path, name: str) -> None:
-    writer = CandidateWriter(tmp_path, describe())
-    leftover = tmp_path / name
-    leftover.parent.mkdir(exist_ok=True)
-    leftover.touch()
-    CandidateWriter(tmp_path, describe())
-    assert leftover.exists()
-    CandidateWriter(tmp_path, describe(), lock=True).close()
-    assert not leftover.exists()
-    assert writer.missing_shards() == [0, 1, 2]
+    assert processes.wait(holder) == -signal.SIGKILL
+    CandidateWriter(store, describe(), lock=True).close()
 
 
 @pytest.mark.parametrize("step", range(5))
@@ -244,19 +229,16 @@ def test_a_full_disk_publishes_nothing(
     require_sound(CandidateReader(tmp_path))
 
 
+def write_beyond_a_limit(directory: Path) -> None:
+    description = describe(num_documents=1, vocab_size=300)
+    writer = CandidateWriter(directory, description)
+    document = draw_document(np.random.default_rng(0), vocab_size=300, set_sizes=[256] * 40)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    with pytest.raises(OutputError), writer.shard(0) as shard:
+        shard.add(0, document)
+
+
 def test_a_write_cut_short_publishes_nothing(tmp_path: Path) -> None:
     """The kernel itself refuses the bytes: a limit on the size of files, in a child."""
-    description = describe(num_documents=1, vocab_size=300)
-    writer = CandidateWriter(tmp_path, description)
-    document = draw_document(np.random.default_rng(0), vocab_size=300, set_sizes=[256] * 40)
-    child = os.fork()
-    if child == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        try:
-            with writer.shard(0) as shard:
-                shard.add(0, document)
-        except OutputError as error:
-            os._exit(error.exit_code)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == OutputError.exit_code
+    assert processes.wait(processes.fork(write_beyond_a_limit, tmp_path)) == 0
     assert list(contents(tmp_path)) == ["store.json"]

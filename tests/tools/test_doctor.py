@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from megatron_replay import kernels
 from megatron_replay.kernels import registry
 from megatron_replay.platform import cann, examination, select
 from megatron_replay.platform.examination import Machine
+from tests import processes
 from tests.docker.test_docker import node
 from tools import doctor
 
@@ -227,14 +229,39 @@ def _shifted(sets):
     return sets
 
 
-@pytest.mark.distributed
-def test_the_collective_is_checked(monkeypatch):
+def _check_collectives():
     cpu = select("cpu")
-    assert doctor.collective(cpu).status == "ok"
-    monkeypatch.setattr(cpu, "communication_backend", "nothing")
-    found = doctor.collective(cpu)
+    assert doctor.collective(cpu, timeout=processes.HANG_SECONDS).status == "ok"
+    cpu.communication_backend = "nothing"
+    found = doctor.collective(cpu, timeout=processes.HANG_SECONDS)
     assert found.status == "error"
     assert "expected 3 and 3" in found.found
+
+
+@pytest.mark.distributed
+def test_the_collective_is_checked():
+    assert processes.wait(processes.fork(_check_collectives)) == 0
+
+
+@pytest.mark.distributed
+def test_the_collective_is_not_forked_beside_a_thread(monkeypatch):
+    """A lock that the thread holds would stay locked in the ranks."""
+    methods, done = [], threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+
+    def start(method):
+        methods.append(method)
+        raise OSError("enough")
+
+    monkeypatch.setattr(doctor.multiprocessing, "get_context", start)
+    try:
+        with pytest.raises(OSError, match="enough"):
+            doctor.collective(select("cpu"))
+    finally:
+        done.set()
+        thread.join()
+    assert methods == ["spawn"]
 
 
 def test_small_disks_and_memories(tmp_path, monkeypatch):

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import multiprocessing
 import os
 import random
 import signal
 import tempfile
-import time
-import warnings
+import threading
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from megatron_replay.checkpoint import retention, training
-from tests import pool, tiny
+from tests import pool, processes, tiny
 from tests.e2e import stages
 
 pytestmark = pytest.mark.distributed
 KILLS = 20
 #: What a life is killed in place of: a change of the directory, a step, or a word between ranks.
 EVENTS = 60
+#: Events that one who dies some time after an event lives to see at most.
+LAST_EVENTS = 6
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +45,10 @@ def argv(folder: Path, save: Path) -> list[object]:
     ]  # fmt: skip
 
 
-def _dies(rank: int, world_size: int, victim: int, moment: int, command: list[str]) -> int:
-    """Run; rank ``victim`` is killed in place of its ``moment``-th event."""
+def _dies(
+    rank: int, world_size: int, victim: int, moment: int, seconds: float, command: list[str]
+) -> int:
+    """Run; rank ``victim`` is killed in place of its ``moment``-th event, or that long after it."""
     from megatron_replay.training import loop
 
     if rank == victim:
@@ -67,6 +68,8 @@ def _dies(rank: int, world_size: int, victim: int, moment: int, command: list[st
                 nonlocal passed
                 passed += 1
                 if passed == abs(moment):
+                    threading.Timer(seconds, os.kill, [os.getpid(), signal.SIGKILL]).start()
+                if passed == abs(moment) + (LAST_EVENTS if seconds else 0):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return call(*arguments, **options)
 
@@ -82,36 +85,14 @@ def _dies(rank: int, world_size: int, victim: int, moment: int, command: list[st
     return stages._main(rank, world_size, "stage1", command, None)[0]
 
 
-def live(victim: int, moment: float, command: list[str]) -> list[int]:
-    """One life of two ranks, ended as torchrun ends one; their exit codes.
-
-    ``moment``: a whole number of the victim's events, or a time in seconds.
-    """
-    events = moment if isinstance(moment, int) else EVENTS
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as place:
-        ranks = [
-            context.Process(
-                target=pool._child, args=(rank, 2, place, _dies, (victim, events, command))
-            )
-            for rank in range(2)
-        ]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # as tests/pool.py does
-            gc.freeze()
-            for rank in ranks:
-                rank.start()
-            gc.unfreeze()
-        if isinstance(moment, float):
-            time.sleep(moment)
-            ranks[victim].kill()
-        ranks[victim].join(60)
-        if ranks[victim].exitcode == -signal.SIGKILL:
-            ranks[1 - victim].terminate()
-            ranks[1 - victim].join(0.3)
-            ranks[1 - victim].kill()
-        ranks[1 - victim].join(60)
-    return [rank.exitcode for rank in ranks]
+def live(victim: int, moment: int, seconds: float, command: list[str]) -> list[int | None]:
+    """One life of two ranks, ended as torchrun ends one; their exit codes, the victim's first."""
+    with tempfile.TemporaryDirectory() as place, processes.ended():
+        ranks = pool.start(2, Path(place), _dies, victim, moment, seconds, command)
+        codes = [processes.wait(ranks[victim])]
+        if codes == [-signal.SIGKILL]:
+            os.kill(ranks[1 - victim], signal.SIGTERM)
+        return [*codes, processes.wait(ranks[1 - victim], 0.3)]  # then it is killed
 
 
 def test_killed_twenty_times(folder, tmp_path):
@@ -121,13 +102,13 @@ def test_killed_twenty_times(folder, tmp_path):
     command = [*map(str, argv(folder, save)), "--tensor-model-parallel-size", "1"]
     reached, saving, unnamed = [], 0, 0
     for life in range(KILLS):
-        victim, moment = draw.randint(0, 1), draw.randint(1, EVENTS)
+        victim, moment, seconds = draw.randint(0, 1), draw.randint(1, EVENTS), 0.0
         if life % 4 == 2:  # rank 0 publishes
             victim, moment = 0, -draw.randint(8, 17)
         if life % 4 == 3:
-            moment = draw.random()
-        codes = live(victim, moment, command)
-        assert -signal.SIGKILL in codes, f"life {life} came to its end: {reached}"
+            seconds = draw.uniform(0, 0.05)
+        codes = live(victim, moment, seconds, command)
+        assert codes[0] == -signal.SIGKILL, f"life {life} came to its end: {reached}"
         reached.append(training.latest_iteration(save) or 0)
         saving += bool(retention.unfinished(save))
         unnamed += any(number > reached[-1] for number in retention.iterations(save))

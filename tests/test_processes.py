@@ -1,0 +1,154 @@
+"""What the other tests rely on: forks without threads, and no process that outlives a test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+from tests import pool, processes
+
+
+def look_around(found: Path) -> None:
+    threads = len(os.listdir("/proc/self/task"))
+    found.write_text(f"{threads} {os.getcwd()} {os.environ['GIVEN']} {os.getsid(0) == os.getpid()}")
+    print("said")
+    warnings.warn("an error here too", UserWarning, stacklevel=1)
+
+
+def test_a_fork_has_what_its_parent_has_but_its_threads(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIVEN", "there")
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        assert processes.wait(processes.fork(look_around, tmp_path / "found")) == 1
+    finally:
+        done.set()
+        thread.join()
+    assert (tmp_path / "found").read_text() == f"1 {tmp_path} there True"
+    said = capfd.readouterr()
+    assert said.out == "said\n"
+    assert "UserWarning: an error here too" in said.err
+
+
+class Threaded:
+    """Starts a thread where it is unpickled, which ends once ``path`` is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        threading.Thread(target=self._wait, args=(state["path"],), name="stray").start()
+
+    def _wait(self, path: Path) -> None:
+        while not path.exists():
+            time.sleep(0.001)
+
+
+def test_the_server_refuses_to_fork_beside_a_thread(tmp_path):
+    with pytest.raises(AssertionError, match="the fork server has threads"):
+        processes.fork(print, Threaded(tmp_path / "end"))
+    (tmp_path / "end").touch()
+    while True:
+        try:
+            pid = processes.fork(os.getpid)
+        except AssertionError:  # the thread is on its way out
+            continue
+        break
+    assert processes.wait(pid) == 0
+
+
+def test_exit_codes():
+    assert processes.wait(processes.fork(os._exit, 7)) == 7
+    assert processes.wait(processes.fork(os.abort)) == -signal.SIGABRT
+    sleeper = processes.fork(signal.pause)
+    assert processes.wait(sleeper, 0.01) is None
+    os.kill(sleeper, signal.SIGKILL)
+    assert processes.wait(sleeper) == -signal.SIGKILL
+
+
+def test_until_does_not_wait_for_the_dead(tmp_path):
+    pid = processes.fork(os._exit, 0)
+    with pytest.raises(AssertionError, match="ended before"):
+        processes.until((tmp_path / "never").exists, pid)
+    processes.until(tmp_path.exists, pid)
+    assert processes.wait(pid) == 0
+
+
+#: A launcher like torchrun: its worker has a session of its own, and does not die with it.
+LAUNCHER = """
+import subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1e6)"],
+                          start_new_session=True)
+print(worker.pid, flush=True)
+worker.wait()
+"""
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_what_is_left_is_ended_to_the_last_grandchild(dead):
+    with processes.ended() as left:
+        launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE)
+        worker = int(launcher.stdout.readline())
+        if dead:
+            launcher.kill()
+            launcher.wait()
+    assert left == ([worker] if dead else [launcher.pid, worker])
+    launcher.wait()
+    launcher.stdout.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+def fail_or_hang(rank: int, world_size: int, death: bool) -> None:
+    if rank == 1:
+        if death:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("this rank is broken")
+    signal.pause()
+
+
+@pytest.mark.parametrize("death", [False, True])
+def test_a_failing_rank_ends_the_pool_and_the_others(death):
+    before = processes.children()
+    expected = "rank 1 died, exit code -9" if death else "rank 1 failed:.*this rank is broken"
+    with pytest.raises(AssertionError, match=f"(?s){expected}"):
+        pool.run(2, fail_or_hang, death)
+    assert processes.children() == before
+
+
+LEAVING = """
+import os, signal, subprocess
+
+def test_that_leaves_a_process():
+    left = subprocess.Popen(["sleep", "1000000"], start_new_session=True)
+    with open("pid", "w") as file:
+        file.write(str(left.pid))
+"""
+INTERRUPTED = f"{LEAVING}    os.kill(os.getpid(), signal.SIGTERM)\n    signal.pause()\n"
+
+
+def run_suite(folder: Path) -> None:
+    os.chdir(folder)
+    os._exit(pytest.main(["-q", "-p", "tests.conftest", "test_it.py"]))
+
+
+@pytest.mark.parametrize(
+    ("test", "expected"),
+    [(LEAVING, pytest.ExitCode.TESTS_FAILED), (INTERRUPTED, pytest.ExitCode.INTERRUPTED)],
+    ids=["leaving", "interrupted"],
+)
+def test_no_test_leaves_a_process_behind(tmp_path, test, expected):
+    (tmp_path / "test_it.py").write_text(test)
+    assert processes.wait(processes.fork(run_suite, tmp_path)) == expected
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
