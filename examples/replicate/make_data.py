@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,8 +30,10 @@ from examples.quickstart.general_text import general_documents
 from examples.quickstart.make_data import sql_rows, train_tokenizer
 from examples.replicate import choices, joins
 from examples.replicate.plan import DOMAINS
+from megatron_replay.checkpoint.staging import publish, start_directory
 from megatron_replay.errors import DataError, ReplayError
 from megatron_replay.files import atomic_file, make_directory, sha256_of_files, write_json
+from megatron_replay.locks import LOCK_FILE
 
 MANIFEST = "data.json"
 #: Rows of each domain, and of each held-out set; what the third domain's rows ask about.
@@ -133,7 +134,8 @@ def write_everything(folder: Path, seed: int) -> None:
 
 def describe(folder: Path, seed: int) -> dict[str, Any]:
     """What is in ``folder``: the seed, and every file's hash."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    others = (MANIFEST, LOCK_FILE)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in others)
     return {
         "seed": seed,
         "files": {str(path.relative_to(folder)): sha256_of_files([path]) for path in files},
@@ -145,6 +147,7 @@ def make_data(folder: Path, *, seed: int) -> None:
 
     Raises:
         DataError: something else is there.
+        OutputError: it cannot be written.
     """
     manifest = folder / MANIFEST
     if manifest.exists():
@@ -158,13 +161,11 @@ def make_data(folder: Path, *, seed: int) -> None:
         return
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"not empty, and without a {MANIFEST} of ours", where=folder)
-    # Complete or not there; only what was left of an earlier try is removed.
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    make_directory(unfinished)
-    write_everything(unfinished, seed)
-    write_json(unfinished / MANIFEST, describe(unfinished, seed))
-    unfinished.replace(folder)
+    # Complete or not there.
+    staged = start_directory(folder)
+    write_everything(staged, seed)
+    write_json(staged / MANIFEST, describe(staged, seed))
+    publish(staged, folder, overwrite=False)
 
 
 def main() -> int:

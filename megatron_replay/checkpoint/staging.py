@@ -37,7 +37,7 @@ def start_directory(final: Path, *, overwrite: bool = False, marker: str = MODEL
         if staged.exists():
             _require_ours(staged)
             DirectoryLock(staged, purpose=str(final)).release()  # refused while somebody writes it
-            shutil.rmtree(staged)
+            _remove(staged)
         staged.mkdir(parents=True)
         _locks[staged] = DirectoryLock(staged, purpose=str(final))
     except OSError as error:
@@ -73,14 +73,26 @@ def _require_replaceable(final: Path, *, overwrite: bool, marker: str) -> None:
 
 
 def _require_ours(beside: Path) -> None:
-    """Ours has the lock that proves it, or, killed at its very start or end, nothing."""
-    if any(beside.iterdir()) and not is_ours(beside):
+    """Ours has the lock that proves it; killed at its very start or end, an empty one or none."""
+    strangers = [path for path in beside.iterdir() if path.name != LOCK_FILE]
+    lock = beside / LOCK_FILE
+    if (strangers or (lock.exists() and lock.stat().st_size)) and not is_ours(beside):
         raise OutputError(
             "this name is needed to write the directory beside it, and somebody else's files are "
             "there",
             where=beside,
             fix="Move them away, or choose another output",
         )
+
+
+def _remove(ours: Path) -> None:
+    """Remove a directory of ours, the proof that it is last."""
+    for path in ours.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:
+            path.unlink()
+    shutil.rmtree(ours)
 
 
 def staging_directory(final: Path) -> Path:
@@ -96,7 +108,7 @@ def publish(staged: Path, final: Path, *, overwrite: bool) -> None:
     if overwrite and final.exists():
         if retired.exists():
             _require_ours(retired)
-            shutil.rmtree(retired)
+            _remove(retired)
         retired.mkdir()
         DirectoryLock(retired, purpose=str(final)).release()
         os.replace(final, retired / "old")
@@ -105,5 +117,4 @@ def publish(staged: Path, final: Path, *, overwrite: bool) -> None:
     (final / LOCK_FILE).unlink()
     fsync_path(final.parent)
     if overwrite and retired.exists():
-        shutil.rmtree(retired / "old", ignore_errors=True)
-        shutil.rmtree(retired)
+        _remove(retired)

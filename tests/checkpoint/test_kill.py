@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from megatron_replay.checkpoint import export
 from megatron_replay.checkpoint.export import require_equal, staging_directory, start_directory
 from megatron_replay.errors import OutputError
-from megatron_replay.locks import LOCK_FILE
+from megatron_replay.locks import LOCK_FILE, DirectoryLock
 from tests import processes, tiny
 from tests.checkpoint.grid import load_grid, save_grid
 
@@ -57,7 +57,7 @@ def export_and_die_at(step: int, source: Path, final: Path, overwrite: bool) -> 
 
         return counted
 
-    for name in ("fsync", "replace", "unlink", "rmdir"):  # shutil.rmtree takes the last two
+    for name in ("fsync", "replace", "unlink", "rmdir", "pwrite"):  # the last writes a lock
         setattr(os, name, mortal(getattr(os, name)))
     export.save_file = mortal(export.save_file)
     export_model(source, final, overwrite=overwrite)
@@ -85,7 +85,7 @@ def test_killed_at_each_step(models, tmp_path):
             complete += 1
             require_equal(folder / "model", models["new"])
             shutil.rmtree(folder / "model")
-        if step % 3 == 0:  # a rerun succeeds, and clears away what the dead one left
+        if step % 3 == 1:  # a rerun succeeds, and clears away what the dead one left
             export_model(models["new"], folder / "model")
             require_equal(folder / "model", models["new"])
             assert held(folder) == ["model"]
@@ -111,13 +111,27 @@ def test_killed_at_each_step_of_replacing(models, tmp_path):
         else:
             require_equal(folder / ".model.replaced" / "old", models["old"])
             found["nothing"] += 1
-        if step % 3 == 0 or not (folder / "model").exists():
+        if step % 3 == 1 or not (folder / "model").exists():
             export_model(models["new"], folder / "model", overwrite=True)
             require_equal(folder / "model", models["new"])
             assert held(folder) == ["model"]
     assert found["nothing"] == 1
     assert found["old"] > 15
     assert found["new"] > 5  # the removal of the old one, file by file
+
+
+def test_killed_while_clearing_away(models, tmp_path):
+    """What is left can still be told from somebody else's, at each file that goes."""
+    for step in range(1, 10):
+        final = tmp_path / str(step) / "model"
+        staged = staging_directory(final)
+        staged.mkdir(parents=True)
+        DirectoryLock(staged, purpose="this model").release()
+        for number in range(8):
+            (staged / f"model-{number}.safetensors").touch()
+        assert is_killed(step, models["new"], final)
+        assert staged.exists()
+        start_directory(final)
 
 
 def is_equal(directory: Path, reference: Path) -> bool:

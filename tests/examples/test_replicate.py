@@ -19,8 +19,10 @@ from examples.quickstart import nl2sql
 from examples.replicate import choices, joins, make_data, parts, plan
 from examples.replicate.run import Pool
 from examples.replicate.study import Job, Study
-from megatron_replay.errors import DataError
+from megatron_replay.checkpoint.staging import staging_directory
+from megatron_replay.errors import DataError, OutputError
 from megatron_replay.evaluation.rows import Row, append_row, read_rows
+from megatron_replay.locks import DirectoryLock
 from tests import processes
 
 
@@ -201,9 +203,12 @@ def test_data_are_written_whole_and_nothing_else_is_touched(
     with pytest.raises(DataError, match=r"theirs: not empty, and without a data\.json"):
         make_data.make_data(theirs, seed=0)
     assert (theirs / "thesis.txt").read_text() == "mine"
-    ours, cut = tmp_path / "ours", tmp_path / "ours.unfinished"
+    ours, cut = tmp_path / "ours", staging_directory(tmp_path / "ours")
     cut.mkdir()
-    (cut / "half.jsonl").touch()  # left by a run that was killed
+    (cut / "half.jsonl").touch()
+    with pytest.raises(OutputError, match="somebody else's files"):
+        make_data.make_data(ours, seed=0)
+    DirectoryLock(cut, purpose="data").release()  # left by a run that was killed
     make_data.make_data(ours, seed=0)
     make_data.make_data(ours, seed=0)
     assert sorted(path.name for path in ours.iterdir()) == ["data.json", "rows.jsonl"]
