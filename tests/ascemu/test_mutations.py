@@ -40,8 +40,8 @@ def judge(operators) -> str:
 
 
 @pytest.fixture(scope="module")
-def judgements(compiler):
-    """Of each mutant, in the making: compiled two at a time while others are judged."""
+def modules(compiler):
+    """A module of each mutant, or what the compiler says: two at a time."""
 
     def compiled(number: int):
         mutant, name = MUTANTS[number], f"mutant{number}"
@@ -56,10 +56,9 @@ def judgements(compiler):
             return str(error)
         return compiler.module(f"{name}.so", {mutant.kernel: changed})
 
-    pool = ThreadPoolExecutor(2)
-    futures = {MUTANTS[i].name: pool.submit(compiled, i) for i in range(len(MUTANTS))}
-    yield futures
-    pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(2) as pool:
+        loaded = pool.map(compiled, range(len(MUTANTS)))
+        return dict(zip((mutant.name for mutant in MUTANTS), loaded, strict=True))
 
 
 def test_without_a_bug_nothing_is_found(operators):
@@ -71,8 +70,8 @@ def test_there_are_enough_bugs():
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_bug_is_caught(judgements, mutant):
-    result = judgements[mutant.name].result()
+def test_a_bug_is_caught(modules, mutant):
+    result = modules[mutant.name]
     found = result if isinstance(result, str) else judge(result)
     assert re.search(mutant.caught, found), found
     if found != DIFFERS and not isinstance(result, str):

@@ -20,7 +20,7 @@ from tests.e2e import stages
 pytestmark = pytest.mark.distributed
 KILLS = 20
 #: What a life is killed in place of: a change of the directory, a step, or a word between ranks.
-EVENTS = 60
+EVENTS = 48
 #: Events that one who dies some time after an event lives to see at most.
 LAST_EVENTS = 6
 
