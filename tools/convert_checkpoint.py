@@ -117,19 +117,12 @@ def write_mcore(
     """Write a checkpoint beside its name, read it again into another model, verify, rename."""
     from megatron_replay.checkpoint.load import base_fingerprint, load_model
     from megatron_replay.checkpoint.model_files import fingerprints, keep_model_files
-    from megatron_replay.checkpoint.staging import (
-        CHECKPOINTS,
-        publish,
-        staging_directory,
-        start_directory,
-    )
+    from megatron_replay.checkpoint.staging import publish, staging_directory, start_directory
     from megatron_replay.checkpoint.training import CONVERTED_FROM, TrainState, save_checkpoint
 
     target = Path(options.save_dir)
     staged = staging_directory(target)
-    groups.on_rank_zero(
-        lambda: start_directory(target, overwrite=options.overwrite, marker=CHECKPOINTS)
-    )
+    groups.on_rank_zero(lambda: start_directory(target, overwrite=options.overwrite))
     groups.on_rank_zero(lambda: keep_model_files(model.files, staged))
     is_exact = _dtype(options.params_dtype, model.files) is _dtype("auto", model.files)
     origin = groups.from_rank_zero(lambda: base_fingerprint(options.load_dir) if is_exact else "")

@@ -90,7 +90,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: with mg as stored, tensor by tensor, otherwise as config.json says",
     )
-    add("--overwrite", action="store_true", help="replace what --save-dir holds")
+    add("--overwrite", action="store_true", help="replace an earlier conversion")
     add("--verify", action=argparse.BooleanOptionalAction, default=True)
 
 

@@ -6,31 +6,27 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_replay.errors import OutputError
-from megatron_replay.files import fsync_path, output_error
+from megatron_replay.errors import OutputError, few
+from megatron_replay.files import fsync_path, output_error, read_json, write_json
 from megatron_replay.locks import LOCK_FILE, DirectoryLock, is_ours
 
-#: By which a directory is known as one that may be replaced: a model's, or one of checkpoints.
-MODEL, CHECKPOINTS = "config.json", "latest_checkpointed_iteration.txt"
-#: Which nobody may replace: the settings and the steps of a training run.
-_RUN = ("resolved_config.yaml", "metrics.jsonl")
+#: In each directory that was published: the bytes of each of its files, by name. One that holds
+#: just these may be replaced.
+MANIFEST = ".converted"
 #: Held while a directory is staged by this process: the lock also proves that it is ours.
 _locks: dict[Path, DirectoryLock] = {}
 
 
-def start_directory(final: Path, *, overwrite: bool = False, marker: str = MODEL) -> Path:
+def start_directory(final: Path, *, overwrite: bool = False) -> Path:
     """Create the staging directory of ``final``; what a killed process left there is removed.
-
-    Args:
-        marker: a file by which a directory is known as one that may be replaced.
 
     Raises:
         OutputError: another process is writing the same; or ``final`` holds something and
-            ``overwrite`` was not asked for, or it has no ``marker``, or it is a training run: what
-            else lies there is never removed.
+            ``overwrite`` was not asked for, or it is not exactly what ``publish`` left there: what
+            anybody added or changed since is never removed.
     """
     staged = staging_directory(final)
-    _require_replaceable(final, overwrite=overwrite, marker=marker)
+    _require_replaceable(final, overwrite=overwrite)
     if (ours := _locks.pop(staged, None)) is not None:  # of an attempt of this process that failed
         ours.release()
     try:
@@ -45,31 +41,41 @@ def start_directory(final: Path, *, overwrite: bool = False, marker: str = MODEL
     return staged
 
 
-def _require_replaceable(final: Path, *, overwrite: bool, marker: str) -> None:
+def _require_replaceable(final: Path, *, overwrite: bool) -> None:
     try:
-        held = {path.name for path in final.iterdir()} if final.exists() else set()
+        held = _contents(final) if final.exists() else {}
     except OSError as error:
         raise output_error(final, error) from error
-    held -= {LOCK_FILE}
-    if held & set(_RUN):
-        raise OutputError(
-            "the directory holds a training run",
-            where=final,
-            found=", ".join(sorted(held & set(_RUN))),
-            fix="Choose another: a run is never overwritten",
-        )
     if held and not overwrite:
         raise OutputError(
-            "the directory is not empty", where=final, fix="Choose another, or give --overwrite"
-        )
-    if held and marker not in held:
-        raise OutputError(
-            "the directory holds something else than what would replace it",
+            "the directory is not empty",
             where=final,
-            expected=marker,
-            found=", ".join(sorted(held)[:3]),
-            fix="Choose another, or remove it yourself",
+            fix="Choose another; --overwrite replaces what this program wrote before",
         )
+    written = read_json(final / MANIFEST, OutputError) if (final / MANIFEST).exists() else {}
+    strange = [name for name in sorted(held) if held[name] != written.get(name)]
+    if strange:
+        raise OutputError(
+            "the directory holds files that this program did not write, or that were changed since",
+            where=final,
+            found=few(strange),
+            fix="Choose another, or remove it yourself: --overwrite replaces nothing else",
+        )
+
+
+def _contents(directory: Path) -> dict[str, int]:
+    """The bytes of each file below ``directory``; -1 for links, empty folders and the like."""
+    found: dict[str, int] = {}
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            below = _contents(path)
+            found.update({f"{path.name}/{name}": size for name, size in below.items()})
+            if not below:
+                found[f"{path.name}/"] = -1
+        elif path.name not in (LOCK_FILE, MANIFEST):
+            is_file = path.is_file() and not path.is_symlink()
+            found[path.name] = path.stat().st_size if is_file else -1
+    return found
 
 
 def _require_ours(beside: Path) -> None:
@@ -104,6 +110,7 @@ def staging_directory(final: Path) -> Path:
 def publish(staged: Path, final: Path, *, overwrite: bool) -> None:
     """Rename ``staged``, synced, to ``final``; what it replaces is moved aside, then removed."""
     retired = final.with_name(f".{final.name}.replaced")
+    write_json(staged / MANIFEST, _contents(staged))
     fsync_path(staged)
     if overwrite and final.exists():
         if retired.exists():

@@ -115,7 +115,7 @@ def hf_to_ranks(
     """
     config, reader = ModelConfig.from_hf(source), HFReader(source)
     reader.check(config)
-    staged = start_directory(target, overwrite=overwrite, marker=LATEST)
+    staged = start_directory(target, overwrite=overwrite)
     iteration = iteration_directory(staged, _ITERATION)
     names = [list(grid.parameters(config, stage)) for stage in range(grid.pp)]
     with Progress("Convert", grid.tp * sum(map(len, names)), "parameters") as progress:

@@ -36,7 +36,7 @@ class FittedDocuments:
         lengths: int32 [D], tokens used of each document; 0 for a dropped one.
         num_dropped: documents left out.
         num_truncated: documents cut to their first ``seq_length + 1`` tokens.
-        num_unlabelled: truncated documents whose prompt alone is that long: no label is left.
+        num_unlabelled: truncated documents of which no label is left, or no recorded one.
         num_tokens_lost: tokens of the corpus that are not used.
     """
 
@@ -115,8 +115,8 @@ def report_long_documents(fitted: FittedDocuments, policy: str) -> None:
         )
     if fitted.num_unlabelled:
         print(
-            f"warning: {fitted.num_unlabelled} of them have lost every answer token: they are "
-            "computed, and teach nothing. Raise --seq-length, or choose --long-documents drop",
+            f"warning: {fitted.num_unlabelled} of them have lost every answer token that could be "
+            "learnt. Raise --seq-length, or choose --long-documents drop",
             file=sys.stderr,
         )
 

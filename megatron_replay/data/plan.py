@@ -5,6 +5,8 @@ Training and ``--dry-run`` ask here, so a prediction is of what the run does.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,18 +36,37 @@ def usable_documents(
     )
     if config.loss.loss != "restricted" or reader is None:
         return fitted, fitted.lengths
-    stops = reader.stops()
-    if not ((stops > 0) & (corpus.first_labels < fitted.lengths)).any():
+    recorded = reader.stops() > 0
+    stops = _stops_within(fitted.lengths, reader)
+    if not stops.any():
         raise DataError(
-            "the store records no position of the documents that are trained on: nothing is left "
-            "to learn",
+            "the store records no position of what is trained on: nothing is left to learn",
             where=reader.directory,
-            found=f"{int((stops > 0).sum())} of {len(stops)} documents have a recorded position",
-            fix="Rerun Stage 0 with the --seq-length and --long-documents of this run",
+            found=f"{int(recorded.sum())} of {len(stops)} documents have a recorded position, and "
+            f"none before --seq-length {config.data.seq_length}",
+            fix="Raise --seq-length to that of Stage 0, or rerun Stage 0 with this run's",
         )
+    num_unlabelled = int((recorded & (fitted.lengths > 0) & (stops == 0)).sum())
+    fitted = replace(fitted, num_unlabelled=num_unlabelled)
     if not config.training.drop_unread_tokens:
         return fitted, fitted.lengths
     return fitted, without_unread(fitted.lengths, stops)
+
+
+def _stops_within(
+    lengths: npt.NDArray[np.int32], reader: CandidateReader
+) -> npt.NDArray[np.int32]:
+    """Last recorded position that predicts one of the tokens used, plus one; 0 where none does.
+
+    Reads the records of those documents only of which less is used than Stage 0 recorded.
+    """
+    stops = reader.stops()
+    stops[lengths == 0] = 0
+    for document in np.flatnonzero((stops >= lengths) & (stops > 0)).tolist():
+        positions = reader[document].positions
+        left = positions[positions + 1 < lengths[document]]
+        stops[document] = left[-1] + 1 if len(left) else 0
+    return stops
 
 
 def global_batches(

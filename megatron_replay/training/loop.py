@@ -209,16 +209,19 @@ class Trainer:
                     break
                 self._save_if_due()
         self.trace.close()
-        self._require_progress()
-        self._save()
+        is_finished = self.state.iteration >= self.train_iters
+        is_planned = is_finished or self._slice_is_over()
+        nothing = self._nothing_learnt(is_planned)
+        if not nothing:
+            self._save()
         self.watch.close()
-        if self.state.iteration < self.train_iters:
-            why = stop.received or ("--exit-interval" if self._slice_is_over() else "another rank")
+        if not is_finished:
+            why = stop.received or ("--exit-interval" if is_planned else "another rank")
             message = (
-                f"stopped after iteration {self.state.iteration} of {self.train_iters} "
-                f"({why}); saved, the same command goes on from here"
+                f"stopped after iteration {self.state.iteration} of {self.train_iters} ({why}); "
+                + (nothing or "saved, the same command goes on from here")
             )
-            if not self._slice_is_over():  # a planned stop is a success
+            if not is_planned:
                 raise cli.Interrupted(message)
             if self.groups.writer:
                 print(message, file=sys.stderr)
@@ -311,33 +314,46 @@ class Trainer:
         return stop.after(self.state.iteration) or self._slice_is_over()
 
     def _save_if_due(self) -> None:
-        """Every ``--save-interval``."""
+        """Every ``--save-interval``, once there is something to save."""
         interval = self.config.training.save_interval
-        if interval and self.state.iteration % interval == 0:
+        if not interval or self.state.iteration % interval:
+            return
+        if nothing := self._nothing_learnt():
+            if self.groups.writer:
+                print(f"iteration {self.state.iteration}: {nothing}", file=sys.stderr)
+        else:
             self._save()
 
     def _slice_is_over(self) -> bool:
         interval = self.config.training.exit_interval
         return interval is not None and self.state.iteration % interval == 0
 
-    def _require_progress(self) -> None:
-        """Raise TrainingError where not one step learnt anything: such a run is no success."""
-        state = self.state
-        steps = state.iteration if self._first_iteration == 0 else 0
-        if steps and not any(self.groups.agreed(lambda: self._labels)):
-            raise TrainingError(
-                f"none of {steps} steps had a label: weights only decayed, and were not saved",
-                where=self.directory,
-                fix="Raise --seq-length to that of Stage 0, or look at the corpus (tools/"
-                "preprocess_data.py --show 3)",
+    def _nothing_learnt(self, is_over: bool = False) -> str:
+        """What to say where no step so far has learnt anything; "" where one has.
+
+        Nothing is saved until then: a checkpoint is worth going on from.
+
+        Raises:
+            TrainingError: ``is_over``: a run that ends so is no success.
+        """
+        if self._first_iteration:  # what it goes on from was saved
+            return ""
+        steps = self.state.iteration
+        if self.state.skipped_steps == steps:
+            what = "was skipped for a loss or gradient that was not finite"
+            fix = f"Look at the batches in {SKIPPED}, or lower --lr"
+        elif not any(self.groups.agreed(lambda: self._labels)):
+            what = "had no label"
+            fix = (
+                "Raise --seq-length to that of Stage 0, or look at the corpus "
+                "(tools/preprocess_data.py --show 3)"
             )
-        if state.iteration and state.skipped_steps == state.iteration:
-            raise TrainingError(
-                f"each of the {state.iteration} steps was skipped for a loss or gradient that was "
-                "not finite: the weights are those of --load, and nothing was saved",
-                where=self.directory,
-                fix=f"Look at the batches in {SKIPPED}, or lower --lr",
-            )
+        else:
+            return ""
+        nothing = f"each of {steps} steps {what}: nothing was learnt, and nothing saved"
+        if is_over:
+            raise TrainingError(nothing, where=self.directory, fix=fix)
+        return nothing
 
     def _save(self) -> None:
         """A checkpoint with what is known of its worth; then the older ones go that may."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -239,7 +240,7 @@ def test_what_start_directory_refuses(tmp_path):
     (tmp_path / "home" / "precious").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"home: the directory is not empty\. .*--overwrite"):
         start_directory(tmp_path / "home")
-    with pytest.raises(OutputError, match=r"something else than .*found precious"):
+    with pytest.raises(OutputError, match=r"home: .* did not write.*found precious"):
         start_directory(tmp_path / "home", overwrite=True)
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         for overwrite in (False, True):
@@ -251,14 +252,41 @@ def test_what_start_directory_refuses(tmp_path):
 def test_overwrite_replaces_all_of_it(models, tmp_path):
     final = tmp_path / "model"
     export_model(models["old"], final)
-    (final / "stale.txt").write_text("old")
+    content = held(final)
+    (final / "model-00001-of-00001.safetensors").unlink(missing_ok=True)
     with pytest.raises(OutputError, match="not empty"):
         export_model(models["new"], final)
-    require_equal(final, models["old"])
     export_model(models["new"], final, overwrite=True)
     require_equal(final, models["new"])
-    assert not (final / "stale.txt").exists()
+    assert held(final) == content
     assert held(tmp_path) == ["model"]
+
+
+def add(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+
+
+CHANGES = {
+    "thesis.tex": lambda final: add(final / "thesis.tex"),
+    "run/metrics.jsonl": lambda final: add(final / "run" / "metrics.jsonl"),
+    "data/": lambda final: (final / "data").mkdir(),
+    "config.json": lambda final: add(final / "config.json"),
+    "rows.jsonl": lambda final: (final / "rows.jsonl").symlink_to("/dev/null"),
+    ".converted": lambda final: (final / ".converted").write_text("[]"),
+    "generation_config.json": lambda final: (final / ".converted").unlink(),
+}
+
+
+@pytest.mark.parametrize("found", CHANGES)
+def test_overwrite_replaces_nothing_that_anybody_added_or_changed(models, tmp_path, found):
+    final = tmp_path / "model"
+    export_model(models["old"], final)
+    CHANGES[found](final)
+    before = sorted(final.rglob("*"))
+    with pytest.raises(OutputError, match=re.escape(found)):
+        export_model(models["new"], final, overwrite=True)
+    assert sorted(final.rglob("*")) == before
 
 
 def test_a_directory_filled_meanwhile_is_not_replaced(models, tmp_path):

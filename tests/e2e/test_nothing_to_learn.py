@@ -11,6 +11,7 @@ import pytest
 
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.document import Document
+from megatron_replay.data.packing import document_order
 from megatron_replay.evaluation.run_log import summarize_run
 from megatron_replay.training.metrics import read_metrics
 from tests import tiny
@@ -96,6 +97,26 @@ def test_steps_without_a_label_are_no_loss_of_zero(folder, tmp_path, capsys):
     assert ["without", "a", "label", "left", "3"] in said
 
 
+def test_a_run_that_has_learnt_nothing_yet_saves_nothing(folder, tmp_path):
+    """Its weights have decayed and no more: the same command fails again, until one step learns."""
+    write_corpus(tmp_path / "rare", [*[30] * 20, 4])
+    late = next(s for s in range(99) if 20 not in document_order(21, seed=s, epoch=0)[:4])
+    early = next(s for s in range(99) if document_order(21, seed=s, epoch=0)[1] == 20)
+    flags = [*data(folder, "some"), "--loss", "full", "--no-pack-documents", "--save-interval", 1]
+    flags[3] = tmp_path / "rare"
+    run, one = tmp_path / "run", tmp_path / "one"
+    for steps in (3, 4):  # a longer run goes on from nothing either
+        message = stages.fail(
+            "stage1", *flags, *training(run, "--train-iters", steps, "--seed", late), code=7
+        )
+        assert f"each of {steps} steps had no label: nothing was learnt, and nothing" in message
+        assert not (run / "latest_checkpointed_iteration.txt").exists()
+        assert not list(run.glob("*iter_*"))
+    said = stages.succeed("stage1", *flags, *training(one, "--train-iters", 3, "--seed", early))
+    assert "iteration 1: each of 1 steps had no label" in said
+    assert sorted(path.name for path in one.glob("iter_*")) == ["iter_0000002", "iter_0000003"]
+
+
 def test_a_store_of_longer_documents_than_the_run_reads(folder, tmp_path):
     """Its recorded positions are all cut off: nothing is left, whichever way it comes out."""
     long = ["--load", folder / "model", "--data-path", folder / "some", "--seq-length", 64]
@@ -111,6 +132,19 @@ def test_a_store_of_longer_documents_than_the_run_reads(folder, tmp_path):
         14, "--long-documents", "truncate", *flags, code=3,
     )  # fmt: skip
     assert "records no position" in message
+    # Labels are left at the start of each answer, where the store has nothing.
+    write_corpus(tmp_path / "ends", [4, 4, 12, 13])
+    common = ["--load", folder / "model", "--data-path", tmp_path / "ends"]
+    ends = tmp_path / "ends-store"
+    stages.succeed("stage0", *common, "--seq-length", 64, "--store", ends, *last)
+    cut = [*common, "--store", ends, "--long-documents", "truncate", "--seq-length"]
+    message = stages.fail("stage1", *cut, 4, *training(tmp_path / "run"), code=3)
+    assert "4 of 4 documents have a recorded position, and none before --seq-length 4" in message
+    assert not (tmp_path / "run" / "hf").exists()
+    said = stages.succeed("stage1", *cut, 13, *training(tmp_path / "run"))
+    assert "warning: 2 of them have lost every answer token that could be learnt" in said
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [x["positions"] for x in lines if "loss" in x] == [2]
 
 
 def test_the_probes_base_is_of_the_positions_it_reads(folder, tmp_path):

@@ -118,8 +118,12 @@ def test_two_conversions_never_share_a_directory(folder, other, run, tmp_path):
     for flags in (to_mcore, ["--save-format", "mg"]):
         for overwrite in ([], ["--overwrite"]):
             line = refused("--load", other, "--save", save, *flags, *overwrite)
-            assert "the directory holds a training run" in line
+            assert ("did not write" if overwrite else "not empty") in line
     assert training.latest_iteration(save) == 2
+    for output in (save / "hf", save.parent):  # the run's own files; what holds the run
+        before = sorted(output.rglob("*"))
+        assert "did not write" in refused("--load", save, "--save", output, "--overwrite")
+        assert sorted(output.rglob("*")) == before
     assert "also read, as --load" in refused("--load", other, "--save", other, *to_mcore)
 
 
