@@ -3,7 +3,7 @@
     python -m examples.quickstart.make_data --output runs/quickstart/data
 
 Nothing is downloaded. The same arguments give the same files; a directory that already holds them
-is left as it is.
+is left as it is, and one that holds others of this program's is replaced.
 
     tokenizer/             byte-level BPE, a Hugging Face directory
     general_train.jsonl    {"text"}: documentation of Python and numpy
@@ -43,6 +43,7 @@ from examples.quickstart.nl2sql import (
     question_pools,
     write_database,
 )
+from megatron_replay.checkpoint.staging import publish, start_directory
 from megatron_replay.errors import ConfigError, ReplayError
 from megatron_replay.files import atomic_file, make_directory, sha256_of_files, write_json
 
@@ -149,7 +150,6 @@ def write_everything(output: Path, arguments: argparse.Namespace) -> None:
 
     database = output / DATABASE
     make_directory(database.parent)
-    database.unlink(missing_ok=True)
     write_database(database, seed=seed)
     try:
         base_tables = OLD_TABLES + practice_tables(arguments.practice_tables, seed=seed)
@@ -206,15 +206,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = parse_arguments(argv)
         start = time.monotonic()
-        output = make_directory(arguments.output)
+        output = arguments.output
         if up_to_date(output, arguments):
             print(f"{output}: up to date")
             return 0
-        # Gone first and written last: a manifest stands only beside complete files.
-        (output / MANIFEST).unlink(missing_ok=True)
-        write_everything(output, arguments)
-        manifest = describe(output, arguments)
-        write_json(output / MANIFEST, manifest)
+        staged = start_directory(output, overwrite=True)
+        write_everything(staged, arguments)
+        manifest = describe(staged, arguments)
+        write_json(staged / MANIFEST, manifest)
+        publish(staged, output.resolve(), overwrite=True)
         print(f"{output}: {len(manifest['files'])} files, {time.monotonic() - start:.1f} s")
     except ReplayError as error:
         print(f"error: {error}", file=sys.stderr)

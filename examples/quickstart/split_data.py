@@ -5,7 +5,7 @@ python -m examples.quickstart.split_data --input FILE.jsonl --output DIR
 train.jsonl            nine of ten rows, as they are
 heldout.jsonl          every tenth row, 200 at most
 general_heldout.jsonl  {"text"}: documentation of Python and numpy, found in this installation
-data.json              counts, written last
+data.json              counts
 """
 
 from __future__ import annotations
@@ -16,34 +16,39 @@ import sys
 from pathlib import Path
 
 from examples.quickstart.general_text import general_documents
+from megatron_replay.checkpoint.staging import publish, start_directory
+from megatron_replay.data.rows import read_lines
 from megatron_replay.errors import DataError, ReplayError
-from megatron_replay.files import atomic_file, make_directory, write_json
+from megatron_replay.files import atomic_file, write_json
 
 EVERY, MOST_HELD_OUT, GENERAL_DOCUMENTS = 10, 200, 200
 
 
 def split(source: Path, output: Path) -> dict[str, int]:
-    """Write the three files; how many rows each holds.
+    """Write the directory ``output``; how many rows each of its files holds.
 
     Raises:
         DataError: there is nothing to read, or too little to hold anything out.
+        OutputError: ``output`` holds something, or cannot be written.
     """
-    try:
-        lines = [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read: {error}", where=source) from error
+    lines = [line.rstrip(b"\r\n") for _, line in read_lines(source) if line.strip()]
     if len(lines) < EVERY:
         raise DataError(
             "too few rows", where=source, expected=f"at least {EVERY}", found=len(lines)
         )
     heldout = lines[::EVERY][:MOST_HELD_OUT]
     train = [line for i, line in enumerate(lines) if i % EVERY or i // EVERY >= MOST_HELD_OUT]
-    general = [json.dumps({"text": text}) for text in general_documents(seed=0)[:GENERAL_DOCUMENTS]]
+    texts = general_documents(seed=0)[:GENERAL_DOCUMENTS]
+    general = [json.dumps({"text": text}).encode() for text in texts]
     files = {"train": train, "heldout": heldout, "general_heldout": general}
+    counts = {name: len(rows) for name, rows in files.items()}
+    staged = start_directory(output)
     for name, rows in files.items():
-        with atomic_file(output / f"{name}.jsonl", "w") as handle:
-            handle.writelines(row + "\n" for row in rows)
-    return {name: len(rows) for name, rows in files.items()}
+        with atomic_file(staged / f"{name}.jsonl") as handle:
+            handle.writelines(row + b"\n" for row in rows)
+    write_json(staged / "data.json", counts)
+    publish(staged, output.resolve(), overwrite=False)
+    return counts
 
 
 def main() -> int:
@@ -53,8 +58,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     try:
-        counts = split(options.input, make_directory(options.output))
-        write_json(options.output / "data.json", counts)
+        counts = split(options.input, options.output)
     except ReplayError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

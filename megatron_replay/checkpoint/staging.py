@@ -12,7 +12,7 @@ from megatron_replay.locks import LOCK_FILE, DirectoryLock, is_ours
 
 #: In each directory that was published: the bytes of each of its files, by name. One that holds
 #: just these may be replaced.
-MANIFEST = ".converted"
+MANIFEST = ".written"
 #: Held while a directory is staged by this process: the lock also proves that it is ours.
 _locks: dict[Path, DirectoryLock] = {}
 
@@ -50,7 +50,7 @@ def _require_replaceable(final: Path, *, overwrite: bool) -> None:
         raise OutputError(
             "the directory is not empty",
             where=final,
-            fix="Choose another; --overwrite replaces what this program wrote before",
+            fix="Choose another; --overwrite, where there is one, replaces an earlier conversion",
         )
     written = read_json(final / MANIFEST, OutputError) if (final / MANIFEST).exists() else {}
     strange = [name for name in sorted(held) if held[name] != written.get(name)]

@@ -273,8 +273,8 @@ CHANGES = {
     "data/": lambda final: (final / "data").mkdir(),
     "config.json": lambda final: add(final / "config.json"),
     "rows.jsonl": lambda final: (final / "rows.jsonl").symlink_to("/dev/null"),
-    ".converted": lambda final: (final / ".converted").write_text("[]"),
-    "generation_config.json": lambda final: (final / ".converted").unlink(),
+    ".written": lambda final: (final / ".written").write_text("[]"),
+    "generation_config.json": lambda final: (final / ".written").unlink(),
 }
 
 

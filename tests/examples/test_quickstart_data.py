@@ -12,8 +12,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from examples.quickstart import make_data as make_data_program
-from examples.quickstart import nl2sql
+from examples.quickstart import nl2sql, split_data
 from megatron_replay.data.sql_sets import SqlQuestion
+from megatron_replay.errors import OutputError
 from megatron_replay.evaluation.sql_execution import execution_match
 
 TEST = "domain_test/questions"
@@ -74,7 +75,7 @@ def test_same_arguments_give_the_same_bytes(
     assert contents(tmp_path)["domain_train.jsonl"] != contents(data)["domain_train.jsonl"]
 
 
-def test_rerun_does_nothing_and_mends_damage(
+def test_rerun_does_nothing_and_replaces_nothing_that_was_changed(
     make_data: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "data"
@@ -85,8 +86,27 @@ def test_rerun_does_nothing_and_mends_damage(
     assert "up to date" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
     (output / f"{TEST}.jsonl").write_text("{}")
-    assert make_data.main([f"--output={output}", *SMALL]) == 0
-    assert contents(output) == contents(data)
+    assert make_data.main([f"--output={output}", *SMALL]) == 6
+    assert f"changed since (found {TEST}.jsonl)" in capsys.readouterr().err
+    assert (output / f"{TEST}.jsonl").read_text() == "{}"
+
+
+def test_the_users_rows_are_held_out_as_they_are(tmp_path: Path) -> None:
+    """Also where a text has a separator that str.splitlines takes for the end of a line."""
+    lines = [json.dumps({"text": f"{i}\u2028 x"}, ensure_ascii=False).encode() for i in range(20)]
+    (tmp_path / "rows.jsonl").write_bytes(b"\r\n".join(lines))
+    counts = split_data.split(tmp_path / "rows.jsonl", tmp_path / "out")
+    assert (counts["train"], counts["heldout"]) == (18, 2)
+    assert (tmp_path / "out" / "heldout.jsonl").read_bytes().split(b"\n") == [*lines[::10], b""]
+
+
+@pytest.mark.parametrize("name", ["train", "heldout"])
+def test_no_row_of_the_users_is_overwritten(tmp_path: Path, name: str) -> None:
+    source = tmp_path / f"{name}.jsonl"
+    source.write_text('{"text": "mine"}\n' * 20)
+    with pytest.raises(OutputError, match="not empty"):
+        split_data.split(source, tmp_path)
+    assert len(source.read_text().splitlines()) == 20
 
 
 def test_no_question_or_text_is_on_both_sides(data: Path) -> None:
