@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import sys
 import threading
 import time
@@ -28,6 +29,8 @@ from megatron_replay.files import output_error
 
 LOCK_FILE = ".lock"
 _PROGRAM = "megatron_replay"
+#: How each record begins.
+_BEGINNING = f'{{"program": "{_PROGRAM}"'.encode()
 #: Seconds between two beats of an owner; and how long a foreign record is watched for one. Opening
 #: a file makes NFS ask its server, so a beat shows at once; a busy owner may be late by some.
 BEAT_SECONDS, WATCH_SECONDS = 5.0, 60.0
@@ -43,13 +46,14 @@ class DirectoryLock:
         purpose: what is written here ("this store"), for the message of whoever is kept out.
 
     Raises:
-        OutputError: another process holds it, or it cannot be written.
+        OutputError: another process holds it, the file is somebody else's, or it cannot be written.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, purpose: str) -> None:
         path = Path(directory) / LOCK_FILE
         record = {
             "program": _PROGRAM,
+            "purpose": purpose,
             "host": socket.gethostname(),
             "machine": _machine(),
             "pid": os.getpid(),
@@ -61,6 +65,7 @@ class DirectoryLock:
         except OSError as error:
             raise output_error(path, error) from error
         try:
+            _require_ours(fd, path)
             _keep_others_out(fd, path, purpose)
             _write(fd, record)
         except BaseException as error:
@@ -77,9 +82,21 @@ class DirectoryLock:
         self.release = weakref.finalize(self, _let_go, fd, stop, thread)
 
 
-def is_ours(directory: str | os.PathLike[str]) -> bool:
-    """Whether a lock of this project was ever taken in ``directory``."""
-    return _read(Path(directory) / LOCK_FILE).get("program") == _PROGRAM
+def is_ours(directory: str | os.PathLike[str], purpose: str | None = None) -> bool:
+    """Whether a lock of this project, for ``purpose`` or for any, was last taken here."""
+    record = _read(Path(directory) / LOCK_FILE)
+    return record.get("program") == _PROGRAM and purpose in (None, record.get("purpose"))
+
+
+def _require_ours(fd: int, path: Path) -> None:
+    """A record may be torn, by a kill, or all zero, by a power cut."""
+    content = os.pread(fd, 4096, 0).strip(b"\0 \n") if stat.S_ISREG(os.fstat(fd).st_mode) else b"?"
+    if content[: len(_BEGINNING)] != _BEGINNING[: len(content)]:
+        raise OutputError(
+            "this name is needed for a lock, and somebody else's file is there",
+            where=path,
+            fix="Move it away, or give another directory",
+        )
 
 
 def _keep_others_out(fd: int, path: Path, purpose: str) -> None:
@@ -122,7 +139,7 @@ def _read(path: Path) -> dict[str, Any]:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(fd, "rb") as handle:
             record = json.loads(handle.read(4096) or b"{}")
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -133,7 +150,8 @@ def _beat(fd: int, record: dict[str, Any], stop: threading.Event) -> None:
         with contextlib.suppress(OSError):  # a full disk is met by what is written beside it
             _write(fd, record)
     with contextlib.suppress(OSError):
-        _write(fd, {"program": _PROGRAM})  # signed off: nobody has to watch
+        # Signed off: nobody has to watch.
+        _write(fd, {"program": _PROGRAM, "purpose": record["purpose"]})
     os.close(fd)
 
 

@@ -104,12 +104,22 @@ def test_a_file_system_without_locks_says_so_and_the_record_serves(tmp_path, mon
     owner.release()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'"text"'])
+@pytest.mark.parametrize("content", [b"", b"{", b'{"program": "megatron_replay", "ho', bytes(200)])
 def test_a_damaged_record_is_replaced(tmp_path, content):
     (tmp_path / LOCK_FILE).write_bytes(content)
     assert not is_ours(tmp_path)
     DirectoryLock(tmp_path, purpose="it").release()
     assert is_ours(tmp_path)
+    assert is_ours(tmp_path, "it")
+    assert not is_ours(tmp_path, "another thing")
+
+
+@pytest.mark.parametrize("content", [b"mine", b"[]", b"\xff", b'{"program": "another"}'])
+def test_somebody_elses_file_is_not_replaced(tmp_path, content):
+    (tmp_path / LOCK_FILE).write_bytes(content)
+    with pytest.raises(OutputError, match="somebody else's file is there"):
+        DirectoryLock(tmp_path, purpose="it")
+    assert (tmp_path / LOCK_FILE).read_bytes() == content
 
 
 def test_a_directory_that_cannot_be_written_is_one_line(tmp_path):

@@ -30,7 +30,7 @@ from examples.quickstart.general_text import general_documents
 from examples.quickstart.make_data import sql_rows, train_tokenizer
 from examples.replicate import choices, joins
 from examples.replicate.plan import DOMAINS
-from megatron_replay.checkpoint.staging import publish, start_directory
+from megatron_replay.checkpoint.staging import WRITTEN, publish, start_directory
 from megatron_replay.errors import DataError, ReplayError
 from megatron_replay.files import atomic_file, make_directory, sha256_of_files, write_json
 from megatron_replay.locks import LOCK_FILE
@@ -134,7 +134,7 @@ def write_everything(folder: Path, seed: int) -> None:
 
 def describe(folder: Path, seed: int) -> dict[str, Any]:
     """What is in ``folder``: the seed, and every file's hash."""
-    others = (MANIFEST, LOCK_FILE)
+    others = (MANIFEST, LOCK_FILE, WRITTEN)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in others)
     return {
         "seed": seed,

@@ -12,7 +12,7 @@ from megatron_replay.locks import LOCK_FILE, DirectoryLock, is_ours
 
 #: In each directory that was published: the bytes of each of its files, by name. One that holds
 #: just these may be replaced.
-MANIFEST = ".written"
+WRITTEN = ".written"
 #: Held while a directory is staged by this process: the lock also proves that it is ours.
 _locks: dict[Path, DirectoryLock] = {}
 
@@ -52,7 +52,7 @@ def _require_replaceable(final: Path, *, overwrite: bool) -> None:
             where=final,
             fix="Choose another; --overwrite, where there is one, replaces an earlier conversion",
         )
-    written = read_json(final / MANIFEST, OutputError) if (final / MANIFEST).exists() else {}
+    written = read_json(final / WRITTEN, OutputError) if (final / WRITTEN).exists() else {}
     strange = [name for name in sorted(held) if held[name] != written.get(name)]
     if strange:
         raise OutputError(
@@ -72,7 +72,7 @@ def _contents(directory: Path) -> dict[str, int]:
             found.update({f"{path.name}/{name}": size for name, size in below.items()})
             if not below:
                 found[f"{path.name}/"] = -1
-        elif path.name not in (LOCK_FILE, MANIFEST):
+        elif path.name not in (LOCK_FILE, WRITTEN):
             is_file = path.is_file() and not path.is_symlink()
             found[path.name] = path.stat().st_size if is_file else -1
     return found
@@ -110,7 +110,7 @@ def staging_directory(final: Path) -> Path:
 def publish(staged: Path, final: Path, *, overwrite: bool) -> None:
     """Rename ``staged``, synced, to ``final``; what it replaces is moved aside, then removed."""
     retired = final.with_name(f".{final.name}.replaced")
-    write_json(staged / MANIFEST, _contents(staged))
+    write_json(staged / WRITTEN, _contents(staged))
     fsync_path(staged)
     if overwrite and final.exists():
         if retired.exists():

@@ -90,7 +90,8 @@ class CorpusWriter:
 
     Raises:
         DataError: a document that cannot be in a corpus, or no document at all.
-        OutputError: the files cannot be written, or would replace one that is not a corpus's.
+        OutputError: the files cannot be written, would replace one that is not a corpus's, or were
+            written by another process meanwhile.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class CorpusWriter:
 
     def __enter__(self) -> CorpusWriter:
         require_ours(self._prefix)
+        self._replaces = self._there()
         make_directory(corpus_file(self._prefix, "json").parent)
         with ExitStack() as opened:
             self._tokens = opened.enter_context(atomic_file(corpus_file(self._prefix, "bin")))
@@ -175,12 +177,24 @@ class CorpusWriter:
             self._loss_mask.write(zlib.crc32(header + trailer).to_bytes(4, "little"))
             self._loss_mask.seek(0)
             self._loss_mask.write(header)
+            if self._there() != self._replaces:
+                raise OutputError(
+                    "another process has written a corpus under this prefix meanwhile",
+                    where=self._prefix,
+                    fix="Nothing of this one was written: choose another --output-prefix",
+                )
             corpus_file(self._prefix, "json").unlink(missing_ok=True)
         with atomic_file(corpus_file(self._prefix, "idx")) as handle:
             handle.write(idx_bytes(lengths_D))
         description = asdict(self._description(lengths_D, num_tokens))
         description["checksum"] = checksum(description)
         write_json(corpus_file(self._prefix, "json"), description)
+
+    def _there(self) -> list[tuple[int, int] | None]:
+        """Which files stand under the prefix."""
+        files = [corpus_file(self._prefix, suffix) for suffix in _SUFFIXES]
+        found = [file.stat() if file.exists() else None for file in files]
+        return [stat and (stat.st_ino, stat.st_mtime_ns) for stat in found]
 
     def _description(self, lengths_D: npt.NDArray[np.int32], num_tokens: int) -> CorpusDescription:
         return CorpusDescription(

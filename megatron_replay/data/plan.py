@@ -53,9 +53,7 @@ def usable_documents(
     return fitted, without_unread(fitted.lengths, stops)
 
 
-def _stops_within(
-    lengths: npt.NDArray[np.int32], reader: CandidateReader
-) -> npt.NDArray[np.int32]:
+def _stops_within(lengths: npt.NDArray[np.int32], reader: CandidateReader) -> npt.NDArray[np.int32]:
     """Last recorded position that predicts one of the tokens used, plus one; 0 where none does.
 
     Reads the records of those documents only of which less is used than Stage 0 recorded.

@@ -130,8 +130,8 @@ class Trainer:
         self._lock = run_directory.claim(self.config)
 
     def _record(self, files: Path) -> None:
-        keep_model_files(files, self.directory)
         run_directory.record(self.directory, self.config)
+        keep_model_files(files, self.directory)
 
     def _prepare_data(self) -> None:
         """Corpus, store, and which documents make up a step."""

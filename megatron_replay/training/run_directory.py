@@ -9,17 +9,21 @@ from typing import Any
 import yaml
 
 from megatron_replay import flags
-from megatron_replay.checkpoint.directories import LATEST, latest_iteration
+from megatron_replay.checkpoint.directories import LATEST, iteration_directory, latest_iteration
 from megatron_replay.checkpoint.model_files import FOLDER
-from megatron_replay.checkpoint.retention import BEST, iterations
+from megatron_replay.checkpoint.retention import BEST, STATE, iterations
 from megatron_replay.config import Stage1Config, flag_name
 from megatron_replay.errors import CheckpointError, OutputError
 from megatron_replay.files import atomic_file, make_directory, read_text, require_apart
 from megatron_replay.locks import DirectoryLock, is_ours
+from megatron_replay.store.manifest import DESCRIPTION_FILE
 
 FILE = "resolved_config.yaml"
 #: What a run writes into its directory: under these names nobody else's files are replaced.
 _OURS = (FILE, LATEST, BEST, FOLDER, "metrics.jsonl", "skipped_batches.jsonl")
+#: By which a model or a store is known: no run is mixed with one.
+_OTHERS = ("config.json", DESCRIPTION_FILE)
+_PURPOSE = "this run"
 #: The rest may differ from one start to the next without other weights coming of it.
 _SECTIONS = ("model", "data", "loss", "optimizer", "training")
 _WITHOUT_EFFECT = (
@@ -44,8 +48,8 @@ def claim(config: Stage1Config) -> DirectoryLock:
     if config.loss.store is not None:
         inputs.append(("--store", Path(config.loss.store)))
     require_apart(directory, inputs, flag="--save")
-    if directory.is_dir() and not is_ours(directory):
-        held = [name for name in (*_OURS, "config.json") if (directory / name).exists()]
+    if directory.is_dir() and not _is_run(directory):
+        held = [name for name in (*_OURS, *_OTHERS) if (directory / name).exists()]
         held += [f"iter_{number:07d}" for number in iterations(directory)]
         if held:
             raise OutputError(
@@ -55,7 +59,19 @@ def claim(config: Stage1Config) -> DirectoryLock:
                 found=", ".join(held[:4]),
                 fix="Give another --save; a converted checkpoint is given as --load",
             )
-    return DirectoryLock(make_directory(directory), purpose="this run")
+    return DirectoryLock(make_directory(directory), purpose=_PURPOSE)
+
+
+def _is_run(directory: Path) -> bool:
+    """A run's first file stands beside its lock; or, where a copy left that out, a checkpoint.
+
+    A run that was refused leaves its lock and no more, so that alone vouches for nothing.
+    """
+    if not (directory / FILE).is_file():
+        return False
+    number = latest_iteration(directory)
+    saved = number is not None and (iteration_directory(directory, number) / STATE).exists()
+    return saved or is_ours(directory, _PURPOSE)
 
 
 def changes(directory: Path, config: Stage1Config) -> list[str]:
@@ -93,6 +109,6 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def record(directory: Path, config: Stage1Config) -> None:
-    """Write what the steps to come are taken with."""
+    """Write what the steps to come are taken with; the first file but the lock of a run."""
     with atomic_file(directory / FILE, "w") as handle:
         handle.write(flags.to_yaml(config))

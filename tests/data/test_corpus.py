@@ -17,7 +17,7 @@ from megatron_replay.data.corpus_format import idx_bytes
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.document import Document
 from megatron_replay.errors import DataError, OutputError
-from tests import tiny
+from tests import processes, tiny
 from tests.data.examples import FACTS, PAD_ID, VOCAB_SIZE, random_documents, write_corpus
 
 SUFFIXES = ("bin", "idx", "loss_mask", "json")
@@ -366,6 +366,16 @@ def test_a_failed_rewrite_keeps_the_old_corpus(corpus, prefix, documents):
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert contents(prefix) == before
+
+
+def test_the_second_of_two_writers_says_so(prefix, documents):
+    with (
+        pytest.raises(OutputError, match="another process has written a corpus under this prefix"),
+        CorpusWriter(prefix, FACTS, row_format="text", source={}) as second,
+    ):
+        second.add(documents[0])
+        assert processes.wait(processes.fork(write_corpus, prefix, documents)) == 0
+    assert Corpus(prefix).lengths.tolist() == [len(document) for document in documents]
 
 
 def test_a_crash_while_publishing_leaves_no_mixture(corpus, prefix, documents, monkeypatch):

@@ -171,6 +171,8 @@ def test_the_base_is_no_place_to_save(folder, tmp_path):
     shutil.copytree(folder / "store", store)
     message = stages.fail("stage1", *argv(folder, store, "--store", store), code=2)
     assert "also read, as --store" in message
+    full = stages.fail("stage1", *argv(folder, store, *inputs(folder), "--loss", "full"), code=6)
+    assert "found store.json" in full
     other = stages.fail("stage1", *argv(folder, model), code=6)
     assert "files that no run of Stage 1 wrote here" in other
     assert sorted(path.name for path in model.iterdir()) == before
@@ -182,6 +184,11 @@ def test_somebody_elses_files_are_not_replaced(folder, tmp_path, name):
     (tmp_path / name / "precious").touch()
     assert f"found {name}" in stages.fail("stage1", *argv(folder, tmp_path), code=6)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+    # A lock proves nothing of what lies beside it: a run that was refused leaves one.
+    for purpose in ("this run", "this store"):
+        DirectoryLock(tmp_path, purpose=purpose).release()
+        assert f"found {name}" in stages.fail("stage1", *argv(folder, tmp_path), code=6)
+        assert (tmp_path / name / "precious").exists()
 
 
 HOLD = "import sys; from megatron_replay.locks import DirectoryLock; \
@@ -206,6 +213,20 @@ def test_one_run_a_directory(folder, run, tmp_path):
     }
     stages.succeed("stage1", *argv(folder, save), dp=2)
     DirectoryLock(save, purpose="this run").release()
+
+
+@pytest.mark.parametrize("lock", [None, b"", b"[" * 100_000])
+def test_a_copied_run_goes_on_without_its_lock(folder, run, tmp_path, lock):
+    save = tmp_path / "run"
+    shutil.copytree(run, save, ignore=shutil.ignore_patterns(".lock"))
+    if lock is not None:
+        (save / ".lock").write_bytes(lock)
+    if lock:
+        message = stages.fail("stage1", *argv(folder, save), code=6)
+        assert "run/.lock: this name is needed for a lock" in message
+        assert "Move it away" in message
+    else:
+        assert "resuming" in stages.succeed("stage1", *argv(folder, save))
 
 
 def test_a_run_never_starts_in_a_conversion(folder, tmp_path):
