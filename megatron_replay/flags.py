@@ -140,9 +140,20 @@ def _require_all(section: type[Any], values: dict[str, Any]) -> None:
             )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader keeps the last of two values under one key, without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the key {twice!r} is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path, sections: dict[str, type[Any]]) -> dict[str, dict[str, Any]]:
     try:
-        tree = yaml.safe_load(read_text(path, ConfigError))
+        tree = yaml.load(read_text(path, ConfigError), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"not YAML: {error}", where=path) from error
     tree = {} if tree is None else tree

@@ -128,7 +128,7 @@ def environment_world_size() -> int:
         for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             if os.environ.get(name, "1") not in ("", "1"):
                 raise _not_torchrun(f"{name}={os.environ[name]} and no WORLD_SIZE")
-        return 1
+        text = "1"
     if not text.isdecimal() or int(text) < 1:
         raise _not_torchrun(f"WORLD_SIZE={text!r}")
     names = ["RANK", "LOCAL_RANK"]
@@ -136,6 +136,11 @@ def environment_world_size() -> int:
     missing = [name for name in names if not os.environ.get(name)]
     if int(text) > 1 and missing:
         raise _not_torchrun(f"WORLD_SIZE={text} and no {', '.join(missing)}")
+    limits = {"RANK": int(text), "LOCAL_RANK": int(text), "MASTER_PORT": 1 << 16}
+    for name, limit in limits.items():
+        value = os.environ.get(name, "0")
+        if name in names and not (value.isdecimal() and int(value) < limit):
+            raise _not_torchrun(f"WORLD_SIZE={text} and {name}={value!r}")
     return int(text)
 
 
@@ -172,6 +177,7 @@ def initialize(config: ParallelConfig, platform: Platform) -> Parallel:
 
     Raises:
         ConfigError: the world does not divide into TP x PP, or its processes know too little.
+        TrainingError: some of them do not come.
     """
     world_size = environment_world_size()
     data_parallel_size(config, world_size)
@@ -185,10 +191,24 @@ def initialize(config: ParallelConfig, platform: Platform) -> Parallel:
     platform.prepare(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         timeout = _timeout(config)
-        dist.init_process_group(
-            platform.communication_backend, timeout=timeout, **_this_rounds_store(timeout)
-        )
+        try:
+            dist.init_process_group(
+                platform.communication_backend, timeout=timeout, **_this_rounds_store(timeout)
+            )
+        except (dist.DistError, TimeoutError) as error:
+            raise _did_not_meet(world_size, error) from error
     return build_groups(config, platform.device)
+
+
+def _did_not_meet(world_size: int, error: Exception) -> TrainingError:
+    environment = os.environ
+    return TrainingError(
+        f"rank {environment['RANK']} of {world_size} did not meet the others within "
+        f"--distributed-timeout-minutes: {str(error).splitlines()[0]}",
+        where=f"MASTER_ADDR={environment['MASTER_ADDR']} MASTER_PORT={environment['MASTER_PORT']}",
+        fix="Start every rank, and let all reach that address; or raise "
+        "--distributed-timeout-minutes",
+    )
 
 
 def _this_rounds_store(timeout: datetime.timedelta) -> dict[str, Any]:

@@ -71,7 +71,14 @@ def test_boolean_flags_can_be_negated():
         (["--lr", "1e30"], "--lr: unusable value (expected a number above 0, at most 1; found"),
         (["--lr", "nan"], "--lr: unusable value"),
         (["--weight-decay", "inf"], "--weight-decay: unusable value (expected a finite number"),
-        (["--distributed-timeout-minutes", "1e300"], "expected at most 10080, a week"),
+        (["--distributed-timeout-minutes", "1e300"], "expected a number up to 1e30; found 1e+300"),
+        (["--distributed-timeout-minutes", "1e-12"], "expected 0.01 to 10,080; found 1e-12"),
+        (["--weight-decay", "1e30"], "--weight-decay: unusable value (expected at most 1 / --lr;"),
+        (["--weight-decay", "1e300"], "--weight-decay: unusable value (expected a number up to"),
+        (["--atan-a", "1e28"], "--atan-a: unusable value (expected at most 1 / --lr; found 1e+28"),
+        (["--atan-b", "1e-300"], "--atan-b: unusable value (expected 1e-30 to 1e+30; found 1e-300"),
+        (["--optimizer", "adamw", "--adam-eps", "1e300"], "--adam-eps: unusable value (expected a"),
+        (["--full-loss-every", "1", "--tail", "ghost"], "--tail: unusable value (expected none un"),
         (["--seq-length", "1000000000"], "--seq-length: unusable value (expected 1 to 4,194,304"),
         (["--micro-batch-size", "9" * 30], "--micro-batch-size: unusable value (expected a number"),
         (["--save", ""], "--save: unusable value (expected a text that is not empty"),
@@ -146,6 +153,8 @@ def test_stage0_ranges(option, value):
         ("data: null", "section 'data' is not a mapping"),
         ("3", "not a mapping of sections"),
         ("[" * 100_000, "not YAML"),
+        ("data: {seq_length: 8, seq_length: 9}", "the key 'seq_length' is there twice"),
+        ("data: {seq_length: 8}\ndata: {bf16: true}", "the key 'data' is there twice"),
         ("data: &a {seq_length: *a}", "data.seq_length: unusable value (expected int"),
         ("data: {seq_length: " + "9" * 5000 + "}", "not YAML"),
     ],
@@ -163,6 +172,12 @@ def test_a_null_is_the_default_of_what_may_be_left_out(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("training: {train_iters: null}\nprobe: {general_data_path: null}\n")
     assert parse(["--config", str(file), *STAGE1]) == parse(STAGE1)
+
+
+def test_a_merge_key_is_read(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("data: &a {seq_length: 8}\nprobe: {<<: {probe_interval: 7}}\n")
+    assert parse(["--config", str(file), *STAGE1]).probe.probe_interval == 7
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):

@@ -20,7 +20,7 @@ from megatron_replay.config import ParallelConfig
 from megatron_replay.errors import ConfigError, TrainingError
 from megatron_replay.parallel import environment_world_size
 from megatron_replay.training.interrupt import StopRequest
-from tests import pool
+from tests import pool, processes
 
 TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
         "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # fmt: skip
@@ -35,6 +35,10 @@ WHOLE = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a", 
         ({k: v for k, v in WHOLE.items() if k != "LOCAL_RANK"}, "WORLD_SIZE=4 and no LOCAL_RANK"),
         ({"WORLD_SIZE": "4"}, "no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "four"}, "WORLD_SIZE='four'"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"RANK": "x"}, "WORLD_SIZE=1 and RANK='x'"),
+        ({**WHOLE, "RANK": "4"}, "WORLD_SIZE=4 and RANK='4'"),
+        ({**WHOLE, "LOCAL_RANK": "zz"}, "WORLD_SIZE=4 and LOCAL_RANK='zz'"),
+        ({**WHOLE, "MASTER_PORT": "abc"}, "WORLD_SIZE=4 and MASTER_PORT='abc'"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8 and no WORLD_SIZE"),
         ({"OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE=8 and no WORLD_SIZE"),
     ],
@@ -51,6 +55,35 @@ def test_what_a_launcher_must_say(monkeypatch, environment, found):
         with pytest.raises(ConfigError, match=r"do not know of each other.*torchrun") as caught:
             environment_world_size()
         assert found in str(caught.value)
+
+
+def alone(rank: int) -> str:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"
+    )
+    if rank == 0:  # it listens: any free port
+        os.environ["MASTER_PORT"] = "0"
+    try:
+        parallel.initialize(
+            ParallelConfig(distributed_timeout_minutes=0.02), platform.select("cpu")
+        )
+    except TrainingError as error:
+        return str(error)
+    return "all came"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_nobody_meets_says_so(tmp_path, rank):
+    said = tmp_path / "said"
+    assert processes.wait(processes.fork(write_answer, said, rank)) == 0
+    assert f"rank {rank} of 2 did not meet the others within --distributed" in said.read_text()
+    assert "MASTER_ADDR=127.0.0.1 MASTER_PORT=" in said.read_text()
+    assert "\n" not in said.read_text()
+
+
+def write_answer(said: Path, rank: int) -> None:
+    said.write_text(alone(rank))
 
 
 def timeouts(rank: int, world_size: int) -> set[datetime.timedelta]:

@@ -13,6 +13,8 @@ from megatron_replay.errors import ConfigError
 SET: tuple[Any, ...] = ()
 #: The largest integer that JSON, YAML and floats agree on.
 _LARGEST = 2**53
+#: float32 holds it.
+_LARGEST_FLOAT = 1e30
 
 
 def option(
@@ -46,6 +48,7 @@ class Section:
                 self.require(False, field.name, "one of " + ", ".join(choices))
             if isinstance(value, float):
                 self.require(math.isfinite(value), field.name, "a finite number")
+                self.require(abs(value) <= _LARGEST_FLOAT, field.name, "a number up to 1e30")
             elif isinstance(value, int):
                 self.require(abs(value) < _LARGEST, field.name, "a number below 2^53")
             elif isinstance(value, str):  # an empty path would be the directory one stands in

@@ -21,17 +21,8 @@ class ParallelConfig(Section):
     )
 
     def _check(self) -> None:
-        self.require_positive(
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "distributed_timeout_minutes",
-        )
-        week = 7 * 24 * 60
-        self.require(
-            self.distributed_timeout_minutes <= week,
-            "distributed_timeout_minutes",
-            f"at most {week}, a week",
-        )
+        self.require_positive("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        self.require_between(0.01, 7 * 24 * 60, "distributed_timeout_minutes")
         memory = self.device_memory_gib
         self.require(memory is None or memory > 0, "device_memory_gib", "a number above 0")
         self.require(

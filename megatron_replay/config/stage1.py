@@ -85,6 +85,11 @@ class LossConfig(Section):
             self.loss == "full" or self.store is not None, "store", "a store for --loss restricted"
         )
         self.require(self.full_loss_every >= 0, "full_loss_every", "a number from 0")
+        if self.full_loss_every == 1:  # what only the other steps read
+            for name in ("candidate_scope", "tail", "kl_weight", "head_backend"):
+                default = type(self).__dataclass_fields__[name].default
+                expected = f"{default} under --full-loss-every 1, where no step reads it"
+                self.require(getattr(self, name) == default, name, expected)
         self.require_positive("tail_samples")
         self.require(self.kl_weight >= 0, "kl_weight", "a number from 0")
 

@@ -329,28 +329,26 @@ class Trainer:
         return interval is not None and self.state.iteration % interval == 0
 
     def _nothing_learnt(self, is_over: bool = False) -> str:
-        """What to say where no step so far has learnt anything; "" where one has.
+        """What to say where most steps so far were skipped, or none had a label; "" elsewhere.
 
         Nothing is saved until then: a checkpoint is worth going on from.
 
         Raises:
             TrainingError: ``is_over``: a run that ends so is no success.
         """
-        if self._first_iteration:  # what it goes on from was saved
-            return ""
-        steps = self.state.iteration
-        if self.state.skipped_steps == steps:
-            what = "was skipped for a loss or gradient that was not finite"
+        steps, skipped = self.state.iteration, self.state.skipped_steps
+        if 2 * skipped > steps:
+            what = f"{skipped} of {steps} steps were skipped for a loss or gradient that was not "
+            nothing = f"{what}finite: not saved"
             fix = f"Look at the batches in {SKIPPED}, or lower --lr"
-        elif not any(self.groups.agreed(lambda: self._labels)):
-            what = "had no label"
+        elif not self._first_iteration and not any(self.groups.agreed(lambda: self._labels)):
+            nothing = f"none of {steps} steps had a label: nothing was learnt, and nothing saved"
             fix = (
                 "Raise --seq-length to that of Stage 0, or look at the corpus "
                 "(tools/preprocess_data.py --show 3)"
             )
         else:
             return ""
-        nothing = f"each of {steps} steps {what}: nothing was learnt, and nothing saved"
         if is_over:
             raise TrainingError(nothing, where=self.directory, fix=fix)
         return nothing

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_replay.errors import OutputError
-from megatron_replay.files import atomic_file, open_regular, output_error
+from megatron_replay.files import atomic_file, make_directory, open_regular, output_error
 
 
 class MetricsLog:
@@ -30,6 +30,7 @@ class MetricsLog:
         self.kept = read_metrics(self._path) if self._path.exists() else []
         self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         first = resume_iteration + 1 if resume_iteration else 0
+        make_directory(tensorboard_dir)
         self._events = SummaryWriter(str(tensorboard_dir), purge_step=first)
 
     def write(self, iteration: int, values: dict[str, Any]) -> None:

@@ -369,12 +369,13 @@ def test_a_failed_rewrite_keeps_the_old_corpus(corpus, prefix, documents):
 
 
 def test_the_second_of_two_writers_says_so(prefix, documents):
-    with (
-        pytest.raises(OutputError, match="another process has written a corpus under this prefix"),
-        CorpusWriter(prefix, FACTS, row_format="text", source={}) as second,
-    ):
-        second.add(documents[0])
-        assert processes.wait(processes.fork(write_corpus, prefix, documents)) == 0
+    def write():
+        with CorpusWriter(prefix, FACTS, row_format="text", source={}) as second:
+            second.add(documents[0])
+            assert processes.wait(processes.fork(write_corpus, prefix, documents)) == 0
+
+    with pytest.raises(OutputError, match="another process has written a corpus under this prefix"):
+        write()
     assert Corpus(prefix).lengths.tolist() == [len(document) for document in documents]
 
 

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[list[str], Layout]] = {
     "document": (["--tail", "ghost"], Layout(tp=2, sequence_parallel=True, interleaved=True)),
     "micro-batch": ([], Layout(tp=2, interleaved=True)),
     "micro-batch PP2": (["--tail", "ghost"], Layout(pp=2)),
-    "full": (["--tail", "ghost"], Layout(tp=2, sequence_parallel=True)),
+    "full": ([], Layout(tp=2, sequence_parallel=True)),
 }
 
 

@@ -109,11 +109,11 @@ def test_a_run_that_has_learnt_nothing_yet_saves_nothing(folder, tmp_path):
         message = stages.fail(
             "stage1", *flags, *training(run, "--train-iters", steps, "--seed", late), code=7
         )
-        assert f"each of {steps} steps had no label: nothing was learnt, and nothing" in message
+        assert f"none of {steps} steps had a label: nothing was learnt, and nothing" in message
         assert not (run / "latest_checkpointed_iteration.txt").exists()
         assert not list(run.glob("*iter_*"))
     said = stages.succeed("stage1", *flags, *training(one, "--train-iters", 3, "--seed", early))
-    assert "iteration 1: each of 1 steps had no label" in said
+    assert "iteration 1: none of 1 steps had a label" in said
     assert sorted(path.name for path in one.glob("iter_*")) == ["iter_0000002", "iter_0000003"]
 
 

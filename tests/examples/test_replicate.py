@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import threading
@@ -19,7 +20,7 @@ from examples.quickstart import nl2sql
 from examples.replicate import choices, joins, make_data, parts, plan
 from examples.replicate.run import Pool
 from examples.replicate.study import Job, Study
-from megatron_replay.checkpoint.staging import staging_directory
+from megatron_replay.checkpoint.staging import WRITTEN, staging_directory
 from megatron_replay.errors import DataError, OutputError
 from megatron_replay.evaluation.rows import Row, append_row, read_rows
 from megatron_replay.locks import DirectoryLock
@@ -211,7 +212,7 @@ def test_data_are_written_whole_and_nothing_else_is_touched(
     DirectoryLock(cut, purpose="data").release()  # left by a run that was killed
     make_data.make_data(ours, seed=0)
     make_data.make_data(ours, seed=0)
-    assert sorted(path.name for path in ours.iterdir()) == ["data.json", "rows.jsonl"]
+    assert sorted(path.name for path in ours.iterdir()) == [WRITTEN, "data.json", "rows.jsonl"]
     assert not cut.exists()
     with pytest.raises(DataError, match="changed, or made with another seed"):
         make_data.make_data(ours, seed=1)
@@ -226,8 +227,7 @@ def test_a_study_of_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     study = Study(tmp_path)
     study.prepare()
     study.prepare()
-    (study.data / "data.json").unlink()  # made again by another version
-    study.data.rmdir()
+    shutil.rmtree(study.data)  # made again by another version
     monkeypatch.setattr(
         make_data, "write_everything", lambda folder, seed: (folder / "new").touch()
     )
