@@ -6,15 +6,26 @@ template lacks ``{% generation %}``, and most templates do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megatron_replay.data.document import Document
+from megatron_replay.data.row import is_empty
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError
+
+#: Around the number of a word: of Unicode's private use; tojson escapes it.
+_MARK = "\ue0f8"
+_MARKED = re.compile(rf"(?:{_MARK}|\\ue0f8)(\d+)(?:{_MARK}|\\ue0f8)")
+#: Of a call, which few templates write.
+_METADATA = ("id", "index", "type")
+#: In place of a field that is taken away.
+_GONE = object()
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,12 @@ class _Rendering:
         self._text = self._render([turn.message for turn in turns])
 
     def tokenize(self) -> Document:
-        self._require_all_written()
+        document = self._tokenize()
+        self._require_contents_written()
+        self._require_fields_written()
+        return document
+
+    def _tokenize(self) -> Document:
         ids = self._encode(self._text)
         loss_mask = np.zeros(len(ids), dtype=np.bool_)
         answers = [i for i, turn in enumerate(self._turns) if turn.has_loss]
@@ -136,41 +152,77 @@ class _Rendering:
             "the same before an answer as it asks with",
         )
 
-    def _require_all_written(self) -> None:
-        """Raise DataError if a message, or a field of one, changes nothing in the rendering."""
-        messages, rest = [turn.message for turn in self._turns], self._text
-        contents = (message["content"].strip() for message in messages)
-        for content in sorted(contents, key=len, reverse=True):
-            if content not in rest:  # the template changed it, or left it out
-                self._require_contents_written(messages)
-                break
-            rest = rest.replace(content, "\0", 1)  # it stands for one message only
-        for i, (turn, message) in enumerate(zip(self._turns, messages, strict=True)):
-            for key in [key for key in message if key not in ("role", "content")]:
-                without = {k: v for k, v in message.items() if k != key}
-                if self._is_same_with(messages, i, without):
+    def _require_contents_written(self) -> None:
+        """Raise DataError if a part of a message's content changes nothing in the rendering.
+
+        One rendering with a mark behind each word tells which are written. Where marks are missing,
+        the template may only have gone another way for them: what precedes is changed by itself.
+        """
+        number = itertools.count()
+        marked, ends = [], []
+        for turn in self._turns:
+            content, pieces, done = turn.message["content"], [], 0
+            ends.append([(next(number), end) for end in _word_ends(content)])
+            for n, end in ends[-1]:
+                pieces += [content[done:end], f"{_MARK}{n}{_MARK}"]
+                done = end
+            marked.append({**turn.message, "content": "".join([*pieces, content[done:]])})
+        try:
+            found = {int(n) for n in _MARKED.findall(self._render(marked))}
+        except DataError:
+            found = set()
+        for i, words in enumerate(ends):
+            content, start = self._turns[i].message["content"], 0
+            last = words[-1][0] if words else None
+            for n, end in words:
+                if n not in found and n != last and n + 1 not in found:
+                    continue  # more is missing behind it
+                other = f"{content[:end]}x{content[end:]}"
+                if n not in found and self._is_same_with(i, {"content": other}):
+                    raise self._content_error(i, content[start:end])
+                start = end
+
+    def _content_error(self, i: int, lost: str) -> DataError:
+        turn, lost = self._turns[i], lost.strip()
+        is_all = lost == turn.message["content"].strip()
+        return self._error(
+            f"{'' if is_all else 'part of '}the content of {turn.name} (role "
+            f"{turn.message['role']!r}) would be lost: the chat template does not write it",
+            found=None if is_all else repr(lost[:60]),
+            fix="Fold it into another message, or use a template that writes it"
+            if is_all
+            else "Remove it from the row, or use a template that writes it",
+        )
+
+    def _require_fields_written(self) -> None:
+        """Raise DataError if a field of a message, or a part of one, changes nothing.
+
+        Inside a field, ``_METADATA`` may be left out.
+        """
+        for i, turn in enumerate(self._turns):
+            for key in [key for key in turn.message if key not in ("role", "content")]:
+                if self._is_same_with(i, {key: _GONE}):
                     raise self._error(
                         f"{key!r} of {turn.name} would be lost: the chat template writes the same "
                         "without it",
                         fix="Fold it into the content, or leave it out on purpose with "
                         f"--ignore-fields {key}",
                     )
+                for path, without in _without_each_leaf(turn.message[key]):
+                    if self._is_same_with(i, {key: without}):
+                        raise self._error(
+                            f"{key}{path} of {turn.name} would be lost: the chat template writes "
+                            "the same without it",
+                            fix="Remove it from the row, or use a template that writes it",
+                        )
 
-    def _require_contents_written(self, messages: list[dict[str, Any]]) -> None:
-        for i, (turn, message) in enumerate(zip(self._turns, messages, strict=True)):
-            other = {**message, "content": message["content"] + " x"}
-            if message["content"].strip() and self._is_same_with(messages, i, other):
-                raise self._error(
-                    f"the content of {turn.name} (role {message['role']!r}) would be lost: the "
-                    "chat template does not write it",
-                    fix="Fold it into another message, or use a template that writes it",
-                )
-
-    def _is_same_with(
-        self, messages: list[dict[str, Any]], i: int, message: dict[str, Any]
-    ) -> bool:
+    def _is_same_with(self, i: int, changes: dict[str, Any]) -> bool:
+        """Whether the rendering stays as it is with ``changes`` in message ``i``."""
+        messages = [turn.message for turn in self._turns]
+        changed = {**messages[i], **changes}
+        messages[i] = {key: value for key, value in changed.items() if value is not _GONE}
         try:
-            return self._render([*messages[:i], message, *messages[i + 1 :]]) == self._text
+            return self._render(messages) == self._text
         except DataError:
             return False
 
@@ -211,6 +263,33 @@ class _Rendering:
 
     def _error(self, what: str, **facts: Any) -> DataError:
         return DataError(what, where=self._where, **facts)
+
+
+def _word_ends(content: str) -> list[int]:
+    """Where the words of ``content`` end; not that of a last tag, which a template may look for."""
+    ends = [match.end() for match in re.finditer(r"\S+", content)]
+    return ends[:-1] if len(ends) > 1 and content.rstrip().endswith(">") else ends
+
+
+def _without_each_leaf(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """``(path, value)`` less one of its leaves that say something, each in turn."""
+    is_dict = isinstance(value, dict)
+    if not is_dict and not isinstance(value, list):
+        return
+    for key in list(value) if is_dict else range(len(value)):
+        inner = value[key]
+        if is_empty(inner) or (is_dict and key in _METADATA):
+            continue
+        at = f"{path}[{key!r}]"
+        if isinstance(inner, dict | list):
+            for below, changed in _without_each_leaf(inner, at):
+                copy = value.copy()
+                copy[key] = changed
+                yield below, copy
+        else:
+            copy = value.copy()
+            del copy[key]
+            yield at, copy
 
 
 def _num_shared(a: str, b: str) -> int:

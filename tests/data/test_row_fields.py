@@ -206,6 +206,75 @@ def test_a_message_that_the_template_does_not_write_is_refused(tmp_path, tokeniz
         document({**plain, "system": "Be brief."}, deaf)
 
 
+OWN_SYSTEM = CHATML.replace(
+    "{% for message in messages %}",
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% for message in messages if message.role != 'system' %}",
+)
+#: As Qwen3's: the last thought before the answer, and what follows the last thought.
+LAST_THOUGHT = CHATML.replace(
+    "{{ message.content }}",
+    "{% set parts = message.content.split('</think>') %}{% if parts | length > 1 %}<think>\n"
+    "{{ parts[0].split('<think>')[-1].strip('\n') }}\n</think>\n\n{% endif %}"
+    "{{ parts[-1].lstrip('\n') }}",
+)
+FIRST_CALL = CHATML.replace(
+    "{{ message.content }}",
+    "{{ message.content }}{% if message.tool_calls %}{% set f = message.tool_calls[0].function %}"
+    "[{{ f.name }}({{ f.arguments | tojson }})]{% endif %}",
+)
+
+
+@pytest.mark.parametrize("text", ["You are a helpful assistant.", "a", "assistant"])
+def test_a_text_that_the_templates_own_words_contain_is_refused(tmp_path, text):
+    own = load_tokenizer(save_hugging_face(tmp_path / "own", chat_template=OWN_SYSTEM))
+    for row in (
+        {"messages": [{"role": "system", "content": text}, USER, ANSWER]},
+        {"messages": [USER, ANSWER], "system": text},
+    ):
+        with pytest.raises(DataError, match=r"the content of .* \(role 'system'\) would be lost"):
+            document(row, own)
+
+
+@pytest.mark.parametrize(
+    ("answer", "lost"),
+    [
+        ("<think>\nhmm\n</think>\n\nfour", None),
+        ("<think>hmm, a < b >c</think> \n four", None),
+        ("<think>\nhmm\n</think>", None),
+        ("<think>\n\n</think>\n\nfour", None),
+        ("Let me see. <think>\nhmm\n</think>\n\nfour", r"'Let me see\.'"),
+        ("<think>hmm</think> four is <think>again</think> five", "four is"),
+        ("<think>hmm</think> four </think> five", "four"),
+    ],
+)
+def test_a_part_of_an_answer_that_the_template_leaves_out_is_refused(tmp_path, answer, lost):
+    last = load_tokenizer(save_hugging_face(tmp_path / "last", chat_template=LAST_THOUGHT))
+    row = {"messages": [USER, {"role": "assistant", "content": answer}]}
+    if lost is None:
+        assert document(row, last).eligible_positions().size
+    else:
+        with pytest.raises(DataError, match=f"part of the content of message 1 .*{lost}"):
+            document(row, last)
+
+
+def test_a_part_of_a_field_that_the_template_leaves_out_is_refused(tmp_path):
+    first = load_tokenizer(save_hugging_face(tmp_path / "first", chat_template=FIRST_CALL))
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1, "b": 2}}}
+
+    def row(*calls):
+        return {"messages": [USER, {**ANSWER, "tool_calls": list(calls)}]}
+
+    assert document(row(call), first).eligible_positions().size
+    for calls, lost in (
+        ([call, call], r"tool_calls\[1\]\['function'\]\['name'\]"),
+        ([{**call, "custom": "x"}], r"tool_calls\[0\]\['custom'\]"),
+        ([{**call, "custom": [None, {"a": "x"}]}], r"tool_calls\[0\]\['custom'\]\[1\]\['a'\]"),
+    ):
+        with pytest.raises(DataError, match=f"{lost} of message 1 would be lost"):
+            document(row(*calls), first)
+
+
 def test_a_template_that_changes_or_reorders_what_it_writes_is_none_that_loses_it(tmp_path):
     """Mistral's writes the system text into the last user message; many strip white space."""
     template = (
