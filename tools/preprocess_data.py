@@ -188,6 +188,7 @@ def _write(
     """Write the corpus; return the number of rows left out."""
     row_format, num_skipped = _row_format(options, inputs), 0
     ignored = frozenset(options.ignore_fields)
+    unseen = set(ignored)
     if row_format in CHAT_FORMATS and "strftime_now" in (tokenizer.chat_template or ""):
         print(
             "the chat template writes today's date: the same rows give other tokens tomorrow. "
@@ -201,6 +202,7 @@ def _write(
         ) as writer,
     ):
         for where, line in _lines(inputs, options.format):
+            unseen -= {name for name in unseen if _names(line, name)}
             try:
                 row = parse_row(where, line, ignored)
                 document = tokenize_row(row, row_format, tokenizer)
@@ -213,7 +215,15 @@ def _write(
                 for piece in document.split(options.max_document_tokens or len(document)):
                     writer.add(piece)
             progress.advance()
+    for name in sorted(unseen):
+        print(f"warning: --ignore-fields {name}: no row has such a field", file=sys.stderr)
     return num_skipped
+
+
+def _names(line: bytes, field: str) -> bool:
+    """Whether a line may have ``field``, before it is parsed."""
+    spellings = (json.dumps(field, ensure_ascii=ascii) for ascii in (True, False))
+    return any(spelling.encode() in line for spelling in spellings)
 
 
 def _existing(prefix: str, source: dict[str, Any]) -> Corpus | None:

@@ -265,8 +265,11 @@ def test_ignored_fields_are_part_of_what_a_corpus_was_made_from(run, write_rows,
     bytes_of = contents(tmp_path)[:3]
     run(write_rows(ROWS), prefix="plain")
     assert contents(tmp_path, "plain")[:3] == bytes_of
-    code, out, _ = run(write_rows(ROWS), flags=["--ignore-fields", "text"])
+    code, out, err = run(write_rows(ROWS), flags=["--ignore-fields", "text,prompt_id"])
     assert "; written" in out
+    assert "warning: --ignore-fields prompt_id: no row has such a field" in err
+    rows = write_rows([{**row, "context": "a", "note": "b"} for row in ROWS])
+    assert "warning" not in run(rows, flags=["--ignore-fields", "context,note"], prefix="c")[2]
 
 
 def test_an_ignored_field_does_not_decide_the_format(run, write_rows):
