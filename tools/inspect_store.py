@@ -132,7 +132,11 @@ def _open_corpus(prefix: str | None, reader: CandidateReader) -> Corpus | None:
 
     corpus = Corpus(prefix)
     fix = f"--data-path {prefix} is another corpus: give the one that Stage 0 read"
-    reader.require(corpus_fingerprint=corpus.fingerprint, fix=fix)
+    reader.require(
+        corpus_fingerprint=corpus.fingerprint,
+        tokenizer_fingerprint=corpus.tokenizer_fingerprint,
+        fix=fix,
+    )
     return corpus
 
 

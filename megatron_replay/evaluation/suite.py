@@ -11,8 +11,8 @@ from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_replay.data.tokenizer import load_tokenizer
-from megatron_replay.errors import DataError
+from megatron_replay.data.tokenizer import load_tokenizer, tokenizer_digests
+from megatron_replay.errors import DataError, few
 from megatron_replay.evaluation.entries import require_entry, require_fields, require_object
 from megatron_replay.evaluation.inputs import Inputs, Settings, flag_of
 from megatron_replay.evaluation.language_model import require_device
@@ -26,7 +26,13 @@ from megatron_replay.evaluation.model_files import (
 )
 from megatron_replay.evaluation.retention import general_scores, retention
 from megatron_replay.evaluation.weight_distance import relative_l2, weight_files
-from megatron_replay.files import read_json, require_apart, sha256_of_files, write_json
+from megatron_replay.files import (
+    differing,
+    read_json,
+    require_apart,
+    sha256_of_files,
+    write_json,
+)
 
 FORMAT = 2
 BASE = "base"
@@ -78,6 +84,7 @@ def evaluate(
     known = {result["key"]: result for result in _previous(output)}
     for path in asked.values():
         require_model(path)
+    _require_one_tokenizer(base, models)
     hashes = {name: sha256_of_files(of) for name, of in files.items()}
     sha256 = {name: model_sha256(path) for name, path in asked.items()}
     require_regular_files(tokenizer or base)
@@ -93,7 +100,7 @@ def evaluate(
         "lm_eval_version": require_lm_eval() if inputs.lm_eval() else None,
         "tokenizer": tokens.fingerprint,
     }
-    material = read_material(inputs, tokens, settings, progress=progress)
+    material = read_material(inputs, base, tokens, settings, progress=progress)
     decisive = dict(hashes)
     if material.tasks:
         tasks, metrics = material.tasks
@@ -115,6 +122,24 @@ def evaluate(
         known[keys[name]] = {"sha256": sha256[name], "key": keys[name], **measured}
         _write(output, document, asked, keys, known)
     return document
+
+
+def _require_one_tokenizer(base: Path, models: Mapping[str, Path]) -> None:
+    """Raise DataError where a model has another tokenizer than the base, which reads for all."""
+    ours = tokenizer_digests(base)
+    for name, path in models.items():
+        theirs = tokenizer_digests(path)
+        names = differing(ours, theirs)
+        if not (ours and theirs and names):
+            continue
+        if load_tokenizer(base).rules() != load_tokenizer(path).rules():
+            raise DataError(
+                f"--model {name} has another tokenizer than --base, by {few(names)}",
+                where=path,
+                expected=f"the tokenizer of {base}: all models are read with one",
+                fix="Give it the --base that it was made from; if the base's tokenizer is meant, "
+                "remove these files from the model",
+            )
 
 
 def _read(

@@ -24,6 +24,7 @@ from megatron_replay.store import CandidateReader
 from tests.data.tiny_tokenizers import save_sentencepiece
 from tests.evaluation.evaluation_site import SLOW_MACHINE, Measuring, flags, write_rows
 from tests.evaluation.models import random_documents, save_model
+from tests.store.corpora import write_corpus
 from tools import evaluate
 
 
@@ -322,6 +323,57 @@ def test_a_store_of_another_corpus_is_refused(site: Path, tmp_path: Path) -> Non
             corpus.add(document)
     given = flags(site, tmp_path / "e")
     assert evaluate.main([*given, f"--data-path={tmp_path / 'other'}"]) == 5
+
+
+def test_a_store_of_another_base_or_tokenizer_is_refused(
+    site: Path, tmp_path: Path, measuring: Measuring, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_model(tmp_path / "other", seed=1)
+    assert evaluate.main([*flags(site, tmp_path / "e"), f"--base={other}"]) == 5
+    assert (
+        f"{site}/store: the store was made with another base model than --base, by "
+        "model.safetensors. Give the --base that Stage 0 had" in capsys.readouterr().err
+    )
+    retold = shutil.copytree(site / "base", tmp_path / "retold")
+    (retold / "special_tokens_map.json").write_text("{}")
+    assert evaluate.main([*flags(site, tmp_path / "e"), f"--base={retold}"]) == 3
+    assert (
+        f"{retold}: the corpus was made with another tokenizer than --base has, by "
+        "special_tokens_map.json" in capsys.readouterr().err
+    )
+    write_corpus(tmp_path / "corpus", random_documents(5))
+    assert evaluate.main([*flags(site, tmp_path / "e"), f"--data-path={tmp_path}/corpus"]) == 5
+    assert "tokenizer_fingerprint" in capsys.readouterr().err
+    assert measuring.measured == []
+
+
+def test_a_model_of_another_tokenizer_is_refused(
+    site: Path, tmp_path: Path, measuring: Measuring, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(site / "tuned", tmp_path / "other")
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={tmp_path}/e"]
+    given.append(f"--model=other={other}")
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    file = other / "tokenizer_config.json"
+    file.write_text(json.dumps(config | {"model_max_length": 7}))  # as save_pretrained rewrites it
+    assert evaluate.main(given) == 0
+    file.write_text(json.dumps(config | {"chat_template": "{{ messages }}"}))
+    content = json.loads((other / "tokenizer.json").read_text())
+    for name, damaged in (("tokenizer_config.json", None), ("tokenizer.json", content)):
+        if damaged:
+            file.write_text(json.dumps(config))
+            vocabulary = damaged["model"]["vocab"]
+            vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+            (other / name).write_text(json.dumps(damaged))
+        assert evaluate.main(given) == 3
+        said = capsys.readouterr().err
+        assert f"{other}: --model other has another tokenizer than --base, by" in said
+        assert name in said
+    for path in other.glob("*token*"):
+        path.unlink()
+    measuring.measured.clear()
+    assert evaluate.main(given) == 0
+    assert measuring.measured == []
 
 
 def test_base_is_compared_with_itself_exactly(site: Path, tmp_path: Path) -> None:
