@@ -13,7 +13,13 @@ from pathlib import Path
 
 from megatron_replay.data.tokenizer import load_tokenizer, tokenizer_digests
 from megatron_replay.errors import DataError, few
-from megatron_replay.evaluation.entries import require_entry, require_fields, require_object
+from megatron_replay.evaluation.entries import (
+    require_entry,
+    require_fields,
+    require_object,
+    restored,
+    strict,
+)
 from megatron_replay.evaluation.inputs import Inputs, Settings, flag_of
 from megatron_replay.evaluation.language_model import require_device
 from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval
@@ -172,7 +178,7 @@ def _write(
     for result in document["models"]:
         _add_differences(result, document["models"][0])
     document["kept"] = [known[key] for key in known if key not in keys.values()]
-    write_json(output, document)
+    write_json(output, strict(document))
 
 
 def _add_differences(result: Result, base: Result) -> None:
@@ -236,6 +242,7 @@ def read_evaluation(path: Path) -> Result:
             require_entry(result, where, required=required)
             for text in _TEXTS & result.keys():
                 require_fields(result[text], f"{where}: {text}", required=["perplexity"])
+            results[number] = restored(result)
     return document
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatron_replay.evaluation import suite
 from megatron_replay.evaluation.candidate_mass import candidate_mass
 from megatron_replay.evaluation.language_model import load_model, score
 from megatron_replay.evaluation.measurements import read_documents
+from megatron_replay.evaluation.rows import read_rows
 from megatron_replay.files import sha256_of_files
 from megatron_replay.platform import registry
 from megatron_replay.platform.cpu import CPU
@@ -25,7 +27,7 @@ from tests.data.tiny_tokenizers import save_sentencepiece
 from tests.evaluation.evaluation_site import SLOW_MACHINE, Measuring, flags, write_rows
 from tests.evaluation.models import random_documents, save_model
 from tests.store.corpora import write_corpus
-from tools import evaluate
+from tools import evaluate, report
 
 
 def test_a_sentencepiece_model_in_place_of_the_base_s_tokenizer(site: Path, tmp_path: Path) -> None:
@@ -374,6 +376,29 @@ def test_a_model_of_another_tokenizer_is_refused(
     measuring.measured.clear()
     assert evaluate.main(given) == 0
     assert measuring.measured == []
+
+
+def test_results_are_json_whatever_diverged(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is read is what was measured: a perplexity beyond a float."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    output, rows = tmp_path / "eval.json", tmp_path / "rows.jsonl"
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={output}"]
+    found = {"general": {"perplexity": math.inf, "loss": 800.0}}
+    monkeypatch.setattr(suite, "measure", lambda *_, **__: json.loads(json.dumps(found)))
+    for _ in range(2):  # the second reads the results of the first
+        assert evaluate.main([*given, f"--model=tuned={site}/tuned"]) == 0
+        document = json.loads(output.read_text(), parse_constant=refuse)
+        assert document["models"][1]["general"]["perplexity"] is None
+    assert suite.read_evaluation(output)["models"][1]["general"]["perplexity"] == math.inf
+    row = ["row", f"--evaluation={output}", "--model=base", f"--rows={rows}"]
+    assert report.main(row) == 0
+    json.loads(rows.read_text(), parse_constant=refuse)
+    assert read_rows(rows)[0].evaluation["general"]["perplexity"] == math.inf
 
 
 def test_base_is_compared_with_itself_exactly(site: Path, tmp_path: Path) -> None:
