@@ -289,9 +289,17 @@ def test_a_prompt_that_the_model_cannot_read(
             "questions.jsonl:1: prompt and answer",
         ),
         (["--window=0"], 2, "--window: must be positive (found 0)"),
-        (["--query-seconds=nan"], 2, "--query-seconds: must be positive (found nan)"),
-        (["--query-seconds=inf"], 2, "--query-seconds: must be positive (found inf)"),
-        (["--query-seconds=1e300"], 2, "--query-seconds: too long for one query"),
+        (
+            ["--sql=c={site}", "--query-seconds=nan"],
+            2,
+            "--query-seconds: must be positive (found nan)",
+        ),
+        (
+            ["--sql=c={site}", "--query-seconds=inf"],
+            2,
+            "--query-seconds: must be positive (found inf)",
+        ),
+        (["--sql=c={site}", "--query-seconds=1e300"], 2, "--query-seconds: too long for one query"),
         (["--data={site}/missing"], 3, "no such file, given as --data"),
         (["--task-data={site}/text.jsonl"], 3, "text.jsonl:1"),
         (["--model=a={site}"], 4, "no safetensors files here"),
@@ -311,6 +319,24 @@ def test_mistakes_are_one_line(
     errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--bird-compat", "--query-seconds=2", "--max-new-tokens=9", "--max-documents=9", "--window=9",
+     "--batch-size=9"],
+)  # fmt: skip
+def test_a_setting_that_nothing_reads(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    material = [f"--data-path={site}/corpus", f"--store={site}/store"]
+    if flag == "--max-documents=9":
+        material = [f"--general-text={site}/text.jsonl"]
+    assert evaluate.main([f"--base={site}/base", f"--output={tmp_path}/e", *material, flag]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"error: {flag.split('=')[0]}: has no effect on what is measured. Add --"
+    )
 
 
 def test_nothing_to_measure(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
