@@ -153,7 +153,7 @@ def base_fingerprint(load: str | Path) -> str:
 
     Of a Hugging Face directory: config.json and the weights, each read whole, side by side. Of a
     training checkpoint: its checksums.json, which stands for the others; but of one that was
-    converted bit for bit, what that was made of, so that both are one model.
+    converted without rounding, what that was made of, so that both are one model.
 
     Raises:
         CheckpointError: one cannot be read.
