@@ -419,8 +419,11 @@ def test_results_are_json_whatever_diverged(
     for _ in range(2):  # the second reads the results of the first
         assert evaluate.main([*given, f"--model=tuned={site}/tuned"]) == 0
         document = json.loads(output.read_text(), parse_constant=refuse)
-        assert document["models"][1]["general"]["perplexity"] is None
-    assert suite.read_evaluation(output)["models"][1]["general"]["perplexity"] == math.inf
+        assert document["models"][1]["general"]["perplexity"] == "Infinity"
+        assert document["models"][1]["general"]["delta_perplexity"] == "NaN"
+    general = suite.read_evaluation(output)["models"][1]["general"]
+    assert general["perplexity"] == math.inf
+    assert math.isnan(general["delta_perplexity"])
     row = ["row", f"--evaluation={output}", "--model=base", f"--rows={rows}"]
     assert report.main(row) == 0
     json.loads(rows.read_text(), parse_constant=refuse)
