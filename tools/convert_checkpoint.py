@@ -26,6 +26,8 @@ from torch import Tensor
 from megatron_replay import cli
 from megatron_replay.checkpoint.convert_flags import DTYPES, find_type, parse_arguments
 from megatron_replay.checkpoint.directories import iteration_directory, latest_iteration
+from megatron_replay.checkpoint.hf import HFReader
+from megatron_replay.checkpoint.names import hf_tensor_shapes
 from megatron_replay.checkpoint.rank_files import open_grid
 from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.errors import CheckpointError, ConfigError, ReplayError
@@ -124,7 +126,7 @@ def write_mcore(
     staged = staging_directory(target)
     groups.on_rank_zero(lambda: start_directory(target, overwrite=options.overwrite))
     groups.on_rank_zero(lambda: keep_model_files(model.files, staged))
-    is_exact = _dtype(options.params_dtype, model.files) is _dtype("auto", model.files)
+    is_exact = held_exactly(model, torch.bfloat16 if source.bf16 else torch.float32)
     origin = groups.from_rank_zero(lambda: base_fingerprint(options.load_dir) if is_exact else "")
     identity = {CONVERTED_FROM: origin} if origin else {}
     state = TrainState(0, 0, 0, identity, model_files=fingerprints(model.files))
@@ -134,6 +136,13 @@ def write_mcore(
         groups.agreed(lambda: require_same_weights(written, model))
         verify(written, Path(options.load_dir), groups, torch.float32)
     groups.on_rank_zero(lambda: publish(staged, target.resolve(), overwrite=options.overwrite))
+
+
+def held_exactly(model: LoadedModel, dtype: torch.dtype) -> bool:
+    """Whether no weight of the Hugging Face directory is rounded by ``dtype``, as it is stored."""
+    reader = HFReader(model.files)
+    stored = {reader.slice(name).torch_dtype() for name in hf_tensor_shapes(model.shape)}
+    return all(torch.promote_types(one, dtype) is dtype for one in stored)
 
 
 def require_same_weights(written: LoadedModel, model: LoadedModel) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
-from megatron_replay.evaluation.inputs import Inputs, Settings, named_paths
+from megatron_replay.evaluation.inputs import Inputs, Settings, flag_of, named_paths
 from megatron_replay.evaluation.outputs import printable
 from megatron_replay.evaluation.scores import domain_scores, value_at
 from megatron_replay.evaluation.suite import BASE, evaluate
@@ -39,6 +39,17 @@ _SETTINGS = {
     "max_new_tokens": "length of a generated query",
     "max_documents": "documents of --data-path whose outside mass is measured",
     "query_seconds": "time limit of one query",
+}
+
+#: Settings that only some inputs read, and these.
+_TEXTS = ("general_text", "task_data", "data", "choices", "general_choices", "sql")
+_READ_BY = {
+    "batch_size": (*_TEXTS, "lm_eval_tasks", "lm_eval_domain_tasks"),
+    "window": ("general_text",),
+    "max_new_tokens": ("sql",),
+    "max_documents": ("data_path",),
+    "query_seconds": ("sql",),
+    "bird_compat": ("sql",),
 }
 
 
@@ -84,11 +95,14 @@ def parser() -> argparse.ArgumentParser:
     for name, what in _SETTINGS.items():
         default = getattr(settings, name)
         how.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default,
+            flag_of(name), type=type(default), default=argparse.SUPPRESS,
             choices=("float32", "bfloat16") if name == "dtype" else None,
             help=f"{what} (default: {default})",
         )  # fmt: skip
-    how.add_argument("--bird-compat", action="store_true", help="compare answers as sets")
+    how.add_argument(
+        "--bird-compat", action="store_true", default=argparse.SUPPRESS,
+        help="compare answers as sets",
+    )  # fmt: skip
     return flags
 
 
@@ -105,6 +119,18 @@ def _inputs(given: dict[str, Any]) -> Inputs:
     }
     rest = {name: given[name] for name in Inputs.__dataclass_fields__}
     return Inputs(**rest | named | tasks)
+
+
+def _require_read(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a setting is given that no input which is given reads."""
+    for name, readers in _READ_BY.items():
+        if name in given and not any(given[reader] for reader in readers):
+            flags = " or ".join(map(flag_of, readers))
+            raise ConfigError(
+                "has no effect on what is measured",
+                where=flag_of(name),
+                fix=f"Add {flags}, or leave it out",
+            )
 
 
 def _line(model: Mapping[str, Any]) -> str:
@@ -125,12 +151,15 @@ def main(argv: list[str] | None = None) -> int:
         models = named_paths(given["model"], flag="--model")
         if BASE in models:
             raise ConfigError("this name is the base's own", where="--model", found=BASE)
+        _require_read(given)
         make_directory(given["output"].absolute().parent)
         document = evaluate(
             given["base"],
             models,
             _inputs(given),
-            Settings(**{name: given[name] for name in Settings.__dataclass_fields__}),
+            Settings(
+                **{name: given[name] for name in Settings.__dataclass_fields__ if name in given}
+            ),
             output=given["output"],
             tokenizer=given["tokenizer"],
             command=shlex.join(["python", "tools/evaluate.py", *argv]),

@@ -86,9 +86,9 @@ def _parser(form: str) -> argparse.ArgumentParser:
         add("--tokenizer", metavar="PATH", help="with --document: show tokens as text")
         add("--data-path", metavar="PREFIX", help="with --document: show golds; with --verify: "
             "check that positions carry loss and that golds are in their sets")  # fmt: skip
-        add("--show-candidates", type=int, default=8, metavar="N",
-            help="of each position, at most (default: 8); likeliest first where the store has "
-            "logits, otherwise by id")  # fmt: skip
+        add("--show-candidates", type=int, metavar="N",
+            help="with --document: of each position, at most (default: 8); likeliest first where "
+            "the store has logits, otherwise by id")  # fmt: skip
         add("--figure", type=Path, metavar="FILE.png", help="draw the distributions")
         add("--verify", action="store_true", help="first check every byte, crc32 and bound")
         add("--json", action="store_true", help="print JSON, with all candidates")
@@ -109,6 +109,14 @@ def _require_options(options: argparse.Namespace) -> None:
     if options.figure is not None and options.figure.suffix != ".png":
         raise ConfigError("another format", where="--figure", expected="a name that ends in .png",
                           found=options.figure)  # fmt: skip
+    if options.show_candidates is None:
+        options.show_candidates = 8
+    elif options.document is None:
+        raise ConfigError("shows nothing without a document", where="--show-candidates",
+                          fix="Add --document")  # fmt: skip
+    elif options.json:
+        raise ConfigError("JSON has all candidates", where="--show-candidates",
+                          fix="Leave it out, or --json")  # fmt: skip
     if options.show_candidates < 0:
         raise ConfigError("negative", where="--show-candidates", expected="0 or more",
                           found=options.show_candidates)  # fmt: skip
@@ -132,7 +140,11 @@ def _open_corpus(prefix: str | None, reader: CandidateReader) -> Corpus | None:
 
     corpus = Corpus(prefix)
     fix = f"--data-path {prefix} is another corpus: give the one that Stage 0 read"
-    reader.require(corpus_fingerprint=corpus.fingerprint, fix=fix)
+    reader.require(
+        corpus_fingerprint=corpus.fingerprint,
+        tokenizer_fingerprint=corpus.tokenizer_fingerprint,
+        fix=fix,
+    )
     return corpus
 
 

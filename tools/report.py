@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
+from megatron_replay.evaluation.entries import strict
 from megatron_replay.evaluation.figure import report_figure
 from megatron_replay.evaluation.figure_style import save
 from megatron_replay.evaluation.inputs import named_paths, require_utf8
@@ -117,7 +118,8 @@ def one_report(argv: list[str], command: str) -> str:
     files = ("report.json", "report.md", "report.png")
     require_replaceable(given.output_dir, files, _SIGNS, inputs)
     output = make_directory(given.output_dir)
-    write_json(output / "report.json", report)  # first: it proves that what is beside it is ours
+    # First: it proves that what is beside it is ours.
+    write_json(output / "report.json", strict(report))
     with atomic_file(output / "report.md", "w") as handle:
         handle.write(markdown)
     save(figure, output / "report.png")

@@ -117,7 +117,8 @@ def _evaluate(
     ]
     command = [
         "python", "tools/evaluate.py", "--base", str(base), *named, *flags,
-        "--general-text", str(inputs.general_text), "--max-new-tokens", "96", "--batch-size", "150",
+        "--general-text", str(inputs.general_text),
+        *(("--max-new-tokens", "96") if inputs.sql else ()), "--batch-size", "150",
         "--device", "cpu", "--output", str(output),
     ]  # fmt: skip
     return evaluate(

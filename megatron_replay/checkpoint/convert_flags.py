@@ -16,6 +16,7 @@ from megatron_replay.checkpoint.directories import (
     iteration_directory,
     latest_iteration,
 )
+from megatron_replay.checkpoint.model_files import FOLDER
 from megatron_replay.checkpoint.retention import iterations
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.model.config import ModelConfig
@@ -160,22 +161,9 @@ def find_type(options: argparse.Namespace) -> str:
             where="--save-model-type",
             fix="Convert to hf first",
         )
-    if target != "mg":
-        for flag, default in (
-            ("target_tensor_parallel_size", 1),
-            ("target_pipeline_parallel_size", 1),
-            ("num_layer_list", None),
-            ("transformer_impl", "local"),
-            ("make_vocab_size_divisible_by", 1),
-        ):
-            if getattr(options, flag) != default:
-                raise ConfigError(
-                    f"{target} is not cut into ranks; a layout is only given to write mg",
-                    where="--" + flag.replace("_", "-"),
-                    fix="Leave it out",
-                )
+    _check_used(options, found)
     _check_iteration(options.iteration, found, directory)
-    _check_model_type(options)
+    _check_model_type(options, found)
     if found == "mg" and not options.trust_pickle:
         raise ConfigError(
             "mg files are pickles: a crafted one can run any program on this machine when it is "
@@ -185,6 +173,36 @@ def find_type(options: argparse.Namespace) -> str:
             "and containers are built, and nothing that a file names is run",
         )
     return found
+
+
+def _check_used(options: argparse.Namespace, found: str) -> None:
+    target = options.save_model_type
+    for is_used, why, flags in (
+        (
+            target == "mg",
+            f"{target} is not cut into ranks; a layout is only given to write mg",
+            {
+                "target_tensor_parallel_size": 1,
+                "target_pipeline_parallel_size": 1,
+                "num_layer_list": None,
+                "transformer_impl": "local",
+                "make_vocab_size_divisible_by": 1,
+            },
+        ),
+        (
+            found == "mg",
+            f"{found} has its own config.json and no pickles; this is only given to read mg",
+            {"hf_cfg_dir": None, "trust_pickle": False},
+        ),
+        (
+            "mg" not in (found, target),
+            "one process converts mg; this is the layout of several, between hf and mcore",
+            {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1},
+        ),
+    ):
+        for flag, default in flags.items():
+            if not is_used and getattr(options, flag) != default:
+                raise ConfigError(why, where="--" + flag.replace("_", "-"), fix="Leave it out")
 
 
 def _type_of(directory: Path) -> str | None:
@@ -206,13 +224,13 @@ def _check_iteration(iteration: int | None, found: str, directory: Path) -> None
         )
 
 
-def _check_model_type(options: argparse.Namespace) -> None:
-    named = options.model_type_hf
-    files = Path(options.hf_cfg_dir or options.load_dir)
+def _check_model_type(options: argparse.Namespace, found: str) -> None:
+    named, directory = options.model_type_hf, Path(options.load_dir)
+    files = Path(options.hf_cfg_dir or (directory if found == "hf" else directory / FOLDER))
     if named is None or not (files / "config.json").exists():
         return
-    found = "qwen3" if ModelConfig.from_hf(files).qk_layernorm else "llama2"
-    if named != found:
+    model = "qwen3" if ModelConfig.from_hf(files).qk_layernorm else "llama2"
+    if named != model:
         raise ConfigError(
-            "config.json is of another model", where="--model-type-hf", expected=found, found=named
+            "config.json is of another model", where="--model-type-hf", expected=model, found=named
         )

@@ -81,10 +81,7 @@ class HFReader:
                 raise CheckpointError(
                     f"wrong shape of {name}", where=where, expected=shape, found=actual
                 )
-            if (dtype := tensor.get_dtype()) not in _DTYPES:
-                raise CheckpointError(
-                    f"wrong dtype of {name}", where=where, expected=", ".join(_DTYPES), found=dtype
-                )
+            self.require_weight(name)
         if config.tie_embeddings and HEAD in found:
             if not same_bits(self.slice(HEAD)[:], self.slice(EMBEDDING)[:]):
                 raise CheckpointError(
@@ -95,6 +92,16 @@ class HFReader:
             found = found - {HEAD}
         found = found - self._rotary_frequencies(config)
         self._report_difference("not part of the model", sorted(found - expected.keys()))
+
+    def require_weight(self, name: str) -> None:
+        """Raise CheckpointError where a tensor's dtype is none of a weight."""
+        if (dtype := self.slice(name).get_dtype()) not in _DTYPES:
+            raise CheckpointError(
+                f"wrong dtype of {name}",
+                where=self.directory / self._files[name],
+                expected=", ".join(_DTYPES),
+                found=dtype,
+            )
 
     def _rotary_frequencies(self, config: ModelConfig) -> set[str]:
         """Names of stored rotary frequencies; rope_theta^(-2i / D) for channel pair i of D / 2."""

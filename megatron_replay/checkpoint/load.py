@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_replay.checkpoint import checksums
+from megatron_replay.checkpoint.fingerprint import digests_of
 from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
 from megatron_replay.checkpoint.model_files import FOLDER
 from megatron_replay.checkpoint.training import (
@@ -22,8 +21,7 @@ from megatron_replay.checkpoint.training import (
 )
 from megatron_replay.checkpoint.vocabulary import interleave_parameters
 from megatron_replay.config import ModelConfigSource, ParallelConfig
-from megatron_replay.errors import CheckpointError, TrainingError, few
-from megatron_replay.files import differing, sha256_of_files
+from megatron_replay.errors import CheckpointError, TrainingError
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.model.gpt import (
     ReplayGPTModel,
@@ -155,7 +153,7 @@ def base_fingerprint(load: str | Path) -> str:
 
     Of a Hugging Face directory: config.json and the weights, each read whole, side by side. Of a
     training checkpoint: its checksums.json, which stands for the others; but of one that was
-    converted bit for bit, what that was made of, so that both are one model.
+    converted without rounding, what that was made of, so that both are one model.
 
     Raises:
         CheckpointError: one cannot be read.
@@ -169,15 +167,4 @@ def base_fingerprint(load: str | Path) -> str:
         if isinstance(converted_from, str):
             return converted_from
         paths = [iteration_directory(directory, iteration) / checksums.FILE]
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda path: sha256_of_files([path], error=CheckpointError), paths)
-        found = {path.name: digest for path, digest in zip(paths, digests, strict=True)}
-    return json.dumps(found, sort_keys=True)
-
-
-def differing_files(one: str, other: str) -> str:
-    """Which files tell one ``base_fingerprint`` from another, for a message."""
-    try:
-        return few(differing(json.loads(one), json.loads(other)))
-    except (ValueError, TypeError):  # of another version, or not of a model
-        return "its fingerprint"
+    return digests_of(paths)

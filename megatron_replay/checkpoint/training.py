@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 
-#: In the identity of a conversion that kept every bit: ``base_fingerprint`` of what it was made of.
+#: In the identity of a conversion that rounded no weight: ``base_fingerprint`` of its source.
 CONVERTED_FROM = "converted from"
 
 

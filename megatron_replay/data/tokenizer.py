@@ -7,6 +7,7 @@ corpus needs neither, and transformers alone costs seconds.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -68,6 +69,10 @@ class Tokenizer(ABC):
 
         A model may have more rows than its tokenizer has tokens, and say one: it has no text.
         """
+
+    def rules(self) -> str:
+        """What decides ids and text, however the files write it down; equal: one tokenizer."""
+        return self.fingerprint
 
     @abstractmethod
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -166,6 +171,13 @@ class _HuggingFaceTokenizer(Tokenizer):
                 list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
         )
+
+    def rules(self) -> str:
+        backend = getattr(self._backend, "backend_tokenizer", None)
+        if backend is None:  # written in Python: its files are all there is to compare
+            return self.fingerprint
+        content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+        return json.dumps([content, self.eos_id, self.chat_template], sort_keys=True)
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         if self.chat_template is None:

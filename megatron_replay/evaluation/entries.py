@@ -6,6 +6,7 @@ left alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,7 +30,27 @@ _NUMBERS = (
 _OBJECTS = (*_SCORES, *_PARTS, "retention")
 #: lm-eval does not always tell.
 _MAY_BE_NULL = ("standard_error", "questions")
+#: What is measured of a model that diverged can be beyond a float, for which JSON has no number.
+_BEYOND = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _NUMBER = "a number"
+
+
+def strict(value: Any) -> Any:
+    """``value`` for JSON: "NaN", "Infinity" in place of the numbers that JSON cannot write."""
+    if isinstance(value, Mapping):
+        return {name: strict(inside) for name, inside in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(inside) for inside in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def restored(value: Any, name: str = "") -> Any:
+    """An entry, or part of one, as it was before ``strict``."""
+    if isinstance(value, Mapping):
+        return {key: restored(inside, key) for key, inside in value.items()}
+    return _BEYOND.get(value, value) if name in _NUMBERS and isinstance(value, str) else value
 
 
 def require_entry(entry: Any, where: object, *, required: Iterable[str] = ()) -> None:
@@ -65,6 +86,8 @@ def require_fields(value: Any, where: object, *, required: Iterable[str] = ()) -
             continue  # looked into by `require_entry`
         if found is None and name in _MAY_BE_NULL:
             right = name not in required
+        elif expected == _NUMBER and isinstance(found, str):
+            right = found in _BEYOND
         elif expected == "a string":
             right = isinstance(found, str)
         elif expected == "true or false":

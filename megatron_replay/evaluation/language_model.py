@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_replay.data.document import Document
-from megatron_replay.errors import CheckpointError, ConfigError, DataError
+from megatron_replay.errors import CheckpointError, ConfigError, DataError, few
 from megatron_replay.evaluation.model_files import CONFIG, require_model
 from megatron_replay.progress import Progress
 
@@ -98,6 +98,13 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
             raise CheckpointError(
                 f"{kind.replace('_', ' ')} in the weights", where=path, found=sorted(report[kind])
             )
+    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f"the weights are not finite: {few(bad)}",
+            where=path,
+            fix="Nothing can be measured of them: give another checkpoint",
+        )
     model.to(device).eval()
     return cast(PreTrainedModel, model)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from megatron_replay.checkpoint.fingerprint import digests_of, require_store_of_base
+from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.document import Document
 from megatron_replay.data.rows import detect_format, parse_row, read_lines, tokenize_row
@@ -23,6 +25,8 @@ from megatron_replay.evaluation.lm_eval_metrics import Metric
 from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, read_metrics, run_tasks
 from megatron_replay.evaluation.sql_execution import execution_match, with_answers
 from megatron_replay.evaluation.sql_query import Limits
+from megatron_replay.model.compatibility import require_vocabulary
+from megatron_replay.model.config import ModelConfig
 from megatron_replay.store import CandidateReader
 
 Result = dict[str, Any]
@@ -65,13 +69,14 @@ class Material:
 
 
 def read_material(
-    inputs: Inputs, tokenizer: Tokenizer, settings: Settings, *, progress: bool
+    inputs: Inputs, base: Path, tokenizer: Tokenizer, settings: Settings, *, progress: bool
 ) -> Material:
     """Read every input; lm-eval reads its own tasks, here to see that it can.
 
     Raises:
         ConfigError, DataError, StoreError: a row does not fit, a gold query fails, the store is of
-            another corpus, an lm-eval task is unknown or has no score that can be used.
+            another corpus, tokenizer or base, an lm-eval task is unknown or has no score that can
+            be used.
     """
     documents = {
         name: read_documents(file, tokenizer, row_format=row_format)
@@ -86,8 +91,7 @@ def read_material(
         documents["general"] = [p for d in general for p in d.split(settings.window + 1)]
     candidates = None
     if inputs.data_path and inputs.store:
-        candidates = Corpus(inputs.data_path), CandidateReader(inputs.store)
-        candidates[1].require(corpus_fingerprint=candidates[0].fingerprint)
+        candidates = _candidates(inputs.data_path, inputs.store, base)
     choices, general_choices = (
         {name: read_choices(file, tokenizer) for name, file in files.items()}
         for files in (inputs.choices, inputs.general_choices)
@@ -108,6 +112,22 @@ def read_material(
         candidates=candidates,
         tasks=(tasks, read_metrics(tasks, tokenizer.path, progress=progress)) if tasks else None,
     )
+
+
+def _candidates(data_path: Path, store: Path, base: Path) -> tuple[Corpus, CandidateReader]:
+    """Corpus and store, made for each other and for the base."""
+    corpus, reader = Corpus(data_path), CandidateReader(store)
+    require_vocabulary(corpus, ModelConfig.from_hf(base), base, flag="--base")
+    reader.require(
+        corpus_fingerprint=corpus.fingerprint, tokenizer_fingerprint=corpus.tokenizer_fingerprint
+    )
+    require_store_of_base(
+        reader,
+        digests_of(HFReader(base).files()),
+        flag="--base",
+        fix="Give the --base that Stage 0 had as --load, or rerun Stage 0 with this one",
+    )
+    return corpus, reader
 
 
 def measure(

@@ -52,7 +52,10 @@ def require_model(directory: Path) -> None:
         raise CheckpointError(f"cannot read the weights: {error}", where=directory) from error
     shapes = {name: reader.slice(name).get_shape() for name in reader.names()}
     _require_counts(config, shapes, directory)
-    _require_shapes(_without_memory(directory), shapes, "quantization_config" in config, directory)
+    model, is_packed = _without_memory(directory), "quantization_config" in config
+    _require_shapes(model, shapes, is_packed, directory)
+    if not is_packed:
+        _require_dtypes(model, reader)
 
 
 def require_regular_files(directory: Path) -> None:
@@ -122,3 +125,11 @@ def _require_shapes(
             expected=f"about {described} numbers",
             found=stored,
         )
+
+
+def _require_dtypes(model: torch.nn.Module, reader: HFReader) -> None:
+    """Raise CheckpointError where transformers would cast what is no weight to one."""
+    known = model.state_dict()
+    for name in sorted(reader.names()):
+        if known[name].is_floating_point() if name in known else name.endswith("weight"):
+            reader.require_weight(name)

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.evaluation.entries import is_number, require_entry, require_numbers
+from megatron_replay.evaluation.entries import (
+    is_number,
+    require_entry,
+    require_numbers,
+    restored,
+    strict,
+)
 from megatron_replay.evaluation.json_lines import append_line, parse_object, whole_lines
 from megatron_replay.evaluation.run_log import CONFIG, read_resolved_config, summarize_run
 
@@ -187,7 +193,8 @@ def append_row(path: Path, row: Row) -> None:
     Raises:
         OutputError: the file cannot be written, holds something else, or stays locked.
     """
-    line = json.dumps({"format": FORMAT, **asdict(row)}, ensure_ascii=False)
+    content = strict({"format": FORMAT, **asdict(row)})
+    line = json.dumps(content, ensure_ascii=False, allow_nan=False)
     append_line(path, line, _is_row, what="rows")
 
 
@@ -254,6 +261,7 @@ def _parse(where: str, line: bytes) -> Row:
                 f"{name!r} is of another type", where=where, expected=expected, found=found
             )
     require_entry(values["evaluation"], f"{where}: evaluation")
+    values["evaluation"] = restored(values["evaluation"])
     if values["run"] is not None:
         _require_run(values["run"], f"{where}: run")
         if values["lr"] is None:

@@ -11,9 +11,15 @@ from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_replay.data.tokenizer import load_tokenizer
-from megatron_replay.errors import DataError
-from megatron_replay.evaluation.entries import require_entry, require_fields, require_object
+from megatron_replay.data.tokenizer import load_tokenizer, tokenizer_digests
+from megatron_replay.errors import DataError, few
+from megatron_replay.evaluation.entries import (
+    require_entry,
+    require_fields,
+    require_object,
+    restored,
+    strict,
+)
 from megatron_replay.evaluation.inputs import Inputs, Settings, flag_of
 from megatron_replay.evaluation.language_model import require_device
 from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval
@@ -26,7 +32,13 @@ from megatron_replay.evaluation.model_files import (
 )
 from megatron_replay.evaluation.retention import general_scores, retention
 from megatron_replay.evaluation.weight_distance import relative_l2, weight_files
-from megatron_replay.files import read_json, require_apart, sha256_of_files, write_json
+from megatron_replay.files import (
+    differing,
+    read_json,
+    require_apart,
+    sha256_of_files,
+    write_json,
+)
 
 FORMAT = 2
 BASE = "base"
@@ -78,6 +90,7 @@ def evaluate(
     known = {result["key"]: result for result in _previous(output)}
     for path in asked.values():
         require_model(path)
+    _require_one_tokenizer(base, models)
     hashes = {name: sha256_of_files(of) for name, of in files.items()}
     sha256 = {name: model_sha256(path) for name, path in asked.items()}
     require_regular_files(tokenizer or base)
@@ -93,7 +106,7 @@ def evaluate(
         "lm_eval_version": require_lm_eval() if inputs.lm_eval() else None,
         "tokenizer": tokens.fingerprint,
     }
-    material = read_material(inputs, tokens, settings, progress=progress)
+    material = read_material(inputs, base, tokens, settings, progress=progress)
     decisive = dict(hashes)
     if material.tasks:
         tasks, metrics = material.tasks
@@ -115,6 +128,24 @@ def evaluate(
         known[keys[name]] = {"sha256": sha256[name], "key": keys[name], **measured}
         _write(output, document, asked, keys, known)
     return document
+
+
+def _require_one_tokenizer(base: Path, models: Mapping[str, Path]) -> None:
+    """Raise DataError where a model has another tokenizer than the base, which reads for all."""
+    ours = tokenizer_digests(base)
+    for name, path in models.items():
+        theirs = tokenizer_digests(path)
+        names = differing(ours, theirs)
+        if not (ours and theirs and names):
+            continue
+        if load_tokenizer(base).rules() != load_tokenizer(path).rules():
+            raise DataError(
+                f"--model {name} has another tokenizer than --base, by {few(names)}",
+                where=path,
+                expected=f"the tokenizer of {base}: all models are read with one",
+                fix="Give it the --base that it was made from; if the base's tokenizer is meant, "
+                "remove these files from the model",
+            )
 
 
 def _read(
@@ -147,7 +178,7 @@ def _write(
     for result in document["models"]:
         _add_differences(result, document["models"][0])
     document["kept"] = [known[key] for key in known if key not in keys.values()]
-    write_json(output, document)
+    write_json(output, strict(document))
 
 
 def _add_differences(result: Result, base: Result) -> None:
@@ -211,6 +242,7 @@ def read_evaluation(path: Path) -> Result:
             require_entry(result, where, required=required)
             for text in _TEXTS & result.keys():
                 require_fields(result[text], f"{where}: {text}", required=["perplexity"])
+            results[number] = restored(result)
     return document
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation import table_text
 from megatron_replay.evaluation.curve_tables import compare_curves
+from megatron_replay.evaluation.entries import strict
 from megatron_replay.evaluation.outputs import printable, require_replaceable
 from megatron_replay.evaluation.paper_figures import draw_figures, figure_files
 from megatron_replay.evaluation.paper_tables import paper_tables
@@ -62,15 +63,14 @@ def write_tables(
         lines += table_text.markdown_table(table)
     lines += table_text.markdown_comparisons(comparisons)
     shown = printable("\n".join(lines) + "\n")
-    write_json(  # first: it proves that what is beside it is ours
-        output / "tables.json",
-        {
-            "format": table_text.FORMAT,
-            "command": command,
-            "tables": [table_text.to_json(table) for table in tables],
-            "curves": [table_text.comparison_json(comparison) for comparison in comparisons],
-        },
-    )
+    content = {
+        "format": table_text.FORMAT,
+        "command": command,
+        "tables": [table_text.to_json(table) for table in tables],
+        "curves": [table_text.comparison_json(comparison) for comparison in comparisons],
+    }
+    # First: it proves that what is beside it is ours.
+    write_json(output / "tables.json", strict(content))
     lines = ["# Tables", "", *lines]
     if figures:
         lines += ["## Figures", ""]

@@ -16,7 +16,9 @@ from megatron_replay.model.config import ModelConfig
 from megatron_replay.store import CandidateReader
 
 
-def require_vocabulary(corpus: Corpus, model: ModelConfig, files: Path) -> None:
+def require_vocabulary(
+    corpus: Corpus, model: ModelConfig, files: Path, *, flag: str = "--load"
+) -> None:
     """Raise unless the corpus holds tokens of the model's own tokenizer, and rows for all of them.
 
     A tokenizer may have more tokens than the model has rows, as long as the corpus uses none of
@@ -24,6 +26,7 @@ def require_vocabulary(corpus: Corpus, model: ModelConfig, files: Path) -> None:
 
     Args:
         files: the directory of the model's config.json and tokenizer.
+        flag: which gives the model.
 
     Raises:
         ConfigError: a token has no row.
@@ -36,7 +39,7 @@ def require_vocabulary(corpus: Corpus, model: ModelConfig, files: Path) -> None:
             where="--data-path",
             expected=f"tokens below {model.vocab_size}",
             found=largest,
-            fix="Run tools/preprocess_data.py with the tokenizer of --load; tokens added to that "
+            fix=f"Run tools/preprocess_data.py with the tokenizer of {flag}; tokens added to that "
             "one need a model whose embedding was resized",
         )
     ours, theirs = corpus.description.tokenizer_files, tokenizer_digests(files)
@@ -45,11 +48,11 @@ def require_vocabulary(corpus: Corpus, model: ModelConfig, files: Path) -> None:
     names = differing(ours, theirs)
     if ours and theirs and names:
         raise DataError(
-            f"the corpus was made with another tokenizer than --load has, by {few(names)}",
+            f"the corpus was made with another tokenizer than {flag} has, by {few(names)}",
             where=files,
             expected=f"the files of {corpus.description.tokenizer_path}",
-            fix="Run tools/preprocess_data.py with the tokenizer of --load, or put the one that is "
-            "meant into --load, from where it goes along with the trained model",
+            fix=f"Run tools/preprocess_data.py with the tokenizer of {flag}, or put the one that "
+            f"is meant into {flag}, from where it goes along with the trained model",
         )
 
 

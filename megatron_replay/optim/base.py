@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,21 @@ from megatron_replay.kernels import OPTIMIZER
 from megatron_replay.optim.angle import Angle
 from megatron_replay.optim.batch import Batch, Scalars
 from megatron_replay.optim.placement import Place, Placement, place_alone
+
+#: Steps are computed in float32, in which what is larger is infinite, and what is smaller 0.
+LARGEST, TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+
+
+def require_usable_numbers(group: Mapping[str, Any]) -> None:
+    """Raise ValueError, as AdamW does, for a number of a group that is infinite in float32."""
+    numbers = {name: float(group[name]) for name in ("lr", "eps", "weight_decay")}
+    numbers["lr * weight_decay"] = numbers["lr"] * numbers["weight_decay"]
+    for name, value in numbers.items():
+        if not 0 <= value <= LARGEST:
+            raise ValueError(f"Invalid {name}: {value}, not from 0 to float32's {LARGEST:.3g}")
+    for index, beta in enumerate(group["betas"]):
+        if not 0 <= beta < 1:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
 
 
 class UpdateRule(torch.optim.AdamW):
@@ -47,7 +62,7 @@ class UpdateRule(torch.optim.AdamW):
     Raises:
         ConfigError: a setting that cannot work; in ``step``, a parameter that is not fp32 or fp64
             (a step of 1e-6 is lost in bf16: keep fp32 masters) or has a sparse gradient.
-        ValueError: a setting that AdamW refuses as well.
+        ValueError: a setting that AdamW refuses as well, or that is infinite in float32.
     """
 
     #: Whether pass 1 also needs the products with the momentum.
@@ -293,8 +308,14 @@ class UpdateRule(torch.optim.AdamW):
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in AdamW. Raises ConfigError for options a group cannot have."""
+        """Add a group, as in AdamW.
+
+        Raises:
+            ConfigError: for options a group cannot have.
+            ValueError: for numbers that no step can be taken with.
+        """
         self._require_no_variant(param_group)
+        require_usable_numbers(self.defaults | param_group)
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

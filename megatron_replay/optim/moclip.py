@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_replay.functional.momentum_step import Coefficients, Scalar
 from megatron_replay.optim.angle import READINGS, Angle, rotation_coefficients
-from megatron_replay.optim.base import UpdateRule
+from megatron_replay.optim.base import LARGEST, TINY, UpdateRule
 from megatron_replay.optim.batch import Batch, Scalars
 
 
@@ -109,8 +109,8 @@ class MoClip(UpdateRule):
             self._require("obtuse with angle_scope='tensor'", obtuse != "zero", "another", obtuse)
         moments = ("raw", "clipped")
         self._require("second_moment", second_moment in moments, ", ".join(moments), second_moment)
-        self._require("atan_a", 0 < atan_a < math.inf, "a number above 0", atan_a)
-        self._require("atan_b", 0 < atan_b < math.inf, "a number above 0", atan_b)
+        self._require("atan_a", TINY <= atan_a <= LARGEST, "above 0 in float32", atan_a)
+        self._require("atan_b", TINY <= atan_b <= LARGEST, "above 0 in float32", atan_b)
         self.max_angle, self.obtuse, self.obtuse_patience = max_angle, obtuse, obtuse_patience
         self.second_moment, self.atan_a, self.atan_b = second_moment, atan_a, atan_b
         self._streak = self._fired = torch.zeros(())

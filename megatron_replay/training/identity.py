@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_replay.checkpoint.load import differing_files
+from megatron_replay.checkpoint import fingerprint
+from megatron_replay.checkpoint.fingerprint import differing_files
 from megatron_replay.checkpoint.training import TrainState
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.errors import ConfigError, StoreError, few
+from megatron_replay.errors import ConfigError, few
 from megatron_replay.files import differing
 from megatron_replay.optim.build import state_kind
 from megatron_replay.store import CandidateReader, StoreDescription
@@ -134,12 +135,10 @@ def require_store_of_base(reader: CandidateReader, base: str) -> None:
     Args:
         base: ``base_fingerprint`` of --load.
     """
-    made_with = reader.description.checkpoint_fingerprint
-    if made_with != base:
-        raise StoreError(
-            "the store was made with another base model than --load, by "
-            f"{differing_files(made_with, base)}",
-            where=reader.directory,
-            fix="Give the --load that Stage 0 had, rerun Stage 0 with this one, or choose "
-            "--allow-other-store if the candidates shall be another model's",
-        )
+    fingerprint.require_store_of_base(
+        reader,
+        base,
+        flag=BASE,
+        fix="Give the --load that Stage 0 had, rerun Stage 0 with this one, or choose "
+        "--allow-other-store if the candidates shall be another model's",
+    )

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file, save_file
 
+from megatron_replay.checkpoint.fingerprint import digests_of
+from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.tokenizer import load_tokenizer
@@ -66,7 +68,7 @@ def _write_corpus_and_store(site: Path) -> None:
             logits="none",
             corpus_fingerprint=frozen.fingerprint,
             tokenizer_fingerprint=frozen.tokenizer_fingerprint,
-            checkpoint_fingerprint="none",
+            checkpoint_fingerprint=digests_of(HFReader(site / "base").files()),
             selection={},
         ),
     )

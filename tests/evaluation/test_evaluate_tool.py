@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatron_replay.evaluation import suite
 from megatron_replay.evaluation.candidate_mass import candidate_mass
 from megatron_replay.evaluation.language_model import load_model, score
 from megatron_replay.evaluation.measurements import read_documents
+from megatron_replay.evaluation.rows import read_rows
 from megatron_replay.files import sha256_of_files
 from megatron_replay.platform import registry
 from megatron_replay.platform.cpu import CPU
@@ -24,7 +26,8 @@ from megatron_replay.store import CandidateReader
 from tests.data.tiny_tokenizers import save_sentencepiece
 from tests.evaluation.evaluation_site import SLOW_MACHINE, Measuring, flags, write_rows
 from tests.evaluation.models import random_documents, save_model
-from tools import evaluate
+from tests.store.corpora import write_corpus
+from tools import evaluate, report
 
 
 def test_a_sentencepiece_model_in_place_of_the_base_s_tokenizer(site: Path, tmp_path: Path) -> None:
@@ -286,9 +289,17 @@ def test_a_prompt_that_the_model_cannot_read(
             "questions.jsonl:1: prompt and answer",
         ),
         (["--window=0"], 2, "--window: must be positive (found 0)"),
-        (["--query-seconds=nan"], 2, "--query-seconds: must be positive (found nan)"),
-        (["--query-seconds=inf"], 2, "--query-seconds: must be positive (found inf)"),
-        (["--query-seconds=1e300"], 2, "--query-seconds: too long for one query"),
+        (
+            ["--sql=c={site}", "--query-seconds=nan"],
+            2,
+            "--query-seconds: must be positive (found nan)",
+        ),
+        (
+            ["--sql=c={site}", "--query-seconds=inf"],
+            2,
+            "--query-seconds: must be positive (found inf)",
+        ),
+        (["--sql=c={site}", "--query-seconds=1e300"], 2, "--query-seconds: too long for one query"),
         (["--data={site}/missing"], 3, "no such file, given as --data"),
         (["--task-data={site}/text.jsonl"], 3, "text.jsonl:1"),
         (["--model=a={site}"], 4, "no safetensors files here"),
@@ -310,6 +321,24 @@ def test_mistakes_are_one_line(
     assert message in errors[0]
 
 
+@pytest.mark.parametrize(
+    "flag",
+    ["--bird-compat", "--query-seconds=2", "--max-new-tokens=9", "--max-documents=9", "--window=9",
+     "--batch-size=9"],
+)  # fmt: skip
+def test_a_setting_that_nothing_reads(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    material = [f"--data-path={site}/corpus", f"--store={site}/store"]
+    if flag == "--max-documents=9":
+        material = [f"--general-text={site}/text.jsonl"]
+    assert evaluate.main([f"--base={site}/base", f"--output={tmp_path}/e", *material, flag]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"error: {flag.split('=')[0]}: has no effect on what is measured. Add --"
+    )
+
+
 def test_nothing_to_measure(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([f"--base={site}/base", f"--output={tmp_path}/e"]) == 2
     assert "nothing to measure" in capsys.readouterr().err
@@ -322,6 +351,83 @@ def test_a_store_of_another_corpus_is_refused(site: Path, tmp_path: Path) -> Non
             corpus.add(document)
     given = flags(site, tmp_path / "e")
     assert evaluate.main([*given, f"--data-path={tmp_path / 'other'}"]) == 5
+
+
+def test_a_store_of_another_base_or_tokenizer_is_refused(
+    site: Path, tmp_path: Path, measuring: Measuring, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_model(tmp_path / "other", seed=1)
+    assert evaluate.main([*flags(site, tmp_path / "e"), f"--base={other}"]) == 5
+    assert (
+        f"{site}/store: the store was made with another base model than --base, by "
+        "model.safetensors. Give the --base that Stage 0 had" in capsys.readouterr().err
+    )
+    retold = shutil.copytree(site / "base", tmp_path / "retold")
+    (retold / "special_tokens_map.json").write_text("{}")
+    assert evaluate.main([*flags(site, tmp_path / "e"), f"--base={retold}"]) == 3
+    assert (
+        f"{retold}: the corpus was made with another tokenizer than --base has, by "
+        "special_tokens_map.json" in capsys.readouterr().err
+    )
+    write_corpus(tmp_path / "corpus", random_documents(5))
+    assert evaluate.main([*flags(site, tmp_path / "e"), f"--data-path={tmp_path}/corpus"]) == 5
+    assert "tokenizer_fingerprint" in capsys.readouterr().err
+    assert measuring.measured == []
+
+
+def test_a_model_of_another_tokenizer_is_refused(
+    site: Path, tmp_path: Path, measuring: Measuring, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(site / "tuned", tmp_path / "other")
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={tmp_path}/e"]
+    given.append(f"--model=other={other}")
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    file = other / "tokenizer_config.json"
+    file.write_text(json.dumps(config | {"model_max_length": 7}))  # as save_pretrained rewrites it
+    assert evaluate.main(given) == 0
+    file.write_text(json.dumps(config | {"chat_template": "{{ messages }}"}))
+    content = json.loads((other / "tokenizer.json").read_text())
+    for name, damaged in (("tokenizer_config.json", None), ("tokenizer.json", content)):
+        if damaged:
+            file.write_text(json.dumps(config))
+            vocabulary = damaged["model"]["vocab"]
+            vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+            (other / name).write_text(json.dumps(damaged))
+        assert evaluate.main(given) == 3
+        said = capsys.readouterr().err
+        assert f"{other}: --model other has another tokenizer than --base, by" in said
+        assert name in said
+    for path in other.glob("*token*"):
+        path.unlink()
+    measuring.measured.clear()
+    assert evaluate.main(given) == 0
+    assert measuring.measured == []
+
+
+def test_results_are_json_whatever_diverged(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is read is what was measured: a perplexity beyond a float."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    output, rows = tmp_path / "eval.json", tmp_path / "rows.jsonl"
+    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={output}"]
+    found = {"general": {"perplexity": math.inf, "loss": 800.0}}
+    monkeypatch.setattr(suite, "measure", lambda *_, **__: json.loads(json.dumps(found)))
+    for _ in range(2):  # the second reads the results of the first
+        assert evaluate.main([*given, f"--model=tuned={site}/tuned"]) == 0
+        document = json.loads(output.read_text(), parse_constant=refuse)
+        assert document["models"][1]["general"]["perplexity"] == "Infinity"
+        assert document["models"][1]["general"]["delta_perplexity"] == "NaN"
+    general = suite.read_evaluation(output)["models"][1]["general"]
+    assert general["perplexity"] == math.inf
+    assert math.isnan(general["delta_perplexity"])
+    row = ["row", f"--evaluation={output}", "--model=base", f"--rows={rows}"]
+    assert report.main(row) == 0
+    json.loads(rows.read_text(), parse_constant=refuse)
+    assert read_rows(rows)[0].evaluation["general"]["perplexity"] == math.inf
 
 
 def test_base_is_compared_with_itself_exactly(site: Path, tmp_path: Path) -> None:

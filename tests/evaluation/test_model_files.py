@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_replay.errors import CheckpointError
@@ -122,3 +123,17 @@ def test_odd_files_are_one_line(
     [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert str(model) in line
     assert (damage == "bytes") or "found a pipe" in line
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_weights_that_are_no_numbers(model: Path, name: str) -> None:
+    """What Stage 1 refuses: transformers casts integers, and computes with what is not finite."""
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors[name].int()}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"wrong dtype of {name} \(expected .*; found I32"):
+        require_model(model)
+    tensors[name].view(-1)[1] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"the weights are not finite: {name}"):
+        load_model(model)

@@ -186,7 +186,7 @@ def test_from_hugging_face_to_the_report(
         for optimizer in ("mofo", "muonclip"):
             output = script(f"stage1_qwen3_SIZE_{optimizer}_ptd", *step)
             assert f"optimizer: {optimizer}" in output
-    script("evaluate_qwen3_SIZE_ptd", "--max-new-tokens", "8")
+    script("evaluate_qwen3_SIZE_ptd", "--max-documents", "8")
     script("report_qwen3_SIZE")
     report = json.loads((run_dir / "report.json").read_text())
     assert "moclip" in json.dumps(report)

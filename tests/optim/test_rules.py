@@ -313,3 +313,22 @@ def quadratic_descends(make: Callable[[list[Tensor]], UpdateRule]) -> float:
 @pytest.mark.parametrize("rule", ["adamw", "mofo", "tam smoothed", "adamuon", "muonclip"])
 def test_none_stalls_on_a_one_dimensional_quadratic(rule):
     assert quadratic_descends(lambda params: BUILD[rule](params, lr=0.02)) < 0.1
+
+
+@pytest.mark.parametrize("rule", BUILD)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", math.inf), ("lr", 1e39), ("lr", torch.tensor(math.inf)), ("weight_decay", math.inf),
+     ("weight_decay", 1e300), ("weight_decay", 3e38), ("eps", math.inf), ("eps", 1e300)],
+)  # fmt: skip
+def test_numbers_that_are_infinite_in_float32(rule: str, name: str, value: Any) -> None:
+    """Refused as AdamW refuses others, of a group of its own, too; 3e38 is, times the rate."""
+    param = torch.nn.Parameter(torch.ones(2, 2))
+    if (rule, name) != ("moclip", "eps"):
+        with pytest.raises(ValueError, match=f"Invalid .*{name}"):
+            BUILD[rule]([param], **{"lr": 10.0, name: value})
+    with pytest.raises(ValueError, match=f"Invalid .*{name}"):
+        BUILD[rule]([{"params": [param], name: value}], lr=10.0)
+    for bad in ({"lr": math.nan}, {"betas": (0.9, 1.0)}, {"betas": (math.nan, 0.9)}):
+        with pytest.raises(ValueError, match="Invalid"):
+            BUILD[rule]([{"params": [param], **bad}], lr=10.0)

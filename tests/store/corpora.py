@@ -26,9 +26,11 @@ def text_of(document: DocumentCandidates) -> Document:
     return Document(tokens, loss_mask)
 
 
-def write_corpus(prefix: Path, documents: list[Document]) -> Corpus:
+def write_corpus(
+    prefix: Path, documents: list[Document], *, fingerprint: str = "tokenizer"
+) -> Corpus:
     tokenizer: Any = SimpleNamespace(
-        path="tokenizer", fingerprint="tokenizer", files={},
+        path="tokenizer", fingerprint=fingerprint, files={},
         vocab_size=VOCAB_SIZE, eos_id=0, pad_id=0,
     )  # fmt: skip
     with CorpusWriter(prefix, tokenizer, row_format="messages", source={}) as corpus:

@@ -147,7 +147,13 @@ def test_a_corpus_shorter_than_its_positions_is_refused(store: Path) -> None:
         (["--data-path", "x"], "--data-path: is of no use alone", 2),
         (["--figure", "x.png", "--document", "1"], "--figure: draws whole stores", 2),
         (["--figure", "x.pdf"], "--figure: another format (expected a name that ends in .png", 2),
-        (["--show-candidates", "-1"], "--show-candidates: negative", 2),
+        (["--document", "1", "--show-candidates", "-1"], "--show-candidates: negative", 2),
+        (["--show-candidates", "8"], "--show-candidates: shows nothing without a document", 2),
+        (
+            ["--document", "1", "--json", "--show-candidates", "1"],
+            "--show-candidates: JSON has all candidates. Leave it out, or --json",
+            2,
+        ),
     ],
 )
 def test_mistakes_are_one_line(

@@ -151,6 +151,10 @@ def test_another_or_a_damaged_corpus_is_refused(
     other = store.with_name("other")
     assert main([str(store), "--verify", f"--data-path={other}"]) == StoreError.exit_code
     assert "corpus_fingerprint" in capsys.readouterr().err
+    write_corpus(store.with_name("told"), [corpus[d] for d in range(14)], fingerprint="another")
+    told = store.with_name("told")
+    assert main([str(store), "--verify", f"--data-path={told}"]) == StoreError.exit_code
+    assert "told is another corpus: give the one that Stage 0 read" in capsys.readouterr().err
     flip(Path(f"{corpus.prefix}.bin"), 9)
     assert main([str(store), "--verify", f"--data-path={corpus.prefix}"]) == DataError.exit_code
 

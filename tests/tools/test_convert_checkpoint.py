@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_replay.checkpoint.export import require_equal
@@ -101,6 +102,9 @@ def test_a_large_model_is_said_not_to_be_run(model, capsys, monkeypatch, tmp_pat
         (["--save-model-type", "hf"], "is hf already"),
         (["--save-model-type", "mcore", "--target-tensor-parallel-size", "2"],
          "--target-tensor-parallel-size: mcore is not cut into ranks"),
+        (["--hf-cfg-dir", "."], "--hf-cfg-dir: hf has its own config.json .*to read mg. Leave it"),
+        (["--save-model-type", "mcore", "--trust-pickle"], "--trust-pickle: hf has .* no pickles"),
+        (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size: one process"),
         (["--load", "/nowhere"], r"/nowhere: no checkpoint here .*found no such directory"),
         (["--num-layer-list", "a"], "--num-layer-list: invalid"),
     ],
@@ -150,3 +154,44 @@ def test_logits_are_those_of_the_ranks(model, tmp_path):
     [differs] = pool.run(1, _compare_logits, model, tmp_path / "ranks")
     assert same == "equal"
     assert "logits differ from transformers'" in differs
+
+
+def test_an_mcore_checkpoint_is_checked_as_others_are(model, tmp_path, capsys, monkeypatch):
+    """Its config.json lies in hf/."""
+    run = tmp_path / "run"
+    (run / "iter_0000001").mkdir(parents=True)
+    (run / "latest_checkpointed_iteration.txt").write_text("1")
+    (run / "hf").mkdir()
+    shutil.copy(model / "config.json", run / "hf")
+    base = ["--load", run, "--save", tmp_path / "out"]
+    for flags, message in (
+        (["--model-type-hf", "llama2"], "--model-type-hf: .*expected qwen3; found llama2"),
+        (["--hf-cfg-dir", model], "--hf-cfg-dir: mcore has its own config.json"),
+        (["--trust-pickle"], "--trust-pickle: mcore has"),
+    ):
+        assert re.search(message, mistake(capsys, monkeypatch, *base, *flags))
+
+
+@pytest.mark.parametrize(
+    ("stored", "named", "asked", "is_exact"),
+    [
+        (torch.float32, "bfloat16", "auto", False),
+        (torch.bfloat16, "bfloat16", "auto", True),
+        (torch.float16, "bfloat16", "auto", False),
+        (torch.bfloat16, "float32", "auto", True),
+        (torch.float64, "float32", "auto", False),
+        (torch.float32, "bfloat16", "float32", True),
+    ],
+)
+def test_rounded_weights_are_no_longer_the_base(model, tmp_path, stored, named, asked, is_exact):
+    """What is stored decides, not what config.json says."""
+    base = shutil.copytree(model, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors = {name: tensor.to(stored) for name, tensor in tensors.items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": named}))
+    flags = ["--load", base, "--save", tmp_path / "mcore", "--save-format", "mcore"]
+    assert pool.run(1, _run, [*map(str, flags), "--dtype", asked, "--no-verify"]) == [0]
+    state = json.loads((tmp_path / "mcore" / "iter_0000000" / "train_state.json").read_text())
+    assert bool(state["identity"]) is is_exact
