@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
 import shutil
@@ -162,23 +164,33 @@ def test_a_run_with_ruined_weights_publishes_nothing_and_fails(folder, tmp_path)
     stages.succeed("stage1", *flags, tp=2)
 
 
-def _poison(rank: int) -> None:
+def _poison(first: int, rank: int) -> None:
+    """Step ``first`` and those after it have no finite loss."""
     from megatron_replay.training import loop
 
-    take_step = loop.train_step
+    take_step, steps = loop.train_step, itertools.count(1)
 
     def step(model, optimizer, work, *args, **kwargs):
         head = work[0].head
-        work = [work[0]._replace(head=lambda h, w: head(h, w) * math.nan), *work[1:]]
+        if next(steps) >= first:
+            work = [work[0]._replace(head=lambda h, w: head(h, w) * math.nan), *work[1:]]
         return take_step(model, optimizer, work, *args, **kwargs)
 
     loop.train_step = step
 
 
-def test_a_run_of_skipped_steps_is_no_success(folder, tmp_path):
-    message = stages.fail("stage1", *argv(folder, tmp_path / "run"), before=_poison, code=7)
-    assert "each of the 5 steps was skipped" in message
-    assert training.latest_iteration(tmp_path / "run") is None
+@pytest.mark.parametrize(("first", "skipped", "saved"), [(1, 5, None), (3, 3, 4), (4, 2, 5)])
+def test_a_run_of_which_most_steps_were_skipped_is_no_success(
+    folder, tmp_path, first, skipped, saved
+):
+    flags = [*argv(folder, tmp_path / "run"), "--save-interval", 2]
+    before = functools.partial(_poison, first)
+    if skipped == 2:
+        stages.succeed("stage1", *flags, before=before)
+    else:
+        message = stages.fail("stage1", *flags, before=before, code=7)
+        assert f"{skipped} of 5 steps were skipped for a loss or gradient" in message
+    assert training.latest_iteration(tmp_path / "run") == saved
 
 
 def test_a_model_of_other_sizes_than_config_json_says_is_refused_before_memory_is_taken(
