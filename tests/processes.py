@@ -102,8 +102,10 @@ def until(condition: Callable[[], object], pid: int) -> None:
 
 def children() -> set[int]:
     """Processes whose parent this one is, but for those that live as long as it does."""
-    lists = Path("/proc/self/task").glob("*/children")
-    found = {int(pid) for path in lists for pid in path.read_text().split()}
+    found = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # that thread has ended, and left its children to others
+            found.update(map(int, path.read_text().split()))
     # multiprocessing starts the second with its first spawned process.
     keep = {_server[0].pid if _server else None, resource_tracker._resource_tracker._pid}
     return found - keep

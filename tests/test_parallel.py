@@ -104,13 +104,29 @@ def test_the_timeout_reaches_every_group():
     assert pool.run(4, timeouts) == [{datetime.timedelta(minutes=7.5)}] * 4
 
 
+class UntilAllHaveAnswered:
+    """A clock whose time is over some looks after all of ``ranks`` have said they met an error."""
+
+    def __init__(self, ranks: set[int]) -> None:
+        self.ranks, self.now = ranks, 0.0
+
+    def monotonic(self) -> float:
+        now, store = self.now, dist.distributed_c10d._get_default_store()
+        if all(store.check([f"met an error/{rank}"]) for rank in self.ranks):
+            self.now += parallel._ANSWER_SECONDS / 2
+        return now
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
 def lost(rank: int, world_size: int, silent: tuple[int, ...], message: str) -> str | None:
-    parallel._ANSWER_SECONDS = 5.0
-    dist.barrier()
-    if rank in silent:
-        time.sleep(6)  # alive, and stuck
-        return None
-    explained = parallel.explain(RuntimeError(message))
+    if silent:
+        parallel.time = UntilAllHaveAnswered(set(range(world_size)) - set(silent))
+    explained = None
+    if rank not in silent:
+        explained = parallel.explain(RuntimeError(message))
+    dist.barrier()  # who is silent lives, and keeps the store
     return None if explained is None else f"{type(explained).__name__} {explained}"
 
 
@@ -148,6 +164,18 @@ def stops(rank: int, world_size: int, asked: dict[int, int]) -> int:
             if request.after(iteration):
                 return iteration
     return 0
+
+
+def test_learning_of_a_signal_takes_no_collective():
+    """There is no process group here that one could go through."""
+    assert not dist.is_initialized()
+    store = dist.HashStore()
+    with StopRequest(store) as asked, StopRequest(store) as other:
+        assert not asked.after(1)
+        assert not other.after(1)
+        asked.received = "SIGTERM"
+        assert (asked.after(2), other.after(2)) == (False, False)
+        assert (asked.after(3), other.after(3)) == (True, True)
 
 
 @pytest.mark.distributed

@@ -36,13 +36,13 @@ def split(source: Path, output: Path) -> dict[str, int]:
         raise DataError(
             "too few rows", where=source, expected=f"at least {EVERY}", found=len(lines)
         )
+    staged = start_directory(output)
     heldout = lines[::EVERY][:MOST_HELD_OUT]
     train = [line for i, line in enumerate(lines) if i % EVERY or i // EVERY >= MOST_HELD_OUT]
     texts = general_documents(seed=0)[:GENERAL_DOCUMENTS]
     general = [json.dumps({"text": text}).encode() for text in texts]
     files = {"train": train, "heldout": heldout, "general_heldout": general}
     counts = {name: len(rows) for name, rows in files.items()}
-    staged = start_directory(output)
     for name, rows in files.items():
         with atomic_file(staged / f"{name}.jsonl") as handle:
             handle.writelines(row + b"\n" for row in rows)

@@ -10,7 +10,7 @@ from megatron_replay.errors import OutputError, few
 from megatron_replay.files import fsync_path, output_error, read_json, write_json
 from megatron_replay.locks import LOCK_FILE, DirectoryLock, is_ours
 
-#: In each directory that was published: the bytes of each of its files, by name. One that holds
+#: In each directory that was published: size and time of each of its files, by name. One that holds
 #: just these may be replaced.
 WRITTEN = ".written"
 #: Held while a directory is staged by this process: the lock also proves that it is ours.
@@ -63,18 +63,19 @@ def _require_replaceable(final: Path, *, overwrite: bool) -> None:
         )
 
 
-def _contents(directory: Path) -> dict[str, int]:
-    """The bytes of each file below ``directory``; -1 for links, empty folders and the like."""
-    found: dict[str, int] = {}
+def _contents(directory: Path) -> dict[str, list[int]]:
+    """[bytes, ns of last change] of each file below; [] of links, empty folders and the like."""
+    found: dict[str, list[int]] = {}
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
             below = _contents(path)
-            found.update({f"{path.name}/{name}": size for name, size in below.items()})
+            found.update({f"{path.name}/{name}": about for name, about in below.items()})
             if not below:
-                found[f"{path.name}/"] = -1
+                found[f"{path.name}/"] = []
         elif path.name not in (LOCK_FILE, WRITTEN):
             is_file = path.is_file() and not path.is_symlink()
-            found[path.name] = path.stat().st_size if is_file else -1
+            stat = path.lstat()
+            found[path.name] = [stat.st_size, stat.st_mtime_ns] if is_file else []
     return found
 
 

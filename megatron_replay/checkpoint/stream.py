@@ -18,7 +18,12 @@ from megatron_replay.checkpoint.compare import require_same
 from megatron_replay.checkpoint.directories import LATEST, iteration_directory, latest_iteration
 from megatron_replay.checkpoint.hf import HFReader, same_bits
 from megatron_replay.checkpoint.mapped import MappedTensor
-from megatron_replay.checkpoint.model_files import FOLDER, keep_model_files
+from megatron_replay.checkpoint.model_files import (
+    FOLDER,
+    fingerprints,
+    keep_model_files,
+    require_model_files,
+)
 from megatron_replay.checkpoint.names import EMBEDDING, mapping_of
 from megatron_replay.checkpoint.rank_files import (
     VOCABULARY,
@@ -29,11 +34,13 @@ from megatron_replay.checkpoint.rank_files import (
 )
 from megatron_replay.checkpoint.staging import publish, start_directory
 from megatron_replay.errors import CheckpointError, ConfigError
-from megatron_replay.files import atomic_file, fsync_path, output_error
+from megatron_replay.files import atomic_file, fsync_path, output_error, read_json, write_json
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.progress import Progress
 
 _ITERATION = 1
+#: SHA-256 by name of what lies in hf/, beside it.
+_MODEL_FILES = "model_files.json"
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,7 @@ def hf_to_ranks(
                 write_rank(iteration / grid.file(stage, rank), shards, _ITERATION)
                 del shards
     keep_model_files(source, staged)
+    write_json(staged / _MODEL_FILES, fingerprints(staged / FOLDER))
     with atomic_file(staged / LATEST, "w") as handle:
         handle.write(f"{_ITERATION}\n")
     verified = 0
@@ -195,7 +203,8 @@ def ranks_to_hf(
     """Write files of ranks as a Hugging Face directory.
 
     Args:
-        config_directory: where config.json and tokenizer lie; default ``source``/hf.
+        config_directory: where config.json and tokenizer lie; default ``source``/hf, which must
+            then be what the files of ranks were made with, if they are ours.
 
     Raises:
         CheckpointError: ``source`` is not whole, or what was written differs from it.
@@ -206,6 +215,9 @@ def ranks_to_hf(
         raise CheckpointError(
             "no config.json", where=side_files, fix="Name a directory that has it: --hf-cfg-dir"
         )
+    made_with = source / _MODEL_FILES
+    if config_directory is None and made_with.exists():
+        require_model_files(source, read_json(made_with, CheckpointError))
     config = ModelConfig.from_hf(side_files)
     number = latest_iteration(source)
     if number is None:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol
 
 from megatron_replay.collection.records import every_document
+from megatron_replay.errors import OutputError
 from megatron_replay.store import CandidateWriter, DocumentCandidates
 
 #: Seconds that an error waits for a write under way, so that its temporary file is removed.
 _ABORT_SECONDS = 5.0
+#: Seconds in which a disk must take a part: one that hangs is an error, not a wait.
+_STALL_SECONDS = 600.0
 
 
 class Part(Protocol):
@@ -67,7 +70,7 @@ class ShardStream:
         start = time.perf_counter()
         with self._changed:
             while self._held and self._held + part.nbytes > self._max_bytes and not self._error:
-                self._changed.wait()
+                self._require_motion(self._changed.wait)
             self.waited += time.perf_counter() - start
             if self._error is not None:
                 raise self._error
@@ -92,10 +95,23 @@ class ShardStream:
         if kind is not None:
             self._thread.join(_ABORT_SECONDS)
             return
-        self._thread.join()
+        while self._thread.is_alive():
+            self._require_motion(self._thread.join)
         self.waited += time.perf_counter() - start
         if self._error is not None:
             raise self._error
+
+    def _require_motion(self, wait: Callable[[float], object]) -> None:
+        """Wait for the disk; raise OutputError where it takes nothing for ``_STALL_SECONDS``."""
+        held, start = self._held, time.monotonic()
+        wait(_STALL_SECONDS)
+        is_over = time.monotonic() - start >= _STALL_SECONDS
+        if is_over and self._held == held and self._thread.is_alive():
+            raise OutputError(
+                f"the disk has taken nothing for {_STALL_SECONDS:.0f} s",
+                where=self._writer.directory,
+                fix="Look at the disk or its server; the same command goes on from here",
+            )
 
     def _write(self) -> None:
         try:

@@ -267,14 +267,20 @@ def add(path: Path) -> None:
     path.write_text("mine")
 
 
+def touch_up(path: Path) -> None:
+    """A change that leaves the size as it is."""
+    path.write_bytes(path.read_bytes().replace(b"true", b"null"))
+
+
 CHANGES = {
     "thesis.tex": lambda final: add(final / "thesis.tex"),
     "run/metrics.jsonl": lambda final: add(final / "run" / "metrics.jsonl"),
     "data/": lambda final: (final / "data").mkdir(),
     "config.json": lambda final: add(final / "config.json"),
+    "generation_config.json": lambda final: touch_up(final / "generation_config.json"),
     "rows.jsonl": lambda final: (final / "rows.jsonl").symlink_to("/dev/null"),
     ".written": lambda final: (final / ".written").write_text("[]"),
-    "generation_config.json": lambda final: (final / ".written").unlink(),
+    "and 3 more": lambda final: (final / ".written").unlink(),
 }
 
 

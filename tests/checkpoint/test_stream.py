@@ -150,6 +150,17 @@ def test_config_of_another_directory(small, tmp_path):
         )
 
 
+def test_ranks_beside_another_models_config_are_refused(small, tmp_path):
+    """The logits would be compared with those of the same wrong config."""
+    converted(small[True, 97], tmp_path / "mg")
+    config = json.loads((tmp_path / "mg" / "hf" / "config.json").read_text())
+    (tmp_path / "mg" / "hf" / "config.json").write_text(json.dumps(config | {"rope_theta": 9.0}))
+    with pytest.raises(CheckpointError, match=r"not the config\.json that the checkpoint"):
+        ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+    ranks_to_hf(tmp_path / "mg", tmp_path / "hf", config_directory=small[True, 97])
+
+
 def test_stages_say_how_to_load_ranks(small, tmp_path):
     converted(small[True, 96], tmp_path / "mg")
     with pytest.raises(CheckpointError, match=r"mg\) are not loaded .*convert_checkpoint\.py"):

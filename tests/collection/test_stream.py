@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_replay.collection import stream as collection_stream
 from megatron_replay.collection.stream import ShardStream
 from megatron_replay.errors import OutputError, StoreError
 from megatron_replay.store import CandidateReader, CandidateWriter, DocumentCandidates
@@ -219,6 +220,28 @@ def test_ctrl_c_ends_a_wait_for_the_disk(tmp_path, disk):
     finally:
         signal.signal(signal.SIGINT, before)
     assert published(tmp_path) == []
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_disk_that_hangs_is_an_error(tmp_path, disk, monkeypatch, parts):
+    """Where a part is to be let in, and at the end."""
+    monkeypatch.setattr(collection_stream, "_STALL_SECONDS", 0.05)
+    monkeypatch.setattr(collection_stream, "_ABORT_SECONDS", 0.05)
+    writer = CandidateWriter(tmp_path, describe(num_documents=2))
+
+    def work() -> None:
+        with ShardStream(writer, 0, max_bytes=1) as stream:
+            for document in range(parts):
+                stream.put(Documents(writer, [document]))
+
+    try:
+        with pytest.raises(OutputError, match="the disk has taken nothing for 0 s"):
+            work()
+    finally:
+        disk.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("shard"):
+                thread.join()
 
 
 def published(directory: Path) -> list[str]:

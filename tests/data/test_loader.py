@@ -9,7 +9,9 @@ import weakref
 
 import pytest
 
+from megatron_replay.data import loader as data_loader
 from megatron_replay.data.loader import Loader
+from tests.processes import HANG_SECONDS
 
 DEPTHS = [0, 1, 2, 5]
 #: Long enough for a thread that may go on to do so.
@@ -21,7 +23,7 @@ def loaders() -> list[threading.Thread]:
 
 
 def wait_until(condition) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -151,15 +153,33 @@ def test_still():
         pass
 
 
+class Clock:
+    """Goes on only where a test says so; ``looks``: how often the test's thread looked at it."""
+
+    def __init__(self):
+        self.now, self.looks = 0.0, 0
+
+    def perf_counter(self):
+        self.looks += threading.current_thread() is threading.main_thread()
+        return self.now
+
+
 @pytest.mark.parametrize("depth", [0, 1])
-def test_waiting_is_measured(depth):
+def test_waiting_is_measured(depth, monkeypatch):
+    clock, made = Clock(), []
+    monkeypatch.setattr(data_loader, "time", clock)
+
     def make(k):
-        time.sleep(A_WHILE if k == 1 else 0)
+        if k == 1:  # takes seven seconds from when it is waited for
+            wait_until(lambda: clock.looks == 3)
+            clock.now += 7
+        made.append(k)
 
     with Loader(make, range(3), depth=depth) as loader:
         next(loader)
+        assert loader.waited == 0
         next(loader)
-        assert A_WHILE / 2 < loader.waited < 50 * A_WHILE
-        time.sleep(A_WHILE)
+        assert loader.waited == 7
+        wait_until(lambda: len(made) == 2 + depth)  # made ahead
         next(loader)
-        assert loader.waited < A_WHILE / 2
+        assert loader.waited == 0

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import functools
+import importlib
 import itertools
 import json
 import math
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megatron_replay.checkpoint import training
+from tests import pool
 from tests.e2e import stages
 from tests.e2e.stages import argv
 
@@ -63,6 +70,7 @@ MORE = {
     "resolved_config.yaml": [b"a: &x [*x]", b"data: 3", b"a: b: c"],
     "latest_checkpointed_iteration.txt": [b"-1", b"9", b"9" * 5000, "²".encode(), b"release"],
     "train_state.json": [b'{"iteration": 2}'],
+    "skipped_batches.jsonl": [],
 }
 
 
@@ -70,10 +78,14 @@ MORE = {
 def test_a_damaged_file_of_a_run_is_one_line(folder, run, tmp_path, name):
     save = tmp_path / "run"
     shutil.copytree(run, save)
-    [path] = save.rglob(name)
+    is_lines = name.endswith(".jsonl")
+    path = save / name if is_lines else next(save.rglob(name))
     for content in [*DAMAGE, *MORE[name]]:
-        path.write_bytes(content)
-        line = stages.fail("stage1", *argv(folder, save, "--lr", 2e-3), code=4)
+        if is_lines and not content:
+            continue  # no step was skipped
+        path.write_bytes(content + b"\n" * is_lines)
+        code = 6 if is_lines else 4
+        line = stages.fail("stage1", *argv(folder, save, "--lr", 2e-3), code=code)
         assert name in line or "iter_" in line
         assert len(line) < 700
 
@@ -90,6 +102,84 @@ def test_a_state_of_other_types_is_one_line(run, change):
     state = json.loads((run / "iter_0000002" / "train_state.json").read_text())
     with pytest.raises((TypeError, ValueError)):
         training.TrainState(**state | change)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_pipe_or_a_device_in_place_of_a_file_of_the_base(folder, tmp_path, name):
+    import os
+
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    (model / name).unlink(missing_ok=True)
+    data = ["--load", model, "--data-path", folder / "corpus", "--seq-length", 64]
+    for make in (os.mkfifo, lambda at: at.symlink_to("/dev/zero")):
+        make(model / name)
+        for stage, flags in (
+            ("stage0", [*data, "--store", tmp_path / "store"]),
+            ("stage1", argv(folder, tmp_path / "run", "--load", model, "--allow-other-store")),
+        ):
+            [(code, _, said)] = stages.run(stage, *flags)
+            assert code in (3, 4), said
+            assert f"{name}: cannot read (expected a regular file" in said
+        (model / name).unlink()
+
+
+def _stall(rank: int, world_size: int, argv: list[str], over: Path) -> tuple[int, str] | None:
+    """Rank 1 stops in its first step; the others wait for it for a second from then on."""
+    from megatron_replay import parallel
+    from megatron_replay.training import loop
+
+    take_step, parallel._ANSWER_SECONDS = loop.train_step, 0.1
+
+    def step(model, optimizer, work, groups, **kwargs):
+        if rank == 1:
+            while not over.exists():
+                time.sleep(0.01)
+            raise SystemExit
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1), groups.tp_group)
+        return take_step(model, optimizer, work, groups, **kwargs)
+
+    loop.train_step = step
+    said = None
+    with contextlib.suppress(SystemExit):
+        code, _, err = stages._main(rank, world_size, "stage1", argv, None)
+        said = code, err
+    over.touch()
+    dist.destroy_process_group()  # with a rank that has gone: nothing can be agreed on
+    return said
+
+
+def test_a_rank_that_stops_is_named_by_the_one_that_waits(folder, tmp_path):
+    flags = [*argv(folder, tmp_path / "run"), "--tensor-model-parallel-size", 2]
+    (code, said), other = pool.run(2, _stall, list(map(str, flags)), tmp_path / "over")
+    assert other is None
+    assert code == 7
+    [line] = [line for line in said.splitlines() if line.startswith("error")]
+    assert "rank 1 does not answer; the others waited for it as long as" in line
+    assert "--distributed-timeout-minutes" in line
+    assert "Traceback" not in said
+
+
+def _unreadable_base(module: str, rank: int) -> None:
+    """Rank 0 cannot read the base's weights; the others do not even try."""
+    from megatron_replay.errors import CheckpointError
+
+    def fail(load):
+        assert rank == 0
+        raise CheckpointError("cannot read: Input/output error", where=load)
+
+    importlib.import_module(module).base_fingerprint = fail
+
+
+def test_a_base_that_only_rank_0_cannot_read_ends_all_ranks(folder, tmp_path):
+    data = ["--data-path", folder / "corpus", "--seq-length", 64, "--load", folder / "model"]
+    for stage, module, flags in (
+        ("stage0", "megatron_replay.collection.run", [*data, "--store", tmp_path / "store"]),
+        ("stage1", "megatron_replay.training.loop", argv(folder, tmp_path / "run")),
+    ):
+        before = functools.partial(_unreadable_base, module)
+        message = stages.fail(stage, *flags, dp=2, before=before, code=4)
+        assert "cannot read: Input/output error" in message
 
 
 def test_a_pipe_or_a_device_in_place_of_a_file_is_not_waited_for(folder, run, tmp_path):

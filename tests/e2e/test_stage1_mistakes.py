@@ -140,13 +140,17 @@ def test_print_config_and_dry_run_need_no_ranks(folder, tmp_path, capsys):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "flags",
-    [["--no-pack-documents"], ["--no-drop-unread-tokens"], ["--train-epochs", "2"], []],
-)
-def test_a_dry_run_predicts_the_iterations(folder, tmp_path, capsys, flags):
+    ("flags", "expected"),
+    [
+        (["--no-pack-documents"], 18), (["--no-drop-unread-tokens"], 11),
+        (["--train-epochs", "2"], 21), ([], 10),
+    ],
+)  # fmt: skip
+def test_a_dry_run_predicts_the_iterations(folder, tmp_path, capsys, flags, expected):
     from megatron_replay import stage1
 
+    flags = [*flags, "--seq-length", 32]  # at which unread tokens fill a pack
     assert stage1.main([*map(str, argv(folder, tmp_path / "run", *flags)), "--dry-run"]) == 0
     [line] = [x.split() for x in capsys.readouterr().out.splitlines() if "iterations" in x]
     stages.succeed("stage1", *argv(folder, tmp_path / "run", *flags))
-    assert int(line[-1]) == len(stages.losses(tmp_path / "run"))
+    assert int(line[-1]) == len(stages.losses(tmp_path / "run")) == expected

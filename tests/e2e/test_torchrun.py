@@ -94,6 +94,21 @@ def test_from_checkpoint_to_export_with_a_killed_rank_between(folder, tmp_path):
 
 
 @pytest.mark.distributed
+def test_workers_end_with_a_torchrun_that_was_killed(folder, tmp_path):
+    """They would write beside those of the next one. One waits for something, the other for it."""
+    argv, hung = stage1_argv(folder, tmp_path / "run", "--loss", "full"), tmp_path / "hung"
+    command = torchrun(2, FAILING_RANK, *argv)
+    process = start(command, tmp_path / "said", FAULT="hang", HUNG=str(hung))
+    processes.until(lambda: hung.exists() and hung.read_text(), process.pid)
+    lists = Path(f"/proc/{process.pid}/task").glob("*/children")
+    workers = [int(pid) for path in lists for pid in path.read_text().split()]
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    assert all(processes.wait(pid) for pid in workers)
+
+
+@pytest.mark.distributed
 def test_a_failing_rank_speaks_first_and_all_end(folder, tmp_path):
     argv = stage1_argv(folder, tmp_path / "run", "--loss", "full")
     done = run(torchrun(2, FAILING_RANK, *argv), FAULT="raise")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -168,6 +169,17 @@ def test_a_query_is_read_in_time_linear_in_its_length(database: Path, unclosed: 
     text = unclosed * (99_000 // len(unclosed))
     assert not is_ordered(f"select {text}")
     assert reason(database, f"select 1 from {text}") == "sql error"
+
+    def cpu_seconds(length: int) -> float:
+        """Of the fastest of some readings: another process on this core takes none of it."""
+        seconds = []
+        for _ in range(5):
+            start = time.thread_time()
+            is_ordered(f"select {text[:length]}")
+            seconds.append(time.thread_time() - start)
+        return min(seconds)
+
+    assert cpu_seconds(96_000) < 40 * cpu_seconds(12_000)  # 8 if linear, 64 if quadratic
 
 
 @pytest.mark.parametrize(
