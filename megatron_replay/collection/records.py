@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_replay.config import CandidatesConfig
 from megatron_replay.functional import CandidateSets, select_positions
-from megatron_replay.store import DocumentCandidates
+from megatron_replay.store import DocumentCandidates, offsets_of_counts
 
 #: The record of a document that was dropped for its length, or of which nothing carries loss.
 NO_CANDIDATES = DocumentCandidates(
@@ -61,7 +61,7 @@ class HostSets:
     def take(self, rows: npt.NDArray[np.int64]) -> HostSets:
         """The sets of the given rows."""
         starts, sizes = self.offsets[rows], np.diff(self.offsets)[rows]
-        offsets = _offsets(sizes)
+        offsets = offsets_of_counts(sizes)
         flat = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
         return HostSets(
             ids=self.ids[flat],
@@ -95,7 +95,7 @@ def to_host(sets: Sequence[CandidateSets], logits: Sequence[Tensor]) -> HostSets
 
     return HostSets(
         ids=_host([chunk.ids for chunk in sets]),
-        offsets=_offsets(_host([chunk.offsets.diff() for chunk in sets])),
+        offsets=offsets_of_counts(_host([chunk.offsets.diff() for chunk in sets])),
         lse=joined("lse_T"),
         gold_logprob=joined("gold_logprob_T"),
         max_logprob=joined("max_logprob_T"),
@@ -107,12 +107,6 @@ def to_host(sets: Sequence[CandidateSets], logits: Sequence[Tensor]) -> HostSets
 def _host(chunks: Sequence[Tensor]) -> npt.NDArray[Any]:
     joined = chunks[0] if len(chunks) == 1 else torch.cat(list(chunks))
     return joined.cpu().numpy()
-
-
-def _offsets(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    offsets = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=offsets[1:])
-    return offsets
 
 
 @dataclass(frozen=True, eq=False)

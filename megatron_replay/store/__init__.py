@@ -5,7 +5,12 @@ hold the candidate sets, ``manifest.json`` says that it is whole. ``docs/store_f
 byte.
 """
 
-from megatron_replay.store.document import CandidateBatch, DocumentCandidates, missing_gold
+from megatron_replay.store.document import (
+    CandidateBatch,
+    DocumentCandidates,
+    missing_gold,
+    offsets_of_counts,
+)
 from megatron_replay.store.manifest import StoreDescription
 from megatron_replay.store.reader import CandidateReader
 from megatron_replay.store.writer import CandidateWriter, ShardWriter
@@ -18,4 +23,5 @@ __all__ = [
     "ShardWriter",
     "StoreDescription",
     "missing_gold",
+    "offsets_of_counts",
 ]

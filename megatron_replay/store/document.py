@@ -23,6 +23,16 @@ LOGITS = ("none", "fp16", "bf16")
 Array = npt.NDArray[Any]
 
 
+def offsets_of_counts(counts_N: Array) -> npt.NDArray[np.int64]:
+    """Where each of N runs of ``counts_N`` items starts when laid end to end, and the total last.
+
+    int64 [N + 1]: run i is ``[offsets[i]:offsets[i + 1]]``.
+    """
+    offsets = np.zeros(len(counts_N) + 1, np.int64)
+    np.cumsum(counts_N, out=offsets[1:])
+    return offsets
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DocumentCandidates:
     """The candidate sets of one document; position t predicts token t + 1.
@@ -91,15 +101,12 @@ class CandidateBatch:
         def joined(name: str, dtype: type[np.generic]) -> Array:
             return np.concatenate([np.empty(0, dtype), *(getattr(d, name) for d in documents)])
 
-        def starts(sizes: Array) -> npt.NDArray[np.int64]:
-            return np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
-
         sizes = [np.empty(0, np.int64), *(np.diff(document.offsets) for document in documents)]
         has_logits = any(document.logits is not None for document in documents)
         return CandidateBatch(
-            document_offsets=starts(np.array([len(d.positions) for d in documents], np.int64)),
+            document_offsets=offsets_of_counts(np.array([len(d.positions) for d in documents])),
             positions=joined("positions", np.int32),
-            offsets=starts(np.concatenate(sizes)),
+            offsets=offsets_of_counts(np.concatenate(sizes)),
             ids=joined("ids", np.int32),
             lse=joined("lse", np.float32),
             gold_logprob=joined("gold_logprob", np.float32),

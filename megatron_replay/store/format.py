@@ -25,6 +25,7 @@ from megatron_replay.store.document import (
     DocumentCandidates,
     decode_logits,
     encode_logits,
+    offsets_of_counts,
     require,
     to_half,
 )
@@ -113,8 +114,7 @@ def decode_record(
         return column
 
     positions_P = take("<i4").astype(np.int32)
-    offsets = np.zeros(num_positions + 1, np.int64)
-    np.cumsum(take("u1").astype(np.int64) + 1, out=offsets[1:])
+    offsets = offsets_of_counts(take("u1").astype(np.int64) + 1)
     lse_P, gold_logprob_P, tail_mass_P = (take("<f2").astype(np.float32) for _ in range(3))
 
     logits_bytes = 0 if logits == "none" else 2 * int(offsets[-1])
