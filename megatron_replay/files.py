@@ -105,6 +105,13 @@ def read_json(
     return value
 
 
+def is_number(value: Any) -> bool:
+    """Whether ``value``, read from JSON, is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return not isinstance(value, int) or abs(value) < 1 << 1000
+
+
 def require_apart(
     output: str | os.PathLike[str],
     inputs: Iterable[tuple[str, str | os.PathLike[str]]],

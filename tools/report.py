@@ -40,10 +40,10 @@ from megatron_replay.evaluation.rows import (
     read_rows,
     row_of_run,
 )
-from megatron_replay.evaluation.run_log import CONFIG, METRICS, summarize_run
 from megatron_replay.evaluation.suite import read_evaluation
 from megatron_replay.evaluation.write_tables import write_tables
 from megatron_replay.files import atomic_file, make_directory, require_apart, write_json
+from megatron_replay.run_log import CONFIG, METRICS, summarize_run
 
 #: What earlier reports left, and what stands in it.
 _SIGNS = {

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_replay.errors import DataError
+from megatron_replay.files import is_number
 
 #: Kinds of benchmarks, and what each result of them has.
 _SCORES = {"sql": ["accuracy"], "choices": ["accuracy"], "lm_eval": ["score", "metric"]}
@@ -108,13 +109,6 @@ def require_numbers(value: Any, where: object) -> None:
             raise DataError(
                 f"{name!r} is of another type", where=where, expected=_NUMBER, found=_shown(found)
             )
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a number that a float can hold."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return not isinstance(value, int) or abs(value) < 1 << 1000
 
 
 def require_object(value: Any, where: object) -> Mapping[str, Any]:

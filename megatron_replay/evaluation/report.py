@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.evaluation.entries import is_number
-from megatron_replay.evaluation.run_log import RunSummary
 from megatron_replay.evaluation.scores import is_share, value_at
-from megatron_replay.files import read_json
+from megatron_replay.files import is_number, read_json
+from megatron_replay.run_log import RunSummary
 
 Report = dict[str, Any]
 #: A thousand years: what is longer was not measured.

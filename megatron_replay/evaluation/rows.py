@@ -14,14 +14,14 @@ from typing import Any
 
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation.entries import (
-    is_number,
     require_entry,
     require_numbers,
     restored,
     strict,
 )
 from megatron_replay.evaluation.json_lines import append_line, parse_object, whole_lines
-from megatron_replay.evaluation.run_log import CONFIG, read_resolved_config, summarize_run
+from megatron_replay.files import is_number
+from megatron_replay.run_log import CONFIG, read_resolved_config, summarize_run
 
 FORMAT = 1
 #: The tables that a row can be listed in, by the names that ``--table`` takes.

@@ -22,8 +22,8 @@ from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.errors import CheckpointError
-from megatron_replay.evaluation.run_log import OneLoss
 from megatron_replay.parallel import Parallel
+from megatron_replay.run_log import OneLoss
 from megatron_replay.store import CandidateReader
 from megatron_replay.training.distance import Distance
 from megatron_replay.training.metrics import MetricsLog

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from megatron_replay.checkpoint import training
-from megatron_replay.evaluation.run_log import summarize_run
+from megatron_replay.run_log import summarize_run
 from megatron_replay.training.metrics import read_metrics
 from tests.e2e import stages
 from tests.e2e.stages import argv, weights

@@ -16,8 +16,8 @@ from matplotlib.image import imread
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.figure_style import COLOURS
 from megatron_replay.evaluation.report import build_report, render_markdown
-from megatron_replay.evaluation.run_log import summarize_run
 from megatron_replay.evaluation.suite import read_evaluation
+from megatron_replay.run_log import summarize_run
 from tools import report
 
 

@@ -11,7 +11,7 @@ from megatron_replay.checkpoint import training
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.errors import StoreError
-from megatron_replay.evaluation.run_log import summarize_run
+from megatron_replay.run_log import summarize_run
 from megatron_replay.store import CandidateReader
 from megatron_replay.training.metrics import read_metrics
 from tests import tiny

@@ -11,8 +11,8 @@ import torch
 
 from megatron_replay.checkpoint import retention
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.evaluation.run_log import summarize_run
 from megatron_replay.evaluation.weight_distance import relative_l2
+from megatron_replay.run_log import summarize_run
 from megatron_replay.training.metrics import read_metrics
 from tests import tiny
 from tests.e2e import stages

@@ -13,8 +13,7 @@ import numpy.typing as npt
 import yaml
 
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.entries import is_number
-from megatron_replay.files import read_text
+from megatron_replay.files import is_number, read_text
 from megatron_replay.functional.stability import gradient_norm_cv, loss_std, loss_variance, spikes
 
 METRICS, CONFIG, _WARMUP = "metrics.jsonl", "resolved_config.yaml", "lr_warmup_iters"
