@@ -31,9 +31,9 @@ from megatron_replay.data.rows import (
     read_lines,
     tokenize_row,
 )
-from megatron_replay.data.sql_sets import LAYOUTS, read_questions
 from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, DataError, ReplayError
+from megatron_replay.evaluation.sql.sets import LAYOUTS, read_questions
 from megatron_replay.files import require_apart, require_regular, sha256_of_files
 from megatron_replay.progress import Progress
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from megatron_replay.data.corpus import corpus_file
-from megatron_replay.data.sql_sets import sql_set_files
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, task_files
+from megatron_replay.evaluation.sql.sets import sql_set_files
 from megatron_replay.files import require_regular
 from megatron_replay.platform import select
 
@@ -20,7 +20,7 @@ class Inputs:
     """What models are measured on; what is None or empty is not measured.
 
     Attributes:
-        sql: directories of SQL questions by name, in a layout of ``data/sql_sets.py``.
+        sql: directories of SQL questions by name, in a layout of ``evaluation/sql/sets.py``.
         choices: multiple-choice rows of the domain by name.
         general_choices: those of general abilities: what is kept of them is retention.
         lm_eval_tasks: lm-eval tasks of general abilities.

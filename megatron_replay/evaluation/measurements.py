@@ -14,7 +14,6 @@ from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.document import Document
 from megatron_replay.data.rows import detect_format, parse_row, read_lines, tokenize_row
-from megatron_replay.data.sql_sets import SqlQuestion, read_sql_set
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.candidate_mass import candidate_mass
@@ -23,8 +22,9 @@ from megatron_replay.evaluation.inputs import Inputs, Settings
 from megatron_replay.evaluation.language_model import Score, greedy_answers, load_model, score
 from megatron_replay.evaluation.lm_eval_metrics import Metric
 from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, read_metrics, run_tasks
-from megatron_replay.evaluation.sql_execution import execution_match, with_answers
-from megatron_replay.evaluation.sql_query import Limits
+from megatron_replay.evaluation.sql.execution import execution_match, with_answers
+from megatron_replay.evaluation.sql.query import Limits
+from megatron_replay.evaluation.sql.sets import SqlQuestion, read_sql_set
 from megatron_replay.model.compatibility import require_vocabulary
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.store import CandidateReader

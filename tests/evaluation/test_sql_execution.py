@@ -13,15 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_replay.data.database import open_read_only
-from megatron_replay.data.sql_sets import SqlQuestion
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.sql_execution import (
+from megatron_replay.evaluation.sql.database import open_read_only
+from megatron_replay.evaluation.sql.execution import (
     ExecutionMatch,
     execution_match,
     with_answers,
 )
-from megatron_replay.evaluation.sql_query import (
+from megatron_replay.evaluation.sql.query import (
     Limits,
     QueryError,
     Row,
@@ -30,6 +29,7 @@ from megatron_replay.evaluation.sql_query import (
     run_query,
     same_answer,
 )
+from megatron_replay.evaluation.sql.sets import SqlQuestion
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation import sql_process
-from megatron_replay.evaluation.sql_process import QueryProcess
-from megatron_replay.evaluation.sql_query import Limits, QueryError
+from megatron_replay.evaluation.sql import process as sql_process
+from megatron_replay.evaluation.sql.process import QueryProcess
+from megatron_replay.evaluation.sql.query import Limits, QueryError
 
 #: Nothing here is that slow; a test that hangs ends.
 HANG_SECONDS = 600.0
@@ -123,8 +123,8 @@ def test_a_process_that_cannot_start(database: Path, monkeypatch: pytest.MonkeyP
 PARENT = """
 import sys
 from pathlib import Path
-from megatron_replay.evaluation.sql_process import QueryProcess
-from megatron_replay.evaluation.sql_query import Limits
+from megatron_replay.evaluation.sql.process import QueryProcess
+from megatron_replay.evaluation.sql.query import Limits
 with QueryProcess(Limits(seconds=600)) as process:
     process.gold(Path(sys.argv[1]), "select 1")
     print("ready", flush=True)
@@ -154,6 +154,6 @@ def test_no_process_outlives_its_parent(database: Path, sql: str) -> None:
 
 
 def test_the_process_imports_nothing_heavy() -> None:
-    code = "import sys, megatron_replay.evaluation.sql_process as _; print(*sys.modules)"
+    code = "import sys, megatron_replay.evaluation.sql.process as _; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"numpy", "torch", "transformers"} & set(found.stdout.split())

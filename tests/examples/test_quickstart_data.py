@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 from examples.quickstart import make_data as make_data_program
 from examples.quickstart import nl2sql, split_data
 from megatron_replay.checkpoint.staging import WRITTEN
-from megatron_replay.data.sql_sets import SqlQuestion
 from megatron_replay.errors import OutputError
-from megatron_replay.evaluation.sql_execution import execution_match
+from megatron_replay.evaluation.sql.execution import execution_match
+from megatron_replay.evaluation.sql.sets import SqlQuestion
 
 TEST = "domain_test/questions"
 SMALL = [

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.database import schema_lines
-from megatron_replay.data.sql_sets import read_questions, read_sql_set, sql_set_files
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.errors import DataError
+from megatron_replay.evaluation.sql.database import schema_lines
+from megatron_replay.evaluation.sql.sets import read_questions, read_sql_set, sql_set_files
 from tests.data.tiny_tokenizers import save_sentencepiece
 from tools import preprocess_data
 

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-from megatron_replay.data.database import schema_lines
 from megatron_replay.data.rows import Row, parse_row, read_lines
 from megatron_replay.errors import DataError
+from megatron_replay.evaluation.sql.database import schema_lines
 from megatron_replay.files import read_text, require_regular
 
 _ROWS, _DATABASE, _DEV = "questions.jsonl", "database.sqlite", "dev.json"

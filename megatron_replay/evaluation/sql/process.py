@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.sql_query import (
+from megatron_replay.evaluation.sql.query import (
     Limits,
     QueryError,
     Row,
@@ -46,10 +46,10 @@ ALLOWANCE_SECONDS = 1.0
 _START_SECONDS = 120.0
 #: Seconds that a process may take to end.
 _END_SECONDS = 10.0
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 _PROGRAM = (
     "import sys; sys.path.append(sys.argv[1]); "
-    "from megatron_replay.evaluation.sql_process import serve; serve(*sys.argv[2:])"
+    "from megatron_replay.evaluation.sql.process import serve; serve(*sys.argv[2:])"
 )
 
 

@@ -3,7 +3,7 @@
 Generated SQL is untrusted. It runs on a read-only, immutable connection; an authorizer allows
 reading and a list of pure functions and nothing else; limits of time, rows and bytes bound what it
 can cost. SQLite looks at the clock between instructions, and one call of a function is one: what
-takes longer is ended from outside, by whoever started the process (``sql_process.py``). Nothing
+takes longer is ended from outside, by whoever started the process (``process.py``). Nothing
 that is imported here is heavy, so that such a process starts at once.
 
 Answers are compared as multisets of rows, in order where the gold query has an ORDER BY. The
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_replay.data.database import QUOTED_OR_COMMENT, open_read_only
+from megatron_replay.evaluation.sql.database import QUOTED_OR_COMMENT, open_read_only
 
 Row = tuple[Any, ...]
 

@@ -1,7 +1,7 @@
 """Execution match: does a generated query return what the gold query returns?
 
-The queries run in a process of their own (``sql_process.py``), under the limits of
-``sql_query.py``: time, rows, bytes and memory are bounded for any query.
+The queries run in a process of their own (``process.py``), under the limits of
+``query.py``: time, rows, bytes and memory are bounded for any query.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_replay.data.sql_sets import SqlQuestion
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.proportion import standard_error
-from megatron_replay.evaluation.sql_process import QueryProcess
-from megatron_replay.evaluation.sql_query import Limits, QueryError
+from megatron_replay.evaluation.sql.process import QueryProcess
+from megatron_replay.evaluation.sql.query import Limits, QueryError
+from megatron_replay.evaluation.sql.sets import SqlQuestion
 from megatron_replay.progress import Progress
 
 _MATCH = "match"

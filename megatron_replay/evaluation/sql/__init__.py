@@ -1,0 +1,1 @@
+"""SQL questions: reading the published sets, and running generated queries under bounds."""
