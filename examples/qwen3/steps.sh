@@ -40,7 +40,7 @@ stage0() { # corpus -> candidate store, once for all Stage 1 runs
         --position-fraction 0.5
     )
     launch megatron_replay.stage0 --load "${CKPT_LOAD_DIR:-$MODEL_DIR}" \
-        --tensorboard-dir "$RUN_DIR/tensorboard/stage0" "${STAGES[@]}" "${selection[@]}" "$@"
+        "${STAGES[@]}" "${selection[@]}" "$@"
 }
 
 stage1() { # stage1 RUN FLAGS...: corpus and store -> checkpoints in $RUN_DIR/RUN

@@ -73,13 +73,7 @@ def collect(config: Stage0Config, groups: Parallel) -> None:
         writer.close()
         return
     groups.on_rank_zero(writer.finish)
-    report(
-        candidates.store,
-        cost,
-        groups,
-        tensorboard_dir=candidates.tensorboard_dir,
-        writes=collector.writes,
-    )
+    report(candidates.store, cost, groups, writes=collector.writes)
 
 
 def _write_shards(

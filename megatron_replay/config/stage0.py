@@ -55,7 +55,6 @@ class CandidatesConfig(Section):
     )
     logits_chunk_size: int = option("positions whose logits exist at one time", 1024)
     write_buffer_mib: int = option("MiB of candidate sets that may wait for the disk", 64)
-    tensorboard_dir: str | None = option("TensorBoard events of the report; default: none", None)
     selection_backend: str = option(
         "form of candidate selection: the device's compiled one, or torch's; all give the same",
         "auto",
