@@ -37,9 +37,8 @@ def collect(config: Stage0Config, groups: Parallel) -> None:
     corpus = Corpus(config.data.data_path)
     dtype = torch.bfloat16 if config.model.bf16 else torch.float32
     like = torch.empty(0, dtype=dtype, device=groups.device)
-    backend = config.candidates.selection_backend
     # What can be refused is refused before minutes of loading.
-    kernel = kernels.SELECTION.choose(backend, like)
+    kernel = kernels.SELECTION.choose("auto", like)
     files, shape = describe_model(config.model.load)
     require_vocabulary(corpus, shape, files)
     fitted = fit_documents(
@@ -54,7 +53,7 @@ def collect(config: Stage0Config, groups: Parallel) -> None:
         config.candidates, config.data, corpus, fitted.lengths, model, groups, kernel
     )
     if groups.rank == 0:
-        print(f"candidate selection: {kernels.SELECTION.describe(backend, like)}")
+        print(f"candidate selection: {kernels.SELECTION.describe("auto", like)}")
         report_long_documents(fitted, config.data.long_documents)
     missing = [s for s in groups.broadcast(writer.missing_shards()) if s in chosen]
     if not missing and groups.rank == 0:

@@ -55,11 +55,6 @@ class CandidatesConfig(Section):
     )
     logits_chunk_size: int = option("positions whose logits exist at one time", 1024)
     write_buffer_mib: int = option("MiB of candidate sets that may wait for the disk", 64)
-    selection_backend: str = option(
-        "form of candidate selection: the device's compiled one, or torch's; all give the same",
-        "auto",
-        ("auto", "torch", "cpu", "triton"),
-    )
 
     def _check(self) -> None:
         self.require(0 < self.coverage <= 1, "coverage", "a share above 0, at most 1")

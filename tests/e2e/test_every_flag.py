@@ -139,7 +139,6 @@ STAGE0: dict[str, list[str]] = {
     "shards": ["0:1", "--documents-per-shard", "5"],
     "logits_chunk_size": ["3"],
     "write_buffer_mib": ["1"],
-    "selection_backend": ["torch"],
     "progress_interval": ["1e-9", "--documents-per-shard", "5"],
 }
 #: What is read nowhere, and so is refused.

@@ -98,20 +98,6 @@ def test_stores_are_byte_identical_for_equal_logits(folder, tmp_path, strategy):
 
 
 @pytest.mark.distributed
-def test_every_selection_backend_writes_the_same_bytes(folder, tmp_path):
-    for backend, layout in (("torch", {}), ("cpu", {}), ("cpu-sharded", {"tp": 4})):
-        name = backend.split("-")[0]
-        said = collect(folder, tmp_path / backend, "--selection-backend", name, **layout)
-        assert f"candidate selection: {name} kernels\n" in said
-        stages.same_tree(tmp_path / backend, tmp_path / "torch")
-    message = stages.fail(
-        "stage0", "--load", folder / "exact", "--data-path", folder / "corpus",
-        "--store", tmp_path / "x", *SIZES, "--selection-backend", "triton", code=2,
-    )  # fmt: skip
-    assert "the triton form cannot run" in message
-
-
-@pytest.mark.distributed
 def test_sets_of_a_real_model_differ_only_by_rounding(folder, tmp_path):
     """Where a layout rounds logits otherwise, a set may gain or lose a token at the very cut."""
     flags = ["--position-strategy", "all", "--coverage", 0.4]
