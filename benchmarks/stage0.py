@@ -31,6 +31,7 @@ from torch import Tensor
 
 from benchmarks.timing import Times, interleave, machine
 from megatron_replay import kernels, parallel, platform
+from megatron_replay.collection import LOGITS_CHUNK_SIZE
 from megatron_replay.config import CandidatesConfig, DataConfig, ParallelConfig
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.corpus_writer import CorpusWriter
@@ -67,7 +68,6 @@ class Case:
     groups: Parallel
     data: DataConfig
     folder: Path
-    chunk: int
     numbers: itertools.count[int]
 
     def settings(self, strategy: str) -> CandidatesConfig:
@@ -75,7 +75,6 @@ class Case:
         return CandidatesConfig(
             store=str(store),
             position_strategy=strategy,
-            logits_chunk_size=self.chunk,
             documents_per_shard=len(self.corpus),
         )
 
@@ -87,7 +86,7 @@ class Case:
             rows_N = eligible_rows(batch)
 
             def head(hidden: HiddenStates, weight_VH: Tensor, rows_N: Tensor = rows_N) -> None:
-                for rows in rows_N.split(self.chunk):
+                for rows in rows_N.split(LOGITS_CHUNK_SIZE):
                     then(hidden[rows] @ weight_VH.T)
 
             forward_only(self.model.module, [Work(batch, head)])
@@ -98,7 +97,7 @@ class Case:
         kernel = kernels.SELECTION.choose("auto", torch.empty(0))
         collector = Collector(settings, self.data, self.corpus, self.model, self.groups, kernel)
         with CandidateWriter(settings.store, self.description(), lock=True) as writer:
-            with ShardStream(writer, 0, max_bytes=settings.write_buffer_mib << 20) as stream:
+            with ShardStream(writer, 0) as stream:
                 for part in collector.collect(np.arange(len(self.corpus))):
                     stream.put(part)
             writer.finish()
@@ -223,7 +222,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--positions", type=int, default=700)
-    parser.add_argument("--chunk", type=int, default=1024, help="--logits-chunk-size")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
@@ -240,7 +238,6 @@ def main() -> None:
                 groups=groups,
                 data=DataConfig(data_path="", seq_length=SEQ_LENGTH),
                 folder=Path(folder),
-                chunk=options.chunk,
                 numbers=itertools.count(),
             )
             positions = int((corpus.lengths - 1).sum())

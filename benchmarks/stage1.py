@@ -151,7 +151,7 @@ class Ours:
         data = DataConfig(data_path="", seq_length=SEQ_LENGTH)
         collector = Collector(settings, data, self.corpus, self.model, self.groups, self._selection)
         with CandidateWriter(store, description(self.corpus), lock=True) as writer:
-            with ShardStream(writer, 0, max_bytes=settings.write_buffer_mib << 20) as stream:
+            with ShardStream(writer, 0) as stream:
                 for part in collector.collect(np.arange(len(self.corpus))):
                     stream.put(part)
             writer.finish()

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_replay.collection import LOGITS_CHUNK_SIZE
 from megatron_replay.config import (
     CandidatesConfig,
     DataConfig,
@@ -56,7 +57,7 @@ def stage0(config: Stage0Config) -> str:
     width = 2 if config.model.bf16 else 4
     weights = _parameters_per_device(shape, config.parallel) * width
     # One chunk of logits: as computed, fp32, and int64 masses.
-    chunk = config.candidates.logits_chunk_size * shape.vocab_size
+    chunk = LOGITS_CHUNK_SIZE * shape.vocab_size
     logits = chunk // config.parallel.tensor_model_parallel_size * (width + 4 + 8)
 
     def memory(micro_batch_size: int) -> int:

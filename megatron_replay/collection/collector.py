@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.checkpoint.load import LoadedModel
+from megatron_replay.collection import LOGITS_CHUNK_SIZE
 from megatron_replay.collection.records import SelectedBatch, Span, choose, to_host
 from megatron_replay.config import CandidatesConfig, DataConfig
 from megatron_replay.data.corpus import Corpus
@@ -147,11 +148,13 @@ class Collector:
     def _select(
         self, rows_N: Tensor, labels_N: Tensor, hidden: HiddenStates, weight_VH: Tensor
     ) -> _Selection:
-        """The head. Logits exist for ``logits_chunk_size`` positions at a time, never for all."""
+        """The head. Logits exist for ``LOGITS_CHUNK_SIZE`` positions at a time, never for all."""
         vocab_start = self._groups.tp_rank * weight_VH.shape[0]
         selection = _Selection([], [])
-        size = self._settings.logits_chunk_size
-        for rows, labels in zip(rows_N.split(size), labels_N.split(size), strict=True):
+        chunks = zip(
+            rows_N.split(LOGITS_CHUNK_SIZE), labels_N.split(LOGITS_CHUNK_SIZE), strict=True
+        )
+        for rows, labels in chunks:
             logits_NV = hidden[rows] @ weight_VH.T
             sets = select_candidates(
                 logits_NV,

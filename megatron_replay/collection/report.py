@@ -7,7 +7,6 @@ interrupted; ``cost.json`` is this run's.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist

@@ -53,7 +53,7 @@ def collect(config: Stage0Config, groups: Parallel) -> None:
         config.candidates, config.data, corpus, fitted.lengths, model, groups, kernel
     )
     if groups.rank == 0:
-        print(f"candidate selection: {kernels.SELECTION.describe("auto", like)}")
+        print(f"candidate selection: {kernels.SELECTION.describe('auto', like)}")
         report_long_documents(fitted, config.data.long_documents)
     missing = [s for s in groups.broadcast(writer.missing_shards()) if s in chosen]
     if not missing and groups.rank == 0:
@@ -96,8 +96,7 @@ def _write_shards(
             documents = writer.description.documents(shard)
             batches = collector.collect(np.array(documents))
             if collector.writes:
-                most = config.candidates.write_buffer_mib << 20
-                with ShardStream(writer, shard, max_bytes=most) as stream:
+                with ShardStream(writer, shard) as stream:
                     for batch in batches:
                         stream.put(batch)
                 waited += stream.waited

@@ -17,6 +17,8 @@ from megatron_replay.collection.records import every_document
 from megatron_replay.errors import OutputError
 from megatron_replay.store import CandidateWriter, DocumentCandidates
 
+#: Candidate sets that may wait for the disk: some seconds of a device's work.
+QUEUE_BYTES = 64 << 20
 #: Seconds that an error waits for a write under way, so that its temporary file is removed.
 _ABORT_SECONDS = 5.0
 #: Seconds in which a disk must take a part: one that hangs is an error, not a wait.
@@ -55,7 +57,9 @@ class ShardStream:
         waited: seconds for which ``put`` and the block's end waited for the disk.
     """
 
-    def __init__(self, writer: CandidateWriter, number: int, *, max_bytes: int) -> None:
+    def __init__(
+        self, writer: CandidateWriter, number: int, *, max_bytes: int = QUEUE_BYTES
+    ) -> None:
         self._writer, self._number, self._max_bytes = writer, number, max_bytes
         self._parts: deque[Part] = deque()
         self._held = 0

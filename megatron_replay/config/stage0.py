@@ -53,8 +53,6 @@ class CandidatesConfig(Section):
         "FIRST:STOP, to write these shards only (tools/inspect_store.py merge puts parts together)",
         None,
     )
-    logits_chunk_size: int = option("positions whose logits exist at one time", 1024)
-    write_buffer_mib: int = option("MiB of candidate sets that may wait for the disk", 64)
 
     def _check(self) -> None:
         self.require(0 < self.coverage <= 1, "coverage", "a share above 0, at most 1")
@@ -64,9 +62,7 @@ class CandidatesConfig(Section):
         )
         self.require(self.position_seed >= 0, "position_seed", "a number from 0")
         self.require_between(1, 10_000, "num_buckets")
-        self.require_positive(
-            "last_n", "documents_per_shard", "logits_chunk_size", "write_buffer_mib"
-        )
+        self.require_positive("last_n", "documents_per_shard")
 
 
 @dataclass(frozen=True, kw_only=True)

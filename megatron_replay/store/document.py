@@ -104,7 +104,9 @@ class CandidateBatch:
         sizes = [np.empty(0, np.int64), *(np.diff(document.offsets) for document in documents)]
         has_logits = any(document.logits is not None for document in documents)
         return CandidateBatch(
-            document_offsets=offsets_of_counts(np.array([len(d.positions) for d in documents], np.int64)),
+            document_offsets=offsets_of_counts(
+                np.array([len(d.positions) for d in documents], np.int64)
+            ),
             positions=joined("positions", np.int32),
             offsets=offsets_of_counts(np.concatenate(sizes)),
             ids=joined("ids", np.int32),

@@ -137,8 +137,6 @@ STAGE0: dict[str, list[str]] = {
     "store_logits": ["bf16"],
     "documents_per_shard": ["5"],
     "shards": ["0:1", "--documents-per-shard", "5"],
-    "logits_chunk_size": ["3"],
-    "write_buffer_mib": ["1"],
     "progress_interval": ["1e-9", "--documents-per-shard", "5"],
 }
 #: What is read nowhere, and so is refused.
@@ -181,7 +179,7 @@ def _observe(rank: int, world_size: int, stage: str, argvs: list[list[str]]) -> 
 
 def _observed(stage: str, argv: list[str]) -> Any:
     from megatron_replay import parallel
-    from megatron_replay.collection import collector, run
+    from megatron_replay.collection import collector
     from megatron_replay.training import loop, work
 
     built: list[Any] = []
@@ -203,7 +201,6 @@ def _observed(stage: str, argv: list[str]) -> Any:
         noting(loop, "wrap_for_training", lambda model, **options: sorted(options.items())),
         noting(work, "pack_batch", lambda corpus, packs, *_: len(packs)),
         noting(work, "Work", lambda batch, head, rows: rows is None),
-        noting(run, "ShardStream", lambda *_, max_bytes: max_bytes),
         noting(collector, "pack_batch", lambda corpus, packs, *_: len(packs)),
         noting(collector, "select_candidates", lambda _, labels, **__: len(labels)),
     ]

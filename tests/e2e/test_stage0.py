@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_replay.collection import collector
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.errors import StoreError
 from megatron_replay.locks import DirectoryLock
@@ -76,6 +77,10 @@ def collect(folder, store, *extra, model="exact", **layout) -> str:
     )  # fmt: skip
 
 
+def _cut_logits_into_small_chunks(rank: int) -> None:
+    collector.LOGITS_CHUNK_SIZE = 7
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["bucket", "random"])
 def test_stores_are_byte_identical_for_equal_logits(folder, tmp_path, strategy):
@@ -91,10 +96,10 @@ def test_stores_are_byte_identical_for_equal_logits(folder, tmp_path, strategy):
         stages.same_tree(store, reference)
         if "dp" in layout:  # replicas share the work: shards 0 and 2 of 16, 16 and 8 documents
             assert "24/24 documents (1 of 2 replicas)" in said
-    for extra in (["--micro-batch-size", 3], ["--logits-chunk-size", 7]):
-        store = tmp_path / extra[0]
-        collect(folder, store, *flags, *extra)
-        stages.same_tree(store, reference)
+    collect(folder, tmp_path / "batches", *flags, "--micro-batch-size", 3)
+    stages.same_tree(tmp_path / "batches", reference)
+    collect(folder, tmp_path / "chunks", *flags, before=_cut_logits_into_small_chunks)
+    stages.same_tree(tmp_path / "chunks", reference)
 
 
 @pytest.mark.distributed
