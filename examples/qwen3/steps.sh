@@ -36,7 +36,6 @@ stage0() { # corpus -> candidate store, once for all Stage 1 runs
         --coverage 0.95
         --max-candidates 200
         --position-strategy bucket
-        --num-buckets 5
         --position-fraction 0.5
     )
     launch megatron_replay.stage0 --load "${CKPT_LOAD_DIR:-$MODEL_DIR}" \

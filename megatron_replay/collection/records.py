@@ -18,6 +18,8 @@ from megatron_replay.config import CandidatesConfig
 from megatron_replay.functional import CandidateSets, select_positions
 from megatron_replay.store import DocumentCandidates, offsets_of_counts
 
+#: Confidence buckets of the bucket strategy.
+NUM_BUCKETS = 5
 #: The record of a document that was dropped for its length, or of which nothing carries loss.
 NO_CANDIDATES = DocumentCandidates(
     positions=np.empty(0, np.int32),
@@ -138,8 +140,7 @@ class SelectedBatch:
             yield span.document, sets.record(chosen, start, stop)
 
     def _drawn(self) -> tuple[list[npt.NDArray[np.int32]], npt.NDArray[np.int64]]:
-        by_max = self.settings.confidence == "max-prob"
-        confidence = self.sets.max_logprob if by_max else self.sets.gold_logprob
+        confidence = self.sets.max_logprob
         positions, rows, stop = [], [np.empty(0, np.int64)], 0
         for span in self.spans:
             start, stop = stop, stop + len(span.positions)
@@ -162,9 +163,9 @@ def choose(
         eligible=eligible,
         confidence=confidence,
         fraction=settings.position_fraction,
-        num_buckets=settings.num_buckets,
+        num_buckets=NUM_BUCKETS,
         last_n=settings.last_n,
-        seed=settings.position_seed,
+        seed=settings.seed,
         document_id=document,
     )
 

@@ -10,6 +10,7 @@ import torch
 from megatron_replay import kernels
 from megatron_replay.checkpoint.load import base_fingerprint, describe_model, load_model
 from megatron_replay.collection.collector import Collector
+from megatron_replay.collection.records import NUM_BUCKETS
 from megatron_replay.collection.report import Cost, report
 from megatron_replay.collection.stream import ShardStream
 from megatron_replay.config import Stage0Config
@@ -170,10 +171,10 @@ def _open_writer(
             "max_candidates": candidates.max_candidates,
             "position_strategy": candidates.position_strategy,
             "position_fraction": candidates.position_fraction,
-            "num_buckets": candidates.num_buckets,
-            "confidence": candidates.confidence,
+            "num_buckets": NUM_BUCKETS,
+            "confidence": "max-prob",
             "last_n": candidates.last_n,
-            "position_seed": candidates.position_seed,
+            "position_seed": candidates.seed,
             "bf16": config.model.bf16,
             "seq_length": config.data.seq_length,
             "long_documents": config.data.long_documents,

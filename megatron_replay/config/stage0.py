@@ -27,17 +27,10 @@ class CandidatesConfig(Section):
     position_fraction: float = option(
         "share of the positions", 0.5, used_with={"position_strategy": ("bucket", "random")}
     )
-    num_buckets: int = option("confidence buckets", 5, used_with={"position_strategy": ("bucket",)})
-    confidence: str = option(
-        "what the buckets sort by",
-        "max-prob",
-        ("max-prob", "gold-prob"),
-        used_with={"position_strategy": ("bucket",)},
-    )
     last_n: int = option(
         "positions of a document", 1, used_with={"position_strategy": ("last-token",)}
     )
-    position_seed: int = option(
+    seed: int = option(
         "seed of the positions drawn", 1234, used_with={"position_strategy": ("bucket", "random")}
     )
     store_codec: str = option(
@@ -60,8 +53,7 @@ class CandidatesConfig(Section):
         self.require(
             0 < self.position_fraction <= 1, "position_fraction", "a share above 0, at most 1"
         )
-        self.require(self.position_seed >= 0, "position_seed", "a number from 0")
-        self.require_between(1, 10_000, "num_buckets")
+        self.require(self.seed >= 0, "seed", "a number from 0")
         self.require_positive("last_n", "documents_per_shard")
 
 

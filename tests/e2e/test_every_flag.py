@@ -129,10 +129,8 @@ STAGE0: dict[str, list[str]] = {
     "max_candidates": ["9"],
     "position_strategy": ["all"],
     "position_fraction": ["1"],
-    "num_buckets": ["2"],
-    "confidence": ["gold-prob"],
     "last_n": ["2", "--position-strategy", "last-token"],
-    "position_seed": ["5"],
+    "seed": ["5"],
     "store_codec": ["archive"],
     "store_logits": ["bf16"],
     "documents_per_shard": ["5"],
@@ -148,10 +146,8 @@ REFUSED = [
     ("stage1", ["--loss", "full", "--no-drop-unread-tokens"]),
     ("stage1", ["--probe-interval", "0", "--probe-documents", "9"]),
     ("stage1", ["--min-lr", "1e-4", "--lr-decay-style", "constant"]),
-    ("stage0", ["--position-strategy", "random", "--num-buckets", "9"]),
     ("stage0", ["--position-strategy", "all", "--position-fraction", "0.9"]),
-    ("stage0", ["--position-strategy", "all", "--position-seed", "9"]),
-    ("stage0", ["--position-strategy", "last-token", "--confidence", "gold-prob"]),
+    ("stage0", ["--position-strategy", "all", "--seed", "9"]),
     ("stage0", ["--last-n", "9"]),
 ]
 
