@@ -5,7 +5,7 @@ STAMP := .venv/.ready
 PEERS := .venv/.peers
 BUILD_KERNELS := $(or $(MEGATRON_REPLAY_BUILD_KERNELS),1)
 
-.PHONY: setup test check bench bench-optim bench-head bench-select bench-skew bench-store bench-stage0 bench-stage1 replicate-quick replicate evidence clean
+.PHONY: setup test mutation check bench bench-optim bench-head bench-select bench-skew bench-store bench-stage0 bench-stage1 replicate-quick replicate evidence clean
 
 setup: $(STAMP)  ## create .venv with pinned packages and this package in place
 
@@ -24,6 +24,9 @@ $(STAMP): requirements/cpu.txt setup.py \
 
 test: setup  ## all tests in two processes, those of one process first
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+
+mutation: setup  ## bugs put into the AscendC kernels: the emulator must find each (1 minute)
+	$(BIN)/python -m pytest tests/ascemu/mutations.py
 
 check: setup  ## style, types, shell scripts, Dockerfiles, layer laws
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Inputs for the operators, and what they must give, in float64 from the definition.
+"""Inputs for the operators, and the expected results in float64, from the definition.
 
 Shapes: T positions, V rows of the weight, H channels, P pairs.
 """
@@ -64,7 +64,7 @@ def make(sizes: list[int], vocabulary: int, channels: int, seed: int = 0) -> Cas
     )
 
 
-#: What main_grad holds before: 0.5 everywhere, so that rows nobody touches are seen to stay.
+#: main_grad before the call: not zero, so that a test sees rows that must not change.
 FOUND = 0.5
 
 

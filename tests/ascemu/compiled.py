@@ -26,19 +26,19 @@ HOST = (
     CSRC / "segment_axpy" / "segment_axpy.cpp",
     HERE / "launches.cpp",
 )
-# Modules of many mutants are loaded at once, and must not share the emulator's state: hidden,
-# and none of g++'s symbols that are unique in a process.
+# make mutation loads many modules at once, which must not share the emulator's state: symbols are
+# hidden, and none of those that g++ makes unique in a process.
 FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-fvisibility=hidden", "-fno-gnu-unique"]
-#: Cases of a usual size need the optimizer; what runs once, on a small case, is compiled faster.
+#: Cases of usual size need g++'s optimizer; a mutant runs once, on small cases.
 OPTIMIZED, QUICK = "-O1", "-O0"
 
 
 class CompileError(Exception):
-    """What the compiler says."""
+    """The compiler's message."""
 
 
 class Compiler:
-    """g++ with the emulator's header precompiled, and the objects that no mutant changes."""
+    """g++ with the emulator's header precompiled, and the objects of the unchanged sources."""
 
     def __init__(self, folder: Path) -> None:
         self.gxx = shutil.which(os.environ.get("CXX", "g++"))
@@ -53,20 +53,20 @@ class Compiler:
     def kernel(
         self, source: Path, *, name: str = "", first: Path | None = None, level: str = OPTIMIZED
     ) -> Path:
-        """The object of a kernel; headers in ``first`` are taken before all others."""
+        """Compile a kernel to an object file; headers in ``first`` come before all others."""
         folders = [first, self.folder / level, INCLUDE, CSRC / "common"]
         options = [level, *(f"-I{folder}" for folder in folders if folder)]
-        # On a device a kernel is a program of its own: it must not use another's inline functions.
+        # On a device a kernel is a program of its own: the linker must not merge inline functions.
         options.append(f"-Dreplay=replay_{source.stem}")
         return self._compile(source, name or source.stem, options)
 
     def module(self, name: str, kernels: dict[Path, Path] | None = None) -> ModuleType:
-        """The operators, with some of the kernels' objects replaced."""
+        """Link and load the operators, with some of the kernels' objects replaced."""
         library = self.folder / name / "_ascend.so"
         library.parent.mkdir()
         objects = [*self.host, *(self.kernels | (kernels or {})).values()]
         self._run(["-shared", *map(str, objects), "-o", str(library)])
-        # pybind11 gives out one module for one full name.
+        # pybind11 keeps one module for each full name.
         full_name = f"{name}._ascend"
         loader = importlib.machinery.ExtensionFileLoader(full_name, str(library))
         spec = importlib.util.spec_from_loader(full_name, loader)
@@ -78,7 +78,7 @@ class Compiler:
     def _precompile(self, level: str) -> None:
         header = self.folder / level / "kernel_operator.h"
         header.parent.mkdir()
-        # g++ takes header.gch for it where the options are the same, and needs the header as well.
+        # g++ uses header.gch where the options are the same, and needs the header as well.
         header.write_text(f'#include "{INCLUDE / header.name}"\n')
         self._run([*FLAGS, level, f"-I{INCLUDE}", "-x", "c++-header", str(header)])
 

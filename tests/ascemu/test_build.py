@@ -1,4 +1,4 @@
-"""csrc/ascend's build, against a stand-in for CANN, and the one line where it cannot be done."""
+"""The build of csrc/ascend against a stand-in for CANN, and its one-line error without CANN."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from tests.ascemu import cases
 from tests.ascemu.compiled import CSRC, HERE, INCLUDE
 
-#: Of CANN's CMake functions, those the build calls: the kernels run on the emulator.
+#: The CMake functions of CANN that the build calls; here the kernels run on the emulator.
 ASCENDC = f"""
 function(ascendc_library name kind)
   add_library(${{name}} ${{kind}} ${{ARGN}} {HERE}/launches.cpp)
@@ -45,13 +45,13 @@ def put_ascendc(tmp_path, where: str, text: str):
 
 @needs_cmake
 @pytest.mark.parametrize("where", PLACES)
-def test_cann_is_found_where_its_releases_have_it(tmp_path, monkeypatch, where):
+def test_cann_is_found_where_its_releases_put_it(tmp_path, monkeypatch, where):
     put_ascendc(tmp_path, where, 'message(FATAL_ERROR "taken from ${CMAKE_CURRENT_LIST_DIR}")')
     assert f"found taken from {tmp_path}/cann/{where})" in one_line(build(tmp_path, monkeypatch))
 
 
 @needs_cmake
-def test_a_module_that_works(tmp_path, monkeypatch):
+def test_the_built_module_computes(tmp_path, monkeypatch):
     put_ascendc(tmp_path, PLACES[1], ASCENDC)
     shutil.copytree(INCLUDE / "acl", tmp_path / "cann" / "include" / "acl")
     libraries = tmp_path / "cann" / "lib64"
