@@ -33,9 +33,8 @@ from benchmarks.timing import Times, interleave, machine
 from megatron_replay import kernels, parallel, platform
 from megatron_replay.collection import LOGITS_CHUNK_SIZE
 from megatron_replay.config import CandidatesConfig, DataConfig, ParallelConfig
-from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.data.corpus_writer import CorpusWriter
-from megatron_replay.data.document import Document
 from megatron_replay.parallel import Parallel
 from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
 

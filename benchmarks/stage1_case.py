@@ -11,9 +11,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.data.corpus_writer import CorpusWriter
-from megatron_replay.data.document import Document
 from megatron_replay.store import StoreDescription
 
 VOCAB_SIZE, HIDDEN, SEQ_LENGTH = 151_936, 256, 1024

@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.real_sets import DIRECTORY, SELECTION, TOKENS, VOCAB_SIZE, real_sets
 from benchmarks.timing import Times, interleave, machine
-from megatron_replay.data.document import Document
+from megatron_replay.data.corpus import Document
 from megatron_replay.data.packing import PackedBatch, pack_batch
 from megatron_replay.data.replay import join_candidates
 from megatron_replay.functional.shard_head import ShardSets

@@ -19,10 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_replay.data.corpus import Corpus, corpus_file
-from megatron_replay.data.corpus_format import checksum
+from megatron_replay.data.corpus import Corpus, Document
+from megatron_replay.data.corpus_format import checksum, corpus_file
 from megatron_replay.data.corpus_writer import CorpusWriter
-from megatron_replay.data.document import Document
 
 VOCAB_SIZE = 512
 _SETTINGS: dict[str, Any] = {

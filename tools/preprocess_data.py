@@ -18,19 +18,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megatron_replay.data.corpus import Corpus, corpus_file
+from megatron_replay.data.corpus import Corpus, Document
+from megatron_replay.data.corpus_format import corpus_file
 from megatron_replay.data.corpus_writer import CorpusWriter, require_ours, written_files
-from megatron_replay.data.document import Document
-from megatron_replay.data.row_files import Input, readable_often
-from megatron_replay.data.rows import (
-    CHAT_FORMATS,
-    FORMATS,
-    Row,
-    detect_format,
-    parse_row,
-    read_lines,
-    tokenize_row,
-)
+from megatron_replay.data.row_formats import CHAT_FORMATS, FORMATS, detect_format, tokenize_row
+from megatron_replay.data.rows import Input, Row, parse_row, read_lines, readable_often
 from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, DataError, ReplayError
 from megatron_replay.evaluation.sql.sets import LAYOUTS, read_questions

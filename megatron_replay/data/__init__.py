@@ -1,6 +1,7 @@
-"""From JSON lines to micro-batches.
+"""From JSON lines to micro-batches, in the order in which data flows.
 
-``tokenizer`` and ``rows`` (with ``chat``) make documents of rows, ``corpus`` freezes them,
-``packing`` and ``sampler`` lay them into batches, ``replay`` joins a batch with the candidate
-store. Import from the modules: only the last three need torch.
+``rows`` reads files, ``row_formats`` and ``chat`` make documents of rows with a ``tokenizer``,
+``corpus`` freezes them, ``packing`` and ``sampler`` lay them into batches, ``replay`` joins a batch
+with the candidate store, ``loader`` makes batches ahead. Import from the modules: only the last
+four need torch.
 """

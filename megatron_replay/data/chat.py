@@ -1,4 +1,4 @@
-"""A conversation to tokens and loss mask, by what the chat template adds at each answer.
+"""A conversation to tokens and loss mask, by the text the chat template adds at each answer.
 
 ``return_assistant_tokens_mask`` of transformers is not used: it is silently all zero when a
 template lacks ``{% generation %}``, and most templates do.
@@ -14,18 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from megatron_replay.data.document import Document
-from megatron_replay.data.row import is_empty
+from megatron_replay.data.corpus import Document
+from megatron_replay.data.rows import is_empty
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError
 
-#: Around the number of a word: of Unicode's private use; tojson escapes it.
+#: Around the number of a word: a character for private use; tojson escapes it.
 _MARK = "\ue0f8"
 _MARKED = re.compile(rf"(?:{_MARK}|\\ue0f8)(\d+)(?:{_MARK}|\\ue0f8)")
-#: Of a call, which few templates write.
-_METADATA = ("id", "index", "type")
-#: In place of a field that is taken away.
-_GONE = object()
+#: Keys inside a tool call that may be lost: few templates write them.
+_CALL_METADATA = ("id", "index", "type")
+#: The value of a field that is removed.
+_REMOVED = object()
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Turn:
     """A message of a conversation.
 
     Attributes:
-        name: what the row calls it ("message 2"), for errors.
-        message: what the chat template gets: role, content, and what else the row holds.
+        name: how errors refer to it ("message 2").
+        message: the chat template's input: role, content, and the row's other keys.
         has_loss: its tokens carry loss as labels.
     """
 
@@ -44,10 +44,10 @@ class Turn:
 
 
 def tokenize_conversation(turns: Sequence[Turn], tokenizer: Tokenizer, *, where: str) -> Document:
-    """Render ``turns`` and let the tokens of those with loss carry it.
+    """Render ``turns``; the tokens of those with loss carry it.
 
     With R(t, g) the template's text of turns t, with (g = 1) or without (g = 0) the header that
-    asks for an answer, answer i is what R(turns[:i+1], 0) adds to R(turns[:i], 1). That is right
+    prompts for an answer, answer i is what R(turns[:i+1], 0) adds to R(turns[:i], 1). That is right
     only if each of these is a prefix of the whole rendering, which is checked. The end-of-turn
     token carries loss; the separator after it does not.
 
@@ -55,23 +55,21 @@ def tokenize_conversation(turns: Sequence[Turn], tokenizer: Tokenizer, *, where:
         DataError: the template fails on the conversation, does not write all of it, or is not
             prefix-stable on it.
     """
-    return _Rendering(turns, tokenizer, where).tokenize()
+    rendering = _Rendering(turns, tokenizer, where)
+    document = rendering.tokenize()
+    rendering.require_contents_written()
+    rendering.require_fields_written()
+    return document
 
 
 class _Rendering:
-    """A conversation as its template writes it, whole and up to each answer."""
+    """The text a template writes for a conversation, whole and up to each answer."""
 
     def __init__(self, turns: Sequence[Turn], tokenizer: Tokenizer, where: str) -> None:
         self._turns, self._tokenizer, self._where = turns, tokenizer, where
         self._text = self._render([turn.message for turn in turns])
 
     def tokenize(self) -> Document:
-        document = self._tokenize()
-        self._require_contents_written()
-        self._require_fields_written()
-        return document
-
-    def _tokenize(self) -> Document:
         ids = self._encode(self._text)
         loss_mask = np.zeros(len(ids), dtype=np.bool_)
         answers = [i for i, turn in enumerate(self._turns) if turn.has_loss]
@@ -114,29 +112,28 @@ class _Rendering:
         """The rendering cut at each answer's borders: (text, carries loss).
 
         Raises:
-            DataError: the template does not write an answer behind the header that asks for it.
+            DataError: the template does not write an answer behind the header that prompts for it.
         """
         pieces, done = [], 0
         for i in answers:
-            name = self._turns[i].name
             start, stop = self._until(i, header=True), self._until(i + 1)
-            if not self._text.startswith(stop):
-                raise self._error(
-                    f"the chat template writes {name} differently once more messages follow, so "
-                    "its tokens cannot be told from the rest",
-                    fix="Give each answer its own row, with the conversation up to it, or mark "
-                    'all answers but the last with "weight": 0; or use a template under which '
-                    "a conversation's beginning stays as it was",
-                )
-            if not stop.startswith(start):
-                raise self._header_error(i, start, stop)
+            if not self._text.startswith(stop) or not stop.startswith(start):
+                raise self._unstable(i, start, stop)
             pieces += [(self._text[done : len(start)], False), (stop[len(start) :], True)]
             done = len(stop)
         return [*pieces, (self._text[done:], False)]
 
-    def _header_error(self, i: int, start: str, stop: str) -> DataError:
-        """Why ``start``, which asks for answer ``i``, is no prefix of ``stop``, which has it."""
+    def _unstable(self, i: int, start: str, stop: str) -> DataError:
+        """Why ``start``, ``stop`` and the whole text are not each a prefix of the next."""
         name = self._turns[i].name
+        if not self._text.startswith(stop):
+            return self._error(
+                f"the chat template writes {name} differently once more messages follow, so its "
+                "tokens cannot be separated from the rest",
+                fix="Give each answer its own row, with the conversation up to it, or mark all "
+                'answers but the last with "weight": 0; or use a template under which a '
+                "conversation's beginning stays as it was",
+            )
         if not stop.startswith(self._until(i)):
             return self._error(
                 f"the chat template writes what is before {name} differently once it follows",
@@ -144,19 +141,20 @@ class _Rendering:
             )
         at = _num_shared(start, stop)
         return self._error(
-            f"the chat template asks for {name} with a header that it does not write before the "
+            f"the chat template prompts for {name} with a header that it does not write before the "
             "answer, so the model would be trained on another text than it generates from",
             expected=repr(start[at:][:60]),
             found=repr(stop[at:][:60]),
-            fix="Write that text at the start of each answer; or use a chat template that writes "
-            "the same before an answer as it asks with",
+            fix="Write that text at the start of each answer; or use a chat template with the same "
+            "header in both places",
         )
 
-    def _require_contents_written(self) -> None:
+    def require_contents_written(self) -> None:
         """Raise DataError if a part of a message's content changes nothing in the rendering.
 
-        One rendering with a mark behind each word tells which are written. Where marks are missing,
-        the template may only have gone another way for them: what precedes is changed by itself.
+        One rendering with a mark behind each word shows which are written. Where marks are missing,
+        the template may only have taken another branch for them: the text before each is changed by
+        itself.
         """
         number = itertools.count()
         marked, ends = [], []
@@ -173,46 +171,43 @@ class _Rendering:
             found = set()
         for i, words in enumerate(ends):
             content, start = self._turns[i].message["content"], 0
-            last = words[-1][0] if words else None
-            for n, end in words:
-                if n not in found and n != last and n + 1 not in found:
-                    continue  # more is missing behind it
-                other = f"{content[:end]}x{content[end:]}"
-                if n not in found and self._is_same_with(i, {"content": other}):
-                    raise self._content_error(i, content[start:end])
+            for at, (n, end) in enumerate(words):
+                if n not in found:
+                    if at + 1 < len(words) and n + 1 not in found:
+                        continue  # the next word is missing as well: try both as one
+                    if self._is_same_with(i, {"content": f"{content[:end]}x{content[end:]}"}):
+                        raise self._lost_content(i, content[start:end].strip())
                 start = end
 
-    def _content_error(self, i: int, lost: str) -> DataError:
-        turn, lost = self._turns[i], lost.strip()
-        is_all = lost == turn.message["content"].strip()
+    def _lost_content(self, i: int, lost: str) -> DataError:
+        turn = self._turns[i]
+        what = f"the content of {turn.name} (role {turn.message['role']!r}) would be lost: "
+        if lost == turn.message["content"].strip():
+            return self._error(
+                f"{what}the chat template does not write it",
+                fix="Fold it into another message, or use a template that writes it",
+            )
         return self._error(
-            f"{'' if is_all else 'part of '}the content of {turn.name} (role "
-            f"{turn.message['role']!r}) would be lost: the chat template does not write it",
-            found=None if is_all else repr(lost[:60]),
-            fix="Fold it into another message, or use a template that writes it"
-            if is_all
-            else "Remove it from the row, or use a template that writes it",
+            f"part of {what}the chat template does not write it",
+            found=repr(lost[:60]),
+            fix="Remove it from the row, or use a template that writes it",
         )
 
-    def _require_fields_written(self) -> None:
-        """Raise DataError if a field of a message, or a part of one, changes nothing.
-
-        Inside a field, ``_METADATA`` may be left out.
-        """
+    def require_fields_written(self) -> None:
+        """Raise DataError if a key of a message, or a value inside one, changes nothing."""
+        reason = "would be lost: the chat template writes the same without it"
         for i, turn in enumerate(self._turns):
             for key in [key for key in turn.message if key not in ("role", "content")]:
-                if self._is_same_with(i, {key: _GONE}):
+                if self._is_same_with(i, {key: _REMOVED}):
                     raise self._error(
-                        f"{key!r} of {turn.name} would be lost: the chat template writes the same "
-                        "without it",
+                        f"{key!r} of {turn.name} {reason}",
                         fix="Fold it into the content, or leave it out on purpose with "
                         f"--ignore-fields {key}",
                     )
                 for path, without in _without_each_leaf(turn.message[key]):
                     if self._is_same_with(i, {key: without}):
                         raise self._error(
-                            f"{key}{path} of {turn.name} would be lost: the chat template writes "
-                            "the same without it",
+                            f"{key}{path} of {turn.name} {reason}",
                             fix="Remove it from the row, or use a template that writes it",
                         )
 
@@ -220,14 +215,14 @@ class _Rendering:
         """Whether the rendering stays as it is with ``changes`` in message ``i``."""
         messages = [turn.message for turn in self._turns]
         changed = {**messages[i], **changes}
-        messages[i] = {key: value for key, value in changed.items() if value is not _GONE}
+        messages[i] = {key: value for key, value in changed.items() if value is not _REMOVED}
         try:
             return self._render(messages) == self._text
         except DataError:
             return False
 
     def _until(self, stop: int, *, header: bool = False) -> str:
-        """The rendering of the turns before ``stop``, with the header that asks for an answer."""
+        """The rendering of the turns before ``stop``, with the header for an answer if asked."""
         if not stop:
             raise self._error(
                 "the conversation starts with an answer", expected="a user or system message first"
@@ -252,8 +247,8 @@ class _Rendering:
         """How many of ``ids``, which start with an answer, are its own: up to a special token.
 
         ChatML writes a newline after its end-of-turn token. Generation has stopped by then, so the
-        newline is the template's, not the model's. A template whose turns end without a special
-        token keeps all it wrote.
+        newline is the template's, not the model's. Where a template ends turns without a special
+        token, all it wrote is the answer's.
         """
         stop = len(ids)
         while stop and ids[stop - 1] not in self._tokenizer.special_ids:
@@ -266,21 +261,20 @@ class _Rendering:
 
 
 def _word_ends(content: str) -> list[int]:
-    """Where the words of ``content`` end; not that of a last tag, which a template may look for."""
+    """Where words end; without a tag at the very end, which a template may search for."""
     ends = [match.end() for match in re.finditer(r"\S+", content)]
     return ends[:-1] if len(ends) > 1 and content.rstrip().endswith(">") else ends
 
 
 def _without_each_leaf(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """``(path, value)`` less one of its leaves that say something, each in turn."""
-    is_dict = isinstance(value, dict)
-    if not is_dict and not isinstance(value, list):
+    """``(path, value)`` with one of its leaves that have content removed, each in turn."""
+    if not isinstance(value, dict | list):
         return
+    is_dict = isinstance(value, dict)
     for key in list(value) if is_dict else range(len(value)):
-        inner = value[key]
-        if is_empty(inner) or (is_dict and key in _METADATA):
+        inner, at = value[key], f"{path}[{key!r}]"
+        if is_empty(inner) or (is_dict and key in _CALL_METADATA):
             continue
-        at = f"{path}[{key!r}]"
         if isinstance(inner, dict | list):
             for below, changed in _without_each_leaf(inner, at):
                 copy = value.copy()

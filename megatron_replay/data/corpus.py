@@ -11,20 +11,16 @@
 =====================  =========================================================================
 
 A document's first label is its first token, from 1 on, that carries loss; where none does, its
-length. What is read is checked: PREFIX.json, the index and the numbers behind the masks when the
-corpus is opened, a document when it is first read.
-
-All numbers are little-endian. The pair .bin/.idx can be opened by
+length. All numbers are little-endian. The pair .bin/.idx can be opened by
 ``megatron.core.datasets.indexed_dataset.IndexedDataset``; neither reading nor writing needs it.
-``corpus_writer.py`` writes all four.
-The address space of everything later is (document, position).
+``corpus_writer.py`` writes all four. The address space of everything later is (document, position).
 """
 
 from __future__ import annotations
 
 import os
 import zlib
-from pathlib import Path
+from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
@@ -35,21 +31,57 @@ from megatron_replay.data.corpus_format import (
     IDX_HEADER,
     MASK_HEADER,
     MASK_MAGIC,
-    REBUILD,
     TOKEN_BYTES,
     ContentFingerprint,
+    corpus_error,
+    corpus_file,
     document_crc,
     read_description,
     read_lengths,
 )
-from megatron_replay.data.document import Document
 from megatron_replay.errors import DataError
 from megatron_replay.files import open_regular
 
 
-def corpus_file(prefix: str | os.PathLike[str], suffix: str) -> Path:
-    """``PREFIX`` + ``.suffix``; a dot in the prefix stays."""
-    return Path(f"{os.fspath(prefix)}.{suffix}")
+@dataclass(frozen=True, eq=False)
+class Document:
+    """One sequence of tokens that is packed, scored and recorded as a unit.
+
+    The label convention of the whole project: *position* ``t`` is the input position whose logits
+    predict token ``t + 1``. A document of n tokens therefore has n - 1 positions.
+
+    Attributes:
+        tokens: int32 [n].
+        loss_mask: bool [n]; ``loss_mask[i]`` says whether token i carries loss as a label.
+            ``loss_mask[0]`` has no effect, because nothing predicts the first token.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return len(self.tokens)
+
+    def eligible_positions(self) -> npt.NDArray[np.int32]:
+        """Positions whose label carries loss: ``{t : loss_mask[t + 1]}``, int32, ascending."""
+        return np.flatnonzero(self.loss_mask[1:]).astype(np.int32)
+
+    def split(self, max_tokens: int) -> list[Document]:
+        """Cut into pieces of at most ``max_tokens`` tokens that keep every label exactly once.
+
+        A piece starts with the last token of the piece before: there it was a label, here it is
+        the input that predicts the next one, and its own loss is not counted again.
+        """
+        if len(self) <= max_tokens:
+            return [self]
+        pieces = []
+        for start in range(0, len(self) - 1, max_tokens - 1):
+            stop = start + max_tokens
+            loss_mask = self.loss_mask[start:stop].copy()
+            loss_mask[0] &= start == 0
+            pieces.append(Document(self.tokens[start:stop], loss_mask))
+        return pieces
 
 
 class Corpus:
@@ -102,12 +134,12 @@ class Corpus:
 
     @property
     def vocab_size(self) -> int:
-        """All tokens lie in [0, vocab_size)."""
+        """All tokens are in [0, vocab_size)."""
         return self.description.vocab_size
 
     @property
     def pad_id(self) -> int:
-        """What empty positions of a batch hold."""
+        """The token at empty positions of a batch."""
         return self.description.pad_id
 
     def __len__(self) -> int:
@@ -154,12 +186,11 @@ class Corpus:
             fingerprint.loss_mask.update(self._loss_mask[start : start + (1 << 22)].data)
         found = fingerprint.hexdigest(self.lengths)
         if found != self.fingerprint:
-            raise DataError(
+            raise corpus_error(
                 "the corpus is damaged: its content has another fingerprint",
-                where=self.prefix,
+                self.prefix,
                 expected=self.fingerprint,
                 found=found,
-                fix=REBUILD,
             )
 
     def _check(self, document: int) -> None:
@@ -168,18 +199,16 @@ class Corpus:
         tokens, loss_mask = self._tokens[start:stop], self._loss_mask[start:stop]
         if tokens.view(np.uint32).max() >= self.vocab_size:  # a negative one is large as well
             position = int(np.argmax((tokens < 0) | (tokens >= self.vocab_size)))
-            raise DataError(
-                f"document {document}, position {position}: token {tokens[position]} lies outside "
+            raise corpus_error(
+                f"document {document}, position {position}: token {tokens[position]} is outside "
                 "the vocabulary",
-                where=corpus_file(self.prefix, "bin"),
+                corpus_file(self.prefix, "bin"),
                 expected=f"0 to {self.vocab_size - 1}",
-                fix=REBUILD,
             )
         if document_crc(tokens, loss_mask) != self._crcs[document]:
-            raise DataError(
+            raise corpus_error(
                 f"document {document} is damaged: the crc32 of its tokens and loss mask differs",
-                where=self.prefix,
-                fix=REBUILD,
+                self.prefix,
             )
         self._is_checked[document] = True
 
@@ -189,17 +218,12 @@ class Corpus:
         try:
             handle = open_regular(path, DataError)
         except DataError as error:
-            raise DataError(str(error), fix=REBUILD) from error
+            raise corpus_error(str(error), None) from error
         found = os.fstat(handle.fileno()).st_size
         if found != expected:
             handle.close()
-            raise DataError(
-                "truncated" if found < expected else "longer than its corpus",
-                where=path,
-                expected=f"{expected} bytes",
-                found=f"{found} bytes",
-                fix=REBUILD,
-            )
+            what = "truncated" if found < expected else "longer than its corpus"
+            raise corpus_error(what, path, expected=f"{expected} bytes", found=f"{found} bytes")
         return handle
 
     def _read_trailer(
@@ -210,17 +234,11 @@ class Corpus:
         header = handle.read(MASK_HEADER.size)
         found, expected = MASK_HEADER.unpack(header), (MASK_MAGIC, CORPUS_VERSION, about.num_tokens)
         if found != expected:
-            raise DataError(
-                "the header is damaged", where=path, expected=expected, found=found, fix=REBUILD
-            )
+            raise corpus_error("the header is damaged", path, expected=expected, found=found)
         handle.seek(about.num_tokens, os.SEEK_CUR)
         trailer = handle.read(8 * about.num_documents)
         if handle.read() != zlib.crc32(header + trailer).to_bytes(4, "little"):
-            raise DataError(
-                "damaged: the crc32 of its checksums and first labels differs",
-                where=path,
-                fix=REBUILD,
-            )
+            raise corpus_error("damaged: the crc32 of its checksums and first labels differs", path)
         crcs = np.frombuffer(trailer, "<u4", about.num_documents).astype(np.uint32)
         first_labels = np.frombuffer(trailer, "<i4", offset=4 * about.num_documents)
         return crcs, first_labels.astype(np.int32)

@@ -1,4 +1,4 @@
-"""The numbers in a corpus's files: how they are written, and checked before they are believed.
+"""The numbers in a corpus's files: how they are written, and checked before they are used.
 
 ``corpus.py`` describes the files.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 import zlib
 from collections.abc import Mapping
@@ -28,14 +29,13 @@ MASK_MAGIC = b"MRLOSSMK"
 IDX_HEADER = struct.Struct("<9sQBQQ")
 _IDX_MAGIC, _IDX_VERSION, _IDX_INT32 = b"MMIDIDX\0\0", 1, 4
 TOKEN_BYTES = 4
-_AT_ONCE = 1 << 20  # numbers of an index that are read at a time: a lie in it costs no memory
+_AT_ONCE = 1 << 20  # numbers read from an index at a time, so a false count costs no memory
 MAX_INT32 = np.iinfo(np.int32).max
-REBUILD = "Write the corpus again with tools/preprocess_data.py"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusDescription:
-    """What PREFIX.json holds.
+    """The content of PREFIX.json.
 
     Attributes:
         num_loss_tokens: labels that carry loss, over all documents.
@@ -61,8 +61,19 @@ class CorpusDescription:
     fingerprint: str
 
 
+def corpus_file(prefix: str | os.PathLike[str], suffix: str) -> Path:
+    """``PREFIX`` + ``.suffix``; a dot in the prefix stays."""
+    return Path(f"{os.fspath(prefix)}.{suffix}")
+
+
+def corpus_error(what: str, where: object, **facts: Any) -> DataError:
+    """The error of a damaged corpus, which the user can only write again."""
+    fix = "Write the corpus again with tools/preprocess_data.py"
+    return DataError(what, where=where, fix=fix, **facts)
+
+
 def checksum(description: Mapping[str, Any]) -> str:
-    """SHA-256 of what PREFIX.json holds beside its ``checksum``."""
+    """SHA-256 of everything in PREFIX.json but its ``checksum``."""
     content = {name: value for name, value in description.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -73,7 +84,7 @@ def document_crc(tokens: npt.NDArray[np.int32], loss_mask: npt.NDArray[np.uint8]
 
 
 class ContentFingerprint:
-    """SHA-256 over the digests of three streams, so that all can be fed as they come."""
+    """SHA-256 over the digests of three streams, each of which is fed piece by piece."""
 
     def __init__(self) -> None:
         self.tokens, self.loss_mask = hashlib.sha256(), hashlib.sha256()
@@ -89,37 +100,30 @@ def _idx_header(num_documents: int) -> bytes:
     return IDX_HEADER.pack(_IDX_MAGIC, _IDX_VERSION, _IDX_INT32, num_documents, num_documents + 1)
 
 
-def _pointers(lengths_D: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    """Where each document begins in PREFIX.bin, in bytes."""
-    stops = np.cumsum(lengths_D, dtype=np.int64)
-    return ((stops - lengths_D) * TOKEN_BYTES).astype("<i8")
+def _idx_rest(lengths_D: npt.NDArray[np.int32]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """What follows the lengths: where each document begins in PREFIX.bin, and its number."""
+    starts_D = np.cumsum(lengths_D, dtype=np.int64) - lengths_D
+    return (starts_D * TOKEN_BYTES).astype("<i8"), np.arange(len(lengths_D) + 1, dtype="<i8")
 
 
 def idx_bytes(lengths_D: npt.NDArray[np.int32]) -> bytes:
-    """The whole of PREFIX.idx: it follows from the lengths."""
-    return b"".join(
-        (
-            _idx_header(len(lengths_D)),
-            lengths_D.astype("<i4").tobytes(),
-            _pointers(lengths_D).tobytes(),
-            np.arange(len(lengths_D) + 1, dtype="<i8").tobytes(),
-        )
-    )
+    """The whole of PREFIX.idx, which follows from the lengths."""
+    parts = (lengths_D.astype("<i4"), *_idx_rest(lengths_D))
+    return _idx_header(len(lengths_D)) + b"".join(part.tobytes() for part in parts)
 
 
 def read_lengths(handle: IO[bytes], about: CorpusDescription, path: Path) -> npt.NDArray[np.int32]:
     """The lengths, int32 [D]; the rest of the index, which follows from them, is compared.
 
-    Read piece by piece: a sparse file that claims a terabyte fails at its first lengths.
+    Reads piece by piece: a sparse file that claims a terabyte fails at its first lengths.
     """
     num_documents = about.num_documents
 
     def require(is_right: bool) -> None:
         if not is_right:
-            raise DataError("the index is damaged", where=path, fix=REBUILD)
+            raise corpus_error("the index is damaged", path)
 
-    header = handle.read(IDX_HEADER.size)
-    require(header == _idx_header(num_documents))
+    require(handle.read(IDX_HEADER.size) == _idx_header(num_documents))
     pieces, total = [], 0
     for start in range(0, num_documents, _AT_ONCE):
         count = min(_AT_ONCE, num_documents - start)
@@ -129,7 +133,7 @@ def read_lengths(handle: IO[bytes], about: CorpusDescription, path: Path) -> npt
         pieces.append(piece)
     require(total == about.num_tokens)
     lengths_D = np.concatenate(pieces).astype(np.int32)
-    for expected in (_pointers(lengths_D), np.arange(num_documents + 1, dtype="<i8")):
+    for expected in _idx_rest(lengths_D):
         for start in range(0, len(expected), _AT_ONCE):
             piece_bytes = expected[start : start + _AT_ONCE].tobytes()
             require(handle.read(len(piece_bytes)) == piece_bytes)
@@ -137,49 +141,40 @@ def read_lengths(handle: IO[bytes], about: CorpusDescription, path: Path) -> npt
 
 
 def read_description(path: Path) -> CorpusDescription:
-    """What PREFIX.json holds.
+    """The content of PREFIX.json.
 
     Raises:
         DataError: it cannot be read, is damaged, or of another version.
     """
     try:
-        content = read_json(path, DataError, fix=REBUILD)
+        content = read_json(path, DataError)
     except DataError as error:
         if isinstance(error.__cause__, OSError):
-            raise DataError(
-                str(error), fix="Give the prefix that tools/preprocess_data.py wrote, let it finish"
-            ) from error
-        raise
+            fix = "Give the prefix that tools/preprocess_data.py wrote, let it finish"
+            raise DataError(str(error), fix=fix) from error
+        raise corpus_error(str(error), None) from error
     version = content.get("version")
     if version != CORPUS_VERSION:
-        is_older = version == 1
-        raise DataError(
-            "an older corpus, without checksums" if is_older else "unknown corpus version",
-            where=path,
-            expected=CORPUS_VERSION,
-            found=version,
-            fix=REBUILD,
-        )
+        what = "an older corpus, without checksums" if version == 1 else "unknown corpus version"
+        raise corpus_error(what, path, expected=CORPUS_VERSION, found=version)
     if content.pop("checksum", None) != checksum(content):
-        raise DataError("damaged: its own checksum differs", where=path, fix=REBUILD)
+        raise corpus_error("damaged: its own checksum differs", path)
     kinds = {"int": int, "str": str, "dict[str, Any]": dict, "dict[str, str]": dict}
+    values: dict[str, Any] = {
+        field.name: content.get(field.name) for field in fields(CorpusDescription)
+    }
     for field in fields(CorpusDescription):
-        kind, value = kinds[str(field.type)], content.get(field.name)
-        if type(value) is not kind:
-            raise DataError(
-                f"{field.name!r} is damaged",
-                where=path,
-                expected=field.type,
-                found=repr(value),
-                fix=REBUILD,
+        value = values[field.name]
+        if type(value) is not kinds[str(field.type)]:
+            raise corpus_error(
+                f"{field.name!r} is damaged", path, expected=field.type, found=repr(value)
             )
-    names = {field.name for field in fields(CorpusDescription)}
-    about = CorpusDescription(**{name: content[name] for name in names})
+    about = CorpusDescription(**values)
     if not (
         1 <= about.num_documents <= MAX_INT32
         and 2 * about.num_documents <= about.num_tokens <= MAX_INT32 * about.num_documents
         and 0 <= about.num_loss_tokens < about.num_tokens
         and 0 <= about.max_token_id < about.vocab_size <= MAX_INT32
     ):
-        raise DataError("the counts are damaged", where=path, fix=REBUILD)
+        raise corpus_error("the counts are damaged", path)
     return about

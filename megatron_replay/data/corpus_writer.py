@@ -12,9 +12,8 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_replay.data.corpus import corpus_file
+from megatron_replay.data.corpus import Document
 from megatron_replay.data.corpus_format import (
     CORPUS_VERSION,
     MASK_HEADER,
@@ -23,10 +22,10 @@ from megatron_replay.data.corpus_format import (
     ContentFingerprint,
     CorpusDescription,
     checksum,
+    corpus_file,
     document_crc,
     idx_bytes,
 )
-from megatron_replay.data.document import Document
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError, OutputError
 from megatron_replay.files import (
@@ -42,7 +41,7 @@ _SUFFIXES = ("bin", "idx", "loss_mask", "json")
 
 
 def written_files(prefix: str | os.PathLike[str]) -> list[Path]:
-    """Every file that a corpus under ``prefix`` is written to, those of a temporary name too."""
+    """Every file that a corpus under ``prefix`` is written to, with its temporary names."""
     files = [corpus_file(prefix, suffix) for suffix in _SUFFIXES]
     return files + [temporary_path(file) for file in files]
 
@@ -50,17 +49,18 @@ def written_files(prefix: str | os.PathLike[str]) -> list[Path]:
 def require_ours(prefix: str | os.PathLike[str]) -> None:
     """Raise OutputError where a corpus under ``prefix`` would replace a file of another kind.
 
-    PREFIX.json and PREFIX.loss_mask are known by what they hold. PREFIX.bin and PREFIX.idx look
+    PREFIX.json and PREFIX.loss_mask are recognised by their content. PREFIX.bin and PREFIX.idx look
     like those of any Megatron data set: one of the other two must vouch for them.
     """
-    found = [file for file in map(corpus_file, [prefix] * 4, _SUFFIXES) if os.path.lexists(file)]
-    proofs = {"json": _is_description, "loss_mask": _is_loss_mask}
-    is_ours = {suffix: proof(corpus_file(prefix, suffix)) for suffix, proof in proofs.items()}
-    for file in found:
-        suffix = file.name.rpartition(".")[2]
-        if not is_ours.get(suffix, any(is_ours.values())):
+    is_ours = {
+        "json": _is_description(corpus_file(prefix, "json")),
+        "loss_mask": _is_loss_mask(corpus_file(prefix, "loss_mask")),
+    }
+    for suffix in _SUFFIXES:
+        file = corpus_file(prefix, suffix)
+        if os.path.lexists(file) and not is_ours.get(suffix, any(is_ours.values())):
             raise OutputError(
-                "a file is here that is not of a corpus of megatron_replay",
+                "a file is here that is not part of a corpus of megatron_replay",
                 where=file,
                 fix="Nothing was written: choose another --output-prefix, or move the file away",
             )
@@ -108,11 +108,10 @@ class CorpusWriter:
         self._crcs = array.array("I")
         self._num_loss_tokens = self._max_token_id = 0
         self._fingerprint = ContentFingerprint()
-        self._files = ExitStack()
 
     def __enter__(self) -> CorpusWriter:
         require_ours(self._prefix)
-        self._replaces = self._there()
+        self._replaces = self._present()
         make_directory(corpus_file(self._prefix, "json").parent)
         with ExitStack() as opened:
             self._tokens = opened.enter_context(atomic_file(corpus_file(self._prefix, "bin")))
@@ -125,21 +124,7 @@ class CorpusWriter:
 
     def add(self, document: Document) -> None:
         """Append one document."""
-        if len(document) < 2:
-            raise DataError("a document needs two tokens: one to see, one to predict")
-        if max(len(document), len(self._lengths) + 1) > MAX_INT32:
-            raise DataError(
-                "more than a corpus can hold",
-                expected=f"at most {MAX_INT32} documents, of at most {MAX_INT32} tokens",
-                found=f"document {len(self._lengths)}, of {len(document)} tokens",
-            )
-        smallest, largest = int(document.tokens.min()), int(document.tokens.max())
-        if smallest < 0 or largest >= self._tokenizer.vocab_size:
-            raise DataError(
-                "a token lies outside the vocabulary",
-                expected=f"0 to {self._tokenizer.vocab_size - 1}",
-                found=f"{smallest} to {largest}",
-            )
+        self._require_writable(document)
         tokens, loss_mask = document.tokens.astype("<i4"), document.loss_mask.astype(np.uint8)
         assert loss_mask.shape == tokens.shape, (loss_mask.shape, tokens.shape)
         for stream, digest, data in (
@@ -154,7 +139,24 @@ class CorpusWriter:
         self._first_labels.append(first)
         self._crcs.append(document_crc(tokens, loss_mask))
         self._num_loss_tokens += num_loss_tokens
-        self._max_token_id = max(self._max_token_id, largest)
+        self._max_token_id = max(self._max_token_id, int(tokens.max()))
+
+    def _require_writable(self, document: Document) -> None:
+        if len(document) < 2:
+            raise DataError("a document needs two tokens: one to see, one to predict")
+        if max(len(document), len(self._lengths) + 1) > MAX_INT32:
+            raise DataError(
+                "more than a corpus can hold",
+                expected=f"at most {MAX_INT32} documents, of at most {MAX_INT32} tokens",
+                found=f"document {len(self._lengths)}, of {len(document)} tokens",
+            )
+        smallest, largest = int(document.tokens.min()), int(document.tokens.max())
+        if smallest < 0 or largest >= self._tokenizer.vocab_size:
+            raise DataError(
+                "a token is outside the vocabulary",
+                expected=f"0 to {self._tokenizer.vocab_size - 1}",
+                found=f"{smallest} to {largest}",
+            )
 
     def __exit__(
         self,
@@ -165,19 +167,13 @@ class CorpusWriter:
         if error is not None:
             self._files.__exit__(kind, error, trace)  # removes the temporary files
             return
-        with self._files:  # what is raised below removes them too
-            lengths_D = np.array(self._lengths, dtype=np.int32)
-            if not len(lengths_D):
+        with self._files:  # an error inside removes them too
+            if not self._lengths:
                 raise DataError("no document to write", where=self._prefix)
+            lengths_D = np.array(self._lengths, dtype=np.int32)
             num_tokens = int(lengths_D.sum(dtype=np.int64))
-            header = MASK_HEADER.pack(MASK_MAGIC, CORPUS_VERSION, num_tokens)
-            trailer = np.array(self._crcs, dtype="<u4").tobytes()
-            trailer += np.array(self._first_labels, dtype="<i4").tobytes()
-            self._loss_mask.write(trailer)
-            self._loss_mask.write(zlib.crc32(header + trailer).to_bytes(4, "little"))
-            self._loss_mask.seek(0)
-            self._loss_mask.write(header)
-            if self._there() != self._replaces:
+            self._finish_loss_mask(num_tokens)
+            if self._present() != self._replaces:
                 raise OutputError(
                     "another process has written a corpus under this prefix meanwhile",
                     where=self._prefix,
@@ -186,30 +182,37 @@ class CorpusWriter:
             corpus_file(self._prefix, "json").unlink(missing_ok=True)
         with atomic_file(corpus_file(self._prefix, "idx")) as handle:
             handle.write(idx_bytes(lengths_D))
-        description = asdict(self._description(lengths_D, num_tokens))
-        description["checksum"] = checksum(description)
-        write_json(corpus_file(self._prefix, "json"), description)
-
-    def _there(self) -> list[tuple[int, int] | None]:
-        """Which files stand under the prefix."""
-        files = [corpus_file(self._prefix, suffix) for suffix in _SUFFIXES]
-        found = [file.stat() if file.exists() else None for file in files]
-        return [stat and (stat.st_ino, stat.st_mtime_ns) for stat in found]
-
-    def _description(self, lengths_D: npt.NDArray[np.int32], num_tokens: int) -> CorpusDescription:
-        return CorpusDescription(
+        tokenizer = self._tokenizer
+        about = CorpusDescription(
             version=CORPUS_VERSION,
             num_documents=len(lengths_D),
             num_tokens=num_tokens,
             num_loss_tokens=self._num_loss_tokens,
-            vocab_size=self._tokenizer.vocab_size,
+            vocab_size=tokenizer.vocab_size,
             max_token_id=self._max_token_id,
-            tokenizer_path=str(self._tokenizer.path),
-            tokenizer_fingerprint=self._tokenizer.fingerprint,
-            tokenizer_files=self._tokenizer.files,
-            eos_id=self._tokenizer.eos_id,
-            pad_id=self._tokenizer.pad_id,
+            tokenizer_path=str(tokenizer.path),
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            tokenizer_files=tokenizer.files,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
             format=self._row_format,
             source=self._source,
             fingerprint=self._fingerprint.hexdigest(lengths_D),
         )
+        description = asdict(about)
+        description["checksum"] = checksum(description)
+        write_json(corpus_file(self._prefix, "json"), description)
+
+    def _finish_loss_mask(self, num_tokens: int) -> None:
+        header = MASK_HEADER.pack(MASK_MAGIC, CORPUS_VERSION, num_tokens)
+        trailer = np.array(self._crcs, dtype="<u4").tobytes()
+        trailer += np.array(self._first_labels, dtype="<i4").tobytes()
+        self._loss_mask.write(trailer + zlib.crc32(header + trailer).to_bytes(4, "little"))
+        self._loss_mask.seek(0)
+        self._loss_mask.write(header)
+
+    def _present(self) -> list[tuple[int, int] | None]:
+        """Inode and time of each file under the prefix: another process's writing changes them."""
+        files = [corpus_file(self._prefix, suffix) for suffix in _SUFFIXES]
+        found = [file.stat() if file.exists() else None for file in files]
+        return [stat and (stat.st_ino, stat.st_mtime_ns) for stat in found]

@@ -1,56 +1,118 @@
-"""JSON lines to documents: five formats, each one function from a row to tokens and loss mask.
+"""Files of rows: one JSON object a line, plain or compressed by gzip; a pipe is copied first.
 
-=============  ==================================================  =============================
-format         row                                                 what carries loss
-=============  ==================================================  =============================
-``prompt``     ``{"prompt": "…", "completion": "…"}``              completion and EOS
-``alpaca``     ``{"instruction": "…", "input": "…", "output": …}`` output and EOS
-``sharegpt``   ``{"conversations": [{"from": …, "value": …}, …]}`` the assistant's turns
-``messages``   ``{"messages": [{"role": …, "content": …}, …]}``    the assistant's turns
-``text``       ``{"text": "…"}``                                   every token and EOS
-=============  ==================================================  =============================
-
-Prompt and completion are encoded apart, as a model meets them when it generates. The two chat
-formats use the tokenizer's chat template (``chat.py``) and take a ``system`` or ``system_prompt``
-beside the messages; alpaca rows use the prompt they were published with, which needs none. What a
-row says beside these is metadata, left out by name, or refused (``row.py``).
+``row_formats.py`` turns a row into a document.
 """
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import itertools
 import json
+import stat
+import sys
+import tempfile
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
-
-from megatron_replay.data.document import Document
-from megatron_replay.data.row import Row as Row  # for those who read rows as well
-from megatron_replay.data.row import json_type
-from megatron_replay.data.row_chat import read_conversation
-from megatron_replay.data.row_files import open_rows
-from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError
+from megatron_replay.files import MAX_TEXT_BYTES, make_directory, open_regular, output_error
 
-# github.com/tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT.
-_ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately "
-    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
-)
-_ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-
+_GZIP, _BOM = b"\x1f\x8b", b"\xef\xbb\xbf"
+#: First bytes of files that people take for rows.
+_OTHER_FILES = {
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"PK\x03\x04": "a zip file",
+    b"BZh": "a file compressed by bzip2",
+    b"\xfd7zXZ": "a file compressed by xz",
+    b"\x28\xb5\x2f\xfd": "a file compressed by zstd",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+}
 _EXPECTED = "one JSON object per line"
 _CONVERT = (
     'Convert it: python -c "import json, sys; [print(json.dumps(row)) for row in '
     'json.load(open(sys.argv[1]))]" FILE > FILE.jsonl'
 )
+_TYPES: dict[type[Any], str] = {str: "a string", list: "a list", dict: "an object"}
+#: Fields that describe a row and are not trained on; letter case does not matter.
+METADATA = frozenset(
+    "__index_level_0__ _id author category conversation_id created_at dataset dataset_name date"
+    " difficulty domain hash id idx index lang language level license meta metadata model"
+    " num_tokens num_turns prompt_id quality question_id row_id score sha256 source sources split"
+    " subset tags task_id task_name task_type timestamp topic type uid url uuid version".split()
+)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file of rows that can be read several times.
+
+    Attributes:
+        path: where it is read.
+        shown: the user's name for it.
+        sha256: of a pipe, which is read from a copy; None for a file.
+    """
+
+    path: Path
+    shown: str
+    sha256: str | None = None
+
+
+@contextmanager
+def readable_often(path: Path, directory: Path) -> Iterator[Input]:
+    """``path``; or a copy of it, where it is a pipe: ``<(zcat rows.gz)``, a FIFO, ``/dev/stdin``.
+
+    The copy is a file without a name in ``directory``. It is gone when the block or the process
+    ends, however it ends.
+
+    Raises:
+        DataError: the pipe cannot be read.
+        OutputError: the copy cannot be written.
+    """
+    try:
+        is_pipe = stat.S_ISFIFO(path.stat().st_mode)
+    except OSError:
+        is_pipe = False  # opening it raises the error
+    if not is_pipe:
+        yield Input(path, str(path))
+        return
+    print(f"{path}: a pipe, copied until it ends", file=sys.stderr)
+    digest = hashlib.sha256()
+    make_directory(directory)
+    with _written_in(directory):
+        spool: IO[bytes] = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 the next line
+    with spool:
+        for block in _blocks(path):
+            digest.update(block)
+            with _written_in(directory):
+                spool.write(block)
+        with _written_in(directory):
+            spool.flush()
+        yield Input(Path(f"/proc/self/fd/{spool.fileno()}"), str(path), digest.hexdigest())
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as pipe:
+            while block := pipe.read(1 << 20):
+                yield block
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror or error}", where=path) from error
+
+
+@contextmanager
+def _written_in(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise output_error(directory, error) from error
 
 
 def read_lines(path: Path, name: str | None = None) -> Iterator[tuple[str, bytes]]:
@@ -62,18 +124,125 @@ def read_lines(path: Path, name: str | None = None) -> Iterator[tuple[str, bytes
         name: shown instead of ``path``.
 
     Raises:
-        DataError: the file cannot be read, or holds no lines of text.
+        DataError: the file cannot be read, or is of a known other kind.
     """
     name, blank = name or str(path), 0
-    with open_rows(path, name) as handle:
-        for number, line in enumerate(handle, start=1):
-            if not line.strip():
-                blank += 1
-                continue
-            for before in range(number - blank, number):
-                yield f"{name}:{before}", b"\n"
-            blank = 0
-            yield f"{name}:{number}", line
+    with open_regular(path, DataError) as raw:
+        try:
+            for number, line in enumerate(_text_lines(raw, name), start=1):
+                if not line.strip():
+                    blank += 1
+                    continue
+                for before in range(number - blank, number):
+                    yield f"{name}:{before}", b"\n"
+                blank = 0
+                yield f"{name}:{number}", line
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"cannot read: {error}", where=name) from error
+
+
+def _text_lines(raw: IO[bytes], name: str) -> Iterator[bytes]:
+    is_gzip = raw.read(len(_GZIP)) == _GZIP
+    raw.seek(0)
+    handle: Any = gzip.GzipFile(fileobj=raw) if is_gzip else raw
+    start = handle.read(8)
+    for magic, kind in _OTHER_FILES.items():
+        if start.startswith(magic):
+            raise DataError(
+                "not lines of JSON",
+                where=name,
+                expected="one JSON object per line, as text or compressed by gzip",
+                found=kind,
+                fix="Unpack it, or write its rows as JSON lines",
+            )
+    handle.seek(len(_BOM) if start.startswith(_BOM) else 0)
+    for number in itertools.count(1):
+        line = handle.readline(MAX_TEXT_BYTES + 1)
+        if len(line) > MAX_TEXT_BYTES:
+            raise DataError(
+                "the line is too long",
+                where=f"{name}:{number}",
+                expected=f"at most {MAX_TEXT_BYTES} bytes",
+            )
+        if not line:
+            return
+        yield line
+
+
+def is_empty(value: Any) -> bool:
+    """Whether ``value`` has no content: null, "", [], {}, these as a string, or a list of such."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    if isinstance(value, list):
+        return all(map(is_empty, value))
+    if isinstance(value, dict):
+        return all(map(is_empty, value.values()))
+    return value is None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a file, parsed.
+
+    Attributes:
+        where: ``FILE:LINE``, for errors.
+        ignored: names of fields that are left out, of the row and of its messages.
+    """
+
+    where: str
+    fields: dict[str, Any]
+    ignored: frozenset[str] = frozenset()
+
+    def text(self, name: str) -> str:
+        """The string under ``name``.
+
+        Raises:
+            DataError: it is missing, no string, or no valid Unicode.
+        """
+        value: str = self.checked(self.fields, name, str)
+        return value
+
+    def checked(self, fields: Any, name: str, kind: type[Any], inside: str = "") -> Any:
+        """``fields[name]``, checked to be a ``kind``; ``inside`` is the path of ``fields``."""
+        at = f"{inside}{name}"
+        if not isinstance(fields, dict):
+            raise self.error(f"{inside.rstrip('.')} is not an object", found=_json_type(fields))
+        if name not in fields:
+            keys = ", ".join(map(repr, fields)) or "no keys"
+            raise self.error("missing key", expected=repr(at), found=keys)
+        value = fields[name]
+        if not isinstance(value, kind):
+            raise self.error(
+                f"{at!r} has the wrong type", expected=_TYPES[kind], found=_json_type(value)
+            )
+        if kind is str and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:  # "\ud800" is JSON, but half a character
+                raise self.error(f"{at!r} is not valid Unicode: {error.reason}") from error
+        return value
+
+    def refuse_unread(self, row_format: str, read: Sequence[str]) -> None:
+        """Raise DataError if fields beside ``read`` have content that would be lost.
+
+        All content of a row is trained on, is ``METADATA``, or was left out with --ignore-fields.
+        """
+        names = [
+            name
+            for name, value in self.fields.items()
+            if name not in read and name.lower() not in METADATA and not is_empty(value)
+        ]
+        if names:
+            raise self.error(
+                f"{', '.join(map(repr, names))} would be lost: {row_format} rows do not carry "
+                f"{'it' if len(names) == 1 else 'them'}",
+                fix="Fold it into the text that is trained, or leave it out on purpose with "
+                f"--ignore-fields {','.join(names)}",
+            )
+
+    def error(self, what: str, **facts: Any) -> DataError:
+        """A DataError about this row."""
+        return DataError(what, where=self.where, **facts)
 
 
 def parse_row(where: str, line: bytes, ignored: frozenset[str] = frozenset()) -> Row:
@@ -88,141 +257,35 @@ def parse_row(where: str, line: bytes, ignored: frozenset[str] = frozenset()) ->
     try:
         fields = None if is_array else _DECODER.decode(line.decode())
     except (ValueError, RecursionError) as error:
-        what = str(error) if isinstance(error, _TwiceError) else f"not JSON: {error}"
+        what = str(error) if isinstance(error, _DuplicateKeyError) else f"not JSON: {error}"
         raise DataError(what, where=where, expected=_EXPECTED) from error
     if not isinstance(fields, dict):
         raise DataError(
             "not a row",
             where=where,
             expected=_EXPECTED,
-            found="a JSON array" if is_array else json_type(fields),
+            found="a JSON array" if is_array else _json_type(fields),
             fix=_CONVERT if is_array else None,
         )
     return Row(where, {k: v for k, v in fields.items() if k not in ignored}, ignored)
 
 
-class _TwiceError(ValueError):
-    """Two values under one key."""
+class _DuplicateKeyError(ValueError):
+    """An object has two values under one key; json would silently keep the last."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; json would keep the last of two values under one key, without a word."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         counts = Counter(name for name, _ in pairs)
-        raise _TwiceError(f"the key {counts.most_common(1)[0][0]!r} is there twice")
+        raise _DuplicateKeyError(f"the key {counts.most_common(1)[0][0]!r} is there twice")
     return fields
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _tokens(row: Row, text: str, tokenizer: Tokenizer) -> list[int]:
-    try:
-        return tokenizer.encode(text)
-    except DataError as error:
-        raise row.error(str(error)) from error
-
-
-def _prompt_completion(row: Row, prompt: str, answer: str, tokenizer: Tokenizer) -> Document:
-    prompt_ids = _tokens(row, prompt, tokenizer)
-    answer_ids = [*_tokens(row, answer, tokenizer), tokenizer.eos_id]
-    tokens = np.array(prompt_ids + answer_ids, dtype=np.int32)
-    return Document(tokens, np.arange(len(tokens)) >= len(prompt_ids))
-
-
-def _answer(row: Row, name: str) -> str:
-    answer = row.text(name)
-    if not answer.strip():
-        raise row.error(f"no answer token: {name!r} is {'blank' if answer else 'empty'}")
-    return answer
-
-
-def _from_prompt(row: Row, tokenizer: Tokenizer) -> Document:
-    prompt, completion = row.text("prompt"), _answer(row, "completion")
-    if not prompt:
-        raise row.error("'prompt' is empty", fix='Write raw text as {"text": …} rows')
-    return _prompt_completion(row, prompt, completion, tokenizer)
-
-
-def _from_alpaca(row: Row, tokenizer: Tokenizer) -> Document:
-    instruction, context = row.text("instruction"), row.text_or_empty("input")
-    if not instruction:
-        raise row.error("'instruction' is empty")
-    template = _ALPACA_WITH_INPUT if context else _ALPACA
-    prompt = template.format(instruction=instruction, input=context)
-    return _prompt_completion(row, prompt, _answer(row, "output"), tokenizer)
-
-
-def _from_sharegpt(row: Row, tokenizer: Tokenizer) -> Document:
-    return read_conversation(row, "conversations", ("from", "value"), tokenizer)
-
-
-def _from_messages(row: Row, tokenizer: Tokenizer) -> Document:
-    return read_conversation(row, "messages", ("role", "content"), tokenizer)
-
-
-def _from_text(row: Row, tokenizer: Tokenizer) -> Document:
-    text = row.text("text")
-    if not text:
-        raise row.error("'text' is empty")
-    tokens = np.array([*_tokens(row, text, tokenizer), tokenizer.eos_id], dtype=np.int32)
-    return Document(tokens, np.ones(len(tokens), dtype=np.bool_))
-
-
-@dataclass(frozen=True)
-class RowFormat:
-    """How a format is recognised (the keys it must have) and read (with what else it carries)."""
-
-    keys: tuple[str, ...]
-    read: Callable[[Row, Tokenizer], Document]
-    also: tuple[str, ...] = ()
-
-
-_SYSTEM = ("system", "system_prompt")
-FORMATS = {
-    "prompt": RowFormat(("prompt", "completion"), _from_prompt),
-    "alpaca": RowFormat(("instruction", "output"), _from_alpaca, ("input",)),
-    "sharegpt": RowFormat(("conversations",), _from_sharegpt, _SYSTEM),
-    "messages": RowFormat(("messages",), _from_messages, _SYSTEM),
-    "text": RowFormat(("text",), _from_text),
-}
-#: The formats that the tokenizer's chat template writes.
-CHAT_FORMATS = tuple(name for name, form in FORMATS.items() if form.also == _SYSTEM)
-
-
-def detect_format(row: Row) -> str:
-    """The one format whose keys the row has.
-
-    Raises:
-        DataError: no format fits, or more than one.
-    """
-    fitting = [
-        name for name, form in FORMATS.items() if all(key in row.fields for key in form.keys)
-    ]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise row.error(f"fits the formats {' and '.join(fitting)}", fix="Choose with --format")
-    known = ", ".join(f"{name} ({'+'.join(form.keys)})" for name, form in FORMATS.items())
-    keys = ", ".join(map(repr, row.fields)) or "no keys"
-    raise row.error("no known format", expected=f"the keys of one of {known}", found=keys)
-
-
-def tokenize_row(row: Row, row_format: str, tokenizer: Tokenizer) -> Document:
-    """One row to one document of at least two tokens, at least one of them with loss.
-
-    Args:
-        row_format: a key of ``FORMATS``.
-
-    Raises:
-        DataError: the row does not fit the format, holds what would be lost, or nothing in it
-            could be learnt.
-    """
-    form = FORMATS[row_format]
-    if all(key in row.fields for key in form.keys):
-        row.refuse_unread(row_format, (*form.keys, *form.also))
-    document = form.read(row, tokenizer)
-    if not document.loss_mask[1:].any():
-        raise row.error("no answer token after the first token")
-    return document
+def _json_type(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return _TYPES.get(type(value), "a number")

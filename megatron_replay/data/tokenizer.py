@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
-from megatron_replay.data.render_limits import MAX_TEXT, render_limits
-from megatron_replay.data.tokenizer_files import (
+from megatron_replay.data.tokenizer_limits import (
+    MAX_TEXT,
+    render_limits,
     require_declared_ids,
     require_ids,
     require_regular_beside,
@@ -34,24 +36,26 @@ class Tokenizer(ABC):
 
     Attributes:
         path: the directory or file it was loaded from.
-        vocab_size: ids lie in [0, vocab_size); a model's embedding may have more rows.
+        vocab_size: ids are in [0, vocab_size); a model's embedding may have more rows.
         eos_id: the end-of-sequence token.
-        pad_id: what empty positions hold; the EOS where the tokenizer names no padding token.
-            That is harmless: padding is known by its document id (-1), never by its token.
+        pad_id: the token at empty positions; the EOS where the tokenizer names no padding token.
+            That is harmless: padding is recognised by its document id (-1), never by its token.
         special_ids: control tokens (turn markers, BOS, EOS, padding).
         files: SHA-256 by name of each file that decides the ids.
         fingerprint: SHA-256 of all of them.
         chat_template: the Jinja source that renders conversations; None where there is none.
     """
 
-    path: Path
     vocab_size: int
     eos_id: int
     pad_id: int
     special_ids: frozenset[int]
-    files: dict[str, str]
-    fingerprint: str
     chat_template: str | None = None
+
+    def __init__(self, path: Path, files: list[Path]) -> None:
+        self.path = path
+        self.files = tokenizer_digests(path)
+        self.fingerprint = sha256_of_files(files)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -65,22 +69,23 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``, special tokens included.
-
-        A model may have more rows than its tokenizer has tokens, and say one: it has no text.
-        """
+        """Text of ``ids``, special tokens included; ids beyond the vocabulary have no text."""
 
     def rules(self) -> str:
-        """What decides ids and text, however the files write it down; equal: one tokenizer."""
+        """What decides ids and text, whatever the files' notation; equal: one tokenizer."""
         return self.fingerprint
 
-    @abstractmethod
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """A conversation as the tokenizer's own template writes it, within ``render_limits``.
 
         Raises:
             DataError: there is no template, it fails on the conversation, or writes too much.
         """
+        raise DataError(
+            "the tokenizer has no chat template",
+            where=self.path,
+            fix="Use an instruction-tuned model's directory, or prompt/completion rows",
+        )
 
 
 def tokenizer_digests(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -123,15 +128,9 @@ class _HuggingFaceTokenizer(Tokenizer):
                 expected="tokenizer.json, or a vocabulary with tokenizer_config.json",
             )
         require_regular_beside(path)
-        self.path = path
-        self.files = tokenizer_digests(path)
-        self.fingerprint = sha256_of_files(files)
-        try:
+        super().__init__(path, files)
+        with _failing("cannot load the tokenizer", where=path):
             self._load()
-        except DataError:
-            raise
-        except BaseException as error:  # neither transformers nor the Rust below promise a type
-            _failed("cannot load the tokenizer", error, where=path)
 
     def _load(self) -> None:
         from transformers import AutoTokenizer
@@ -160,10 +159,8 @@ class _HuggingFaceTokenizer(Tokenizer):
             self.chat_template = _require_template(template, self.path)
 
     def encode(self, text: str) -> list[int]:
-        try:
+        with _failing("the tokenizer cannot encode the text"):
             return list(self._backend.encode(text, add_special_tokens=False))
-        except BaseException as error:
-            _failed("the tokenizer cannot encode the text", error)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(
@@ -181,20 +178,13 @@ class _HuggingFaceTokenizer(Tokenizer):
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         if self.chat_template is None:
-            raise DataError(
-                "the tokenizer has no chat template",
-                where=self.path,
-                fix="Use an instruction-tuned model's tokenizer, or prompt/completion rows",
+            return super().render_chat(messages, add_generation_prompt)
+        with _failing("the chat template refuses the conversation"), render_limits():
+            text = self._backend.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
             )
-        try:
-            with render_limits():
-                text = self._backend.apply_chat_template(
-                    [dict(message) for message in messages],
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=False,
-                )
-        except BaseException as error:  # a template is a program: it can fail in any way
-            _failed("the chat template refuses the conversation", error)
         if len(text) > MAX_TEXT:
             raise DataError(
                 "the chat template writes too much",
@@ -215,13 +205,9 @@ class _SentencePieceTokenizer(Tokenizer):
                 fix="Run: pip install sentencepiece",
             ) from error
         self._backend = SentencePieceProcessor()
-        try:
+        with _failing("not a sentencepiece model", where=path):
             self._backend.LoadFromFile(str(path))
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"not a sentencepiece model: {error}", where=path) from error
-        self.path = path
-        self.files = tokenizer_digests(path)
-        self.fingerprint = sha256_of_files(files)
+        super().__init__(path, files)
         self.vocab_size = self._backend.vocab_size()
         eos_id, pad_id = self._backend.eos_id(), self._backend.pad_id()  # -1: there is none
         self.eos_id = _require_eos(None if eos_id < 0 else eos_id, path)
@@ -231,28 +217,26 @@ class _SentencePieceTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> list[int]:
-        try:
+        with _failing("the tokenizer cannot encode the text"):
             return list(self._backend.encode(text, out_type=int))
-        except Exception as error:
-            _failed("the tokenizer cannot encode the text", error)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode([i for i in ids if i < self.vocab_size]))
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        raise DataError(
-            "a sentencepiece model has no chat template",
-            where=self.path,
-            fix="Use a Hugging Face tokenizer directory, or prompt/completion rows",
-        )
 
+@contextmanager
+def _failing(what: str, **facts: Any) -> Iterator[None]:
+    """Raise any error of the block as a DataError.
 
-def _failed(what: str, error: BaseException, **facts: Any) -> NoReturn:
-    """Raise ``error`` as a DataError, unless it ends the process: a Rust panic is no Exception."""
-    if isinstance(error, KeyboardInterrupt | SystemExit):
-        raise error
-    reason = str(error) or type(error).__name__
-    raise DataError(f"{what}: {reason[:500]}", **facts) from error
+    Neither the libraries nor a chat template promise a type, and a Rust panic is no Exception.
+    """
+    try:
+        yield
+    except (DataError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{what}: {reason[:500]}", **facts) from error
 
 
 def _require_template(template: object, path: Path) -> str:

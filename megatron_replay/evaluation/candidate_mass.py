@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from megatron_replay.data.document import Document
+from megatron_replay.data.corpus import Document
 from megatron_replay.errors import DataError, StoreError
 from megatron_replay.evaluation.language_model import require_fitting
 from megatron_replay.progress import Progress

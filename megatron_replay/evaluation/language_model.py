@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_replay.data.document import Document
+from megatron_replay.data.corpus import Document
 from megatron_replay.errors import CheckpointError, ConfigError, DataError, few
 from megatron_replay.evaluation.model_files import CONFIG, require_model
 from megatron_replay.progress import Progress

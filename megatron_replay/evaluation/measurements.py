@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from megatron_replay.checkpoint.fingerprint import digests_of, require_store_of_base
 from megatron_replay.checkpoint.hf import HFReader
-from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.document import Document
-from megatron_replay.data.rows import detect_format, parse_row, read_lines, tokenize_row
+from megatron_replay.data.corpus import Corpus, Document
+from megatron_replay.data.row_formats import detect_format, tokenize_row
+from megatron_replay.data.rows import parse_row, read_lines
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.candidate_mass import candidate_mass

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.data.corpus_writer import CorpusWriter
-from megatron_replay.data.document import Document
 
 VOCAB_SIZE, PAD_ID = 90_000, 7
 # Stands in for a tokenizer where only its facts are needed; ids beyond uint16 are meant.

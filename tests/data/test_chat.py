@@ -109,7 +109,7 @@ def test_a_header_that_opens_a_thought(saved):
     thinking = saved(OPENS_A_THOUGHT)
     with pytest.raises(
         DataError,
-        match=r"^rows.jsonl:7: .* asks for message 1 with a header .* "
+        match=r"^rows.jsonl:7: .* "
         r"\(expected '<think>\\n'; found 'hello<\|im_end\|>\\n'\)",
     ):
         document({"messages": [USER, answer("hello")]}, thinking)
@@ -152,7 +152,7 @@ def test_a_template_that_rewrites_what_is_before_an_answer(saved):
         ("{% if %}", "Expected an expression"),
         ("{{ raise_exception('no\nsuch role') }}", "no such role"),
         ("{{ raise_exception('x' * 90000) }}", "x{500}$"),
-        ("{{ 'x' * 30000000000 }}", "asked for more than 2 GiB"),
+        ("{{ 'x' * 30000000000 }}", "more than 2 GiB"),
         (
             "{{ (messages | length) * 35000000 * 'x' }}",
             r"writes too much \(expected at most 67108864 characters",
@@ -167,7 +167,7 @@ def test_a_template_that_fails_is_one_line(saved, template, message):
 def test_a_template_without_end(saved, tokenizer, monkeypatch):
     """CPU time is bounded, so that a busy machine refuses no row."""
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    monkeypatch.setattr("megatron_replay.data.render_limits.SECONDS", 0.05)
+    monkeypatch.setattr("megatron_replay.data.tokenizer_limits.SECONDS", 0.05)
     row = {"messages": [USER, answer("yes")]}
     with pytest.raises(DataError, match=r"^rows.jsonl:7: .* took more than 0.05 s of CPU time"):
         document(row, saved(endless))

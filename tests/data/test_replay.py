@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_replay.data import replay
-from megatron_replay.data.document import Document
+from megatron_replay.data.corpus import Document
 from megatron_replay.data.packing import fit_documents, pack_batch
 from megatron_replay.data.replay import SCOPES, eligible_rows, full_targets, join_candidates
 from megatron_replay.data.sampler import GlobalBatches

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_replay.data.row_files import Input, readable_often
-from megatron_replay.data.rows import read_lines
+from megatron_replay.data.rows import Input, read_lines, readable_often
 from megatron_replay.errors import DataError, OutputError
 
 LINES = b'{"text": "a"}\n{"text": "\xc3\xa9"}\n'
@@ -86,7 +85,7 @@ def test_what_is_no_file_is_neither_waited_for_nor_read(tmp_path, make):
 
 
 def test_a_line_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_replay.data.row_files.MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr("megatron_replay.data.rows.MAX_TEXT_BYTES", 1000)
     path = tmp_path / "rows.gz"
     path.write_bytes(compressed(READ[0] + b"x" * 2000))
     with pytest.raises(DataError, match=r"rows.gz:2: the line is too long"):

@@ -6,8 +6,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from megatron_replay.data.document import Document
-from megatron_replay.data.rows import FORMATS, detect_format, parse_row, tokenize_row
+from megatron_replay.data.corpus import Document
+from megatron_replay.data.row_formats import FORMATS, detect_format, tokenize_row
+from megatron_replay.data.rows import parse_row
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.errors import DataError
 from tests.data.tiny_tokenizers import save_hugging_face

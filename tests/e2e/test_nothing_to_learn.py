@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_replay.data.corpus import Document
 from megatron_replay.data.corpus_writer import CorpusWriter
-from megatron_replay.data.document import Document
 from megatron_replay.data.packing import document_order
 from megatron_replay.run_log import summarize_run
 from megatron_replay.store import CandidateReader

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_replay.data.document import Document
+from megatron_replay.data.corpus import Document
 from tests.tiny import save_qwen3
 
 VOCAB_SIZE = 257

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_replay.data.document import Document
+from megatron_replay.data.corpus import Document
 from megatron_replay.errors import DataError, StoreError
 from megatron_replay.evaluation.candidate_mass import candidate_mass
 from megatron_replay.evaluation.language_model import load_model

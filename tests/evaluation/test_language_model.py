@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_replay.data.document import Document
+from megatron_replay.data.corpus import Document
 from megatron_replay.errors import CheckpointError, DataError
 from megatron_replay.evaluation.language_model import greedy_answers, load_model, score
 from tests.evaluation.models import EOS, VOCAB_SIZE, random_documents

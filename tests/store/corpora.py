@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.data.corpus_writer import CorpusWriter
-from megatron_replay.data.document import Document
 from megatron_replay.store import CandidateReader, CandidateWriter, DocumentCandidates
 from tests.store.examples import describe, document_of
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.document import Document
+from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.errors import ConfigError, StoreError
 from megatron_replay.store import CandidateReader, CandidateWriter
 from megatron_replay.store.manifest import bin_path, index_path

