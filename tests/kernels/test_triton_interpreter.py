@@ -16,7 +16,7 @@ import pytest
 from tests import processes
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ("triton", "triton_head", "triton_head_tiles", "triton_selection")
+KERNELS = ("triton", "triton_head", "triton_selection")
 #: (files, TRITON_INTERPRET) of a process; the second are what every form of the head has to pass.
 PROCESSES = {
     "interpreted": ([f"{kernels}_interpreted.py" for kernels in KERNELS], "1"),

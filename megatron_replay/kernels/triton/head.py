@@ -8,7 +8,6 @@ writes what no other does: no atomics, so equal input gives equal bits. Operands
 in any strides; products and sums fp32. Indices are not checked: that would be a device sync.
 
 The shared sets of document scope use every product: they are left to torch, in fp32.
-``head_tiles`` has the same two operators for the matrix units.
 
 Compiled for sm_90 and run in Triton's interpreter on a CPU; not run on a GPU yet.
 """
