@@ -5,7 +5,7 @@ STAMP := .venv/.ready
 PEERS := .venv/.peers
 BUILD_KERNELS := $(or $(MEGATRON_REPLAY_BUILD_KERNELS),1)
 
-.PHONY: setup test mutation check bench bench-optim bench-head bench-select bench-skew bench-store bench-stage0 bench-stage1 replicate-quick replicate evidence clean
+.PHONY: setup test mutation check bench bench-optim bench-head bench-select bench-store bench-stage0 bench-stage1 replicate-quick replicate evidence clean
 
 setup: $(STAMP)  ## create .venv with pinned packages and this package in place
 
@@ -40,7 +40,7 @@ $(PEERS): $(STAMP) requirements/bench.txt
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements/bench.txt
 	@touch $@
 
-bench: bench-optim bench-head bench-select bench-skew bench-store bench-stage0 bench-stage1  ## all of them, each beside its peers
+bench: bench-optim bench-head bench-select bench-store bench-stage0 bench-stage1  ## all of them, each beside its peers
 
 bench-optim: $(PEERS)  ## the optimizer's step: ns and bytes per parameter
 	$(BIN)/python -m benchmarks.optim
@@ -50,9 +50,6 @@ bench-head: $(PEERS)  ## the restricted head, forward and backward, at 152k voca
 
 bench-select: $(PEERS)  ## choosing candidates, beside the output layer that it follows
 	$(BIN)/python -m benchmarks.select
-
-bench-skew: $(PEERS)  ## what a vocabulary cut in contiguous shards costs the rank with most pairs
-	$(BIN)/python -m benchmarks.skew
 
 bench-store: $(PEERS)  ## the store: ids read a second, bytes a position, and what a batch takes
 	$(BIN)/python -m benchmarks.store

@@ -71,7 +71,7 @@ class Batch:
 
     def cut(self) -> ShardSets:
         """Sets as a form takes them; made anew, so that nothing is cached in them."""
-        shard = VocabShard(0, 1, len(self.weight))
+        shard = VocabShard(0, len(self.weight))
         return shard_sets(self.sets.ids, self.sets.offsets, self.sets.labels, None, shard)
 
     def clear(self) -> None:

@@ -28,8 +28,7 @@ class Parallel:
     ``model_group`` spans TP x PP: one whole copy of the model; ``tp_dp_group`` all that hold one
     stage. ``writer`` is the one process that
     logs: last pipeline stage, where the loss is, tensor rank 0, data rank 0.
-    ``timeout`` is how long a collective of any group waits for a rank. ``interleaved_vocabulary``:
-    whether TP ranks have every nth id, or a piece of the vocabulary.
+    ``timeout`` is how long a collective of any group waits for a rank.
     """
 
     rank: int
@@ -47,7 +46,6 @@ class Parallel:
     tp_dp_group: dist.ProcessGroup
     device: torch.device
     timeout: datetime.timedelta
-    interleaved_vocabulary: bool = False
 
     @property
     def first_stage(self) -> bool:
@@ -63,12 +61,6 @@ class Parallel:
     def writer(self) -> bool:
         """Whether this process writes logs and shows progress."""
         return self.last_stage and self.tp_rank == 0 and self.dp_rank == 0
-
-    def vocab_shard(self, num_rows: int) -> dict[str, int]:
-        """Which ids this rank's ``num_rows`` rows of the vocabulary are: start and stride."""
-        if self.interleaved_vocabulary:
-            return {"vocab_start": self.tp_rank, "vocab_stride": self.tp_size}
-        return {"vocab_start": self.tp_rank * num_rows, "vocab_stride": 1}
 
     @property
     def store(self) -> dist.Store:  # type: ignore[name-defined]

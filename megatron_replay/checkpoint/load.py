@@ -19,7 +19,6 @@ from megatron_replay.checkpoint.training import (
     read_state,
     require_finite,
 )
-from megatron_replay.checkpoint.vocabulary import interleave_parameters
 from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.errors import CheckpointError, TrainingError
 from megatron_replay.model.config import ModelConfig
@@ -127,13 +126,9 @@ def load_model(
             tp_size=parallel.tp_size,
             layer_offset=offset,
         )
-        if parallel.interleaved_vocabulary:
-            interleave_parameters(module, parallel.tp_group)
     else:
         load_checkpoint(directory, chosen, module, None, parallel)
     parallel.agreed(lambda: _require_numbers(module, directory))
-    if parallel.interleaved_vocabulary:
-        module.interleave_vocabulary()
     return LoadedModel(shape, config, module, files, offset)
 
 

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -33,12 +32,6 @@ from megatron_replay.checkpoint.checksums import require_file, require_intact, w
 from megatron_replay.checkpoint.directories import LATEST, iteration_directory, latest_iteration
 from megatron_replay.checkpoint.model_files import require_model_files
 from megatron_replay.checkpoint.retention import STATE, clear_remains, remove_iteration
-from megatron_replay.checkpoint.vocabulary import (
-    change_places,
-    deinterleave,
-    interleave,
-    vocabulary_places,
-)
 from megatron_replay.errors import CheckpointError, OutputError, TrainingError, few
 from megatron_replay.files import atomic_file, fsync_path, output_error, read_json, write_json
 from megatron_replay.model.gpt import ReplayGPTModel
@@ -125,8 +118,6 @@ def save_checkpoint(
     staged = directory / name
     parallel.on_rank_zero(lambda: _start_staging(directory, staged))
     content = _sharded_state(model, optimizer, parallel, is_loading=False)
-    if parallel.interleaved_vocabulary:
-        _to_contiguous_shards(content, parallel)
     parts = parallel.agreed(lambda: _write(content, staged, parallel))
     written = {name: sums for part in parts for name, sums in part.items()}
     parallel.on_rank_zero(lambda: _publish(directory, staged, final, state, written))
@@ -191,12 +182,9 @@ def load_checkpoint(
     path = iteration_directory(directory, iteration)
     require_intact(path, parallel)
     content = _sharded_state(model, optimizer, parallel, is_loading=True)
-    places = vocabulary_places(content)
     try:
         with checkpointing():
             loaded = dist_checkpointing.load(content, str(path))
-        if parallel.interleaved_vocabulary:
-            change_places(loaded, places, lambda rows: interleave(rows, parallel.tp_group))
         model.load_state_dict(loaded["model"])
         if optimizer is not None:
             optimizer.load_state_dict(loaded["optimizer"])
@@ -235,16 +223,6 @@ def _sharded_state(
             weights, is_loading=is_loading, metadata=metadata
         )
     return content
-
-
-def _to_contiguous_shards(content: dict[str, Any], parallel: Parallel) -> None:
-    """As the files have them; a copy of the vocabulary's rows of weights and state, until saved."""
-
-    def contiguous(tensor: ShardedTensor) -> ShardedTensor:
-        rows = deinterleave(tensor.data.detach(), parallel.tp_group)
-        return dataclasses.replace(tensor, data=rows)
-
-    change_places(content, vocabulary_places(content), contiguous)
 
 
 def _is_newest(directory: Path, final: Path) -> bool:

@@ -61,12 +61,6 @@ class LossConfig(Section):
         0.0,
         used_with={"loss": ("restricted",)},
     )
-    vocab_sharding: str = option(
-        "ids of a TP rank: a piece of the vocabulary, or every TP-th id, which evens out the "
-        "restricted head's work (frequent tokens have low ids); not with ZeRO-1",
-        "contiguous",
-        ("contiguous", "interleaved"),
-    )
     head_backend: str = option(
         "form of the restricted head: the device's compiled one, union (dense products over unions "
         "of sets) or torch (the definition, as costly as full softmax)",
@@ -220,18 +214,6 @@ class Stage1Config:
         require_used(branches)
         require_even_sequence(self.parallel, self.data)
         self._check_observers()
-        if self.loss.vocab_sharding == "interleaved":
-            self.loss.require(
-                self.parallel.tensor_model_parallel_size > 1,
-                "vocab_sharding",
-                "contiguous without --tensor-model-parallel-size above 1",
-            )
-            self.optimizer.require(
-                not self.optimizer.use_distributed_optimizer,
-                "use_distributed_optimizer",
-                "False under --vocab-sharding interleaved: ZeRO-1's checkpoints cut the "
-                "parameters as they lie in memory",
-            )
         gbs, mbs = self.training.global_batch_size, self.data.micro_batch_size
         if gbs % mbs:
             raise ConfigError(

@@ -28,7 +28,6 @@ def vocab_parallel_cross_entropy(
     labels_N: Tensor,
     *,
     vocab_start: int = 0,
-    vocab_stride: int = 1,
     tp_group: dist.ProcessGroup | None = None,
     weight_grad_out: Tensor | None = None,
     reduce_hidden_grad: bool = True,
@@ -38,7 +37,7 @@ def vocab_parallel_cross_entropy(
 
     Args:
         hidden_NH: [N, H], whole on every rank of ``tp_group``.
-        weight_VH: [V, H], this rank's rows: row r is that of id ``vocab_start + r vocab_stride``.
+        weight_VH: [V, H], this rank's rows: row r is that of id ``vocab_start + r``.
             Shards ascend with the rank.
         labels_N: int64 [N], ids of the whole vocabulary; one outside it gives a loss of +inf.
         reduce_hidden_grad: sum the gradient of ``hidden_NH`` over ``tp_group``; False where the
@@ -68,7 +67,7 @@ def vocab_parallel_cross_entropy(
         for rows in _slices(weight_VH.shape[0], _BLOCK_ROWS)
         for positions in _slices(hidden_NH.shape[0], chunk_rows)
     ]
-    shard = VocabShard(vocab_start, vocab_stride, weight_VH.shape[0])
+    shard = VocabShard(vocab_start, weight_VH.shape[0])
     return ShardedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_NH,
         weight_VH,
@@ -91,7 +90,6 @@ def outside_mass(
     labels_N: Tensor,
     *,
     vocab_start: int = 0,
-    vocab_stride: int = 1,
     tp_group: dist.ProcessGroup | None = None,
     group_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -109,7 +107,6 @@ def outside_mass(
         weight_VH,
         labels_N,
         vocab_start=vocab_start,
-        vocab_stride=vocab_stride,
         tp_group=tp_group,
     )
     restricted_N = restricted_cross_entropy(
@@ -119,7 +116,6 @@ def outside_mass(
         candidate_offsets,
         labels_N,
         vocab_start=vocab_start,
-        vocab_stride=vocab_stride,
         tp_group=tp_group,
         group_offsets=group_offsets,
         validate=False,

@@ -49,7 +49,6 @@ def restricted_cross_entropy(
     labels_T: Tensor,
     *,
     vocab_start: int = 0,
-    vocab_stride: int = 1,
     tp_group: dist.ProcessGroup | None = None,
     form: HeadForm = union_head,
     group_offsets: Tensor | None = None,
@@ -65,7 +64,7 @@ def restricted_cross_entropy(
 
     Args:
         hidden_TH: [T, H], whole on every rank of ``tp_group``.
-        weight_VH: [V, H], this rank's rows: row r is that of id ``vocab_start + r vocab_stride``.
+        weight_VH: [V, H], this rank's rows: row r is that of id ``vocab_start + r``.
             Shards ascend with the rank.
         candidate_ids: int32 [nnz], ids of the whole vocabulary, ascending in each set.
         candidate_offsets: int64 [G + 1] into ``candidate_ids``.
@@ -95,7 +94,7 @@ def restricted_cross_entropy(
     """
     check_shapes(hidden_TH, weight_VH, labels_T, tail_logit_T, weight_grad_out)
     _check_types(candidate_ids, candidate_offsets, labels_T, form)
-    shard = VocabShard(vocab_start, vocab_stride, weight_VH.shape[0])
+    shard = VocabShard(vocab_start, weight_VH.shape[0])
     if validate:
         vocab_size = _vocab_size(shard, weight_VH.device, tp_group)
         check_candidates(candidate_ids, candidate_offsets, labels_T, group_offsets, vocab_size)
@@ -261,8 +260,7 @@ def _check_tail(tail_logit_T: Tensor | None) -> None:
 
 def _vocab_size(shard: VocabShard, device: torch.device, tp_group: dist.ProcessGroup | None) -> int:
     """One past the last id of any shard."""
-    last = shard.start + shard.stride * (shard.num_rows - 1)
-    stop = torch.tensor(last + 1, device=device)
+    stop = torch.tensor(shard.start + shard.num_rows, device=device)
     if tp_group is not None:
         dist.all_reduce(stop, op=dist.ReduceOp.MAX, group=tp_group)
     return int(stop)

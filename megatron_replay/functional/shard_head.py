@@ -122,19 +122,15 @@ class HostSets(NamedTuple):
 
 
 class VocabShard(NamedTuple):
-    """Ids ``start``, ``start + stride``, ...: row r of the shard's V has id start + r stride."""
+    """Row r of the shard's ``num_rows`` is that of id ``start + r``."""
 
     start: int
-    stride: int
     num_rows: int
 
     def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(row of each id, whether the shard has it)."""
-        distance = ids - self.start
-        inside = (distance >= 0) & (distance < self.num_rows * self.stride)
-        if self.stride == 1:
-            return distance, inside
-        return distance // self.stride, inside & (distance % self.stride == 0)
+        rows = ids - self.start
+        return rows, (rows >= 0) & (rows < self.num_rows)
 
 
 def shard_sets(

@@ -121,10 +121,8 @@ def _is_others(labels_N: Tensor, shard: VocabShard, tp_group: dist.ProcessGroup 
     that none has.
     """
     rank, size = dist.get_rank(tp_group), dist.get_world_size(tp_group)
-    last = shard.start + shard.stride * (shard.num_rows - 1)
-    below, above = labels_N < shard.start, labels_N > last
-    between = ~(below | above | shard.rows(labels_N)[1])
-    return (below & (rank > 0)) | (above & (rank < size - 1)) | between
+    below, above = labels_N < shard.start, labels_N >= shard.start + shard.num_rows
+    return (below & (rank > 0)) | (above & (rank < size - 1))
 
 
 def _is_shared(tp_group: dist.ProcessGroup | None, num_positions: int) -> bool:

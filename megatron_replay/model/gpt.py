@@ -72,12 +72,6 @@ class ReplayGPTModel(GPTModel):
         with record_function("head"):
             return self._head(hidden, self.output_weight())
 
-    def interleave_vocabulary(self) -> None:
-        """Read the embeddings' rows as those of every nth id (``checkpoint.vocabulary``)."""
-        if self.pre_process:
-            embeddings = self.embedding.word_embeddings
-            embeddings.vocab_stride = embeddings.tp_group.size()
-
     def output_weight(self) -> Tensor:
         """This rank's rows of the output layer, tied or not. [V / TP, H]."""
         if self.share_embeddings_and_output_weights:

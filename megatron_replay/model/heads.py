@@ -39,7 +39,7 @@ def restricted_loss(
             targets.labels_N,
             group_offsets=targets.group_offsets,
             tail_logit_T=targets.tail_logit_N if ghost else None,
-            **parallel.vocab_shard(len(weight_VH)),
+            vocab_start=parallel.tp_rank * len(weight_VH),
             tp_group=parallel.tp_group,
             form=form,
             weight_grad_out=_main_grad(weight_VH),
@@ -105,7 +105,7 @@ def full_loss(rows_N: Tensor, labels_N: Tensor, parallel: Parallel) -> Head:
             hidden[rows_N],
             weight_VH,
             labels_N,
-            **parallel.vocab_shard(len(weight_VH)),
+            vocab_start=parallel.tp_rank * len(weight_VH),
             tp_group=parallel.tp_group,
             weight_grad_out=_main_grad(weight_VH),
             reduce_hidden_grad=False,
@@ -129,7 +129,7 @@ def probe(targets: ReplayTargets, parallel: Parallel) -> Head:
             targets.candidate_offsets,
             targets.labels_N,
             group_offsets=targets.group_offsets,
-            **parallel.vocab_shard(len(weight_VH)),
+            vocab_start=parallel.tp_rank * len(weight_VH),
             tp_group=parallel.tp_group,
         )
         # Below one: where rounding puts all mass outside, the loss is large, not -inf.

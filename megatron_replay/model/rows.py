@@ -235,17 +235,11 @@ class WordEmbeddings(VocabParallelEmbedding):
 
     Autograd's would be a dense [V, H], as large as the weight, for a few thousand rows. A row's
     terms are added in the order of the tokens: bits repeat.
-
-    Attributes:
-        vocab_stride: 1, or with every nth id on each TP rank, n.
     """
-
-    vocab_stride = 1
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[S, B, H] or [B, S, H] of ids [B, S], as megatron-core's."""
-        start = self.vocab_start_index if self.vocab_stride == 1 else self.tp_group.rank()
-        shard = VocabShard(start, self.vocab_stride, self.num_embeddings_per_partition)
+        shard = VocabShard(self.vocab_start_index, self.num_embeddings_per_partition)
         rows, inside = shard.rows(input_ids)
         rows = rows.clamp(0, self.num_embeddings_per_partition - 1)
         main_grad = getattr(self.weight, "main_grad", None)

@@ -66,8 +66,6 @@ class Trainer:
     _lock: DirectoryLock  # of rank 0, for as long as this process lives
 
     def __init__(self, config: Stage1Config, groups: Parallel) -> None:
-        interleaved = config.loss.vocab_sharding == "interleaved" and groups.tp_size > 1
-        groups = dataclasses.replace(groups, interleaved_vocabulary=interleaved)
         self.config, self.groups = config, groups
         self.directory = Path(config.training.save)
         groups.on_rank_zero(self._claim)

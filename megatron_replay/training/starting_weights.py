@@ -7,8 +7,7 @@ it wants, when it wants it.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,14 +21,10 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.checkpoint.load import LoadedModel
-from megatron_replay.checkpoint.names import TensorSlice, mapping_of
+from megatron_replay.checkpoint.names import mapping_of
 from megatron_replay.checkpoint.training import iteration_directory
-from megatron_replay.checkpoint.vocabulary import PARAMETERS
 from megatron_replay.errors import CheckpointError
 from megatron_replay.parallel import Parallel
-
-#: Rows of an interleaved vocabulary that are kept of those read at one time.
-_BLOCK_ROWS = 1 << 12
 
 
 def starting_weights(
@@ -59,12 +54,7 @@ def _from_hf(
     for name in names:
         mapping = mapping_of(name, model.shape, model.layer_offset)
         tensors = [reader.slice(hf_name) for hf_name in mapping.names]
-        if parallel.interleaved_vocabulary and name in PARAMETERS:
-            [whole] = tensors
-            read = functools.partial(_slice, whole)
-            shard = _every_nth_row(read, whole.get_shape()[0], parallel)
-        else:
-            shard = mapping.layout.split(tensors, parallel.tp_rank, parallel.tp_size)
+        shard = mapping.layout.split(tensors, parallel.tp_rank, parallel.tp_size)
         yield shard.to(dtypes[name])
 
 
@@ -87,37 +77,9 @@ def _from_checkpoint(
             in_file = stored.state_dict_metadata.get(part.key)
             if not isinstance(in_file, TensorStorageMetadata) or in_file.size != part.global_shape:
                 raise CheckpointError(f"no tensor {part.key} of the model's shape", where=path)
-            if parallel.interleaved_vocabulary and name in PARAMETERS:
-                read = functools.partial(_read_rows, reader, in_file, part)
-                part.data.copy_(_every_nth_row(read, part.global_shape[0], parallel))
-            else:
-                shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
-                _read(reader, in_file, part.key, part.global_offset, part.data.view(shape))
+            shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+            _read(reader, in_file, part.key, part.global_offset, part.data.view(shape))
         yield entry.merge_fn([part.data for part in parts]) if is_joint else entry.data
-
-
-def _every_nth_row(read: Callable[[int, int], Tensor], num_rows: int, parallel: Parallel) -> Tensor:
-    """Rows tp_rank, tp_rank + n, ... of all, of which ``read(start, stop)`` reads some."""
-    rank, step = parallel.tp_rank, parallel.tp_size
-    block = step * _BLOCK_ROWS
-    starts = range(0, num_rows, block)
-    return torch.cat([read(a, min(a + block, num_rows))[rank::step] for a in starts])
-
-
-def _slice(whole: TensorSlice, start: int, stop: int) -> Tensor:
-    return whole[start:stop]
-
-
-def _read_rows(
-    reader: FileSystemReader,
-    stored: TensorStorageMetadata,
-    part: ShardedTensor,
-    start: int,
-    stop: int,
-) -> Tensor:
-    rows = torch.empty(stop - start, part.local_shape[1], dtype=part.dtype)
-    _read(reader, stored, part.key, (start, 0), rows)
-    return rows
 
 
 def _read(

@@ -129,8 +129,7 @@ class WorkMaker:
         """Of sets cut here, so that a step need not ask the device how large the cuts are."""
         device, form = self.groups.device, self.head_form
         num_rows = self.vocab_size // self.groups.tp_size
-        ids = self.groups.vocab_shard(num_rows)
-        shard = VocabShard(ids["vocab_start"], ids["vocab_stride"], num_rows)
+        shard = VocabShard(self.groups.tp_rank * num_rows, num_rows)
         by_id = self.groups.last_stage and reads_by_id(form)
         ghost = self.config.loss.tail == "ghost"
         sets = sets_of_shard(targets, shard, by_id=by_id)

@@ -15,7 +15,6 @@ from torch import Tensor
 from megatron_replay import parallel
 from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
 from megatron_replay.checkpoint.load import LoadedModel, load_model
-from megatron_replay.checkpoint.vocabulary import PARAMETERS, interleave
 from megatron_replay.config import ModelConfigSource, OptimizerConfig, ParallelConfig
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import PackedBatch, pack_batch
@@ -41,7 +40,6 @@ class Layout:
     sequence_parallel: bool = False
     bf16: bool = False
     micro_batch_size: int = 1
-    interleaved: bool = False
 
     @property
     def world_size(self) -> int:
@@ -57,7 +55,7 @@ class Layout:
     def __str__(self) -> str:
         return (
             f"TP{self.tp}PP{self.pp}DP{self.dp}{'SP' * self.sequence_parallel}{'bf16' * self.bf16}"
-            f"MBS{self.micro_batch_size}{'interleaved' * self.interleaved}"
+            f"MBS{self.micro_batch_size}"
         )
 
 
@@ -66,8 +64,7 @@ def join_groups(layout: Layout) -> parallel.Parallel:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    groups = parallel.build_groups(layout.config(), torch.device("cpu"))
-    return dataclasses.replace(groups, interleaved_vocabulary=layout.interleaved)
+    return parallel.build_groups(layout.config(), torch.device("cpu"))
 
 
 def build(layout: Layout, groups: parallel.Parallel, checkpoint: Path) -> LoadedModel:
@@ -108,8 +105,8 @@ def compare(
         model.module, [Work(batch, lambda h, w: h.all() @ w.T) for batch in batches]
     )
     for batch, logits_TV in zip(batches, outputs, strict=False):
-        ids = groups.vocab_shard(logits_TV.shape[1])
-        columns = ids["vocab_start"] + ids["vocab_stride"] * torch.arange(logits_TV.shape[1])
+        rows = logits_TV.shape[1]
+        columns = groups.tp_rank * rows + torch.arange(rows)
         for document, reference_NV in reference["logits"].items():
             rows = (batch.document_BS.flatten() == document).nonzero().squeeze(1)
             if len(rows):
@@ -186,9 +183,6 @@ def worst_gradient(
         tp_size=groups.tp_size,
         layer_offset=model.layer_offset,
     )
-    if groups.interleaved_vocabulary:
-        for name in sorted(gradients.keys() & set(PARAMETERS)):
-            gradients[name] = interleave(gradients[name], groups.tp_group)
     worst = (0.0, "")
     for name, parameter in model.module.named_parameters():
         error = (parameter.main_grad - gradients[name]).abs().max() / gradients[name].abs().max()

@@ -118,18 +118,13 @@ def head_cases() -> list[tuple[HeadCase, Tensor | None]]:
     return cases
 
 
-def heads_on(
-    rank: int, world_size: int, reduce_hidden_grad: bool, interleaved: bool
-) -> list[list[Tensor]]:
+def heads_on(rank: int, world_size: int, reduce_hidden_grad: bool) -> list[list[Tensor]]:
     """Per case: restricted loss, dH, dW; full loss, dH, dW; outside mass; of this rank's shard."""
     found = []
     for case, tail_logit_T in head_cases():
         rows = 64 // world_size
         shard: dict[str, Any] = {"vocab_start": rank * rows, "tp_group": dist.group.WORLD}
         weight = case.weight_VH[rank * rows : (rank + 1) * rows].clone()
-        if interleaved:
-            shard |= {"vocab_start": rank, "vocab_stride": world_size}
-            weight = case.weight_VH[rank::world_size].clone()
         sets = (case.ids, case.offsets, case.labels_T)
 
         def restricted(
@@ -180,19 +175,14 @@ def dense_heads() -> list[list[Tensor]]:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("reduce_hidden_grad", [True, False])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_losses_and_gradients_equal_dense(
-    world_size: int, reduce_hidden_grad: bool, interleaved: bool
-) -> None:
-    ranks = pool.run(world_size, heads_on, reduce_hidden_grad, interleaved)
+def test_losses_and_gradients_equal_dense(world_size: int, reduce_hidden_grad: bool) -> None:
+    ranks = pool.run(world_size, heads_on, reduce_hidden_grad)
     for case, dense in enumerate(dense_heads()):
         results = [rank[case] for rank in ranks]
         for part, expected in enumerate(dense):
             shards = [result[part] for result in results]
             if part in (2, 5):  # weight: each rank has the gradient of its rows
                 found = torch.cat(shards)
-                if interleaved:
-                    found = torch.stack(shards, 1).flatten(0, 1)
             elif part in (1, 4) and not reduce_hidden_grad:  # partial: the caller's region sums
                 found = torch.stack(shards).sum(0)
             else:
@@ -217,20 +207,17 @@ def test_the_vocabulary_is_that_of_all_shards() -> None:
         assert "outside the vocabulary (expected ids 0 to 7; found 8)" in message
 
 
-def losses_of_lost_labels_on(rank: int, world_size: int) -> list[list[float]]:
+def losses_of_lost_labels_on(rank: int, world_size: int) -> list[float]:
     """Of labels that no set has: below the vocabulary, in each shard, above it."""
     lost = torch.tensor([-1, 0, 3, 7, 8, 100])
     ids = torch.tensor([1, 5], dtype=torch.int32)
-    losses = []
-    for start, stride in ((4 * rank, 1), (rank, world_size)):
-        loss_T = restricted_cross_entropy(
-            torch.ones(6, 2), torch.ones(4, 2), ids.repeat(6), torch.arange(0, 14, 2), lost,
-            vocab_start=start, vocab_stride=stride, tp_group=dist.group.WORLD, validate=False,
-        )  # fmt: skip
-        losses.append(loss_T.tolist())
-    return losses
+    loss_T = restricted_cross_entropy(
+        torch.ones(6, 2), torch.ones(4, 2), ids.repeat(6), torch.arange(0, 14, 2), lost,
+        vocab_start=4 * rank, tp_group=dist.group.WORLD, validate=False,
+    )  # fmt: skip
+    return loss_T.tolist()
 
 
 def test_a_label_that_no_rank_finds_is_loud() -> None:
     for losses in pool.run(2, losses_of_lost_labels_on):
-        assert losses == [[float("inf")] * 6] * 2
+        assert losses == [float("inf")] * 6

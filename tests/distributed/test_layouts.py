@@ -30,13 +30,13 @@ GRIDS = {
     ],
     4: [
         Layout(tp=4),
-        Layout(tp=4, sequence_parallel=True, interleaved=True),
+        Layout(tp=4, sequence_parallel=True),
         Layout(tp=2, dp=2),
         Layout(tp=2, dp=2, sequence_parallel=True),
     ],
     8: [
         Layout(tp=4, pp=2),
-        Layout(tp=4, pp=2, micro_batch_size=2, interleaved=True),
+        Layout(tp=4, pp=2, micro_batch_size=2),
         Layout(tp=4, pp=2, sequence_parallel=True),
     ],
 }

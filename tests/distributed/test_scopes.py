@@ -32,8 +32,8 @@ TILE, SEQ_LENGTH, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE = 8, 64, 4, 2
 #: By case: flags, and the layout of the two ranks.
 CASES: dict[str, tuple[list[str], Layout]] = {
     "tile": ([], Layout(tp=2, sequence_parallel=True)),
-    "document": (["--tail", "ghost"], Layout(tp=2, sequence_parallel=True, interleaved=True)),
-    "micro-batch": ([], Layout(tp=2, interleaved=True)),
+    "document": (["--tail", "ghost"], Layout(tp=2, sequence_parallel=True)),
+    "micro-batch": ([], Layout(tp=2)),
     "micro-batch PP2": (["--tail", "ghost"], Layout(pp=2)),
     "full": ([], Layout(tp=2, sequence_parallel=True)),
 }
@@ -124,7 +124,6 @@ def run(case: str, folder: Path, save: Path) -> dict[str, Any]:
         *(["--full-loss-every", 1] if is_full else ["--candidate-scope", case.split()[0]]),
         "--tensor-model-parallel-size", layout.tp, "--pipeline-model-parallel-size", layout.pp,
         *["--sequence-parallel"] * layout.sequence_parallel,
-        *["--vocab-sharding", "interleaved"] * layout.interleaved,
     ]  # fmt: skip
     config = flags.parse(Stage1Config, list(map(str, argv)), program="stage1").config
     trainer = Trainer(config, groups)

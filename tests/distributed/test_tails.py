@@ -44,11 +44,11 @@ def cases() -> list[tuple[Any, dict[str, Any]]]:
     return found
 
 
-def run_on(rank: int, world_size: int, interleaved: bool) -> list[list[Tensor]]:
+def run_on(rank: int, world_size: int) -> list[list[Tensor]]:
     """Loss, dH and dW of each case on this rank's shard; with the form for CPUs."""
     rows = 64 // world_size
-    shard = VocabShard(rank, world_size, rows) if interleaved else VocabShard(rank * rows, 1, rows)
-    ids = shard.start + shard.stride * torch.arange(rows)
+    shard = VocabShard(rank * rows, rows)
+    ids = shard.start + torch.arange(rows)
     return [
         tails.run(
             case, **options, form=cpu_head, shard=shard, weight_VH=case.weight_VH[ids],
@@ -58,13 +58,12 @@ def run_on(rank: int, world_size: int, interleaved: bool) -> list[list[Tensor]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_losses_and_gradients_equal_dense(interleaved: bool) -> None:
-    ranks = pool.run(2, run_on, interleaved)
+def test_losses_and_gradients_equal_dense() -> None:
+    ranks = pool.run(2, run_on)
     for number, (case, options) in enumerate(cases()):
         loss_T, dH_TH, _ = ranks[0][number]
         shards = [rank[number][2] for rank in ranks]
-        dW_VH = torch.stack(shards, 1).flatten(0, 1) if interleaved else torch.cat(shards)
+        dW_VH = torch.cat(shards)
         for ours, exact in zip((loss_T, dH_TH, dW_VH), tails.dense(case, **options), strict=True):
             assert error(ours, exact) < 2e-6, number
 
@@ -125,7 +124,6 @@ def test_stage_1_by_the_definitions_and_the_same_on_any_layout(tmp_path: Path) -
     assert whole[0] == pytest.approx(first_loss(tmp_path), rel=1e-5)
     assert len(whole) == 2
     assert len(corpus) == DOCUMENTS
-    sharded = ["--vocab-sharding", "interleaved", "--sequence-parallel"]
-    steps(tmp_path, tmp_path / "cut", 1, *sharded, tp=2)
+    steps(tmp_path, tmp_path / "cut", 1, "--sequence-parallel", tp=2)
     cut = steps(tmp_path, tmp_path / "cut", 2, dp=2)  # with the gradients of shards in its weights
     assert cut == pytest.approx(whole, rel=1e-5)

@@ -47,7 +47,6 @@ STAGE1: dict[str, list[str]] = {
     "tail": ["ghost"],
     "tail_samples": ["9", "--tail", "sampled"],
     "kl_weight": ["0.5", "--store", "LOGITS"],
-    "vocab_sharding": ["interleaved"],
     "head_backend": ["torch"],
     "optimizer": ["adamw"],
     "lr": ["2e-3"],

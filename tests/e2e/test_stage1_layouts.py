@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
-from megatron_replay.checkpoint import training
 from megatron_replay.run_log import summarize_run
 from megatron_replay.training.metrics import read_metrics
 from tests.e2e import stages
-from tests.e2e.stages import argv, weights
+from tests.e2e.stages import argv
 
 pytestmark = pytest.mark.distributed
 
@@ -90,31 +87,3 @@ def test_every_head_backend_trains_alike(folder, tmp_path, scope):
     for backend in ("union", "cpu"):
         # A weight whose gradient is nothing but rounding moves by the learning rate either way.
         assert runs[backend] == pytest.approx(runs["torch"], abs=3e-4), backend
-
-
-def rewound(save, to, iteration):
-    """A copy of a run as it was after ``iteration``, of which it kept a checkpoint."""
-    shutil.copytree(save, to)
-    shutil.rmtree(training.iteration_directory(to, training.latest_iteration(to)))
-    (to / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
-    assert training.latest_iteration(to) == iteration
-    return to
-
-
-@pytest.mark.parametrize(("extra", "close"), [([], 1e-5), (["--bf16"], 1e-2)], ids=["fp32", "bf16"])
-def test_an_interleaved_vocabulary_is_seen_by_nobody(folder, tmp_path, extra, close):
-    """Same losses; a run goes on under either sharding and another TP."""
-    flags = [*extra, "--save-interval", 3]
-    dealing = [*flags, "--vocab-sharding", "interleaved"]
-    plain, dealt = tmp_path / "plain", tmp_path / "dealt"
-    stages.succeed("stage1", *argv(folder, plain, *flags))
-    stages.succeed("stage1", *argv(folder, dealt, *dealing), tp=4)
-    reference = stages.losses(plain)
-    assert stages.losses(dealt) == pytest.approx(reference, abs=close)
-    for start, given, tp in ((dealt, dealing, 4), (dealt, flags, 2), (plain, dealing, 2)):
-        run = rewound(start, tmp_path / f"{start.name}-{len(given)}-{tp}", 3)
-        stages.succeed("stage1", *argv(folder, run, *given), tp=tp)
-        assert stages.losses(run) == pytest.approx(reference, abs=close)
-        if tp == 4:  # the same layout goes on bit for bit
-            assert stages.losses(run) == stages.losses(dealt)
-            assert weights(run) == weights(dealt)

@@ -73,11 +73,6 @@ class TestMistakes:
         assert "the store has no logits" in message
         assert "Rerun Stage 0 with --store-logits fp16" in message
 
-    def test_an_interleaved_vocabulary_under_zero_1(self, folder, tmp_path):
-        extra = ["--vocab-sharding", "interleaved", "--use-distributed-optimizer"]
-        message = stages.fail("stage1", *argv(folder, tmp_path / "run", *extra), tp=2, code=2)
-        assert "False under --vocab-sharding interleaved" in message
-
     def test_tp_that_does_not_divide(self, folder, tmp_path):
         message = stages.fail("stage1", *argv(folder, tmp_path / "run"), tp=3, code=2)
         assert "--tensor-model-parallel-size" in message

@@ -47,7 +47,7 @@ def run(
 ) -> list[Tensor]:
     """Loss, dH and dW of a shard; ``out``: dW by way of ``weight_grad_out``."""
     V = len(case.weight_VH)
-    shard = shard or VocabShard(0, 1, V)
+    shard = shard or VocabShard(0, V)
     hidden_TH = case.hidden_TH.detach().to(dtype).requires_grad_()
     weight_VH = case.weight_VH if weight_VH is None else weight_VH
     weight_VH = weight_VH.detach().to(dtype).clone().requires_grad_()
@@ -58,7 +58,7 @@ def run(
         form = with_sampled_tail(form, tail_sample(cut, shard, drawn, vocab_size=V))
     options: dict[str, Any] = {"tp_group": tp_group, "weight_grad_out": weight_grad_out}
     loss_T = restricted_cross_entropy(
-        hidden_TH, weight_VH, *sets, vocab_start=shard.start, vocab_stride=shard.stride, form=form,
+        hidden_TH, weight_VH, *sets, vocab_start=shard.start, form=form,
         group_offsets=case.group_offsets, **options,
     )  # fmt: skip
     if own is not None:

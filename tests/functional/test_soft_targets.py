@@ -51,7 +51,7 @@ def test_nothing_to_learn_from_the_distribution_that_the_model_has() -> None:
 
 def test_no_positions_and_shards_without_a_candidate() -> None:
     none = torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), EMPTY
-    targets = soft_targets.soft_targets(*none, EMPTY.long(), VocabShard(0, 1, 9))
+    targets = soft_targets.soft_targets(*none, EMPTY.long(), VocabShard(0, 9))
     assert (len(targets.rows), len(targets.negentropy_N), targets.spans) == (0, 0, [])
     nowhere = HeadCase(
         torch.ones(0, 3), torch.ones(9, 3), EMPTY.long(), EMPTY, torch.zeros(0, 9).bool(), None
@@ -59,6 +59,6 @@ def test_no_positions_and_shards_without_a_candidate() -> None:
     loss_T, dH_TH, dW_VH = tails.run(nowhere, own=none, kl_weight=1.0)
     assert (loss_T.shape, dH_TH.shape, bool(dW_VH.any())) == ((0,), (0, 3), False)
     elsewhere = torch.tensor([1, 2]).int(), torch.tensor([0, 2]), torch.tensor([0.0, 0.0])
-    targets = soft_targets.soft_targets(*elsewhere, torch.tensor([1]), VocabShard(4, 1, 4))
+    targets = soft_targets.soft_targets(*elsewhere, torch.tensor([1]), VocabShard(4, 4))
     assert targets.spans == []
     assert float(targets.negentropy_N) == pytest.approx(-0.693147, abs=1e-6)

@@ -174,7 +174,7 @@ def test_shards_put_together(form: HeadForm, bounds: list[int], groups: int) -> 
     case = head_case(T=11, V=31, H=16, seed=5, groups=groups, share=0.1, scale=0.25)
     shards = []
     for start, stop in itertools.pairwise(bounds):
-        shard = VocabShard(start, 1, stop - start)
+        shard = VocabShard(start, stop - start)
         sets = shard_sets(case.ids, case.offsets, case.labels_T, case.group_offsets, shard)
         head = form(sets)
         weight = case.weight_VH[start:stop].contiguous()

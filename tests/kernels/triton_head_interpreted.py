@@ -175,7 +175,7 @@ def test_a_shard_has_candidates_of_some_positions_only() -> None:
     case = head_case(T=20, V=60, H=8, seed=3, share=0.05)
     shard = slice(20, 45)
     weight_VH, mask_NV = case.weight_VH[shard], case.mask_GV[:, shard]
-    vocabulary = VocabShard(20, 1, len(weight_VH))
+    vocabulary = VocabShard(20, len(weight_VH))
     sets = shard_sets(case.ids, case.offsets, case.labels_T, None, vocabulary)
     assert not mask_NV.any(1).all()
     head = kernels.head(sets)
