@@ -59,10 +59,6 @@ def test_boolean_flags_can_be_negated():
             "--tail: unusable value (expected none, as only --loss",
         ),
         (
-            ["--loss", "full", "--tail", "sampled"],
-            "--tail: unusable value (expected none, as only --loss",
-        ),
-        (
             ["--loss", "full", "--kl-weight", "1"],
             "--kl-weight: unusable value (expected 0.0, as only",
         ),
@@ -103,8 +99,6 @@ def test_boolean_flags_can_be_negated():
         (["--loss", "full", "--full-loss-every", "9"], "--full-loss-every: unusable value (expec"),
         (["--full-loss-every", "-1"], "--full-loss-every: unusable value (expected a number from"),
         (["--full-loss-every", "5", "--log-interval", "10"], "no multiple of --full-loss-every 5"),
-        (["--tail-samples", "9"], "--tail-samples: unusable value (expected 256, as only --tail"),
-        (["--tail", "sampled", "--tail-samples", "0"], "--tail-samples: unusable value"),
         (["--kl-weight", "-1"], "--kl-weight: unusable value (expected a "),
         (["--kl-weight", "inf"], "--kl-weight: unusable value (expected a "),
         (["--sequence-parallel"], "--tensor-model-parallel-size above 1"),

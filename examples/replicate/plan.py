@@ -175,7 +175,6 @@ REMEDIES = {
     "full softmax": FULL,
     "position (the paper's)": REPLAY,
     "position + ghost": (*REPLAY, *GHOST),
-    "position + sampled 64": (*REPLAY, "--tail", "sampled", "--tail-samples", "64"),
     "tile": SCOPE["tile"],
     "document": SCOPE["document"],
     "document + ghost": DOCUMENT_GHOST,

@@ -46,14 +46,10 @@ class LossConfig(Section):
         used_with={"loss": ("restricted",)},
     )
     tail: str = option(
-        "what the set leaves out. ghost: one extra term for the base model's mass there; sampled: "
-        "an unbiased estimate of the model's own",
+        "ghost: one more term in the denominator, the base model's mass outside the set",
         "none",
-        ("none", "ghost", "sampled"),
+        ("none", "ghost"),
         used_with={"loss": ("restricted",)},
-    )
-    tail_samples: int = option(
-        "--tail sampled: ids drawn for a micro-batch", 256, used_with={"tail": ("sampled",)}
     )
     kl_weight: float = option(
         "add this times the divergence from the base model's stored logits (Stage 0 "
@@ -84,7 +80,6 @@ class LossConfig(Section):
                 default = type(self).__dataclass_fields__[name].default
                 expected = f"{default} under --full-loss-every 1, where no step reads it"
                 self.require(getattr(self, name) == default, name, expected)
-        self.require_positive("tail_samples")
         self.require(self.kl_weight >= 0, "kl_weight", "a number from 0")
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_replay.config.stage1 import LossConfig
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.tokenizer import tokenizer_digests
 from megatron_replay.errors import ConfigError, DataError, StoreError, few
@@ -69,17 +68,6 @@ def require_context(lengths: npt.NDArray[np.int32], model: ModelConfig) -> None:
             expected=f"at most {model.max_position_embeddings} positions",
             found=longest,
             fix="Set --seq-length to that and choose --long-documents drop or truncate",
-        )
-
-
-def require_loss(loss: LossConfig, model: ModelConfig) -> None:
-    """Raise ConfigError when ``--tail-samples`` asks for more ids than there are."""
-    if loss.tail == "sampled" and loss.tail_samples > model.vocab_size:
-        raise ConfigError(
-            "more ids than the model's vocabulary has",
-            where="--tail-samples",
-            expected=f"at most {model.vocab_size}",
-            found=loss.tail_samples,
         )
 
 

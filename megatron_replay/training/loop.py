@@ -32,7 +32,6 @@ from megatron_replay.locks import DirectoryLock
 from megatron_replay.model.attention import record_max_logits
 from megatron_replay.model.compatibility import (
     require_context,
-    require_loss,
     require_store,
     require_vocabulary,
 )
@@ -73,7 +72,6 @@ class Trainer:
         files, shape = describe_model(config.model.load)
         require_vocabulary(self.corpus, shape, files)
         require_context(self.lengths, shape)
-        require_loss(config.loss, shape)
         if self.reader is not None:
             require_store(self.reader, self.corpus, shape, logits=config.loss.kl_weight > 0)
         dtype = torch.bfloat16 if config.model.bf16 else torch.float32

@@ -17,9 +17,7 @@ from megatron_replay.data.replay import ReplayTargets, full_targets, join_candid
 from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.data.shard import sets_of_shard, sets_to_device
 from megatron_replay.data.soft_targets import soft_targets, targets_to_device
-from megatron_replay.data.tail_sample import draw_ids, sample_to_device, tail_sample
 from megatron_replay.forward import Work
-from megatron_replay.functional.sampled_tail import with_sampled_tail
 from megatron_replay.functional.shard_head import HeadForm, VocabShard, reads_by_id
 from megatron_replay.functional.soft_targets import SoftTargets
 from megatron_replay.model import heads
@@ -71,27 +69,11 @@ class WorkMaker:
         tokens = sum(int((self.lengths[pack] - 1).sum()) for pack in packs)
         form = self.config.loss.form_of_step(iteration + 1)
         micro_batches = self.batches.micro_batches(iteration)
-        work = [
-            self._work(packs, form, self._drawn_ids(iteration, number))
-            for number, packs in enumerate(micro_batches)
-        ]
+        work = [self._work(packs, form) for packs in micro_batches]
         return GlobalWork(work, tokens, form)
 
-    def _drawn_ids(self, iteration: int, number: int) -> npt.NDArray[np.int64] | None:
-        """Those of ``--tail sampled``, of this rank's micro-batch ``number`` of a step."""
-        loss, groups = self.config.loss, self.groups
-        if loss.tail != "sampled" or not groups.last_stage:
-            return None
-        return draw_ids(
-            self.vocab_size,
-            loss.tail_samples,
-            seed=self.config.training.seed,
-            iteration=iteration,
-            micro_batch=number * groups.dp_size + groups.dp_rank,
-        )
-
-    def _work(self, packs: list[Pack], form: str, ids_R: npt.NDArray[np.int64] | None) -> Work:
-        """A micro-batch and the loss to compute on it; ``ids_R``: drawn for its tail."""
+    def _work(self, packs: list[Pack], form: str) -> Work:
+        """A micro-batch and the loss to compute on it."""
         batch = pack_batch(self.corpus, packs, self.config.data.seq_length, self.lengths)
         if form == "full":
             rows_N, labels_N = self._full_targets(batch)
@@ -105,7 +87,7 @@ class WorkMaker:
                 batch, self.reader, scope=loss.candidate_scope, logits=loss.kl_weight > 0
             )
             rows = self._rows(targets.rows_N, batch)
-            head = self._restricted_loss(targets, rows.rows_N, ids_R)
+            head = self._restricted_loss(targets, rows.rows_N)
         training, optimizer = self.config.training, self.config.optimizer
         # QK-Clip's largest logits are those of every position.
         only = training.last_layer_at_selected and optimizer.qk_clip_threshold is None
@@ -123,9 +105,7 @@ class WorkMaker:
         targets = join_candidates(batch, self.reader, scope="position")
         return targets.rows_N, targets.labels_N
 
-    def _restricted_loss(
-        self, targets: ReplayTargets, rows_N: torch.Tensor, ids_R: npt.NDArray[np.int64] | None
-    ) -> Head:
+    def _restricted_loss(self, targets: ReplayTargets, rows_N: torch.Tensor) -> Head:
         """Of sets cut here, so that a step need not ask the device how large the cuts are."""
         device, form = self.groups.device, self.head_form
         num_rows = self.vocab_size // self.groups.tp_size
@@ -133,9 +113,6 @@ class WorkMaker:
         by_id = self.groups.last_stage and reads_by_id(form)
         ghost = self.config.loss.tail == "ghost"
         sets = sets_of_shard(targets, shard, by_id=by_id)
-        if ids_R is not None:
-            sample = tail_sample(sets, shard, ids_R, vocab_size=self.vocab_size)
-            form = with_sampled_tail(form, sample_to_device(sample, device))
         return heads.shard_loss(
             rows_N,
             to_device(targets.labels_N, device),

@@ -37,7 +37,7 @@ MEGATRON = {
 ON_HOST = {"__int__ in optim/base.py UpdateRule._batches"}
 CASES: dict[str, tuple[list[object], dict[str, int]]] = {
     "TP2 SP": (
-        ["--sequence-parallel", "--bf16", "--tail", "sampled", "--tail-samples", "50"],
+        ["--sequence-parallel", "--bf16", "--tail", "ghost"],
         {"tp": 2},
     ),
     "DP2 ZeRO-1": (["--use-distributed-optimizer", "--bf16"], {"dp": 2}),

@@ -1,4 +1,4 @@
-"""The sampled tail and the divergence on shards of the vocabulary, and in Stage 1 on any layout.
+"""The ghost term and the divergence on shards of the vocabulary, and in Stage 1 on any layout.
 
 Shapes: T positions, V vocabulary, H hidden channels.
 """
@@ -6,7 +6,6 @@ Shapes: T positions, V vocabulary, H hidden channels.
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,14 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_replay.config.stage1 import LossConfig
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.sampler import GlobalBatches
-from megatron_replay.data.tail_sample import draw_ids
 from megatron_replay.functional.shard_head import VocabShard
 from megatron_replay.kernels.cpu.head import head as cpu_head
 from megatron_replay.store import CandidateReader
-from megatron_replay.training.work import WorkMaker
 from tests import pool, tiny
 from tests.e2e import stages
 from tests.functional import tails
@@ -30,17 +26,16 @@ from tests.functional.references import error, head_case
 
 pytestmark = pytest.mark.distributed
 
-DOCUMENTS, SAMPLES = 10, 40
+DOCUMENTS = 10
 
 
 def cases() -> list[tuple[Any, dict[str, Any]]]:
-    """Own sets and shared ones; a tail, a divergence and both; draws that miss shards wholly."""
+    """Own sets and shared ones, with a divergence and without."""
     found = []
     for groups in (0, 4):
         case = head_case(T=140, V=64, H=16, seed=groups, groups=groups, share=0.1, scale=0.3)
-        for drawn in (None, draw_ids(64, 20, seed=1, iteration=0, micro_batch=0), np.array([33])):
-            for own in (None, tails.own_sets(case, seed=2)):
-                found.append((case, {"drawn": drawn, "own": own, "kl_weight": 0.5}))
+        for own in (None, tails.own_sets(case, seed=2)):
+            found.append((case, {"own": own, "kl_weight": 0.5}))
     return found
 
 
@@ -68,22 +63,11 @@ def test_losses_and_gradients_equal_dense() -> None:
             assert error(ours, exact) < 2e-6, number
 
 
-def test_a_draw_is_that_of_the_step_and_of_the_micro_batchs_place() -> None:
-    loss = LossConfig(store="store", tail="sampled", tail_samples=9)
-    groups = SimpleNamespace(last_stage=True, dp_size=2, dp_rank=1)
-    config = SimpleNamespace(loss=loss, training=SimpleNamespace(seed=7))
-    maker: Any = SimpleNamespace(config=config, groups=groups, vocab_size=100)
-    expected = draw_ids(100, 9, seed=7, iteration=5, micro_batch=7).tolist()
-    found = WorkMaker._drawn_ids(maker, 5, 3)
-    assert found is not None
-    assert found.tolist() == expected
-
-
 def steps(folder: Path, save: Path, stop: int, *flags: object, **layout: int) -> list[float]:
     """The losses of a run up to iteration ``stop``: every document a micro-batch, twice."""
     stages.succeed(
-        "stage1", *stages.argv(folder, save, "--probe-interval", 0), "--tail", "sampled",
-        "--tail-samples", SAMPLES, "--kl-weight", 0.5, "--global-batch-size", DOCUMENTS,
+        "stage1", *stages.argv(folder, save, "--probe-interval", 0), "--tail", "ghost",
+        "--kl-weight", 0.5, "--global-batch-size", DOCUMENTS,
         "--no-pack-documents", "--train-epochs", 2, "--exit-interval", stop, *flags, **layout,
     )  # fmt: skip
     return stages.losses(save)
@@ -98,16 +82,14 @@ def first_loss(folder: Path) -> float:
         epochs=2, pack_documents=False, dp_rank=0, dp_size=1,
     )  # fmt: skip
     losses = []
-    for number, (document,) in enumerate(batches.global_batch(0)):
+    for (document,) in batches.global_batch(0):
         recorded, tokens = reader[document], torch.tensor(corpus[document].tokens).long()
         logits_TV = model(tokens[None, :-1]).logits[0].detach().double()
-        V = logits_TV.shape[1]
-        drawn = draw_ids(V, SAMPLES, seed=1234, iteration=0, micro_batch=number)
         for n, position in enumerate(recorded.positions.tolist()):
             span = slice(*recorded.offsets[n : n + 2])
             ids, z = torch.from_numpy(recorded.ids[span]).long(), logits_TV[position]
-            outside = torch.from_numpy(np.setdiff1d(drawn, recorded.ids[span]))
-            log_Z = (z[ids].exp().sum() + V / SAMPLES * z[outside].exp().sum()).log()
+            ghost = np.exp(np.float64(recorded.lse[n])) * recorded.tail_mass[n]
+            log_Z = (z[ids].exp().sum() + ghost).log()
             log_q = torch.from_numpy(recorded.logits[span]).double().log_softmax(0)
             divergence = (log_q.exp() * (log_q - z[ids] + log_Z)).sum()
             losses.append(log_Z - z[tokens[position + 1]] + 0.5 * divergence)
@@ -115,7 +97,7 @@ def first_loss(folder: Path) -> float:
 
 
 def test_stage_1_by_the_definitions_and_the_same_on_any_layout(tmp_path: Path) -> None:
-    """A resumed run draws what the whole one drew, whoever computes a micro-batch."""
+    """A run that resumes on other layouts goes on as the whole one."""
     corpus = tiny.save_corpus(tmp_path / "corpus", num_documents=DOCUMENTS)
     tiny.save_qwen3(tmp_path / "model", tied=True, num_hidden_layers=2)
     strategy = ["--coverage", 0.3, "--store-logits", "fp16", "--store", tmp_path / "store"]

@@ -45,7 +45,6 @@ STAGE1: dict[str, list[str]] = {
     "candidate_scope": ["document"],
     "full_loss_every": ["2"],
     "tail": ["ghost"],
-    "tail_samples": ["9", "--tail", "sampled"],
     "kl_weight": ["0.5", "--store", "LOGITS"],
     "head_backend": ["torch"],
     "optimizer": ["adamw"],

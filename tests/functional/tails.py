@@ -1,6 +1,6 @@
-"""The sampled tail and the divergence from stored logits, by their definitions in float64.
+"""The divergence from stored logits, by its definition in float64.
 
-Shapes: T positions, V vocabulary, H hidden channels, C candidates of all positions, R drawn ids.
+Shapes: T positions, V vocabulary, H hidden channels, C candidates of all positions.
 """
 
 from __future__ import annotations
@@ -8,15 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_replay.data.soft_targets import soft_targets
-from megatron_replay.data.tail_sample import tail_sample
 from megatron_replay.functional.restricted_cross_entropy import restricted_cross_entropy
-from megatron_replay.functional.sampled_tail import with_sampled_tail
-from megatron_replay.functional.shard_head import HeadForm, VocabShard, shard_sets
+from megatron_replay.functional.shard_head import HeadForm, VocabShard
 from megatron_replay.functional.soft_targets import with_divergence
 from megatron_replay.functional.tiled_head import union_head
 from tests.functional.references import HeadCase
@@ -35,7 +32,6 @@ def own_sets(case: HeadCase, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def run(
     case: HeadCase,
     *,
-    drawn: np.ndarray | None = None,
     own: tuple[Tensor, Tensor, Tensor] | None = None,
     kl_weight: float = 0.0,
     form: HeadForm = union_head,
@@ -53,9 +49,6 @@ def run(
     weight_VH = weight_VH.detach().to(dtype).clone().requires_grad_()
     weight_grad_out = torch.zeros(weight_VH.shape) if out else None
     sets = (case.ids, case.offsets, case.labels_T)
-    if drawn is not None:
-        cut = shard_sets(*sets, case.group_offsets, shard)
-        form = with_sampled_tail(form, tail_sample(cut, shard, drawn, vocab_size=V))
     options: dict[str, Any] = {"tp_group": tp_group, "weight_grad_out": weight_grad_out}
     loss_T = restricted_cross_entropy(
         hidden_TH, weight_VH, *sets, vocab_start=shard.start, form=form,
@@ -76,20 +69,14 @@ def run(
 def dense(
     case: HeadCase,
     *,
-    drawn: np.ndarray | None = None,
     own: tuple[Tensor, Tensor, Tensor] | None = None,
     kl_weight: float = 0.0,
 ) -> list[Tensor]:
-    """The same through [T, V]: log p~ of every id that counts, its weight within the logit."""
+    """The same through [T, V]: log p~ of every id that counts."""
     hidden_TH = case.hidden_TH.double().requires_grad_()
     weight_VH = case.weight_VH.double().requires_grad_()
     z_TV = hidden_TH @ weight_VH.T
-    log_weight_TV = torch.where(case.mask_TV, 0.0, -math.inf).double()
-    if drawn is not None:
-        is_tail_TV = ~case.mask_TV
-        is_tail_TV[:, np.setdiff1d(np.arange(len(weight_VH)), drawn)] = False
-        log_weight_TV[is_tail_TV] = math.log(len(weight_VH) / len(drawn))
-    log_p_TV = z_TV - (z_TV + log_weight_TV).logsumexp(1, keepdim=True)
+    log_p_TV = z_TV - z_TV.masked_fill(~case.mask_TV, -math.inf).logsumexp(1, keepdim=True)
     loss_T = -log_p_TV.gather(1, case.labels_T[:, None]).squeeze(1)
     if own is not None:
         ids, offsets, logits = own

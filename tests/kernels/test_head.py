@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 
 from megatron_replay import kernels
-from megatron_replay.data.tail_sample import draw_ids
 from megatron_replay.errors import DataError
 from megatron_replay.functional import restricted_cross_entropy
 from megatron_replay.functional.pair_head import PairHead
 from megatron_replay.functional.shard_head import HeadForm, Softmax, VocabShard, rescale, shard_sets
 from megatron_replay.functional.tiled_head import dense_head, union_head
-from tests.functional import tails
 from tests.functional.references import HeadCase, error, head_case
 from tests.kernels.threads import in_threads
 
@@ -153,16 +151,6 @@ def test_sets_of_201_of_a_large_vocabulary(form: HeadForm, slow: bool) -> None:
     case.mask_GV.scatter_(1, scores_TV.topk(201, dim=1).indices, True)
     assert (case.offsets.diff() == 201).all()
     check(run(case, form), case)
-
-
-@pytest.mark.parametrize("groups", [0, 4])
-def test_a_sampled_tail(form: HeadForm, slow: bool, groups: int) -> None:
-    T, V = (12, 37) if slow else (150, 203)
-    case = head_case(T=T, V=V, H=8, seed=1, groups=groups, scale=0.3)
-    drawn = draw_ids(V, 15, seed=1, iteration=0, micro_batch=0)
-    found = tails.run(case, drawn=drawn, form=form, out=True)
-    for ours, exact in zip(found, tails.dense(case, drawn=drawn), strict=True):
-        assert error(ours, exact) <= 2e-6
 
 
 @pytest.mark.parametrize("bounds", [[0, 31], [0, 13, 31], [0, 1, 2, 30, 31]])

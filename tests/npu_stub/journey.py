@@ -80,7 +80,7 @@ def jobs(folder: Path) -> list[Job]:
         "--probe-interval", 2, "--probe-documents", 4, "--exit-interval", 2,
     ]  # fmt: skip
     bf16 = ["--save", folder / "moclip", "--bf16", "--sequence-parallel"]
-    bf16 += ["--tail", "sampled", "--tail-samples", 50]
+    bf16 += ["--tail", "ghost"]
     document = ["--candidate-scope", "document", "--tail", "ghost", "--kl-weight", 1]
     chosen: list[Job] = [
         ("stage0", [*inputs, "--store", folder / "one"], (1, 1)),
