@@ -76,9 +76,7 @@ class Run:
 
 FULL = ("--loss", "full")
 REPLAY = ("--loss", "restricted")
-SCOPE = {
-    scope: (*REPLAY, "--candidate-scope", scope) for scope in ("document", "tile", "micro-batch")
-}
+SCOPE = {scope: (*REPLAY, "--candidate-scope", scope) for scope in ("document",)}
 GHOST = ("--tail", "ghost")
 DOCUMENT_GHOST = (*SCOPE["document"], *GHOST)
 KL = ("--kl-weight", "0.5")
@@ -175,11 +173,8 @@ REMEDIES = {
     "full softmax": FULL,
     "position (the paper's)": REPLAY,
     "position + ghost": (*REPLAY, *GHOST),
-    "tile": SCOPE["tile"],
     "document": SCOPE["document"],
     "document + ghost": DOCUMENT_GHOST,
-    "micro-batch": SCOPE["micro-batch"],
-    "position, full every 4": (*REPLAY, "--full-loss-every", "4"),
     "position + KL 0.5": (*REPLAY, *KL),
     "document + ghost + KL 0.5": (*DOCUMENT_GHOST, *KL),
 }

@@ -33,16 +33,9 @@ class LossConfig(Section):
         used_with={"store": SET},
     )
     candidate_scope: str = option(
-        "compete over a position's own set, or a union: of its document's sets, of those of its "
-        "document's neighbouring 128 positions (tile), or of every document in its micro-batch, "
-        "which alone depends on --micro-batch-size and packing",
+        "compete over a position's own set, or over the union of its document's sets",
         "position",
-        ("position", "tile", "document", "micro-batch"),
-        used_with={"loss": ("restricted",)},
-    )
-    full_loss_every: int = option(
-        "every n-th iteration by full softmax at the recorded positions; 0: never",
-        0,
+        ("position", "document"),
         used_with={"loss": ("restricted",)},
     )
     tail: str = option(
@@ -65,21 +58,10 @@ class LossConfig(Section):
         used_with={"loss": ("restricted",)},
     )
 
-    def form_of_step(self, iteration: int) -> str:
-        """What step ``iteration``, counted from 1, minimises: "restricted" or "full"."""
-        is_full = self.full_loss_every > 0 and iteration % self.full_loss_every == 0
-        return "full" if is_full else self.loss
-
     def _check(self) -> None:
         self.require(
             self.loss == "full" or self.store is not None, "store", "a store for --loss restricted"
         )
-        self.require(self.full_loss_every >= 0, "full_loss_every", "a number from 0")
-        if self.full_loss_every == 1:  # what only the other steps read
-            for name in ("candidate_scope", "tail", "kl_weight", "head_backend"):
-                default = type(self).__dataclass_fields__[name].default
-                expected = f"{default} under --full-loss-every 1, where no step reads it"
-                self.require(getattr(self, name) == default, name, expected)
         self.require(self.kl_weight >= 0, "kl_weight", "a number from 0")
 
 
@@ -217,12 +199,6 @@ class Stage1Config:
                 expected=f"a multiple of --micro-batch-size {mbs}",
                 found=gbs,
             )
-        every, interval = self.loss.full_loss_every, self.training.log_interval
-        self.training.require(
-            every < 2 or interval % every != 0,
-            "log_interval",
-            f"no multiple of --full-loss-every {every}: only its steps would be logged",
-        )
         self._check_keep_best()
 
     def _check_observers(self) -> None:

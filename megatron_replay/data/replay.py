@@ -6,8 +6,7 @@ threads would compete with those of a training step beside which it runs.
 
 Shape suffixes: B packs, S positions of a pack, D documents of the batch, P recorded positions of
 those documents, N selected positions of the batch (P without those that truncation cut off), G
-candidate sets: N under scope "position"; under the others, documents, tiles of documents or
-micro-batches that have a selected position.
+candidate sets: N under scope "position", documents with a selected position under "document".
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ from megatron_replay.data.packing import PackedBatch
 from megatron_replay.errors import StoreError
 from megatron_replay.store import CandidateBatch, missing_gold
 
-SCOPES = ("position", "tile", "document", "micro-batch")
-#: Neighbouring positions of a document that share a set under scope "tile".
-TILE_POSITIONS = 128
+SCOPES = ("position", "document")
 
 
 class CandidateSource(Protocol):
@@ -133,9 +130,7 @@ def join_candidates(
         reader: the candidate store of the corpus the batch was read from.
         scope: "position": each position has its recorded set. "document": all positions of a
             document share the union of every set recorded for it, cut-off positions included, so
-            that the union depends on nothing but the store. "tile": the same of positions 0 to 127
-            of a document, 128 to 255, and so on. "micro-batch": all positions of ``batch`` share
-            the union of every set recorded for its documents, which depends on what was packed.
+            that the union depends on nothing but the store.
         logits: bring the stored logits along, which the store must have.
 
     Raises:
@@ -152,7 +147,7 @@ def join_candidates(
     _require_gold(selected, segments, labels_N)
     ids, offsets, group_offsets = selected.ids, selected.offsets, None
     if scope != "position":
-        bounds = _neighbours(recorded, scope)
+        bounds = recorded.document_offsets
         places = _starts(_is_here(recorded, segments).astype(np.int64))[bounds]
         has_any = places[1:] > places[:-1]
         ids, offsets = _unions(recorded, bounds[:-1][has_any], bounds[1:][has_any])
@@ -255,18 +250,6 @@ def _segment_of(recorded: CandidateBatch) -> npt.NDArray[np.int64]:
 def _is_here(recorded: CandidateBatch, segments: _Segments) -> npt.NDArray[np.bool_]:
     """Which of the recorded positions truncation left: [P]."""
     return recorded.positions < segments.num_positions_D[_segment_of(recorded)]
-
-
-def _neighbours(recorded: CandidateBatch, scope: str) -> npt.NDArray[np.int64]:
-    """Ascending bounds, in recorded positions, of those that share a set; none is left out."""
-    if scope == "document":
-        return recorded.document_offsets
-    if scope == "micro-batch":
-        return np.array([0, len(recorded.positions)], dtype=np.int64)
-    tile_P = recorded.positions // TILE_POSITIONS
-    is_first_P = np.diff(tile_P, prepend=-1) != 0
-    is_first_P |= np.diff(_segment_of(recorded), prepend=-1) != 0
-    return np.append(np.flatnonzero(is_first_P), len(tile_P))
 
 
 def _unions(

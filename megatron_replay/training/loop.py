@@ -261,7 +261,7 @@ class Trainer:
         started = time.perf_counter()
         lr = learning_rate(self.state.iteration, self.config.optimizer, self.train_iters)
         with record_function("data"):
-            work, tokens, loss_form = next(self._loader)
+            work, tokens = next(self._loader)
         is_logged = (self.state.iteration + 1) % self.config.training.log_interval == 0
         result = train_step(
             self.wrapped,
@@ -283,7 +283,6 @@ class Trainer:
             self._tell_of_skipped(result)
         return result, {
             "loss": result.loss,
-            **({"loss_form": loss_form} if loss_form != self.config.loss.loss else {}),
             "grad_norm": result.grad_norm,
             "lr": lr,
             "positions": result.positions,

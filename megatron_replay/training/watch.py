@@ -23,7 +23,6 @@ from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.errors import CheckpointError
 from megatron_replay.parallel import Parallel
-from megatron_replay.run_log import OneLoss
 from megatron_replay.store import CandidateReader
 from megatron_replay.training.distance import Distance
 from megatron_replay.training.metrics import MetricsLog
@@ -67,7 +66,6 @@ class Watch:
             events = config.training.tensorboard_dir or str(directory / "tensorboard")
             self._log = MetricsLog(directory, Path(events), resume_iteration=iteration)
         self._stability = StabilityMonitor(warmup_iters=config.optimizer.lr_warmup_iters)
-        self._is_judged, self._full_loss_steps = OneLoss(), 0
         self._angles = AngleWatch()
         self._seconds = self._waited = 0.0  # of the steps logged; waited: for data
         for line in self._log.kept if self._log else []:
@@ -96,8 +94,7 @@ class Watch:
 
     def step(self, iteration: int, values: dict[str, Any]) -> None:
         """After a step: log ``values``, speak of what they show, measure what is due."""
-        is_apart = "loss_form" in values and self._config.loss.full_loss_every > 1
-        if values["loss"] is not None and math.isfinite(values["loss"]) and not is_apart:
+        if values["loss"] is not None and math.isfinite(values["loss"]):
             self._losses.append(values["loss"])
         if self._log is not None and iteration % self._config.training.log_interval == 0:
             messages = self._notice({"iteration": iteration, **values})
@@ -132,12 +129,7 @@ class Watch:
             return []
         self._seconds += line["seconds"]
         self._waited += line.get("data_wait_seconds", 0.0)
-        spikes: list[str] = []
-        if self._is_judged(line):
-            spikes = self._stability.observe(line["iteration"], line["loss"], line["grad_norm"])
-        else:
-            self._full_loss_steps += 1
-            self._stability.spiking = {}
+        spikes = self._stability.observe(line["iteration"], line["loss"], line["grad_norm"])
         return spikes + self._angles.observe(line.get("update") or {})
 
     def _measure(self, iteration: int) -> None:
@@ -153,9 +145,7 @@ class Watch:
             readings |= self._read_probes(iteration)
         self._measured = _scores_of(readings)
         if iteration > 0 and is_due(training.stability_interval):
-            left_out = self._full_loss_steps
-            among = {"full_loss_steps": left_out} if left_out else {}
-            readings["stability"] = self._stability.values() | among
+            readings["stability"] = self._stability.values()
         if iteration > 0 and is_due(training.distance_interval):
             readings |= self._read_distance(iteration)
         if readings and self._log is not None:
@@ -189,8 +179,6 @@ class Watch:
 
     def _summarize(self, iteration: int, readings: Mapping[str, Any]) -> list[str]:
         parts = [f"{iteration} iterations: {self._stability.summary()}"]
-        if self._full_loss_steps:
-            parts.append(f"Its {self._full_loss_steps} full-softmax steps are not among those.")
         if self._seconds:
             share = self._waited / self._seconds
             parts.append(f"Steps waited for data for {100 * share:.2g} % of their time.")

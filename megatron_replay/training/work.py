@@ -31,13 +31,11 @@ class GlobalWork(NamedTuple):
     """This rank's share of a global batch, on its device.
 
     Attributes:
-        tokens: of the whole of it.
-        loss_form: "restricted" or "full", what its heads compute.
+        tokens: of the whole global batch.
     """
 
     work: list[Work]
     tokens: int
-    loss_form: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,16 +65,14 @@ class WorkMaker:
         """
         packs = self.batches.global_batch(iteration)
         tokens = sum(int((self.lengths[pack] - 1).sum()) for pack in packs)
-        form = self.config.loss.form_of_step(iteration + 1)
-        micro_batches = self.batches.micro_batches(iteration)
-        work = [self._work(packs, form) for packs in micro_batches]
-        return GlobalWork(work, tokens, form)
+        work = [self._work(packs) for packs in self.batches.micro_batches(iteration)]
+        return GlobalWork(work, tokens)
 
-    def _work(self, packs: list[Pack], form: str) -> Work:
+    def _work(self, packs: list[Pack]) -> Work:
         """A micro-batch and the loss to compute on it."""
         batch = pack_batch(self.corpus, packs, self.config.data.seq_length, self.lengths)
-        if form == "full":
-            rows_N, labels_N = self._full_targets(batch)
+        if self.config.loss.loss == "full":
+            rows_N, labels_N = full_targets(batch)
             rows = self._rows(rows_N, batch)
             labels_N = to_device(labels_N, self.groups.device)
             head = heads.full_loss(rows.rows_N, labels_N, self.groups)
@@ -92,18 +88,6 @@ class WorkMaker:
         # QK-Clip's largest logits are those of every position.
         only = training.last_layer_at_selected and optimizer.qk_clip_threshold is None
         return Work(batch.to(self.groups.device), head, rows if only else None)
-
-    def _full_targets(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every eligible position; under --full-loss-every the recorded ones.
-
-        Only what they read is computed (--drop-unread-tokens), and steps of either form are means
-        over the same positions.
-        """
-        if self.config.loss.loss == "full":
-            return full_targets(batch)
-        assert self.reader is not None
-        targets = join_candidates(batch, self.reader, scope="position")
-        return targets.rows_N, targets.labels_N
 
     def _restricted_loss(self, targets: ReplayTargets, rows_N: torch.Tensor) -> Head:
         """Of sets cut here, so that a step need not ask the device how large the cuts are."""

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_replay.data import replay
 from megatron_replay.data.corpus import Document
 from megatron_replay.data.packing import fit_documents, pack_batch
 from megatron_replay.data.replay import SCOPES, eligible_rows, full_targets, join_candidates
@@ -28,14 +27,6 @@ from megatron_replay.store import (
 from tests.data.examples import PAD_ID, VOCAB_SIZE, random_documents, write_corpus
 
 SEQ_LENGTH = 10
-TILE = 4  # of 128: documents here are short
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_tiles():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "TILE_POSITIONS", TILE)
-        yield
 
 
 class Documents(list):
@@ -86,7 +77,7 @@ def slow_join(batch, recorded, scope):
     """One row of the batch at a time, from the columns a model sees."""
     rows, labels, sets, groups, lse, tail = [], [], [], [], [], []
     num_rows, width = batch.tokens_BS.shape
-    present, last = set(batch.document_BS.flatten().tolist()), None
+    last = None
     for b in range(num_rows):
         for s in range(width):
             document = int(batch.document_BS[b, s])
@@ -98,32 +89,13 @@ def slow_join(batch, recorded, scope):
             labels.append(int(batch.labels_BS[b, s]))
             lse.append(lse_t)
             tail.append(lse_t + math.log(tail_mass) if tail_mass else -math.inf)
-            tile, place = position // TILE, (document, s - position, b)
             if scope == "position":
                 sets.append(candidate_set)
                 continue
-            shared = {
-                "document": (place, lambda d, t, own=document: d == own),
-                "tile": (
-                    (place, tile),
-                    lambda d, t, own=document, tile=tile: d == own and t // TILE == tile,
-                ),
-                "micro-batch": ("all", lambda d, t: d in present),
-            }
-            group, has = shared[scope]
-            if group != last:
-                last = group
-                sets.append(
-                    sorted(
-                        {
-                            i
-                            for d, positions in enumerate(recorded)
-                            for t, (ids, *_) in positions.items()
-                            if has(d, t)
-                            for i in ids
-                        }
-                    )
-                )
+            place = (document, s - position, b)
+            if place != last:
+                last = place
+                sets.append(sorted({i for ids, *_ in recorded[document].values() for i in ids}))
                 groups.append(0)
             groups[-1] += 1
     return rows, labels, sets, groups, lse, tail
@@ -267,27 +239,21 @@ def test_a_recorded_position_without_loss_is_refused():
         join_candidates(batch, store, scope="position")
 
 
-@pytest.mark.parametrize(
-    ("scope", "tile", "union"),
-    [("document", 2, [2, 4, 5, 6]), ("tile", 4, [2, 4, 5, 6]), ("tile", 2, [4, 5])],
-)
-def test_a_union_includes_positions_that_truncation_cut_off(scope, tile, union, monkeypatch):
-    """Of positions 1 and 2 the second is; tiles of two have them apart."""
-    monkeypatch.setattr(replay, "TILE_POSITIONS", tile)
+def test_a_union_includes_positions_that_truncation_cut_off():
+    """Of positions 1 and 2, the second is cut off."""
     documents = Documents([one_document()[0]])
     documents[0] = Document(np.array([3, 4, 5, 6], dtype=np.int32), np.array([0, 0, 1, 1]) > 0)
     _, store = one_document()
     batch = pack_batch(documents, [np.array([0])], 2, np.array([3], dtype=np.int32))
-    targets = join_candidates(batch, store, scope=scope)
+    targets = join_candidates(batch, store, scope="document")
     assert targets.rows_N.tolist() == [1]
-    assert targets.candidate_ids.tolist() == union
+    assert targets.candidate_ids.tolist() == [2, 4, 5, 6]
     assert join_candidates(batch, store, scope="position").candidate_ids.tolist() == [4, 5]
 
 
-@pytest.mark.parametrize("scope", ["tile", "document", "micro-batch"])
-def test_an_empty_batch(scope):
+def test_an_empty_batch():
     empty = pack_batch(Documents(), [np.empty(0, dtype=np.int64)], 4, np.empty(0, dtype=np.int32))
-    targets = join_candidates(empty, Recorded(), scope=scope)
+    targets = join_candidates(empty, Recorded(), scope="document")
     assert len(targets.rows_N) == len(targets.candidate_ids) == 0
     assert targets.candidate_offsets.tolist() == targets.group_offsets.tolist() == [0]
     assert [len(t) for t in full_targets(empty)] == [0, 0]

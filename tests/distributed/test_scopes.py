@@ -1,4 +1,4 @@
-"""Sets that positions share, and steps of the full softmax: losses and gradients by definition.
+"""Sets of positions and of documents: losses and gradients by definition.
 
 The reference runs transformers on each document alone, in float64, and takes the loss over [T, V]
 with the sets as masks, which it makes from the store's records by their documents and positions.
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megatron_replay import flags
 from megatron_replay.config import Stage1Config
-from megatron_replay.data import replay
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import fit_documents, without_unread
 from megatron_replay.data.sampler import GlobalBatches
@@ -28,20 +27,18 @@ from tests import pool, tiny
 from tests.distributed.layouts import Layout, join_groups, worst_gradient
 from tests.e2e import stages
 
-TILE, SEQ_LENGTH, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE = 8, 64, 4, 2
+SEQ_LENGTH, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE = 64, 4, 2
 #: By case: flags, and the layout of the two ranks.
 CASES: dict[str, tuple[list[str], Layout]] = {
-    "tile": ([], Layout(tp=2, sequence_parallel=True)),
+    "position": (["--tail", "ghost"], Layout(tp=2)),
     "document": (["--tail", "ghost"], Layout(tp=2, sequence_parallel=True)),
-    "micro-batch": ([], Layout(tp=2)),
-    "micro-batch PP2": (["--tail", "ghost"], Layout(pp=2)),
-    "full": ([], Layout(tp=2, sequence_parallel=True)),
+    "document PP2": ([], Layout(pp=2)),
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint, corpus, and a store of documents of up to four tiles."""
+    """Checkpoint, corpus and store."""
     folder = tmp_path_factory.mktemp("scopes")
     tiny.save_corpus(folder / "corpus", num_documents=12, longest=32)
     tiny.save_qwen3(folder / "model", tied=False, num_hidden_layers=2)
@@ -63,30 +60,20 @@ def first_micro_batches(corpus: Corpus, reader: CandidateReader) -> list[set[int
 
 def masks(reader: CandidateReader, documents: set[int], scope: str) -> dict[int, Tensor]:
     """By document of a micro-batch: bool [N, V], the set of each recorded position."""
-    records = {i: reader[i] for i in documents}
     found = {}
-    for i, record in records.items():
+    for i in documents:
+        record = reader[i]
         found[i] = torch.zeros(len(record.positions), tiny.VOCAB_SIZE, dtype=torch.bool)
-        for n, t in enumerate(record.positions):
-            for j, other in records.items():
-                for m, u in enumerate(other.positions):
-                    near = {
-                        "tile": i == j and t // TILE == u // TILE,
-                        "document": i == j,
-                        "micro-batch": True,
-                        "full": False,
-                    }[scope]
-                    if near:
-                        ids = other.ids[other.offsets[m] : other.offsets[m + 1]]
-                        found[i][n, torch.tensor(ids).long()] = True
-        if scope == "full":
-            found[i][:] = True
+        for n in range(len(record.positions)):
+            first, last = (n, n + 1) if scope == "position" else (0, len(record.positions))
+            ids = record.ids[record.offsets[first] : record.offsets[last]]
+            found[i][n, torch.tensor(ids).long()] = True
     return found
 
 
 def save_reference(folder: Path, case: str) -> dict[str, Any]:
     """Loss and number of positions of the first global batch; its gradients go to a file."""
-    scope, has_tail = case.split()[0], "ghost" in CASES[case][0] and "full" not in case
+    scope, has_tail = case.split()[0], "ghost" in CASES[case][0]
     corpus, reader = Corpus(folder / "corpus"), CandidateReader(folder / "store")
     model, losses = tiny.load_reference(folder / "model").double(), []
     for documents in first_micro_batches(corpus, reader):
@@ -109,19 +96,17 @@ def save_reference(folder: Path, case: str) -> dict[str, Any]:
 
 
 def compare(rank: int, world_size: int, folder: Path, save: Path) -> dict[str, dict[str, Any]]:
-    replay.TILE_POSITIONS = TILE
     return {case: run(case, folder, save / case) for case in CASES}
 
 
 def run(case: str, folder: Path, save: Path) -> dict[str, Any]:
     extra, layout = CASES[case]
-    is_full = case.startswith("full")
     groups = join_groups(layout)
     argv = [
         *stages.inputs(folder), "--store", folder / "store", "--save", save, "--lr", 1e-3,
         "--optimizer", "adamw", "--probe-interval", 0, "--global-batch-size", GLOBAL_BATCH_SIZE,
         "--micro-batch-size", MICRO_BATCH_SIZE, *extra,
-        *(["--full-loss-every", 1] if is_full else ["--candidate-scope", case.split()[0]]),
+        "--candidate-scope", case.split()[0],
         "--tensor-model-parallel-size", layout.tp, "--pipeline-model-parallel-size", layout.pp,
         *["--sequence-parallel"] * layout.sequence_parallel,
     ]  # fmt: skip
@@ -131,7 +116,6 @@ def run(case: str, folder: Path, save: Path) -> dict[str, Any]:
         made = next(loader)
     sums = forward_backward(trainer.wrapped, made.work)
     return {
-        "form": made.loss_form,
         "sums": None if sums is None else sums.tolist(),
         "gradient": worst_gradient(trainer.model, trainer.wrapped, groups, folder / case),
     }
@@ -148,4 +132,3 @@ def test_loss_and_gradients_are_those_of_the_definition(folder, tmp_path):
         assert count == reference["positions"], case
         assert total / count == pytest.approx(reference["loss"], rel=2e-6), case
         assert max(r["gradient"] for r in reports) <= (5e-6, "~"), case
-        assert {r["form"] for r in reports} == {"full" if "full" in case else "restricted"}

@@ -43,7 +43,6 @@ STAGE1: dict[str, list[str]] = {
     "store": ["LOGITS", "--candidate-scope", "document"],
     "allow_other_store": ["", "--load", "OTHER"],
     "candidate_scope": ["document"],
-    "full_loss_every": ["2"],
     "tail": ["ghost"],
     "kl_weight": ["0.5", "--store", "LOGITS"],
     "head_backend": ["torch"],

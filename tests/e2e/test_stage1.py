@@ -37,7 +37,7 @@ def finished(folder, tmp_path_factory) -> Path:
     [
         ["--optimizer", "moclip"],
         ["--optimizer", "adamw", "--loss", "full"],
-        "--candidate-scope tile --tail ghost --train-epochs 2 --full-loss-every 3".split(),
+        "--candidate-scope document --tail ghost --train-epochs 2".split(),
     ],
 )
 def test_resuming_is_bitwise(folder, tmp_path, extra):
