@@ -31,7 +31,7 @@ def kept(rank: int, world_size: int, folder: Path, layers: int, bf16: bool) -> i
     arguments = ["--load", str(model), "--data-path", str(folder / "corpus"), "--save"]
     arguments += [str(folder / f"run{layers}"), "--loss", "full", "--lr", "1e-5"]
     arguments += ["--seq-length", str(SEQ_LENGTH), "--micro-batch-size", "1", "--train-iters", "1"]
-    arguments += ["--global-batch-size", "1", "--no-last-layer-at-selected"]
+    arguments += ["--global-batch-size", "1"]
     arguments += ["--optimizer", "adamw", "--probe-interval", "0", *(["--bf16"] if bf16 else [])]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         assert stage1.main(arguments) == 0

@@ -74,18 +74,6 @@ class TrainingConfig(Section):
     train_epochs: int | None = option(
         "passes over the corpus; default: 1, or what --train-iters takes", None
     )
-    last_layer_at_selected: bool = option(
-        "the last layer's queries, attention and MLP at positions with a loss only: exact", True
-    )
-    drop_unread_tokens: bool = option(
-        "leave out what follows a document's last recorded position: exact",
-        True,
-        used_with={"loss": ("restricted",)},
-    )
-    overlap_grad_reduce: bool = option(
-        "sum gradients over data parallel ranks beside backward, bucket by bucket", False
-    )
-    prefetch_batches: int = option("global batches made ahead of the step; 0: none", 2)
     train_iters: int | None = option(
         "iterations, over as many epochs as they take; default: what --train-epochs needs", None
     )
@@ -124,7 +112,6 @@ class TrainingConfig(Section):
     def _check(self) -> None:
         self.require_positive("log_interval", "profile_steps")
         self.require_between(1, 1 << 20, "global_batch_size")
-        self.require_between(0, 1024, "prefetch_batches")
         for name in ("train_epochs", "train_iters", "exit_interval"):
             value = getattr(self, name)
             self.require(value is None or value > 0, name, "a number above 0")
@@ -216,12 +203,6 @@ class Stage1Config:
             "probe_interval",
             f"{default} without --store or --general-data-path, which it reads",
         )
-        if self.optimizer.qk_clip_threshold is not None:
-            self.training.require(
-                self.training.last_layer_at_selected,
-                "last_layer_at_selected",
-                "True with --qk-clip-threshold, which reads every position in either case",
-            )
 
     def _check_keep_best(self) -> None:
         """What --keep-best judges by must be measured."""

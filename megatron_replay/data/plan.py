@@ -47,10 +47,7 @@ def usable_documents(
             fix="Raise --seq-length to that of Stage 0, or rerun Stage 0 with this run's",
         )
     num_unlabelled = int((recorded & (fitted.lengths > 0) & (stops == 0)).sum())
-    fitted = replace(fitted, num_unlabelled=num_unlabelled)
-    if not config.training.drop_unread_tokens:
-        return fitted, fitted.lengths
-    return fitted, without_unread(fitted.lengths, stops)
+    return replace(fitted, num_unlabelled=num_unlabelled), without_unread(fitted.lengths, stops)
 
 
 def _stops_within(lengths: npt.NDArray[np.int32], reader: CandidateReader) -> npt.NDArray[np.int32]:

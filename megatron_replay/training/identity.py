@@ -1,8 +1,8 @@
 """What makes a run this run: a resumed one must agree on it, so its batches are those it had.
 
-Which documents an iteration sees may not depend on which store the run has. Under
---drop-unread-tokens the lengths to pack do, by each document's last recorded position. Strategies
-that draw by (seed, document) record the same positions for any model; "bucket" does not.
+Which documents an iteration sees may not depend on which store the run has. The lengths to pack do,
+by each document's last recorded position. Strategies that draw by (seed, document) record the same
+positions for any model; "bucket" does not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BASE, STORE, POSITIONS = "--load", "--store", "last recorded positions"
 _FIXES = {
     STORE: "Give the store it had, or --allow-other-store to go on with this one",
     POSITIONS: "Make the store with a --position-strategy that does not look at the model (random, "
-    "last-token, all), or start the run with --no-drop-unread-tokens",
+    "last-token, all)",
 }
 
 
@@ -62,10 +62,8 @@ def identity(
         agreed[BASE] = base
     if restricted:
         assert reader is not None
-        agreed["--drop-unread-tokens"] = config.training.drop_unread_tokens
         agreed[STORE] = _digest(_recorded(reader.description))
-        if config.training.drop_unread_tokens:
-            agreed[POSITIONS] = _digest(lengths.astype("<i4").tobytes())
+        agreed[POSITIONS] = _digest(lengths.astype("<i4").tobytes())
     return agreed
 
 

@@ -53,6 +53,9 @@ from megatron_replay.training.step import StepResult, train_step, wrap_for_train
 from megatron_replay.training.watch import Watch
 from megatron_replay.training.work import GlobalWork, WorkMaker
 
+#: Global batches made ahead of the step.
+PREFETCHED_BATCHES = 2
+
 
 class Trainer:
     """The state of a run, in the order it is built: directory, data, model, optimizer, watch.
@@ -87,7 +90,7 @@ class Trainer:
         self.wrapped = wrap_for_training(
             self.model,
             use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
-            overlap_grad_reduce=config.training.overlap_grad_reduce,
+            overlap_grad_reduce=groups.dp_size > 1,
         )
         self.optimizer = build_optimizer(config.optimizer, self.model, self.wrapped, groups)
         if groups.writer:
@@ -254,7 +257,7 @@ class Trainer:
             self.model.shape.vocab_size,
         )
         steps = range(self.state.iteration, self.train_iters)
-        return Loader(make, steps, depth=self.config.training.prefetch_batches)
+        return Loader(make, steps, depth=PREFETCHED_BATCHES)
 
     def _step(self) -> tuple[StepResult, dict[str, Any]]:
         """One optimizer step on the next global batch, and what to log of it."""

@@ -84,10 +84,9 @@ class WorkMaker:
             )
             rows = self._rows(targets.rows_N, batch)
             head = self._restricted_loss(targets, rows.rows_N)
-        training, optimizer = self.config.training, self.config.optimizer
-        # QK-Clip's largest logits are those of every position.
-        only = training.last_layer_at_selected and optimizer.qk_clip_threshold is None
-        return Work(batch.to(self.groups.device), head, rows if only else None)
+        # QK-Clip needs the attention logits of every position.
+        is_every = self.config.optimizer.qk_clip_threshold is not None
+        return Work(batch.to(self.groups.device), head, None if is_every else rows)
 
     def _restricted_loss(self, targets: ReplayTargets, rows_N: torch.Tensor) -> Head:
         """Of sets cut here, so that a step need not ask the device how large the cuts are."""

@@ -25,9 +25,7 @@ def test_a_checkpoint_of_eight_ranks_continues_on_two(folder, tmp_path, optimize
     )
 
 
-@pytest.mark.parametrize(
-    "flags", [[], ["--no-pack-documents"], ["--no-drop-unread-tokens"]], ids=str
-)
+@pytest.mark.parametrize("flags", [[], ["--no-pack-documents"]], ids=str)
 def test_another_number_of_replicas_goes_on_in_the_same_order(folder, tmp_path, flags):
     """One replica, then four: each batch has the same positions, and the same loss."""
     stages.succeed("stage1", *argv(folder, tmp_path / "one", *flags))

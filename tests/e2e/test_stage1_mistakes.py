@@ -137,7 +137,7 @@ def test_print_config_and_dry_run_need_no_ranks(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--no-pack-documents"], 18), (["--no-drop-unread-tokens"], 11),
+        (["--no-pack-documents"], 18),
         (["--train-epochs", "2"], 21), ([], 10),
     ],
 )  # fmt: skip
