@@ -61,7 +61,7 @@ bench-stage1: $(PEERS)  ## what each exact saving of Stage 1 buys, beside transf
 	$(BIN)/python -m benchmarks.stage1
 
 REPLICATE = $(BIN)/python -m examples.replicate.run --output runs/replicate --plan
-TABLES = $(BIN)/python tools/report.py tables --rows runs/replicate/rows.jsonl --output-dir runs/replicate/report
+TABLES = $(BIN)/python -m examples.replicate.report --rows runs/replicate/rows.csv --output-dir runs/replicate/report
 
 replicate-quick: setup  ## the paper's table of methods in miniature, one seed
 	$(REPLICATE) quick

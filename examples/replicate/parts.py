@@ -1,6 +1,6 @@
-"""The parts of the study, each by the framework's own programs; what is half done goes on.
+"""The parts of the study, each one of the framework's own programs; an interrupted part resumes.
 
-Products are written last and under another name first: a part is done or it is not.
+A part writes its product last and atomically, so it is either done or not.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +17,36 @@ import torch
 from examples.replicate import bases
 from examples.replicate.bases import Size
 from examples.replicate.plan import DOMAINS, LR, Run, Store
+from examples.replicate.results import read_rows, row_of_run, write_rows
 from megatron_replay import parallel, platform, stage0, stage1
 from megatron_replay.checkpoint.export import export_hf
 from megatron_replay.checkpoint.load import load_model
 from megatron_replay.config import ModelConfigSource, ParallelConfig
-from megatron_replay.evaluation.inputs import Inputs, Settings
-from megatron_replay.evaluation.rows import append_row, read_rows, row_of_run
-from megatron_replay.evaluation.suite import BASE, evaluate
-from tools import preprocess_data
+from megatron_replay.evaluation.suite import BASE, read_evaluation
+from tools import evaluate, preprocess_data
 
-#: A finished run's row.
-ROW = "row.jsonl"
+#: The row of a finished run, in its directory.
+ROW = "row.csv"
 #: Fine-tuning: packs of this length, one a step, once over the data.
 SEQ_LENGTH, WARMUP = 512, 10
 
 
-class Failed(Exception):  # noqa: N818 - the program has said why
+class Failed(Exception):  # noqa: N818 - the program has printed the reason
     """A program ended with this exit code."""
 
     def __init__(self, code: int) -> None:
         self.code = code
 
 
-def _call(main: Any, program: str, argv: Sequence[str]) -> str:
-    """Run a program in this process; returns the command that does the same."""
-    command = shlex.join(["python", *program.split(), *argv])
-    print(f"$ {command}", flush=True)
+def _call(main: Callable[[list[str]], int], program: str, argv: Sequence[str]) -> None:
+    """Run a program in this process, and log the command that does the same."""
+    print(f"$ {shlex.join(['python', *program.split(), *argv])}", flush=True)
     if code := main(list(argv)):
         raise Failed(code)
-    return command
 
 
 def make_corpora(data: Path) -> None:
-    """Tokenize what the bases and the runs learn from; what is up to date is left."""
+    """Tokenize what the bases and the runs learn from; corpora that are up to date are kept."""
     longest = ["--max-document-tokens", str(bases.SEQ_LENGTH + 1)]
     inputs = {name: (data / f"{name}.jsonl", longest) for name in bases.KNOWLEDGE}
     inputs |= {n: (data / "train" / f"{n}.jsonl", list[str]()) for n in ("all", *DOMAINS)}
@@ -66,7 +63,7 @@ def _corpus(data: Path, name: str) -> Path:
 
 
 def _export(run: Path, target: Path) -> None:
-    """As tools/convert_checkpoint.py does, unverified: transformers loads it next."""
+    """As tools/convert_checkpoint.py does, without its verification: transformers loads it next."""
     config = ParallelConfig()
     groups = parallel.initialize(config, platform.select("cpu"))
     model = load_model(ModelConfigSource(load=str(run)), config, groups)
@@ -83,53 +80,27 @@ def _export(run: Path, target: Path) -> None:
     parallel.shutdown()
 
 
-def _inputs(data: Path, domain: str) -> Inputs:
-    """What a run on ``domain`` is measured by."""
-    sql = {name: data / "sql" / name for name in ("tables", "joins")}
-    choices = {"protocols": data / "choices" / "protocols.jsonl"}
-    return Inputs(
-        sql={name: path for name, path in sql.items() if domain in ("all", name)},
-        choices={name: path for name, path in choices.items() if domain in ("all", name)},
-        general_choices={
-            # Sums are in the data as well, but neither base of either size learns them.
-            name: data / "general" / f"{name}.jsonl"
-            for name in ("cloze", "copying")
-        },
-        general_text=data / "general_heldout.jsonl",
-    )
-
-
 def base_evaluation(base: Path, domain: str) -> Path:
     """Where a base model's own scores are."""
     return base / f"evaluation-{domain}.json"
 
 
-def _evaluate(
-    base: Path, models: dict[str, Path], data: Path, domain: str, output: Path
-) -> dict[str, Any]:
-    """Measure, into ``output``, which may hold the base's own results already."""
-    named = [word for name, path in models.items() for word in ("--model", f"{name}={path}")]
-    inputs = _inputs(data, domain)
-    flags = [
-        *(w for n, p in inputs.sql.items() for w in ("--sql", f"{n}={p}")),
-        *(w for n, p in inputs.choices.items() for w in ("--choices", f"{n}={p}")),
-        *(w for n, p in inputs.general_choices.items() for w in ("--general-choices", f"{n}={p}")),
-    ]
-    command = [
-        "python", "tools/evaluate.py", "--base", str(base), *named, *flags,
-        "--general-text", str(inputs.general_text),
-        *(("--max-new-tokens", "96") if inputs.sql else ()), "--batch-size", "150",
+def _evaluate(base: Path, models: Sequence[str], data: Path, domain: str, output: Path) -> None:
+    """Measure into ``output``; results of the base that are there already are kept."""
+    asked = DOMAINS if domain == "all" else (domain,)
+    sql = [name for name in ("tables", "joins") if name in asked]
+    flags = [w for name in sql for w in ("--sql", f"{name}={data / 'sql' / name}")]
+    if "protocols" in asked:
+        flags += ["--choices", f"protocols={data / 'choices' / 'protocols.jsonl'}"]
+    for name in ("cloze", "copying"):  # no base learned the sums
+        flags += ["--general-choices", f"{name}={data / 'general' / f'{name}.jsonl'}"]
+    argv = [
+        "--base", str(base), *(word for model in models for word in ("--model", model)), *flags,
+        "--general-text", str(data / "general_heldout.jsonl"),
+        *(("--max-new-tokens", "96") if sql else ()), "--batch-size", "150",
         "--device", "cpu", "--output", str(output),
     ]  # fmt: skip
-    return evaluate(
-        base,
-        models,
-        inputs,
-        Settings(device="cpu", max_new_tokens=96, batch_size=150),
-        output=output,
-        command=shlex.join(command),
-        progress=False,
-    )
+    _call(evaluate.main, "tools/evaluate.py", argv)
 
 
 def make_base(folder: Path, size: Size, base: str, data: Path) -> None:
@@ -143,7 +114,7 @@ def make_base(folder: Path, size: Size, base: str, data: Path) -> None:
         _call(stage1.main, "-m megatron_replay.stage1", argv)
         _export(folder / "train", export)
     for domain in (*DOMAINS, "all"):
-        _evaluate(export, {}, data, domain, base_evaluation(folder, domain))
+        _evaluate(export, [], data, domain, base_evaluation(folder, domain))
 
 
 def make_store(folder: Path, store: Store, base: Path, data: Path) -> None:
@@ -153,23 +124,18 @@ def make_store(folder: Path, store: Store, base: Path, data: Path) -> None:
         "--store", str(folder), "--seq-length", str(SEQ_LENGTH), "--micro-batch-size", "4",
         "--position-strategy", store.strategy, "--coverage", str(store.coverage),
     ]  # fmt: skip
-    if store.strategy == "last-token":
-        argv += ["--last-n", "4"]
-    if store.logits:
-        argv += ["--store-logits", "fp16"]
+    argv += ["--last-n", "4"] if store.strategy == "last-token" else []
+    argv += ["--store-logits", "fp16"] if store.logits else []
     _call(stage0.main, "-m megatron_replay.stage0", argv)
 
 
-def _learning_rate(run: Run, reference: Sequence[Path] | None) -> float:
-    """The run's own, or that at which the first reference would move as far as the second.
+def _matched_rate(moving: Path, target: Path) -> float:
+    """The rate at which the first run would move as far as the second.
 
     Distance grows about linearly with the rate (Adam's steps have about the size of the rate).
     """
-    if run.lr is not None:
-        return run.lr
-    assert reference is not None
-    moved, target = (read_rows(path)[0].evaluation["relative_l2_percent"] for path in reference)
-    return float(f"{LR * target / moved:.3g}")
+    moved, wanted = (float(read_rows(path)[0]["relative_l2_percent"]) for path in (moving, target))
+    return float(f"{LR * wanted / moved:.3g}")
 
 
 def make_run(
@@ -178,43 +144,52 @@ def make_run(
     base: Path,
     store: Path,
     data: Path,
-    reference: Sequence[Path] | None,
+    matched: Sequence[Path],
 ) -> None:
-    """Stage 1, export, evaluation; leaves the row, the log and the metrics."""
-    corpus = _corpus(data, run.store.domain)
+    """Stage 1, export, evaluation; leaves the row, the log and the metrics.
+
+    Args:
+        matched: rows of the two runs that a matched learning rate is computed from.
+    """
+    lr = _matched_rate(*matched) if run.lr is None else run.lr
     argv = [
-        "--load", str(base / "hf"), "--data-path", str(corpus), "--store", str(store),
+        "--load", str(base / "hf"), "--data-path", str(_corpus(data, run.store.domain)),
+        "--store", str(store),
         "--save", str(folder / "run"), "--seed", str(run.seed), "--seq-length", str(SEQ_LENGTH),
         "--micro-batch-size", "1", "--global-batch-size", "1",
-        "--lr", f"{_learning_rate(run, reference):g}", "--lr-decay-style", "linear",
+        "--lr", f"{lr:g}", "--lr-decay-style", "linear",
         "--lr-warmup-iters", str(WARMUP), "--weight-decay", "0.0",
         "--probe-interval", "1000",  # at the end
         *run.loss, *run.optimizer,
     ]  # fmt: skip
-    command = _call(stage1.main, "-m megatron_replay.stage1", argv)
-    export = folder / "export"
+    _call(stage1.main, "-m megatron_replay.stage1", argv)
+    export, output = folder / "export", folder / "evaluation.json"
     _export(folder / "run", export)
-    output = folder / "evaluation.json"
     domain = run.store.domain
     shutil.copy(base_evaluation(base, domain), output)  # the base is not measured again
-    measured = _evaluate(base / "hf", {"run": export}, data, domain, output)
-    (entry,) = (model for model in measured["models"] if model["name"] != BASE)
+    _evaluate(base / "hf", [f"run={export}"], data, domain, output)
+    (entry,) = (model for model in read_evaluation(output)["models"] if model["name"] != BASE)
     cost = json.loads((store / "cost.json").read_text())
     row = row_of_run(
         folder / "run",
         entry,
-        method=run.method,
-        tables=run.tables,
-        seed=run.seed,
-        variant=run.variant,
-        base=run.store.setting,
-        size=run.store.size,
         stage0_seconds=cost["seconds"] if "restricted" in run.loss else None,
-        command=command,
+        lr=lr,
+        **made_with(run),
     )
     for path in export, *(folder / "run").glob("iter_*"):
         shutil.rmtree(path)
-    unfinished = folder / "unfinished.jsonl"
-    unfinished.unlink(missing_ok=True)
-    append_row(unfinished, row)
-    unfinished.rename(folder / ROW)
+    write_rows(folder / ROW, [row])
+
+
+def made_with(run: Run) -> dict[str, Any]:
+    """What a row says of its run, besides the learning rate."""
+    return {
+        "name": run.name,
+        "method": run.method,
+        "tables": " ".join(run.tables),
+        "variant": run.variant,
+        "base": run.store.setting,
+        "size": run.store.size,
+        "seed": run.seed,
+    }

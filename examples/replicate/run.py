@@ -4,8 +4,8 @@
 
 data -> corpora -> base models -> Stage 0 once a store -> Stage 1 once a run -> evaluation -> a row.
 Every part is the framework's own program with its own flags, in a process of one thread; as many
-run at a time as there are cores. A part that is done is not done again. Rows go to rows.jsonl;
-``tools/report.py tables`` makes the tables and figures of them.
+run at a time as there are cores. A part that is done is not done again. Rows go to
+rows.csv, of which ``examples.replicate.report`` makes tables and figures.
 """
 
 from __future__ import annotations

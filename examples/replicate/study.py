@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from examples.replicate import bases, parts, plan
 from examples.replicate.make_data import MANIFEST, make_data
 from examples.replicate.plan import Run, Store
+from examples.replicate.results import Row, read_rows, row_of_model, write_rows
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.rows import Row, append_row, base_row, read_rows
 from megatron_replay.evaluation.suite import read_evaluation
 from megatron_replay.files import sha256_of_files, write_json
 
 
 @dataclass(frozen=True)
 class Job:
-    """A part that needs others: done when ``product`` is there."""
+    """One part, which needs the products of others; it is done when its ``product`` exists."""
 
     name: str
     product: Path
     action: Callable[[], None]
-    needs: Sequence[Path] = field(default=())
+    needs: Sequence[Path] = ()
 
 
 class Study:
-    """The directory of a study, and the jobs that fill it."""
+    """The directory of a study: data, corpora, bases, stores, runs, and the rows of all runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.data = folder, folder / "data"
-        self.rows_path = folder / "rows.jsonl"
+        self.rows_path = folder / "rows.csv"
 
     def prepare(self) -> None:
         """Write the data, and the corpora that are made of them.
@@ -47,39 +47,38 @@ class Study:
         elif json.loads(settled.read_text()) != made_from:
             raise DataError(
                 "the models here were made from other data", where=self.folder,
-                fix="Name another directory with --output",
+                fix="Give another directory as --output",
             )  # fmt: skip
         parts.make_corpora(self.data)
 
     def jobs(self, runs: Sequence[Run]) -> list[Job]:
-        """Everything ``runs`` need, each part before what needs it."""
+        """Everything that ``runs`` need, each part before those that need it."""
         jobs: dict[Path, Job] = {}
         for run in runs:
-            store = run.store
-            for job in (self._base(store.base, store.size), self._store(store)):
+            for job in (self._base(run.store), self._store(run.store), self._run(run)):
                 jobs.setdefault(job.product, job)
-            jobs[self.row_path(run)] = self._run(run)
         return list(jobs.values())
 
     def row_path(self, run: Run) -> Path:
         """Where a finished run leaves its row."""
         return self.folder / "runs" / run.name / parts.ROW
 
-    def base_path(self, base: str, size: str) -> Path:
-        """A base model's directory."""
-        return self.folder / "bases" / f"{base}-{size}"
+    def _base_path(self, store: Store) -> Path:
+        return self.folder / "bases" / f"{store.base}-{store.size}"
 
-    def _base(self, base: str, size: str) -> Job:
-        folder = self.base_path(base, size)
+    def _store_path(self, store: Store) -> Path:
+        return self.folder / "stores" / store.name
+
+    def _base(self, store: Store) -> Job:
+        folder, size = self._base_path(store), bases.SIZES[store.size]
         return Job(
-            f"base {base} {size}",
+            f"base {store.base} {store.size}",
             parts.base_evaluation(folder, "all"),
-            lambda: parts.make_base(folder, bases.SIZES[size], base, self.data),
+            lambda: parts.make_base(folder, size, store.base, self.data),
         )
 
     def _store(self, store: Store) -> Job:
-        base = self.base_path(store.base, store.size)
-        folder = self.folder / "stores" / store.name
+        folder, base = self._store_path(store), self._base_path(store)
         return Job(
             f"Stage 0 {store.name}",
             folder / "manifest.json",
@@ -88,59 +87,38 @@ class Study:
         )
 
     def _run(self, run: Run) -> Job:
-        base = self.base_path(run.store.base, run.store.size)
-        store = self.folder / "stores" / run.store.name
-        needs = [parts.base_evaluation(base, "all"), store / "manifest.json"]
-        reference = None
-        if run.lr is None:
-            reference = self._matching(run)
-            needs += reference
+        base, store, row = (
+            self._base_path(run.store),
+            self._store_path(run.store),
+            self.row_path(run),
+        )
+        matched = [self.row_path(other) for other in plan.matching(run)] if run.lr is None else []
         return Job(
             run.name,
-            self.row_path(run),
-            lambda: parts.make_run(
-                self.row_path(run).parent, run, base, store, self.data, reference
-            ),
-            needs=needs,
+            row,
+            lambda: parts.make_run(row.parent, run, base, store, self.data, matched),
+            needs=[parts.base_evaluation(base, "all"), store / "manifest.json", *matched],
         )
-
-    def _matching(self, run: Run) -> tuple[Path, Path]:
-        moving, target = plan.matching(run)
-        return self.row_path(moving), self.row_path(target)
 
     def collect(self, runs: Sequence[Run]) -> int:
-        """Append to rows.jsonl what is not in it; returns the number of runs that have a row.
+        """Write rows.csv: every base and every finished run of this directory, of whatever plan.
 
-        A run that was done again is appended again: of its rows the tables take the last.
+        Returns how many of ``runs`` are finished.
         """
-        rows = read_rows(self.rows_path) if self._has_rows() else []
-        known = {_identity(row): row for row in rows}
-        settings = {(run.store.setting, run.store.size): run.store for run in runs}
-        found = [self._base_row(store) for store in settings.values()]
-        done = [path for run in runs if (path := self.row_path(run)).exists()]
-        for row in (*found, *(read_rows(path)[0] for path in done)):
-            if row is not None and known.get(_identity(row)) != row:
-                append_row(self.rows_path, row)
-        return len(done)
-
-    def _has_rows(self) -> bool:
-        return self.rows_path.exists() and self.rows_path.stat().st_size > 0
-
-    def _base_row(self, store: Store) -> Row | None:
-        base = self.base_path(store.base, store.size)
-        path = parts.base_evaluation(base, store.domain)
-        if not path.exists():
-            return None
-        evaluation = read_evaluation(path)
-        return base_row(
-            evaluation["models"][0],
-            tables=("methods", "remedies", "sweep") if store.domain == "all" else ("sweep",),
-            base=store.setting,
-            size=store.size,
-            command=evaluation["command"],
-        )
+        rows = [_base_row(path) for path in sorted(self.folder.glob("bases/*/evaluation-*.json"))]
+        for path in sorted(self.folder.glob(f"runs/*/*/*/{parts.ROW}")):
+            rows += read_rows(path)
+        write_rows(self.rows_path, rows)
+        return sum(self.row_path(run).exists() for run in runs)
 
 
-def _identity(row: Row) -> tuple[object, ...]:
-    """What tells a row from others."""
-    return row.method, row.tables, row.variant, row.base, row.size, row.seed, row.config_hash
+def _base_row(path: Path) -> Row:
+    base, _, size = path.parent.name.rpartition("-")
+    store = Store(base=base, size=size, domain=path.stem.removeprefix("evaluation-"))
+    is_all = store.domain == "all"
+    return row_of_model(
+        read_evaluation(path)["models"][0],
+        name=f"base {base}-{size}" + ("" if is_all else f" {store.domain}"),
+        method="Base", tables="methods remedies sweep" if is_all else "sweep",
+        variant="", base=store.setting, size=size, seed=0, lr=None,
+    )  # fmt: skip

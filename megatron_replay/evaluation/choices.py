@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from megatron_replay.data.rows import parse_row, read_lines
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.proportion import standard_error
+from megatron_replay.evaluation.scores import standard_error
 from megatron_replay.progress import Progress
 
 

@@ -30,7 +30,7 @@ from megatron_replay.evaluation.model_files import (
     require_model,
     require_regular_files,
 )
-from megatron_replay.evaluation.retention import general_scores, retention
+from megatron_replay.evaluation.scores import general_scores, retention
 from megatron_replay.evaluation.weight_distance import relative_l2, weight_files
 from megatron_replay.files import (
     differing,

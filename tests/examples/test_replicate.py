@@ -18,11 +18,11 @@ import pytest
 
 from examples.quickstart import nl2sql
 from examples.replicate import choices, joins, make_data, parts, plan
+from examples.replicate.results import read_rows, write_rows
 from examples.replicate.run import Pool
 from examples.replicate.study import Job, Study
 from megatron_replay.checkpoint.staging import WRITTEN, staging_directory
 from megatron_replay.errors import DataError, OutputError
-from megatron_replay.evaluation.rows import Row, append_row, read_rows
 from megatron_replay.locks import DirectoryLock
 from tests import processes
 
@@ -235,23 +235,14 @@ def test_a_study_of_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         study.prepare()
 
 
-def test_a_run_done_again_is_collected_again(tmp_path: Path) -> None:
-    (run, *_) = plan.plan("paper")
+def test_rows_are_collected_from_all_runs_that_are_done(tmp_path: Path) -> None:
+    """A run that was done again has its new row; runs of another plan stay."""
+    first, second, *_ = plan.plan("paper")
     study = Study(tmp_path)
-    path = study.row_path(run)
-    path.parent.mkdir(parents=True)
-    for score in (0.2, 0.2, float("nan"), float("nan")):
-        path.unlink(missing_ok=True)
-        append_row(path, _row(run, score))
-        assert study.collect([run]) == 1
-    found = [row.evaluation["general"]["delta_perplexity"] for row in read_rows(study.rows_path)]
-    assert found == [0.2, pytest.approx(float("nan"), nan_ok=True)]
-
-
-def _row(run: plan.Run, forgetting: float) -> Row:
-    return Row(
-        method=run.method, tables=run.tables, base=run.store.setting, size=run.store.size,
-        seed=run.seed, lr=run.lr, optimizer="adamw", loss="full", config_hash="", command="",
-        evaluation={"general": {"delta_perplexity": forgetting}}, run=None, stage0_seconds=None,
-        variant=run.variant,
-    )  # fmt: skip
+    for run, method in ((first, "old"), (first, "new"), (second, "other")):
+        path = study.row_path(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path, [parts.made_with(run) | {"method": method, "perplexity": math.inf}])
+        assert study.collect([first]) == 1
+    assert sorted(row["method"] for row in read_rows(study.rows_path)) == ["new", "other"]
+    assert {row["perplexity"] for row in read_rows(study.rows_path)} == {"inf"}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.proportion import standard_error
+from megatron_replay.evaluation.scores import standard_error
 from megatron_replay.evaluation.sql.process import QueryProcess
 from megatron_replay.evaluation.sql.query import Limits, QueryError
 from megatron_replay.evaluation.sql.sets import SqlQuestion
