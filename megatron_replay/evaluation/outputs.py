@@ -1,4 +1,4 @@
-"""Directories that reports are written into again and again, and that may be somebody else's."""
+"""Which files a report may replace: those of an earlier report, and no others."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def require_replaceable(
     signs: Mapping[str, tuple[str, ...]],
     inputs: Sequence[tuple[str, Path]],
 ) -> None:
-    """Check that writing ``names`` replaces no input, and nothing that we cannot prove ours.
+    """Check that writing ``names`` replaces no input, and only files of an earlier report.
 
     Args:
-        signs: of the files that earlier reports left, what stands in them; one of them is enough.
-        inputs: (flag, path) of each.
+        signs: texts that files of an earlier report contain, by the file's name; one such file in
+            the directory is enough.
+        inputs: (flag, path) of each input.
 
     Raises:
         ConfigError: an output is an input.

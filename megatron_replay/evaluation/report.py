@@ -1,4 +1,4 @@
-"""One report of several methods: what each gained, what it kept, what it cost."""
+"""The report of several models: what each gained, what it kept, what its run cost."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_replay.files import is_number, read_json
 from megatron_replay.run_log import RunSummary
 
 Report = dict[str, Any]
-#: A thousand years: what is longer was not measured.
+#: A thousand years: nothing longer was measured.
 _LONGEST_SECONDS = 3e10
 Method = dict[str, Any]
-#: Where a value is in a method's results.
+#: The place of a value in a model's results.
 At = str | tuple[str, ...]
-#: Title, where the value is, how it is written. A column without a value in any row is left out.
+#: Title, place of the value, and the function that writes it.
 Column = tuple[str, At, Callable[[Mapping[str, Any], At], str | None]]
 
 
@@ -30,10 +30,10 @@ def build_report(
     timings: Mapping[str, float],
     command: str,
 ) -> Report:
-    """Join evaluation, runs and timings by the methods' names.
+    """Join an evaluation with its runs, by the models' names, and with timings.
 
     Raises:
-        ConfigError: a run has a name that was not evaluated.
+        ConfigError: no model of a run's name was evaluated.
     """
     names = [model["name"] for model in evaluation["models"]]
     for name in runs:
@@ -63,7 +63,7 @@ def read_timings(path: Path) -> dict[str, float]:
     """Read ``{"part": seconds, …}``, in the order of the file.
 
     Raises:
-        DataError: it is anything else.
+        DataError: the file holds anything else.
     """
     timings = read_json(path, DataError)
     for name, seconds in timings.items():
@@ -89,12 +89,12 @@ def _accuracy(method: Mapping[str, Any], path: At) -> str | None:
 
 
 def _failures(method: Mapping[str, Any], path: At) -> str | None:
-    """Why queries did not match, and what the counts leave out."""
+    """Why queries did not match, and which questions the counts leave out."""
     found = value_at(method, path)
     if found is None:
         return None
     reasons = ", ".join(f"{count} {reason}" for reason, count in found["failures"].items())
-    counts = (("unfinished", "without an end"), ("empty_gold", "left out"))
+    counts = (("unfinished", "cut off"), ("empty_gold", "left out"))
     more = ", ".join(f"{found[key]} {what}" for key, what in counts if found.get(key))
     return " ".join(filter(None, (reasons or "–", more and f"({more})")))
 
@@ -115,7 +115,7 @@ def _with_error(found: Mapping[str, Any], scale: int, form: str, name: str = "sc
 
 
 def _benchmarks(methods: Sequence[Method], *, general: bool) -> list[Column]:
-    """The columns of each set of questions, in the order in which they are first met."""
+    """The columns of each benchmark, in the order of their first results."""
     kinds = (("sql", _accuracy), ("choices", _accuracy), ("lm_eval", _score))
     found: dict[tuple[str, ...], list[Column]] = {}
     for method in methods:
@@ -132,7 +132,7 @@ def _benchmarks(methods: Sequence[Method], *, general: bool) -> list[Column]:
                     if "questions" in result:
                         columns.append(("questions", (*of, "questions"), _number("d", 1)))
                     if "failures" in result:
-                        columns.append(("not right because", of, _failures))
+                        columns.append(("failure reason", of, _failures))
     return [column for columns in found.values() for column in columns]
 
 
@@ -179,7 +179,7 @@ def markdown_row(cells: Sequence[str]) -> str:
 
 
 def _table(methods: Sequence[Method], columns: Sequence[Column]) -> list[str]:
-    """A Markdown table; methods and columns without any value are left out."""
+    """A Markdown table; models and columns without any value are left out."""
     cells = [[form(method, path) for _, path, form in columns] for method in methods]
     used = [i for i in range(len(columns)) if any(row[i] is not None for row in cells)]
     lines = [markdown_row(["method", *(columns[i][0] for i in used)])]
@@ -202,11 +202,11 @@ def render_markdown(report: Report) -> str:
     ):
         lines += [f"## {title}", "", *_table(methods, columns), ""]
     lines += [
-        "± is one standard error over the questions; left out are those whose gold query finds "
-        "nothing; retention may exceed 100 % by chance where a benchmark is small or its base's "
-        "score is near that of guessing. Δ perplexity and relative L2 are against the "
-        "base; outside mass is the probability outside the stored candidate sets. What a run "
-        "measured itself (run:) is of its own sample of general text and its fp32 weights.",
+        "± is one standard error over the questions. Questions whose gold query returns nothing "
+        "are left out. Retention can exceed 100 % by chance where a benchmark is small or the "
+        "base's score is near that of guessing. Δ perplexity and relative L2 are relative to the "
+        "base; outside mass is the probability outside the stored candidate sets. A run measures "
+        "its own values (run:) on its own sample of general text, with fp32 weights.",
         "",
     ]
     if report["timings"]:

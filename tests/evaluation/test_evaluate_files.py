@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_replay.evaluation.rows import read_rows
 from tests.evaluation.evaluation_site import Measuring, flags
 from tools import evaluate, report
 
@@ -99,12 +98,6 @@ def test_file_names_that_are_not_utf8(
     given = [f"--base={site}/base", f"--general-text={text}", f"--output={output}"]
     assert evaluate.main([*given, f"--model=tuned={site}/tuned"]) == 0
     assert json.loads(output.read_text())["inputs"]["general_text"]["path"] == str(text)
-    rows = ["row", f"--evaluation={output}", "--model=base", f"--rows={place}/rows.jsonl"]
-    assert report.main(rows) == 0
-    [row] = read_rows(place / "rows.jsonl")
-    assert str(place) in row.command
-    tables = ["tables", f"--rows={place}/rows.jsonl", f"--output-dir={place}/tables"]
-    assert report.main([*tables, "--no-figures"]) == 3  # a base alone has no table
     document = json.loads(output.read_text())
     for model in document["models"]:
         model["data"] = {"perplexity": 2.0, "accuracy": 0.5}
@@ -116,4 +109,3 @@ def test_file_names_that_are_not_utf8(
         start = given if main is evaluate.main else [f"--evaluation={output}", "--output-dir=x"]
         assert main([*start, wrong]) == 2
         assert "this name is not UTF-8 (found '\\udce9')" in capfd.readouterr().err
-    assert report.main([*rows, "--base=\udce9"]) == 2

@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.figure_style import COLOURS
+from megatron_replay.evaluation.figure import COLOURS
 from megatron_replay.evaluation.report import build_report, render_markdown
 from megatron_replay.evaluation.suite import read_evaluation
 from megatron_replay.run_log import summarize_run
@@ -66,8 +66,8 @@ def test_why_queries_failed_is_told() -> None:
     ]
     evaluation = {"models": models, "inputs": {}, "settings": {}, "command": "evaluate"}
     text = render_markdown(build_report(evaluation, {}, timings={}, command="report"))
-    assert "| shop % | questions | not right because |" in text
-    assert "| 4 | 1 other answer, 1 sql error (3 without an end, 2 left out) |" in text
+    assert "| shop % | questions | failure reason |" in text
+    assert "| 4 | 1 other answer, 1 sql error (3 cut off, 2 left out) |" in text
     assert "| 4 | 2 timeout |" in text
     assert "| 4 | – (2 left out) |" in text
 
@@ -390,7 +390,7 @@ def test_a_figure_of_models_that_were_measured_on_different_things(
     document["models"][2].update(damage)
     path.write_text(json.dumps(document))
     assert report.main([f"--evaluation={path}", f"--output-dir={tmp_path}/out"]) == 3
-    assert "replay was measured on something else than base" in capsys.readouterr().err
+    assert "replay and base were measured on different things" in capsys.readouterr().err
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else(
@@ -414,19 +414,12 @@ def test_no_output_is_an_input(tmp_path: Path, capsys: pytest.CaptureFixture[str
     evaluation = evaluation_file(tmp_path).rename(tmp_path / "report.json")
     timings = tmp_path / "report.md"
     timings.write_text('{"a": 1}')
-    run = write_run(tmp_path / "run", steps())
     other = tmp_path / "other.json"
     other.write_bytes(evaluation.read_bytes())
-    row = [
-        "row", f"--evaluation={other}", "--model=replay", f"--run={run}", "--method=x",
-        "--table=methods", "--seed=1",
-    ]  # fmt: skip
     for given, flag in (
         ([f"--evaluation={evaluation}", f"--output-dir={tmp_path}"], "--evaluation"),
         ([f"--evaluation={other}", f"--timings={timings}", f"--output-dir={tmp_path}"],
          "--timings"),
-        ([*row, f"--rows={other}"], "--evaluation"),
-        ([*row, f"--rows={run}/metrics.jsonl"], "--run"),
     ):  # fmt: skip
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         assert report.main(given) == 2
