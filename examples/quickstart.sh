@@ -132,7 +132,7 @@ if [[ -z $HF_CHECKPOINT ]]; then
         "$PYTHON" examples/quickstart/init_base.py --tokenizer "$TOKENIZER" --output "$CACHE/init"
     part "$CACHE/hf/config.json" "base: training, DP 2" base_model
     TRAIN_ROWS=$DATA/domain_train.jsonl
-    EVALUATE=(--sql "tables=$DATA/domain_test" --task-data "$DATA/domain_test/questions.jsonl"
+    EVALUATE=(--sql "tables=$DATA/domain_test" --data "$DATA/domain_test/questions.jsonl"
         --general-text "$DATA/general_heldout.jsonl")
 else
     BASE=$HF_CHECKPOINT TOKENIZER=$HF_CHECKPOINT

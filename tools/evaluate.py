@@ -42,7 +42,7 @@ _SETTINGS = {
 }
 
 #: Settings that only some inputs read, and these.
-_TEXTS = ("general_text", "task_data", "data", "choices", "general_choices", "sql")
+_TEXTS = ("general_text", "data", "choices", "general_choices", "sql")
 _READ_BY = {
     "batch_size": (*_TEXTS, "lm_eval_tasks", "lm_eval_domain_tasks"),
     "window": ("general_text",),
@@ -87,7 +87,6 @@ def parser() -> argparse.ArgumentParser:
         "--lm-eval-include-path", type=Path, metavar="DIR", help="YAML files of these tasks"
     )
     inputs.add_argument("--general-text", type=Path, help="text rows: forgetting")
-    inputs.add_argument("--task-data", type=Path, help="prompt/completion rows: answer tokens")
     inputs.add_argument("--data", type=Path, help="held-out rows of any known format")
     inputs.add_argument("--data-path", type=Path, help="corpus prefix, for the outside mass")
     inputs.add_argument("--store", type=Path, help="candidate store of that corpus")

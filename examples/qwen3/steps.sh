@@ -79,7 +79,7 @@ evaluate() { # base and exported runs -> evaluation.json; what is measured depen
     [[ -z ${CHOICES:-} ]] || inputs+=(--choices "$(basename "$CHOICES" .jsonl)=$CHOICES")
     [[ -z ${GENERAL_CHOICES:-} ]] ||
         inputs+=(--general-choices "$(basename "$GENERAL_CHOICES" .jsonl)=$GENERAL_CHOICES")
-    [[ -z ${TASK_DATA:-} ]] || inputs+=(--task-data "$TASK_DATA")
+    [[ -z ${TASK_DATA:-} ]] || inputs+=(--data "$TASK_DATA")
     [[ -z ${GENERAL_TEXT:-} ]] || inputs+=(--general-text "$GENERAL_TEXT")
     [[ $PLATFORM == cpu ]] || device=(--device "$PLATFORM" --dtype bfloat16)
     run python tools/evaluate.py --base "$HF_DIR" --tokenizer "$TOKENIZER_PATH" "${models[@]}" \

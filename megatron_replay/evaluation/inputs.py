@@ -27,7 +27,6 @@ class Inputs:
         lm_eval_domain_tasks: lm-eval tasks of the domain.
         lm_eval_include_path: directory of these tasks' YAML files.
         general_text: text rows; forgetting is measured here.
-        task_data: prompt/completion rows of the domain.
         data: rows of any format that ``tools/preprocess_data.py`` reads.
         data_path: prefix of the corpus that ``store`` was made for.
         store: directory of a candidate store.
@@ -40,7 +39,6 @@ class Inputs:
     lm_eval_domain_tasks: tuple[str, ...] = ()
     lm_eval_include_path: Path | None = None
     general_text: Path | None = None
-    task_data: Path | None = None
     data: Path | None = None
     data_path: Path | None = None
     store: Path | None = None

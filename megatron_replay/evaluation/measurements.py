@@ -55,7 +55,7 @@ class Material:
     Attributes:
         sql: the questions of each set whose gold query finds something, and how many do not.
         choices, general_choices: rows of each benchmark.
-        documents: "task", "data" and "general", those that are given.
+        documents: "data" and "general", those that are given.
         candidates: corpus and store whose outside mass is measured.
         tasks: the lm-eval tasks, if any, and the metric that is the score of each.
     """
@@ -81,7 +81,6 @@ def read_material(
     documents = {
         name: read_documents(file, tokenizer, row_format=row_format)
         for name, file, row_format in (
-            ("task", inputs.task_data, "prompt"),
             ("data", inputs.data, None),
             ("general", inputs.general_text, "text"),
         )

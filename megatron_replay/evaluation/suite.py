@@ -43,7 +43,7 @@ from megatron_replay.files import (
 FORMAT = 2
 BASE = "base"
 #: Measurements that have a perplexity.
-_TEXTS = {"task", "data", "general"}
+_TEXTS = {"data", "general"}
 
 
 def model_sha256(directory: Path) -> str:

@@ -60,7 +60,7 @@ def test_an_earlier_result_that_lacks_something(
 
 
 @pytest.mark.parametrize(
-    "flag", ["general-text", "data", "task-data", "choices", "general-choices", "sql", "tokenizer"]
+    "flag", ["general-text", "data", "choices", "general-choices", "sql", "tokenizer"]
 )
 def test_pipes_are_one_line(
     site: Path, tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]

@@ -32,7 +32,7 @@ from tools import evaluate
 def test_a_sentencepiece_model_in_place_of_the_base_s_tokenizer(site: Path, tmp_path: Path) -> None:
     pieces = save_sentencepiece(tmp_path / "pieces.model")
     given = {
-        "--base": site / "base", "--tokenizer": pieces, "--task-data": site / "questions.jsonl",
+        "--base": site / "base", "--tokenizer": pieces, "--data": site / "questions.jsonl",
         "--sql": f"books={site}",
         "--output": tmp_path / "eval.json", "--max-new-tokens": 4, "--query-seconds": 600,
     }  # fmt: skip
@@ -42,7 +42,7 @@ def test_a_sentencepiece_model_in_place_of_the_base_s_tokenizer(site: Path, tmp_
     assert document["tokenizer"] == tokenizer.fingerprint
     [base] = document["models"]
     rows = read_documents(site / "questions.jsonl", tokenizer, row_format="prompt")
-    assert base["task"]["perplexity"] == pytest.approx(
+    assert base["data"]["perplexity"] == pytest.approx(
         score(load_model(site / "base"), rows).perplexity, rel=1e-5
     )
 
@@ -59,8 +59,8 @@ def test_every_measurement(site: Path, tmp_path: Path) -> None:
     assert tuned["sql"]["books"]["unfinished"] == 2
     model, tokenizer = load_model(site / "tuned"), load_tokenizer(site / "base")
     task = score(model, read_documents(site / "questions.jsonl", tokenizer, row_format="prompt"))
-    assert tuned["task"]["perplexity"] == pytest.approx(task.perplexity, rel=1e-5)
-    assert tuned["task"]["tokens"] == len("select count(*) from bookselect title from book") + 2
+    assert tuned["data"]["perplexity"] == pytest.approx(task.perplexity, rel=1e-5)
+    assert tuned["data"]["tokens"] == len("select count(*) from bookselect title from book") + 2
     # 9 · 13 characters and EOS, less the first; four characters and EOS, less the first.
     assert tuned["general"]["tokens"] == 9 * 13 + 4
     change = tuned["general"]["perplexity"] - base["general"]["perplexity"]
@@ -75,7 +75,7 @@ def test_every_measurement(site: Path, tmp_path: Path) -> None:
     )
     assert tuned["candidates"]["outside_mass"] == pytest.approx(mass.outside_mass)
     assert set(document["inputs"]) == {
-        "sql/books", "choices/domain", "general_choices/general", "general_text", "task_data",
+        "sql/books", "choices/domain", "general_choices/general", "general_text",
         "data", "data_path", "store",
     }  # fmt: skip
 
@@ -300,7 +300,7 @@ def test_a_prompt_that_the_model_cannot_read(
         ),
         (["--sql=c={site}", "--query-seconds=1e300"], 2, "--query-seconds: too long for one query"),
         (["--data={site}/missing"], 3, "no such file, given as --data"),
-        (["--task-data={site}/text.jsonl"], 3, "text.jsonl:1"),
+        (["--data={site}/choices.jsonl"], 3, "choices.jsonl:1"),
         (["--model=a={site}"], 4, "no safetensors files here"),
         (["--model=a={site}/weights"], 4, "no Hugging Face model here (expected config.json"),
     ],
