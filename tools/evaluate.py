@@ -35,9 +35,7 @@ _SETTINGS = {
     "device": "torch device; auto: this machine's accelerator, or its CPU",
     "dtype": "what the models compute in, on any device",
     "batch_size": "documents or prompts at once",
-    "window": "general text is cut into pieces of so many predicted tokens",
     "max_new_tokens": "length of a generated query",
-    "max_documents": "documents of --data-path whose outside mass is measured",
     "query_seconds": "time limit of one query",
 }
 
@@ -45,9 +43,7 @@ _SETTINGS = {
 _TEXTS = ("general_text", "data", "choices", "general_choices", "sql")
 _READ_BY = {
     "batch_size": (*_TEXTS, "lm_eval_tasks", "lm_eval_domain_tasks"),
-    "window": ("general_text",),
     "max_new_tokens": ("sql",),
-    "max_documents": ("data_path",),
     "query_seconds": ("sql",),
     "bird_compat": ("sql",),
 }

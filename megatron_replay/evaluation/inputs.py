@@ -129,9 +129,7 @@ class Settings:
         dtype: their number format. float32 everywhere: weights that training moved by less than
             bfloat16 resolves would otherwise count as unmoved.
         batch_size: documents or prompts at once.
-        window: general text is cut into pieces of this many predicted tokens.
         max_new_tokens: length limit of a generated query.
-        max_documents: documents of the corpus whose outside mass is measured.
         query_seconds: time limit of one query.
         bird_compat: compare answers as BIRD does, as sets without order.
     """
@@ -139,9 +137,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "float32"
     batch_size: int = 16
-    window: int = 128
     max_new_tokens: int = 128
-    max_documents: int = 200
     query_seconds: float = 2.0
     bird_compat: bool = False
 

@@ -30,6 +30,10 @@ from megatron_replay.model.config import ModelConfig
 from megatron_replay.store import CandidateReader
 
 Result = dict[str, Any]
+#: General text is cut into pieces of this many predicted tokens.
+WINDOW = 128
+#: Documents of the corpus whose outside mass is measured.
+MAX_DOCUMENTS = 200
 
 
 def read_documents(path: Path, tokenizer: Tokenizer, *, row_format: str | None) -> list[Document]:
@@ -87,7 +91,7 @@ def read_material(
         if file is not None
     }
     if general := documents.get("general"):
-        documents["general"] = [p for d in general for p in d.split(settings.window + 1)]
+        documents["general"] = [p for d in general for p in d.split(WINDOW + 1)]
     candidates = None
     if inputs.data_path and inputs.store:
         candidates = _candidates(inputs.data_path, inputs.store, base)
@@ -175,7 +179,7 @@ def measure(
         corpus, reader = material.candidates
         result["candidates"] = asdict(
             candidate_mass(
-                model, corpus, reader, max_documents=settings.max_documents, progress=progress
+                model, corpus, reader, max_documents=MAX_DOCUMENTS, progress=progress
             )
         )
     return {of: found for of, found in result.items() if found}

@@ -95,8 +95,6 @@ def flags(site: Path, output: Path) -> list[str]:
         f"--store={site / 'store'}",
         f"--output={output}",
         "--max-new-tokens=4",
-        "--window=16",
-        "--max-documents=3",
         SLOW_MACHINE,
     ]
 

@@ -71,7 +71,7 @@ def test_every_measurement(site: Path, tmp_path: Path) -> None:
     assert tuned["retention"] == {"general": 100.0}
     assert tuned["retention_percent"] == 100.0
     mass = candidate_mass(
-        model, Corpus(site / "corpus"), CandidateReader(site / "store"), max_documents=3
+        model, Corpus(site / "corpus"), CandidateReader(site / "store"), max_documents=200
     )
     assert tuned["candidates"]["outside_mass"] == pytest.approx(mass.outside_mass)
     assert set(document["inputs"]) == {
@@ -99,9 +99,9 @@ def test_reuses_what_is_unchanged(
     evaluate.main([*given, f"--model=renamed={site / 'tuned'}"])
     assert measured == ["base", "tuned"]
     assert json.loads(output.read_text())["models"][1]["name"] == "renamed"
-    evaluate.main([*given, "--window=7"])
+    evaluate.main([*given, "--batch-size=7"])
     write_rows(text, {"text": "abd"})
-    evaluate.main([*given, "--window=7"])
+    evaluate.main([*given, "--batch-size=7"])
     assert measured == ["base", "tuned", "base", "base"]
 
 
@@ -141,10 +141,10 @@ def test_no_result_is_lost_by_a_run_that_is_cut_off_or_asks_for_less(
     assert shown_and_kept(output) == (["base", "a"], ["new", "b"])
     assert measuring.measured == ["base", "a", "b", "new"]
     measuring.stop = "base"  # with other settings, nothing asked for is there
-    assert evaluate.main([*given, a, "--window=7"]) == 130
+    assert evaluate.main([*given, a, "--batch-size=7"]) == 130
     assert shown_and_kept(output) == (["base", "a"], ["new", "b"])
     measuring.stop = ""
-    assert evaluate.main([*given, a, "--window=7"]) == 0
+    assert evaluate.main([*given, a, "--batch-size=7"]) == 0
     assert evaluate.main([*given, b, new]) == 0
     assert shown_and_kept(output)[0] == ["base", "b", "new"]
     assert measuring.measured == ["base", "a", "b", "new", "base", "a"]
@@ -287,7 +287,7 @@ def test_a_prompt_that_the_model_cannot_read(
             3,
             "questions.jsonl:1: prompt and answer",
         ),
-        (["--window=0"], 2, "--window: must be positive (found 0)"),
+        (["--batch-size=0"], 2, "--batch-size: must be positive (found 0)"),
         (
             ["--sql=c={site}", "--query-seconds=nan"],
             2,
@@ -322,15 +322,12 @@ def test_mistakes_are_one_line(
 
 @pytest.mark.parametrize(
     "flag",
-    ["--bird-compat", "--query-seconds=2", "--max-new-tokens=9", "--max-documents=9", "--window=9",
-     "--batch-size=9"],
-)  # fmt: skip
+    ["--bird-compat", "--query-seconds=2", "--max-new-tokens=9", "--batch-size=9"],
+)
 def test_a_setting_that_nothing_reads(
     site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
     material = [f"--data-path={site}/corpus", f"--store={site}/store"]
-    if flag == "--max-documents=9":
-        material = [f"--general-text={site}/text.jsonl"]
     assert evaluate.main([f"--base={site}/base", f"--output={tmp_path}/e", *material, flag]) == 2
     said = capsys.readouterr().err
     assert said.startswith(
