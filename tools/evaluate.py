@@ -61,12 +61,6 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--model", action="append", default=[], metavar="NAME=DIR", help="repeatable"
     )
-    flags.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="PATH",
-        help="Hugging Face directory or sentencepiece .model file; default: the base's",
-    )
     flags.add_argument("--output", type=Path, required=True, help="the JSON to write")
     inputs = flags.add_argument_group("inputs")
     for flag, kind, what in _NAMED:
@@ -156,7 +150,6 @@ def main(argv: list[str] | None = None) -> int:
                 **{name: given[name] for name in Settings.__dataclass_fields__ if name in given}
             ),
             output=given["output"],
-            tokenizer=given["tokenizer"],
             command=shlex.join(["python", "tools/evaluate.py", *argv]),
         )
     except ReplayError as error:

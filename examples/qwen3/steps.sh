@@ -82,7 +82,7 @@ evaluate() { # base and exported runs -> evaluation.json; what is measured depen
     [[ -z ${TASK_DATA:-} ]] || inputs+=(--data "$TASK_DATA")
     [[ -z ${GENERAL_TEXT:-} ]] || inputs+=(--general-text "$GENERAL_TEXT")
     [[ $PLATFORM == cpu ]] || device=(--device "$PLATFORM" --dtype bfloat16)
-    run python tools/evaluate.py --base "$HF_DIR" --tokenizer "$TOKENIZER_PATH" "${models[@]}" \
+    run python tools/evaluate.py --base "$HF_DIR" "${models[@]}" \
         "${inputs[@]}" --data-path "$DATA_PATH" --store "$STORE_DIR" "${device[@]}" \
         --output "$RUN_DIR/evaluation.json" "$@"
 }

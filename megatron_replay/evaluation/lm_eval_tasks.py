@@ -124,20 +124,13 @@ def _named_data(tree: yaml.Node | None) -> Iterator[str]:
             yield node.value
 
 
-def read_metrics(tasks: LmEvalTasks, tokenizer: Path, *, progress: bool) -> dict[str, Metric]:
+def read_metrics(tasks: LmEvalTasks, *, progress: bool) -> dict[str, Metric]:
     """The metric that is each task's score, decided before a model is loaded.
 
     Raises:
-        ConfigError: the harness is not installed, or has no use for this tokenizer.
+        ConfigError: the harness is not installed.
         DataError: a task is unknown or cannot be loaded, or a general one's score is no share.
     """
-    if not tokenizer.is_dir():
-        raise ConfigError(
-            "lm-eval reads no such tokenizer",
-            where="--tokenizer",
-            expected="a Hugging Face directory",
-            found=tokenizer,
-        )
     with _harness(tasks, progress) as manager:
         found = manager.load([*tasks.general, *tasks.domain])
     metrics = {}

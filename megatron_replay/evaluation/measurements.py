@@ -113,7 +113,7 @@ def read_material(
         general_choices=general_choices,
         documents=documents,
         candidates=candidates,
-        tasks=(tasks, read_metrics(tasks, tokenizer.path, progress=progress)) if tasks else None,
+        tasks=(tasks, read_metrics(tasks, progress=progress)) if tasks else None,
     )
 
 
@@ -178,9 +178,7 @@ def measure(
     if material.candidates:
         corpus, reader = material.candidates
         result["candidates"] = asdict(
-            candidate_mass(
-                model, corpus, reader, max_documents=MAX_DOCUMENTS, progress=progress
-            )
+            candidate_mass(model, corpus, reader, max_documents=MAX_DOCUMENTS, progress=progress)
         )
     return {of: found for of, found in result.items() if found}
 

@@ -28,7 +28,6 @@ from megatron_replay.evaluation.model_files import (
     CONFIG,
     GENERATION,
     require_model,
-    require_regular_files,
 )
 from megatron_replay.evaluation.scores import general_scores, retention
 from megatron_replay.evaluation.weight_distance import relative_l2, weight_files
@@ -66,7 +65,6 @@ def evaluate(
     *,
     output: Path,
     command: str,
-    tokenizer: Path | None = None,
     progress: bool = True,
 ) -> Result:
     """Measure the base and every model, and write ``output`` after each of them.
@@ -74,8 +72,7 @@ def evaluate(
     A model whose weights, inputs, settings and base are those of a result in ``output`` is not
     measured again, and none of ``output`` is lost when a run is cut off or asks for less: results
     that it does not ask for, of other models, inputs or settings, stay there as ``kept``. All
-    models are read with one tokenizer, the base's where no other is given (a sentencepiece model,
-    say): perplexities are comparable only over the same tokens.
+    models are read with the base's tokenizer: perplexities are comparable only over the same tokens.
 
     Raises:
         ConfigError, DataError, CheckpointError, StoreError: something given cannot be used.
@@ -86,15 +83,14 @@ def evaluate(
         print(f"models run on {settings.device}, in {settings.dtype}", file=sys.stderr)
     asked = {BASE: base, **models}
     files = inputs.files()
-    require_apart(output, _read(asked, files, tokenizer), flag="--output")
+    require_apart(output, _read(asked, files), flag="--output")
     known = {result["key"]: result for result in _previous(output)}
     for path in asked.values():
         require_model(path)
     _require_one_tokenizer(base, models)
     hashes = {name: sha256_of_files(of) for name, of in files.items()}
     sha256 = {name: model_sha256(path) for name, path in asked.items()}
-    require_regular_files(tokenizer or base)
-    tokens = load_tokenizer(tokenizer or base)
+    tokens = load_tokenizer(base)
     document: Result = {
         "format": FORMAT,
         "command": command,
@@ -149,15 +145,12 @@ def _require_one_tokenizer(base: Path, models: Mapping[str, Path]) -> None:
 
 
 def _read(
-    models: Mapping[str, Path], inputs: Mapping[str, list[Path]], tokenizer: Path | None
+    models: Mapping[str, Path], inputs: Mapping[str, list[Path]]
 ) -> Iterator[tuple[str, Path]]:
-    """(flag, file) of everything that is read; of a model's or tokenizer's directory, all of it."""
+    """(flag, file) of everything that is read; of a model's directory, all of it."""
     for name, path in models.items():
         flag = "--base" if name == BASE else "--model"
         yield from ((flag, file) for file in path.glob("*"))
-    if tokenizer:
-        yield "--tokenizer", tokenizer
-        yield from (("--tokenizer", file) for file in tokenizer.glob("*"))
     for name, files in inputs.items():
         yield from ((flag_of(name.split("/")[0]), file) for file in files)
 

@@ -22,29 +22,10 @@ from megatron_replay.files import sha256_of_files
 from megatron_replay.platform import registry
 from megatron_replay.platform.cpu import CPU
 from megatron_replay.store import CandidateReader
-from tests.data.tiny_tokenizers import save_sentencepiece
 from tests.evaluation.evaluation_site import SLOW_MACHINE, Measuring, flags, write_rows
 from tests.evaluation.models import random_documents, save_model
 from tests.store.corpora import write_corpus
 from tools import evaluate
-
-
-def test_a_sentencepiece_model_in_place_of_the_base_s_tokenizer(site: Path, tmp_path: Path) -> None:
-    pieces = save_sentencepiece(tmp_path / "pieces.model")
-    given = {
-        "--base": site / "base", "--tokenizer": pieces, "--data": site / "questions.jsonl",
-        "--sql": f"books={site}",
-        "--output": tmp_path / "eval.json", "--max-new-tokens": 4, "--query-seconds": 600,
-    }  # fmt: skip
-    assert evaluate.main([f"{flag}={value}" for flag, value in given.items()]) == 0
-    document = json.loads((tmp_path / "eval.json").read_text())
-    tokenizer = load_tokenizer(pieces)
-    assert document["tokenizer"] == tokenizer.fingerprint
-    [base] = document["models"]
-    rows = read_documents(site / "questions.jsonl", tokenizer, row_format="prompt")
-    assert base["data"]["perplexity"] == pytest.approx(
-        score(load_model(site / "base"), rows).perplexity, rel=1e-5
-    )
 
 
 def test_every_measurement(site: Path, tmp_path: Path) -> None:
