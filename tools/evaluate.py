@@ -45,7 +45,6 @@ _READ_BY = {
     "batch_size": (*_TEXTS, "lm_eval_tasks", "lm_eval_domain_tasks"),
     "max_new_tokens": ("sql",),
     "query_seconds": ("sql",),
-    "bird_compat": ("sql",),
 }
 
 
@@ -88,10 +87,6 @@ def parser() -> argparse.ArgumentParser:
             choices=("float32", "bfloat16") if name == "dtype" else None,
             help=f"{what} (default: {default})",
         )  # fmt: skip
-    how.add_argument(
-        "--bird-compat", action="store_true", default=argparse.SUPPRESS,
-        help="compare answers as sets",
-    )  # fmt: skip
     return flags
 
 

@@ -131,7 +131,6 @@ class Settings:
         batch_size: documents or prompts at once.
         max_new_tokens: length limit of a generated query.
         query_seconds: time limit of one query.
-        bird_compat: compare answers as BIRD does, as sets without order.
     """
 
     device: str = "auto"
@@ -139,12 +138,11 @@ class Settings:
     batch_size: int = 16
     max_new_tokens: int = 128
     query_seconds: float = 2.0
-    bird_compat: bool = False
 
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if not isinstance(value, (str, bool)) and not 0 < value < math.inf:
+            if not isinstance(value, str) and not 0 < value < math.inf:
                 raise ConfigError("must be positive", where=flag_of(one.name), found=value)
         if self.query_seconds > _MAX_QUERY_SECONDS:
             raise ConfigError(

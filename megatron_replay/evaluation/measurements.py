@@ -102,9 +102,7 @@ def read_material(
     sql = {}
     for name, directory in inputs.sql.items():
         questions = read_sql_set(directory)
-        asked = with_answers(
-            questions, limits=_limits(settings), description=f"{name}: gold", progress=progress
-        )
+        asked = with_answers(questions, _limits(settings), show=f"{name}: gold" if progress else "")
         sql[name] = asked, len(questions) - len(asked)
     tasks = inputs.lm_eval()
     return Material(
@@ -242,15 +240,11 @@ def _execution(
     match = execution_match(
         questions,
         [tokenizer.decode(answer.tokens).strip() for answer in answers],
-        limits=_limits(settings),
-        bird_compat=settings.bird_compat,
-        description=f"{description}: match",
-        progress=progress,
+        _limits(settings),
+        show=f"{description}: match" if progress else "",
     )
-    return asdict(match) | {
+    return match | {
         "empty_gold": left_out,
-        "accuracy": match.accuracy,
-        "standard_error": match.standard_error,
         "unfinished": sum(not answer.finished for answer in answers),
     }
 

@@ -72,7 +72,7 @@ def evaluate(
     A model whose weights, inputs, settings and base are those of a result in ``output`` is not
     measured again, and none of ``output`` is lost when a run is cut off or asks for less: results
     that it does not ask for, of other models, inputs or settings, stay there as ``kept``. All
-    models are read with the base's tokenizer: perplexities are comparable only over the same tokens.
+    models are read with the base's tokenizer, so that perplexities are over the same tokens.
 
     Raises:
         ConfigError, DataError, CheckpointError, StoreError: something given cannot be used.

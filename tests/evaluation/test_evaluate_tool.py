@@ -303,7 +303,7 @@ def test_mistakes_are_one_line(
 
 @pytest.mark.parametrize(
     "flag",
-    ["--bird-compat", "--query-seconds=2", "--max-new-tokens=9", "--batch-size=9"],
+    ["--query-seconds=2", "--max-new-tokens=9", "--batch-size=9"],
 )
 def test_a_setting_that_nothing_reads(
     site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str

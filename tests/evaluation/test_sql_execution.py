@@ -6,8 +6,8 @@ import hashlib
 import os
 import sqlite3
 import time
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.sql.database import open_read_only
 from megatron_replay.evaluation.sql.execution import (
-    ExecutionMatch,
     execution_match,
     with_answers,
 )
@@ -44,13 +43,13 @@ def database(tmp_path: Path) -> Path:
     return path
 
 
-def match(database: Path, pairs: list[tuple[str, str]], **how: bool) -> ExecutionMatch:
+def match(database: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
     questions = [
         SqlQuestion(where=f"question {i}", database=database, prompt="", gold=gold)
         for i, (gold, _) in enumerate(pairs, start=1)
     ]
     limits = Limits(seconds=600)  # of a machine that may be busy
-    return execution_match(questions, [predicted for _, predicted in pairs], limits=limits, **how)
+    return execution_match(questions, [predicted for _, predicted in pairs], limits)
 
 
 def answer(database: Path, sql: str, **limits: float) -> list[Row]:
@@ -99,21 +98,6 @@ def test_refuses(database: Path, sql: str, expected: str) -> None:
 def test_connection_itself_cannot_write(database: Path) -> None:
     with open_read_only(database) as connection, pytest.raises(sqlite3.OperationalError):
         connection.execute("delete from book")
-
-
-@pytest.mark.parametrize(
-    ("sql", "words"),
-    [
-        ("with x as (select 1) insert into book select 'x', 1", "denied: insert book"),
-        ("with x as (select 1) delete from book", "denied: delete book"),
-        ("select random()", "denied: the function random"),
-        ("select * from pragma_table_info('book')", "denied: update sqlite_master"),
-    ],
-)
-def test_what_is_denied_is_said_in_words(database: Path, sql: str, words: str) -> None:
-    with pytest.raises(QueryError) as caught:
-        answer(database, sql)
-    assert str(caught.value) == words
 
 
 def test_deadline(database: Path) -> None:
@@ -226,7 +210,6 @@ def test_multisets(gold: list, predicted: list, rng: object) -> None:
     assert same_answer(gold, predicted, ordered=False) == (
         sorted(map(repr, gold)) == sorted(map(repr, predicted))
     )
-    assert same_answer(gold, gold * 2, ordered=False, bird_compat=True)
 
 
 def test_counts(database: Path) -> None:
@@ -241,11 +224,11 @@ def test_counts(database: Path) -> None:
             (titles, "drop table book"),
         ],
     )
-    assert (result.matches, result.questions) == (1, 5)
-    assert Counter(result.failures) == {"other answer": 3, "not a query": 1}
-    assert result.accuracy == 0.2
+    assert (result["matches"], result["questions"]) == (1, 5)
+    assert result["failures"] == {"other answer": 3, "not a query": 1}
+    assert result["accuracy"] == 0.2
     # Agresti-Coull by hand: p = 3/9, √(3/9 · 6/9 / 9).
-    assert result.standard_error == pytest.approx(0.15713484026)
+    assert result["standard_error"] == pytest.approx(0.15713484026)
 
 
 def test_questions_without_an_answer_are_left_out(database: Path) -> None:
@@ -254,7 +237,7 @@ def test_questions_without_an_answer_are_left_out(database: Path) -> None:
     asked = [
         SqlQuestion(where=str(i), database=database, prompt="", gold=g) for i, g in enumerate(gold)
     ]
-    assert [question.where for question in with_answers(asked, limits=Limits(seconds=600))] == [
+    assert [question.where for question in with_answers(asked, Limits(seconds=600))] == [
         "0",
         "3",
     ]
@@ -262,11 +245,15 @@ def test_questions_without_an_answer_are_left_out(database: Path) -> None:
         with_answers(asked[1:3])
 
 
-def test_bird_compat_matches_sets(database: Path) -> None:
-    pair = ("select title from book where pages = 10", "select distinct title from book limit 1")
-    other = ("select 'a' union all select 'a'", "select 'a'")
-    assert match(database, [pair, other], bird_compat=True).matches == 1
-    assert match(database, [pair, other]).matches == 0
+def test_sets_are_compared_beside(database: Path) -> None:
+    """As BIRD's evaluator does, whether or not the gold query has an ORDER BY."""
+    pairs = [
+        ("select title from book where pages = 10", "select 'a'"),
+        ("select pages from book order by pages desc", "select pages from book order by pages"),
+        ("select 1", "select 2"),
+    ]
+    result = match(database, pairs)
+    assert (result["matches"], result["set_accuracy"]) == (0, pytest.approx(2 / 3))
 
 
 def test_user_mistakes(database: Path, tmp_path: Path) -> None:
@@ -296,13 +283,13 @@ def test_bytes_that_are_not_utf8_stay_distinct(database: Path) -> None:
     connection.close()
     sevens = "select title from book where pages = 7"
     first, second = (f"{sevens} order by hex(title) {way} limit 1" for way in ("asc", "desc"))
-    assert match(database, [(sevens, sevens), (first, first), (first, second)]).matches == 2
+    assert match(database, [(sevens, sevens), (first, first), (first, second)])["matches"] == 2
 
 
 def test_a_file_name_that_is_not_utf8(database: Path) -> None:
     place = Path(os.fsdecode(os.fsencode(database.parent) + b"/\xe9%?#"))
     moved = database.rename(place)
-    assert match(moved, [("select 1 from book", "select 1 from book")]).matches == 1
+    assert match(moved, [("select 1 from book", "select 1 from book")])["matches"] == 1
     with pytest.raises(DataError, match="no such table"):
         match(moved, [("select 1 from shelf", "select 1")])
 
@@ -338,7 +325,7 @@ def test_a_database_that_is_damaged_further_on(database: Path) -> None:
         handle.seek(200_000)
         handle.write(b"\xff" * 100_000)
     whole, damaged = "select title from book", "select count(line) from log"
-    assert match(database, [(whole, whole)]).matches == 1
+    assert match(database, [(whole, whole)])["matches"] == 1
     for pair in ((whole, damaged), (damaged, whole)):
         with pytest.raises(DataError, match=r"shop.*cannot read the database: .*malformed"):
             match(database, [pair])

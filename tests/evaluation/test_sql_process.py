@@ -56,7 +56,7 @@ def is_alive(pid: str | int) -> bool:
 
 def outcome(process: QueryProcess, sql: str) -> str:
     with pytest.raises(QueryError) as caught:
-        process.agrees(sql, bird_compat=False)
+        process.compare(sql)
     return caught.value.reason
 
 
@@ -73,7 +73,7 @@ def test_what_cannot_be_interrupted_is_killed(
             assert outcome(process, sql) == "timeout"
         assert not is_alive(first)
         assert process.gold(database, "select title from book")
-        assert process.agrees("select title from book order by 1", bird_compat=False)
+        assert process.compare("select title from book order by 1") == (True, True)
         assert len(children(os.getpid()) - before) == 1
     assert children(os.getpid()) == before
 
@@ -104,10 +104,10 @@ def test_a_process_that_is_killed_is_said_and_replaced(database: Path) -> None:
         [child] = children(os.getpid()) - before
         os.kill(child, signal.SIGKILL)
         with pytest.raises(QueryError, match="its process ended with exit code -9") as caught:
-            process.agrees("select 1", bird_compat=False)
+            process.compare("select 1")
         assert caught.value.reason == "crash"
         assert process.gold(database, "select 1")
-        assert process.agrees("select 1", bird_compat=False)
+        assert process.compare("select 1")
 
 
 def test_a_process_that_cannot_start(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ from megatron_replay.evaluation.sql.query import Limits
 with QueryProcess(Limits(seconds=600)) as process:
     process.gold(Path(sys.argv[1]), "select 1")
     print("ready", flush=True)
-    process.agrees(sys.argv[2], bird_compat=False) if sys.argv[2] else sys.stdin.read()
+    process.compare(sys.argv[2]) if sys.argv[2] else sys.stdin.read()
 """
 
 

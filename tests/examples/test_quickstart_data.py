@@ -129,7 +129,7 @@ def test_every_answer_counts(data: Path) -> None:
         gold = [row["completion"] for row in rows(data, name)]
         questions = [SqlQuestion(where=sql, database=database, prompt="", gold=sql) for sql in gold]
         result = execution_match(questions, gold)
-        assert (result.matches, result.questions) == (len(gold), len(gold))
+        assert (result["matches"], result["questions"]) == (len(gold), len(gold))
     connection = sqlite3.connect(database)
     answers = [connection.execute(r["completion"]).fetchall() for r in rows(data, TEST)]
     connection.close()

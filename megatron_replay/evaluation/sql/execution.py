@@ -1,14 +1,14 @@
 """Execution match: does a generated query return what the gold query returns?
 
-The queries run in a process of their own (``process.py``), under the limits of
-``query.py``: time, rows, bytes and memory are bounded for any query.
+Both run in a process of their own (``process.py``), under the limits of ``query.py``: time, rows,
+bytes and memory are bounded for any query.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.scores import standard_error
@@ -17,53 +17,28 @@ from megatron_replay.evaluation.sql.query import Limits, QueryError
 from megatron_replay.evaluation.sql.sets import SqlQuestion
 from megatron_replay.progress import Progress
 
-_MATCH = "match"
 #: Characters of a gold query that an error shows.
 _SHOWN = 500
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExecutionMatch:
-    """The result over a set of questions.
-
-    Attributes:
-        matches: predictions whose answer equals the gold answer.
-        questions: how many were asked.
-        failures: wrong predictions by reason; "other answer" is a query that ran.
-    """
-
-    matches: int
-    questions: int
-    failures: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def accuracy(self) -> float:
-        """``matches / questions``."""
-        return self.matches / self.questions
-
-    @property
-    def standard_error(self) -> float:
-        """Of the accuracy."""
-        return standard_error(self.matches, self.questions)
-
-
 def with_answers(
-    questions: Sequence[SqlQuestion],
-    *,
-    limits: Limits | None = None,
-    description: str = "gold answers",
-    progress: bool = False,
+    questions: Sequence[SqlQuestion], limits: Limits | None = None, *, show: str = ""
 ) -> list[SqlQuestion]:
-    """The questions whose gold answer holds a value: a query that finds nothing matches the others.
+    """Return the questions whose gold answer holds a value.
+
+    Any query that finds nothing would match the others.
+
+    Args:
+        show: description of the progress bar; none is shown without one.
 
     Raises:
-        DataError: a gold query does not run (its question is named), a database cannot be read, or
-            no question is left.
+        DataError: a gold query fails (its question is named), a database cannot be read, or no
+            question is left.
     """
     found = []
     with (
         QueryProcess(limits) as process,
-        Progress(description, len(questions), "questions", enabled=progress) as bar,
+        Progress(show, len(questions), "questions", enabled=bool(show)) as bar,
     ):
         for question in questions:
             if _has_answer(process, question):
@@ -81,36 +56,53 @@ def with_answers(
 def execution_match(
     questions: Sequence[SqlQuestion],
     predictions: Sequence[str],
-    *,
     limits: Limits | None = None,
-    bird_compat: bool = False,
-    description: str = "execution match",
-    progress: bool = False,
-) -> ExecutionMatch:
-    """Run gold and predicted queries and count the matches.
+    *,
+    show: str = "",
+) -> dict[str, Any]:
+    """Run the gold query and the predicted query of each question, and count equal answers.
 
     Args:
-        questions: what `with_answers` found.
-        predictions: the query predicted for each of them.
+        questions: those that `with_answers` returned.
+        predictions: one query for each question.
+
+    Returns:
+        ``questions`` and ``matches``, their counts; ``accuracy`` with its ``standard_error``;
+        ``set_accuracy``, which compares answers as sets of rows, as BIRD's evaluator does;
+        ``failures``: predictions that do not match, by reason ("other answer": the query ran).
 
     Raises:
-        DataError: a gold query does not run, or finds nothing (its question is named); a database
+        DataError: a gold query fails or finds nothing (its question is named), or a database
             cannot be read.
     """
-    counts = Counter[str]()
-    pairs = list(zip(questions, predictions, strict=True))
+    matches = set_matches = 0
+    failures = Counter[str]()
     with (
         QueryProcess(limits) as process,
-        Progress(description, len(pairs), "questions", enabled=progress) as bar,
+        Progress(show, len(questions), "questions", enabled=bool(show)) as bar,
     ):
-        for question, predicted in pairs:
-            counts[_outcome(process, question, predicted, bird_compat)] += 1
+        for question, predicted in zip(questions, predictions, strict=True):
+            if not _has_answer(process, question):
+                found = question.gold[:_SHOWN]
+                raise DataError(f"the gold answer is empty: {found}", where=question.where)
+            try:
+                same, same_set = process.compare(predicted)
+            except QueryError as error:
+                failures[error.reason] += 1
+            else:
+                matches += same
+                set_matches += same_set
+                if not same:
+                    failures["other answer"] += 1
             bar.advance()
-    return ExecutionMatch(
-        matches=counts.pop(_MATCH, 0),
-        questions=len(pairs),
-        failures=dict(sorted(counts.items())),
-    )
+    return {
+        "questions": len(questions),
+        "matches": matches,
+        "accuracy": matches / len(questions),
+        "standard_error": standard_error(matches, len(questions)),
+        "set_accuracy": set_matches / len(questions),
+        "failures": dict(sorted(failures.items())),
+    }
 
 
 def _has_answer(process: QueryProcess, question: SqlQuestion) -> bool:
@@ -123,16 +115,3 @@ def _has_answer(process: QueryProcess, question: SqlQuestion) -> bool:
             where=question.where,
             fix="Give it more time with --query-seconds" if error.reason == "timeout" else None,
         ) from error
-
-
-def _outcome(
-    process: QueryProcess, question: SqlQuestion, predicted_sql: str, bird_compat: bool
-) -> str:
-    """``_MATCH``, "other answer", or why the predicted query has no answer."""
-    if not _has_answer(process, question):
-        raise DataError(f"the gold answer is empty: {question.gold[:_SHOWN]}", where=question.where)
-    try:
-        agrees = process.agrees(predicted_sql, bird_compat=bird_compat)
-    except QueryError as error:
-        return error.reason
-    return _MATCH if agrees else "other answer"

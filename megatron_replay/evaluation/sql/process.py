@@ -1,9 +1,9 @@
-"""Runs queries in a process of its own, which is killed when one takes too long.
+"""Runs queries in a process of its own, which is killed when a query takes too long.
 
-SQLite cannot be stopped within a call of a function, and ``printf('%*d', …)`` alone runs for
-seconds; a process can. It is started afresh, never forked (the caller has threads), imports nothing
-heavy (about 0.1 s), lives as long as it behaves, and keeps both answers of a question: only whether
-they agree comes back. Both ends speak JSON, a line a message, over one socket.
+SQLite cannot be stopped within one call of a function, and ``printf('%*d', …)`` alone runs for
+seconds; a process can be killed. It is started afresh, never forked (the caller has threads), and
+imports nothing heavy (about 0.1 s). It keeps both answers of a question: only whether they agree
+comes back. Both ends exchange JSON, one line per message, over a socket.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from megatron_replay.errors import DataError
@@ -39,11 +37,11 @@ from megatron_replay.evaluation.sql.query import (
 )
 
 Message = dict[str, Any]
-#: Seconds beyond ``Limits.seconds`` until a query's process is killed: for the two messages, and
-#: for comparing the answers.
+#: Seconds beyond ``Limits.seconds`` until the process is killed: for the messages, and for
+#: comparing the answers.
 ALLOWANCE_SECONDS = 1.0
-#: Seconds for starting the process, and for opening a database (a slow disk, many tables).
-_START_SECONDS = 120.0
+#: Seconds for starting the process and opening a database (a slow disk, many tables).
+_OPEN_SECONDS = 120.0
 #: Seconds that a process may take to end.
 _END_SECONDS = 10.0
 _ROOT = Path(__file__).resolve().parents[3]
@@ -54,9 +52,10 @@ _PROGRAM = (
 
 
 class QueryProcess:
-    """Asks one database at a time, and ends the process that does it when it is left.
+    """Runs queries on one database at a time; a context manager that ends the process.
 
-    Everything below raises DataError where the database cannot be opened or read.
+    A process that was killed is replaced by the next question's. All methods raise DataError where
+    the database cannot be opened or read.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -69,12 +68,7 @@ class QueryProcess:
     def __enter__(self) -> QueryProcess:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
 
     def gold(self, database: Path, sql: str) -> bool:
@@ -83,30 +77,30 @@ class QueryProcess:
         Raises:
             QueryError: as `run_query`, and "crash" where its process ended by itself.
         """
-        self._prepare(database)
-        return bool(self._query({"do": "gold", "sql": sql}))
+        self._open(database)
+        return bool(self._query("gold", sql))
 
-    def agrees(self, sql: str, *, bird_compat: bool) -> bool:
-        """Run a predicted query and return whether its answer is that of the last gold query.
+    def compare(self, sql: str) -> tuple[bool, bool]:
+        """Run a predicted query; is its answer the last gold query's, and as a set of rows?
 
         Raises:
-            QueryError: as above.
+            QueryError: as `gold`.
         """
-        return bool(self._query({"do": "compare", "sql": sql, "bird_compat": bird_compat}))
+        same, same_set = self._query("compare", sql)
+        return same, same_set
 
-    def _query(self, message: Message) -> Any:
-        require_length(message["sql"], self._limits)
-        return self._ask(message, self._limits.seconds + ALLOWANCE_SECONDS)
+    def _query(self, action: str, sql: str) -> Any:
+        require_length(sql, self._limits)
+        return self._request(action, sql, self._limits.seconds + ALLOWANCE_SECONDS)
 
-    def _prepare(self, database: Path) -> None:
+    def _open(self, database: Path) -> None:
         """Start the process and open the database, where that is not done."""
         try:
             if self._child is None:
                 self._start()
-                self._ask({"do": "start"}, _START_SECONDS)
             if self._database != database:
                 self._database = None
-                self._ask({"do": "open", "database": str(database)}, _START_SECONDS)
+                self._request("open", str(database), _OPEN_SECONDS)
                 self._database = database
         except (QueryError, OSError) as error:
             raise DataError(
@@ -130,17 +124,17 @@ class QueryProcess:
                 raise
             self._socket, self._unread = ours, b""
 
-    def _ask(self, message: Message, seconds: float) -> Any:
+    def _request(self, action: str, argument: str, seconds: float) -> Any:
         """Send a message and return the reply's value; without one in time, end the process."""
         try:
-            reply = self._exchange(message, time.monotonic() + seconds)
+            reply = self._exchange([action, argument], time.monotonic() + seconds)
         except TimeoutError as error:
             self._end()
             raise QueryError("timeout", f"killed after {seconds:g} s") from error
         except OSError as error:
             code = self._end(grace=_END_SECONDS)
             raise QueryError("crash", f"its process ended with exit code {code}") from error
-        except BaseException:  # Ctrl-C: what it would answer next is another question's
+        except BaseException:  # Ctrl-C: the reply that comes next belongs to this query
             self._end()
             raise
         if "damage" in reply:
@@ -149,7 +143,7 @@ class QueryProcess:
             raise QueryError(reply["reason"], reply["detail"])
         return reply["value"]
 
-    def _exchange(self, message: Message, deadline: float) -> Message:
+    def _exchange(self, message: list[str], deadline: float) -> Message:
         self._wait_until(deadline)
         self._socket.sendall(json.dumps(message).encode() + b"\n")
         while b"\n" not in self._unread:
@@ -180,59 +174,43 @@ class QueryProcess:
 
 
 def serve(parent: str, limits: str) -> None:
-    """The process: answer messages from standard input until it ends, or until the parent does."""
-    _die_with(int(parent))
+    """Reply to messages from standard input until it ends, or until the parent process does."""
+    # prctl(PR_SET_PDEATHSIG): end when the parent's thread does, in the middle of a query too.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(parent):
+        raise SystemExit("the parent has ended")
     bounds = Limits(**json.loads(limits))
-    _bound(resource.RLIMIT_AS, bounds.max_memory_bytes)
-    _bound(resource.RLIMIT_FSIZE, bounds.max_temporary_bytes)
-    _bound(resource.RLIMIT_CORE, 0)
-    with contextlib.closing(_Answerer(bounds)) as answerer:
+    for kind, most in (
+        (resource.RLIMIT_AS, bounds.max_memory_bytes),
+        (resource.RLIMIT_FSIZE, bounds.max_temporary_bytes),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
+    with contextlib.closing(_Server(bounds)) as server:
         for line in sys.stdin.buffer:
-            sys.stdout.write(json.dumps(answerer.reply(json.loads(line))) + "\n")
+            sys.stdout.write(json.dumps(server.reply(*json.loads(line))) + "\n")
             sys.stdout.flush()
 
 
-def _bound(kind: int, most: int) -> None:
-    hard = resource.getrlimit(kind)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(kind, (most, most))
-
-
-def _die_with(parent: int) -> None:
-    """End when the parent does, however it does, in the middle of a query too.
-
-    Or when the thread does that started the process (prctl(2)): it uses the process itself.
-    """
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # 1: PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        raise SystemExit("the parent has ended")
-
-
-class _Answerer:
-    """What the process remembers: the database that is open, and the last gold answer."""
+class _Server:
+    """The state of the process: the open database, and the last gold answer."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._database: Path | None = None
-        self._connection: sqlite3.Connection | None = None
+        self._database = ""
+        self._connection: sqlite3.Connection
         self._opened = contextlib.ExitStack()
         self._gold: list[Row] = []
         self._is_ordered = False
 
     def close(self) -> None:
-        """Close the database."""
         self._opened.close()
 
-    def reply(self, message: Message) -> Message:
-        """The answer to one message."""
-        work: dict[str, Callable[[Message], Any]] = {
-            "start": lambda _: None,
-            "open": self._open,
-            "gold": self._run_gold,
-            "compare": self._compare,
-        }
+    def reply(self, action: str, argument: str) -> Message:
         try:
-            return {"value": work[message["do"]](message)}
+            return {"value": getattr(self, action)(argument)}
         except QueryError as error:
             return {"reason": error.reason, "detail": str(error)}
         except DataError as error:
@@ -243,21 +221,18 @@ class _Answerer:
         except MemoryError:
             return {"reason": "too large", "detail": "more than its process may hold in memory"}
 
-    def _open(self, message: Message) -> None:
+    def open(self, database: str) -> None:
         self._opened.close()
-        self._database = Path(message["database"])
-        self._connection = self._opened.enter_context(open_for_queries(self._database))
+        self._database = database
+        self._connection = self._opened.enter_context(open_for_queries(Path(database)))
 
-    def _run(self, sql: str) -> list[Row]:
-        assert self._connection is not None
-        return run_query(self._connection, sql, limits=self._limits)
-
-    def _run_gold(self, message: Message) -> bool:
+    def gold(self, sql: str) -> bool:
         self._gold = []  # its memory is needed
-        self._gold = self._run(message["sql"])
-        self._is_ordered = is_ordered(message["sql"])
+        self._gold = run_query(self._connection, sql, limits=self._limits)
+        self._is_ordered = is_ordered(sql)
         return holds_a_value(self._gold)
 
-    def _compare(self, message: Message) -> bool:
-        answer, bird_compat = self._run(message["sql"]), message["bird_compat"]
-        return same_answer(self._gold, answer, ordered=self._is_ordered, bird_compat=bird_compat)
+    def compare(self, sql: str) -> tuple[bool, bool]:
+        answer = run_query(self._connection, sql, limits=self._limits)
+        same = same_answer(self._gold, answer, ordered=self._is_ordered)
+        return same, same or set(self._gold) == set(answer)

@@ -1,14 +1,12 @@
-"""One query on one connection: what it may do, what it may cost, and whether two answers agree.
+"""Runs one query on one connection: what it may do, what it may cost, and how answers compare.
 
-Generated SQL is untrusted. It runs on a read-only, immutable connection; an authorizer allows
-reading and a list of pure functions and nothing else; limits of time, rows and bytes bound what it
-can cost. SQLite looks at the clock between instructions, and one call of a function is one: what
-takes longer is ended from outside, by whoever started the process (``process.py``). Nothing
-that is imported here is heavy, so that such a process starts at once.
+Generated SQL is untrusted. It runs on a read-only, immutable connection; an authorizer allows only
+reading and a list of pure functions; limits of time, rows and bytes bound its cost. SQLite looks at
+the clock between instructions, and one call of a function is one instruction: a longer one is
+stopped by killing the process (``process.py``), which starts at once because nothing imported here
+is heavy.
 
-Answers are compared as multisets of rows, in order where the gold query has an ORDER BY. The
-evaluator of BIRD (github.com/AlibabaResearch/DAMO-ConvAI, bird/llm/src/evaluation.py) opens the
-database for writing and compares sets; ``bird_compat`` gives its comparison, never its connection.
+Answers are compared as multisets of rows, in order where the gold query has an ORDER BY.
 """
 
 from __future__ import annotations
@@ -32,17 +30,6 @@ _RECURSIVE = 33  # SQLITE_RECURSIVE, a recursive common table expression, has no
 _ALLOWED_ACTIONS = {
     sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, _RECURSIVE
 }  # fmt: skip
-#: Everything else that the authorizer may be asked for, in words (sqlite.org/c3ref/c_alter_table).
-_ACTION_NAMES = {
-    getattr(sqlite3, f"SQLITE_{name}"): name.lower().replace("_", " ")
-    for name in (
-        "CREATE_INDEX CREATE_TABLE CREATE_TEMP_INDEX CREATE_TEMP_TABLE CREATE_TEMP_TRIGGER "
-        "CREATE_TEMP_VIEW CREATE_TRIGGER CREATE_VIEW CREATE_VTABLE DELETE DROP_INDEX DROP_TABLE "
-        "DROP_TEMP_INDEX DROP_TEMP_TABLE DROP_TEMP_TRIGGER DROP_TEMP_VIEW DROP_TRIGGER DROP_VIEW "
-        "DROP_VTABLE INSERT PRAGMA TRANSACTION UPDATE ATTACH DETACH ALTER_TABLE REINDEX ANALYZE "
-        "SAVEPOINT"
-    ).split()
-}
 # sqlite.org/lang_corefunc.html, lang_aggfunc.html, lang_datefunc.html, lang_mathfunc.html,
 # windowfunctions.html, json1.html: those whose value depends on the arguments alone, plus dates.
 _FUNCTION_NAMES = (
@@ -105,25 +92,6 @@ class QueryError(Exception):
         self.reason = reason
 
 
-class _Authorizer:
-    """Allows reading and pure functions; remembers what it denied, which SQLite's errors do not."""
-
-    def __init__(self) -> None:
-        self.denied: str | None = None
-
-    def __call__(self, action: int, first: str | None, second: str | None, *_: str | None) -> int:
-        name = (second or "").lower()
-        if action == sqlite3.SQLITE_FUNCTION and name not in _ALLOWED_FUNCTIONS:
-            self.denied = f"the function {name}"
-        elif action not in _ALLOWED_ACTIONS:
-            self.denied = _ACTION_NAMES.get(action, f"SQLite's action {action}")
-            if first:
-                self.denied += f" {first}"
-        else:
-            return sqlite3.SQLITE_OK
-        return sqlite3.SQLITE_DENY
-
-
 @contextmanager
 def open_for_queries(database: Path) -> Iterator[sqlite3.Connection]:
     """A connection for `run_query`.
@@ -132,9 +100,9 @@ def open_for_queries(database: Path) -> Iterator[sqlite3.Connection]:
         DataError: see `open_read_only`.
     """
     with open_read_only(database) as connection:
-        # SQLite makes these pure table functions at their first use, and then asks the authorizer
-        # for an UPDATE of sqlite_master, as it does for those that are not pure, pragma_… among
-        # them. Made before there is an authorizer, they need nothing but reading.
+        # At their first use SQLite creates these pure table functions, which the authorizer sees as
+        # an UPDATE of sqlite_master, like that of pragma_… and others that are not pure. Created
+        # before there is an authorizer, they need only the right to read.
         with suppress(sqlite3.OperationalError):  # an SQLite without JSON has neither
             connection.execute("select 1 from json_each('[]'), json_tree('[]')").fetchall()
         yield connection
@@ -158,8 +126,16 @@ def run_query(
     first_word = re.match(r"[a-z]*", QUOTED_OR_COMMENT.sub(" ", sql).strip().lower())
     if first_word is None or first_word[0] not in ("select", "with"):
         raise QueryError("not a query", "only SELECT is run")
-    authorizer = _Authorizer()
-    connection.set_authorizer(authorizer)
+    denied = []
+
+    def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+        pure = action != sqlite3.SQLITE_FUNCTION or str(second).lower() in _ALLOWED_FUNCTIONS
+        if action in _ALLOWED_ACTIONS and pure:
+            return sqlite3.SQLITE_OK
+        denied.append(action)
+        return sqlite3.SQLITE_DENY
+
+    connection.set_authorizer(authorize)
     connection.set_progress_handler(lambda: time.monotonic() > deadline, _INSTRUCTIONS_PER_CHECK)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, limits.max_value_bytes)
     try:
@@ -169,8 +145,8 @@ def run_query(
         raise QueryError("too large", "more than its process may hold in memory") from error
     except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
         # ValueError: a NUL or a lone surrogate, which never reach SQLite.
-        if authorizer.denied:
-            raise QueryError("denied", f"denied: {authorizer.denied}") from error
+        if denied:
+            raise QueryError("denied", f"denied: {error}") from error
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
         reason = _REASONS.get(code, "sql error")
         if reason == "sql error" and code & 0xFF in _DAMAGE:  # the rest says more exactly where
@@ -210,12 +186,8 @@ def is_ordered(sql: str) -> bool:
     return re.search(r"\border\s+by\b", "".join(outermost)) is not None
 
 
-def same_answer(
-    gold: Sequence[Row], predicted: Sequence[Row], *, ordered: bool, bird_compat: bool = False
-) -> bool:
-    """Compare two answers: lists if ``ordered``, else multisets (sets with ``bird_compat``)."""
-    if bird_compat:
-        return set(gold) == set(predicted)
+def same_answer(gold: Sequence[Row], predicted: Sequence[Row], *, ordered: bool) -> bool:
+    """Compare two answers: as lists if ``ordered``, else as multisets."""
     if ordered:
         return list(gold) == list(predicted)
     return Counter(gold) == Counter(predicted)
