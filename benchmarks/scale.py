@@ -28,8 +28,7 @@ from megatron_replay.store import (
     DocumentCandidates,
     StoreDescription,
 )
-from megatron_replay.store.codecs import planar_bytes
-from megatron_replay.store.format import BYTES_PER_POSITION
+from megatron_replay.store.format import BYTES_PER_POSITION, high_bits
 from megatron_replay.store.manifest import SHARDS_PER_DIRECTORY
 
 VOCAB_SIZE = 151_936
@@ -71,8 +70,7 @@ class Job:
 
     @property
     def bytes_per_position(self) -> float:
-        ids = planar_bytes(1000 * self.set_size, VOCAB_SIZE) / 1000
-        return BYTES_PER_POSITION + ids
+        return BYTES_PER_POSITION + self.set_size * (2 + high_bits(VOCAB_SIZE) / 8)
 
     @property
     def seconds(self) -> float:

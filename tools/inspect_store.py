@@ -1,14 +1,13 @@
-"""Show what a candidate store holds; verify it, convert it, merge stores.
+"""Show what a candidate store holds; verify it, merge stores.
 
     python tools/inspect_store.py STORE
     python tools/inspect_store.py STORE --document 3 --tokenizer MODEL_DIR --data-path corpus
     python tools/inspect_store.py STORE --verify --data-path corpus
-    python tools/inspect_store.py convert STORE OUT --codec archive
     python tools/inspect_store.py merge OUT STORE STORE ...
 
 The first form prints sizes of the candidate sets, coverage and missed golds. The tokens of a
 document need --tokenizer; its gold tokens need --data-path too, since the store itself keeps no
-text. "convert --help" and "merge --help" say what those are for. (A store of such a name: ./merge.)
+text. "merge --help" says what that is for. (A store of such a name: ./merge.)
 """
 
 from __future__ import annotations
@@ -28,9 +27,6 @@ from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
 from megatron_replay.files import require_apart
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
-from megatron_replay.store.codecs import CODEC_NUMBERS
-from megatron_replay.store.convert import convert
-from megatron_replay.store.document import LOGITS
 from megatron_replay.store.merge import merge_corpora, merge_parts
 from megatron_replay.store.summary import summary, summary_text
 from megatron_replay.store.tally import Tally, tally, tally_shard
@@ -41,12 +37,6 @@ if TYPE_CHECKING:
     from megatron_replay.data.corpus import Corpus
     from megatron_replay.data.tokenizer import Tokenizer
 
-_CONVERT = """Write a store anew with another codec or other logits, and compare the two.
-
-"archive" is for keeping: about a third of planar's bytes an id. Stage 1 reads either, but decodes
-"planar" some twenty times faster. Logits can be rounded to the other of fp16 and bf16, or dropped
-("none"). An interrupted conversion goes on with the same command.
-"""
 _MERGE = """Make one store of several.
 
 Without --data-path: parts of one store, that is, Stage 0 run with the same settings in several
@@ -63,7 +53,7 @@ An interrupted merge goes on with the same command.
 
 def _parser(form: str) -> argparse.ArgumentParser:
     plain = form not in _COMMANDS
-    text = {"convert": _CONVERT, "merge": _MERGE}.get(form, __doc__)
+    text = {"merge": _MERGE}.get(form, __doc__)
     parser = argparse.ArgumentParser(
         prog="inspect_store.py" + ("" if plain else f" {form}"),
         description=text,
@@ -71,12 +61,7 @@ def _parser(form: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    if form == "convert":
-        add("store", type=Path, metavar="IN", help="a finished candidate store")
-        add("out", type=Path, metavar="OUT", help="directory to write")
-        add("--codec", choices=list(CODEC_NUMBERS), help="how ids are written (default: as in IN)")
-        add("--logits", choices=LOGITS, help="what is kept of the logits (default: as in IN)")
-    elif form == "merge":
+    if form == "merge":
         add("out", type=Path, metavar="OUT", help="directory to write")
         add("stores", type=Path, metavar="IN", nargs="+", help="candidate stores, in order")
         add("--data-path", metavar="PREFIX", help="the corpus that theirs were concatenated into")
@@ -211,27 +196,6 @@ def _show(options: argparse.Namespace) -> str:
     return json.dumps(content, indent=2) if options.json else summary_text(content)
 
 
-def _convert(options: argparse.Namespace) -> str:
-    reader = CandidateReader(options.store)
-    given = reader.description
-    written = convert(
-        reader,
-        options.out,
-        codec=options.codec or given.codec,
-        logits=options.logits or given.logits,
-        workers=options.workers,
-    )
-    before, after = _size(reader), _size(CandidateReader(options.out))
-    return (
-        f"{options.out}: codec {written.codec}, logits {written.logits}; reads as {options.store}; "
-        f"{before:,} bytes became {after:,} ({after / before:.0%})"
-    )
-
-
-def _size(reader: CandidateReader) -> int:
-    return sum(row.bin_bytes for row in reader.rows)
-
-
 def _merge(options: argparse.Namespace) -> str:
     if options.data_path is None:
         merged = merge_parts(options.stores, options.out, workers=options.workers)
@@ -244,7 +208,7 @@ def _merge(options: argparse.Namespace) -> str:
     return f"{options.out}: {merged.num_documents:,} documents in {merged.num_shards:,} shards"
 
 
-_COMMANDS = {"convert": _convert, "merge": _merge}
+_COMMANDS = {"merge": _merge}
 
 
 def run(arguments: Sequence[str]) -> str:

@@ -161,7 +161,6 @@ def _open_writer(
         vocab_size=shape.vocab_size,
         num_documents=len(corpus),
         documents_per_shard=candidates.documents_per_shard,
-        codec=candidates.store_codec,
         logits=candidates.store_logits,
         corpus_fingerprint=corpus.fingerprint,
         tokenizer_fingerprint=corpus.tokenizer_fingerprint,

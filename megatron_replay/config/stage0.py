@@ -33,11 +33,6 @@ class CandidatesConfig(Section):
     seed: int = option(
         "seed of the positions drawn", 1234, used_with={"position_strategy": ("bucket", "random")}
     )
-    store_codec: str = option(
-        "how ids are written: planar is read fastest, archive is smallest",
-        "planar",
-        ("planar", "archive"),
-    )
     store_logits: str = option(
         "also record the candidates' logits, in this precision", "none", ("none", "fp16", "bf16")
     )

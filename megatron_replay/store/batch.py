@@ -1,4 +1,4 @@
-"""Many records at once: compiled where the codec is planar, one by one where it is not.
+"""Many records at once: compiled, or one by one where the package was installed without kernels.
 
 The compiled form checks what ``require_valid`` checks and only names the record it does not like.
 What is wrong with it is then said by the definition: ``format.decode_record``, ``require_valid``.
@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from megatron_replay.errors import StoreError
-from megatron_replay.store.codecs import PLANAR, high_bits
 from megatron_replay.store.document import (
     CandidateBatch,
     DocumentCandidates,
     decode_logits,
     require_numbers,
 )
+from megatron_replay.store.format import high_bits
 
 try:
     from megatron_replay.store._records import decode_records
@@ -33,7 +33,6 @@ def decode_batch(
     records: Sequence[memoryview],
     *,
     vocab_size: int,
-    codec: int,
     logits: str,
     one: One,
     keep_logits: bool = True,
@@ -45,7 +44,7 @@ def decode_batch(
     Raises:
         StoreError: as ``one`` raises it, of the first record that breaks a rule.
     """
-    if codec == PLANAR and decode_records is not None:
+    if decode_records is not None:
         found = decode_records(
             records,
             vocab_size=vocab_size,

@@ -22,13 +22,14 @@ from megatron_replay.files import (
     require_regular,
     write_json,
 )
-from megatron_replay.store.codecs import CODEC_NUMBERS, CODECS, MAX_VOCAB_SIZE
 from megatron_replay.store.document import LOGITS, located, require
 from megatron_replay.store.format import (
+    CODEC,
     FORMAT_VERSION,
+    MAX_VOCAB_SIZE,
     ShardIndex,
+    decode_index,
 )
-from megatron_replay.store.format import read_index as read_index_file
 
 FORMAT_NAME = "megatron_replay candidate store"
 DESCRIPTION_FILE = "store.json"
@@ -76,8 +77,8 @@ class StoreDescription:
     num_documents: int
     documents_per_shard: int
     """Shard s holds documents ``s * documents_per_shard`` and on; the last may hold fewer."""
-    codec: str
-    """How ids are written: one of ``codecs.CODECS``' names."""
+    codec: str = CODEC
+    """How ids are written: always ``format.CODEC``."""
     logits: str
     """What is kept of the candidates' logits: one of ``document.LOGITS``."""
     corpus_fingerprint: str
@@ -103,7 +104,7 @@ class StoreDescription:
         if self.num_shards > MAX_SHARDS:
             least = -(-self.num_documents // MAX_SHARDS)
             self._refuse("documents_per_shard", f"{least} or more", self.documents_per_shard)
-        for name, choices in (("codec", tuple(CODEC_NUMBERS)), ("logits", LOGITS)):
+        for name, choices in (("codec", (CODEC,)), ("logits", LOGITS)):
             if getattr(self, name) not in choices:
                 self._refuse(name, f"one of {', '.join(choices)}", getattr(self, name))
         try:
@@ -219,8 +220,8 @@ def read_index(
         row: what the manifest says; None while there is no manifest.
 
     Raises:
-        StoreError: either file is missing, cut off, damaged, of other documents or another codec,
-            or not what the manifest was written for.
+        StoreError: either file is missing, cut off, damaged, of other documents, or not what
+            the manifest was written for.
     """
     index, found = _read_index(directory, description, shard)
     if row is not None and row != found:
@@ -239,11 +240,9 @@ def _read_index(
     path, documents = index_path(directory, shard), description.documents(shard)
     with open_regular(path, StoreError) as handle, located(path):
         size = os.fstat(handle.fileno()).st_size
-        index, crc = read_index_file(
+        index, crc = decode_index(
             handle, size, first_document=documents.start, num_documents=len(documents)
         )
-        codec = CODECS[index.codec].name
-        require(codec == description.codec, "another codec", description.codec, codec)
     records = bin_path(directory, shard)
     size = require_regular(records, StoreError)
     if size != index.bin_bytes:

@@ -23,7 +23,6 @@ import numpy.typing as npt
 from megatron_replay.errors import StoreError
 from megatron_replay.files import open_regular
 from megatron_replay.store.batch import decode_batch
-from megatron_replay.store.codecs import CODEC_NUMBERS
 from megatron_replay.store.document import (
     CandidateBatch,
     DocumentCandidates,
@@ -115,7 +114,6 @@ class CandidateReader:
         batch = decode_batch(
             records,
             vocab_size=self.description.vocab_size,
-            codec=CODEC_NUMBERS[self.description.codec],
             logits=self.description.logits,
             one=lambda i: self._decode(document_ids[i], records[i]),
             keep_logits=logits,
@@ -177,12 +175,7 @@ class CandidateReader:
     def _decode(self, document_id: int, record: memoryview) -> DocumentCandidates:
         about = self.description
         with located(self._where(document_id)):
-            document = decode_record(
-                record,
-                vocab_size=about.vocab_size,
-                codec=CODEC_NUMBERS[about.codec],
-                logits=about.logits,
-            )
+            document = decode_record(record, vocab_size=about.vocab_size, logits=about.logits)
             require_valid(document, vocab_size=about.vocab_size, logits=about.logits)
         self._require_stop(document_id, document.stop)
         return document

@@ -20,7 +20,6 @@ import numpy as np
 from megatron_replay.errors import StoreError
 from megatron_replay.files import atomic_file, make_directory
 from megatron_replay.locks import DirectoryLock
-from megatron_replay.store.codecs import CODEC_NUMBERS
 from megatron_replay.store.document import DocumentCandidates, located, require, require_valid
 from megatron_replay.store.format import (
     BIN_HEADER,
@@ -49,7 +48,6 @@ class ShardWriter:
 
     def __init__(self, handle: IO[bytes], description: StoreDescription, documents: range) -> None:
         self._handle, self._description, self._documents = handle, description, documents
-        self._codec = CODEC_NUMBERS[description.codec]
         header = BIN_HEADER.pack(BIN_MAGIC, FORMAT_VERSION)
         handle.write(header)
         self._crc = zlib.crc32(header)
@@ -74,7 +72,7 @@ class ShardWriter:
             )
             vocab_size, logits = self._description.vocab_size, self._description.logits
             require_valid(candidates, vocab_size=vocab_size, logits=logits)
-        record = encode_record(candidates, vocab_size=vocab_size, codec=self._codec, logits=logits)
+        record = encode_record(candidates, vocab_size=vocab_size, logits=logits)
         self._handle.write(record)
         self._crc = zlib.crc32(record, self._crc)
         self._record_crcs.append(zlib.crc32(record))
@@ -99,7 +97,6 @@ class ShardWriter:
             record_crcs=np.array(self._record_crcs, np.uint32),
             stops=np.array(self._stops, np.int32),
             bin_crc=self._crc,
-            codec=self._codec,
         )
 
 

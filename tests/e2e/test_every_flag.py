@@ -123,7 +123,6 @@ STAGE0: dict[str, list[str]] = {
     "position_fraction": ["1"],
     "last_n": ["2", "--position-strategy", "last-token"],
     "seed": ["5"],
-    "store_codec": ["archive"],
     "store_logits": ["bf16"],
     "documents_per_shard": ["5"],
     "shards": ["0:1", "--documents-per-shard", "5"],

@@ -254,11 +254,10 @@ def test_the_report_is_of_the_whole_store_and_the_cost_of_this_run(folder, tmp_p
 
 @pytest.mark.distributed
 def test_parts_written_in_two_places_merge_into_the_whole(folder, tmp_path):
-    flags = ["--store-codec", "archive"]
-    collect(folder, tmp_path / "whole", *flags, dp=2)
-    said = collect(folder, tmp_path / "one", *flags, "--shards", "0:1", dp=2)
+    collect(folder, tmp_path / "whole", dp=2)
+    said = collect(folder, tmp_path / "one", "--shards", "0:1", dp=2)
     assert "--shards 0:1 is done; others are missing" in said
-    collect(folder, tmp_path / "two", *flags, "--shards", "1:3")
+    collect(folder, tmp_path / "two", "--shards", "1:3")
     with pytest.raises(StoreError, match="unfinished: 2 of 3 shards"):
         CandidateReader(tmp_path / "two")
     merge_parts([tmp_path / "one", tmp_path / "two"], tmp_path / "merged")
@@ -266,7 +265,6 @@ def test_parts_written_in_two_places_merge_into_the_whole(folder, tmp_path):
         if path.suffix in (".bin", ".idx", ".json"):
             relative = path.relative_to(tmp_path / "merged")
             assert path.read_bytes() == (tmp_path / "whole" / relative).read_bytes(), relative
-    assert CandidateReader(tmp_path / "merged").description.codec == "archive"
     for shards in ("3:4", "1:1", "2", "a:b"):
         message = stages.fail(
             "stage0", "--load", folder / "exact", "--data-path", folder / "corpus",

@@ -19,7 +19,7 @@ import pytest
 
 from megatron_replay.errors import StoreError
 from megatron_replay.store import CandidateReader, DocumentCandidates
-from megatron_replay.store.codecs import decode_planar, encode_planar
+from megatron_replay.store.format import decode_ids, encode_ids
 from tests.store.examples import assert_same, contents, describe, require_sound, write_store
 
 # Three documents with 0, 1 and 2 positions, a high plane with padding, logits, a short last shard.
@@ -196,11 +196,10 @@ def test_forged_records_are_refused_for_what_they_are(
 
 
 def test_bits_after_the_last_id_must_be_zero() -> None:
-    offsets = np.array([0, 3])
-    payload = encode_planar(np.array([1, 2, 65_537]), offsets, 70_000)
+    payload = encode_ids(np.array([1, 2, 65_537], np.int32), 70_000)
     assert payload[-1] == 0b100
     with pytest.raises(StoreError, match="padding"):
-        decode_planar(memoryview(payload[:-1] + bytes([0b1100])), offsets, 70_000)
+        decode_ids(memoryview(payload[:-1] + bytes([0b1100])), 3, 70_000)
 
 
 def sign_index(store: Path, at: int, content: bytes) -> None:
@@ -218,8 +217,7 @@ def sign_index(store: Path, at: int, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("at", "content", "message"),
     [
-        (12, b"\2", "unknown codec"),
-        (12, b"\1", "another codec (expected planar; found archive)"),
+        (12, b"\1", "unknown codec (expected 0; found 1)"),
         (13, b"\1", "reserved bytes"),
         (INDEX_HEADER_BYTES, struct.pack("<q", BIN_HEADER_BYTES - 1), "do not fill the .bin"),
         (INDEX_HEADER_BYTES + 8, struct.pack("<q", 2**62), "offsets do not ascend"),

@@ -15,47 +15,36 @@ from tests.store.examples import describe, write_store
 PAGE = Path(__file__).parents[2] / "docs" / "store_format.md"
 
 
-def printed_code() -> list[str]:
-    """The reader, and the archival codec for it."""
-    found = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(found) == 2
-    return found
+def printed_code() -> str:
+    [code] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    return code
 
 
 @pytest.fixture(scope="module")
 def read_store() -> Callable[[Path], Iterator[tuple[Any, ...]]]:
     names: dict[str, Any] = {}
-    for code in printed_code():
-        exec(code, names)
-    return lambda root: names["read_store"](root, (names["planar"], names["archive"]))
+    exec(printed_code(), names)
+    return names["read_store"]
 
 
 def test_the_printed_reader_stands_alone() -> None:
-    reader, codec = printed_code()
-    assert len(reader.splitlines()) <= 40
-    assert "megatron_replay" not in reader + codec
-    assert "numpy" not in reader + codec
+    code = printed_code()
+    assert len(code.splitlines()) <= 40
+    assert "megatron_replay" not in code
+    assert "numpy" not in code
 
 
-@pytest.mark.parametrize("codec", ["planar", "archive"])
 @pytest.mark.parametrize("logits", ["none", "fp16", "bf16"])
 @pytest.mark.parametrize("vocab_size", [3, 65_536, 65_537, 151_936, 1 << 20, 1 << 24])
 def test_the_printed_reader_reads_what_we_wrote(
     tmp_path: Path,
     read_store: Callable[[Path], Iterator[tuple[Any, ...]]],
     vocab_size: int,
-    codec: str,
     logits: str,
 ) -> None:
     write_store(
         tmp_path,
-        describe(
-            vocab_size=vocab_size,
-            num_documents=9,
-            documents_per_shard=4,
-            codec=codec,
-            logits=logits,
-        ),
+        describe(vocab_size=vocab_size, num_documents=9, documents_per_shard=4, logits=logits),
     )
     expected = []
     for document_id, document in enumerate(CandidateReader(tmp_path)):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from megatron_replay.errors import StoreError
 from megatron_replay.store.batch import decode_batch
-from megatron_replay.store.codecs import CODECS, PLANAR
 from megatron_replay.store.document import CandidateBatch, DocumentCandidates, require_valid
 from megatron_replay.store.format import decode_record, encode_record
 from tests.store.examples import describe, document_of
@@ -30,39 +29,37 @@ def test_damaged_stores_are_read_or_refused(tmp_path: Path) -> None:
     assert 20 < sum(found) < 380  # both ends are reached
 
 
-def by_definition(record: bytes, vocab_size: int, codec: int, logits: str) -> DocumentCandidates:
-    document = decode_record(memoryview(record), vocab_size=vocab_size, codec=codec, logits=logits)
+def by_definition(record: bytes, vocab_size: int, logits: str) -> DocumentCandidates:
+    document = decode_record(memoryview(record), vocab_size=vocab_size, logits=logits)
     require_valid(document, vocab_size=vocab_size, logits=logits)
     return document
 
 
 @st.composite
-def damaged_records(draw: st.DrawFn) -> tuple[bytes, int, int, str]:
-    codec, logits = draw(st.sampled_from(sorted(CODECS))), draw(st.sampled_from(["none", "bf16"]))
+def damaged_records(draw: st.DrawFn) -> tuple[bytes, int, str]:
+    logits = draw(st.sampled_from(["none", "bf16"]))
     vocab_size = draw(st.sampled_from([300, 70_000, 151_936, 1 << 20, 1 << 24]))
     description = describe(vocab_size=vocab_size, logits=logits)
     document = document_of(description, draw(st.integers(0, 30)))
-    record = bytearray(encode_record(document, vocab_size=vocab_size, codec=codec, logits=logits))
+    record = bytearray(encode_record(document, vocab_size=vocab_size, logits=logits))
     for at in draw(st.lists(st.integers(0, len(record) - 1), max_size=3)):
         record[at] = draw(st.integers(0, 255))
     stop = draw(st.one_of(st.just(len(record)), st.integers(0, len(record))))
-    return bytes(record[:stop]) + draw(st.binary(max_size=2)), vocab_size, codec, logits
+    return bytes(record[:stop]) + draw(st.binary(max_size=2)), vocab_size, logits
 
 
 @settings(deadline=None, derandomize=True, max_examples=400)
 @given(damaged_records())
 def test_the_kernel_takes_and_refuses_what_the_definition_does(
-    case: tuple[bytes, int, int, str],
+    case: tuple[bytes, int, str],
 ) -> None:
-    record, vocab_size, codec, logits = case
+    record, vocab_size, logits = case
 
     def one(_: int) -> DocumentCandidates:
-        return by_definition(record, vocab_size, codec, logits)
+        return by_definition(record, vocab_size, logits)
 
     def batch() -> CandidateBatch:
-        return decode_batch(
-            [memoryview(record)] * 3, vocab_size=vocab_size, codec=codec, logits=logits, one=one
-        )
+        return decode_batch([memoryview(record)] * 3, vocab_size=vocab_size, logits=logits, one=one)
 
     try:
         expected = CandidateBatch.of([one(0)] * 3)
@@ -83,7 +80,5 @@ def test_the_kernel_takes_and_refuses_what_the_definition_does(
 def test_bytes_of_any_kind_are_no_record() -> None:
     for seed in range(200):
         record = random.Random(seed).randbytes(seed)
-        for codec in CODECS:
-            with pytest.raises(StoreError):
-                by_definition(record, 151_936, codec, "fp16")
-    assert PLANAR in CODECS
+        with pytest.raises(StoreError):
+            by_definition(record, 151_936, "fp16")

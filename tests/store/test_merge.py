@@ -25,7 +25,7 @@ from tests.store.examples import (
 )
 from tools.inspect_store import main
 
-FIELDS = {"num_documents": 13, "documents_per_shard": 3, "codec": "archive"}  # 5 shards
+FIELDS = {"num_documents": 13, "documents_per_shard": 3}  # 5 shards
 DESCRIPTION = describe(**FIELDS)
 
 
@@ -65,8 +65,8 @@ def test_shards_that_no_part_has_are_told_and_may_come_later(tmp_path: Path) -> 
 
 def test_parts_that_are_not_of_one_store_are_refused(tmp_path: Path) -> None:
     one = write_part(tmp_path / "a", [0])
-    other = write_part(tmp_path / "b", [1], codec="planar", selection={"coverage": 0.9})
-    with pytest.raises(StoreError, match=r"another codec, selection\.coverage, .*--data-path"):
+    other = write_part(tmp_path / "b", [1], vocab_size=160_000, selection={"coverage": 0.9})
+    with pytest.raises(StoreError, match=r"another vocab_size, selection\.coverage, .*--data-path"):
         merge_parts([one, other], tmp_path / "out")
     with pytest.raises(ConfigError, match="the output is also read, as IN"):
         merge_parts([one], one)

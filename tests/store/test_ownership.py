@@ -11,8 +11,6 @@ import pytest
 from megatron_replay.errors import OutputError, StoreError
 from megatron_replay.locks import DirectoryLock
 from megatron_replay.store import CandidateWriter
-from megatron_replay.store.convert import convert
-from megatron_replay.store.reader import CandidateReader
 from tests.store.examples import contents, describe, write_store
 
 #: Names of somebody's files that look like a killed run's.
@@ -115,14 +113,6 @@ def test_a_store_removes_the_temporary_files_that_it_makes_and_no_others(tmp_pat
     assert after.pop(".lock")
     assert after == {name: content for name, content in before.items() if name not in ours}
     assert elsewhere.exists()
-
-
-def test_a_conversion_into_a_directory_of_somebody_s_is_refused(tmp_path: Path) -> None:
-    write_store(tmp_path / "in", describe())
-    put(tmp_path / "out", "0000/shard-0000000.bin")
-    with pytest.raises(OutputError, match="not a store's"):
-        convert(CandidateReader(tmp_path / "in"), tmp_path / "out", codec="archive", logits="none")
-    assert everything(tmp_path / "out") == {"0000": None, "0000/shard-0000000.bin": b"mine"}
 
 
 def test_shards_whose_store_json_is_lost_are_nobody_s(tmp_path: Path) -> None:

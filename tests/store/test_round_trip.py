@@ -12,9 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_replay.store import CandidateReader, CandidateWriter, DocumentCandidates
-from megatron_replay.store.codecs import CODECS, encode_planar, high_bits
 from megatron_replay.store.document import require_valid
-from megatron_replay.store.format import decode_record, encode_record
+from megatron_replay.store.format import (
+    decode_ids,
+    decode_record,
+    encode_ids,
+    encode_record,
+    high_bits,
+)
 from tests.store.examples import (
     assert_same,
     contents,
@@ -49,18 +54,14 @@ def test_a_record_is_read_as_it_was_written(case: tuple[int, DocumentCandidates]
     vocab_size, document = case
     for logits in ("fp16", "bf16") if document.logits is not None else ("none",):
         require_valid(document, vocab_size=vocab_size, logits=logits)
-        for codec in CODECS:
-            record = encode_record(document, vocab_size=vocab_size, codec=codec, logits=logits)
-            found = decode_record(
-                memoryview(record), vocab_size=vocab_size, codec=codec, logits=logits
-            )
-            assert_same(found, document)
+        record = encode_record(document, vocab_size=vocab_size, logits=logits)
+        found = decode_record(memoryview(record), vocab_size=vocab_size, logits=logits)
+        assert_same(found, document)
 
 
-@pytest.mark.parametrize("codec", ["planar", "archive"])
 @pytest.mark.parametrize("logits", ["none", "fp16", "bf16"])
-def test_a_store_is_read_as_it_was_written(tmp_path: Path, codec: str, logits: str) -> None:
-    description = describe(num_documents=11, documents_per_shard=4, codec=codec, logits=logits)
+def test_a_store_is_read_as_it_was_written(tmp_path: Path, logits: str) -> None:
+    description = describe(num_documents=11, documents_per_shard=4, logits=logits)
     write_store(tmp_path, description)
     reader = CandidateReader(tmp_path)
     assert len(reader) == 11
@@ -80,11 +81,8 @@ def test_a_store_is_read_as_it_was_written(tmp_path: Path, codec: str, logits: s
 def test_the_ends_of_the_vocabulary_survive() -> None:
     for vocab_size in VOCABULARIES:
         ids = np.unique([0, vocab_size // 2, vocab_size - 1]).astype(np.int32)
-        offsets = np.array([0, len(ids)])
-        for codec in CODECS.values():
-            payload = codec.encode(ids, offsets, vocab_size)
-            found = codec.decode(memoryview(payload), offsets, vocab_size)
-            np.testing.assert_array_equal(found, ids)
+        found = decode_ids(memoryview(encode_ids(ids, vocab_size)), len(ids), vocab_size)
+        np.testing.assert_array_equal(found, ids)
 
 
 @settings(deadline=None, derandomize=True)
@@ -96,7 +94,7 @@ def test_planar_is_the_documented_layout(data: st.DataObject, vocab_size: int) -
     plane = sum((value >> 16) << (i * bits) for i, value in enumerate(ids))
     expected = struct.pack(f"<{len(ids)}H", *(value % 65_536 for value in ids))
     expected += plane.to_bytes(-(-len(ids) * bits // 8), "little")
-    assert encode_planar(np.array(ids, np.int32), np.array([0]), vocab_size) == expected
+    assert encode_ids(np.array(ids, np.int32), vocab_size) == expected
 
 
 @pytest.mark.parametrize(
@@ -122,24 +120,22 @@ def test_a_record_by_hand() -> None:
     expected += struct.pack("<2e2e2e", 1.0, -2.0, -0.5, -4.0, 0.25, 0.0)
     expected += struct.pack("<3HB", 5, 70_000 - 65_536, 65_535, 0b01_01_00)
     expected += struct.pack("<3e", 1.5, 2.5, -3.5)
-    assert encode_record(document, vocab_size=151_936, codec=0, logits="fp16") == expected
+    assert encode_record(document, vocab_size=151_936, logits="fp16") == expected
 
 
-@pytest.mark.parametrize("codec", ["planar", "archive"])
-def test_this_version_writes_the_golden_bytes(tmp_path: Path, codec: str) -> None:
-    golden = CandidateReader(GOLDEN / codec)
+def test_this_version_writes_the_golden_bytes(tmp_path: Path) -> None:
+    golden = CandidateReader(GOLDEN)
     writer = CandidateWriter(tmp_path, golden.description)
     for number in writer.missing_shards():
         with writer.shard(number) as shard:
             for document_id in golden.description.documents(number):
                 shard.add(document_id, golden[document_id])
     writer.finish()
-    assert contents(tmp_path) == contents(GOLDEN / codec)
+    assert contents(tmp_path) == contents(GOLDEN)
 
 
-@pytest.mark.parametrize("codec", ["planar", "archive"])
-def test_this_version_reads_the_golden_bytes(codec: str) -> None:
-    reader = CandidateReader(GOLDEN / codec)
+def test_this_version_reads_the_golden_bytes() -> None:
+    reader = CandidateReader(GOLDEN)
     require_sound(reader)
     document = reader[3]
     assert document.positions.tolist() == [1084, 1961, 2543]

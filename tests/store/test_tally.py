@@ -28,12 +28,11 @@ def draw(document_id: int) -> DocumentCandidates:
     return draw_document(rng, vocab_size=151_936, set_sizes=set_sizes, has_logits=True)
 
 
-@pytest.fixture(scope="module", params=["planar", "archive"])
-def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Any:
     description = describe(
         num_documents=40,
         documents_per_shard=6,
-        codec=request.param,
         logits="fp16",
         selection={"coverage": COVERAGE, "max_candidates": CAP},
     )

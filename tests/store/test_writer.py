@@ -70,7 +70,7 @@ def test_another_description_is_refused_with_every_difference(tmp_path: Path) ->
         ({"documents_per_shard": True}, "expected int; found True"),
         (
             {"codec": "zip"},
-            "unusable codec of a store (expected one of planar, archive; found zip)",
+            "unusable codec of a store (expected one of planar; found zip)",
         ),
         ({"logits": "fp8"}, "expected one of none, fp16, bf16; found fp8"),
         ({"corpus_fingerprint": 5}, "unusable corpus_fingerprint"),
