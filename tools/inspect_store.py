@@ -27,7 +27,7 @@ from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
 from megatron_replay.files import require_apart
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
-from megatron_replay.store.merge import merge_corpora, merge_parts
+from megatron_replay.store.merge import merge_parts
 from megatron_replay.store.summary import summary, summary_text
 from megatron_replay.store.tally import Tally, tally, tally_shard
 from megatron_replay.store.verify import verify
@@ -37,17 +37,10 @@ if TYPE_CHECKING:
     from megatron_replay.data.corpus import Corpus
     from megatron_replay.data.tokenizer import Tokenizer
 
-_MERGE = """Make one store of several.
+_MERGE = """Merge the parts of one store.
 
-Without --data-path: parts of one store, that is, Stage 0 run with the same settings in several
-places, each of which has some of the shards (or all). Shards that several parts have must be equal.
-
-With --data-path: finished stores of several corpora that were concatenated, in the order given,
-into the corpus PREFIX. All settings but the corpus must be the same; every position and gold is
-checked against PREFIX. Random positions were drawn by the ids that documents had in their own
-corpus, so the result is not what Stage 0 would write for PREFIX: selection.merged_from says so.
-
-An interrupted merge goes on with the same command.
+Parts come from Stage 0, run with the same settings in several places (--shards). Shards that
+several parts have must be equal. An interrupted merge goes on with the same command.
 """
 
 
@@ -64,7 +57,6 @@ def _parser(form: str) -> argparse.ArgumentParser:
     if form == "merge":
         add("out", type=Path, metavar="OUT", help="directory to write")
         add("stores", type=Path, metavar="IN", nargs="+", help="candidate stores, in order")
-        add("--data-path", metavar="PREFIX", help="the corpus that theirs were concatenated into")
     else:
         add("store", type=Path, metavar="STORE", help="a finished candidate store")
         add("--document", type=int, metavar="N", help="show this document")
@@ -197,14 +189,7 @@ def _show(options: argparse.Namespace) -> str:
 
 
 def _merge(options: argparse.Namespace) -> str:
-    if options.data_path is None:
-        merged = merge_parts(options.stores, options.out, workers=options.workers)
-    else:
-        from megatron_replay.data.corpus import Corpus
-
-        readers = [CandidateReader(store) for store in options.stores]
-        corpus = Corpus(options.data_path)
-        merged = merge_corpora(readers, options.out, corpus, workers=options.workers)
+    merged = merge_parts(options.stores, options.out, workers=options.workers)
     return f"{options.out}: {merged.num_documents:,} documents in {merged.num_shards:,} shards"
 
 

@@ -1,22 +1,20 @@
-"""One store of several: of parts of the same, or of corpora that were concatenated."""
+"""One store of parts of the same store, written by Stage 0 in several places."""
 
 from __future__ import annotations
 
-import dataclasses
 import filecmp
 import zlib
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 
 from megatron_replay.errors import StoreError
 from megatron_replay.files import atomic_file, make_directory, open_regular, require_apart
 from megatron_replay.progress import Progress
-from megatron_replay.store.document import CandidateBatch, located, require
+from megatron_replay.store.document import located, require
 from megatron_replay.store.format import (
     BIN_HEADER,
     NUM_POSITIONS,
@@ -33,8 +31,6 @@ from megatron_replay.store.manifest import (
     read_index,
     refuse_differences,
 )
-from megatron_replay.store.reader import DOCUMENTS_AT_ONCE, CandidateReader
-from megatron_replay.store.verify import Labels, require_labels
 from megatron_replay.store.workers import each_shard
 from megatron_replay.store.writer import CandidateWriter
 
@@ -42,10 +38,9 @@ _BLOCK_BYTES = 1 << 22
 
 
 def merge_parts(parts: Sequence[Path], out: Path, *, workers: int = 1) -> StoreDescription:
-    """Bring the shards of one store together that Stage 0 wrote in several places.
+    """Copy the shards of one store that Stage 0 wrote in several places into ``out``.
 
-    Parts may be unfinished. Files are copied as they are; a shard that several parts have must be
-    the same in all.
+    Parts may be unfinished. A shard that several parts have must be the same in all of them.
 
     Raises:
         ConfigError: ``out`` is one of ``parts``.
@@ -60,8 +55,7 @@ def merge_parts(parts: Sequence[Path], out: Path, *, workers: int = 1) -> StoreD
             description.flat(),
             read_description(part).flat(),
             where=part,
-            fix="Only parts of one store can be merged; give --data-path where corpora were "
-            "concatenated",
+            fix="Only parts of one store can be merged",
         )
     with CandidateWriter(out, description, lock=True) as writer:
         there = set().union(*map(present_shards, (*parts, writer.directory)))
@@ -133,104 +127,3 @@ def _blocks(content: IO[bytes], index: ShardIndex) -> Iterator[bytes]:
         while left and (block := content.read(min(left, _BLOCK_BYTES))):
             yield block
             left -= len(block)
-
-
-class ConcatenatedCorpus(Labels, Protocol):
-    """What ``merge_corpora`` asks of the corpus; ``data.corpus.Corpus`` answers."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Of its content."""
-
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        """Of its tokenizer."""
-
-
-def merge_corpora(
-    readers: Sequence[CandidateReader],
-    out: Path,
-    corpus: ConcatenatedCorpus,
-    *,
-    workers: int = 1,
-) -> StoreDescription:
-    """One store of stores whose corpora, in this order, were concatenated into ``corpus``.
-
-    Positions were drawn by the ids that documents had in their own corpus, so the result is not
-    what Stage 0 would write: ``selection.merged_from`` says so, with the parts' fingerprints. Every
-    position and gold is checked against the corpus.
-
-    Raises:
-        ConfigError: ``out`` is read.
-        StoreError: differences in anything but corpus, documents and shards (each is named),
-            documents that are not those of ``corpus``, damage.
-        OutputError: ``out`` cannot be written.
-    """
-    require_apart(out, [("IN", reader.directory) for reader in readers], flag="OUT")
-    description = _merged_description(readers, corpus)
-    with CandidateWriter(out, description, lock=True) as writer:
-        write = partial(_write, writer, readers, corpus)
-        missing, size = writer.missing_shards(), description.num_documents
-        left = sum(len(description.documents(shard)) for shard in missing)
-        with Progress("merge", size, "documents", initial=size - left) as progress:
-            for shard, _ in each_shard(write, missing, workers=workers):
-                progress.advance(len(description.documents(shard)))
-        writer.finish()
-    return description
-
-
-def _write(
-    writer: CandidateWriter,
-    readers: Sequence[CandidateReader],
-    corpus: ConcatenatedCorpus,
-    shard: int,
-) -> None:
-    starts = np.cumsum([0, *map(len, readers)]).tolist()
-    documents = writer.description.documents(shard)
-    with writer.shard(shard) as written:
-        for first in range(documents.start, documents.stop, DOCUMENTS_AT_ONCE):
-            some = range(first, min(first + DOCUMENTS_AT_ONCE, documents.stop))
-            places = [(bisect_right(starts, d) - 1, d) for d in some]
-            content = [readers[part][d - starts[part]] for part, d in places]
-            with located(f"{readers[places[0][0]].directory} from document {first} of the corpus"):
-                require_labels(some, CandidateBatch.of(content), corpus)
-            for document, candidates in zip(some, content, strict=True):
-                written.add(document, candidates)
-
-
-def _merged_description(
-    readers: Sequence[CandidateReader], corpus: ConcatenatedCorpus
-) -> StoreDescription:
-    first = readers[0].description
-
-    def comparable(description: StoreDescription) -> dict[str, object]:
-        own = ("corpus_fingerprint", "num_documents", "documents_per_shard")
-        fields = description.flat()
-        return {k: v for k, v in fields.items() if k not in (*own, "selection.merged_from")}
-
-    for reader in readers[1:]:
-        refuse_differences(
-            comparable(first),
-            comparable(reader.description),
-            where=reader.directory,
-            fix="Only stores made with the same settings can be merged",
-        )
-    num_documents = sum(map(len, readers))
-    for what, expected, found in (
-        ("documents", len(corpus.lengths), num_documents),
-        ("tokenizer", corpus.tokenizer_fingerprint, first.tokenizer_fingerprint),
-    ):
-        if expected != found:
-            raise StoreError(
-                f"these stores together are not of this corpus: other {what}",
-                expected=expected,
-                found=found,
-                fix="Give --data-path of the corpora of these stores, concatenated in this order",
-            )
-    parts = [reader.description.fingerprint for reader in readers]
-    return dataclasses.replace(
-        first,
-        num_documents=num_documents,
-        corpus_fingerprint=corpus.fingerprint,
-        selection=first.selection | {"merged_from": parts},
-    )
