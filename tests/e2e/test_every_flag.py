@@ -204,7 +204,7 @@ def _observed(stage: str, argv: list[str]) -> Any:
             dist.destroy_process_group()
     return [
         code,
-        *(re.sub(r"[\d.]+", "#", text) for text in (out, err)),
+        *(re.sub(r"[\d.,]+", "#", text) for text in (out, err)),
         repr(sorted(map(repr, built))),
     ]
 
