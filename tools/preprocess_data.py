@@ -2,8 +2,8 @@
 
     python tools/preprocess_data.py --input train.jsonl --tokenizer MODEL_DIR --output-prefix corpus
 
-``--format spider`` and ``bird`` read these sets' own files (train_spider.json, say), and make the
-prompts that tools/evaluate.py asks. The same rows, tokenizer and options give the same bytes; a
+``--format spider`` and ``bird`` read these sets' own files (``train_spider.json``), and make the
+same prompts as tools/evaluate.py. The same rows, tokenizer and options give the same bytes; a
 corpus that is already there and was made from the same is kept.
 """
 
@@ -22,7 +22,7 @@ from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.data.corpus_format import corpus_file
 from megatron_replay.data.corpus_writer import CorpusWriter, require_ours, written_files
 from megatron_replay.data.row_formats import CHAT_FORMATS, FORMATS, detect_format, tokenize_row
-from megatron_replay.data.rows import Input, Row, parse_row, read_lines, readable_often
+from megatron_replay.data.rows import Input, parse_row, read_lines, readable_often
 from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, DataError, ReplayError
 from megatron_replay.evaluation.sql.sets import LAYOUTS, read_questions
@@ -39,52 +39,26 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="JSON-lines files, plain or gzip, or pipes; Spider's or BIRD's questions",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        required=True,
-        metavar="PATH",
-        help="Hugging Face directory, or a sentencepiece .model file",
-    )
-    parser.add_argument(
-        "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, …"
-    )
-    parser.add_argument(
-        "--format",
-        default="auto",
-        choices=("auto", *FORMATS, *LAYOUTS),
-        help="of every row; auto: by the keys of the first one",
-    )
-    parser.add_argument(
-        "--on-bad-row",
-        default="error",
-        choices=("error", "skip"),
-        help="skip lists and counts the rows it leaves out",
-    )
-    parser.add_argument(
-        "--ignore-fields",
-        type=lambda names: [name.strip() for name in names.split(",") if name.strip()],
-        default=[],
-        metavar="NAME,...",
-        help="fields of rows and messages to leave out; others that no format reads are refused",
-    )
-    parser.add_argument(
-        "--show", type=int, default=0, metavar="N", help="print N documents, loss tokens marked"
-    )
-    parser.add_argument(
-        "--max-document-tokens",
-        type=int,
-        metavar="N",
-        help="split text rows into documents of at most N tokens",
-    )
+    add = parser.add_argument
+    add("--input", nargs="+", type=Path, required=True, metavar="FILE",
+        help="JSON-lines files, plain or gzip, or pipes; Spider's or BIRD's questions")  # fmt: skip
+    add("--tokenizer", required=True, metavar="PATH",
+        help="Hugging Face directory, or a sentencepiece .model file")  # fmt: skip
+    add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, …")
+    add("--format", default="auto", choices=("auto", *FORMATS, *LAYOUTS),
+        help="of every row; auto: by the keys of the first one")  # fmt: skip
+    add("--on-bad-row", default="error", choices=("error", "skip"),
+        help="skip lists and counts the rows it leaves out")  # fmt: skip
+    add("--ignore-fields", type=_names, default=[], metavar="NAME,...",
+        help="fields of rows and messages to leave out; unread others are refused")  # fmt: skip
+    add("--show", type=int, default=0, metavar="N", help="print N documents, loss tokens marked")
+    add("--max-document-tokens", type=int, metavar="N",
+        help="split text rows into documents of at most N tokens")  # fmt: skip
     return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _require_options(options: argparse.Namespace) -> None:
@@ -105,26 +79,8 @@ def _require_options(options: argparse.Namespace) -> None:
         )
 
 
-def _read_inputs(inputs: Sequence[Input], row_format: str) -> tuple[int, list[dict[str, str]]]:
-    """Number of rows of all inputs, and name and SHA-256 of each."""
-    num_rows, described = 0, []
-    for source in inputs:
-        files = [source.path]
-        if row_format in LAYOUTS:
-            questions = list(read_questions(source.path, row_format))
-            num_rows += len(questions)
-            files += sorted(
-                {question.database for question in questions}
-            )  # prompts have its tables
-        else:
-            num_rows += sum(1 for _ in read_lines(source.path, source.shown))
-        name = source.path.name if source.sha256 is None else "pipe"
-        described.append({"name": name, "sha256": source.sha256 or sha256_of_files(files)})
-    return num_rows, described
-
-
 def _require_output(options: argparse.Namespace, tokenizer: Tokenizer) -> None:
-    """Raise where a file that would be written is also read, or is not ours to replace."""
+    """Raise where an output file is also read, or is not part of a corpus of ours."""
     inputs = [("--input", path) for path in options.input]
     folder = tokenizer.path if tokenizer.path.is_dir() else tokenizer.path.parent
     inputs += [("--tokenizer", folder / name) for name in tokenizer.files]
@@ -133,11 +89,32 @@ def _require_output(options: argparse.Namespace, tokenizer: Tokenizer) -> None:
     require_ours(options.output_prefix)
 
 
+def _lines(inputs: Sequence[Input], row_format: str) -> Iterator[tuple[str, bytes]]:
+    for source in inputs:
+        if row_format not in LAYOUTS:
+            yield from read_lines(source.path, source.shown)
+            continue
+        for question in read_questions(source.path, row_format):
+            row = {"prompt": question.prompt, "completion": question.gold}
+            yield question.where, json.dumps(row).encode()
+
+
+def _described(source: Input, row_format: str) -> dict[str, str]:
+    """Name and SHA-256 of an input; of SQL questions, with their databases, which prompts show."""
+    if source.sha256 is not None:
+        return {"name": "pipe", "sha256": source.sha256}
+    files = [source.path]
+    if row_format in LAYOUTS:
+        questions = read_questions(source.path, row_format)
+        files += sorted({question.database for question in questions})
+    return {"name": source.path.name, "sha256": sha256_of_files(files)}
+
+
 def _row_format(options: argparse.Namespace, inputs: Sequence[Input]) -> str:
-    """The format of every row: as told, or that of the first row that is JSON."""
+    """The format of every row: the flag's, or that of the first row that can be parsed."""
     found: str = options.format
     if found == "auto":
-        found = detect_format(_first_row(options, inputs))
+        found = _first_format(options, inputs)
     if found in LAYOUTS:
         found = "prompt"
     if options.max_document_tokens is not None and found != "text":
@@ -150,24 +127,16 @@ def _row_format(options: argparse.Namespace, inputs: Sequence[Input]) -> str:
     return found
 
 
-def _first_row(options: argparse.Namespace, inputs: Sequence[Input]) -> Row:
+def _first_format(options: argparse.Namespace, inputs: Sequence[Input]) -> str:
     for where, line in _lines(inputs, options.format):
         try:
-            return parse_row(where, line, frozenset(options.ignore_fields))
+            row = parse_row(where, line, frozenset(options.ignore_fields))
         except DataError:
             if options.on_bad_row == "error":
                 raise
+        else:
+            return detect_format(row)
     raise DataError("no row to take the format from", where=inputs[0].shown, fix="Give --format")
-
-
-def _lines(inputs: Sequence[Input], row_format: str) -> Iterator[tuple[str, bytes]]:
-    for source in inputs:
-        if row_format not in LAYOUTS:
-            yield from read_lines(source.path, source.shown)
-            continue
-        for question in read_questions(source.path, row_format):
-            row = {"prompt": question.prompt, "completion": question.gold}
-            yield question.where, json.dumps(row).encode()
 
 
 def _write(
@@ -194,7 +163,7 @@ def _write(
         ) as writer,
     ):
         for where, line in _lines(inputs, options.format):
-            unseen -= {name for name in unseen if _names(line, name)}
+            unseen -= {name for name in unseen if _may_have(line, name)}
             try:
                 row = parse_row(where, line, ignored)
                 document = tokenize_row(row, row_format, tokenizer)
@@ -212,7 +181,7 @@ def _write(
     return num_skipped
 
 
-def _names(line: bytes, field: str) -> bool:
+def _may_have(line: bytes, field: str) -> bool:
     """Whether a line may have ``field``, before it is parsed."""
     spellings = (json.dumps(field, ensure_ascii=ascii) for ascii in (True, False))
     return any(spelling.encode() in line for spelling in spellings)
@@ -233,8 +202,16 @@ def _existing(prefix: str, source: dict[str, Any]) -> Corpus | None:
     return corpus
 
 
+def _show(corpus: Corpus, tokenizer: Tokenizer, count: int) -> None:
+    """Print documents with their loss tokens in green, or in [[double brackets]]."""
+    for i in range(min(count, len(corpus))):
+        document = corpus[i]
+        loss = len(document.eligible_positions())
+        print(f"--- document {i}: {len(document)} tokens, {loss} with loss")
+        print(_marked(document, tokenizer, colour=sys.stdout.isatty()))
+
+
 def _marked(document: Document, tokenizer: Tokenizer, *, colour: bool) -> str:
-    """The decoded document with its loss tokens in green, or in [[double brackets]]."""
     before, after = (_GREEN, _PLAIN) if colour else ("[[", "]]")
     pieces = []
     pairs = zip(document.tokens.tolist(), document.loss_mask.tolist(), strict=True)
@@ -244,28 +221,11 @@ def _marked(document: Document, tokenizer: Tokenizer, *, colour: bool) -> str:
     return "".join(pieces)
 
 
-def _show(corpus: Corpus, tokenizer: Tokenizer, count: int) -> None:
-    for i in range(min(count, len(corpus))):
-        document = corpus[i]
-        loss = len(document.eligible_positions())
-        print(f"--- document {i}: {len(document)} tokens, {loss} with loss")
-        print(_marked(document, tokenizer, colour=sys.stdout.isatty()))
-
-
-def _summary(corpus: Corpus) -> str:
-    about = corpus.description
-    return (
-        f"{about.num_documents} documents ({about.format}), {about.num_tokens} tokens, "
-        f"{about.num_loss_tokens} with loss, longest {corpus.lengths.max()}, "
-        f"fingerprint {about.fingerprint[:12]}"
-    )
-
-
 def run(options: argparse.Namespace) -> None:
     """Write or reuse the corpus, and print samples and a summary line.
 
     Raises:
-        ReplayError: whatever keeps the corpus from being written.
+        ReplayError: the corpus cannot be written.
     """
     _require_options(options)
     tokenizer = load_tokenizer(options.tokenizer)
@@ -273,9 +233,9 @@ def run(options: argparse.Namespace) -> None:
     with ExitStack() as opened:
         beside = corpus_file(options.output_prefix, "json").parent
         inputs = [opened.enter_context(readable_often(path, beside)) for path in options.input]
-        num_lines, described = _read_inputs(inputs, options.format)
+        num_lines = sum(1 for _ in _lines(inputs, options.format))
         source = {
-            "inputs": described,
+            "inputs": [_described(source, options.format) for source in inputs],
             "tokenizer": tokenizer.fingerprint,
             "format": options.format,
             "on_bad_row": options.on_bad_row,
@@ -288,7 +248,12 @@ def run(options: argparse.Namespace) -> None:
             corpus = Corpus(options.output_prefix)
             outcome = f"written, {num_skipped} of {num_lines} rows skipped"
     _show(corpus, tokenizer, options.show)
-    print(f"{options.output_prefix}: {_summary(corpus)}; {outcome}")
+    about = corpus.description
+    print(
+        f"{options.output_prefix}: {about.num_documents} documents ({about.format}), "
+        f"{about.num_tokens} tokens, {about.num_loss_tokens} with loss, "
+        f"longest {corpus.lengths.max()}, fingerprint {about.fingerprint[:12]}; {outcome}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

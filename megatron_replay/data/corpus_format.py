@@ -160,11 +160,9 @@ def read_description(path: Path) -> CorpusDescription:
     if content.pop("checksum", None) != checksum(content):
         raise corpus_error("damaged: its own checksum differs", path)
     kinds = {"int": int, "str": str, "dict[str, Any]": dict, "dict[str, str]": dict}
-    values: dict[str, Any] = {
-        field.name: content.get(field.name) for field in fields(CorpusDescription)
-    }
+    values: dict[str, Any] = {}
     for field in fields(CorpusDescription):
-        value = values[field.name]
+        value = values[field.name] = content.get(field.name)
         if type(value) is not kinds[str(field.type)]:
             raise corpus_error(
                 f"{field.name!r} is damaged", path, expected=field.type, found=repr(value)
