@@ -29,8 +29,9 @@ from megatron_replay.data.packing import (
     document_order,
     fit_documents,
     plan_packs,
+    usable_documents,
 )
-from megatron_replay.data.plan import global_batches, require_iterations, usable_documents
+from megatron_replay.data.sampler import global_batches, require_iterations
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.parallel import data_parallel_size

@@ -1,4 +1,4 @@
-"""Batches made beside the step that uses the one before: a thread, a bound, and no other order.
+"""Makes batches in a thread, ahead of the step that uses them: in the same order, a few at most.
 
 Memory: ``depth`` batches at most, beside the one in use. Of a global batch of T positions, N of
 them selected with C candidates in all, a data-parallel rank holds its share of 25 T + 40 N + 4 C
@@ -29,29 +29,29 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """
     if device.type == "cpu":
         return tensor.to(device)
-    # A thread's own is the first device until it is told; pinning would open a context there.
+    # A thread starts on the first device; pinning without this would open a context there.
     torch.get_device_module(device).set_device(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class _End:
-    """Instead of a batch: why there is none."""
+    """The error that ended the batches, in place of one."""
 
     error: BaseException
 
 
 class Loader(Generic[T]):
-    """``make(step)`` of each of ``steps``, in order, ``depth`` of them at most made ahead.
+    """``make(step)`` of each of ``steps``, in order, at most ``depth`` of them made ahead.
 
-    ``next(loader)`` waits for the next one and raises what its ``make`` raised, so that an error
-    comes up at the step it belongs to; what was made ahead and never asked for is dropped, errors
-    included. To be used as a context manager: leaving the block ends the thread.
+    ``next(loader)`` waits for the next one and raises the error of its ``make``, so an error comes
+    up at the step it belongs to. Batches made ahead and never used are dropped, errors included.
+    Use it as a context manager: leaving the block ends the thread.
 
     Args:
         make: runs in the loader's thread, one call at a time; with depth 0 in ``next``.
-        steps: what to make.
-        depth: 0 takes no thread.
+        steps: the arguments of ``make``.
+        depth: 0 starts no thread.
 
     Attributes:
         waited: seconds that the last ``next`` took.
@@ -115,7 +115,7 @@ class Loader(Generic[T]):
         return made
 
     def _run(self) -> None:
-        """Ends with the first error: what comes after it is nobody's."""
+        """Stop at the first error; later batches are never made."""
         while True:
             self._room.acquire()
             with self._making:

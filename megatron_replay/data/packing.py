@@ -1,8 +1,12 @@
-"""Documents into packs of ``seq_length`` positions, and packs into tensors.
+"""Documents to packs of ``seq_length`` positions, and packs to tensors.
+
+Which tokens are used of each document (``fit_documents``, ``usable_documents``), in which order
+documents come (``document_order``), which of them share a pack (``plan_packs``), and the tensors of
+a few packs (``pack_batch``). All but the last are pure functions of lengths, seeds and the store's
+positions, and read no token.
 
 A document of n tokens occupies n - 1 positions: its inputs are ``tokens[:-1]`` and its labels
-``tokens[1:]``, so no position of a pack predicts across a boundary. Everything before
-``pack_batch`` is a pure function of lengths and seeds and reads no token.
+``tokens[1:]``, so no position of a pack predicts across a boundary.
 
 Shape suffixes: D documents, B packs of a batch (rows), S positions of a pack (seq_length).
 """
@@ -11,17 +15,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import to_device
 from megatron_replay.errors import DataError
 from megatron_replay.functional.packed_attention import Segments, segments_of, segments_to
+from megatron_replay.store import CandidateReader
 
 Pack = npt.NDArray[np.int64]  # ids of the documents of a pack, in order
 
@@ -30,7 +36,7 @@ LONG_DOCUMENTS = ("error", "drop", "truncate")
 
 @dataclass(frozen=True, eq=False)
 class FittedDocuments:
-    """What is used of every document.
+    """The tokens used of every document: its first ones.
 
     Attributes:
         lengths: int32 [D], tokens used of each document; 0 for a dropped one.
@@ -105,7 +111,7 @@ def fit_documents(
 
 
 def report_long_documents(fitted: FittedDocuments, policy: str) -> None:
-    """Say on stderr what ``--long-documents`` left out, if anything."""
+    """Print to stderr what ``--long-documents`` left out, if anything."""
     num_documents = fitted.num_dropped + fitted.num_truncated
     if num_documents:
         print(
@@ -121,20 +127,6 @@ def report_long_documents(fitted: FittedDocuments, policy: str) -> None:
         )
 
 
-def document_order(
-    num_documents: int, *, seed: int, epoch: int, shuffle: bool = True
-) -> npt.NDArray[np.int64]:
-    """The order of documents in ``epoch`` (from 0): a pure function of its arguments.
-
-    Sorting raw Philox words, rather than ``Generator.permutation``, because numpy keeps only the
-    raw streams of its bit generators stable between versions (NEP 19).
-    """
-    if not shuffle:
-        return np.arange(num_documents, dtype=np.int64)
-    words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_documents)
-    return np.argsort(words, kind="stable").astype(np.int64)
-
-
 def without_unread(
     lengths: npt.NDArray[np.int32], stops: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.int32]:
@@ -147,6 +139,67 @@ def without_unread(
         stops: int32 [D], last recorded position plus one (``CandidateReader.stops``).
     """
     return np.where(stops > 0, np.minimum(lengths, stops + 1), 0).astype(np.int32)
+
+
+def usable_documents(
+    config: Stage1Config, corpus: Corpus, reader: CandidateReader | None
+) -> tuple[FittedDocuments, npt.NDArray[np.int32]]:
+    """The documents that Stage 1 may use, and the tokens it computes of each: int32 [D].
+
+    ``--dry-run`` predicts a run with the same function. Under the restricted loss the tokens end
+    with a document's last recorded position.
+
+    Args:
+        reader: the candidate store; None where there is none yet.
+
+    Raises:
+        DataError: nothing is left to learn.
+    """
+    fitted = fit_documents(
+        corpus.lengths, config.data.seq_length, config.data.long_documents, corpus.first_labels
+    )
+    if config.loss.loss != "restricted" or reader is None:
+        return fitted, fitted.lengths
+    recorded = reader.stops() > 0
+    stops = _stops_within(fitted.lengths, reader)
+    if not stops.any():
+        raise DataError(
+            "the store records no position of what is trained on: nothing is left to learn",
+            where=reader.directory,
+            found=f"{int(recorded.sum())} of {len(stops)} documents have a recorded position, and "
+            f"none before --seq-length {config.data.seq_length}",
+            fix="Raise --seq-length to that of Stage 0, or rerun Stage 0 with this run's",
+        )
+    num_unlabelled = int((recorded & (fitted.lengths > 0) & (stops == 0)).sum())
+    return replace(fitted, num_unlabelled=num_unlabelled), without_unread(fitted.lengths, stops)
+
+
+def _stops_within(lengths: npt.NDArray[np.int32], reader: CandidateReader) -> npt.NDArray[np.int32]:
+    """Last recorded position that predicts one of the tokens used, plus one; 0 where none does.
+
+    Reads the records of those documents only of which less is used than Stage 0 recorded.
+    """
+    stops = reader.stops()
+    stops[lengths == 0] = 0
+    for document in np.flatnonzero((stops >= lengths) & (stops > 0)).tolist():
+        positions = reader[document].positions
+        left = positions[positions + 1 < lengths[document]]
+        stops[document] = left[-1] + 1 if len(left) else 0
+    return stops
+
+
+def document_order(
+    num_documents: int, *, seed: int, epoch: int, shuffle: bool = True
+) -> npt.NDArray[np.int64]:
+    """The order of documents in ``epoch`` (from 0): a pure function of its arguments.
+
+    Sorting raw Philox words, rather than ``Generator.permutation``, because numpy keeps only the
+    raw streams of its bit generators stable between versions (NEP 19).
+    """
+    if not shuffle:
+        return np.arange(num_documents, dtype=np.int64)
+    words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_documents)
+    return np.argsort(words, kind="stable").astype(np.int64)
 
 
 def plan_packs(
@@ -183,7 +236,7 @@ def plan_packs(
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """A micro-batch. Attention must stay inside a document: ``document_BS`` says which.
+    """A micro-batch. Attention must stay inside a document, named by ``document_BS``.
 
     Attributes:
         tokens_BS: int64, inputs; the padding token behind the last document.
@@ -191,7 +244,7 @@ class PackedBatch:
         loss_mask_BS: bool, the label carries loss; False at padding.
         document_BS: int32, document id; -1 at padding.
         position_BS: int32, position inside the document; 0 at padding.
-        segments: how attention takes each pack apart.
+        segments: where attention separates the documents of each pack.
     """
 
     tokens_BS: torch.Tensor

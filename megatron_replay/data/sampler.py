@@ -7,6 +7,7 @@ from bisect import bisect_right
 import numpy as np
 import numpy.typing as npt
 
+from megatron_replay.config import Stage1Config
 from megatron_replay.data.packing import Pack, document_order, plan_packs
 from megatron_replay.errors import ConfigError
 
@@ -25,7 +26,7 @@ class GlobalBatches:
     Args:
         lengths: int32 [D], tokens used of each document (``fit_documents``).
         seq_length: positions of a pack.
-        epochs: passes over the documents; None: as many as are asked for, so no batch is padded.
+        epochs: passes over the documents; None: without an end, so no batch is padded.
         pack_documents: False gives each document a pack of its own.
 
     Raises:
@@ -105,3 +106,34 @@ class GlobalBatches:
             self._count_epoch()
         epoch = bisect_right(self._first_pack, i) - 1
         return self._plan(epoch)[i - self._first_pack[epoch]]
+
+
+def global_batches(
+    config: Stage1Config, lengths: npt.NDArray[np.int32], *, dp_rank: int, dp_size: int
+) -> GlobalBatches:
+    """The batches of a whole run: of --train-epochs, or without an end under --train-iters."""
+    training = config.training
+    return GlobalBatches(
+        lengths,
+        seq_length=config.data.seq_length,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=config.data.micro_batch_size,
+        seed=training.seed,
+        epochs=None if training.train_iters is not None else training.train_epochs or 1,
+        pack_documents=config.data.pack_documents,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    )
+
+
+def require_iterations(config: Stage1Config, train_iters: int) -> None:
+    """Raise ConfigError unless the run continues after its warm-up."""
+    warmup = config.optimizer.lr_warmup_iters
+    if warmup >= train_iters:
+        raise ConfigError(
+            "the warm-up is as long as the run",
+            where="--lr-warmup-iters",
+            expected=f"below the run's {train_iters} iterations",
+            found=warmup,
+            fix="Shorten it, or lower --global-batch-size or --seq-length for more iterations",
+        )
