@@ -16,6 +16,7 @@ from matplotlib.image import imread
 from examples.replicate import curves, plan, report, tables
 from examples.replicate.results import read_rows, row_of_model, write_rows
 from megatron_replay.errors import DataError
+from tests.markdown import parsed, table
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
 
@@ -49,13 +50,6 @@ def curve_rows(method: str, seed: int, *points: tuple[float, float]) -> list[dic
         row(method, seed, shop=x, change=y, lr=(i + 1) * 1e-4, tables="sweep")
         for i, (x, y) in enumerate(points)
     ]
-
-
-def parsed(markdown: str) -> list[dict[str, str]]:
-    header, _, *lines = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()
-    )
-    return [dict(zip(header, line, strict=True)) for line in lines]
 
 
 def test_rows_are_written_and_read_again(tmp_path: Path) -> None:
@@ -232,9 +226,8 @@ def test_the_page_s_numbers_come_from_the_committed_rows(tmp_path: Path) -> None
     given = ["--rows", str(EVIDENCE / "rows.csv"), "--output-dir", str(tmp_path / "out")]
     assert report.main(given) == report.main(given) == 0
     text = (tmp_path / "out" / "tables.md").read_text()
-    first = text.partition("## Table 1: domain scores (competent, small)\n\n")[2]
-    lines = {line["method"]: line for line in parsed(first.partition("\n\n")[0])}
-    assert lines["AdamW (SFT)"]["domain mean, %"] == "71.1 ± 0.5"
+    _, adamw, *_ = table(text, "Table 1: domain scores (competent, small)")
+    assert (adamw["method"], adamw["domain mean, %"]) == ("AdamW (SFT)", "71.1 ± 0.5")
     for name in ("forgetting-small.png", "forgetting-large.png"):
         image = imread(tmp_path / "out" / name)
         assert image.shape[1] >= 1000
