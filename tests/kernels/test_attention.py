@@ -42,8 +42,8 @@ class Rows:
 
 @pytest.fixture
 def module(monkeypatch):
-    """The form, on the operator of the newest recorded torch_npu."""
-    operator = fusion_attention.operator(fusion_attention.RECORD["versions"][-1])
+    """The ascend backend, on a stand-in for torch_npu's operator."""
+    operator = fusion_attention.npu_fusion_attention
     stub = types.SimpleNamespace(npu_fusion_attention=operator)
     monkeypatch.setitem(sys.modules, "torch_npu", stub)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
@@ -149,46 +149,6 @@ def test_more_documents_than_a_call_takes(module, monkeypatch):
 def test_ends_lead_from_document_to_document_and_reach_the_last_position(shared):
     segments = segments_of([[0, 5, 12], [0], [0, 1, 2, 8]], LENGTH, shared=shared)
     assert document_ends(segments, LENGTH) == [5, 12, 24, 25, 26, 32, 36]
-
-
-WRONG = {
-    "name": ({"actual_seq_len": [LENGTH]}, "actual_seq_len"),
-    "tensor": ({"actual_seq_qlen": torch.tensor([LENGTH])}, "actual_seq_qlen"),
-    "short": ({"actual_seq_kvlen": [LENGTH - 1]}, "ends"),
-    "heads": ({"head_num": HEADS + 1}, "head_num"),
-    "layout": ({"input_layout": "SBH"}, "layout"),
-    "mask": ({"atten_mask": torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)}, "mask"),
-    "lower": ({"atten_mask": torch.ones(2048, 2048, dtype=torch.bool).tril()}, "mask"),
-    "none": ({"atten_mask": None}, "mask"),
-    "mode": ({"sparse_mode": 0}, "stand-in"),
-    "many": (dict.fromkeys(("actual_seq_qlen", "actual_seq_kvlen"), [LENGTH] * 1025), "documents"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_the_stand_in_refuses_what_the_operator_is_not_given(module, case):
-    other, says = WRONG[case]
-    query, key, value = (x.detach().flatten(0, 1) for x in operands(1, 2))
-    right = {
-        "head_num": HEADS, "input_layout": "TND", "atten_mask": module._masked(query.device),
-        "actual_seq_qlen": [LENGTH], "actual_seq_kvlen": [LENGTH], "sparse_mode": 3,
-    }  # fmt: skip
-    operator = sys.modules["torch_npu"].npu_fusion_attention
-    operator(query, key, value, **right)
-    with pytest.raises(RuntimeError, match=says):
-        operator(query, key, value, **right | other)
-
-
-def test_the_last_query_sees_the_last_key_where_lengths_differ(module):
-    """As mode 3 is documented; what tells it from mode 2."""
-    query, key, value = (x.detach().flatten(0, 1) for x in operands(1, 4))
-    out = sys.modules["torch_npu"].npu_fusion_attention(
-        query[-2:], key, value, HEADS, "TND", atten_mask=module._masked(query.device), scale=SCALE,
-        actual_seq_qlen=[2], actual_seq_kvlen=[LENGTH], sparse_mode=3,
-    )[0]  # fmt: skip
-    whole = [x[:, None].double() for x in (query, key, value)]
-    expected = attention_by_position(*whole, [[0, LENGTH]], scale=SCALE)[-2:, 0]
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_torch_elsewhere_and_the_reason():

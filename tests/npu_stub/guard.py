@@ -1,9 +1,9 @@
-"""Keeps account of which tensors would lie on an NPU, and of what an NPU would not do with them.
+"""Records which tensors would be on an NPU, and which operators an NPU would refuse for them.
 
-All of them are on the CPU. A function mode sends whatever asks for "npu" or "cuda" to the CPU,
-marks the storage, and answers for marked tensors when asked for their device; a dispatch mode
-carries the mark from the operands of every operator, in backward too, to its results, and holds
-operators and collectives against the rules. Not seen: anything that happens within a C++ operator.
+All tensors are on the CPU. A function mode replaces the devices "npu" and "cuda" by the CPU, marks
+the storage, and reports "npu:0" as the device of marked tensors. A dispatch mode passes the mark
+from the operands of every operator to its results, in backward too, and checks operators and
+collectives against tests.npu_stub.rules. It sees nothing that happens within a C++ operator.
 """
 
 from __future__ import annotations
@@ -15,41 +15,46 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_iter
 
 from tests.npu_stub import rules
 
 ROOT = Path(__file__).parents[2]
-#: Both take operands from two devices: they are how data moves.
+#: Copies, which take operands from two devices.
 MOVES = {"aten::copy_", "aten::_to_copy", "aten::_copy_from"}
 _DEVICES = ("npu", "cuda")
+#: Properties of tensors on the NPU.
+_ANSWERS = {
+    "device": torch.device("privateuseone", 0), "is_cuda": True, "is_npu": True, "is_cpu": False,
+}  # fmt: skip
 _KEYWORDS = ("device", "map_location")
 _OBJECTS = ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list")
-#: These speak of devices and make no tensor.
+#: Functions that take a device and make no tensor.
 _NAMING = ("device", "_parse_to")
 
 
 def on_npu(tensor: Tensor) -> bool:
-    """Whether it would lie on an NPU."""
+    """Whether the tensor would be on an NPU."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
         return False
     return getattr(torch._C.TensorBase.untyped_storage(tensor), "npu", False)
 
 
 def mark(tensor: Tensor, npu: bool = True) -> None:
-    """Let it lie on the NPU, or on the host, with all that shares its storage."""
+    """Place the tensor, and all that share its storage, on the NPU or on the host."""
     torch._C.TensorBase.untyped_storage(tensor).npu = npu  # type: ignore[attr-defined]
 
 
 def caller() -> str:
-    """File and function of the innermost frame of this project's package or of megatron-core.
+    """File and function of the innermost frame of this package or of megatron-core.
 
-    And torch's function in between, where it is one that sends objects.
+    Adds torch's function in between, where it is one that sends objects.
     """
     frame, way = sys._getframe(1), ""
     while frame is not None:
@@ -65,7 +70,7 @@ def caller() -> str:
 
 
 class Guard:
-    """``with guard:`` around what is to run as if on an NPU; then read ``found``.
+    """``with guard:`` around what runs as if on an NPU, new threads and backward included.
 
     Attributes:
         found: how often each (rule, place) was broken.
@@ -73,11 +78,12 @@ class Guard:
 
     def __init__(self) -> None:
         self.found: Counter[tuple[str, str]] = Counter()
-        self._modes = (_Devices(self._add), _Operators(self._add))
+        self._stack = contextlib.ExitStack()
 
-    @contextlib.contextmanager
-    def everywhere(self) -> Iterator[Guard]:
-        """``with guard.everywhere():`` also guards threads started meanwhile, and backward."""
+    def _add(self, rule: str) -> None:
+        self.found[rule, caller()] += 1
+
+    def __enter__(self) -> Guard:
         run, backward = threading.Thread.run, torch.autograd._engine_run_backward
 
         def guarded_thread(thread: threading.Thread) -> None:
@@ -88,29 +94,20 @@ class Guard:
             with _Devices(self._add):  # torch calls it with function modes off
                 return backward(*args, **kwargs)
 
-        threading.Thread.run = guarded_thread  # type: ignore[method-assign]
-        torch.autograd._engine_run_backward = guarded_backward
-        try:
-            with self:
-                yield self
-        finally:
-            threading.Thread.run = run  # type: ignore[method-assign]
-            torch.autograd._engine_run_backward = backward
-
-    def _add(self, rule: str) -> None:
-        self.found[rule, caller()] += 1
-
-    def __enter__(self) -> Guard:
-        for mode in self._modes:
-            mode.__enter__()
+        for owner, name, value in (
+            (threading.Thread, "run", guarded_thread),
+            (torch.autograd, "_engine_run_backward", guarded_backward),
+        ):
+            self._stack.enter_context(mock.patch.object(owner, name, value))
+        self._stack.enter_context(_Devices(self._add))
+        self._stack.enter_context(_Operators(self._add))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
+        self._stack.close()
 
 
-def _asks_for(value: Any, *, keyword: bool = False) -> str | None:
+def _named_device(value: Any, *, keyword: bool = False) -> str | None:
     """The kind of device an argument names; None if it names none."""
     if isinstance(value, torch.device):
         return value.type
@@ -134,12 +131,8 @@ class _Devices(TorchFunctionMode):
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if first is not None and on_npu(first):
             owner = getattr(getattr(function, "__self__", None), "__name__", "")
-            if name == "__get__" and owner == "device":
-                return torch.device("npu", 0)
-            if name == "__get__" and owner in ("is_cuda", "is_npu"):
-                return True
-            if name == "__get__" and owner == "is_cpu":
-                return False
+            if name == "__get__" and owner in _ANSWERS:
+                return _ANSWERS[owner]
             if name == "type" and len(args) == 1 and not kwargs:
                 return function(*args).replace("torch.", "torch.npu.")
             if name in ("numpy", "__array__", "pin_memory"):
@@ -160,23 +153,22 @@ class _Devices(TorchFunctionMode):
     def _moved(
         self, function: Any, name: str, first: Tensor | None, args: tuple[Any, ...], kwargs: Any
     ) -> Any:
-        """Call with "cpu" for every device, and mark the result."""
-        named = [kwargs[word] for word in _KEYWORDS if kwargs.get(word) is not None]
-        wanted = next((kind for x in named if (kind := _asks_for(x, keyword=True))), None)
-        positional = args[1:] if first is not None else args
-        wanted = wanted or next((kind for x in positional if (kind := _asks_for(x))), None)
+        """Calls the function with "cpu" for every device, and marks the result."""
+        kinds = [_named_device(kwargs.get(word), keyword=True) for word in _KEYWORDS]
+        kinds += [_named_device(x) for x in (args[1:] if first is not None else args)]
+        wanted = next(filter(None, kinds), None)
         if name == "cpu":
             wanted = "cpu"
         if wanted in _DEVICES:
             kwargs = {k: "cpu" if k in _KEYWORDS else x for k, x in kwargs.items()}
-            args = tuple("cpu" if _asks_for(x) in _DEVICES else x for x in args)
+            args = tuple("cpu" if _named_device(x) in _DEVICES else x for x in args)
         result = function(*args, **kwargs)
         if name == "new_tensor" and wanted is None and first is not None:
             mark(result, on_npu(first))
         if wanted in (*_DEVICES, "cpu") and isinstance(result, Tensor):
             npu = wanted in _DEVICES
             if first is not None and on_npu(first) is not npu and _shares(result, first):
-                result = torch.clone(result)  # the move that a CPU has no need of
+                result = torch.clone(result)  # on a CPU, to() copies nothing
             mark(result, npu)
         return result
 
@@ -215,6 +207,3 @@ class _Operators(TorchDispatchMode):
                 if x.layout is torch.strided and x.untyped_storage()._cdata not in before:
                     mark(x)
         return result
-
-
-__all__ = ["Guard", "mark", "on_npu", "tree_map"]

@@ -1,7 +1,7 @@
 """Runs both stages as on NPUs, in a fresh interpreter: python -m tests.npu_stub.journey FOLDER.
 
-FOLDER holds a checkpoint and a corpus. NPU_STUB_ALL=1 adds the optimizers that are compared with.
-Every rank is forked once all is imported; what the guard finds goes to FOLDER/found.json.
+FOLDER holds a checkpoint and a corpus. Every rank is forked after all imports; the guard's findings
+go to FOLDER/found.json.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from megatron_replay.platform import select
+from tests.npu_stub import fusion_attention, operators
+from tests.npu_stub.guard import Guard
 
 #: Stage, arguments, and TP and PP.
 Job = tuple[str, list[Any], tuple[int, int]]
@@ -27,7 +29,6 @@ Job = tuple[str, list[Any], tuple[int, int]]
 
 def _rank(rank: int, world: int, port: int, folder: Path, stage: str, argv: list[str]) -> None:
     from megatron_replay import stage0, stage1
-    from tests.npu_stub.guard import Guard
 
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
@@ -36,12 +37,11 @@ def _rank(rank: int, world: int, port: int, folder: Path, stage: str, argv: list
     torch.set_num_threads(1)
     guard, code = Guard(), 1
     try:
-        with guard.everywhere():
+        with guard:
             code = {"stage0": stage0.main, "stage1": stage1.main}[stage](argv)
     except BaseException:
         traceback.print_exc()
-    found = [[rule, place, count] for (rule, place), count in guard.found.items()]
-    answer = {"code": code, "found": found, "calls": torch.npu.calls}  # type: ignore[attr-defined]
+    answer = {"code": code, "found": list(guard.found), "attention": fusion_attention.calls}
     (folder / f"rank-{rank}.json").write_text(json.dumps(answer))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -49,9 +49,8 @@ def _rank(rank: int, world: int, port: int, folder: Path, stage: str, argv: list
 
 
 def run(folder: Path, stage: str, argv: list[Any], layout: tuple[int, int]) -> list[dict[str, Any]]:
-    """What each rank found."""
+    """Run one job; return the answer of each rank."""
     tp, pp = layout
-    world = tp * pp
     assert os.listdir("/proc/self/task") == [str(os.getpid())], "a fork beside threads may hang"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,57 +61,40 @@ def run(folder: Path, stage: str, argv: list[Any], layout: tuple[int, int]) -> l
         "--pipeline-model-parallel-size", str(pp),
     ]  # fmt: skip
     ranks = [
-        context.Process(target=_rank, args=(r, world, port, folder, stage, flags))
-        for r in range(world)
+        context.Process(target=_rank, args=(r, tp * pp, port, folder, stage, flags))
+        for r in range(tp * pp)
     ]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join()
-    return [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(world)]
+    return [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(tp * pp)]
 
 
 def jobs(folder: Path) -> list[Job]:
-    """Both stages, by TP and by PP, two optimizers, two scopes, every tail, saved and resumed."""
+    """Both stages, by TP and by PP, every optimizer, loss, scope and tail, saved and resumed."""
     inputs = ["--load", folder / "model", "--data-path", folder / "corpus", "--seq-length", 64]
     train = [
         *inputs, "--store", folder / "store", "--lr", 1e-3, "--global-batch-size", 2,
         "--probe-interval", 2, "--probe-documents", 4, "--exit-interval", 2,
     ]  # fmt: skip
-    bf16 = ["--save", folder / "moclip", "--bf16", "--sequence-parallel"]
-    bf16 += ["--tail", "ghost"]
+    bf16 = [*train, "--save", folder / "moclip", "--bf16", "--sequence-parallel"]
     document = ["--candidate-scope", "document", "--tail", "ghost", "--kl-weight", 1]
-    chosen: list[Job] = [
+
+    def other(name: str) -> list[Any]:
+        return [*train, "--save", folder / name, "--optimizer", name]
+
+    return [
         ("stage0", [*inputs, "--store", folder / "one"], (1, 1)),
         ("stage0", [*inputs, "--store", folder / "store", "--store-logits", "fp16"], (2, 1)),
-        ("stage1", [*train, *bf16], (2, 1)),
-        ("stage1", [*train, *bf16, "--exit-interval", 3], (2, 1)),
-        ("stage1", [*train, *document, "--save", folder / "adamw", "--optimizer", "adamw"], (1, 2)),
+        ("stage1", bf16, (2, 1)),
+        ("stage1", [*bf16, "--exit-interval", 3], (2, 1)),
+        ("stage1", [*other("adamw"), *document], (1, 2)),
+        ("stage1", [*other("mofo"), "--loss", "full"], (2, 1)),
+        ("stage1", other("muonclip"), (2, 1)),
+        ("stage1", other("adamuon"), (2, 1)),
+        ("stage1", other("tam"), (1, 1)),
     ]
-    if os.environ.get("NPU_STUB_ALL"):
-        more = [["--optimizer", name] for name in ("mofo", "tam", "adamuon", "muonclip")]
-        for flags in (*more, ["--loss", "full"]):
-            chosen.append(("stage1", [*train, *flags, "--save", folder / flags[1]], (2, 1)))
-    return chosen
-
-
-def misdeeds() -> list[str]:
-    """What the guard finds where it is known what there is to find."""
-    from tests.npu_stub.guard import Guard
-
-    guard = Guard()
-    with guard.everywhere():
-        there = torch.ones(4, device="npu:0")
-        there.cpu().numpy()
-        there.numpy()
-        there + torch.ones(4)
-        there + 1 + torch.ones(())
-        there.to("cpu") + torch.ones(4)
-        there.topk(2, sorted=False)
-        # In backward: the gradient of a product is a product with the other operand.
-        weight = torch.ones(4, device="npu", requires_grad=True)
-        _Misplaced.apply(weight).sum().backward()
-    return [rule for rule, _ in guard.found]
 
 
 class _Misplaced(torch.autograd.Function):
@@ -126,62 +108,57 @@ class _Misplaced(torch.autograd.Function):
         return grad * torch.ones(4)
 
 
-def wrong_calls() -> list[str]:
-    """What torch.npu answers to calls it has not."""
-    npu, names = torch.get_device_module("npu"), []
-    for call in (
-        lambda: npu.no_such_function(), lambda: npu.set_device(), lambda: npu.manual_seed(1, 2),
-    ):  # fmt: skip
-        try:
-            call()
-        except Exception as error:
-            names.append(type(error).__name__)
-    return names
+def misdeeds() -> list[str]:
+    """The guard's findings for mistakes made on purpose."""
+    with Guard() as guard:
+        there = torch.ones(4, device="npu:0")
+        there.cpu().numpy()
+        there.numpy()
+        there + torch.ones(4)
+        there + 1 + torch.ones(())
+        there.to("cpu") + torch.ones(4)
+        there.topk(2, sorted=False)
+        there.int().sort()
+        # In backward: the gradient of a product is a product with the other operand.
+        _Misplaced.apply(torch.ones(4, device="npu", requires_grad=True)).sum().backward()
+    return [rule for rule, _ in guard.found]
 
 
-def doctor() -> list[tuple[str, str]]:
-    """What tools/doctor.py says of two NPUs, and of the head on one."""
-    from tests.npu_stub.guard import Guard
+def doctor() -> list[Any]:
+    """The findings of tools/doctor.py about two NPUs and the head on one, and the guard's."""
     from tools.doctor import collective, head_smoke
 
-    guard, npu = Guard(), select("npu")
-    with guard.everywhere():
+    npu = select("npu")
+    with Guard() as guard:
         found = [collective(npu, method="fork"), head_smoke(npu)]
     return [(finding.status, finding.found) for finding in found] + list(guard.found)
 
 
-def main() -> int:
-    """Run them all."""
+def main() -> None:
     folder = Path(sys.argv[1])
-    warnings.simplefilter("ignore")  # as in a run: deprecations are not a user's affair
+    warnings.simplefilter("ignore")  # as in a run
     select("npu").prepare(0)
     import megatron_replay.collection.run
     import megatron_replay.training.loop  # noqa: F401
-    from tests.npu_stub import operators
 
     sys.modules["megatron_replay.kernels._ascend"] = operators.module()
-
     total: collections.Counter[tuple[str, str]] = collections.Counter()
-    codes, calls = [], collections.Counter()
+    codes, attention = [], 0
     for stage, argv, layout in jobs(folder):
         for answer in run(folder, stage, argv, layout):
             codes.append(answer["code"])
-            calls.update(answer["calls"])
-            for rule, place, count in answer["found"]:
-                total[rule, place] += count
-    found = [[rule, place, count] for (rule, place), count in sorted(total.items())]
+            attention += answer["attention"]
+            total.update(map(tuple, answer["found"]))
     answer = {
         "codes": codes,
-        "found": found,
-        "calls": calls,
+        "attention": attention,
+        "found": sorted(total),
         "doctor": doctor(),
         "misdeeds": misdeeds(),
-        "wrong_calls": wrong_calls(),
-        "modules": [name for name in sys.modules if "mindspeed" in name],
+        "mindspeed": [name for name in sys.modules if "mindspeed" in name],
     }
     (folder / "found.json").write_text(json.dumps(answer, indent=1))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,4 @@
-"""What NPUs do not do, or do on their slow scalar processor (AICPU): one line a rule."""
+"""What NPUs refuse, or run on their slow scalar processor (AICPU): one rule a line."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 FP64, FP32, BF16, INT64 = torch.float64, torch.float32, torch.bfloat16, torch.int64
-#: What HCCL sums.
+#: Dtypes that HCCL sums.
 REDUCED = (BF16, torch.float16, FP32, torch.int32, INT64, torch.bool)
-#: Operators and the dtypes that they do not take.
+#: Operators, with the dtypes that they refuse.
 REFUSED = {
     "aten::sort": (FP64,),
     "aten::argsort": (BF16,),
@@ -22,19 +22,19 @@ REFUSED = {
 }
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, INT64)
 _TENSOR_COLLECTIVES = ("_allgather_base_", "_reduce_scatter_base_")
-#: World sizes that ``*_into_tensor`` and ``*_tensor`` do not take.
+#: World sizes that ``*_into_tensor`` and ``*_tensor`` refuse.
 _ODD_WORLDS = (3, 5, 6, 7)
 
 
 def of_function(name: str, args: tuple[Any, ...]) -> str | None:
-    """The rule that a function of torch breaks; it may consist of operators that break none."""
+    """The rule that a torch function breaks, even where none of its operators does; or None."""
     if name == "take_along_dim" and args[0].dtype is not FP32:
         return f"take_along_dim of {args[0].dtype}"
     return None
 
 
 def of_operator(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The rule that an operator or a collective breaks for these operands."""
+    """The rule that an operator or a collective breaks for these operands; None where none."""
     if name.startswith("c10d::"):
         return _of_collective(name.removeprefix("c10d::"), args)
     first = next((x for x in args if isinstance(x, Tensor)), None)

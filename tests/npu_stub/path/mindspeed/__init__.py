@@ -1,3 +1,3 @@
-"""Stands for MindSpeed where it is installed; nothing of ours imports it."""
+"""Stands for an installed MindSpeed, which nothing of ours imports."""
 
 raise RuntimeError("mindspeed was imported")

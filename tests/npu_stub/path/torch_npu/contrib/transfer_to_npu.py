@@ -1,7 +1,7 @@
-"""What torch_npu's module of this name does to torch, as far as it concerns us.
+"""The effects of torch_npu's module of this name that matter here.
 
-torch.cuda's functions become torch.npu's, nccl becomes hccl, Tensor.cuda becomes Tensor.npu,
-torch.jit.script does nothing. Devices named "cuda" are tests.npu_stub.guard's affair.
+torch.cuda's functions become torch.npu's, nccl becomes hccl, Tensor.cuda becomes Tensor.npu, and
+torch.jit.script does nothing. tests.npu_stub.guard handles devices named "cuda".
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import warnings
 
 import torch
 import torch.distributed as dist
-
 import torch_npu
 
-warnings.filterwarnings(action="once")  # as torch_npu does, for better or worse
+warnings.filterwarnings(action="once")  # as torch_npu does
 warnings.warn("torch.cuda.* are replaced with torch.npu.* now..", ImportWarning, stacklevel=2)
-for _name in torch_npu.npu.__all__:
+for _name in torch_npu.npu.NAMES:
     setattr(torch.cuda, _name, getattr(torch_npu.npu, _name))
 torch.cuda.default_generators = torch_npu.npu.default_generators
 torch.Tensor.cuda = torch.Tensor.npu

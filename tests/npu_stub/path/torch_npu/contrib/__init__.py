@@ -1,1 +1,0 @@
-"""As torch_npu.contrib."""
