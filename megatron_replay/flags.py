@@ -52,7 +52,7 @@ def parse(root: type[Config], argv: Sequence[str], *, program: str) -> Invocatio
     control = parser.add_mutually_exclusive_group()
     control.add_argument("--print-config", action="store_true", help="print the result and leave")
     control.add_argument(
-        "--dry-run", action="store_true", help="check the layout, estimate memory and disk, leave"
+        "--dry-run", action="store_true", help="check the layout, estimate memory, leave"
     )
     sections = _sections(root)
     for name, section in sections.items():
@@ -75,19 +75,7 @@ def parse(root: type[Config], argv: Sequence[str], *, program: str) -> Invocatio
         )
         _require_all(section, values)
         branches[name] = section(**values)
-    if not dry_run:
-        _refuse_dry_run_only(flags)
     return Invocation(root(**branches), shown, dry_run)
-
-
-def _refuse_dry_run_only(flags: dict[str, Any]) -> None:
-    """A file may hold what only --dry-run reads; on the command line it is meant for this run."""
-    if "device_memory_gib" in flags:
-        raise ConfigError(
-            "only --dry-run reads it",
-            where=flag_name("device_memory_gib"),
-            fix="Leave it out, or add --dry-run",
-        )
 
 
 def to_yaml(config: Any) -> str:

@@ -89,7 +89,6 @@ def test_boolean_flags_can_be_negated():
         ),
         (["--general-documents", "9"], "as only --general-data-path uses it"),
         (["--loss", "full", "--probe-interval", "0"], "--store: unusable value (expected nothing"),
-        (["--device-memory-gib", "9"], "--device-memory-gib: only --dry-run reads it"),
         (["--print-config", "--dry-run"], "not allowed with argument"),
         (
             ["--sequence-parallel", "--tensor-model-parallel-size", "3"],

@@ -16,15 +16,10 @@ class ParallelConfig(Section):
     sequence_parallel: bool = option("shard activations along the sequence over TP", False)
     platform: str = option("auto, or the name of a platform (cpu, ...)", "auto")
     distributed_timeout_minutes: float = option("minutes a collective may wait for a rank", 10.0)
-    device_memory_gib: float | None = option(
-        "--dry-run only: memory of a device; names the largest micro-batch that fits", None
-    )
 
     def _check(self) -> None:
         self.require_positive("tensor_model_parallel_size", "pipeline_model_parallel_size")
         self.require_between(0.01, 7 * 24 * 60, "distributed_timeout_minutes")
-        memory = self.device_memory_gib
-        self.require(memory is None or memory > 0, "device_memory_gib", "a number above 0")
         self.require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "sequence_parallel",

@@ -128,7 +128,7 @@ def test_print_config_and_dry_run_need_no_ranks(folder, tmp_path, capsys):
     assert "memory per device" in out
     store = ["--store", str(tmp_path / "new")]
     assert stage0.main([*map(str, inputs(folder)), *store, "--dry-run"]) == 0
-    assert "disk for the store" in capsys.readouterr().out
+    assert "memory per device" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "new").exists()
 
