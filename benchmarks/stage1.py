@@ -42,7 +42,6 @@ from megatron_replay.config import (
     OptimizerConfig,
     ParallelConfig,
     ProbeConfig,
-    ProgressConfig,
     Stage1Config,
     TrainingConfig,
 )
@@ -194,7 +193,6 @@ class Ours:
             optimizer=self.settings,
             training=TrainingConfig(save="", global_batch_size=size),
             probe=ProbeConfig(probe_interval=0),
-            progress=ProgressConfig(),
         )
         vocab_size = self.model.shape.vocab_size
         return WorkMaker(

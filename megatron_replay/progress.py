@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and ETA, or a plain line every few seconds."""
+"""Progress of long work: a bar with rate and ETA, or a plain line every ten seconds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import IO
 
 from tqdm import tqdm
 
+#: Between lines where the output is not a terminal.
+_LINE_SECONDS = 10.0
+
 
 def _clock(seconds: float) -> str:
     minutes, secs = divmod(int(seconds), 60)
@@ -17,15 +20,14 @@ def _clock(seconds: float) -> str:
 
 
 class Progress:
-    """Count ``total`` units of work and show it.
+    """Counts units of work and shows how many are done.
 
     Args:
         description: what is being done.
         total: units in all.
         unit: name of a unit, in the plural ("documents").
-        initial: units already done by an earlier run; they do not count into the rate.
-        interval: seconds between lines when ``stream`` is no terminal.
-        enabled: False on all ranks but one.
+        initial: units that an earlier run has done; the rate leaves them out.
+        enabled: False on every rank but one, which stay silent.
     """
 
     def __init__(
@@ -35,12 +37,11 @@ class Progress:
         unit: str,
         *,
         initial: int = 0,
-        interval: float = 10.0,
         enabled: bool = True,
         stream: IO[str] | None = None,
     ) -> None:
         self.description, self.total, self.unit = description, total, unit
-        self.done, self._initial, self._interval = initial, initial, interval
+        self.done, self._initial = initial, initial
         self._stream = sys.stderr if stream is None else stream
         self._enabled = enabled
         self._start = self._last_line = time.monotonic()
@@ -56,7 +57,7 @@ class Progress:
             )
 
     def advance(self, units: int = 1, note: str = "") -> None:
-        """Count ``units`` more; ``note`` (a loss, say) is shown beside the count."""
+        """Count ``units`` more, and show ``note`` (a loss, say) with them."""
         self.done += units
         if not self._enabled:
             return
@@ -64,7 +65,7 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(units)
-        elif time.monotonic() - self._last_line >= self._interval or self.done == self.total:
+        elif time.monotonic() - self._last_line >= _LINE_SECONDS or self.done == self.total:
             self._last_line = time.monotonic()
             print(self.line(note), file=self._stream, flush=True)
 

@@ -266,7 +266,7 @@ def test_line(clock):
     ],
 )
 def test_rates_and_times(clock, seconds, done, expected):
-    bar = Progress("train", 8, "steps", stream=io.StringIO(), interval=1e9)
+    bar = Progress("train", 8, "steps", stream=io.StringIO())
     clock[0] += seconds
     bar.advance(done)
     assert bar.line() == f"train: {expected}"

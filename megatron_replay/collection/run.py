@@ -91,7 +91,6 @@ def _write_shards(
         num_documents,
         f"documents (1 of {groups.dp_size} replicas)" if groups.dp_size > 1 else "documents",
         enabled=groups.writer,
-        interval=config.progress.progress_interval,
     ) as progress:
         for shard in shards:
             documents = writer.description.documents(shard)

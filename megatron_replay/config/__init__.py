@@ -11,7 +11,6 @@ from megatron_replay.config.shared import (
     DataConfig,
     ModelConfigSource,
     ParallelConfig,
-    ProgressConfig,
 )
 from megatron_replay.config.stage0 import CandidatesConfig, Stage0Config
 from megatron_replay.config.stage1 import LossConfig, ProbeConfig, Stage1Config, TrainingConfig
@@ -24,7 +23,6 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "ProbeConfig",
-    "ProgressConfig",
     "Section",
     "Stage0Config",
     "Stage1Config",

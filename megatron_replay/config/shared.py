@@ -1,4 +1,4 @@
-"""What both stages can be told: layout, model, data, progress."""
+"""The settings of both stages: layout, model, data."""
 
 from __future__ import annotations
 
@@ -54,16 +54,6 @@ class DataConfig(Section):
     def _check(self) -> None:
         self.require_between(1, 1 << 22, "seq_length")
         self.require_between(1, 1 << 16, "micro_batch_size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProgressConfig(Section):
-    """What is shown while it runs."""
-
-    progress_interval: float = option("seconds between progress lines without a terminal", 10.0)
-
-    def _check(self) -> None:
-        self.require_positive("progress_interval")
 
 
 def require_even_sequence(parallel: ParallelConfig, data: DataConfig) -> None:

@@ -9,7 +9,6 @@ from megatron_replay.config.shared import (
     DataConfig,
     ModelConfigSource,
     ParallelConfig,
-    ProgressConfig,
     require_even_sequence,
 )
 
@@ -60,7 +59,6 @@ class Stage0Config:
     model: ModelConfigSource
     data: DataConfig
     candidates: CandidatesConfig
-    progress: ProgressConfig
 
     def __post_init__(self) -> None:
         """Check what two branches must agree on."""

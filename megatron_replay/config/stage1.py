@@ -11,7 +11,6 @@ from megatron_replay.config.shared import (
     DataConfig,
     ModelConfigSource,
     ParallelConfig,
-    ProgressConfig,
     require_even_sequence,
 )
 from megatron_replay.errors import ConfigError
@@ -170,7 +169,6 @@ class Stage1Config:
     optimizer: OptimizerConfig
     training: TrainingConfig
     probe: ProbeConfig
-    progress: ProgressConfig
 
     def __post_init__(self) -> None:
         """Check what two branches must agree on."""

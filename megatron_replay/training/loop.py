@@ -193,7 +193,6 @@ class Trainer:
                 "iterations",
                 initial=self.state.iteration,
                 enabled=self.groups.writer,
-                interval=self.config.progress.progress_interval,
             ) as progress,
             self._start_loader() as self._loader,
         ):

@@ -99,7 +99,6 @@ STAGE1: dict[str, list[str]] = {
     "probe_documents": ["2"],
     "general_data_path": ["TEXT"],
     "general_documents": ["2", "--general-data-path", "TEXT"],
-    "progress_interval": ["1e-9"],
 }
 STAGE0: dict[str, list[str]] = {
     "tensor_model_parallel_size": ["2"],
@@ -124,7 +123,6 @@ STAGE0: dict[str, list[str]] = {
     "store_logits": ["bf16"],
     "documents_per_shard": ["5"],
     "shards": ["0:1", "--documents-per-shard", "5"],
-    "progress_interval": ["1e-9", "--documents-per-shard", "5"],
 }
 #: What is read nowhere, and so is refused.
 REFUSED = [
