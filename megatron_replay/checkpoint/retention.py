@@ -1,4 +1,4 @@
-"""Which iterations of a run are kept: the last few and the best one; the others go.
+"""Which iterations of a run are kept: the last few; the others go.
 
 Everything is worked out from what lies in the directory, once the newest iteration and its marker
 are on disk, so that a run killed anywhere in here has the same done by the next one.
@@ -6,26 +6,21 @@ are on disk, so that a run killed anywhere in here has the same done by the next
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from megatron_replay.checkpoint.directories import (
     LATEST,
     iteration_directory,
     latest_iteration,
 )
-from megatron_replay.errors import CheckpointError
-from megatron_replay.files import fsync_path, output_error, read_json, write_json
+from megatron_replay.files import fsync_path, output_error
 
 #: Of each iteration, its ``TrainState``.
 STATE = "train_state.json"
-#: {"iteration", "metric", "value"} of the best iteration so far, under --keep-best.
-BEST = "best_checkpoint.json"
 
 
 def iterations(directory: Path) -> list[int]:
@@ -68,35 +63,26 @@ def clear_remains(directory: Path) -> None:
     """Remove what killed saves and removals have left. The directory must be locked."""
     for path in [*unfinished(directory), *_named(directory, _REMOVED)]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in (LATEST, BEST):
-        for path in directory.glob(f".{name}.tmp.*"):
-            if path.name.rpartition(".")[2].isdecimal():
-                path.unlink(missing_ok=True)
+    for path in directory.glob(f".{LATEST}.tmp.*"):
+        if path.name.rpartition(".")[2].isdecimal():
+            path.unlink(missing_ok=True)
 
 
-def keep_only(directory: Path, *, last: int, best_by: str | None) -> None:
-    """Remove all iterations but the newest ``last`` (0: none goes) and the best, for one process.
+def keep_only(directory: Path, *, last: int) -> None:
+    """Remove all iterations but the newest ``last``; 0 keeps all. Called by one process.
 
     What the marker names is never removed, nor what is newer: such an iteration belongs to a run
-    that was set back. Of equal values the earliest is the best.
+    that was set back.
 
     Raises:
         OutputError: one cannot be removed.
     """
     newest = latest_iteration(directory)
-    if newest is None:
+    if newest is None or not last:
         return
     present = [number for number in iterations(directory) if number <= newest]
-    kept = {newest, *present[-last:]}
-    if best_by is not None:
-        values = {number: _score(directory, number, best_by) for number in present}
-        known = [(value, number) for number, value in values.items() if value is not None]
-        if known:
-            value, number = min(known)
-            _write_best(directory, {"iteration": number, "metric": best_by, "value": value})
-            kept.add(number)
-    for number in present:
-        if last and number not in kept:
+    for number in present[:-last]:
+        if number != newest:
             remove_iteration(directory, number)
 
 
@@ -116,23 +102,3 @@ def remove_iteration(directory: Path, iteration: int) -> None:
         shutil.rmtree(remains)
     except OSError as error:
         raise output_error(path, error) from error
-
-
-def _score(directory: Path, iteration: int, metric: str) -> float | None:
-    """The value stored with an iteration; None where it was not measured."""
-    try:
-        state = read_json(iteration_directory(directory, iteration) / STATE, CheckpointError)
-        score = float(state["scores"][metric])
-        return score if math.isfinite(score) else None
-    except (CheckpointError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _write_best(directory: Path, record: dict[str, Any]) -> None:
-    path = directory / BEST
-    try:
-        if read_json(path, CheckpointError) == record:
-            return
-    except CheckpointError:
-        pass  # none yet, or one to replace
-    write_json(path, record)

@@ -5,7 +5,6 @@ A checkpoint directory holds::
     latest_checkpointed_iteration.txt   the newest complete iteration, Megatron's convention
     iter_0000100/                       megatron-core's torch_dist files, train_state.json, and
                                         checksums.json over all of them
-    best_checkpoint.json                under --keep-best: which one, and its value (retention.py)
     hf/                                 config.json and tokenizer of the model, for export
 
 An iteration is written under a temporary name and renamed when every rank's files are on disk, so
@@ -64,7 +63,6 @@ class TrainState:
         identity: the settings that decide which documents an iteration sees, and what is stored; of
             a converted model, which is no run, ``CONVERTED_FROM`` alone, or nothing.
         model_files: SHA-256 by name of what lies in hf/ beside the checkpoint.
-        scores: by what --keep-best may judge it: the values known when it was saved.
     """
 
     iteration: int
@@ -72,7 +70,6 @@ class TrainState:
     skipped_steps: int
     identity: dict[str, Any]
     model_files: dict[str, str]
-    scores: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check what a damaged file may hold.
@@ -81,12 +78,11 @@ class TrainState:
             ValueError: a value is of another type, or negative.
         """
         numbers = (self.iteration, self.consumed_tokens, self.skipped_steps)
-        named = (self.identity, self.model_files, self.scores)
+        named = (self.identity, self.model_files)
         is_sound = (
             all(type(number) is int and number >= 0 for number in numbers)
             and all(type(mapping) is dict for mapping in named)
             and all(type(digest) is str for digest in self.model_files.values())
-            and all(type(score) in (int, float) for score in self.scores.values())
         )
         if not is_sound:
             raise ValueError("a value of another type")
@@ -156,8 +152,9 @@ def read_state(directory: Path, iteration: int) -> TrainState:
     require_file(path.parent, STATE)
     content = read_json(path, CheckpointError, fix=_OTHER_ITERATION)
     try:
+        content.pop("scores", None)  # in checkpoints made before --keep-best was removed
         state = TrainState(**content)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"damaged, or of another version: {error}", where=path, fix=_OTHER_ITERATION
         ) from error

@@ -79,12 +79,6 @@ class TrainingConfig(Section):
     seed: int = option("seed of the order of documents", 1234)
     save_interval: int = option("iterations between checkpoints; 0: at the end only", 0)
     keep_last: int = option("checkpoints kept, the newest ones; 0: all", 0)
-    keep_best: str = option(
-        "also keep the best: by mean training loss since the checkpoint before, by the probe's "
-        "full-softmax loss, or by general perplexity",
-        "none",
-        ("none", "loss", "probe", "general"),
-    )
     exit_interval: int | None = option(
         "save and leave after each iteration that is a multiple of this (a time slice)", None
     )
@@ -184,7 +178,6 @@ class Stage1Config:
                 expected=f"a multiple of --micro-batch-size {mbs}",
                 found=gbs,
             )
-        self._check_keep_best()
 
     def _check_observers(self) -> None:
         """What measures must have something to measure."""
@@ -201,15 +194,3 @@ class Stage1Config:
             "probe_interval",
             f"{default} without --store or --general-data-path, which it reads",
         )
-
-    def _check_keep_best(self) -> None:
-        """What --keep-best judges by must be measured."""
-        needs = {
-            "probe": (
-                self.loss.store is not None and self.probe.probe_interval > 0,
-                "--store and --probe-interval above 0",
-            ),
-            "general": (self.probe.general_data_path is not None, "--general-data-path"),
-        }
-        given, flags = needs.get(self.training.keep_best, (True, ""))
-        self.training.require(given, "keep_best", f"another without {flags}, which measures it")

@@ -351,18 +351,13 @@ class Trainer:
         return nothing
 
     def _save(self) -> None:
-        """A checkpoint with what is known of its worth; then the older ones go that may."""
-        found = self.groups.agreed(self.watch.scores)  # {} on all but the writer
-        scores = {name: value for part in found for name, value in part.items()}
-        state = dataclasses.replace(self.state, scores=scores)
-        save_checkpoint(self.directory, state, self.model.module, self.optimizer, self.groups)
+        """Write a checkpoint, then remove those that --keep-last does not keep."""
+        save_checkpoint(self.directory, self.state, self.model.module, self.optimizer, self.groups)
         self._keep_only()
 
     def _keep_only(self) -> None:
-        last, best = self.config.training.keep_last, self.config.training.keep_best
-        self.groups.on_rank_zero(
-            lambda: keep_only(self.directory, last=last, best_by=None if best == "none" else best)
-        )
+        last = self.config.training.keep_last
+        self.groups.on_rank_zero(lambda: keep_only(self.directory, last=last))
 
 
 def _note(result: StepResult, *, last_stage: bool) -> str:

@@ -11,7 +11,7 @@ import yaml
 from megatron_replay import flags
 from megatron_replay.checkpoint.directories import LATEST, iteration_directory, latest_iteration
 from megatron_replay.checkpoint.model_files import FOLDER
-from megatron_replay.checkpoint.retention import BEST, STATE, iterations
+from megatron_replay.checkpoint.retention import STATE, iterations
 from megatron_replay.config import Stage1Config, flag_name
 from megatron_replay.errors import CheckpointError, OutputError
 from megatron_replay.files import atomic_file, make_directory, read_text, require_apart
@@ -20,7 +20,7 @@ from megatron_replay.store.manifest import DESCRIPTION_FILE
 
 FILE = "resolved_config.yaml"
 #: What a run writes into its directory: under these names nobody else's files are replaced.
-_OURS = (FILE, LATEST, BEST, FOLDER, "metrics.jsonl", "skipped_batches.jsonl")
+_OURS = (FILE, LATEST, FOLDER, "metrics.jsonl", "skipped_batches.jsonl")
 #: By which a model or a store is known: no run is mixed with one.
 _OTHERS = ("config.json", DESCRIPTION_FILE)
 _PURPOSE = "this run"

@@ -7,7 +7,6 @@ warnings are those of a run that never stopped.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,8 +77,6 @@ class Watch:
             groups.agreed(lambda: general.resume(log.kept, directory) if log else None)
         self._distance = Distance(config.model.load, directory, model, optimizer, groups)
         self._summary: list[str] = []
-        self._losses: list[float] = []  # since the last checkpoint
-        self._measured: dict[str, float] = {}  # at the last step
 
     def begin(self, iteration: int) -> None:
         """Before the first step of a new run: measure what it starts from."""
@@ -94,8 +91,6 @@ class Watch:
 
     def step(self, iteration: int, values: dict[str, Any]) -> None:
         """After a step: log ``values``, speak of what they show, measure what is due."""
-        if values["loss"] is not None and math.isfinite(values["loss"]):
-            self._losses.append(values["loss"])
         if self._log is not None and iteration % self._config.training.log_interval == 0:
             messages = self._notice({"iteration": iteration, **values})
             if self._stability.spiking:
@@ -104,17 +99,6 @@ class Watch:
             for message in messages:
                 _warn(iteration, message)
         self._measure(iteration)
-
-    def scores(self) -> dict[str, float]:
-        """What --keep-best may judge a checkpoint by; {} on all ranks but the writer.
-
-        Taken once a checkpoint: the next one's mean loss begins after it.
-        """
-        losses, self._losses = self._losses, []
-        if self._log is None:
-            return {}
-        mean = {"loss": math.fsum(losses) / len(losses)} if losses else {}
-        return mean | self._measured
 
     def close(self) -> None:
         """Flush the logs; of a run that has just ended, print the summary."""
@@ -139,11 +123,8 @@ class Watch:
             return last or (interval > 0 and iteration % interval == 0)
 
         training, readings = self._config.training, dict[str, Any]()
-        at_a_save = iteration > 0 and is_due(training.save_interval)
-        is_judged = at_a_save and training.keep_best in ("probe", "general")
-        if is_judged or is_due(self._config.probe.probe_interval):
+        if is_due(self._config.probe.probe_interval):
             readings |= self._read_probes(iteration)
-        self._measured = _scores_of(readings)
         if iteration > 0 and is_due(training.stability_interval):
             readings["stability"] = self._stability.values()
         if iteration > 0 and is_due(training.distance_interval):
@@ -191,14 +172,6 @@ class Watch:
                 f"({general['delta_ppl']:+.2f})."
             )
         return parts
-
-
-def _scores_of(readings: Mapping[str, Any]) -> dict[str, float]:
-    known = {
-        "probe": readings.get("probe", {}).get("full_loss"),
-        "general": readings.get("general", {}).get("perplexity"),
-    }
-    return {name: x for name, x in known.items() if x is not None and math.isfinite(x)}
 
 
 def _build_probe(

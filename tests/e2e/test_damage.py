@@ -94,7 +94,7 @@ def test_a_damaged_file_of_a_run_is_one_line(folder, run, tmp_path, name):
     "change",
     [
         {"iteration": "2"}, {"skipped_steps": -1}, {"identity": []}, {"model_files": {"a": 1}},
-        {"scores": {"loss": "x"}}, {"new": 1}, {"iteration": True}, {"consumed_tokens": None},
+        {"new": 1}, {"iteration": True}, {"consumed_tokens": None},
     ],
 )  # fmt: skip
 def test_a_state_of_other_types_is_one_line(run, change):

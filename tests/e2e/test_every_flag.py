@@ -84,7 +84,6 @@ STAGE1: dict[str, list[str]] = {
     "seed": ["5"],
     "save_interval": ["1"],
     "keep_last": ["1", "--save-interval", "1"],
-    "keep_best": ["loss"],
     "exit_interval": ["1"],
     "max_skipped_steps": ["0", "POISON"],
     "recompute_granularity": ["full"],

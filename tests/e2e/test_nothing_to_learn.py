@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from types import SimpleNamespace
 
@@ -73,11 +72,10 @@ def test_truncation_that_cuts_every_answer_is_refused_by_both_stages(folder, tmp
 
 
 def test_steps_without_a_label_are_no_loss_of_zero(folder, tmp_path, capsys):
-    """They are counted, told, and left out of means, bests and spikes."""
+    """They are counted, told, and left out of means and spikes."""
     from megatron_replay import stage1
 
-    flags = training(tmp_path / "run", "--loss", "full", "--save-interval", 1, "--keep-best",
-                     "loss", "--keep-last", 1, "--no-pack-documents")  # fmt: skip
+    flags = training(tmp_path / "run", "--loss", "full", "--no-pack-documents")
     said = stages.succeed("stage1", *data(folder, "some"), *flags)
     assert "warning: 3 of them have lost every answer token" in said
     lines = [x for x in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in x]
@@ -85,9 +83,6 @@ def test_steps_without_a_label_are_no_loss_of_zero(folder, tmp_path, capsys):
     assert len(lines) == 6
     assert len(empty) == 3
     assert all(x["loss"] is None for x in empty)
-    best = json.loads((tmp_path / "run" / "best_checkpoint.json").read_text())
-    assert best["value"] == min(x["loss"] for x in lines if x["positions"])
-    assert best["iteration"] not in [x["iteration"] for x in empty]
     stability = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["stability"]
     assert (stability["steps"], stability["non_finite"]) == (3, 0)
     summary = summarize_run(tmp_path / "run")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 
 import pytest
 import torch
 
-from megatron_replay.checkpoint import retention
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.evaluation.weight_distance import relative_l2
 from megatron_replay.run_log import summarize_run
@@ -181,39 +179,7 @@ def test_warnings_are_told_when_they_come(folder, tmp_path):
     assert summary.gradient_spike_rate == last["gradient_spike_rate"] == 1 / 12
 
 
-@pytest.mark.parametrize(("metric", "key"), [("general", "perplexity"), ("probe", "full_loss")])
-def test_the_best_checkpoint_is_kept_beside_the_last(folder, tmp_path, metric, key):
-    """Judged by what is measured at each save, also between probes; on a stage that has it not."""
-    flags = [
-        "--train-iters", 6, "--save-interval", 2, "--keep-last", 2, "--keep-best", metric,
-        "--probe-interval", 4, "--lr", 0.3,
-    ]  # fmt: skip
-    if metric == "general":
-        flags += ["--general-data-path", folder / "general", "--general-documents", 30]
-    else:
-        flags += ["--store", folder / "store", "--probe-documents", 8]
-    stages.succeed("stage1", *argv(folder, tmp_path / "run", *flags), pp=2)
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    values = {x["iteration"]: x[metric][key] for x in lines if metric in x and x["iteration"]}
-    assert list(values) == [2, 4, 6]
-    number = min(values, key=values.__getitem__)
-    best = json.loads((tmp_path / "run" / retention.BEST).read_text())
-    assert best == {"iteration": number, "metric": metric, "value": values[number]}
-    assert retention.iterations(tmp_path / "run") == sorted({number, 4, 6})
-    if metric == "general":  # not the newest
-        stages.convert(tmp_path / "run", tmp_path / "tuned", "--no-verify", "--iteration", 4)
-        found = perplexity(tmp_path / "tuned", folder / "general")
-        assert found == pytest.approx(values[4], rel=1e-5)
-        assert found != pytest.approx(values[6], rel=1e-3)
-
-
 class TestMistakes:
-    @pytest.mark.parametrize("metric", ["probe", "general"])
-    def test_the_best_by_what_is_not_measured(self, folder, tmp_path, metric):
-        more = ["--keep-best", metric]
-        message = stages.fail("stage1", *argv(folder, tmp_path / "run", *more), code=2)
-        assert message.startswith("error: --keep-best: ")
-
     def test_a_run_that_did_not_measure_its_start(self, folder, tmp_path):
         stages.succeed("stage1", *argv(folder, tmp_path / "run", "--exit-interval", 2), tp=2)
         more = general(folder)
