@@ -27,7 +27,7 @@ class LossConfig(Section):
         "candidate store of this corpus; with --loss full, for the probe", None
     )
     allow_other_store: bool = option(
-        "the store may be of another base model than --load, or another than the run had so far",
+        "accept a store that Stage 0 made with another base model than --load",
         False,
         used_with={"store": SET},
     )

@@ -1,9 +1,4 @@
-"""What makes a run this run: a resumed one must agree on it, so its batches are those it had.
-
-Which documents an iteration sees may not depend on which store the run has. The lengths to pack do,
-by each document's last recorded position. Strategies that draw by (seed, document) record the same
-positions for any model; "bucket" does not.
-"""
+"""What a resumed run must share with the run before it, so that its batches stay the same."""
 
 from __future__ import annotations
 
@@ -11,9 +6,6 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from megatron_replay.checkpoint import fingerprint
 from megatron_replay.checkpoint.fingerprint import differing_files
@@ -25,22 +17,16 @@ from megatron_replay.files import differing
 from megatron_replay.optim.build import state_kind
 from megatron_replay.store import CandidateReader, StoreDescription
 
-BASE, STORE, POSITIONS = "--load", "--store", "last recorded positions"
-_FIXES = {
-    STORE: "Give the store it had, or --allow-other-store to go on with this one",
-    POSITIONS: "Make the store with a --position-strategy that does not look at the model (random, "
-    "last-token, all)",
-}
+BASE, STORE = "--load", "--store"
 
 
 def identity(
     config: Stage1Config,
     corpus: Corpus,
     reader: CandidateReader | None,
-    lengths: npt.NDArray[np.int32],
     base: str,
 ) -> dict[str, Any]:
-    """What a resumed run must agree on, by the flag that says it.
+    """What a resumed run must agree on, by the flag that sets it.
 
     Args:
         base: ``base_fingerprint`` of --load; empty where that is the run's own directory.
@@ -62,8 +48,8 @@ def identity(
         agreed[BASE] = base
     if restricted:
         assert reader is not None
-        agreed[STORE] = _digest(_recorded(reader.description))
-        agreed[POSITIONS] = _digest(lengths.astype("<i4").tobytes())
+        recorded = _recorded(reader.description)
+        agreed[STORE] = hashlib.sha256(recorded).hexdigest()[:16]
     return agreed
 
 
@@ -77,28 +63,18 @@ def _recorded(description: StoreDescription) -> bytes:
     return json.dumps(made_of, sort_keys=True).encode()
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
 def require_same(
-    state: TrainState,
-    agreed: dict[str, Any],
-    model_files: dict[str, str],
-    directory: Path,
-    *,
-    other_store: bool,
+    state: TrainState, agreed: dict[str, Any], model_files: dict[str, str], directory: Path
 ) -> None:
     """Raise ConfigError, naming the flag, unless a run is resumed with what it was started with.
 
     Args:
         agreed: ``identity`` of the run as it is asked for now.
         model_files: of its --load.
-        other_store: --allow-other-store.
     """
     for name, value in agreed.items():
         before = state.identity.get(name, value)
-        if before == value or (name == STORE and other_store):
+        if before == value:
             continue
         if name == BASE:
             raise _other_base(differing_files(before, value), directory)
@@ -107,7 +83,7 @@ def require_same(
             where=directory,
             expected=before,
             found=value,
-            fix=_FIXES.get(name, "Give the value it was started with, or another --save"),
+            fix="Give the value it was started with, or another --save",
         )
     names = differing(state.model_files, model_files)
     if names:
@@ -120,11 +96,6 @@ def _other_base(names: str, directory: Path) -> ConfigError:
         where=directory,
         fix="Give the --load it was started with, or another --save",
     )
-
-
-def has_other_store(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether the steps before were taken with another store."""
-    return STORE in before and STORE in now and bool(before[STORE] != now[STORE])
 
 
 def require_store_of_base(reader: CandidateReader, base: str) -> None:

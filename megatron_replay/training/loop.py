@@ -80,7 +80,7 @@ class Trainer:
         dtype = torch.bfloat16 if config.model.bf16 else torch.float32
         like = torch.empty(0, dtype=dtype, device=groups.device)
         self.head_form = kernels.HEAD.choose(config.loss.head_backend, like)
-        self.state, resumes, has_other_store = self._find_state(fingerprints(files))
+        self.state, resumes = self._find_state(fingerprints(files))
         self.model = load_model(
             config.model,
             config.parallel,
@@ -122,8 +122,6 @@ class Trainer:
             train_iters=self.train_iters,
         )
         self._labels = 0  # that this process has seen, on the last pipeline stage
-        if has_other_store and self.state.iteration < self.train_iters:
-            self.watch.refreshed(self.state.iteration, str(config.loss.store))
 
     def _claim(self) -> None:
         self._lock = run_directory.claim(self.config)
@@ -158,31 +156,26 @@ class Trainer:
             dense = loss.candidate_scope != "position"
             print(f"restricted head: {form}" + ", by dense products" * dense)
 
-    def _find_state(self, model_files: dict[str, str]) -> tuple[TrainState, bool, bool]:
-        """Where the run stands; whether that is a checkpoint; whether it had another store."""
+    def _find_state(self, model_files: dict[str, str]) -> tuple[TrainState, bool]:
+        """Where the run stands, and whether that is a checkpoint."""
         config, groups = self.config, self.groups
         own = Path(config.model.load).resolve() == self.directory.resolve()
         base = groups.from_rank_zero(lambda: base_fingerprint(config.model.load))
-        agreed = identity.identity(
-            config, self.corpus, self.reader, self.lengths, base="" if own else base
-        )
+        agreed = identity.identity(config, self.corpus, self.reader, base="" if own else base)
         iteration = groups.from_rank_zero(lambda: latest_iteration(self.directory))
         if groups.rank == 0:
             report_remains(self.directory, iteration)
         before: dict[str, Any] = {}
         state = TrainState(0, 0, 0, agreed, model_files)
-        other_store = config.loss.allow_other_store
         if iteration is not None:
             state = read_state(self.directory, iteration)
-            identity.require_same(
-                state, agreed, model_files, self.directory, other_store=other_store
-            )
+            identity.require_same(state, agreed, model_files, self.directory)
             before = state.identity
             state = dataclasses.replace(state, identity={**before, **agreed})
         is_its_own = before.get(identity.STORE) == agreed.get(identity.STORE, ...)
-        if self.reader is not None and not other_store and not is_its_own:
+        if self.reader is not None and not config.loss.allow_other_store and not is_its_own:
             identity.require_store_of_base(self.reader, base)
-        return state, iteration is not None, identity.has_other_store(before, agreed)
+        return state, iteration is not None
 
     def train(self, stop: StopRequest) -> None:
         """Take every step that is left, watching and saving on the way."""

@@ -32,7 +32,7 @@ _WITHOUT_EFFECT = (
     "exit_interval",
     "log_interval",
     "tensorboard_dir",
-    "allow_other_store",  # which other store it had, --store says
+    "allow_other_store",
 )
 
 

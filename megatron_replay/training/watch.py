@@ -83,12 +83,6 @@ class Watch:
         if iteration == 0:
             self._measure(0)
 
-    def refreshed(self, iteration: int, store: str) -> None:
-        """The steps after ``iteration`` are taken with another store than those before."""
-        if self._log is not None:
-            self._log.write(iteration, {"store": store})
-            print(f"candidates from iteration {iteration + 1} on: {store}", file=sys.stderr)
-
     def step(self, iteration: int, values: dict[str, Any]) -> None:
         """After a step: log ``values``, speak of what they show, measure what is due."""
         if self._log is not None and iteration % self._config.training.log_interval == 0:

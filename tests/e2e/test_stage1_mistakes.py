@@ -88,6 +88,11 @@ class TestMistakes:
         message = stages.fail("stage1", *argv(folder, tmp_path / "run", *extra), code=2)
         assert "another --global-batch-size" in message
         assert "expected 4; found 8" in message
+        again = ["--store", tmp_path / "again", "--coverage", 0.5]
+        stages.succeed("stage0", *inputs(folder), *again)
+        extra = [*again[:2], "--allow-other-store"]  # of the same base model
+        message = stages.fail("stage1", *argv(folder, tmp_path / "run", *extra), code=2)
+        assert "another --store" in message
 
     def test_full_disk_publishes_nothing(self, folder, tmp_path):
         message = stages.fail(
