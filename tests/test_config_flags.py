@@ -79,8 +79,8 @@ def test_boolean_flags_can_be_negated():
         (["--save", ""], "--save: unusable value (expected a text that is not empty"),
         (["--train-iters", "5", "--train-epochs", "2"], "--train-epochs: unusable value (expected"),
         (
-            ["--profile-steps", "5"],
-            "--profile-steps: unusable value (expected 3, as only --profile",
+            ["--mofo-fraction", "0.5"],
+            "--mofo-fraction: unusable value (expected 0.2, as only --optimizer mofo",
         ),
         (["--min-lr", "1e-4", "--lr-decay-style", "constant"], "as only --lr-decay-style cosine"),
         (

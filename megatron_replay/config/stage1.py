@@ -88,11 +88,9 @@ class TrainingConfig(Section):
     recompute_granularity: str = option(
         "full: keep only layer inputs and recompute in backward", "none", ("none", "full")
     )
-    profile: bool = option("trace some steps into --save/profile, a file a rank", False)
-    profile_start: int = option(
-        "steps of this process before the first traced", 3, used_with={"profile": SET}
+    profile: bool = option(
+        "trace the 4th to 6th step of this process into --save/profile, one file per rank", False
     )
-    profile_steps: int = option("steps traced", 3, used_with={"profile": SET})
     log_interval: int = option("iterations between lines of metrics.jsonl and TensorBoard", 1)
     tensorboard_dir: str | None = option("TensorBoard events; default: under --save", None)
     stability_interval: int = option(
@@ -103,7 +101,7 @@ class TrainingConfig(Section):
     )
 
     def _check(self) -> None:
-        self.require_positive("log_interval", "profile_steps")
+        self.require_positive("log_interval")
         self.require_between(1, 1 << 20, "global_batch_size")
         for name in ("train_epochs", "train_iters", "exit_interval"):
             value = getattr(self, name)
@@ -116,7 +114,6 @@ class TrainingConfig(Section):
             "nothing beside --train-iters, which says how long",
         )
         for name in (
-            "profile_start",
             "seed",
             "save_interval",
             "keep_last",

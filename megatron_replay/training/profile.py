@@ -20,6 +20,8 @@ from megatron_replay import platform
 from megatron_replay.config import Stage1Config
 from megatron_replay.files import make_directory
 
+#: Steps of this process that are traced, counted from 0: the first ones allocate and compile.
+TRACED = range(3, 6)
 #: Methods of ProcessGroup: every collective ends in one, whoever called what of torch.distributed.
 _SENDING = (
     *("allreduce", "allreduce_coalesced", "broadcast", "reduce", "gather", "scatter", "barrier"),
@@ -34,16 +36,15 @@ _SENDING = (
 class StepTrace:
     """``with trace.step(iteration):`` around each step; ``close`` ends the trace of a short run.
 
-    After ``--profile-start`` steps of this process it traces ``--profile-steps`` into
-    ``--save``/profile, for Perfetto or chrome://tracing. Without ``--profile`` it does nothing.
+    It traces the steps of this process that ``TRACED`` names into ``--save``/profile, for Perfetto
+    or chrome://tracing. Without ``--profile`` it does nothing.
     """
 
     def __init__(self, config: Stage1Config, rank: int) -> None:
         training = config.training
         self._folder, self._rank = Path(training.save) / "profile", rank
         self._platform = platform.select(config.parallel.platform)
-        first = training.profile_start
-        self._wanted = range(first, first + training.profile_steps) if training.profile else ()
+        self._wanted = TRACED if training.profile else ()
         self._taken = 0
         self._profiler: Any = None
         self._first_iteration = self._last_iteration = 0
@@ -67,8 +68,8 @@ class StepTrace:
         if self._profiler is None:
             if self._wanted and self._taken <= self._wanted[0] and self._rank == 0:
                 print(
-                    f"--profile has traced nothing: {self._taken} steps were taken, and "
-                    f"--profile-start is {self._wanted[0]}",
+                    f"--profile has traced nothing: {self._taken} steps were taken, and the first "
+                    f"traced is step {self._wanted[0] + 1}",
                     file=sys.stderr,
                 )
             return

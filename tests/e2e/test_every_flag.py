@@ -87,9 +87,7 @@ STAGE1: dict[str, list[str]] = {
     "exit_interval": ["1"],
     "max_skipped_steps": ["0", "POISON"],
     "recompute_granularity": ["full"],
-    "profile": ["", "--lr", "1e-3"],
-    "profile_start": ["1", "--profile"],
-    "profile_steps": ["1", "--profile", "--profile-start", "0"],
+    "profile": ["", "--train-iters", "4"],
     "log_interval": ["2"],
     "tensorboard_dir": ["ELSEWHERE"],
     "stability_interval": ["1"],
@@ -127,7 +125,6 @@ STAGE0: dict[str, list[str]] = {
 REFUSED = [
     ("stage1", ["--obtuse-patience", "9"]),
     ("stage1", ["--mofo-fraction", "0.5"]),
-    ("stage1", ["--profile-start", "9"]),
     ("stage1", ["--general-documents", "9"]),
     ("stage1", ["--probe-interval", "0", "--probe-documents", "9"]),
     ("stage1", ["--min-lr", "1e-4", "--lr-decay-style", "constant"]),

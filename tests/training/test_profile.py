@@ -35,9 +35,9 @@ def inside(event: dict[str, Any], step: dict[str, Any]) -> bool:
 
 @pytest.mark.distributed
 def test_each_rank_traces_the_parts_of_the_steps_asked_for(folder, tmp_path):
-    flags = ["--profile", "--profile-start", 1, "--profile-steps", 2, "--sequence-parallel"]
+    flags = ["--profile", "--sequence-parallel", "--train-iters", 5]
     stages.succeed("stage1", *stages.argv(folder, tmp_path, *flags), tp=2)
-    names = [f"iterations-0000002-0000003-rank-{rank:05d}.json" for rank in (0, 1)]
+    names = [f"iterations-0000004-0000005-rank-{rank:05d}.json" for rank in (0, 1)]
     assert sorted(p.name for p in (tmp_path / "profile").iterdir()) == names
     for name in names:
         events = regions(tmp_path / "profile" / name)
@@ -53,18 +53,8 @@ def test_each_rank_traces_the_parts_of_the_steps_asked_for(folder, tmp_path):
 
 @pytest.mark.distributed
 def test_a_run_that_ends_early_leaves_what_it_traced(folder, tmp_path):
-    flags = [
-        "--profile",
-        "--profile-start",
-        1,
-        "--exit-interval",
-        2,
-        "--probe-interval",
-        0,
-        "--probe-documents",
-        64,
-    ]
+    flags = ["--profile", "--train-iters", 5, "--exit-interval", 4, "--probe-interval", 0]
     stages.succeed("stage1", *stages.argv(folder, tmp_path, *flags))
     [trace] = (tmp_path / "profile").iterdir()
-    assert trace.name == "iterations-0000002-0000002-rank-00000.json"
+    assert trace.name == "iterations-0000004-0000004-rank-00000.json"
     assert not hasattr(dist.ProcessGroup.allreduce, "__wrapped__")
