@@ -93,12 +93,6 @@ class TrainingConfig(Section):
     )
     log_interval: int = option("iterations between lines of metrics.jsonl and TensorBoard", 1)
     tensorboard_dir: str | None = option("TensorBoard events; default: under --save", None)
-    stability_interval: int = option(
-        "iterations between readings of the stability metrics; 0: at the end only", 50
-    )
-    distance_interval: int = option(
-        "iterations between readings of the weights' distance from --load; 0: at the end only", 0
-    )
 
     def _check(self) -> None:
         self.require_positive("log_interval")
@@ -118,8 +112,6 @@ class TrainingConfig(Section):
             "save_interval",
             "keep_last",
             "max_skipped_steps",
-            "stability_interval",
-            "distance_interval",
         ):
             self.require(getattr(self, name) >= 0, name, "a number from 0")
 
@@ -128,7 +120,10 @@ class TrainingConfig(Section):
 class ProbeConfig(Section):
     """The fixed samples on which Stage 1 watches mass leave the candidate sets, and forgetting."""
 
-    probe_interval: int = option("iterations between probes; 0: never", 50)
+    probe_interval: int = option(
+        "iterations between readings of the probes and of stability; 0: stability at the end only",
+        50,
+    )
     probe_documents: int = option(
         "documents of the sample", 64, used_with={"store": SET, "probe_interval": SET}
     )
@@ -183,11 +178,4 @@ class Stage1Config:
             self.loss.loss == "restricted" or self.loss.store is None or has_probe,
             "store",
             "nothing under --loss full and --probe-interval 0, where nobody reads it",
-        )
-        default = type(self.probe).__dataclass_fields__["probe_interval"].default
-        has_any = self.loss.store is not None or self.probe.general_data_path is not None
-        self.probe.require(
-            has_any or self.probe.probe_interval in (0, default),
-            "probe_interval",
-            f"{default} without --store or --general-data-path, which it reads",
         )

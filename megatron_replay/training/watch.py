@@ -116,12 +116,12 @@ class Watch:
         def is_due(interval: int) -> bool:
             return last or (interval > 0 and iteration % interval == 0)
 
-        training, readings = self._config.training, dict[str, Any]()
+        readings = dict[str, Any]()
         if is_due(self._config.probe.probe_interval):
             readings |= self._read_probes(iteration)
-        if iteration > 0 and is_due(training.stability_interval):
+        if iteration > 0 and is_due(self._config.probe.probe_interval):
             readings["stability"] = self._stability.values()
-        if iteration > 0 and is_due(training.distance_interval):
+        if iteration > 0 and last:
             readings |= self._read_distance(iteration)
         if readings and self._log is not None:
             self._log.write(iteration, readings)

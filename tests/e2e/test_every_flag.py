@@ -90,8 +90,6 @@ STAGE1: dict[str, list[str]] = {
     "profile": ["", "--train-iters", "4"],
     "log_interval": ["2"],
     "tensorboard_dir": ["ELSEWHERE"],
-    "stability_interval": ["1"],
-    "distance_interval": ["1"],
     "probe_interval": ["1"],
     "probe_documents": ["2"],
     "general_data_path": ["TEXT"],

@@ -41,7 +41,7 @@ def argv(folder: Path, save: Path) -> list[object]:
     return [
         *stages.inputs(folder), "--loss", "full", "--probe-interval", 0, "--save", save,
         "--lr", 1e-3, "--global-batch-size", 2, "--train-epochs", 5, "--save-interval", 2,
-        "--keep-last", 2, "--stability-interval", 0,
+        "--keep-last", 2,
     ]  # fmt: skip
 
 
