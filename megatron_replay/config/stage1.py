@@ -82,9 +82,6 @@ class TrainingConfig(Section):
     exit_interval: int | None = option(
         "save and leave after each iteration that is a multiple of this (a time slice)", None
     )
-    max_skipped_steps: int = option(
-        "steps with a non-finite loss or gradient to skip before giving up", 10
-    )
     recompute_granularity: str = option(
         "full: keep only layer inputs and recompute in backward", "none", ("none", "full")
     )
@@ -111,7 +108,6 @@ class TrainingConfig(Section):
             "seed",
             "save_interval",
             "keep_last",
-            "max_skipped_steps",
         ):
             self.require(getattr(self, name) >= 0, name, "a number from 0")
 

@@ -106,7 +106,6 @@ class Trainer:
             self.directory,
             groups,
             self.lengths,
-            limit=config.training.max_skipped_steps,
             resume_iteration=self.state.iteration,
         )
         self.watch = Watch(

@@ -23,6 +23,8 @@ from megatron_replay.training.metrics import keep_lines_until
 
 #: One line a skipped step: its batch, and whose loss it was.
 FILE = "skipped_batches.jsonl"
+#: A run ends with the next one: its data or its learning rate needs a look.
+MAX_SKIPPED_STEPS = 10
 
 
 class SkippedBatches:
@@ -33,7 +35,6 @@ class SkippedBatches:
     Args:
         directory: of the run.
         lengths: usable tokens of each document.
-        limit: skipped steps that a run may have.
         resume_iteration: where the run stands.
     """
 
@@ -43,11 +44,9 @@ class SkippedBatches:
         groups: Parallel,
         lengths: npt.NDArray[np.int32],
         *,
-        limit: int,
         resume_iteration: int,
     ) -> None:
         self._directory, self._groups, self._lengths = directory, groups, lengths
-        self._limit = limit
         if groups.writer:
             keep_lines_until(directory / FILE, resume_iteration)
 
@@ -88,11 +87,11 @@ class SkippedBatches:
             "packs": self._describe(packs, micro_batch_size),
         }
         self._groups.agreed(lambda: self._write(record) if self._groups.writer else None)
-        if count > self._limit:
+        if count > MAX_SKIPPED_STEPS:
             last = latest_iteration(self._directory)
             raise TrainingError(
                 f"{count} steps were skipped for losses or gradients that were not finite",
-                expected=f"at most --max-skipped-steps {self._limit}",
+                expected=f"at most {MAX_SKIPPED_STEPS}",
                 fix=f"Look at the batches in {FILE}, or lower --lr; the last good checkpoint is "
                 + ("none" if last is None else str(iteration_directory(self._directory, last))),
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from typing import Any
 
@@ -85,7 +84,6 @@ STAGE1: dict[str, list[str]] = {
     "save_interval": ["1"],
     "keep_last": ["1", "--save-interval", "1"],
     "exit_interval": ["1"],
-    "max_skipped_steps": ["0", "POISON"],
     "recompute_granularity": ["full"],
     "profile": ["", "--train-iters", "4"],
     "log_interval": ["2"],
@@ -180,12 +178,8 @@ def _observed(stage: str, argv: list[str]) -> Any:
         noting(collector, "pack_batch", lambda corpus, packs, *_: len(packs)),
         noting(collector, "select_candidates", lambda _, labels, **__: len(labels)),
     ]
-    poison = "POISON" in argv
-    if poison:
-        patches.append((loop, "train_step", loop.train_step))
-        loop.train_step = _poisoned(loop.train_step)
     try:
-        code, out, err = stages._main(0, 1, stage, [x for x in argv if x != "POISON"], None)
+        code, out, err = stages._main(0, 1, stage, argv, None)
     finally:
         for owner, name, call in reversed(patches):
             setattr(owner, name, call)
@@ -197,18 +191,6 @@ def _observed(stage: str, argv: list[str]) -> Any:
         *(re.sub(r"[\d.,]+", "#", text) for text in (out, err)),
         repr(sorted(map(repr, built))),
     ]
-
-
-def _poisoned(take_step):
-    def step(model, optimizer, work, *args, **kwargs):
-        head = work[0].head
-        if not step.calls:
-            work = [work[0]._replace(head=lambda h, w: head(h, w) * math.nan), *work[1:]]
-        step.calls += 1
-        return take_step(model, optimizer, work, *args, **kwargs)
-
-    step.calls = 0
-    return step
 
 
 def _held(directory) -> dict[str, Any]:

@@ -142,8 +142,8 @@ def test_sigterm_saves_and_the_rerun_loses_nothing(folder, finished, tmp_path):
     assert weights(tmp_path / "run") == weights(finished)
 
 
-def _poison(rank: int, what: str) -> None:
-    """At the third step rank 1's loss is NaN, and with it its gradient, or alone; or the latter."""
+def _poison(rank: int, what: str, last: int = 3) -> None:
+    """In steps 3 to ``last`` rank 1's loss, its gradient, or both are NaN."""
     from megatron_replay.training import loop
 
     take_step = loop.train_step
@@ -160,7 +160,7 @@ def _poison(rank: int, what: str) -> None:
 
     def step(model, optimizer, work, *args, **kwargs):
         step.calls += 1
-        if step.calls == 3 and rank == 1:
+        if 3 <= step.calls <= last and rank == 1:
             f, poison = work[0].head, poisons[what]
             work = [work[0]._replace(head=lambda h, w: poison(f(h, w))), *work[1:]]
         return take_step(model, optimizer, work, *args, **kwargs)
@@ -192,20 +192,22 @@ def test_a_loss_that_is_not_finite_skips_the_step_on_all(folder, tmp_path, layou
 
 @pytest.mark.parametrize(("what", "named"), [("both", "loss"), ("gradient", "gradient")])
 def test_too_many_skipped_steps_end_the_run(folder, tmp_path, what, named):
-    extra = ["--max-skipped-steps", 0, "--save-interval", 2]
+    extra = ["--train-iters", 15, "--save-interval", 2]
     message = stages.fail(
         "stage1", *argv(folder, tmp_path / "run", *extra),
-        dp=2, before=partial(_poison, what=what), code=7,
+        dp=2, before=partial(_poison, what=what, last=99), code=7,
     )  # fmt: skip
-    assert "1 steps were skipped" in message
+    assert "11 steps were skipped" in message
+    assert "expected at most 10" in message
     assert "skipped_batches.jsonl" in message
-    assert f"the last good checkpoint is {tmp_path / 'run' / 'iter_0000002'}" in message
-    [record] = read_metrics(tmp_path / "run" / "skipped_batches.jsonl")
-    assert record["not_finite"] == named
-    # The run that goes on takes the step again, and drops what was said of it.
+    assert f"the last good checkpoint is {tmp_path / 'run' / 'iter_0000004'}" in message
+    records = read_metrics(tmp_path / "run" / "skipped_batches.jsonl")
+    assert [record["iteration"] for record in records] == list(range(3, 14))
+    assert {record["not_finite"] for record in records} == {named}
+    # The resumed run repeats the steps after the checkpoint, and drops their records.
     stages.succeed("stage1", *argv(folder, tmp_path / "run", *extra), dp=2)
-    assert read_metrics(tmp_path / "run" / "skipped_batches.jsonl") == []
-    assert len(stages.losses(tmp_path / "run")) == 5
+    assert read_metrics(tmp_path / "run" / "skipped_batches.jsonl") == records[:2]
+    assert len(stages.losses(tmp_path / "run")) == 15
 
 
 def test_the_probe_and_tensorboard(finished):
