@@ -57,8 +57,7 @@ stage1() { # stage1 RUN FLAGS...: corpus and store -> checkpoints in $RUN_DIR/RU
         --save-interval 200
     )
     launch megatron_replay.stage1 --load "${CKPT_LOAD_DIR:-$MODEL_DIR}" \
-        --save "${CKPT_SAVE_DIR:-$RUN_DIR/$name}" --tensorboard-dir "$RUN_DIR/tensorboard/$name" \
-        "${STAGES[@]}" "${training[@]}" "$@"
+        --save "${CKPT_SAVE_DIR:-$RUN_DIR/$name}" "${STAGES[@]}" "${training[@]}" "$@"
 }
 
 convert_to_hf() { # a Stage 1 run -> Hugging Face, in the run's export/ unless $CKPT_SAVE_DIR says other

@@ -89,7 +89,6 @@ class TrainingConfig(Section):
         "trace the 4th to 6th step of this process into --save/profile, one file per rank", False
     )
     log_interval: int = option("iterations between lines of metrics.jsonl and TensorBoard", 1)
-    tensorboard_dir: str | None = option("TensorBoard events; default: under --save", None)
 
     def _check(self) -> None:
         self.require_positive("log_interval")

@@ -15,7 +15,7 @@ from megatron_replay.run_log import METRICS, read_metrics, read_raw_lines
 
 
 class MetricsLog:
-    """Appends to ``directory/metrics.jsonl`` and to TensorBoard; only the writer rank has one.
+    """Appends to ``metrics.jsonl`` and to ``tensorboard/`` in a run's directory, on one rank.
 
     A run that resumes at iteration k drops the lines after k first: they belong to steps whose
     weights were lost, and will be taken again. A run that starts anew (k = 0) drops all.
@@ -24,14 +24,14 @@ class MetricsLog:
         kept: the lines up to k, for whatever must go on as if the run had never stopped.
     """
 
-    def __init__(self, directory: Path, tensorboard_dir: Path, *, resume_iteration: int) -> None:
+    def __init__(self, directory: Path, *, resume_iteration: int) -> None:
         self._path = directory / METRICS
         keep_lines_until(self._path, resume_iteration)
         self.kept = read_metrics(self._path) if self._path.exists() else []
         self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         first = resume_iteration + 1 if resume_iteration else 0
-        make_directory(tensorboard_dir)
-        self._events = SummaryWriter(str(tensorboard_dir), purge_step=first)
+        events = make_directory(directory / "tensorboard")
+        self._events = SummaryWriter(str(events), purge_step=first)
 
     def write(self, iteration: int, values: dict[str, Any]) -> None:
         """Log ``values`` (numbers, or one level of named ones) under ``iteration``.

@@ -31,7 +31,6 @@ _WITHOUT_EFFECT = (
     "save_interval",
     "exit_interval",
     "log_interval",
-    "tensorboard_dir",
     "allow_other_store",
 )
 

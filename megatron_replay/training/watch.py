@@ -62,8 +62,7 @@ class Watch:
         directory = Path(config.training.save)
         self._log: MetricsLog | None = None
         if groups.writer:
-            events = config.training.tensorboard_dir or str(directory / "tensorboard")
-            self._log = MetricsLog(directory, Path(events), resume_iteration=iteration)
+            self._log = MetricsLog(directory, resume_iteration=iteration)
         self._stability = StabilityMonitor(warmup_iters=config.optimizer.lr_warmup_iters)
         self._angles = AngleWatch()
         self._seconds = self._waited = 0.0  # of the steps logged; waited: for data

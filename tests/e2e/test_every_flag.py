@@ -87,7 +87,6 @@ STAGE1: dict[str, list[str]] = {
     "recompute_granularity": ["full"],
     "profile": ["", "--train-iters", "4"],
     "log_interval": ["2"],
-    "tensorboard_dir": ["ELSEWHERE"],
     "probe_interval": ["1"],
     "probe_documents": ["2"],
     "general_data_path": ["TEXT"],

@@ -15,7 +15,7 @@ STEP = {"grad_norm": 1.0, "positions": 3, "seconds": 0.5}
 
 def write(directory, iterations, *, resume: int) -> list[int]:
     """Log ``iterations``; returns those whose lines were kept from before."""
-    log = MetricsLog(directory, directory / "events", resume_iteration=resume)
+    log = MetricsLog(directory, resume_iteration=resume)
     for iteration in iterations:
         log.write(iteration, STEP | {"loss": iteration / 2})
     log.close()
@@ -50,15 +50,15 @@ def test_a_damaged_line_is_named(tmp_path, line):
     first, *others = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + line + b"\n" + b"".join(others))
     with pytest.raises(OutputError, match=r"metrics\.jsonl:2: damaged"):
-        MetricsLog(tmp_path, tmp_path / "events", resume_iteration=2)
+        MetricsLog(tmp_path, resume_iteration=2)
 
 
 def test_numbers_go_to_tensorboard_and_all_goes_to_the_file(tmp_path):
-    log = MetricsLog(tmp_path, tmp_path / "events", resume_iteration=0)
+    log = MetricsLog(tmp_path, resume_iteration=0)
     values = {"loss": float("nan"), "general": {"perplexity": 2.0, "sample": "ab"}, "none": None}
     log.write(1, values)
     log.close()
     [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == {"iteration": 1, **values, "loss": None}
-    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {"loss", "general/perplexity"}
