@@ -87,7 +87,11 @@ def test_boolean_flags_can_be_negated():
             ["--obtuse-patience", "9"],
             "--obtuse-patience: unusable value (expected 3, as only --obt",
         ),
-        (["--general-documents", "9"], "as only --general-data-path uses it"),
+        (
+            ["--probe-interval", "0", "--general-data-path", "g"],
+            "--general-data-path: unusable value (expected nothing under --probe-interval 0",
+        ),
+        (["--probe-interval", "0", "--probe-documents", "9"], "as only --probe-interval uses it"),
         (["--loss", "full", "--probe-interval", "0"], "--store: unusable value (expected nothing"),
         (["--print-config", "--dry-run"], "not allowed with argument"),
         (
@@ -112,6 +116,8 @@ def test_a_missing_flag_is_named():
         parse(STAGE1[2:])
     with pytest.raises(ConfigError, match=r"--store: unusable value .expected a store"):
         parse([flag for flag in STAGE1 if flag not in ("--store", "t")])
+    with pytest.raises(ConfigError, match=r"--probe-documents: .* or --general-data-path uses it"):
+        parse([*STAGE1[:4], *STAGE1[6:], "--loss", "full", "--probe-documents", "9"])
 
 
 @pytest.mark.parametrize(

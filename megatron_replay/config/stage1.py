@@ -120,17 +120,16 @@ class ProbeConfig(Section):
         50,
     )
     probe_documents: int = option(
-        "documents of the sample", 64, used_with={"store": SET, "probe_interval": SET}
+        "documents in the sample of --data-path, and in that of --general-data-path",
+        64,
+        used_with={"probe_interval": SET},
     )
     general_data_path: str | None = option(
         "prefix of a corpus of general text: logs its perplexity against that of --load", None
     )
-    general_documents: int = option(
-        "documents of the sample of general text", 64, used_with={"general_data_path": SET}
-    )
 
     def _check(self) -> None:
-        self.require_positive("probe_documents", "general_documents")
+        self.require_positive("probe_documents")
         self.require(self.probe_interval >= 0, "probe_interval", "a number from 0")
         self.require(
             self.general_data_path is None or self.probe_interval > 0,
@@ -173,4 +172,11 @@ class Stage1Config:
             self.loss.loss == "restricted" or self.loss.store is None or has_probe,
             "store",
             "nothing under --loss full and --probe-interval 0, where nobody reads it",
+        )
+        default = type(self.probe).__dataclass_fields__["probe_documents"].default
+        has_sample = self.loss.store is not None or self.probe.general_data_path is not None
+        self.probe.require(
+            has_sample or self.probe.probe_documents == default,
+            "probe_documents",
+            f"{default}, as only --store or --general-data-path uses it",
         )

@@ -224,7 +224,7 @@ class GeneralText:
                 where=where,
                 expected=readings[0]["sample"],
                 found=self._fingerprint,
-                fix="Give the --general-data-path and --general-documents it was started with",
+                fix="Give the --general-data-path and --probe-documents it was started with",
             )
         self._base = readings[0]["perplexity"]
 

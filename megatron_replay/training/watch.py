@@ -198,7 +198,7 @@ def _build_general(
     general = GeneralText(
         text,
         groups,
-        num_documents=config.probe.general_documents,
+        num_documents=config.probe.probe_documents,
         longest=longest,
         seq_length=config.data.seq_length,
         micro_batch_size=config.data.micro_batch_size,

@@ -90,7 +90,6 @@ STAGE1: dict[str, list[str]] = {
     "probe_interval": ["1"],
     "probe_documents": ["2"],
     "general_data_path": ["TEXT"],
-    "general_documents": ["2", "--general-data-path", "TEXT"],
 }
 STAGE0: dict[str, list[str]] = {
     "tensor_model_parallel_size": ["2"],
@@ -120,7 +119,6 @@ STAGE0: dict[str, list[str]] = {
 REFUSED = [
     ("stage1", ["--obtuse-patience", "9"]),
     ("stage1", ["--mofo-fraction", "0.5"]),
-    ("stage1", ["--general-documents", "9"]),
     ("stage1", ["--probe-interval", "0", "--probe-documents", "9"]),
     ("stage1", ["--min-lr", "1e-4", "--lr-decay-style", "constant"]),
     ("stage0", ["--position-strategy", "all", "--position-fraction", "0.9"]),

@@ -42,7 +42,7 @@ def argv(folder, save, *extra) -> list[object]:
 
 def general(folder, *extra) -> list[object]:
     return [
-        "--general-data-path", folder / "general", "--general-documents", 30,
+        "--general-data-path", folder / "general", "--probe-documents", 30,
         "--probe-interval", 4, *extra,
     ]  # fmt: skip
 
@@ -188,7 +188,7 @@ class TestMistakes:
     def test_another_sample_than_at_the_start(self, folder, tmp_path):
         flags = general(folder, "--exit-interval", 2)
         stages.succeed("stage1", *argv(folder, tmp_path / "run", *flags))
-        more = general(folder, "--general-documents", 29)
+        more = general(folder, "--probe-documents", 29)
         message = stages.fail("stage1", *argv(folder, tmp_path / "run", *more), code=2)
         assert "begun with another sample" in message
 
@@ -203,8 +203,3 @@ class TestMistakes:
             "expected 512 tokens, fingerprint random; found 512 tokens, fingerprint another"
             in message
         )
-
-    def test_a_probe_that_never_runs(self, folder, tmp_path):
-        more = general(folder, "--probe-interval", 0)
-        message = stages.fail("stage1", *argv(folder, tmp_path / "run", *more), code=2)
-        assert "--general-data-path" in message
