@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.data.corpus_format import corpus_file
 from megatron_replay.data.corpus_writer import CorpusWriter, require_ours, written_files
 from megatron_replay.data.row_formats import CHAT_FORMATS, FORMATS, detect_format, tokenize_row
-from megatron_replay.data.rows import Input, parse_row, read_lines, readable_often
+from megatron_replay.data.rows import parse_row, read_lines
 from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, DataError, ReplayError
 from megatron_replay.evaluation.sql.sets import LAYOUTS, read_questions
@@ -41,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--input", nargs="+", type=Path, required=True, metavar="FILE",
-        help="JSON-lines files, plain or gzip, or pipes; Spider's or BIRD's questions")  # fmt: skip
+        help="JSON-lines files, plain or gzip; Spider's or BIRD's questions")  # fmt: skip
     add("--tokenizer", required=True, metavar="PATH",
         help="Hugging Face directory, or a sentencepiece .model file")  # fmt: skip
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, …")
@@ -62,14 +61,13 @@ def _names(text: str) -> list[str]:
 
 
 def _require_options(options: argparse.Namespace) -> None:
-    if options.format in LAYOUTS:
-        if options.ignore_fields:
-            raise ConfigError(
-                f"has no effect on --format {options.format}, which reads the fields it needs",
-                where="--ignore-fields",
-            )
-        for path in options.input:  # no pipe has databases beside it
-            require_regular(path, DataError)
+    if options.format in LAYOUTS and options.ignore_fields:
+        raise ConfigError(
+            f"has no effect on --format {options.format}, which reads the fields it needs",
+            where="--ignore-fields",
+        )
+    for path in options.input:
+        require_regular(path, DataError)
     if options.show < 0:
         raise ConfigError("negative", where="--show", expected="0 or more", found=options.show)
     limit = options.max_document_tokens
@@ -89,32 +87,29 @@ def _require_output(options: argparse.Namespace, tokenizer: Tokenizer) -> None:
     require_ours(options.output_prefix)
 
 
-def _lines(inputs: Sequence[Input], row_format: str) -> Iterator[tuple[str, bytes]]:
-    for source in inputs:
+def _lines(inputs: Sequence[Path], row_format: str) -> Iterator[tuple[str, bytes]]:
+    for path in inputs:
         if row_format not in LAYOUTS:
-            yield from read_lines(source.path, source.shown)
+            yield from read_lines(path)
             continue
-        for question in read_questions(source.path, row_format):
+        for question in read_questions(path, row_format):
             row = {"prompt": question.prompt, "completion": question.gold}
             yield question.where, json.dumps(row).encode()
 
 
-def _described(source: Input, row_format: str) -> dict[str, str]:
+def _described(path: Path, row_format: str) -> dict[str, str]:
     """Name and SHA-256 of an input; of SQL questions, with their databases, which prompts show."""
-    if source.sha256 is not None:
-        return {"name": "pipe", "sha256": source.sha256}
-    files = [source.path]
+    files = [path]
     if row_format in LAYOUTS:
-        questions = read_questions(source.path, row_format)
-        files += sorted({question.database for question in questions})
-    return {"name": source.path.name, "sha256": sha256_of_files(files)}
+        files += sorted({question.database for question in read_questions(path, row_format)})
+    return {"name": path.name, "sha256": sha256_of_files(files)}
 
 
-def _row_format(options: argparse.Namespace, inputs: Sequence[Input]) -> str:
+def _row_format(options: argparse.Namespace) -> str:
     """The format of every row: the flag's, or that of the first row that can be parsed."""
     found: str = options.format
     if found == "auto":
-        found = _first_format(options, inputs)
+        found = _first_format(options)
     if found in LAYOUTS:
         found = "prompt"
     if options.max_document_tokens is not None and found != "text":
@@ -127,8 +122,8 @@ def _row_format(options: argparse.Namespace, inputs: Sequence[Input]) -> str:
     return found
 
 
-def _first_format(options: argparse.Namespace, inputs: Sequence[Input]) -> str:
-    for where, line in _lines(inputs, options.format):
+def _first_format(options: argparse.Namespace) -> str:
+    for where, line in _lines(options.input, options.format):
         try:
             row = parse_row(where, line, frozenset(options.ignore_fields))
         except DataError:
@@ -136,18 +131,14 @@ def _first_format(options: argparse.Namespace, inputs: Sequence[Input]) -> str:
                 raise
         else:
             return detect_format(row)
-    raise DataError("no row to take the format from", where=inputs[0].shown, fix="Give --format")
+    raise DataError("no row to take the format from", where=options.input[0], fix="Give --format")
 
 
 def _write(
-    options: argparse.Namespace,
-    inputs: Sequence[Input],
-    tokenizer: Tokenizer,
-    source: dict[str, Any],
-    num_lines: int,
+    options: argparse.Namespace, tokenizer: Tokenizer, source: dict[str, Any], num_lines: int
 ) -> int:
     """Write the corpus; return the number of rows left out."""
-    row_format, num_skipped = _row_format(options, inputs), 0
+    row_format, num_skipped = _row_format(options), 0
     ignored = frozenset(options.ignore_fields)
     unseen = set(ignored)
     if row_format in CHAT_FORMATS and "strftime_now" in (tokenizer.chat_template or ""):
@@ -162,7 +153,7 @@ def _write(
             options.output_prefix, tokenizer, row_format=row_format, source=source
         ) as writer,
     ):
-        for where, line in _lines(inputs, options.format):
+        for where, line in _lines(options.input, options.format):
             unseen -= {name for name in unseen if _may_have(line, name)}
             try:
                 row = parse_row(where, line, ignored)
@@ -230,23 +221,20 @@ def run(options: argparse.Namespace) -> None:
     _require_options(options)
     tokenizer = load_tokenizer(options.tokenizer)
     _require_output(options, tokenizer)
-    with ExitStack() as opened:
-        beside = corpus_file(options.output_prefix, "json").parent
-        inputs = [opened.enter_context(readable_often(path, beside)) for path in options.input]
-        num_lines = sum(1 for _ in _lines(inputs, options.format))
-        source = {
-            "inputs": [_described(source, options.format) for source in inputs],
-            "tokenizer": tokenizer.fingerprint,
-            "format": options.format,
-            "on_bad_row": options.on_bad_row,
-            "ignore_fields": sorted(set(options.ignore_fields)),
-            "max_document_tokens": options.max_document_tokens,
-        }
-        corpus, outcome = _existing(options.output_prefix, source), "up to date"
-        if corpus is None:
-            num_skipped = _write(options, inputs, tokenizer, source, num_lines)
-            corpus = Corpus(options.output_prefix)
-            outcome = f"written, {num_skipped} of {num_lines} rows skipped"
+    num_lines = sum(1 for _ in _lines(options.input, options.format))
+    source = {
+        "inputs": [_described(path, options.format) for path in options.input],
+        "tokenizer": tokenizer.fingerprint,
+        "format": options.format,
+        "on_bad_row": options.on_bad_row,
+        "ignore_fields": sorted(set(options.ignore_fields)),
+        "max_document_tokens": options.max_document_tokens,
+    }
+    corpus, outcome = _existing(options.output_prefix, source), "up to date"
+    if corpus is None:
+        num_skipped = _write(options, tokenizer, source, num_lines)
+        corpus = Corpus(options.output_prefix)
+        outcome = f"written, {num_skipped} of {num_lines} rows skipped"
     _show(corpus, tokenizer, options.show)
     about = corpus.description
     print(

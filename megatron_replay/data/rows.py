@@ -1,4 +1,4 @@
-"""Files of rows: one JSON object a line, plain or compressed by gzip; a pipe is copied first.
+"""Files of rows: one JSON object a line, plain or compressed by gzip.
 
 ``row_formats.py`` turns a row into a document.
 """
@@ -6,22 +6,17 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import itertools
 import json
-import stat
-import sys
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_replay.errors import DataError
-from megatron_replay.files import MAX_TEXT_BYTES, make_directory, open_regular, output_error
+from megatron_replay.files import MAX_TEXT_BYTES, open_regular
 
 _GZIP, _BOM = b"\x1f\x8b", b"\xef\xbb\xbf"
 #: First bytes of files that people take for rows.
@@ -50,98 +45,30 @@ METADATA = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Input:
-    """A file of rows that can be read several times.
-
-    Attributes:
-        path: where it is read.
-        shown: the user's name for it.
-        sha256: of a pipe, which is read from a copy; None for a file.
-    """
-
-    path: Path
-    shown: str
-    sha256: str | None = None
-
-
-@contextmanager
-def readable_often(path: Path, directory: Path) -> Iterator[Input]:
-    """``path``; or a copy of it, where it is a pipe: ``<(zcat rows.gz)``, a FIFO, ``/dev/stdin``.
-
-    The copy is a file without a name in ``directory``. It is gone when the block or the process
-    ends, however it ends.
-
-    Raises:
-        DataError: the pipe cannot be read.
-        OutputError: the copy cannot be written.
-    """
-    try:
-        is_pipe = stat.S_ISFIFO(path.stat().st_mode)
-    except OSError:
-        is_pipe = False  # opening it raises the error
-    if not is_pipe:
-        yield Input(path, str(path))
-        return
-    print(f"{path}: a pipe, copied until it ends", file=sys.stderr)
-    digest = hashlib.sha256()
-    make_directory(directory)
-    with _written_in(directory):
-        spool: IO[bytes] = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 the next line
-    with spool:
-        for block in _blocks(path):
-            digest.update(block)
-            with _written_in(directory):
-                spool.write(block)
-        with _written_in(directory):
-            spool.flush()
-        yield Input(Path(f"/proc/self/fd/{spool.fileno()}"), str(path), digest.hexdigest())
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as pipe:
-            while block := pipe.read(1 << 20):
-                yield block
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", where=path) from error
-
-
-@contextmanager
-def _written_in(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise output_error(directory, error) from error
-
-
-def read_lines(path: Path, name: str | None = None) -> Iterator[tuple[str, bytes]]:
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yield ``(FILE:LINE, bytes)`` for every line of ``path``, plain or compressed by gzip.
 
     A byte order mark and blank lines at the end are left out.
 
-    Args:
-        name: shown instead of ``path``.
-
     Raises:
         DataError: the file cannot be read, or is of a known other kind.
     """
-    name, blank = name or str(path), 0
+    blank = 0
     with open_regular(path, DataError) as raw:
         try:
-            for number, line in enumerate(_text_lines(raw, name), start=1):
+            for number, line in enumerate(_text_lines(raw, path), start=1):
                 if not line.strip():
                     blank += 1
                     continue
                 for before in range(number - blank, number):
-                    yield f"{name}:{before}", b"\n"
+                    yield f"{path}:{before}", b"\n"
                 blank = 0
-                yield f"{name}:{number}", line
+                yield f"{path}:{number}", line
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"cannot read: {error}", where=name) from error
+            raise DataError(f"cannot read: {error}", where=path) from error
 
 
-def _text_lines(raw: IO[bytes], name: str) -> Iterator[bytes]:
+def _text_lines(raw: IO[bytes], path: Path) -> Iterator[bytes]:
     is_gzip = raw.read(len(_GZIP)) == _GZIP
     raw.seek(0)
     handle: Any = gzip.GzipFile(fileobj=raw) if is_gzip else raw
@@ -150,7 +77,7 @@ def _text_lines(raw: IO[bytes], name: str) -> Iterator[bytes]:
         if start.startswith(magic):
             raise DataError(
                 "not lines of JSON",
-                where=name,
+                where=path,
                 expected="one JSON object per line, as text or compressed by gzip",
                 found=kind,
                 fix="Unpack it, or write its rows as JSON lines",
@@ -161,7 +88,7 @@ def _text_lines(raw: IO[bytes], name: str) -> Iterator[bytes]:
         if len(line) > MAX_TEXT_BYTES:
             raise DataError(
                 "the line is too long",
-                where=f"{name}:{number}",
+                where=f"{path}:{number}",
                 expected=f"at most {MAX_TEXT_BYTES} bytes",
             )
         if not line:

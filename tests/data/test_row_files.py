@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import bz2
-import contextlib
 import functools
 import gzip
-import hashlib
 import lzma
 import os
-from pathlib import Path
 
 import pytest
 
-from megatron_replay.data.rows import Input, read_lines, readable_often
-from megatron_replay.errors import DataError, OutputError
+from megatron_replay.data.rows import read_lines
+from megatron_replay.errors import DataError
 
 LINES = b'{"text": "a"}\n{"text": "\xc3\xa9"}\n'
 compressed = functools.partial(gzip.compress, mtime=0)
@@ -41,9 +38,9 @@ def test_a_byte_order_mark_gzip_and_blank_lines_at_the_end_are_read(tmp_path, co
 def test_blank_lines_in_between_keep_their_numbers(tmp_path):
     path = tmp_path / "rows"
     path.write_bytes(b"\n" + READ[0] + b"\n\n" + READ[1] + b"\n")
-    assert list(read_lines(path, "shown")) == [
-        ("shown:1", b"\n"), ("shown:2", READ[0]), ("shown:3", b"\n"), ("shown:4", b"\n"),
-        ("shown:5", READ[1]),
+    assert list(read_lines(path)) == [
+        (f"{path}:1", b"\n"), (f"{path}:2", READ[0]), (f"{path}:3", b"\n"), (f"{path}:4", b"\n"),
+        (f"{path}:5", READ[1]),
     ]  # fmt: skip
     path.write_bytes(b"")
     assert list(read_lines(path)) == []
@@ -90,30 +87,3 @@ def test_a_line_without_end(tmp_path, monkeypatch):
     path.write_bytes(compressed(READ[0] + b"x" * 2000))
     with pytest.raises(DataError, match=r"rows.gz:2: the line is too long"):
         list(read_lines(path))
-
-
-@contextlib.contextmanager
-def piped(content):
-    """The path of a pipe that holds ``content``, as ``<(cat FILE)`` gives one."""
-    reader, writer = os.pipe()
-    os.write(writer, content)
-    os.close(writer)
-    try:
-        yield Path(f"/dev/fd/{reader}")
-    finally:
-        os.close(reader)
-
-
-def test_a_pipe_is_copied_to_a_file_without_a_name(tmp_path):
-    with piped(LINES * 1000) as pipe, readable_often(pipe, tmp_path) as copy:
-        assert copy.shown == str(pipe)
-        assert [line for _, line in read_lines(copy.path)] == READ * 1000
-        assert len(list(read_lines(copy.path))) == 2000  # again
-        assert copy.sha256 == hashlib.sha256(LINES * 1000).hexdigest()
-        assert list(tmp_path.iterdir()) == []
-    for path in (tmp_path, tmp_path / "nothing"):
-        with readable_often(path, tmp_path) as same:
-            assert same == Input(path, str(path))
-    nowhere = Path("/proc/nowhere")
-    with piped(LINES) as pipe, pytest.raises(OutputError), readable_often(pipe, nowhere):
-        pass

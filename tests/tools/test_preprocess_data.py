@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ import pytest
 
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.tokenizer import load_tokenizer
-from tests.data.test_row_files import piped
 from tests.data.tiny_tokenizers import CHATML, save_hugging_face, save_sentencepiece
 from tools import preprocess_data
 
@@ -220,24 +218,6 @@ def test_no_output_over_a_file_of_another_kind(run, write_rows, tmp_path):
     assert err.startswith(f"error: {others}: a file is here")
     assert err.count("\n") == 1
     assert others.read_bytes() == before
-
-
-def test_a_pipe_is_read_like_a_file(run, write_rows, tmp_path):
-    """As often as needed, errors included; the second time its corpus is up to date."""
-    rows = write_rows(ROWS)
-    run(rows, prefix="of-a-file")
-    for outcome in ("written, 0 of 5 rows skipped", "up to date"):
-        with piped(gzip.compress(rows.read_bytes())) as pipe:
-            code, out, err = run(pipe)
-        assert code == 0
-        assert out.endswith(f"; {outcome}\n")
-        assert err.startswith(f"{pipe}: a pipe, copied until it ends\n")
-    assert contents(tmp_path)[:3] == contents(tmp_path, "of-a-file")[:3]
-    with piped(b'\n{"prompt": "a"}\n') as pipe:
-        code, _, err = run(pipe, prefix="bad", flags=["--format", "prompt"])
-    assert code == 3
-    assert err.endswith(f"error: {pipe}:1: empty line (expected one JSON object per line)\n")
-    assert not list(tmp_path.glob("*bad*"))
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/"])
