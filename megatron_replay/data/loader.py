@@ -7,14 +7,11 @@ bytes: 7.4 MB for 16 packs of 4,096 positions of which one in five has a set of 
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from types import TracebackType
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import torch
@@ -34,13 +31,6 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-@dataclass(frozen=True)
-class _End:
-    """The error that ended the batches, in place of one."""
-
-    error: BaseException
-
-
 class Loader(Generic[T]):
     """``make(step)`` of each of ``steps``, in order, at most ``depth`` of them made ahead.
 
@@ -49,82 +39,57 @@ class Loader(Generic[T]):
     Use it as a context manager: leaving the block ends the thread.
 
     Args:
-        make: runs in the loader's thread, one call at a time; with depth 0 in ``next``.
+        make: runs in the loader's thread, one call at a time.
         steps: the arguments of ``make``.
-        depth: 0 starts no thread.
+        depth: 1 or more.
 
     Attributes:
         waited: seconds that the last ``next`` took.
     """
 
     def __init__(self, make: Callable[[int], T], steps: Iterable[int], *, depth: int) -> None:
-        assert depth >= 0, depth
+        assert depth > 0, depth
         self.waited = 0.0
         self._make, self._steps = make, iter(steps)
-        self._room = threading.Semaphore(depth)
-        self._made: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
         self._making = threading.Lock()
-        self._end: _End | None = None
-        self._closed = False
-        self._thread: threading.Thread | None = None
-        if depth > 0:
-            self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
-            self._thread.start()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._ahead: deque[Future[T]] = deque()
+        for _ in range(depth):
+            self._make_another()
 
     def __iter__(self) -> Loader[T]:
         return self
 
     def __next__(self) -> T:
         start = time.perf_counter()
-        if self._thread is None:
-            return self._make_here(start)
-        if self._end is None:
-            made = self._made.get()
-            self.waited = time.perf_counter() - start
-            if not isinstance(made, _End):
-                self._room.release()
-                return made
-            self._end = made
-        raise self._end.error
+        if not self._ahead:
+            raise StopIteration
+        made = self._ahead[0].result()  # an error stays first: it is raised again
+        self._ahead.popleft()
+        self._make_another()
+        self.waited = time.perf_counter() - start
+        return made
 
-    def still(self) -> AbstractContextManager[object]:
-        """No ``make`` runs inside this block: for forks, which copy locks as they are."""
-        return self._making if self._thread is not None else contextlib.nullcontext()
+    def still(self) -> threading.Lock:
+        """No ``make`` runs while this lock is held: for forks, which copy locks as they are."""
+        return self._making
 
     def close(self) -> None:
-        """End the thread; waits for the ``make`` it is in, drops what was made."""
-        self._closed = True
-        self._room.release()
-        if self._thread is not None:
-            self._thread.join()
+        """End the thread: wait for the ``make`` it is in, drop what was made."""
+        self._thread.shutdown(cancel_futures=True)
+        self._ahead.clear()
 
     def __enter__(self) -> Loader[T]:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _make_here(self, start: float) -> T:
-        made = self._make(next(self._steps))
-        self.waited = time.perf_counter() - start
-        return made
+    def _make_another(self) -> None:
+        step = next(self._steps, None)
+        if step is not None:
+            self._ahead.append(self._thread.submit(self._make_one, step))
 
-    def _run(self) -> None:
-        """Stop at the first error; later batches are never made."""
-        while True:
-            self._room.acquire()
-            with self._making:
-                if self._closed:
-                    return
-                try:
-                    made: T | _End = self._make(next(self._steps))
-                except BaseException as error:  # StopIteration, the end of the steps, too
-                    made = _End(error)
-            self._made.put(made)
-            if isinstance(made, _End):
-                return
+    def _make_one(self, step: int) -> T:
+        with self._making:
+            return self._make(step)

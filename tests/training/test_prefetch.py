@@ -60,7 +60,8 @@ def report_threads(rank: int) -> None:
         try:
             train(self, stop)
         finally:
-            print([thread.name for thread in threading.enumerate() if thread.name == "loader"])
+            names = [thread.name for thread in threading.enumerate()]
+            print([name for name in names if name.startswith("loader")])
 
     Trainer.train = reporting
 
