@@ -2,8 +2,9 @@
 
     .venv/bin/python docs/figures/angle_clip.py
 
-Above: how each reading of Eq. 5 turns a gradient that stands at phi to the momentum. Below: MoClip
-and AdamW on gradients of one signal under fresh noise, by the ratio of the two; see docs/method.md.
+Above: what --obtuse line and zero leave of a gradient at an angle phi to the momentum. Below:
+MoClip and AdamW on gradients of one signal under fresh noise, by the ratio of the two; see
+docs/method.md.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ import torch
 from matplotlib.axes import Axes
 
 from megatron_replay.optim import AdamW, MoClip
-from megatron_replay.optim.angle import READINGS, rotation_coefficients
+from megatron_replay.optim.angle import OBTUSE, rotation_coefficients
 from megatron_replay.optim.base import UpdateRule
 
 #: Degrees, the paper's; beta1 and beta2 as Stage 1's.
 MAX_ANGLE, BETAS = 45.0, (0.9, 0.95)
-COLORS = dict(zip(READINGS, ("C0", "C1", "C2", "C3", "C4"), strict=True))
-STYLES = dict(zip(READINGS, ("-", "--", "-.", ":", (0, (3, 1, 1, 1))), strict=True))
+COLORS = dict(zip(OBTUSE, ("C0", "C1"), strict=True))
+STYLES = dict(zip(OBTUSE, ("-", "--"), strict=True))
 
 
-def turned(degrees: np.ndarray, reading: str) -> tuple[np.ndarray, np.ndarray]:
+def turned(degrees: np.ndarray, obtuse: str) -> tuple[np.ndarray, np.ndarray]:
     """(length of g' over that of g, degrees between g' and m; NaN where g' = 0) for each phi."""
     phi = torch.tensor(np.radians(degrees))
     ones = torch.ones_like(phi)
-    a, b = rotation_coefficients(phi.cos(), ones, ones, max_angle=MAX_ANGLE, obtuse=reading)
+    a, b = rotation_coefficients(phi.cos(), ones, ones, max_angle=MAX_ANGLE, obtuse=obtuse)
     along, across = a * phi.cos() + b, a * phi.sin()
     length = torch.hypot(along, across).numpy()
     angle = np.degrees(np.arctan2(across.numpy(), along.numpy()))
@@ -68,20 +69,20 @@ def expected_angle(snr: np.ndarray) -> np.ndarray:
 def draw(path: Path, *, points: int, size: int, steps: int) -> None:
     """Compute and write the figure."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
-    _draw_readings(axes[0, 0], axes[0, 1])
+    _draw_rotation(axes[0, 0], axes[0, 1])
     snr = np.logspace(-2.5, 1.5, points)
     _draw_noise(axes[1, 0], axes[1, 1], snr, size=size, steps=steps)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw_readings(lengths: Axes, angles: Axes) -> None:
+def _draw_rotation(lengths: Axes, angles: Axes) -> None:
     degrees = np.linspace(0.1, 179.9, 1200)
-    for reading in READINGS:
-        length, angle = turned(degrees, reading)
-        style = {"color": COLORS[reading], "linestyle": STYLES[reading], "linewidth": 2}
-        lengths.plot(degrees, length, label=reading, **style)
-        angles.plot(degrees, angle, label=reading, **style)
+    for obtuse in OBTUSE:
+        length, angle = turned(degrees, obtuse)
+        style = {"color": COLORS[obtuse], "linestyle": STYLES[obtuse], "linewidth": 2}
+        lengths.plot(degrees, length, label=obtuse, **style)
+        angles.plot(degrees, angle, label=obtuse, **style)
     angles.axhline(MAX_ANGLE, color="0.6", linewidth=1)
     for axis, title, label in (
         (lengths, "What is left of the gradient", "|g'| / |g|"),

@@ -49,9 +49,9 @@ class OptimizerConfig(Section):
         "degrees between gradient and momentum", 45.0, used_with={"optimizer": ("moclip",)}
     )
     obtuse: str = option(
-        "reading of Eq. 5 beyond 90 degrees (docs/method.md)",
+        "gradient more than 90 degrees from the momentum: stay on its line, or drop it",
         "line",
-        ("line", "zero", "reflect", "project", "rotate"),
+        ("line", "zero"),
         used_with={"optimizer": ("moclip",)},
     )
     obtuse_patience: int = option(

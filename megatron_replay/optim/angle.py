@@ -3,18 +3,20 @@
     D = <m, g>,  M = |m|,  n = |g|,  c = D / (M n) = cos phi,  s = sin phi
     g' = a g + b m                                   (a, b) = (1, 0) where phi <= max_angle
 
-Every reading of Eq. 5 is a pair (a, b), so one pass over memory takes three dot products and one
-pass updates. docs/method.md says why ``line`` is the default.
+Eq. 5 of the paper is a pair (a, b), so one pass over memory takes three dot products and one pass
+updates. docs/method.md says why ``line`` is the default beyond 90 degrees.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+#: What becomes of a gradient more than 90 degrees from the momentum: ``rotation_coefficients``.
+OBTUSE = ("line", "zero")
 
 
 def cosine(dot: Tensor, momentum_sq: Tensor, grad_sq: Tensor, *, undefined: float = 1.0) -> Tensor:
@@ -30,84 +32,37 @@ def rotation_coefficients(
 ) -> tuple[Tensor, Tensor]:
     """(a, b) of g' = a g + b m from D, M^2 and n^2, elementwise and on their device.
 
-    With t = tan(max_angle), where phi > max_angle:
+    Where phi > max_angle, with t = tan(max_angle):
 
-    ========  ===================================================  ===============================
-    obtuse    a, b                                                 property
-    ========  ===================================================  ===============================
-    line      a = min(1, t |c| / s),  b = D (1 - a) / M^2          |cos phi'| >= cos(max_angle);
-                                                                   <g', g> > 0; Lemma 2 to 90 deg
-    zero      line to 90 degrees, then a = b = 0                   Lemma 2 always
-    reflect   a = min(1, t |c| / s),  b = (|D| - a D) / M^2        Lemma 2; may ascend
-    project   the nearest point of the cone around m               Lemma 2
-    rotate    |g'| = |g|, turned onto the cone                     Lemma 2
-    ========  ===================================================  ===============================
+    ======  ====================================================  ==============================
+    obtuse  a, b                                                  property
+    ======  ====================================================  ==============================
+    line    a = min(1, t |c| / s),  b = D (1 - a) / M^2           |cos phi'| >= cos(max_angle);
+                                                                  <g', g> > 0; Lemma 2 to 90 deg
+    zero    line up to 90 degrees, then a = b = 0                 Lemma 2 always
+    ======  ====================================================  ==============================
 
     Without momentum or gradient, (a, b) = (1, 0). Where s = 0, nothing lies across m: a = 0.
-    At max_angle = 90, ``line`` drops what points against m, as ``project`` does.
+    At max_angle = 90, ``line`` drops the part of g that points against m.
     """
     c = cosine(dot, momentum_sq, grad_sq)
     s = (1 - c * c).sqrt()
     # The cosine and tangent of 90 degrees are not exact in floating point.
-    limit, cos_limit, tangent = math.radians(max_angle), 0.0, math.inf
+    cos_limit, tangent = 0.0, math.inf
     if max_angle < 90:
-        cos_limit, tangent = math.cos(limit), math.tan(limit)
-    along, across = READINGS[obtuse](c, s, _Cone(cos_limit, math.sin(limit), tangent))
+        cos_limit, tangent = math.cos(math.radians(max_angle)), math.tan(math.radians(max_angle))
+    # ``along`` |g| is what remains in the direction of m, ``across`` the share that remains of the
+    # rest: at most tan(max_angle) times the part along m.
+    along, across = c, (tangent * c.abs() / s).clamp(max=1.0)
+    if obtuse == "zero":
+        across = torch.where(c < 0, 0.0, across)
+    if obtuse == "zero" or max_angle == 90:
+        along = c.clamp(min=0.0)
     across = torch.where(s > 0, across, 0.0)
     clipped = c < cos_limit
     a = torch.where(clipped, across, 1.0)
     b = torch.where(clipped, (grad_sq.sqrt() / momentum_sq.sqrt()) * (along - across * c), 0.0)
     return a, b
-
-
-@dataclass(frozen=True)
-class _Cone:
-    """Directions within ``max_angle`` of m, by the angle's cosine, sine and tangent."""
-
-    cos: float
-    sin: float
-    tan: float
-
-
-# A reading keeps ``along`` of |g| in the direction of m, and ``across`` of what g has across m.
-
-
-def _capped(c: Tensor, s: Tensor, cone: _Cone) -> Tensor:
-    """The share of g across m that leaves it at most tan(max_angle) times the part along m."""
-    return (cone.tan * c.abs() / s).clamp(max=1.0)
-
-
-def _line(c: Tensor, s: Tensor, cone: _Cone) -> tuple[Tensor, Tensor]:
-    along = c if math.isfinite(cone.tan) else c.clamp(min=0.0)
-    return along, _capped(c, s, cone)
-
-
-def _zero(c: Tensor, s: Tensor, cone: _Cone) -> tuple[Tensor, Tensor]:
-    return c.clamp(min=0.0), torch.where(c < 0, 0.0, _capped(c, s, cone))
-
-
-def _reflect(c: Tensor, s: Tensor, cone: _Cone) -> tuple[Tensor, Tensor]:
-    return c.abs(), _capped(c, s, cone)
-
-
-def _project(c: Tensor, s: Tensor, cone: _Cone) -> tuple[Tensor, Tensor]:
-    # cos(phi - max_angle): how far g reaches along the cone's edge; the apex where it points away.
-    reach = (c * cone.cos + s * cone.sin).clamp(min=0.0)
-    return reach * cone.cos, reach * cone.sin / s
-
-
-def _rotate(c: Tensor, s: Tensor, cone: _Cone) -> tuple[Tensor, Tensor]:
-    return torch.full_like(c, cone.cos), cone.sin / s
-
-
-#: The readings of Eq. 5 by name.
-READINGS: dict[str, Callable[[Tensor, Tensor, _Cone], tuple[Tensor, Tensor]]] = {
-    "line": _line,
-    "zero": _zero,
-    "reflect": _reflect,
-    "project": _project,
-    "rotate": _rotate,
-}
 
 
 @dataclass(frozen=True)

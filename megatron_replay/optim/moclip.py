@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_replay.functional.momentum_step import Coefficients, Scalar
-from megatron_replay.optim.angle import READINGS, Angle, rotation_coefficients
+from megatron_replay.optim.angle import OBTUSE, Angle, rotation_coefficients
 from megatron_replay.optim.base import LARGEST, TINY, UpdateRule
 from megatron_replay.optim.batch import Batch, Scalars
 
@@ -67,7 +67,7 @@ class MoClip(UpdateRule):
         params, lr, betas, weight_decay: as in AdamW, also per group. There is no epsilon, so that
             what follows ``betas`` goes by name.
         max_angle: degrees between momentum and gradient beyond which the gradient is turned.
-        obtuse: reading of Eq. 5; see ``rotation_coefficients``.
+        obtuse: what becomes of a gradient beyond 90 degrees; see ``rotation_coefficients``.
         obtuse_patience: with ``zero``, so many obtuse gradients in a row are dropped; the next one
             passes unchanged, for otherwise momentum and gradient can face each other for ever.
         angle_scope: one angle for the whole "model", or one for each "tensor".
@@ -100,7 +100,7 @@ class MoClip(UpdateRule):
         backend: str = "auto",
     ) -> None:
         self._require("max_angle", 0 < max_angle <= 90, "degrees above 0, at most 90", max_angle)
-        self._require("obtuse", obtuse in READINGS, ", ".join(READINGS), obtuse)
+        self._require("obtuse", obtuse in OBTUSE, ", ".join(OBTUSE), obtuse)
         self._require("obtuse_patience", obtuse_patience >= 0, "a count from 0", obtuse_patience)
         self._require(
             "angle_scope", angle_scope in ("model", "tensor"), "model, tensor", angle_scope

@@ -26,15 +26,10 @@ def turned_gradient(g: Vector, m: Vector, max_angle: float, obtuse: str) -> Vect
         return np.zeros_like(g)
     side = perpendicular / across if across > 0 else perpendicular
     limit = math.radians(max_angle)
-    edge = math.cos(limit) * axis + math.sin(limit) * side
-    if obtuse == "rotate":
-        return np.linalg.norm(g) * edge
-    if obtuse == "project":
-        return max(0.0, along * math.cos(limit) + across * math.sin(limit)) * edge
     if max_angle == 90:
-        return perpendicular if obtuse == "line" else perpendicular - parallel
+        return perpendicular
     shortened = min(across, math.tan(limit) * abs(along)) * side
-    return shortened + (-parallel if obtuse == "reflect" and along < 0 else parallel)
+    return shortened + parallel
 
 
 def run(

@@ -21,7 +21,7 @@ from tests.distributed.layouts import Layout
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "moclip": {
-        "max_angle": 30.0, "obtuse": "project", "second_moment": "clipped", "atan_a": 1.25,
+        "max_angle": 30.0, "obtuse": "zero", "second_moment": "clipped", "atan_a": 1.25,
         "atan_b": 0.5,
     },
     "adamw": {"adam_eps": 1e-6},

@@ -133,7 +133,7 @@ def test_copies_and_pickles_step_as_the_original_does():
     rows = gradients(4)
     for duplicate in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
         params = parameters()
-        optimizer = MoClip(params, lr=0.05, max_angle=30.0, obtuse="reflect", second_moment="raw")
+        optimizer = MoClip(params, lr=0.05, max_angle=30.0, obtuse="zero", second_moment="raw")
         take_steps(optimizer, params, rows[:2])
         twin = duplicate(optimizer)
         twins = twin.param_groups[0]["params"]

@@ -16,10 +16,10 @@ from megatron_replay.optim import MoClip
 from tests.optim import geometry
 from tests.optim.loop import assert_same_state, flat, gradients, parameters, states, take_steps
 
-READINGS = ["line", "zero", "reflect", "project", "rotate"]
+OBTUSE = ["line", "zero"]
 
 
-@pytest.mark.parametrize("obtuse", READINGS)
+@pytest.mark.parametrize("obtuse", OBTUSE)
 @pytest.mark.parametrize("second_moment", ["raw", "clipped"])
 @pytest.mark.parametrize("max_angle", [30.0, 90.0])
 def test_twenty_steps_equal_the_independent_implementation(obtuse, second_moment, max_angle):
@@ -83,7 +83,7 @@ def test_unclipped_with_a_wide_arctangent_it_is_adamw_without_epsilon():
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.lists(st.lists(st.floats(-1e6, 1e6), min_size=4, max_size=4), min_size=1, max_size=6),
-    st.sampled_from(READINGS),
+    st.sampled_from(OBTUSE),
     st.floats(1e-6, 1.0),
     st.floats(0.1, 3.0),
 )
@@ -106,15 +106,15 @@ def test_zero_gradient_moves_nothing_but_the_decay():
     torch.testing.assert_close(param.detach(), torch.full((3,), 0.95**2))
 
 
-@pytest.mark.parametrize(("obtuse", "stalls"), [("line", False), ("reflect", True)])
-def test_line_does_not_stall_on_a_one_dimensional_quadratic(obtuse, stalls):
+@pytest.mark.parametrize("obtuse", OBTUSE)
+def test_a_one_dimensional_quadratic_is_descended(obtuse):
     param = torch.nn.Parameter(torch.tensor([1.0]))
     optimizer = MoClip([param], lr=0.02, obtuse=obtuse)
     for _ in range(400):
         optimizer.zero_grad()
         (0.5 * param.square().sum()).backward()
         optimizer.step()
-    assert (param.abs().item() > 0.1) is stalls
+    assert param.abs().item() < 0.1
 
 
 def test_zero_drops_obtuse_gradients_only_as_long_as_its_patience():
