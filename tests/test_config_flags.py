@@ -84,8 +84,8 @@ def test_boolean_flags_can_be_negated():
         ),
         (["--min-lr", "1e-4", "--lr-decay-style", "constant"], "as only --lr-decay-style cosine"),
         (
-            ["--obtuse-patience", "9"],
-            "--obtuse-patience: unusable value (expected 3, as only --obt",
+            ["--mofo-fraction", "0.5"],
+            "--mofo-fraction: unusable value (expected 0.2, as only --opt",
         ),
         (
             ["--probe-interval", "0", "--general-data-path", "g"],

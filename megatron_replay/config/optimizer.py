@@ -54,11 +54,6 @@ class OptimizerConfig(Section):
         ("line", "zero"),
         used_with={"optimizer": ("moclip",)},
     )
-    obtuse_patience: int = option(
-        "--obtuse zero: obtuse steps in a row before one passes unturned",
-        3,
-        used_with={"optimizer": ("moclip",), "obtuse": ("zero",)},
-    )
     second_moment: str = option(
         "gradient that feeds v", "raw", ("raw", "clipped"), used_with={"optimizer": ("moclip",)}
     )
@@ -108,7 +103,6 @@ class OptimizerConfig(Section):
         # It takes this share of a weight away.
         self.require(self.lr * self.weight_decay <= 1, "weight_decay", "at most 1 / --lr")
         self.require(0 <= self.min_lr <= self.lr, "min_lr", "0 to --lr")
-        self.require(self.obtuse_patience >= 0, "obtuse_patience", "a number from 0")
         for name in (
             "lr_warmup_iters",
             "weight_decay",

@@ -150,7 +150,6 @@ def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Updat
             groups,
             max_angle=config.max_angle,
             obtuse=config.obtuse,
-            obtuse_patience=config.obtuse_patience,
             angle_scope=config.angle_scope,
             second_moment=config.second_moment,
             atan_a=config.atan_a,

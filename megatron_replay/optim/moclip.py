@@ -22,6 +22,10 @@ from megatron_replay.optim.angle import OBTUSE, Angle, rotation_coefficients
 from megatron_replay.optim.base import LARGEST, TINY, UpdateRule
 from megatron_replay.optim.batch import Batch, Scalars
 
+#: With ``zero``, this many obtuse gradients in a row are dropped and the next one passes unchanged:
+#: otherwise a momentum that points uphill would never change.
+_PATIENCE = 3
+
 
 def moclip_coefficients(
     a: Scalar,
@@ -68,8 +72,6 @@ class MoClip(UpdateRule):
             what follows ``betas`` goes by name.
         max_angle: degrees between momentum and gradient beyond which the gradient is turned.
         obtuse: what becomes of a gradient beyond 90 degrees; see ``rotation_coefficients``.
-        obtuse_patience: with ``zero``, so many obtuse gradients in a row are dropped; the next one
-            passes unchanged, for otherwise momentum and gradient can face each other for ever.
         angle_scope: one angle for the whole "model", or one for each "tensor".
         second_moment: v averages the squares of the "raw" gradient, or of the "clipped" one.
         atan_a, atan_b: A and B in lr A atan2(m, B sqrt v). |update| <= lr A pi / 2 (Lemma 3).
@@ -79,7 +81,7 @@ class MoClip(UpdateRule):
     looks_at_angle: ClassVar[bool] = True
     own: ClassVar[tuple[str, ...]] = (
         *UpdateRule.own,
-        *"max_angle obtuse obtuse_patience second_moment atan_a atan_b _streak _fired".split(),
+        *"max_angle obtuse second_moment atan_a atan_b _streak _fired".split(),
     )
 
     def __init__(
@@ -91,7 +93,6 @@ class MoClip(UpdateRule):
         weight_decay: float = 0.0,
         max_angle: float = 45.0,
         obtuse: str = "line",
-        obtuse_patience: int = 3,
         angle_scope: str = "model",
         second_moment: str = "raw",
         atan_a: float = 1.0,
@@ -101,7 +102,6 @@ class MoClip(UpdateRule):
     ) -> None:
         self._require("max_angle", 0 < max_angle <= 90, "degrees above 0, at most 90", max_angle)
         self._require("obtuse", obtuse in OBTUSE, ", ".join(OBTUSE), obtuse)
-        self._require("obtuse_patience", obtuse_patience >= 0, "a count from 0", obtuse_patience)
         self._require(
             "angle_scope", angle_scope in ("model", "tensor"), "model, tensor", angle_scope
         )
@@ -111,7 +111,7 @@ class MoClip(UpdateRule):
         self._require("second_moment", second_moment in moments, ", ".join(moments), second_moment)
         self._require("atan_a", TINY <= atan_a <= LARGEST, "above 0 in float32", atan_a)
         self._require("atan_b", TINY <= atan_b <= LARGEST, "above 0 in float32", atan_b)
-        self.max_angle, self.obtuse, self.obtuse_patience = max_angle, obtuse, obtuse_patience
+        self.max_angle, self.obtuse = max_angle, obtuse
         self.second_moment, self.atan_a, self.atan_b = second_moment, atan_a, atan_b
         self._streak = self._fired = torch.zeros(())
         # AdamW's own epsilon stays in the groups: back under AdamW, 0 would give 0 / 0.
@@ -129,7 +129,7 @@ class MoClip(UpdateRule):
             # Obtuse gradients in a row; the count is saved with the groups, as ``lr`` is.
             streak = self.param_groups[0].get("obtuse_streak", 0.0) + 1.0
             self._streak = torch.where(dot < 0, streak, 0.0)
-            self._fired = self._streak > self.obtuse_patience
+            self._fired = self._streak > _PATIENCE
             self._streak = torch.where(self._fired, 0.0, self._streak)
             a, b = torch.where(self._fired, 1.0, a), torch.where(self._fired, 0.0, b)
         self.last_angle = Angle(dot, momentum_sq, grad_sq, a, b)

@@ -59,7 +59,6 @@ STAGE1: dict[str, list[str]] = {
     "angle_scope": ["tensor"],
     "max_angle": ["1"],
     "obtuse": ["zero", "--lr", "1"],
-    "obtuse_patience": ["0", "--obtuse", "zero", "--lr", "1"],
     "second_moment": ["clipped", "--max-angle", "1"],
     "atan_a": ["2"],
     "atan_b": ["2"],
@@ -117,7 +116,6 @@ STAGE0: dict[str, list[str]] = {
 }
 #: What is read nowhere, and so is refused.
 REFUSED = [
-    ("stage1", ["--obtuse-patience", "9"]),
     ("stage1", ["--mofo-fraction", "0.5"]),
     ("stage1", ["--probe-interval", "0", "--probe-documents", "9"]),
     ("stage1", ["--min-lr", "1e-4", "--lr-decay-style", "constant"]),

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.distributed
 
 RULES = {
     "moclip": [],
-    "moclip zero": ["--obtuse", "zero", "--obtuse-patience", 1],
+    "moclip zero": ["--obtuse", "zero"],
     "adamw": [],
     "mofo": [],
     "tam smoothed": ["--torque", "smoothed"],

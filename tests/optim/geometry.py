@@ -41,7 +41,6 @@ def run(
     weight_decay: float = 0.0,
     max_angle: float = 45.0,
     obtuse: str = "line",
-    obtuse_patience: int = 3,
     second_moment: str = "raw",
     atan_a: float = 1.0,
     atan_b: float = 1.0,
@@ -53,7 +52,7 @@ def run(
         new = turned_gradient(g, m, max_angle, obtuse)
         if obtuse == "zero" and m @ g < 0:
             dropped += 1
-            if dropped > obtuse_patience:
+            if dropped > 3:
                 new, dropped = g, 0
         else:
             dropped = 0
