@@ -57,12 +57,6 @@ class OptimizerConfig(Section):
     second_moment: str = option(
         "gradient that feeds v", "raw", ("raw", "clipped"), used_with={"optimizer": ("moclip",)}
     )
-    atan_a: float = option(
-        "A in lr A atan2(m, B sqrt v)", 1.0, used_with={"optimizer": ("moclip",)}
-    )
-    atan_b: float = option(
-        "B in lr A atan2(m, B sqrt v)", 1.0, used_with={"optimizer": ("moclip",)}
-    )
     mofo_fraction: float = option(
         "share of each matrix that moves", 0.2, used_with={"optimizer": ("mofo",)}
     )
@@ -95,11 +89,9 @@ class OptimizerConfig(Section):
     )
 
     def _check(self) -> None:
-        self.require_positive("lr", "atan_a")
-        self.require_between(1e-30, 1e30, "atan_b")
+        self.require_positive("lr")
         # A step moves a weight by up to the learning rate: above 1, nothing of the model is left.
         self.require(self.lr <= 1, "lr", "a number above 0, at most 1")
-        self.require(self.lr * self.atan_a <= 1, "atan_a", "at most 1 / --lr")
         # It takes this share of a weight away.
         self.require(self.lr * self.weight_decay <= 1, "weight_decay", "at most 1 / --lr")
         self.require(0 <= self.min_lr <= self.lr, "min_lr", "0 to --lr")

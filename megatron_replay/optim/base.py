@@ -27,8 +27,8 @@ from megatron_replay.optim.angle import Angle
 from megatron_replay.optim.batch import Batch, Scalars
 from megatron_replay.optim.placement import Place, Placement, place_alone
 
-#: Steps are computed in float32, in which what is larger is infinite, and what is smaller 0.
-LARGEST, TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+#: Steps are computed in float32, in which larger numbers are infinite.
+LARGEST = torch.finfo(torch.float32).max
 
 
 def require_usable_numbers(group: Mapping[str, Any]) -> None:

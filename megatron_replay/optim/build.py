@@ -152,8 +152,6 @@ def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Updat
             obtuse=config.obtuse,
             angle_scope=config.angle_scope,
             second_moment=config.second_moment,
-            atan_a=config.atan_a,
-            atan_b=config.atan_b,
             **common,
         )
     common["eps"] = config.adam_eps

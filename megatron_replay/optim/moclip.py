@@ -3,7 +3,7 @@
     g' = a g + b m                                   a, b from the angle of m and g: angle.py
     m  <- beta1 m + (1 - beta1) g'
     v  <- beta2 v + (1 - beta2) g^2                  the raw g, or g' with second_moment="clipped"
-    p  <- (1 - lr wd) p - lr A atan2(m_hat, B sqrt(v_hat))
+    p  <- (1 - lr wd) p - lr atan2(m_hat, sqrt(v_hat))
 
 One pass over memory takes three dot products, one pass updates.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_replay.functional.momentum_step import Coefficients, Scalar
 from megatron_replay.optim.angle import OBTUSE, Angle, rotation_coefficients
-from megatron_replay.optim.base import LARGEST, TINY, UpdateRule
+from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.batch import Batch, Scalars
 
 #: With ``zero``, this many obtuse gradients in a row are dropped and the next one passes unchanged:
@@ -37,8 +37,6 @@ def moclip_coefficients(
     beta2: float,
     weight_decay: float,
     second_moment: str = "raw",
-    atan_a: float = 1.0,
-    atan_b: float = 1.0,
     clip: Scalar = 1.0,
     proceed: Scalar = 1.0,
 ) -> Coefficients:
@@ -57,15 +55,17 @@ def moclip_coefficients(
         square_g=clip if raw else a * clip,
         keep_v=beta2,
         take_v=1 - beta2,
-        scale_v=atan_b * correction1 / math.sqrt(correction2),
+        scale_v=correction1 / math.sqrt(correction2),
         eps=0.0,
         decay=1 - lr * weight_decay,
-        move=lr * atan_a,
+        move=lr,
     )
 
 
 class MoClip(UpdateRule):
     """A drop-in replacement for ``torch.optim.AdamW``; state keys and checkpoints are AdamW's.
+
+    No element moves by more than lr pi / 2 beyond its decay (Lemma 3).
 
     Args:
         params, lr, betas, weight_decay: as in AdamW, also per group. There is no epsilon, so that
@@ -74,14 +74,13 @@ class MoClip(UpdateRule):
         obtuse: what becomes of a gradient beyond 90 degrees; see ``rotation_coefficients``.
         angle_scope: one angle for the whole "model", or one for each "tensor".
         second_moment: v averages the squares of the "raw" gradient, or of the "clipped" one.
-        atan_a, atan_b: A and B in lr A atan2(m, B sqrt v). |update| <= lr A pi / 2 (Lemma 3).
         clip_grad, backend: as in UpdateRule, whose attributes it has.
     """
 
     looks_at_angle: ClassVar[bool] = True
     own: ClassVar[tuple[str, ...]] = (
         *UpdateRule.own,
-        *"max_angle obtuse second_moment atan_a atan_b _streak _fired".split(),
+        *"max_angle obtuse second_moment _streak _fired".split(),
     )
 
     def __init__(
@@ -95,8 +94,6 @@ class MoClip(UpdateRule):
         obtuse: str = "line",
         angle_scope: str = "model",
         second_moment: str = "raw",
-        atan_a: float = 1.0,
-        atan_b: float = 1.0,
         clip_grad: float = 0.0,
         backend: str = "auto",
     ) -> None:
@@ -109,10 +106,8 @@ class MoClip(UpdateRule):
             self._require("obtuse with angle_scope='tensor'", obtuse != "zero", "another", obtuse)
         moments = ("raw", "clipped")
         self._require("second_moment", second_moment in moments, ", ".join(moments), second_moment)
-        self._require("atan_a", TINY <= atan_a <= LARGEST, "above 0 in float32", atan_a)
-        self._require("atan_b", TINY <= atan_b <= LARGEST, "above 0 in float32", atan_b)
         self.max_angle, self.obtuse = max_angle, obtuse
-        self.second_moment, self.atan_a, self.atan_b = second_moment, atan_a, atan_b
+        self.second_moment = second_moment
         self._streak = self._fired = torch.zeros(())
         # AdamW's own epsilon stays in the groups: back under AdamW, 0 would give 0 / 0.
         super().__init__(
@@ -146,12 +141,10 @@ class MoClip(UpdateRule):
             beta2=group["betas"][1],
             weight_decay=group["weight_decay"],
             second_moment=self.second_moment,
-            atan_a=self.atan_a,
-            atan_b=self.atan_b,
             clip=scalars.clip,
             proceed=scalars.proceed,
         )
-        return batch.take_step(coefficients, bounded=True) * self.atan_a**2
+        return batch.take_step(coefficients, bounded=True)
 
     def _memory(self) -> dict[str, Tensor]:
         return {"obtuse_streak": self._streak} if self.obtuse == "zero" else {}

@@ -42,8 +42,6 @@ def run(
     max_angle: float = 45.0,
     obtuse: str = "line",
     second_moment: str = "raw",
-    atan_a: float = 1.0,
-    atan_b: float = 1.0,
 ) -> dict[str, Any]:
     """All steps on one flat vector; the parameters, m and v after the last."""
     theta, (beta1, beta2) = start.copy(), betas
@@ -61,5 +59,5 @@ def run(
         v = beta2 * v + (1 - beta2) * squared**2
         m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
         theta = (1 - lr * weight_decay) * theta
-        theta = theta - lr * atan_a * np.arctan2(m_hat, atan_b * np.sqrt(v_hat))
+        theta = theta - lr * np.arctan2(m_hat, np.sqrt(v_hat))
     return {"param": theta, "exp_avg": m, "exp_avg_sq": v}
