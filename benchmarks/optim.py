@@ -87,7 +87,7 @@ def passes(form: str, *, bounded: bool, copies: bool = False) -> Callable[[Model
         m, v = model.exp_avgs, model.exp_avg_sqs
         copied = [param.bfloat16() for param in params] if copies else None
         packed = Coefficients(
-            proceed=1.0, keep_m=0.9, take_g=0.1, square_m=0.0, square_g=1.0, keep_v=0.95,
+            proceed=1.0, keep_m=0.9, take_g=0.1, clip=1.0, keep_v=0.95,
             take_v=0.05, scale_v=1.0, eps=1e-8, decay=0.9999, move=1e-6,
         ).pack(params[0])  # fmt: skip
 

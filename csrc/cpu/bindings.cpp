@@ -89,7 +89,10 @@ PYBIND11_MODULE(_cpu, module) {
         "momentum_step",
         [](const Addresses& params, const Addresses& grads, const Addresses& exp_avgs,
            const Addresses& exp_avg_sqs, const Addresses& copies, const Sizes& sizes,
-           Address coefficients, std::int64_t stride, bool bounded, Address sums, int threads) {
+           Address coefficients, std::int64_t scalars, std::int64_t stride, bool bounded,
+           Address sums, int threads) {
+            if (scalars * sizeof(float) != sizeof(Coefficients))
+                throw std::invalid_argument("momentum_step: coefficients of another version");
             const Step step{pointers<float>(params),         pointers<const float>(grads),
                             pointers<float>(exp_avgs),       pointers<float>(exp_avg_sqs),
                             pointers<std::uint16_t>(copies), sizes};

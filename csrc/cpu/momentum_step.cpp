@@ -71,9 +71,9 @@ INLINE double step_variant(const Slice& slice, const Coefficients& coefficients)
         float squares = 0;
 #pragma omp simd reduction(+ : squares)
         for (std::int64_t i = start; i < stop; ++i) {
-            const float h = c.square_m * m[i] + c.square_g * g[i];
+            const float clipped = c.clip * g[i];
             const float new_m = c.keep_m * m[i] + c.take_g * g[i];
-            const float new_v = c.keep_v * v[i] + c.take_v * (h * h);
+            const float new_v = c.keep_v * v[i] + c.take_v * (clipped * clipped);
             const float root = c.scale_v * std::sqrt(new_v);
             const float u = bounded ? atan2_of_nonnegative(new_m, root) : new_m / (root + c.eps);
             const float new_p = c.decay * p[i] - c.move * u;

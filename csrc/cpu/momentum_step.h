@@ -7,9 +7,9 @@
 
 // As functional.Coefficients packs them.
 struct Coefficients {
-    float proceed, keep_m, take_g, square_m, square_g, keep_v, take_v, scale_v, eps, decay, move;
+    float proceed, keep_m, take_g, clip, keep_v, take_v, scale_v, eps, decay, move;
 };
-static_assert(sizeof(Coefficients) == 11 * sizeof(float));
+static_assert(sizeof(Coefficients) == 10 * sizeof(float));
 
 struct Step {
     std::vector<float*> params;

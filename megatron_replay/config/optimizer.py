@@ -54,9 +54,6 @@ class OptimizerConfig(Section):
         ("line", "zero"),
         used_with={"optimizer": ("moclip",)},
     )
-    second_moment: str = option(
-        "gradient that feeds v", "raw", ("raw", "clipped"), used_with={"optimizer": ("moclip",)}
-    )
     mofo_fraction: float = option(
         "share of each matrix that moves", 0.2, used_with={"optimizer": ("mofo",)}
     )

@@ -1,12 +1,11 @@
 """One elementwise step that AdamW, TAM and MoClip share: they differ in its coefficients only.
 
-    h  =  square_m m + square_g g             what the second moment averages the square of
     m <-  keep_m m + take_g g
-    v <-  keep_v v + take_v h^2
+    v <-  keep_v v + take_v (clip g)^2
     u  =  atan2(m, scale_v sqrt(v))           or  m / (scale_v sqrt(v) + eps)
     p <-  decay p - move u                    atan2(0, 0) = 0
 
-h reads m from before the step. Where ``proceed`` is 0 nothing changes, whatever the parts hold:
+Where ``proceed`` is 0 nothing changes, whatever the parts hold:
 that is how a step is skipped without asking the host. The compiled forms (``kernels``) do exactly
 this in one pass; here is the plain form they are compared with, and which other devices run: an
 NPU finds only elementwise fp32 operations here that its vector cores have (not run on one).
@@ -29,8 +28,7 @@ class Coefficients(NamedTuple):
     proceed: Scalar
     keep_m: Scalar
     take_g: Scalar
-    square_m: Scalar
-    square_g: Scalar
+    clip: Scalar
     keep_v: Scalar
     take_v: Scalar
     scale_v: Scalar
@@ -39,7 +37,7 @@ class Coefficients(NamedTuple):
     move: Scalar
 
     def pack(self, like: Tensor) -> Tensor:
-        """[11], or [tensors, 11] where a scalar is [tensors]; dtype and device of ``like``.
+        """[10], or [tensors, 10] where a scalar is [tensors]; dtype and device of ``like``.
 
         Reads nothing back from the device, and numbers become fills of it: a copy from the host
         would have to wait for the host.
@@ -95,7 +93,7 @@ def momentum_step(
     """Take the step on each tensor, in place; shapes of a tensor's four parts are equal.
 
     Args:
-        coefficients: ``Coefficients.pack``: [11] for all tensors, or [tensors, 11].
+        coefficients: ``Coefficients.pack``: [10] for all tensors, or [tensors, 10].
         bounded: u is the arctangent (MoClip); else the quotient (AdamW).
         copies: where to write each new p in bf16 as well: the model's own weights.
 
@@ -107,9 +105,9 @@ def momentum_step(
         row = coefficients if coefficients.dim() == 1 else coefficients[i]
         c = Coefficients(*row.unbind())
         new_m = c.keep_m * m + c.take_g * g
-        h = (g * c.square_g).add_(m * c.square_m)
-        new_v = c.keep_v * v + h.square_().mul_(c.take_v)
-        u = torch.sqrt(new_v, out=h).mul_(c.scale_v)
+        u = g * c.clip
+        new_v = c.keep_v * v + u.square_().mul_(c.take_v)
+        torch.sqrt(new_v, out=u).mul_(c.scale_v)
         if bounded:
             torch.atan2(new_m, u, out=u)
         else:

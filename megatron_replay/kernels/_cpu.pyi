@@ -13,7 +13,8 @@ def momentum_step(
     copies: list[int],
     sizes: list[int],
     coefficients: int,
-    stride: int,
+    scalars: int,  # in a row of the coefficients
+    stride: int,  # 1: a row for each tensor; 0: one row
     bounded: bool,
     sums: int,
     threads: int,

@@ -151,7 +151,6 @@ def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Updat
             max_angle=config.max_angle,
             obtuse=config.obtuse,
             angle_scope=config.angle_scope,
-            second_moment=config.second_moment,
             **common,
         )
     common["eps"] = config.adam_eps

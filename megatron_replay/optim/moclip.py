@@ -2,7 +2,7 @@
 
     g' = a g + b m                                   a, b from the angle of m and g: angle.py
     m  <- beta1 m + (1 - beta1) g'
-    v  <- beta2 v + (1 - beta2) g^2                  the raw g, or g' with second_moment="clipped"
+    v  <- beta2 v + (1 - beta2) g^2                  the raw g, not g'
     p  <- (1 - lr wd) p - lr atan2(m_hat, sqrt(v_hat))
 
 One pass over memory takes three dot products, one pass updates.
@@ -36,7 +36,6 @@ def moclip_coefficients(
     beta1: float,
     beta2: float,
     weight_decay: float,
-    second_moment: str = "raw",
     clip: Scalar = 1.0,
     proceed: Scalar = 1.0,
 ) -> Coefficients:
@@ -45,14 +44,12 @@ def moclip_coefficients(
     beta1 m + (1 - beta1)(a g + b m) needs no g' of its own; and atan2 does not change when both
     sides are scaled, so that both bias corrections go to sqrt(v).
     """
-    raw = second_moment == "raw"
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     return Coefficients(
         proceed=proceed,
         keep_m=beta1 + (1 - beta1) * b,
         take_g=(1 - beta1) * a * clip,
-        square_m=0.0 if raw else b,
-        square_g=clip if raw else a * clip,
+        clip=clip,
         keep_v=beta2,
         take_v=1 - beta2,
         scale_v=correction1 / math.sqrt(correction2),
@@ -73,14 +70,13 @@ class MoClip(UpdateRule):
         max_angle: degrees between momentum and gradient beyond which the gradient is turned.
         obtuse: what becomes of a gradient beyond 90 degrees; see ``rotation_coefficients``.
         angle_scope: one angle for the whole "model", or one for each "tensor".
-        second_moment: v averages the squares of the "raw" gradient, or of the "clipped" one.
         clip_grad, backend: as in UpdateRule, whose attributes it has.
     """
 
     looks_at_angle: ClassVar[bool] = True
     own: ClassVar[tuple[str, ...]] = (
         *UpdateRule.own,
-        *"max_angle obtuse second_moment _streak _fired".split(),
+        *"max_angle obtuse _streak _fired".split(),
     )
 
     def __init__(
@@ -93,7 +89,6 @@ class MoClip(UpdateRule):
         max_angle: float = 45.0,
         obtuse: str = "line",
         angle_scope: str = "model",
-        second_moment: str = "raw",
         clip_grad: float = 0.0,
         backend: str = "auto",
     ) -> None:
@@ -104,10 +99,7 @@ class MoClip(UpdateRule):
         )
         if angle_scope == "tensor":  # the count of obtuse steps is one for the model
             self._require("obtuse with angle_scope='tensor'", obtuse != "zero", "another", obtuse)
-        moments = ("raw", "clipped")
-        self._require("second_moment", second_moment in moments, ", ".join(moments), second_moment)
         self.max_angle, self.obtuse = max_angle, obtuse
-        self.second_moment = second_moment
         self._streak = self._fired = torch.zeros(())
         # AdamW's own epsilon stays in the groups: back under AdamW, 0 would give 0 / 0.
         super().__init__(
@@ -140,7 +132,6 @@ class MoClip(UpdateRule):
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=group["weight_decay"],
-            second_moment=self.second_moment,
             clip=scalars.clip,
             proceed=scalars.proceed,
         )

@@ -59,7 +59,6 @@ STAGE1: dict[str, list[str]] = {
     "angle_scope": ["tensor"],
     "max_angle": ["1"],
     "obtuse": ["zero", "--lr", "1"],
-    "second_moment": ["clipped", "--max-angle", "1"],
     "mofo_fraction": ["0.5", "--optimizer", "mofo"],
     "torque": ["smoothed", "--optimizer", "tam"],
     "muon_momentum": ["0.5", "--optimizer", "adamuon"],

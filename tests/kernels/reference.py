@@ -67,10 +67,8 @@ def check_step(before: Problem, after: Problem, rows: list[Coefficients], *, bou
         new_p, new_m, new_v = (
             part[i].double().numpy() for part in (after.params, after.exp_avgs, after.exp_avg_sqs)
         )
-        h = c.square_m * m + c.square_g * g
-        h_terms = abs(c.square_m * m) + abs(c.square_g * g)
         near(new_m, c.keep_m * m + c.take_g * g, abs(c.keep_m * m) + abs(c.take_g * g))
-        near(new_v, c.keep_v * v + c.take_v * h**2, c.keep_v * v + c.take_v * h_terms**2)
+        near(new_v, *[c.keep_v * v + c.take_v * (c.clip * g) ** 2] * 2)
         u = update(new_m, new_v, c, bounded=bounded)
         near(new_p, c.decay * p - c.move * u, abs(c.decay * p) + abs(c.move * u))
         assert torch.equal(after.copies[i], after.params[i].bfloat16())

@@ -13,7 +13,7 @@ from megatron_replay.kernels import HEAD, OPTIMIZER, SELECTION, registry
 from megatron_replay.kernels.ascend import operators as ascend_operators
 
 FINE = torch.zeros(4, 4)
-ONES = Coefficients(*[1.0] * 11).pack(FINE)
+ONES = Coefficients(*[1.0] * 10).pack(FINE)
 UNFIT = {
     "a tensor of torch.bfloat16": FINE.bfloat16(),
     "a tensor of torch.float64": FINE.double(),
@@ -90,7 +90,7 @@ def test_other_sizes_are_a_mistake_of_ours():
         OPTIMIZER.choose("cpu", FINE).dot_products([torch.zeros(3)], [torch.zeros(4)])
     with pytest.raises(AssertionError):
         OPTIMIZER.choose("cpu", FINE).momentum_step(
-            [FINE], [FINE], [FINE], [FINE], torch.zeros(2, 11), bounded=True
+            [FINE], [FINE], [FINE], [FINE], torch.zeros(2, 10), bounded=True
         )
 
 

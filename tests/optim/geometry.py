@@ -41,7 +41,6 @@ def run(
     weight_decay: float = 0.0,
     max_angle: float = 45.0,
     obtuse: str = "line",
-    second_moment: str = "raw",
 ) -> dict[str, Any]:
     """All steps on one flat vector; the parameters, m and v after the last."""
     theta, (beta1, beta2) = start.copy(), betas
@@ -54,9 +53,8 @@ def run(
                 new, dropped = g, 0
         else:
             dropped = 0
-        squared = g if second_moment == "raw" else new
         m = beta1 * m + (1 - beta1) * new
-        v = beta2 * v + (1 - beta2) * squared**2
+        v = beta2 * v + (1 - beta2) * g**2
         m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
         theta = (1 - lr * weight_decay) * theta
         theta = theta - lr * np.arctan2(m_hat, np.sqrt(v_hat))

@@ -22,7 +22,7 @@ from tests.distributed.layouts import Layout
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "moclip": {
-        "max_angle": 30.0, "obtuse": "zero", "second_moment": "clipped",
+        "max_angle": 30.0, "obtuse": "zero",
     },
     "adamw": {"adam_eps": 1e-6},
     "mofo": {"mofo_fraction": 0.3},

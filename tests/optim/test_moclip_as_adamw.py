@@ -133,7 +133,7 @@ def test_copies_and_pickles_step_as_the_original_does():
     rows = gradients(4)
     for duplicate in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
         params = parameters()
-        optimizer = MoClip(params, lr=0.05, max_angle=30.0, obtuse="zero", second_moment="raw")
+        optimizer = MoClip(params, lr=0.05, max_angle=30.0, obtuse="zero")
         take_steps(optimizer, params, rows[:2])
         twin = duplicate(optimizer)
         twins = twin.param_groups[0]["params"]
@@ -199,7 +199,7 @@ def test_the_report_says_what_the_step_did():
     ("setting", "value"),
     [
         ("max_angle", 0.0), ("max_angle", 90.1), ("max_angle", math.nan), ("obtuse", "nearest"),
-        ("angle_scope", "layer"), ("second_moment", "none"),
+        ("angle_scope", "layer")
     ],
 )  # fmt: skip
 def test_an_unusable_setting_is_named(setting, value):

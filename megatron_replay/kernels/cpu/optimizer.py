@@ -66,7 +66,7 @@ def momentum_step(
     sums = torch.empty(len(sizes), dtype=torch.float64)
     packed = coefficients.to(torch.float32).contiguous()
     assert packed.is_cpu
-    assert packed.shape in ((11,), (len(sizes), 11)), packed.shape
+    assert packed.shape in ((10,), (len(sizes), 10)), packed.shape
     _cpu.momentum_step(
         _pointers("params", params, sizes),
         _pointers("grads", grads, sizes),
@@ -75,6 +75,7 @@ def momentum_step(
         [] if copies is None else _pointers("copies", copies, sizes, torch.bfloat16),
         sizes,
         packed.data_ptr(),
+        packed.shape[-1],
         packed.dim() - 1,
         bounded,
         sums.data_ptr(),

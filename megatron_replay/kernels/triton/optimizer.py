@@ -66,8 +66,8 @@ def momentum_step(
     """
     rows = _rows(params, grads, exp_avgs, exp_avg_sqs, copies=copies)
     packed = coefficients.to(torch.float32).contiguous()
-    assert packed.shape in ((11,), (len(rows), 11)), packed.shape
-    stride = 11 if packed.dim() == 2 else 0
+    assert packed.shape in ((10,), (len(rows), 10)), packed.shape
+    stride = 10 if packed.dim() == 2 else 0
     options = {"BOUNDED": bounded, "COPIES": copies is not None, "STRIDE": stride}
     return _launch(_step, rows, params[0].device, packed, sums=1, **options)[:, 0]
 
@@ -237,10 +237,10 @@ def _step(
     # Where the step does not proceed there are no elements: nothing is read, written or summed.
     length = tl.where(tl.load(given) != 0, length, 0)
     keep_m, take_g = tl.load(given + 1), tl.load(given + 2)
-    square_m, square_g = tl.load(given + 3), tl.load(given + 4)
-    keep_v, take_v = tl.load(given + 5), tl.load(given + 6)
-    scale_v, eps = tl.load(given + 7), tl.load(given + 8)
-    decay, move = tl.load(given + 9), tl.load(given + 10)
+    clip = tl.load(given + 3)
+    keep_v, take_v = tl.load(given + 4), tl.load(given + 5)
+    scale_v, eps = tl.load(given + 6), tl.load(given + 7)
+    decay, move = tl.load(given + 8), tl.load(given + 9)
     update_sq = tl.zeros([BLOCK], tl.float32)
     for start in range(0, length, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -249,9 +249,9 @@ def _step(
         g = tl.load(grad + at, mask=inside, other=0.0)
         m = tl.load(exp_avg + at, mask=inside, other=0.0)
         v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
-        h = square_m * m + square_g * g
+        clipped = clip * g
         m = keep_m * m + take_g * g
-        v = keep_v * v + take_v * (h * h)
+        v = keep_v * v + take_v * (clipped * clipped)
         # Triton's plain root and quotient are approximate, and the root takes denormals for 0.
         root = scale_v * tl.sqrt_rn(v)
         if BOUNDED:
