@@ -57,12 +57,6 @@ class OptimizerConfig(Section):
     mofo_fraction: float = option(
         "share of each matrix that moves", 0.2, used_with={"optimizer": ("mofo",)}
     )
-    torque: str = option(
-        "cosine: damp the step (the paper's); smoothed: damp what enters the momentum",
-        "cosine",
-        ("cosine", "smoothed"),
-        used_with={"optimizer": ("tam",)},
-    )
     muon_momentum: float = option(
         "decay of the momentum that is orthogonalised",
         0.95,
@@ -113,9 +107,6 @@ class OptimizerConfig(Section):
         if self.angle_scope == "tensor":
             self.require(
                 self.obtuse != "zero", "obtuse", "another: zero counts obtuse steps of the model"
-            )
-            self.require(
-                self.torque == "cosine", "torque", "cosine: smoothed averages the model's angle"
             )
         if self.optimizer in ("adamuon", "muonclip"):
             self.require(

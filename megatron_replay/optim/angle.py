@@ -19,12 +19,12 @@ from torch import Tensor
 OBTUSE = ("line", "zero")
 
 
-def cosine(dot: Tensor, momentum_sq: Tensor, grad_sq: Tensor, *, undefined: float = 1.0) -> Tensor:
-    """c = D / (M n), elementwise; ``undefined`` where momentum or gradient is zero."""
+def cosine(dot: Tensor, momentum_sq: Tensor, grad_sq: Tensor) -> Tensor:
+    """c = D / (M n), elementwise; 1 where momentum or gradient is zero."""
     defined = (momentum_sq > 0) & (grad_sq > 0)
     # Two roots: the product of the squares leaves fp32's range where that of the norms does not.
     norms = momentum_sq.sqrt() * grad_sq.sqrt()
-    return torch.where(defined, dot / norms, undefined).clamp(-1.0, 1.0)
+    return torch.where(defined, dot / norms, 1.0).clamp(-1.0, 1.0)
 
 
 def rotation_coefficients(

@@ -159,7 +159,7 @@ def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Updat
     if config.optimizer == "mofo":
         return MoFO(groups, fraction=config.mofo_fraction, **common)
     if config.optimizer == "tam":
-        return TAM(groups, torque=config.torque, angle_scope=config.angle_scope, **common)
+        return TAM(groups, angle_scope=config.angle_scope, **common)
     common |= {
         "momentum": config.muon_momentum,
         "newton_schulz_dtype": config.newton_schulz_dtype,

@@ -200,7 +200,7 @@ def recording_read(name: str, reads: list[str], counts: set[int]) -> Any:
 def test_what_a_step_sends_and_reads(folders):
     for seen in pool.run(4, observed_steps, folders[True]):
         sums = {
-            "adamw": (1,), "moclip": (3,), "moclip zero": (3,), "tam": (3,), "tam smoothed": (3,),
+            "adamw": (1,), "moclip": (3,), "moclip zero": (3,), "tam": (3,),
             "moclip tensor": (len(tiny_tensors(folders[True])), 3), "mofo": (1,),
             "adamuon": (1,), "muonclip": (1 + 2,),
         }  # fmt: skip

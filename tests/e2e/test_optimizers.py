@@ -17,7 +17,7 @@ RULES = {
     "moclip zero": ["--obtuse", "zero"],
     "adamw": [],
     "mofo": [],
-    "tam smoothed": ["--torque", "smoothed"],
+    "tam": [],
     "adamuon": [],
     "muonclip": [],
 }
@@ -61,7 +61,7 @@ def test_resuming_is_bitwise(folder, tmp_path, rule, extra, layout):
     assert stages.weights(tmp_path / "parts") == stages.weights(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("rule", ["moclip", "mofo", "tam smoothed", "adamw"])
+@pytest.mark.parametrize("rule", ["moclip", "mofo", "tam", "adamw"])
 def test_a_sharded_optimizer_moves_to_another_layout(folder, tmp_path, rule):
     """TP4 x PP2 x DP1 to TP2 x DP2, and the losses go on as on one process."""
     sharded = ["--use-distributed-optimizer"]
@@ -127,14 +127,12 @@ class TestMistakes:
             ("adamuon", ["--use-distributed-optimizer"], "orthogonalises whole matrices"),
             ("muonclip", ["--use-distributed-optimizer"], "orthogonalises whole matrices"),
             ("adamw", ["--max-angle", 30], "45.0, as only --optimizer moclip uses it"),
-            ("mofo", ["--torque", "smoothed"], "cosine, as only --optimizer tam uses it"),
             ("moclip", ["--adam-eps", 1e-6], "1e-08, as only --optimizer adamw or mofo"),
             (
                 "moclip",
                 ["--angle-scope", "tensor", "--obtuse", "zero"],
                 "obtuse steps of the model",
             ),
-            ("tam", ["--angle-scope", "tensor", "--torque", "smoothed"], "the model's angle"),
             ("sgd", [], "one of moclip, adamw, mofo, tam, adamuon, muonclip"),
         ],
     )

@@ -141,16 +141,6 @@ class TAM(Adam):
         return super().update(name) * max(self.cosine, 0.0)
 
 
-class SmoothedTAM(Adam):
-    smoothed = 0.0
-
-    def turned(self, grads: Tensors) -> Tensors:
-        g, m = flat(grads), flat(self.m)
-        cosine = g @ m / np.linalg.norm(g) / np.linalg.norm(m) if m.any() else 0.0
-        self.smoothed = 0.9 * self.smoothed + 0.1 * cosine
-        return {name: g * (1e-8 + (1 + self.smoothed) / 2) for name, g in grads.items()}
-
-
 def newton_schulz(m: np.ndarray, steps: int = 5) -> np.ndarray:
     x = m / max(np.linalg.norm(m), 1e-7)
     if tall := x.shape[0] > x.shape[1]:
@@ -225,7 +215,6 @@ RULES: dict[str, tuple[dict[str, Any], Callable[..., Adam]]] = {
     "moclip tensor": ({"optimizer": "moclip", "angle_scope": "tensor"}, MoClipByTensor),
     "mofo": ({"optimizer": "mofo"}, MoFO),
     "tam": ({"optimizer": "tam"}, TAM),
-    "tam smoothed": ({"optimizer": "tam", "torque": "smoothed"}, SmoothedTAM),
     "adamuon": ({"optimizer": "adamuon"}, AdaMuon),
     "muonclip": ({"optimizer": "muonclip", "attention_clip_grad": 0.5}, Muon),
 }

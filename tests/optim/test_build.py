@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "adamw": {"adam_eps": 1e-6},
     "mofo": {"mofo_fraction": 0.3},
-    "tam": {"torque": "smoothed"},
+    "tam": {"angle_scope": "tensor"},
     "adamuon": {"muon_momentum": 0.8, "newton_schulz_dtype": "bfloat16"},
     "muonclip": {"muon_momentum": 0.8, "attention_clip_grad": 0.7},
 }  # fmt: skip
@@ -35,7 +35,7 @@ ARRIVED: dict[str, dict[str, Any]] = {
     "moclip": SETTINGS["moclip"],
     "adamw": {},
     "mofo": {"fraction": 0.3},
-    "tam": {"torque": "smoothed"},
+    "tam": {"angle_scope": "tensor"},
     "adamuon": {"momentum": 0.8, "newton_schulz_dtype": "bfloat16"},
     "muonclip": {"momentum": 0.8, "attention_clip_grad": 0.7},
 }

@@ -28,7 +28,6 @@ BUILD: dict[str, Callable[..., UpdateRule]] = {
     "moclip": MoClip,
     "mofo": MoFO,
     "tam": TAM,
-    "tam smoothed": lambda *args, **kwargs: TAM(*args, torque="smoothed", **kwargs),
     "adamuon": AdaMuon,
     "muonclip": MuonClip,
 }
@@ -267,7 +266,7 @@ def test_no_step_warns_of_anything_else():
 @pytest.mark.parametrize(
     ("rule", "setting", "value"),
     [
-        ("mofo", "fraction", 0.0), ("mofo", "fraction", 1.1), ("tam", "torque", "none"),
+        ("mofo", "fraction", 0.0), ("mofo", "fraction", 1.1),
         ("tam", "angle_scope", "layer"), ("adamuon", "momentum", 1.0),
         ("muonclip", "newton_schulz_steps", 0), ("muonclip", "newton_schulz_dtype", "int8"),
         ("muonclip", "attention_clip_grad", -1.0), ("adamw", "clip_grad", math.inf),
@@ -277,11 +276,6 @@ def test_an_unusable_setting_is_named(rule, setting, value):
     name = BUILD[rule].__name__
     with pytest.raises(ConfigError, match=rf"{name}: unusable {setting} \(expected .*; found"):
         build(rule, **{setting: value})
-
-
-def test_smoothed_torque_is_one_number():
-    with pytest.raises(ConfigError, match="angle_scope='tensor'"):
-        build("tam smoothed", angle_scope="tensor")
 
 
 def test_attention_cannot_be_clipped_where_nobody_knows_it():
@@ -310,7 +304,7 @@ def quadratic_descends(make: Callable[[list[Tensor]], UpdateRule]) -> float:
     return param.abs().item()
 
 
-@pytest.mark.parametrize("rule", ["adamw", "mofo", "tam smoothed", "adamuon", "muonclip"])
+@pytest.mark.parametrize("rule", ["adamw", "mofo", "adamuon", "muonclip"])
 def test_none_stalls_on_a_one_dimensional_quadratic(rule):
     assert quadratic_descends(lambda params: BUILD[rule](params, lr=0.02)) < 0.1
 
