@@ -34,11 +34,6 @@ class OptimizerConfig(Section):
     use_distributed_optimizer: bool = option(
         "shard the optimizer's state over data parallel ranks (ZeRO-1)", False
     )
-    optimizer_backend: str = option(
-        "form of the update's passes: the device's compiled one, or torch's",
-        "auto",
-        ("auto", "torch", "cpu", "triton"),
-    )
     angle_scope: str = option(
         "one angle for the whole model, or one for each parameter",
         "model",

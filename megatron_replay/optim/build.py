@@ -143,7 +143,6 @@ def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Updat
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.weight_decay,
         "clip_grad": config.clip_grad,
-        "backend": config.optimizer_backend,
     }
     if config.optimizer == "moclip":
         return MoClip(

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.distributed
 Case = tuple[Layout, dict[str, Any]]
 SHARDED = {"use_distributed_optimizer": True}
 GRIDS: dict[int, list[Case]] = {
-    1: [(Layout(), {}), (Layout(), {"optimizer_backend": "torch"})],
+    1: [(Layout(), {})],
     2: [(Layout(tp=2), {}), (Layout(pp=2), {}), (Layout(dp=2), SHARDED)],
     4: [
         (Layout(tp=4), {}),

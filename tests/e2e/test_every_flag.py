@@ -55,7 +55,6 @@ STAGE1: dict[str, list[str]] = {
     "adam_beta2": ["0.5"],
     "adam_eps": ["1", "--optimizer", "adamw"],
     "use_distributed_optimizer": [""],
-    "optimizer_backend": ["torch"],
     "angle_scope": ["tensor"],
     "max_angle": ["1"],
     "obtuse": ["zero", "--lr", "1"],

@@ -140,11 +140,6 @@ class TestMistakes:
         message = stages.fail("stage1", *argv(folder, tmp_path / "run", rule, *extra), code=2)
         assert reason in message
 
-    def test_a_backend_that_cannot_run(self, folder, tmp_path):
-        extra = ["--optimizer-backend", "triton"]
-        message = stages.fail("stage1", *argv(folder, tmp_path / "run", "moclip", *extra), code=2)
-        assert "triton" in message
-
 
 def test_qk_clip_bounds_the_logits_of_a_model_without_qk_norm(folder, tmp_path):
     """A learning rate that moves nothing, so that what changes is QK-Clip's work."""
