@@ -52,17 +52,6 @@ class OptimizerConfig(Section):
     mofo_fraction: float = option(
         "share of each matrix that moves", 0.2, used_with={"optimizer": ("mofo",)}
     )
-    muon_momentum: float = option(
-        "decay of the momentum that is orthogonalised",
-        0.95,
-        used_with={"optimizer": ("adamuon", "muonclip")},
-    )
-    newton_schulz_dtype: str = option(
-        "precision of the orthogonalisation",
-        "float32",
-        ("float32", "bfloat16"),
-        used_with={"optimizer": ("adamuon", "muonclip")},
-    )
     attention_clip_grad: float = option(
         "norm to clip each attention layer's gradient at; 0: never",
         1.0,
@@ -89,7 +78,7 @@ class OptimizerConfig(Section):
             "attention_clip_grad",
         ):
             self.require(getattr(self, name) >= 0, name, "a number from 0")
-        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
+        for name in ("adam_beta1", "adam_beta2"):
             self.require(0 <= getattr(self, name) < 1, name, "0 to below 1")
         self.require(0 < self.max_angle <= 90, "max_angle", "degrees above 0, at most 90")
         self.require(0 < self.mofo_fraction <= 1, "mofo_fraction", "a share above 0, at most 1")

@@ -18,17 +18,15 @@ from torch import Tensor
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
-def newton_schulz(matrix_RC: Tensor, *, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """U V^T, roughly, of M = U S V^T; computed in ``dtype``, returned in the matrix's own."""
-    x = matrix_RC.to(dtype or matrix_RC.dtype)
-    tall = x.shape[0] > x.shape[1]
-    if tall:
-        x = x.T
+def newton_schulz(matrix_RC: Tensor, *, steps: int = 5) -> Tensor:
+    """U V^T, roughly, of M = U S V^T, in the matrix's precision."""
+    tall = matrix_RC.shape[0] > matrix_RC.shape[1]
+    x = matrix_RC.T if tall else matrix_RC
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
-    return (x.T if tall else x).to(matrix_RC.dtype)
+    return x.T if tall else x
 
 
 def on_whole_matrices(

@@ -159,10 +159,6 @@ def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Updat
         return MoFO(groups, fraction=config.mofo_fraction, **common)
     if config.optimizer == "tam":
         return TAM(groups, angle_scope=config.angle_scope, **common)
-    common |= {
-        "momentum": config.muon_momentum,
-        "newton_schulz_dtype": config.newton_schulz_dtype,
-    }
     if config.optimizer == "adamuon":
         return AdaMuon(groups, **common)
     return MuonClip(groups, attention_clip_grad=config.attention_clip_grad, **common)

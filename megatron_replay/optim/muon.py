@@ -19,8 +19,6 @@ from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.batch import Batch, Scalars
 from megatron_replay.optim.placement import Piece, Place
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 class MatrixRule(UpdateRule):
     """Base of the rules that orthogonalise.
@@ -31,14 +29,13 @@ class MatrixRule(UpdateRule):
     Args:
         momentum: decay of the momentum of matrices; ``betas`` are AdamW's, for the rest.
         newton_schulz_steps: iterations of the quintic.
-        newton_schulz_dtype: "float32", or "bfloat16" as Muon does, faster on matrix units.
         Others: as in UpdateRule. A group with ``orthogonalize=False`` keeps its matrices from it:
         embeddings and output layers belong there.
     """
 
     own: ClassVar[tuple[str, ...]] = (
         *UpdateRule.own,
-        *"momentum newton_schulz_steps newton_schulz_dtype".split(),
+        *"momentum newton_schulz_steps".split(),
     )
 
     def __init__(
@@ -51,19 +48,13 @@ class MatrixRule(UpdateRule):
         *,
         momentum: float = 0.95,
         newton_schulz_steps: int = 5,
-        newton_schulz_dtype: str = "float32",
         **settings: Any,
     ) -> None:
         self._require("momentum", 0 <= momentum < 1, "0 to below 1", momentum)
         self._require(
             "newton_schulz_steps", newton_schulz_steps > 0, "above 0", newton_schulz_steps
         )
-        self._require(
-            "newton_schulz_dtype", newton_schulz_dtype in DTYPES, ", ".join(DTYPES),
-            newton_schulz_dtype,
-        )  # fmt: skip
         self.momentum, self.newton_schulz_steps = momentum, newton_schulz_steps
-        self.newton_schulz_dtype = newton_schulz_dtype
         super().__init__(params, lr, betas, eps, weight_decay, **settings)
 
     def _kind(self, place: Place) -> object:
@@ -117,9 +108,7 @@ class MatrixRule(UpdateRule):
         """U V^T of ``prepare(m)`` of each whole matrix, as far as it is held here."""
         group = self._placement.tp_group if self._placement is not None else None
         return on_whole_matrices(
-            lambda matrix: newton_schulz(
-                matrix, steps=self.newton_schulz_steps, dtype=DTYPES[self.newton_schulz_dtype]
-            ),
+            lambda matrix: newton_schulz(matrix, steps=self.newton_schulz_steps),
             [prepare(piece.gather(batch.states[i]["exp_avg"])) for batch, i, piece in pieces],
             [piece.split_dim for _, _, piece in pieces],
             group=group,

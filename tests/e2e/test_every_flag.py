@@ -59,8 +59,6 @@ STAGE1: dict[str, list[str]] = {
     "max_angle": ["1"],
     "obtuse": ["zero", "--lr", "1"],
     "mofo_fraction": ["0.5", "--optimizer", "mofo"],
-    "muon_momentum": ["0.5", "--optimizer", "adamuon"],
-    "newton_schulz_dtype": ["bfloat16", "--optimizer", "adamuon"],
     "attention_clip_grad": ["1e-3", "--optimizer", "muonclip"],
     "qk_clip_threshold": [
         "0.01",

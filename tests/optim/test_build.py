@@ -27,8 +27,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {"adam_eps": 1e-6},
     "mofo": {"mofo_fraction": 0.3},
     "tam": {"angle_scope": "tensor"},
-    "adamuon": {"muon_momentum": 0.8, "newton_schulz_dtype": "bfloat16"},
-    "muonclip": {"muon_momentum": 0.8, "attention_clip_grad": 0.7},
+    "adamuon": {},
+    "muonclip": {"attention_clip_grad": 0.7},
 }  # fmt: skip
 #: What of it the rule must know, by the rule's own names.
 ARRIVED: dict[str, dict[str, Any]] = {
@@ -36,8 +36,8 @@ ARRIVED: dict[str, dict[str, Any]] = {
     "adamw": {},
     "mofo": {"fraction": 0.3},
     "tam": {"angle_scope": "tensor"},
-    "adamuon": {"momentum": 0.8, "newton_schulz_dtype": "bfloat16"},
-    "muonclip": {"momentum": 0.8, "attention_clip_grad": 0.7},
+    "adamuon": {"momentum": 0.95},
+    "muonclip": {"momentum": 0.95, "attention_clip_grad": 0.7},
 }
 NAMES = {
     "moclip": "MoClip", "adamw": "AdamW", "mofo": "MoFO", "tam": "TAM", "adamuon": "AdaMuon",

@@ -140,7 +140,7 @@ def test_muonclip_is_torchs_muon(shape):
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    optimizer = MuonClip([ours], lr=0.1, weight_decay=0.1, newton_schulz_dtype="bfloat16")
+    optimizer = MuonClip([ours], lr=0.1, weight_decay=0.1)
     reference = torch.optim.Muon(
         [theirs], lr=0.1, weight_decay=0.1, nesterov=False, adjust_lr_fn="match_rms_adamw"
     )
@@ -268,7 +268,7 @@ def test_no_step_warns_of_anything_else():
     [
         ("mofo", "fraction", 0.0), ("mofo", "fraction", 1.1),
         ("tam", "angle_scope", "layer"), ("adamuon", "momentum", 1.0),
-        ("muonclip", "newton_schulz_steps", 0), ("muonclip", "newton_schulz_dtype", "int8"),
+        ("muonclip", "newton_schulz_steps", 0),
         ("muonclip", "attention_clip_grad", -1.0), ("adamw", "clip_grad", math.inf),
     ],
 )  # fmt: skip
