@@ -26,11 +26,6 @@ class OptimizerConfig(Section):
     clip_grad: float = option("global gradient norm to clip at; 0: never", 1.0)
     adam_beta1: float = option("decay of the first moment", 0.9)
     adam_beta2: float = option("decay of the second moment", 0.95)
-    adam_eps: float = option(
-        "epsilon; MoClip has none",
-        1e-8,
-        used_with={"optimizer": ("adamw", "mofo", "tam", "adamuon", "muonclip")},
-    )
     use_distributed_optimizer: bool = option(
         "shard the optimizer's state over data parallel ranks (ZeRO-1)", False
     )
@@ -74,7 +69,6 @@ class OptimizerConfig(Section):
             "lr_warmup_iters",
             "weight_decay",
             "clip_grad",
-            "adam_eps",
             "attention_clip_grad",
         ):
             self.require(getattr(self, name) >= 0, name, "a number from 0")

@@ -152,7 +152,6 @@ def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Updat
             angle_scope=config.angle_scope,
             **common,
         )
-    common["eps"] = config.adam_eps
     if config.optimizer == "adamw":
         return AdamW(groups, **common)
     if config.optimizer == "mofo":
@@ -176,11 +175,10 @@ def state_kind(config: OptimizerConfig) -> str:
 
 
 def apply_hyperparameters(optimizer: MegatronOptimizer, config: OptimizerConfig) -> None:
-    """Set decay, betas and epsilon: what a resumed run is given wins over what was stored."""
+    """Set decay and betas: what a resumed run is given wins over what was stored."""
     for group in optimizer.param_groups:
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
         group["betas"] = (config.adam_beta1, config.adam_beta2)
-        group["eps"] = config.adam_eps
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:

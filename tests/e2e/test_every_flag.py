@@ -53,7 +53,6 @@ STAGE1: dict[str, list[str]] = {
     "clip_grad": ["0.01"],
     "adam_beta1": ["0.5"],
     "adam_beta2": ["0.5"],
-    "adam_eps": ["1", "--optimizer", "adamw"],
     "use_distributed_optimizer": [""],
     "angle_scope": ["tensor"],
     "max_angle": ["1"],

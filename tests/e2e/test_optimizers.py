@@ -127,7 +127,6 @@ class TestMistakes:
             ("adamuon", ["--use-distributed-optimizer"], "orthogonalises whole matrices"),
             ("muonclip", ["--use-distributed-optimizer"], "orthogonalises whole matrices"),
             ("adamw", ["--max-angle", 30], "45.0, as only --optimizer moclip uses it"),
-            ("moclip", ["--adam-eps", 1e-6], "1e-08, as only --optimizer adamw or mofo"),
             (
                 "moclip",
                 ["--angle-scope", "tensor", "--obtuse", "zero"],
