@@ -47,11 +47,6 @@ class OptimizerConfig(Section):
     mofo_fraction: float = option(
         "share of each matrix that moves", 0.2, used_with={"optimizer": ("mofo",)}
     )
-    attention_clip_grad: float = option(
-        "norm to clip each attention layer's gradient at; 0: never",
-        1.0,
-        used_with={"optimizer": ("muonclip",)},
-    )
     qk_clip_threshold: float | None = option(
         "largest attention logit (QK-Clip); for models without QK-norm",
         None,
@@ -69,7 +64,6 @@ class OptimizerConfig(Section):
             "lr_warmup_iters",
             "weight_decay",
             "clip_grad",
-            "attention_clip_grad",
         ):
             self.require(getattr(self, name) >= 0, name, "a number from 0")
         for name in ("adam_beta1", "adam_beta2"):

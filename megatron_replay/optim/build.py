@@ -94,7 +94,7 @@ def build_optimizer(
         raise ConfigError(
             "QK-Clip would do nothing: this model's QK-norm undoes any scaling of its projections",
             where="--qk-clip-threshold",
-            fix="Leave it out; --attention-clip-grad is what the paper puts in its place",
+            fix="Leave it out; MuonClip clips each attention layer's gradient instead",
         )
     bf16 = model.config.bf16
     settings = MegatronOptimizerConfig(
@@ -160,7 +160,7 @@ def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Updat
         return TAM(groups, angle_scope=config.angle_scope, **common)
     if config.optimizer == "adamuon":
         return AdaMuon(groups, **common)
-    return MuonClip(groups, attention_clip_grad=config.attention_clip_grad, **common)
+    return MuonClip(groups, **common)
 
 
 def kernels_of(optimizer: MegatronOptimizer) -> str:

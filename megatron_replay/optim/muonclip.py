@@ -6,19 +6,18 @@
 for matrices inside layers; 0.2 sqrt(max) is AdamW's usual root mean square. What keeps attention
 in check is QK-Clip (``qk_clip.py``) for models without QK-norm. With QK-norm the logits are bounded
 and QK-Clip does nothing: the paper clips the gradient of the attention layers instead; here that is
-each layer's own, over its query, key, value and output projections, at ``attention_clip_grad``.
+each layer's own, over its query, key, value and output projections, at a norm of 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from megatron_replay.errors import ConfigError
 from megatron_replay.optim.batch import Batch, Scalars
 from megatron_replay.optim.muon import MatrixRule
 from megatron_replay.optim.placement import Piece, Place
@@ -29,48 +28,20 @@ _RMS = 0.2
 class MuonClip(MatrixRule):
     """Muon with a clip for attention.
 
-    Args:
-        attention_clip_grad: norm to clip each attention layer's gradient at, after the whole
-            gradient's clipping; 0: never. Only for a model that was placed (``distribute``): a list
-            of tensors does not say which are a layer's attention. The layers' norms travel in the
-            all-reduce of the step.
-        Others: as in MatrixRule.
+    Attention is clipped where the model was placed (``distribute``): a list of tensors does not say
+    which of them are a layer's attention. The layers' norms travel in the all-reduce of the step.
     """
 
-    own: ClassVar[tuple[str, ...]] = (
-        *MatrixRule.own,
-        *"attention_clip_grad _attention_sq".split(),
-    )
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        attention_clip_grad: float = 0.0,
-        **settings: Any,
-    ) -> None:
-        usable = 0 <= attention_clip_grad < math.inf
-        self._require("attention_clip_grad", usable, "a norm from 0", attention_clip_grad)
-        self.attention_clip_grad = attention_clip_grad
-        self._attention_sq = torch.zeros(0)
-        super().__init__(params, lr, betas, eps, weight_decay, **settings)
+    own: ClassVar[tuple[str, ...]] = (*MatrixRule.own, "attention_clip_grad", "_attention_sq")
+    #: Norm to clip each attention layer's gradient at, after the whole gradient's clipping.
+    attention_clip_grad = 1.0
+    _attention_sq = torch.zeros(0)
 
     def _state_keys(self, place: Place) -> tuple[str, ...]:
         return ("exp_avg",) if place.orthogonal else super()._state_keys(place)
 
     def _sums(self, batches: Sequence[Batch]) -> Tensor:
         """[1 + layers]: |g|^2 of the whole, and of each layer's attention."""
-        if self.attention_clip_grad and self._placement is None:
-            raise ConfigError(
-                "attention cannot be clipped: a list of tensors does not say which parameters are "
-                "attention's",
-                where="MuonClip",
-                fix="Leave attention_clip_grad at 0, or place the model (distribute)",
-            )
         values, places = self._counted_values(batches)
         layers = self._placement.num_layers if self._placement is not None else 0
         sums = values.new_zeros(1 + layers)
@@ -86,7 +57,7 @@ class MuonClip(MatrixRule):
 
     def _clip(self, place: Place, scalars: Scalars) -> Tensor:
         clip = super()._clip(place, scalars)
-        if place.attention_layer is None or not self.attention_clip_grad:
+        if place.attention_layer is None:
             return clip
         norm = self._attention_sq[place.attention_layer].sqrt() * clip
         return clip * (self.attention_clip_grad / (norm + 1e-6)).clamp(max=1.0)

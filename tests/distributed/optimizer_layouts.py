@@ -97,6 +97,8 @@ def step_on_given_gradients(
     count_all = mock.patch.object(model_placement, "counts_once", return_value=True)
     with contextlib.nullcontext() if filtered else count_all:
         optimizer = build_optimizer(config, model, wrapped, groups)
+    if rule == "muonclip":  # low enough to clip gradients whose norm is at most 1
+        optimizer.optimizer.attention_clip_grad = reference_rules.Muon.attention_clip
     set_learning_rate(optimizer, LR)
     for step in range(1, STEPS + 1):
         optimizer.zero_grad()

@@ -58,7 +58,6 @@ STAGE1: dict[str, list[str]] = {
     "max_angle": ["1"],
     "obtuse": ["zero", "--lr", "1"],
     "mofo_fraction": ["0.5", "--optimizer", "mofo"],
-    "attention_clip_grad": ["1e-3", "--optimizer", "muonclip"],
     "qk_clip_threshold": [
         "0.01",
         "--optimizer",

@@ -152,7 +152,7 @@ def newton_schulz(m: np.ndarray, steps: int = 5) -> np.ndarray:
 
 
 class Muon(Adam):
-    """Hidden matrices orthogonalised, the rest Adam; attention layers clipped at 1."""
+    """Hidden matrices orthogonalised, the rest Adam; attention layers clipped at 0.5."""
 
     momentum, attention_clip = 0.95, 0.5
 
@@ -216,7 +216,7 @@ RULES: dict[str, tuple[dict[str, Any], Callable[..., Adam]]] = {
     "mofo": ({"optimizer": "mofo"}, MoFO),
     "tam": ({"optimizer": "tam"}, TAM),
     "adamuon": ({"optimizer": "adamuon"}, AdaMuon),
-    "muonclip": ({"optimizer": "muonclip", "attention_clip_grad": 0.5}, Muon),
+    "muonclip": ({"optimizer": "muonclip"}, Muon),
 }
 
 

@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mofo": {"mofo_fraction": 0.3},
     "tam": {"angle_scope": "tensor"},
     "adamuon": {},
-    "muonclip": {"attention_clip_grad": 0.7},
+    "muonclip": {},
 }  # fmt: skip
 #: What of it the rule must know, by the rule's own names.
 ARRIVED: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ ARRIVED: dict[str, dict[str, Any]] = {
     "mofo": {"fraction": 0.3},
     "tam": {"angle_scope": "tensor"},
     "adamuon": {"momentum": 0.95},
-    "muonclip": {"momentum": 0.95, "attention_clip_grad": 0.7},
+    "muonclip": {"momentum": 0.95, "attention_clip_grad": 1.0},
 }
 NAMES = {
     "moclip": "MoClip", "adamw": "AdamW", "mofo": "MoFO", "tam": "TAM", "adamuon": "AdaMuon",

@@ -269,19 +269,13 @@ def test_no_step_warns_of_anything_else():
         ("mofo", "fraction", 0.0), ("mofo", "fraction", 1.1),
         ("tam", "angle_scope", "layer"), ("adamuon", "momentum", 1.0),
         ("muonclip", "newton_schulz_steps", 0),
-        ("muonclip", "attention_clip_grad", -1.0), ("adamw", "clip_grad", math.inf),
+        ("adamw", "clip_grad", math.inf),
     ],
 )  # fmt: skip
 def test_an_unusable_setting_is_named(rule, setting, value):
     name = BUILD[rule].__name__
     with pytest.raises(ConfigError, match=rf"{name}: unusable {setting} \(expected .*; found"):
         build(rule, **{setting: value})
-
-
-def test_attention_cannot_be_clipped_where_nobody_knows_it():
-    optimizer, params = build("muonclip", attention_clip_grad=1.0)
-    with pytest.raises(ConfigError, match="attention cannot be clipped"):
-        take_steps(optimizer, params, gradients(1))
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
