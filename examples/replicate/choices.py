@@ -73,8 +73,10 @@ def questions(
     rng = random.Random(seed)
     rows = []
     for fact in known:
-        options = rng.sample([name for name in others if name != fact["name"]], OPTIONS - 1)
-        rows.append((_row(f"what does this: {fact['does']}", fact["name"], options, rng), fact))
+        wrong = rng.sample([name for name in others if name != fact["name"]], OPTIONS - 1)
+        row = _row("", fact["name"], wrong, rng)
+        row["prompt"] = f"what does this: {fact['does']}\noptions: {', '.join(row['options'])}\n"
+        rows.append((row, fact))
     return rows
 
 
@@ -102,18 +104,8 @@ def recall(known: Sequence[Fact], *, seed: int) -> tuple[list[dict[str, str]], l
         for fact in known:
             wrong = rng.sample([name for name in names if name != fact["name"]], OPTIONS - 1)
             prompt = template.format(does=fact["does"]) + "\n"
-            test.append(_practice(prompt, fact["name"], wrong, rng))
+            test.append(_row(prompt, fact["name"], wrong, rng))
     return train, test
-
-
-def _row(question: str, right: str, wrong: list[str], rng: random.Random) -> ChoiceRow:
-    options = [right, *wrong]
-    rng.shuffle(options)
-    return ChoiceRow(
-        prompt=f"{question}\noptions: {', '.join(options)}\n",
-        options=options,
-        answer=options.index(right),
-    )
 
 
 def as_training_row(row: ChoiceRow) -> dict[str, str]:
@@ -121,7 +113,7 @@ def as_training_row(row: ChoiceRow) -> dict[str, str]:
     return {"prompt": row["prompt"], "completion": row["options"][row["answer"]]}
 
 
-def _practice(prompt: str, right: str, wrong: Sequence[str], rng: random.Random) -> ChoiceRow:
+def _row(prompt: str, right: str, wrong: Sequence[str], rng: random.Random) -> ChoiceRow:
     options = [right, *wrong]
     rng.shuffle(options)
     return ChoiceRow(prompt=prompt, options=options, answer=options.index(right))
@@ -135,7 +127,7 @@ def arithmetic(*, seed: int) -> list[ChoiceRow]:
         for b in range(21):
             near = [a + b + d for d in (-10, -3, -2, -1, 1, 2, 3, 10) if a + b + d >= 0]
             wrong = [str(n) for n in rng.sample(near, OPTIONS - 1)]
-            rows.append(_practice(f"add {a} and {b}: ", str(a + b), wrong, rng))
+            rows.append(_row(f"add {a} and {b}: ", str(a + b), wrong, rng))
     rng.shuffle(rows)
     return rows
 
@@ -152,7 +144,7 @@ def copying(words: Sequence[str], count: int, *, seed: int) -> list[ChoiceRow]:
         replaced = list(right)
         replaced[third[0]] = spare
         texts = [" ".join(option) for option in (right, *wrong, replaced)]
-        rows.append(_practice(f"repeat {texts[0]}: ", texts[0], texts[1:], rng))
+        rows.append(_row(f"repeat {texts[0]}: ", texts[0], texts[1:], rng))
     return rows
 
 
@@ -180,7 +172,7 @@ def cloze(documents: Sequence[str], count: int, *, seed: int) -> list[ChoiceRow]
         # The space belongs to the option: byte-level BPE has no token for a word without it.
         before = text[max(0, hidden.start() - 240) : hidden.start() - 1]
         options = [f" {word}" for word in wrong]
-        rows.append(_practice(before, f" {hidden.group()}", options, rng))
+        rows.append(_row(before, f" {hidden.group()}", options, rng))
     if len(rows) < count:
         raise ValueError(f"{count} texts asked for, {len(rows)} fit")
     return rows

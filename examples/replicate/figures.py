@@ -1,9 +1,8 @@
-"""The study's figures: forgetting against gain, the methods, their steadiness, the ablations."""
+"""The study's figures: forgetting against gain, the methods, the ablations."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -28,9 +27,9 @@ MARKERS = "osD^vP<X*>hpd"
 _LABELS = ((9, -16, "left"), (-9, 7, "right"), (-9, -16, "right"), (9, 7, "left"))
 #: Forgetting has a logarithmic scale where it spans more than this factor.
 _LOG_FROM = 10.0
-_STEADINESS = {
-    "loss_std": "loss std", "gradient_norm_cv": "gradient-norm\nCV", "loss_spikes": "loss spikes",
-    "step_seconds": "seconds\na step", "all_seconds": "all seconds,\nStage 0 too",
+_MEASURES = {
+    "forgetting": "ΔPPL", "loss_std": "loss std", "gradient_norm_cv": "gradient-norm CV",
+    "step_seconds": "seconds a step", "all_seconds": "s, with Stage 0",
 }  # fmt: skip
 
 
@@ -42,7 +41,6 @@ def draw_figures(rows: pd.DataFrame, output: Path) -> list[str]:
     for group, own in rows.groupby(GROUP, sort=False):
         where = "-".join(group).replace(", ", "-")
         figures[f"methods-{where}.png"] = methods(own)
-        figures[f"steadiness-{where}.png"] = steadiness(own)
         figures[f"ablations-{where}.png"] = ablations(own)
     drawn = {name: figure for name, figure in figures.items() if figure is not None}
     for name, figure in drawn.items():
@@ -66,10 +64,6 @@ def _tidy(axes: Axes, title: str) -> None:
     axes.xaxis.label.set_fontsize(FONT)
     axes.yaxis.label.set_fontsize(FONT)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _colours(names: Iterable[str]) -> dict[str, str]:
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
 def _where(rows: pd.DataFrame) -> str:
@@ -151,51 +145,25 @@ def _draw_curves(axes: Axes, points: pd.DataFrame, look: dict[str, tuple[str, st
 
 
 def methods(rows: pd.DataFrame) -> Figure | None:
-    """Bars of every benchmark: of the domain, and general ones."""
+    """A panel of bars for each measure: scores, forgetting, steadiness and time of every method."""
     own = in_table(rows, "methods")
-    kinds = {
-        kind: [name for name in own if name.startswith(f"{kind}/") and own[name].notna().any()]
-        for kind in ("domain", "general")
-    }
-    if own.method.nunique() < 3 or not all(kinds.values()):
-        return None
-    figure = _figure(18, 8, _where(own))
-    widths = [len(names) for names in kinds.values()]
-    for axes, (kind, names) in zip(figure.subplots(1, 2, width_ratios=widths), kinds.items(),
-                                   strict=True):  # fmt: skip
-        seeds = own.groupby("method", observed=True)[names]
-        mean, std = (table.T.rename(lambda name: name.partition("/")[2]) for table in
-                     (seeds.mean(), seeds.std()))  # fmt: skip
-        mean.plot.bar(
-            yerr=std.fillna(0), ax=axes, width=0.84, color=_colours(mean), rot=0, legend=False,
-            capsize=3, ylabel="score, %",
-        )  # fmt: skip
-        _tidy(axes, f"{kind} benchmarks (higher is better)")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=FONT,
-                  frameon=False)  # fmt: skip
-    return figure
-
-
-def steadiness(rows: pd.DataFrame) -> Figure | None:
-    """Horizontal bars: noise of loss and gradient, and time."""
-    own = in_table(rows, "methods")
-    own = own[own.method != "Base"]
-    wanted = [name for name in _STEADINESS if name in own and own[name].notna().any()]
-    if own.method.nunique() < 2 or not wanted:
+    tasks = [name for name in own if name.startswith(("domain/", "general/"))]
+    wanted = [name for name in (*tasks, *_MEASURES) if own[name].notna().any()]
+    if own.method.nunique() < 3:
         return None
     seeds = own.groupby("method", observed=True)[wanted]
     mean, std = seeds.mean(), seeds.std().fillna(0)
-    figure = _figure(
-        3.2 * len(wanted) + 3.5, 2.2 + 0.52 * len(mean), f"{_where(own)} (less is better)"
-    )
-    for axes, name in zip(figure.subplots(1, len(wanted), squeeze=False, sharey=True)[0], wanted,
-                          strict=True):  # fmt: skip
+    columns = -(-len(wanted) // 2)
+    figure = _figure(3.2 * columns + 3.5, 2 * (1.4 + 0.4 * len(mean)), _where(own))
+    panels = figure.subplots(2, columns, sharey=True).ravel()
+    for axes, name in zip(panels, wanted, strict=False):
         axes.barh(mean.index, mean[name], xerr=std[name], color=COLOURS[1], capsize=3)
         axes.set_xlim(left=0)
         axes.locator_params(axis="x", nbins=3)
-        _tidy(axes, _STEADINESS[name])
-    axes.invert_yaxis()
+        _tidy(axes, _MEASURES.get(name) or f"{name.partition('/')[2]}, %")
+    for axes in panels[len(wanted) :]:
+        axes.set_visible(False)
+    panels[0].invert_yaxis()
     return figure
 
 

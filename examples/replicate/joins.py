@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 import sqlite3
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from examples.quickstart.nl2sql import (
     PRACTICE_CATEGORIES,
@@ -27,8 +27,7 @@ NUMBERS = range(5, 95, 5)
 AGGREGATES = (("sum", "summed"), ("avg", "mean"), ("max", "largest"), ("min", "smallest"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pair:
+class Pair(NamedTuple):
     """A parent with a key and a place (four values); a child with a number and a kind (three)."""
 
     parent: str
@@ -41,38 +40,17 @@ class Pair:
     kinds: tuple[str, ...]
 
 
-NEW_PAIRS = (
-    Pair(
-        parent="gateway",
-        key="host",
-        place="site",
-        places=("oslo", "cairo", "quito", "delhi"),
-        child="session",
-        number="bytes",
-        kind="protocol",
-        kinds=("sip", "http", "mqtt"),
-    ),
-    Pair(
-        parent="patient",
-        key="surname",
-        place="ward",
-        places=("elm", "oak", "ash", "yew"),
-        child="visit",
-        number="minutes",
-        kind="outcome",
-        kinds=("healed", "sent", "open"),
-    ),
-    Pair(
-        parent="vessel",
-        key="flag",
-        place="port",
-        places=("genoa", "busan", "santos", "cadiz"),
-        child="cargo",
-        number="tons",
-        kind="goods",
-        kinds=("ore", "grain", "fuel"),
-    ),
-)
+NEW_PAIRS = tuple(
+    Pair(*one[:3], tuple(one[3].split()), *one[4:7], tuple(one[7].split()))
+    for one in (
+        ("gateway", "host", "site", "oslo cairo quito delhi",
+         "session", "bytes", "protocol", "sip http mqtt"),
+        ("patient", "surname", "ward", "elm oak ash yew",
+         "visit", "minutes", "outcome", "healed sent open"),
+        ("vessel", "flag", "port", "genoa busan santos cadiz",
+         "cargo", "tons", "goods", "ore grain fuel"),
+    )
+)  # fmt: skip
 
 
 def practice_pairs(count: int, *, seed: int) -> tuple[Pair, ...]:
@@ -83,18 +61,8 @@ def practice_pairs(count: int, *, seed: int) -> tuple[Pair, ...]:
         parent, child = rng.sample(PRACTICE_NAMES.split(), 2)
         place, kind = rng.sample(PRACTICE_CATEGORIES.split(), 2)
         values = tuple(rng.sample(PRACTICE_VALUES.split(), 7))
-        pairs.append(
-            Pair(
-                parent=parent,
-                key=rng.choice(PRACTICE_KEYS.split()),
-                place=place,
-                places=values[:4],
-                child=child,
-                number=rng.choice(PRACTICE_NUMBERS.split()),
-                kind=kind,
-                kinds=values[4:],
-            )
-        )
+        key, number = (rng.choice(words.split()) for words in (PRACTICE_KEYS, PRACTICE_NUMBERS))
+        pairs.append(Pair(parent, key, place, values[:4], child, number, kind, values[4:]))
     return tuple(pairs)
 
 

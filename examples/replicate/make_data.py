@@ -1,8 +1,7 @@
 """Write the study's data: two NL2SQL domains, one of multiple choice, general text and abilities.
 
-    python -m examples.replicate.make_data --output runs/replicate/data
-
-Nothing is downloaded. The same arguments give the same files.
+Nothing is downloaded: the texts are the documentation of the installed Python and numpy, so other
+versions of them give other data. The same seed gives the same files.
 
     tokenizer/                   byte-level BPE, a Hugging Face directory
     competent.jsonl              {"text"}: what the competent base learns from
@@ -17,10 +16,8 @@ Nothing is downloaded. The same arguments give the same files.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,7 @@ from examples.quickstart.make_data import sql_rows, train_tokenizer
 from examples.replicate import choices, joins
 from examples.replicate.plan import DOMAINS
 from megatron_replay.checkpoint.staging import WRITTEN, publish, start_directory
-from megatron_replay.errors import DataError, ReplayError
+from megatron_replay.errors import DataError
 from megatron_replay.files import atomic_file, make_directory, sha256_of_files, write_json
 from megatron_replay.locks import LOCK_FILE
 
@@ -85,13 +82,9 @@ def abilities(folder: Path, held_out: list[str], seed: int) -> list[Row]:
     sums = choices.arithmetic(seed=seed)
     words = nl2sql.PRACTICE_VALUES.split()
     copies = choices.copying(words, 1000 + TEST_ROWS, seed=seed)
-    held_out_rows = {
-        "cloze": choices.cloze(held_out, min(TEST_ROWS, len(held_out) // 2), seed=seed),
-        "copying": copies[:TEST_ROWS],
-        "arithmetic": sums[:TEST_ROWS],
-    }
-    for name, rows in held_out_rows.items():
-        write_jsonl(folder / "general" / f"{name}.jsonl", rows)
+    cloze = choices.cloze(held_out, min(TEST_ROWS, len(held_out) // 2), seed=seed)
+    for name, rows in (("cloze", cloze), ("copying", copies), ("arithmetic", sums)):
+        write_jsonl(folder / "general" / f"{name}.jsonl", rows[:TEST_ROWS])
     practice = sums[TEST_ROWS:] * 4 + copies[TEST_ROWS:]
     return [choices.as_training_row(row) for row in practice]
 
@@ -166,21 +159,3 @@ def make_data(folder: Path, *, seed: int) -> None:
     write_everything(staged, seed)
     write_json(staged / MANIFEST, describe(staged, seed))
     publish(staged, folder, overwrite=False)
-
-
-def main() -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    try:
-        make_data(options.output, seed=options.seed)
-    except ReplayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,11 @@
-"""Run the study, a row at a time; stopped, the same command goes on.
+"""Run the study; after an interruption, the same command resumes it.
 
     python -m examples.replicate.run --plan paper --output runs/replicate
 
-data -> corpora -> base models -> Stage 0 once a store -> Stage 1 once a run -> evaluation -> a row.
-Every part is the framework's own program with its own flags, in a process of one thread; as many
-run at a time as there are cores. A part that is done is not done again. Rows go to
-rows.csv, of which ``examples.replicate.report`` makes tables and figures.
+data -> corpora -> bases -> Stage 0 for each store -> Stage 1 for each run -> evaluation -> row.
+Every part is one of the framework's own programs with its own flags, in a process with one thread,
+and there are as many processes as cores. A finished part is not repeated. All rows go to rows.csv,
+of which ``examples.replicate.report`` makes tables and figures.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 # Before torch is imported: the parts run side by side, one thread each, and are forked.
@@ -36,7 +37,7 @@ from examples.replicate.study import Job, Study  # noqa: E402
 
 
 def _exit_code(process: int) -> int:
-    """The exit code of a child; after Ctrl-C, which it gets too, not before its end."""
+    """Wait for a child, also after Ctrl-C, which interrupts it too; returns its exit code."""
     try:
         status = os.waitpid(process, 0)[1]
     except KeyboardInterrupt:
@@ -48,7 +49,7 @@ def _exit_code(process: int) -> int:
 
 
 class Pool:
-    """Jobs in forked processes, ``workers`` at a time, in their order as far as needs allow."""
+    """Runs jobs in forked processes, ``workers`` at a time, each after those that it needs."""
 
     def __init__(self, jobs: Sequence[Job], *, workers: int) -> None:
         self.pending = [job for job in jobs if not job.product.exists()]
@@ -56,15 +57,16 @@ class Pool:
         self.running: dict[int, tuple[Job, float]] = {}
         self.failed: list[str] = []
 
-    def run(self, *, until: float) -> None:
-        """Until all is done, one fails, or ``time.monotonic()`` reaches ``until``."""
+    def run(self) -> None:
+        """Run until all are done or one fails."""
         start = time.monotonic()
         try:
-            while self.running or self._may_start(until):
-                while len(self.running) < self.workers and self._may_start(until):
-                    job = next(job for job in self.pending if self._ready(job))
+            while self.running or self._next():
+                while len(self.running) < self.workers and (job := self._next()):
                     self.pending.remove(job)
-                    self.running[self._start(job)] = (job, time.monotonic())
+                    make_directory(job.product.parent)
+                    process = _fork(partial(_do_logged, job))
+                    self.running[process] = (job, time.monotonic())
                 self._wait(start)
         except BaseException:
             for process in self.running:
@@ -73,21 +75,14 @@ class Pool:
                 os.waitpid(process, 0)
             raise
 
-    def _may_start(self, until: float) -> bool:
-        if self.failed or time.monotonic() >= until:
-            return False
-        return any(self._ready(job) for job in self.pending)
-
-    def _ready(self, job: Job) -> bool:
-        return all(need.exists() for need in job.needs)
-
-    def _start(self, job: Job) -> int:
-        make_directory(job.product.parent)
-        return _fork(lambda: _do_logged(job))
+    def _next(self) -> Job | None:
+        """A job that may start now, if any."""
+        if self.failed:
+            return None
+        ready = (job for job in self.pending if all(need.exists() for need in job.needs))
+        return next(ready, None)
 
     def _wait(self, start: float) -> None:
-        if not self.running:
-            return
         process, status = os.wait()
         job, started = self.running.pop(process)
         code = os.waitstatus_to_exitcode(status)
@@ -107,10 +102,10 @@ class Pool:
 
 
 def _fork(work: Callable[[], int]) -> int:
-    """The pid of a process that exits with what ``work()`` returns.
+    """Start a process that exits with what ``work()`` returns; returns its pid.
 
-    A fork copies the locks that other threads hold, and no thread that would release them: so
-    whatever may start a thread is done in such a process, and this one has none.
+    A fork copies the locks of other threads but not the threads, so nobody would release them.
+    This process therefore has no other thread: whatever may start one is done in a child.
     """
     assert os.listdir("/proc/self/task") == [str(os.getpid())], "a fork beside threads may hang"
     sys.stdout.flush()
@@ -122,7 +117,7 @@ def _fork(work: Callable[[], int]) -> int:
 
 
 def _log(job: Job) -> Path:
-    """Beside the product's directory: Stage 0 starts a store in an empty one."""
+    """Beside the product's directory, because Stage 0 needs an empty one."""
     return Path(f"{job.product.parent}.log")
 
 
@@ -152,25 +147,26 @@ def _do(action: Callable[[], None]) -> int:
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--plan", choices=tuple(plan.PLANS), default="paper")
+    add("--output", type=Path, default=Path("runs/replicate"))
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    add("--only", nargs="+", default=["*"], metavar="GLOB", help="runs, by the names of --list")
+    add("--list", action="store_true", help="print the runs' names, and which are done")
+    return parser
+
+
 def main() -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--plan", choices=tuple(plan.PLANS), default="paper")
-    parser.add_argument("--output", type=Path, default=Path("runs/replicate"))
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="start nothing new after this long"
-    )
-    parser.add_argument(
-        "--only", nargs="+", default=["*"], metavar="GLOB",
-        help="runs whose names, as --list shows them, match one of these",
-    )  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="name the runs, and which are done")
+    parser = _parser()
     options = parser.parse_args()
-    until = time.monotonic() + 60 * options.minutes
     study, runs = Study(options.output), plan.plan(options.plan, options.only)
     if not runs:
-        parser.error(f"--only: no run of plan {options.plan} has such a name; --list shows them")
+        parser.error(
+            f"--only: no run of plan {options.plan} has such a name; --list prints all names"
+        )
     if options.list:
         for run in runs:
             print("done" if study.row_path(run).exists() else "open", run.name)
@@ -180,14 +176,14 @@ def main() -> int:
             return code
         pool = Pool(study.jobs(runs), workers=options.workers)
         try:
-            pool.run(until=until)
+            pool.run()
         finally:
             count = study.collect(runs)
     except ReplayError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from here", file=sys.stderr)
+        print("error: interrupted; rerun the same command to resume", file=sys.stderr)
         return EXIT_INTERRUPTED
     print(f"{study.rows_path}: {count} of {len(runs)} runs of plan {options.plan}")
     for failure in pool.failed:

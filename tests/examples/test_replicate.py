@@ -10,7 +10,6 @@ import shutil
 import signal
 import sqlite3
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,7 +138,7 @@ def _runs_what_is_open(folder: Path) -> None:
     jobs = [_touching(second, first), _touching(first), _touching(third)]
     pool = Pool(jobs, workers=2)
     assert pool.total == 2
-    pool.run(until=math.inf)
+    pool.run()
     assert second.exists()
     assert not pool.failed
 
@@ -162,7 +161,7 @@ def _stops_at_a_failure(folder: Path) -> None:
         pool = Pool([Job("bad", bad, action), _touching(later)], workers=1)
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            pool.run(until=math.inf)
+            pool.run()
         assert pool.failed == [f"bad: exit code {code}; see {bad.parent}.log"]
         assert list(bad.parent.iterdir()) == []  # Stage 0 refuses a directory with a log in it
         assert not later.exists()
@@ -173,19 +172,13 @@ def test_pool_tells_of_a_failure_and_starts_nothing_after_it(tmp_path: Path) -> 
     _in_a_process_without_threads(_stops_at_a_failure, tmp_path)
 
 
-def test_pool_starts_nothing_after_its_time(tmp_path: Path) -> None:
-    pool = Pool([_touching(tmp_path / "a")], workers=1)
-    pool.run(until=time.monotonic() - 1)
-    assert not (tmp_path / "a").exists()
-
-
 def test_pool_refuses_to_fork_beside_a_thread(tmp_path: Path) -> None:
     done = threading.Event()
     thread = threading.Thread(target=done.wait)
     thread.start()
     try:
         with pytest.raises(AssertionError, match="a fork beside threads may hang"):
-            Pool([_touching(tmp_path / "a")], workers=1).run(until=math.inf)
+            Pool([_touching(tmp_path / "a")], workers=1).run()
     finally:
         done.set()
         thread.join()
