@@ -18,7 +18,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
 from megatron_replay.store.merge import merge_parts
 from megatron_replay.store.summary import summary, summary_text
-from megatron_replay.store.tally import Tally, tally, tally_shard
+from megatron_replay.store.tally import Tally, tally
 from megatron_replay.store.verify import verify
 from megatron_replay.store.workers import each_shard, usable_cores
 
@@ -70,7 +69,7 @@ def _parser(form: str) -> argparse.ArgumentParser:
         add("--verify", action="store_true", help="first check every byte, crc32 and bound")
         add("--json", action="store_true", help="print JSON, with all candidates")
     add("--workers", type=int, default=usable_cores(), metavar="N",
-        help="processes that share the shards (default: %(default)s, the cores)")  # fmt: skip
+        help="threads that share the shards (default: %(default)s, the cores)")  # fmt: skip
     return parser
 
 
@@ -149,7 +148,7 @@ def _tally(reader: CandidateReader, workers: int) -> Tally:
     shards = range(reader.description.num_shards)
     counted = tally(reader, [])
     with Progress("read", len(reader), "documents") as progress:
-        for _, part in each_shard(partial(tally_shard, reader), shards, workers=workers):
+        for _, part in each_shard(lambda shard: tally(reader, [shard]), shards, workers=workers):
             counted += part
             progress.advance(part.documents)
     return counted

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import filecmp
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import IO
-
-import numpy as np
 
 from megatron_replay.errors import StoreError
 from megatron_replay.files import atomic_file, make_directory, open_regular, require_apart
 from megatron_replay.progress import Progress
 from megatron_replay.store.document import located, require
 from megatron_replay.store.format import (
-    BIN_HEADER,
     NUM_POSITIONS,
     ShardIndex,
     encode_index,
@@ -104,10 +102,11 @@ def _copy(source: Path, out: Path, description: StoreDescription, shard: int) ->
     index = read_index(source, description, shard)
     path = bin_path(source, shard)
     make_directory(bin_path(out, shard).parent)
-    with atomic_file(bin_path(out, shard)) as handle:
-        crc = 0
-        with open_regular(path, StoreError) as content, located(path):
-            for block in _blocks(content, index):
+    with open_regular(path, StoreError) as content, located(path):
+        _require_likely_records(content, index)
+        with atomic_file(bin_path(out, shard)) as handle:
+            crc = 0
+            while block := content.read(_BLOCK_BYTES):
                 crc = zlib.crc32(block, crc)
                 handle.write(block)
             require(crc == index.bin_crc, "damaged: crc32 differs")
@@ -115,15 +114,9 @@ def _copy(source: Path, out: Path, description: StoreDescription, shard: int) ->
         handle.write(encode_index(index))
 
 
-def _blocks(content: IO[bytes], index: ShardIndex) -> Iterator[bytes]:
-    """Some bytes of a ``.bin`` at a time; none of a record that cannot be as large as it claims."""
-    yield content.read(BIN_HEADER.size)
-    for size in np.diff(index.offsets).tolist():
-        block = content.read(min(size, _BLOCK_BYTES))
-        require(len(block) >= NUM_POSITIONS.size, "cut off")
-        require_likely(block, size)
-        yield block
-        left = size - len(block)
-        while left and (block := content.read(min(left, _BLOCK_BYTES))):
-            yield block
-            left -= len(block)
+def _require_likely_records(content: IO[bytes], index: ShardIndex) -> None:
+    """Refuse a record that cannot be as large as it claims, before a sparse terabyte is copied."""
+    for start, stop in pairwise(index.offsets.tolist()):
+        content.seek(start)
+        require_likely(content.read(NUM_POSITIONS.size), stop - start)
+    content.seek(0)

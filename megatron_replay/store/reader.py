@@ -1,8 +1,7 @@
-"""Reading a finished store by document, memory-mapped and trusting nothing.
+"""Reading a finished store by document: memory-mapped, and nothing in it is trusted.
 
-Opening reads both JSON files: a row a shard. A shard's index (16 bytes a document) is read and
-checked against its row when the shard is first touched; a record's crc32 when it is first read,
-its contents always.
+Opening a store reads its two JSON files. The index of a shard (16 bytes a document) is read and
+checked when the shard is first used; a record's crc32 when it is first read, its contents always.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ import os
 import resource
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from operator import index as as_int
 from pathlib import Path
 
@@ -22,12 +21,13 @@ import numpy.typing as npt
 
 from megatron_replay.errors import StoreError
 from megatron_replay.files import open_regular
-from megatron_replay.store.batch import decode_batch
 from megatron_replay.store.document import (
     CandidateBatch,
     DocumentCandidates,
+    decode_logits,
     located,
     require,
+    require_numbers,
     require_valid,
 )
 from megatron_replay.store.format import (
@@ -35,6 +35,7 @@ from megatron_replay.store.format import (
     BIN_MAGIC,
     ShardIndex,
     decode_record,
+    high_bits,
     require_header,
     require_likely,
 )
@@ -46,15 +47,20 @@ from megatron_replay.store.manifest import (
     refuse_differences,
 )
 
-#: A mapping costs a file descriptor: a quarter of what the process may have, commonly 1,024.
+try:
+    from megatron_replay.store._records import decode_records
+except ImportError:  # installed without compiled kernels
+    decode_records = None  # type: ignore[assignment]
+
+#: A mapping takes a file descriptor: a quarter of the process's limit, which is commonly 1,024.
 MAX_MAPPED_SHARDS = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-#: Documents decoded at a time when all are read: some megabytes.
+#: Documents decoded at a time where all are read: some megabytes.
 DOCUMENTS_AT_ONCE = 64
 
 
 @dataclass(eq=False)
 class _Shard:
-    """A shard that was touched: its index, and which of its records were found undamaged."""
+    """A shard in use: its index, and which of its records have passed their crc32."""
 
     index: ShardIndex
     checked: npt.NDArray[np.bool_] = field(init=False)
@@ -66,7 +72,7 @@ class _Shard:
 class CandidateReader:
     """The candidate sets of a corpus: ``reader[document_id]``, ``len(reader)``.
 
-    May be used by several threads, and pickled, to be opened again. The files of a store must not
+    Several threads may share a reader. A pickled reader opens the store again. The files must not
     change while it is open.
 
     Raises:
@@ -122,13 +128,47 @@ class CandidateReader:
             self._require_stop(document_id, stop)
         return batch
 
+    def batches(self, shard: int, *, logits: bool = True) -> Iterator[tuple[range, CandidateBatch]]:
+        """All documents of a shard, some at a time, with their candidates as ``read`` gives them.
+
+        Raises:
+            StoreError: as ``read``.
+        """
+        documents = self.description.documents(shard)
+        for first in range(documents.start, documents.stop, DOCUMENTS_AT_ONCE):
+            some = range(first, min(first + DOCUMENTS_AT_ONCE, documents.stop))
+            yield some, self.read(some, logits=logits)
+
     def stops(self) -> npt.NDArray[np.int32]:
         """int32 [D]: last recorded position of each document, plus one; 0 where none is recorded.
 
         Reads every index, and no record.
         """
         shards = range(self.description.num_shards)
-        return np.concatenate([self._shard(shard).index.stops for shard in shards])
+        return np.concatenate([self.index(shard).stops for shard in shards])
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of a shard, checked.
+
+        Raises:
+            StoreError: a file of the shard is missing, damaged or another store's.
+        """
+        return self._shard(shard).index
+
+    def shard_bytes(self, shard: int) -> memoryview:
+        """The whole ``.bin`` of a shard, memory-mapped; only its header and size are checked.
+
+        Beyond ``MAX_MAPPED_SHARDS`` the oldest mapping is dropped.
+
+        Raises:
+            StoreError: the file is missing, of another size or no file of a store.
+        """
+        with self._lock:
+            if shard not in self._mapped:
+                if len(self._mapped) >= MAX_MAPPED_SHARDS:
+                    del self._mapped[next(iter(self._mapped))]
+                self._mapped[shard] = self._map(shard)
+            return self._mapped[shard]
 
     def require(
         self,
@@ -145,12 +185,8 @@ class CandidateReader:
             "vocab_size": vocab_size,
         }
         expected = {name: value for name, value in given.items() if value is not None}
-        refuse_differences(
-            expected,
-            {name: getattr(self.description, name) for name in expected},
-            where=self.directory,
-            fix=fix,
-        )
+        found = {name: getattr(self.description, name) for name in expected}
+        refuse_differences(expected, found, where=self.directory, fix=fix)
 
     def _require_document(self, document_id: int) -> int:
         document_id = as_int(document_id)
@@ -163,7 +199,7 @@ class CandidateReader:
         number, row = divmod(document_id, self.description.documents_per_shard)
         shard = self._shard(number)
         start, stop = shard.index.offsets[row : row + 2].tolist()
-        record = self._records(number)[start:stop]
+        record = self.shard_bytes(number)[start:stop]
         if not shard.checked[row]:
             with located(self._where(document_id)):
                 require_likely(record, len(record))
@@ -182,32 +218,22 @@ class CandidateReader:
 
     def _require_stop(self, document_id: int, found: int) -> None:
         number, row = divmod(document_id, self.description.documents_per_shard)
-        stop = int(self._shard(number).index.stops[row])
+        stop = int(self.index(number).stops[row])
         if stop != found:
             with located(self._where(document_id)):
-                require(False, "the index tells another last position", stop - 1, found - 1)
+                require(False, "the index has another last position", stop - 1, found - 1)
 
     def _where(self, document_id: int) -> str:
         path = bin_path(self.directory, document_id // self.description.documents_per_shard)
         return f"{path}, document {document_id}"
 
     def _shard(self, number: int) -> _Shard:
-        """What is known of shard ``number``; the first time, its index is read and checked."""
-        shard = self._shards.get(number)
-        if shard is None:
-            row = self.rows[number]
-            shard = _Shard(read_index(self.directory, self.description, number, row))
-            self._shards[number] = shard
-        return shard
-
-    def _records(self, number: int) -> memoryview:
-        """The mapped ``.bin`` of a shard; beyond the limit the oldest mapping is dropped."""
         with self._lock:
-            if number not in self._mapped:
-                if len(self._mapped) >= MAX_MAPPED_SHARDS:
-                    del self._mapped[next(iter(self._mapped))]
-                self._mapped[number] = self._map(number)
-            return self._mapped[number]
+            if number not in self._shards:
+                row = self.rows[number]
+                index = read_index(self.directory, self.description, number, row)
+                self._shards[number] = _Shard(index)
+            return self._shards[number]
 
     def _map(self, number: int) -> memoryview:
         path = bin_path(self.directory, number)
@@ -221,3 +247,57 @@ class CandidateReader:
             magic, version = BIN_HEADER.unpack_from(content)
             require_header(magic, BIN_MAGIC, version)
         return content
+
+
+def decode_batch(
+    records: Sequence[memoryview],
+    *,
+    vocab_size: int,
+    logits: str,
+    one: Callable[[int], DocumentCandidates],
+    keep_logits: bool = True,
+) -> CandidateBatch:
+    """``records`` end to end, every rule of the format checked.
+
+    The compiled decoder checks what ``require_valid`` checks, but only names the record that breaks
+    a rule; ``one``, which decodes and checks the i-th record alone, then says which rule.
+
+    Args:
+        logits: how they are stored; without ``keep_logits`` they are not decoded.
+
+    Raises:
+        StoreError: from ``one``, for the first record that breaks a rule.
+    """
+    kept = logits if keep_logits else "none"
+    if decode_records is None:
+        batch = CandidateBatch.of([one(i) for i in range(len(records))])
+        return batch if keep_logits else replace(batch, logits=None)
+    found = decode_records(
+        records,
+        vocab_size=vocab_size,
+        high_bits=high_bits(vocab_size),
+        has_logits=logits != "none",
+    )
+    first_bad = found if isinstance(found, int) else 0
+    if not isinstance(found, int):
+        document_offsets, positions, offsets, halves, ids, stored_logits = found
+        lse, gold_logprob, tail_mass = halves.view("<f2").reshape(3, -1).astype(np.float32)
+        batch = CandidateBatch(
+            document_offsets=document_offsets,
+            positions=positions,
+            offsets=offsets,
+            ids=ids,
+            lse=lse,
+            gold_logprob=gold_logprob,
+            tail_mass=tail_mass,
+            logits=None if kept == "none" else decode_logits(stored_logits.data, kept),
+        )
+        try:
+            require_numbers(batch, logits=kept)
+        except StoreError:
+            pass  # of some record: ``one`` finds it
+        else:
+            return batch
+    for i in range(first_bad, len(records)):
+        one(i)
+    raise AssertionError(f"record {first_bad}: refused by the compiled decoder alone")

@@ -1,4 +1,4 @@
-"""Every crc32, every bound and every byte of a store; with its corpus, every label too.
+"""Checks every crc32, bound and byte of a store, and with its corpus every label.
 
 Shapes: D documents, P positions, C candidates (of all those positions together).
 """
@@ -18,7 +18,7 @@ from megatron_replay.progress import Progress
 from megatron_replay.store.document import CandidateBatch, located, missing_gold, require
 from megatron_replay.store.format import BIN_HEADER, ShardIndex
 from megatron_replay.store.manifest import bin_path
-from megatron_replay.store.reader import DOCUMENTS_AT_ONCE, CandidateReader
+from megatron_replay.store.reader import CandidateReader
 from megatron_replay.store.workers import each_shard
 
 try:
@@ -30,7 +30,7 @@ _FIX = "Use the corpus that the store was made from"
 
 
 class Labels(Protocol):
-    """What is asked of a corpus; ``data.corpus.Corpus`` answers."""
+    """The part of ``data.corpus.Corpus`` that is checked against."""
 
     lengths: npt.NDArray[np.int32]
 
@@ -43,8 +43,7 @@ class Labels(Protocol):
 def verify(
     reader: CandidateReader, *, corpus: Labels | None = None, workers: int = 1
 ) -> list[StoreError]:
-    """The first damage of each shard that has any, in the order of shards; none: all is well."""
-
+    """The first damage of each damaged shard, in the order of shards; empty for a sound store."""
     check, found = partial(_damage, reader, corpus), {}
     shards = range(reader.description.num_shards)
     with Progress("verify", len(reader), "documents") as progress:
@@ -64,26 +63,24 @@ def _damage(reader: CandidateReader, corpus: Labels | None, shard: int) -> Store
 
 
 def verify_shard(reader: CandidateReader, shard: int, corpus: Labels | None = None) -> None:
-    """Check every byte of ``shard``, and with a corpus its positions and golds.
+    """Check every byte of ``shard``, and with a corpus its positions and labels.
 
     Raises:
         StoreError: the first damage found.
     """
-    # The index first: it says best what is wrong where the files are another store's.
-    index, content = reader._shard(shard).index, reader._records(shard)
-    for row in range(0, index.num_documents, DOCUMENTS_AT_ONCE):
-        stop = min(row + DOCUMENTS_AT_ONCE, index.num_documents)
-        documents = range(index.first_document + row, index.first_document + stop)
-        batch = reader.read(documents)  # checks each record's crc32
+    # The index first: its error is the clearest where the files are another store's.
+    index, content = reader.index(shard), reader.shard_bytes(shard)
+    path = bin_path(reader.directory, shard)
+    for documents, batch in reader.batches(shard):  # checks each record's crc32
         if corpus is not None:
-            with located(bin_path(reader.directory, shard)):
+            with located(path):
                 require_labels(documents, batch, corpus)
-    with located(bin_path(reader.directory, shard)):
+    with located(path):
         require(_crc_of(content, index) == index.bin_crc, "damaged: crc32 differs")
 
 
 def _crc_of(content: memoryview, index: ShardIndex) -> int:
-    """crc32 of a ``.bin`` whose records have the crc32s of the index: no byte is read twice."""
+    """crc32 of a ``.bin``, from the checked crc32s of its records: no byte is read twice."""
     if joined_crc is None:
         return zlib.crc32(content)
     header = zlib.crc32(content[: BIN_HEADER.size])
@@ -101,7 +98,7 @@ def require_labels(documents: Sequence[int], batch: CandidateBatch, corpus: Labe
     beyond_P = batch.positions >= np.repeat(corpus.lengths[documents_D] - 1, counts_D)
     if beyond_P.any():
         where = place(np.argmax(beyond_P))
-        raise StoreError(f"{where} is recorded, but lies beyond the corpus's document", fix=_FIX)
+        raise StoreError(f"{where} is recorded, but is beyond the document's end", fix=_FIX)
     labels_P, carries_loss_P = corpus.labels(documents_D, counts_D, batch.positions)
     if not carries_loss_P.all():
         where = place(np.argmin(carries_loss_P))
@@ -109,6 +106,6 @@ def require_labels(documents: Sequence[int], batch: CandidateBatch, corpus: Labe
     first = missing_gold(batch.ids, batch.offsets, labels_P)
     if first >= 0:
         raise StoreError(
-            f"{place(first)}: the gold token {labels_P[first]} is not in its candidate set",
+            f"{place(first)}: the label {labels_P[first]} is not in its candidate set",
             fix=f"{_FIX}, or run Stage 0 again",
         )

@@ -8,6 +8,7 @@ a pure function of the documents: a store finished after ten kills equals one fi
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,9 @@ from typing import IO
 
 import numpy as np
 
-from megatron_replay.errors import StoreError
-from megatron_replay.files import atomic_file, make_directory
-from megatron_replay.locks import DirectoryLock
+from megatron_replay.errors import OutputError, StoreError
+from megatron_replay.files import atomic_file, make_directory, output_error
+from megatron_replay.locks import LOCK_FILE, DirectoryLock, is_ours
 from megatron_replay.store.document import DocumentCandidates, located, require, require_valid
 from megatron_replay.store.format import (
     BIN_HEADER,
@@ -40,7 +41,6 @@ from megatron_replay.store.manifest import (
     write_description,
     write_manifest,
 )
-from megatron_replay.store.ownership import remove_leftovers, require_free
 
 
 class ShardWriter:
@@ -105,8 +105,7 @@ class CandidateWriter:
 
     Of the processes that write one store together, one passes ``lock=True``: it creates the
     directory before the others open it, keeps other runs out as long as it lives, and removes what
-    dead runs left unfinished. Each process then writes shards of its own; one calls ``finish``. A
-    copy that was pickled has no lock.
+    dead runs left unfinished. Each process then writes shards of its own; one calls ``finish``.
 
     Raises:
         StoreError: the directory holds a store of another description; names each difference.
@@ -134,9 +133,6 @@ class CandidateWriter:
         )
         if lock:
             remove_leftovers(self.directory)
-
-    def __reduce__(self) -> tuple[type[CandidateWriter], tuple[Path, StoreDescription]]:
-        return CandidateWriter, (self.directory.absolute(), self.description)
 
     def missing_shards(self) -> list[int]:
         """Numbers of the shards still to be written, ascending."""
@@ -201,3 +197,70 @@ class CandidateWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+#: Names that ``files.make_directory`` and ``files.atomic_file`` leave behind when they are killed.
+_TRIED = r"\.write-test\.\d+"
+_BEGINNING = re.compile(rf"\.store\.json\.tmp\.\d+|{_TRIED}")
+_LEFT_AT_THE_TOP = re.compile(rf"\.(store|manifest|report|cost)\.json\.tmp\.\d+|{_TRIED}")
+_SHARDS = re.compile(r"\d{4,}")
+_LEFT_BESIDE_SHARDS = re.compile(rf"\.shard-\d{{7,}}\.(bin|idx)\.tmp\.\d+|{_TRIED}")
+#: Names shown in the error for a directory that holds other files.
+_SHOWN = 3
+
+
+def require_free(directory: Path) -> None:
+    """Raise unless ``directory`` is missing, empty, a store, or what a killed run began one with.
+
+    Raises:
+        OutputError: it holds anything else, or cannot be listed.
+        StoreError: its store.json is damaged, of another version, or not a store's.
+    """
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise output_error(directory, error) from error
+    if DESCRIPTION_FILE in names:
+        read_description(directory)
+        return
+    others = [name for name in names if not _is_beginning(directory, name)]
+    if others:
+        more = len(others) - _SHOWN
+        raise OutputError(
+            "the directory holds files that are not a store's",
+            where=directory,
+            expected="a new or empty directory, or a store",
+            found=", ".join(others[:_SHOWN]) + (f" and {more} more" if more > 0 else ""),
+            fix="Nothing was written: give another directory",
+        )
+
+
+def _is_beginning(directory: Path, name: str) -> bool:
+    if name == LOCK_FILE:  # empty: of a run that was killed before it wrote its name
+        return is_ours(directory) or (directory / name).lstat().st_size == 0
+    return _BEGINNING.fullmatch(name) is not None
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove the temporary files of killed runs from a store whose lock is held.
+
+    Raises:
+        OutputError: one cannot be removed.
+    """
+    try:
+        _remove(directory, _LEFT_AT_THE_TOP)
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if _SHARDS.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                    _remove(entry.path, _LEFT_BESIDE_SHARDS)
+    except OSError as error:
+        raise output_error(error.filename or directory, error) from error
+
+
+def _remove(folder: str | Path, names: re.Pattern[str]) -> None:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if names.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                Path(entry.path).unlink(missing_ok=True)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_replay.errors import StoreError
-from megatron_replay.store.batch import decode_batch
 from megatron_replay.store.document import CandidateBatch, DocumentCandidates, require_valid
 from megatron_replay.store.format import decode_record, encode_record
+from megatron_replay.store.reader import decode_batch
 from tests.store.examples import describe, document_of
 from tests.store.fuzz import attack, damaged, seeds
 

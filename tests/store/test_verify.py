@@ -71,7 +71,7 @@ def test_each_kind_of_damage(store: Path, damage: Callable[[Path], None], messag
 
 def test_a_wrong_crc_of_the_whole_bin_alone(store: Path) -> None:
     reader = CandidateReader(store)
-    reader._shard(2).index.__dict__["bin_crc"] ^= 1
+    reader.index(2).__dict__["bin_crc"] ^= 1
     (found,) = verify(reader)
     assert str(found) == f"{store}/0000/shard-0000002.bin: damaged: crc32 differs"
 
@@ -119,14 +119,14 @@ def test_what_only_the_corpus_tells(store: Path) -> None:
         loss_mask[position + 1] = False
 
     where = f"{store}/0000/shard-0000001.bin: document 6, position {position}"
-    assert found(changed(store, no_gold)).startswith(f"{where}: the gold token 69999 is not in")
+    assert found(changed(store, no_gold)).startswith(f"{where}: the label 69999 is not in")
     assert found(changed(store, no_loss)).startswith(
         f"{where} is recorded, but its label carries no loss"
     )
     short = changed(store, lambda tokens, loss_mask: None)
     short.lengths[6] = document.positions[-1] + 1
     last = f"document 6, position {document.positions[-1]}"
-    assert f"{last} is recorded, but lies beyond the corpus" in found(short)
+    assert f"{last} is recorded, but is beyond the document's end" in found(short)
 
 
 def test_labels_of_a_corpus_are_those_of_its_documents(store: Path) -> None:

@@ -1,85 +1,34 @@
-"""Processes that share shards: started afresh, and none outlives what it works with."""
+"""Threads that share shards: all are worked on at once, and the first error ends the work."""
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-from functools import partial
-from pathlib import Path
-from typing import Any
+import threading
 
 import pytest
 
-from megatron_replay.errors import EXIT_INTERRUPTED, StoreError
+from megatron_replay.errors import StoreError
 from megatron_replay.store.workers import each_shard
-from tests import processes
 
 
-def look(shard: int) -> dict[str, Any]:
-    """How a process is made that works on a shard."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    return {
-        "parent": os.getppid(),
-        "ends at Ctrl-C": signal.getsignal(signal.SIGINT) == signal.SIG_DFL and not blocked,
-        "inherited": "tests.conftest" in sys.modules,
-    }
+def test_every_shard_is_worked_on_and_as_many_at_once_as_there_are_workers() -> None:
+    together = threading.Barrier(3, timeout=30)
+
+    def work(shard: int) -> int:
+        together.wait()  # passes only with three at once
+        return shard * shard
+
+    assert dict(each_shard(work, range(9), workers=3)) == {s: s * s for s in range(9)}
+    assert dict(each_shard(lambda shard: shard, range(0), workers=3)) == {}
 
 
-def test_processes_start_afresh_whatever_locks_the_threads_of_this_one_hold() -> None:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    found = dict(each_shard(look, range(5), workers=2))
-    expected = {"parent": os.getpid(), "ends at Ctrl-C": True, "inherited": False}
-    assert found == dict.fromkeys(range(5), expected)
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
-    assert dict(each_shard(look, range(2), workers=1))[0]["parent"] == os.getppid()
+def test_the_first_error_ends_the_work() -> None:
+    begun = []
 
+    def work(shard: int) -> None:
+        begun.append(shard)
+        if shard == 5:
+            raise StoreError("damaged", where="here", expected=1, found=2)
 
-def killed(shard: int) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_process_ends_the_work() -> None:
-    with pytest.raises(StoreError, match="was killed"):
-        list(each_shard(killed, range(4), workers=2))
-
-
-def fails_at_5(shard: int) -> int:
-    if shard == 5:
-        raise StoreError("damaged", where="here", expected=1, found=2)
-    return shard
-
-
-def test_an_error_of_a_process_comes_as_it_is() -> None:
     with pytest.raises(StoreError, match=r"^here: damaged \(expected 1; found 2\)$"):
-        list(each_shard(fails_at_5, range(40), workers=2))
-
-
-def stay(folder: Path, shard: int) -> None:
-    (folder / f"{shard}-{os.getpid()}").touch()
-    signal.pause()
-
-
-def stay_everywhere(folder: Path) -> None:
-    try:
-        list(each_shard(partial(stay, folder), range(2), workers=2))
-    except KeyboardInterrupt:
-        os._exit(EXIT_INTERRUPTED)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "SIGKILL"])
-def test_all_end_with_the_first(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals
-) -> None:
-    """A terminal sends Ctrl-C to all of them, and the first one alone tells of it."""
-    first = processes.fork(stay_everywhere, tmp_path)
-    processes.until(lambda: len(list(tmp_path.iterdir())) == 2, first)
-    others = [int(path.name.split("-")[1]) for path in tmp_path.iterdir()]
-    if number == signal.SIGINT:
-        os.killpg(first, number)
-        assert processes.wait(first) == EXIT_INTERRUPTED
-        assert capfd.readouterr().err == ""
-    else:
-        os.kill(first, number)
-        assert processes.wait(first) == -number
-        assert [processes.wait(pid) for pid in others] == [1, 1]
+        list(each_shard(work, range(40), workers=2))
+    assert max(begun) < 12
