@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from tests import tiny
 from tests.e2e import stages
@@ -24,7 +23,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def regions(path: Path) -> list[dict[str, Any]]:
     events = json.loads(path.read_text())["traceEvents"]
-    return [e for e in events if e.get("ph") == "X" and e.get("cat") == "user_annotation"]
+    return [
+        e for e in events if e.get("ph") == "X" and e.get("cat") in ("user_annotation", "cpu_op")
+    ]
 
 
 def inside(event: dict[str, Any], step: dict[str, Any]) -> bool:
@@ -48,7 +49,7 @@ def test_each_rank_traces_the_parts_of_the_steps_asked_for(folder, tmp_path):
             # Packs of this rank: two micro-batches and more, each forward and backward.
             assert parts.count("data") == parts.count("optimizer") == 1
             assert parts.count("head") == 8
-            assert parts.count("collectives") > 8
+            assert sum(part.startswith("c10d::") for part in parts) > 8
 
 
 @pytest.mark.distributed
@@ -57,4 +58,3 @@ def test_a_run_that_ends_early_leaves_what_it_traced(folder, tmp_path):
     stages.succeed("stage1", *stages.argv(folder, tmp_path, *flags))
     [trace] = (tmp_path / "profile").iterdir()
     assert trace.name == "iterations-0000004-0000004-rank-00000.json"
-    assert not hasattr(dist.ProcessGroup.allreduce, "__wrapped__")
