@@ -122,7 +122,7 @@ def test_no_two_parts_import_each_other():
         ("data.rows", "def f(npu): ...", 3),
         ("optim.moclip", "from megatron_replay.training.step import train_step", 4),
         ("errors", "import megatron_replay.config", 4),
-        ("training.watch", "from megatron_replay.evaluation import report", 4),
+        ("training.monitor", "from megatron_replay.evaluation import report", 4),
         ("data.corpus", "import tools.report", 4),
         ("stage0", "from examples.quickstart import nl2sql", 4),
     ],

@@ -22,26 +22,14 @@ from megatron_replay.functional.positions import select_positions
 from megatron_replay.functional.restricted_cross_entropy import restricted_cross_entropy_dense
 from megatron_replay.functional.shard_head import HeadForm
 from megatron_replay.functional.shard_selection import SelectionKernel
-from megatron_replay.functional.stability import (
-    Spikes,
-    gradient_norm_cv,
-    loss_std,
-    loss_variance,
-    spikes,
-)
 
 __all__ = [
     "CandidateSets",
-    "Spikes",
-    "gradient_norm_cv",
-    "loss_std",
-    "loss_variance",
     "outside_mass",
     "restricted_cross_entropy",
     "restricted_cross_entropy_dense",
     "select_candidates",
     "select_positions",
-    "spikes",
     "vocab_parallel_cross_entropy",
 ]
 

@@ -1,4 +1,4 @@
-"""Stage 1's loop: data, model, optimizer and watch, and the steps between two checkpoints."""
+"""Stage 1's loop: data, model, optimizer and monitor, and the steps between two checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import Loader
 from megatron_replay.data.packing import report_long_documents, usable_documents
 from megatron_replay.data.sampler import global_batches, require_iterations
-from megatron_replay.errors import TrainingError
 from megatron_replay.locks import DirectoryLock
 from megatron_replay.model.attention import record_max_logits
 from megatron_replay.model.compatibility import (
@@ -46,11 +45,9 @@ from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
 from megatron_replay.training import identity, run_directory
 from megatron_replay.training.interrupt import StopRequest
+from megatron_replay.training.monitor import Monitor
 from megatron_replay.training.profile import StepTrace
-from megatron_replay.training.skipped import FILE as SKIPPED
-from megatron_replay.training.skipped import SkippedBatches
 from megatron_replay.training.step import StepResult, train_step, wrap_for_training
-from megatron_replay.training.watch import Watch
 from megatron_replay.training.work import GlobalWork, WorkMaker
 
 #: Global batches made ahead of the step.
@@ -58,7 +55,7 @@ PREFETCHED_BATCHES = 2
 
 
 class Trainer:
-    """The state of a run, in the order it is built: directory, data, model, optimizer, watch.
+    """The state of a run, in the order it is built: directory, data, model, optimizer, monitor.
 
     What can be refused is refused before a weight is loaded, and nothing but the lock is written
     before everything is accepted.
@@ -102,13 +99,7 @@ class Trainer:
         if self.state.iteration < self.train_iters:  # what is refused or finished records nothing
             groups.on_rank_zero(lambda: self._record(files))
         self.trace = StepTrace(config, groups.rank)
-        self.skipped = SkippedBatches(
-            self.directory,
-            groups,
-            self.lengths,
-            resume_iteration=self.state.iteration,
-        )
-        self.watch = Watch(
+        self.monitor = Monitor(
             config,
             groups,
             model=self.model,
@@ -120,7 +111,6 @@ class Trainer:
             iteration=self.state.iteration,
             train_iters=self.train_iters,
         )
-        self._labels = 0  # that this process has seen, on the last pipeline stage
 
     def _claim(self) -> None:
         self._lock = run_directory.claim(self.config)
@@ -188,23 +178,22 @@ class Trainer:
             ) as progress,
             self._start_loader() as self._loader,
         ):
-            self._first_iteration = self.state.iteration
-            self.watch.begin(self.state.iteration)
+            self.monitor.start()
             while self.state.iteration < self.train_iters:
                 with self.trace.step(self.state.iteration + 1):
-                    result, values = self._step()
+                    result, facts = self._step()
                 progress.advance(note=_note(result, last_stage=self.groups.last_stage))
-                self.watch.step(self.state.iteration, values)
+                self.monitor.after_step(self.state, result, **facts)
                 if self._must_leave(stop):
                     break
                 self._save_if_due()
         self.trace.close()
         is_finished = self.state.iteration >= self.train_iters
         is_planned = is_finished or self._slice_is_over()
-        nothing = self._nothing_learnt(is_planned)
+        nothing = self.monitor.nothing_learnt(self.state, is_over=is_planned)
         if not nothing:
             self._save()
-        self.watch.close()
+        self.monitor.finish()
         if not is_finished:
             why = stop.received or ("--exit-interval" if is_planned else "another rank")
             message = (
@@ -251,11 +240,11 @@ class Trainer:
         return Loader(make, steps, depth=PREFETCHED_BATCHES)
 
     def _step(self) -> tuple[StepResult, dict[str, Any]]:
-        """One optimizer step on the next global batch, and what to log of it."""
+        """One optimizer step on the next global batch, and what the monitor takes besides it."""
         started = time.perf_counter()
         lr = learning_rate(self.state.iteration, self.config.optimizer, self.train_iters)
         with record_function("data"):
-            work, tokens = next(self._loader)
+            work, packs, tokens = next(self._loader)
         is_logged = (self.state.iteration + 1) % self.config.training.log_interval == 0
         result = train_step(
             self.wrapped,
@@ -272,31 +261,13 @@ class Trainer:
             consumed_tokens=self.state.consumed_tokens + tokens,
             skipped_steps=self.state.skipped_steps + result.skipped,
         )
-        self._labels += result.positions
-        if result.skipped:
-            self._tell_of_skipped(result)
         return result, {
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
+            "packs": packs,
             "lr": lr,
-            "positions": result.positions,
             "tokens": tokens,
             "seconds": time.perf_counter() - started,
-            "data_wait_seconds": self._loader.waited,
-            "skipped_steps": self.state.skipped_steps,
-            "update": result.update,
+            "waited": self._loader.waited,
         }
-
-    def _tell_of_skipped(self, result: StepResult) -> None:
-        with self._loader.still():  # whose thread uses the batches otherwise
-            packs = self.batches.global_batch(self.state.iteration - 1)
-        self.skipped.add(
-            self.state.iteration,
-            self.state.skipped_steps,
-            result.own_sums,
-            packs,
-            self.config.data.micro_batch_size,
-        )
 
     def _must_leave(self, stop: StopRequest) -> bool:
         """Whether any rank was asked to stop, or the slice is over."""
@@ -307,7 +278,7 @@ class Trainer:
         interval = self.config.training.save_interval
         if not interval or self.state.iteration % interval:
             return
-        if nothing := self._nothing_learnt():
+        if nothing := self.monitor.nothing_learnt(self.state):
             if self.groups.writer:
                 print(f"iteration {self.state.iteration}: {nothing}", file=sys.stderr)
         else:
@@ -316,31 +287,6 @@ class Trainer:
     def _slice_is_over(self) -> bool:
         interval = self.config.training.exit_interval
         return interval is not None and self.state.iteration % interval == 0
-
-    def _nothing_learnt(self, is_over: bool = False) -> str:
-        """What to say where most steps so far were skipped, or none had a label; "" elsewhere.
-
-        Nothing is saved until then: a checkpoint is worth going on from.
-
-        Raises:
-            TrainingError: ``is_over``: a run that ends so is no success.
-        """
-        steps, skipped = self.state.iteration, self.state.skipped_steps
-        if 2 * skipped > steps:
-            what = f"{skipped} of {steps} steps were skipped for a loss or gradient that was not "
-            nothing = f"{what}finite: not saved"
-            fix = f"Look at the batches in {SKIPPED}, or lower --lr"
-        elif not self._first_iteration and not any(self.groups.agreed(lambda: self._labels)):
-            nothing = f"none of {steps} steps had a label: nothing was learnt, and nothing saved"
-            fix = (
-                "Raise --seq-length to that of Stage 0, or look at the corpus "
-                "(tools/preprocess_data.py --show 3)"
-            )
-        else:
-            return ""
-        if is_over:
-            raise TrainingError(nothing, where=self.directory, fix=fix)
-        return nothing
 
     def _save(self) -> None:
         """Write a checkpoint, then remove those that --keep-last does not keep."""

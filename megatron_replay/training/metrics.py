@@ -1,27 +1,32 @@
-"""``metrics.jsonl`` and TensorBoard: a line and an event per logged iteration, across resumes."""
+"""What a run logs, in ``metrics.jsonl`` and TensorBoard, and how stable its steps are."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_replay.files import atomic_file, make_directory, output_error
 from megatron_replay.run_log import METRICS, read_metrics, read_raw_lines
 
+#: A spike is a value above mean + SIGMAS · std of the SPIKE_WINDOW logged steps before it.
+SPIKE_WINDOW, SPIKE_SIGMAS = 128, 6.0
+
 
 class MetricsLog:
     """Appends to ``metrics.jsonl`` and to ``tensorboard/`` in a run's directory, on one rank.
 
-    A run that resumes at iteration k drops the lines after k first: they belong to steps whose
-    weights were lost, and will be taken again. A run that starts anew (k = 0) drops all.
+    A run that resumes at iteration k first drops the lines after k: their steps are repeated. A run
+    that starts anew (k = 0) drops all lines.
 
     Attributes:
-        kept: the lines up to k, for whatever must go on as if the run had never stopped.
+        kept: the lines up to k.
     """
 
     def __init__(self, directory: Path, *, resume_iteration: int) -> None:
@@ -29,14 +34,14 @@ class MetricsLog:
         keep_lines_until(self._path, resume_iteration)
         self.kept = read_metrics(self._path) if self._path.exists() else []
         self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        first = resume_iteration + 1 if resume_iteration else 0
         events = make_directory(directory / "tensorboard")
+        first = resume_iteration + 1 if resume_iteration else 0
         self._events = SummaryWriter(str(events), purge_step=first)
 
     def write(self, iteration: int, values: dict[str, Any]) -> None:
-        """Log ``values`` (numbers, or one level of named ones) under ``iteration``.
+        """Log ``values`` (numbers, texts, or one level of named ones) under ``iteration``.
 
-        A text goes into ``metrics.jsonl`` only.
+        ``metrics.jsonl`` gets null for a number that is not finite; TensorBoard gets no texts.
 
         Raises:
             OutputError: the disk is full.
@@ -50,13 +55,13 @@ class MetricsLog:
                 self._events.add_scalar(tag, number, iteration)
 
     def close(self) -> None:
-        """Flush both."""
+        """Flush and close both files."""
         self._file.close()
         self._events.close()
 
 
 def keep_lines_until(path: Path, iteration: int) -> None:
-    """Drop the lines of later iterations; all, where ``iteration`` is 0.
+    """Drop the lines of later iterations; all lines if ``iteration`` is 0.
 
     Raises:
         OutputError: the file is damaged, or cannot be written.
@@ -77,9 +82,99 @@ def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
+    """The same with None for each number that JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Stability:
+    """How stable the loss and the gradient norm of a run are, over its logged steps.
+
+    Takes the steps one at a time, as they come or from ``metrics.jsonl``, with the same result.
+    Memory: two numbers per step.
+
+    Args:
+        warmup_iters: iterations that ``gradient_norm_cv`` leaves out.
+    """
+
+    def __init__(self, *, warmup_iters: int) -> None:
+        self._warmup_iters = warmup_iters
+        self._in_warmup = self._non_finite = 0
+        self._series: dict[str, list[float]] = {"loss": [], "gradient": []}
+        self._spikes = {"loss": 0, "gradient": 0}
+        self._is_above = {"loss": False, "gradient": False}
+
+    def add(self, step: Mapping[str, Any]) -> dict[str, float]:
+        """Take the next logged step.
+
+        Returns:
+            Where the loss or the gradient norm begins to spike, the limit that it exceeds, by
+            "loss" and "gradient". Consecutive steps above their limits are one spike.
+        """
+        values = {"loss": step["loss"], "gradient": step["grad_norm"]}
+        if not all(value is not None and math.isfinite(value) for value in values.values()):
+            self._non_finite += 1
+            return {}
+        self._in_warmup += step["iteration"] <= self._warmup_iters
+        began = {}
+        for name, value in values.items():
+            before = self._series[name][-SPIKE_WINDOW:]
+            limit = math.inf
+            if len(before) == SPIKE_WINDOW:
+                limit = float(np.mean(before) + SPIKE_SIGMAS * np.std(before))
+            if value > limit and not self._is_above[name]:
+                self._spikes[name] += 1
+                began[name] = limit
+            self._is_above[name] = value > limit
+            self._series[name].append(value)
+        return began
+
+    def values(self) -> dict[str, float | None]:
+        """The numbers of all steps so far, for the log; None where a number is undefined.
+
+        - steps, non_finite: logged steps with a finite loss and gradient norm, and the others,
+          which count nowhere else.
+        - loss_variance: mean (L - a - b·t)² over the last half of the steps t, with a and b by
+          least squares, so that progress is not counted as noise; in nats².
+        - loss_std: its square root. The paper (arXiv 2510.09152) uses both names for one number.
+        - gradient_norm_cv: std / mean of the norm before clipping, after the warm-up.
+        - loss_spikes, gradient_spikes: how many there were; loss_spike_rate, gradient_spike_rate:
+          per step that had ``SPIKE_WINDOW`` steps before it.
+        """
+        losses, norms = self._series["loss"], np.array(self._series["gradient"][self._in_warmup :])
+        variance = detrended_variance(losses[len(losses) // 2 :]) if losses else None
+        mean = float(norms.mean()) if len(norms) else 0.0
+        judged = self.judged
+        values: dict[str, float | None] = {
+            "steps": len(losses),
+            "non_finite": self._non_finite,
+            "loss_std": None if variance is None else math.sqrt(variance),
+            "loss_variance": variance,
+            "gradient_norm_cv": float(norms.std()) / mean if mean else None,
+        }
+        for name, count in self._spikes.items():
+            values[f"{name}_spikes"] = count if judged else None
+            values[f"{name}_spike_rate"] = count / judged if judged else None
+        return values
+
+    @property
+    def judged(self) -> int:
+        """Steps that had ``SPIKE_WINDOW`` steps before them, so that they could be a spike."""
+        return max(0, len(self._series["loss"]) - SPIKE_WINDOW)
+
+    def final_loss(self) -> float:
+        """Mean loss over the last tenth of the steps; at least one step is needed."""
+        losses = self._series["loss"]
+        return float(np.mean(losses[-max(1, len(losses) // 10) :]))
+
+
+def detrended_variance(values_N: list[float]) -> float:
+    """Mean squared distance of N >= 1 values from their own least-squares line; 0 up to N = 2."""
+    if len(values_N) <= 2:
+        return 0.0
+    deviation = np.array(values_N, np.float64)
+    deviation -= deviation.mean()
+    steps = np.arange(len(values_N)) - (len(values_N) - 1) / 2
+    deviation -= steps * (steps @ deviation) / (steps @ steps)
+    return float(np.mean(deviation**2))

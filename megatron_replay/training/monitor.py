@@ -1,14 +1,18 @@
-"""What a run sees of itself, and tells the user: log, probes, steadiness, distance, warnings.
+"""What a run observes about itself: its log, readings, warnings, skipped steps, and a summary.
 
-Every rank has a ``Watch``, since probes and distance take all of them; only the writer logs and
-speaks. A run that goes on refills its watch from the lines it has logged, so that its numbers and
-warnings are those of a run that never stopped.
+Every rank has a ``Monitor``, because probes and the distance are collective; only the writer rank
+logs and prints. A resumed run refills it from ``metrics.jsonl``, so that its numbers and warnings
+are those of a run that never stopped.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import sys
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +22,45 @@ import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_replay.checkpoint.load import LoadedModel
+from megatron_replay.checkpoint.training import TrainState, iteration_directory, latest_iteration
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.errors import CheckpointError
+from megatron_replay.data.packing import Pack
+from megatron_replay.errors import CheckpointError, TrainingError
+from megatron_replay.files import output_error
 from megatron_replay.parallel import Parallel
 from megatron_replay.store import CandidateReader
-from megatron_replay.training.distance import Distance
-from megatron_replay.training.metrics import MetricsLog
-from megatron_replay.training.probe import GeneralText, Probe, Reading, require_same_tokenizer
-from megatron_replay.training.stability import AngleWatch, StabilityMonitor
+from megatron_replay.training.metrics import (
+    SPIKE_SIGMAS,
+    SPIKE_WINDOW,
+    MetricsLog,
+    Stability,
+    keep_lines_until,
+)
+from megatron_replay.training.readings import Distance, GeneralText, Probe, drift_warning
+from megatron_replay.training.step import StepResult
+
+#: One line per skipped step: the documents of its batch, and the rank whose loss was not finite.
+SKIPPED = "skipped_batches.jsonl"
+#: A run ends with the next one: its data or its learning rate needs a look.
+MAX_SKIPPED_STEPS = 10
+#: docs/method.md: logged steps that a warning about updates averages over, and its two limits.
+WATCHED_STEPS, OBTUSE_LIMIT, UPDATE_LIMIT = 50, 0.5, 0.02
 
 
-class Watch:
-    """The observers of a run, behind ``begin``, ``step`` and ``close``.
+class Monitor:
+    """Call ``start`` before the first step, ``after_step`` after each one, ``finish`` at the end.
 
     Args:
-        model, wrapped: this rank's part, plain and as it is trained.
+        model, wrapped: this rank's part of the model, plain and as it is trained.
         reader: the candidate store, if the run has one.
         lengths: usable tokens of each document of ``corpus``.
-        iteration: where the run stands, 0 at its start.
-        train_iters: where it ends.
+        iteration: steps taken before this process.
+        train_iters: steps of the whole run.
 
     Raises:
         ConfigError: the general text is of another tokenizer, or its base is not known.
+        DataError: a sample has nothing to measure.
     """
 
     def __init__(
@@ -58,92 +78,156 @@ class Watch:
         train_iters: int,
     ) -> None:
         self._config, self._groups, self._wrapped = config, groups, wrapped
-        self._train_iters = train_iters
-        directory = Path(config.training.save)
+        self._lengths, self._train_iters = lengths, train_iters
+        self._directory = directory = Path(config.training.save)
         self._log: MetricsLog | None = None
         if groups.writer:
+            keep_lines_until(directory / SKIPPED, iteration)
             self._log = MetricsLog(directory, resume_iteration=iteration)
-        self._stability = StabilityMonitor(warmup_iters=config.optimizer.lr_warmup_iters)
-        self._angles = AngleWatch()
-        self._seconds = self._waited = 0.0  # of the steps logged; waited: for data
+        self._stability = Stability(warmup_iters=config.optimizer.lr_warmup_iters)
+        self._updates = UpdateWarnings()
+        self._seconds = self._waited = 0.0  # of the logged steps; waited: for data
         for line in self._log.kept if self._log else []:
-            self._notice(line)  # what it says has been said
-        self._probe = _build_probe(config, groups, corpus, reader, lengths)
-        self._drifting = False  # mass: said when it starts, and at the end
-        self._general = _build_general(config, groups, corpus, model)
-        if self._general is not None and iteration > 0:
-            general, log = self._general, self._log
-            groups.agreed(lambda: general.resume(log.kept, directory) if log else None)
+            if "loss" in line:
+                self._notice(line)  # its warnings have been printed
+        self._probe: Probe | None = None
+        if reader is not None and config.probe.probe_interval > 0:
+            self._probe = Probe(config, groups, corpus, reader, lengths)
+        self._is_drifting = False
+        self._general: GeneralText | None = None
+        if (prefix := config.probe.general_data_path) is not None:
+            context = model.shape.max_position_embeddings
+            self._general = general = GeneralText(config, groups, prefix, corpus, context)
+            if iteration > 0:
+                log = self._log
+                groups.agreed(lambda: general.resume(log.kept, directory) if log else None)
         self._distance = Distance(config.model.load, directory, model, optimizer, groups)
-        self._summary: list[str] = []
+        self._first_iteration, self._num_labels = iteration, 0  # labels: on the last stage
+        self._summary = ""
 
-    def begin(self, iteration: int) -> None:
-        """Before the first step of a new run: measure what it starts from."""
-        if iteration == 0:
+    def start(self) -> None:
+        """Before the first step of a new run: measure what it starts from. Collective."""
+        if self._first_iteration == 0:
             self._measure(0)
 
-    def step(self, iteration: int, values: dict[str, Any]) -> None:
-        """After a step: log ``values``, speak of what they show, measure what is due."""
+    def after_step(
+        self,
+        state: TrainState,
+        result: StepResult,
+        packs: Sequence[Pack],
+        *,
+        lr: float,
+        tokens: int,
+        seconds: float,
+        waited: float,
+    ) -> None:
+        """Record a skipped step, log, warn, and measure what is due. Collective over the world.
+
+        Args:
+            state: of the run, after the step.
+            packs: the step's global batch.
+            tokens: in that batch.
+            seconds, waited: the step took, and waited for its batch.
+
+        Raises:
+            TrainingError: too many steps were skipped.
+            OutputError: the disk is full.
+        """
+        iteration = state.iteration
+        self._num_labels += result.positions
+        if result.skipped:
+            self._record_skipped(state, result.own_sums, packs)
         if self._log is not None and iteration % self._config.training.log_interval == 0:
-            messages = self._notice({"iteration": iteration, **values})
-            if self._stability.spiking:
-                values = {**values, "spike_above": self._stability.spiking}
-            self._log.write(iteration, values)
-            for message in messages:
-                _warn(iteration, message)
+            line: dict[str, Any] = {
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": lr,
+                "positions": result.positions,
+                "tokens": tokens,
+                "seconds": seconds,
+                "data_wait_seconds": waited,
+                "skipped_steps": state.skipped_steps,
+                "update": result.update,
+            }
+            spikes, warnings = self._notice({"iteration": iteration, **line})
+            self._log.write(iteration, line | ({"spike_above": spikes} if spikes else {}))
+            for warning in warnings:
+                _warn(iteration, warning)
         self._measure(iteration)
 
-    def close(self) -> None:
-        """Flush the logs; of a run that has just ended, print the summary."""
+    def nothing_learnt(self, state: TrainState, *, is_over: bool = False) -> str:
+        """Why the run has nothing worth saving yet: most steps skipped, or no label; "" otherwise.
+
+        Collective over the world.
+
+        Raises:
+            TrainingError: if ``is_over``, so that such a run does not end as a success.
+        """
+        steps, skipped = state.iteration, state.skipped_steps
+        if 2 * skipped > steps:
+            what = f"{skipped} of {steps} steps were skipped for a loss or gradient that was not "
+            nothing = f"{what}finite: not saved"
+            fix = f"Look at the batches in {SKIPPED}, or lower --lr"
+        elif not self._first_iteration and not any(self._groups.agreed(lambda: self._num_labels)):
+            nothing = f"none of {steps} steps had a label: nothing was learnt, and nothing saved"
+            fix = (
+                "Raise --seq-length to that of Stage 0, or look at the corpus "
+                "(tools/preprocess_data.py --show 3)"
+            )
+        else:
+            return ""
+        if is_over:
+            raise TrainingError(nothing, where=self._directory, fix=fix)
+        return nothing
+
+    def finish(self) -> None:
+        """Close the log; print the summary of a run that has come to its end."""
         if self._log is not None:
             self._log.close()
             if self._summary:
-                print(" ".join(self._summary), flush=True)
+                print(self._summary, flush=True)
 
-    def _notice(self, line: Mapping[str, Any]) -> list[str]:
-        """Feed a logged line to whatever watches steps; what there is to say about it."""
-        if "loss" not in line or not line["positions"]:  # a step without a label has no loss
-            return []
+    def _notice(self, line: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
+        """Take a logged step: the limits exceeded where spikes begin, and the warnings due."""
+        if not line["positions"]:  # a step without a label has no loss
+            return {}, []
         self._seconds += line["seconds"]
         self._waited += line.get("data_wait_seconds", 0.0)
-        spikes = self._stability.observe(line["iteration"], line["loss"], line["grad_norm"])
-        return spikes + self._angles.observe(line.get("update") or {})
+        spikes = self._stability.add(line)
+        warnings = [
+            f"{title} spikes to {line[key]:.4g}, above mean + {SPIKE_SIGMAS:g} sigma = "
+            f"{spikes[name]:.4g} of the {SPIKE_WINDOW} logged steps before"
+            for name, key, title in (
+                ("loss", "loss", "loss"), ("gradient", "grad_norm", "gradient norm"),
+            )
+            if name in spikes
+        ]  # fmt: skip
+        return spikes, warnings + self._updates.add(line.get("update") or {})
 
     def _measure(self, iteration: int) -> None:
-        last = iteration == self._train_iters
-
-        def is_due(interval: int) -> bool:
-            return last or (interval > 0 and iteration % interval == 0)
-
-        readings = dict[str, Any]()
-        if is_due(self._config.probe.probe_interval):
-            readings |= self._read_probes(iteration)
-        if iteration > 0 and is_due(self._config.probe.probe_interval):
-            readings["stability"] = self._stability.values()
-        if iteration > 0 and last:
+        """Take and log the readings that are due after ``iteration``. Collective."""
+        interval, is_last = self._config.probe.probe_interval, iteration == self._train_iters
+        readings: dict[str, Any] = {}
+        if is_last or (interval and iteration % interval == 0):
+            for name, sample in (("probe", self._probe), ("general", self._general)):
+                if sample is not None and (values := sample.read(self._wrapped)) is not None:
+                    readings[name] = values
+            if iteration > 0:
+                readings["stability"] = self._stability.values()
+        if is_last and iteration > 0:
             readings |= self._read_distance(iteration)
-        if readings and self._log is not None:
-            self._log.write(iteration, readings)
-        if last:
+        if self._log is None or not readings:
+            return
+        if "probe" in readings and (warning := drift_warning(readings["probe"])):
+            if is_last or not self._is_drifting:  # when it starts, and at the end
+                _warn(iteration, warning)
+            self._is_drifting = True
+        self._log.write(iteration, readings)
+        if is_last:
             self._summary = self._summarize(iteration, readings)
 
-    def _read_probes(self, iteration: int) -> dict[str, Any]:
-        readings: dict[str, Any] = {}
-        if self._probe is not None and (reading := self._probe.read(self._wrapped)) is not None:
-            readings["probe"] = reading.values()
-            self._warn_of_drift(iteration, reading)
-        if self._general is not None and (values := self._general.read(self._wrapped)) is not None:
-            readings["general"] = values
-        return readings
-
-    def _warn_of_drift(self, iteration: int, reading: Reading) -> None:
-        last = iteration == self._train_iters
-        if self._log is not None and reading.drifts and (last or not self._drifting):
-            self._drifting = True
-            _warn(iteration, reading.warning())
-
-    def _read_distance(self, iteration: int) -> dict[str, Any]:
-        """A measurement that fails costs its number, not the run: the weights are not saved yet."""
+    def _read_distance(self, iteration: int) -> dict[str, float]:
+        """Nothing where it fails: the weights are not saved yet, and worth more."""
         try:
             return {"relative_l2": self._distance.read()}
         except CheckpointError as error:
@@ -151,65 +235,144 @@ class Watch:
                 _warn(iteration, f"relative L2 is not measured: {error}")
             return {}
 
-    def _summarize(self, iteration: int, readings: Mapping[str, Any]) -> list[str]:
-        parts = [f"{iteration} iterations: {self._stability.summary()}"]
+    def _summarize(self, iteration: int, readings: Mapping[str, Any]) -> str:
+        stability, judged = self._stability, self._stability.judged
+        values = stability.values()
+        parts = [f"{iteration} iterations: "]
+        if not values["steps"]:
+            parts[0] += f"none of the {values['non_finite']} logged steps was finite."
+        else:
+            cv = values["gradient_norm_cv"]
+            parts[0] += ", ".join([
+                f"loss {stability.final_loss():.4f} over the last tenth of {values['steps']} "
+                "logged steps",
+                f"std {values['loss_std']:.4f} about its own line over the last half",
+                "no step after warm-up" if cv is None else f"gradient-norm CV {cv:.3f} after "
+                "warm-up",
+                f"{values['loss_spikes']} loss and {values['gradient_spikes']} gradient-norm "
+                f"spikes in {judged} steps judged"
+                if judged
+                else "too short to judge spikes, which takes more than "
+                f"{SPIKE_WINDOW} logged steps",
+                f"{values['non_finite']} steps not finite.",
+            ])  # fmt: skip
         if self._seconds:
             share = self._waited / self._seconds
             parts.append(f"Steps waited for data for {100 * share:.2g} % of their time.")
         if "relative_l2" in readings:
             parts.append(f"The weights moved by {100 * readings['relative_l2']:.3g} %.")
-        if "general" in readings:
-            general = readings["general"]
+        if general := readings.get("general"):
             parts.append(
                 f"Perplexity of general text {general['perplexity']:.2f} "
                 f"({general['delta_ppl']:+.2f})."
             )
-        return parts
+        return " ".join(parts)
+
+    def _record_skipped(
+        self, state: TrainState, own_sums: torch.Tensor | None, packs: Sequence[Pack]
+    ) -> None:
+        """Report a skipped step and record its batch; one all-gather of objects over the world."""
+        groups, path = self._groups, self._directory / SKIPPED
+        found = groups.agreed(lambda: self._own_loss(own_sums))
+        losses = [loss for loss in found if loss is not None]
+        bad = [str(loss["rank"]) for loss in losses if loss["loss"] is None]
+        record = {
+            "iteration": state.iteration,
+            "not_finite": "loss" if bad else "gradient",
+            "losses": losses,
+            "packs": self._describe(packs),
+        }
+        groups.agreed(lambda: _append(path, record) if groups.writer else None)
+        count = state.skipped_steps
+        if groups.writer:
+            what = f"the loss of rank {', '.join(bad)}" if bad else "the gradient"
+            print(
+                f"iteration {state.iteration}: {what} is not finite, step skipped ({count} so "
+                f"far); its batch is in {path}",
+                file=sys.stderr,
+            )
+        if count > MAX_SKIPPED_STEPS:
+            last = latest_iteration(self._directory)
+            raise TrainingError(
+                f"{count} steps were skipped for losses or gradients that were not finite",
+                expected=f"at most {MAX_SKIPPED_STEPS}",
+                fix=f"Look at the batches in {SKIPPED}, or lower --lr; the last good checkpoint is "
+                + ("none" if last is None else str(iteration_directory(self._directory, last))),
+            )
+
+    def _own_loss(self, own_sums: torch.Tensor | None) -> dict[str, Any] | None:
+        """This rank's mean loss, None in place of NaN; no entry before the last stage."""
+        if own_sums is None:
+            return None
+        total, positions = own_sums.tolist()
+        mean = total / positions if positions else 0.0
+        loss = mean if math.isfinite(mean) else None
+        return {"rank": self._groups.rank, "dp_rank": self._groups.dp_rank, "loss": loss}
+
+    def _describe(self, packs: Sequence[Pack]) -> list[dict[str, Any]]:
+        """Of each pack, the DP rank that had it, and [first, last + 1] of each document in it."""
+        described = []
+        for number, pack in enumerate(packs):
+            stops = np.cumsum(self._lengths[pack].astype(np.int64) - 1).tolist()
+            spans = zip(pack.tolist(), [0, *stops], stops, strict=False)  # one start too many
+            dp_rank = number // self._config.data.micro_batch_size % self._groups.dp_size
+            documents = [{"document": d, "positions": [first, stop]} for d, first, stop in spans]
+            described.append({"dp_rank": dp_rank, "documents": documents})
+        return described
 
 
-def _build_probe(
-    config: Stage1Config,
-    groups: Parallel,
-    corpus: Corpus,
-    reader: CandidateReader | None,
-    lengths: npt.NDArray[np.int32],
-) -> Probe | None:
-    if reader is None or config.probe.probe_interval == 0:
-        return None
-    return Probe(
-        corpus,
-        reader,
-        lengths,
-        groups,
-        num_documents=config.probe.probe_documents,
-        seq_length=config.data.seq_length,
-        micro_batch_size=config.data.micro_batch_size,
-    )
+class UpdateWarnings:
+    """Warns once of gradients that oppose the momentum, and once of weights that hardly move.
+
+    Takes ``StepResult.update`` of each logged step. Judges a number by its mean over the last
+    ``WATCHED_STEPS`` steps that had it, never by fewer.
+    """
+
+    def __init__(self) -> None:
+        self._recent = {
+            name: deque[float](maxlen=WATCHED_STEPS) for name in ("obtuse", "update_rms_over_lr")
+        }
+        self._warned: set[str] = set()
+
+    def add(self, update: Mapping[str, float | None]) -> list[str]:
+        """Take the next logged step; the warnings it is the first to call for."""
+        warnings = []
+        for name, recent in self._recent.items():
+            value = update.get(name)
+            if value is None or not math.isfinite(value):
+                continue
+            recent.append(value)
+            mean = math.fsum(recent) / len(recent)
+            is_bad = mean > OBTUSE_LIMIT if name == "obtuse" else mean < UPDATE_LIMIT
+            if is_bad and len(recent) == WATCHED_STEPS and name not in self._warned:
+                self._warned.add(name)
+                warnings.append(_UPDATE_WARNINGS[name](mean))
+        return warnings
 
 
-def _build_general(
-    config: Stage1Config, groups: Parallel, corpus: Corpus, model: LoadedModel
-) -> GeneralText | None:
-    if config.probe.general_data_path is None:
-        return None
-    text = Corpus(config.probe.general_data_path)
-    require_same_tokenizer(text, corpus)
-    longest = min(config.data.seq_length, model.shape.max_position_embeddings)
-    general = GeneralText(
-        text,
-        groups,
-        num_documents=config.probe.probe_documents,
-        longest=longest,
-        seq_length=config.data.seq_length,
-        micro_batch_size=config.data.micro_batch_size,
-    )
-    if general.num_truncated and groups.rank == 0:
-        print(
-            f"--general-data-path: of {general.num_truncated} longer documents of the sample the "
-            f"first {longest} positions are scored",
-            file=sys.stderr,
-        )
-    return general
+_UPDATE_WARNINGS = {
+    "obtuse": lambda mean: (
+        f"the gradient pointed against the momentum in {100 * mean:.0f} % of the last "
+        f"{WATCHED_STEPS} logged steps: consecutive updates point in opposite directions (noise, "
+        "or too high a learning rate). Raise --global-batch-size, or lower --lr if the loss swings"
+    ),
+    "update_rms_over_lr": lambda mean: (
+        f"the weights hardly move: the RMS of an update was {mean:.2g} x lr over the last "
+        f"{WATCHED_STEPS} logged steps, where AdamW's is about 0.2 to 1. The gradient is mostly "
+        "noise, or is turned away. Raise --global-batch-size, --max-angle or --lr, and compare "
+        "with an AdamW whose learning rate moves the weights as far"
+    ),
+}
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise output_error(path, error) from error
 
 
 def _warn(iteration: int, message: str) -> None:

@@ -31,10 +31,12 @@ class GlobalWork(NamedTuple):
     """This rank's share of a global batch, on its device.
 
     Attributes:
-        tokens: of the whole global batch.
+        packs: of the whole global batch.
+        tokens: in them.
     """
 
     work: list[Work]
+    packs: list[Pack]
     tokens: int
 
 
@@ -66,7 +68,7 @@ class WorkMaker:
         packs = self.batches.global_batch(iteration)
         tokens = sum(int((self.lengths[pack] - 1).sum()) for pack in packs)
         work = [self._work(packs) for packs in self.batches.micro_batches(iteration)]
-        return GlobalWork(work, tokens)
+        return GlobalWork(work, packs, tokens)
 
     def _work(self, packs: list[Pack]) -> Work:
         """A micro-batch and the loss to compute on it."""

@@ -16,8 +16,8 @@ from megatron_replay.checkpoint.training import TrainState, save_checkpoint
 from megatron_replay.config import OptimizerConfig
 from megatron_replay.errors import CheckpointError
 from megatron_replay.optim.build import build_optimizer
-from megatron_replay.training import distance, starting_weights
-from megatron_replay.training.distance import Distance
+from megatron_replay.training import readings
+from megatron_replay.training.readings import Distance, squared_distance
 from megatron_replay.training.step import wrap_for_training
 from tests import pool, tiny
 from tests.distributed.layouts import Layout, build, join_groups
@@ -56,7 +56,6 @@ def measure(
     rank: int, world_size: int, layout: Layout, sharded: bool, checkpoint: Path, folder: Path
 ) -> tuple[float, float, float]:
     """Relative L2 before moving, after, and after against a training checkpoint of the start."""
-    distance._BLOCK = 1000  # blocks that end inside tensors
     groups = join_groups(layout)
     model = build(layout, groups, checkpoint)
     wrapped = wrap_for_training(model, use_distributed_optimizer=sharded)
@@ -89,7 +88,15 @@ def test_every_layout_and_source_gives_the_number(layout, sharded, tmp_path):
     assert results == [(0.0, *[pytest.approx(number, rel=1e-9)] * 2)] * layout.world_size
 
 
-def _stale(path: Path) -> None:
+def test_sums_over_several_blocks_are_numpys():
+    rng = np.random.default_rng(0)
+    theta, start = rng.normal(size=(2, 3 * (1 << 16) + 7)).astype(np.float32)
+    found = squared_distance(torch.from_numpy(theta), torch.from_numpy(start))
+    theta, start = theta.astype(np.float64), start.astype(np.float64)
+    assert found == pytest.approx((((theta - start) ** 2).sum(), (start**2).sum()), rel=1e-12)
+
+
+def _stale(*_: object) -> None:
     raise OSError("stale handle")
 
 
@@ -100,7 +107,7 @@ def refusals(rank: int, world_size: int, checkpoint: Path) -> list[str]:
     said = []
     for save in (checkpoint, checkpoint.parent / "run"):
         if rank == 1 and save != checkpoint:  # a disk that only one rank cannot read
-            starting_weights.HFReader = _stale
+            readings.weight_reader = _stale
         with pytest.raises(CheckpointError) as caught:
             Distance(str(checkpoint), save, model, None, groups).read()
         said.append(str(caught.value))
@@ -108,7 +115,7 @@ def refusals(rank: int, world_size: int, checkpoint: Path) -> list[str]:
 
 
 @pytest.mark.distributed
-def test_what_cannot_be_read_is_said_by_all_ranks(tmp_path):
+def test_all_ranks_report_what_one_cannot_read(tmp_path):
     tiny.save_qwen3(tmp_path / "model", tied=True, num_hidden_layers=2)
     one, other = pool.run(2, refusals, tmp_path / "model")
     assert one == other

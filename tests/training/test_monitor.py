@@ -1,4 +1,4 @@
-"""What a run says of itself, through the program: equal to other means, and unmoved by a stop."""
+"""A run's readings and warnings: equal to independent measurements, unchanged by a stop."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.evaluation.weight_distance import relative_l2
-from megatron_replay.run_log import summarize_run
-from megatron_replay.training.metrics import read_metrics
+from megatron_replay.run_log import read_metrics, summarize_run
+from megatron_replay.training.monitor import UpdateWarnings
 from tests import tiny
 from tests.e2e import stages
 
@@ -124,7 +124,7 @@ def test_a_training_checkpoint_may_be_the_start(folder, tmp_path):
     stages.succeed("stage1", *argv(folder, tmp_path / "second", *extra), tp=2)
     last = read_metrics(tmp_path / "second" / "metrics.jsonl")[-1]
     assert 0.001 < last["relative_l2"] < 0.5
-    # From its own directory a run goes on, but what it started from is not there.
+    # A run goes on from its own directory, but the weights it started from are not there.
     extra = ["--train-iters", 5, "--load", tmp_path / "first"]
     said = stages.succeed("stage1", *argv(folder, tmp_path / "first", *extra))
     assert "warning: iteration 5: relative L2 is not measured" in said
@@ -134,10 +134,10 @@ def test_a_training_checkpoint_may_be_the_start(folder, tmp_path):
 
 
 def _spike_at_step_135(rank: int) -> None:
-    """And let no update be large enough, so that each is warned of."""
-    from megatron_replay.training import loop, stability
+    """Every update is too small, too, so that it is warned of."""
+    from megatron_replay.training import loop, monitor
 
-    stability.UPDATE_LIMIT = math.inf
+    monitor.UPDATE_LIMIT = math.inf
     take_step = loop.train_step
 
     def step(model, optimizer, work, *args, **kwargs):
@@ -150,13 +150,13 @@ def _spike_at_step_135(rank: int) -> None:
     loop.train_step = step
 
 
-def test_warnings_are_told_when_they_come(folder, tmp_path):
+def test_warnings_come_when_their_cause_does(folder, tmp_path):
     flags = ["--train-iters", 140, "--lr", 1e-4, "--global-batch-size", 2]
     said = stages.succeed(
         "stage1", *argv(folder, tmp_path / "run", *flags), before=_spike_at_step_135
     )
-    told = [line for line in said.splitlines() if line.startswith("warning:")]
-    assert [" ".join(line.split()[1:6]) for line in told] == [
+    warned = [line for line in said.splitlines() if line.startswith("warning:")]
+    assert [" ".join(line.split()[1:6]) for line in warned] == [
         "iteration 50: the weights hardly",
         "iteration 135: loss spikes to",
         "iteration 135: gradient norm spikes",
@@ -176,6 +176,42 @@ def test_warnings_are_told_when_they_come(folder, tmp_path):
     summary = summarize_run(tmp_path / "run")
     assert (summary.loss_spikes, summary.loss_spike_rate) == (1, last["loss_spike_rate"])
     assert summary.gradient_spike_rate == last["gradient_spike_rate"] == 1 / 12
+
+
+def warnings(updates: list[dict]) -> dict[int, list[str]]:
+    """The warnings by the number of the step, from 1."""
+    watch = UpdateWarnings()
+    found = {k: watch.add(update) for k, update in enumerate(updates, start=1)}
+    return {k: messages for k, messages in found.items() if messages}
+
+
+def test_a_warning_comes_once_and_not_before_the_window_is_full():
+    bad = {"obtuse": 1.0, "update_rms_over_lr": 0.001, "degrees": 91.0}
+    found = warnings([bad] * 200)
+    assert list(found) == [50]
+    obtuse, still = found[50]
+    assert "against the momentum in 100 % of the last 50" in obtuse
+    assert "--global-batch-size" in obtuse
+    assert "0.001 x lr" in still
+    assert warnings([bad] * 49) == {}
+
+
+def test_the_mean_of_the_window_is_judged():
+    # One obtuse step in two is the limit, not beyond it; then 26 of 50 are.
+    half = [{"obtuse": float(k % 2)} for k in range(100)]
+    assert warnings(half) == {}
+    assert list(warnings([*half, {"obtuse": 1.0}, {"obtuse": 1.0}])) == [101]
+    # Small updates of a warm-up are outweighed; the warning comes when the mean falls below.
+    warmup = [{"update_rms_over_lr": 0.0}] * 10 + [{"update_rms_over_lr": 0.5}] * 60
+    assert warnings(warmup) == {}
+    assert list(warnings(warmup + [{"update_rms_over_lr": 0.0}] * 60)) == [70 + 49]
+
+
+def test_steps_without_the_quantity_do_not_count():
+    """AdamW has no angle, a skipped step has nothing, and the log keeps NaN as null."""
+    one, nothing = {"update_rms_over_lr": 0.001}, [{}, {"update_rms_over_lr": None}]
+    assert list(warnings([*[one] * 49, *nothing, one])) == [52]
+    assert warnings([{"update_rms_over_lr": 0.3}] * 100) == {}
 
 
 class TestMistakes:
