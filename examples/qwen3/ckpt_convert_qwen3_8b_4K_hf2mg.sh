@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Hugging Face $HF_DIR -> $CKPT_SAVE_DIR, a file a rank, for MindSpeed-LLM; nothing here needs it.
+# Hugging Face $HF_DIR -> $CKPT_SAVE_DIR, one file per rank, for MindSpeed-LLM.
 QWEN3=8b TP=${TP:-4} PP=${PP:-2}
 # shellcheck source=examples/qwen3/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

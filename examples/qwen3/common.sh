@@ -1,25 +1,26 @@
-# Sourced by every script of this folder: strict mode, platform, environment, places, launch.
+# Sourced by every script of this folder: platform, environment, paths, launch, and the steps.
 #
-# A script sets QWEN3 (4b or 8b), TP and PP before it sources this. Everything below may be set from
-# outside; paths are relative to where you stand.
+# A script sets QWEN3 (4b or 8b), TP and PP before it sources this file. The variables below may be
+# set by the caller; relative paths start at the caller's directory.
 #
-#   PLATFORM        npu, cuda or cpu (found out when unset)
-#   NPUS_PER_NODE   processes of this node (TP x PP x DP / NNODES)
-#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT      as torchrun's
-#   HF_DIR          the Hugging Face checkpoint all starts from
+#   PLATFORM        npu, cuda or cpu (default: detected)
+#   OPTIMIZER       moclip (default), or a baseline: adamw, mofo, muonclip, adamuon, tam
+#   NPUS_PER_NODE   processes on this node (TP x PP x DP / NNODES)
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT      as for torchrun
+#   HF_DIR          the Hugging Face checkpoint to start from
 #   TOKENIZER_PATH  its tokenizer, or a sentencepiece model
-#   INPUT_FILE      your rows (README.md has the formats)
-#   RUN_DIR         where everything goes that has no name of its own
+#   INPUT_FILE      your rows (README.md describes the formats)
+#   RUN_DIR         every output that has no variable of its own
 #   DATA_PATH       prefix of the corpus; STORE_DIR the candidate store
 #   CKPT_LOAD_DIR CKPT_SAVE_DIR   what a script reads and writes
-#   DRY_RUN=1       print the commands and run none
-#   MODEL_SIZE=tiny a model of Qwen3's proportions that a CPU trains in seconds, with its own data
+#   DRY_RUN=1       print the commands without running them
+#   MODEL_SIZE=tiny a small model of Qwen3's proportions and its own data, for a CPU
 #
-# Flags behind a script's name go to its command last: stage1_... --lr 1e-6 --dry-run
-# shellcheck shell=bash disable=SC2034  # scripts use what is set here
+# Flags after a script's name are appended to its command: stage1_qwen3_4b_4K_ptd.sh --lr 1e-6
+# shellcheck shell=bash disable=SC2034  # the scripts use these variables
 set -euo pipefail
 
-absolute() { # absolute NAME...: the variables that are set
+absolute() { # absolute NAME...: make the paths in these variables absolute
     local name
     for name in "$@"; do
         [[ -z ${!name:-} ]] || printf -v "$name" '%s' "$(realpath -m -- "${!name}")"
@@ -48,20 +49,20 @@ case $PLATFORM in
         for settings in /usr/local/Ascend/cann/set_env.sh /usr/local/Ascend/ascend-toolkit/set_env.sh; do
             if [[ -f $settings ]]; then
                 # shellcheck disable=SC1090
-                set +u && source "$settings" && set -u # it reads variables that need not be set
+                set +u && source "$settings" && set -u # it reads unset variables
                 break
             fi
         done
         if [[ -z ${ASCEND_HOME_PATH:-} ]]; then
             cann="no CANN: expected set_env.sh in /usr/local/Ascend/cann or ascend-toolkit, or its variables set already"
             [[ ${DRY_RUN:-0} == 1 ]] || fail "$cann"
-            echo "note: $cann" >&2 # what would be run can be shown anywhere
+            echo "note: $cann" >&2
         fi
         if [[ -f /usr/local/Ascend/nnal/atb/set_env.sh ]]; then
             # shellcheck disable=SC1091
             set +u && source /usr/local/Ascend/nnal/atb/set_env.sh && set -u
         fi
-        # docs/ascend.md says what each is for.
+        # docs/ascend.md explains each variable.
         export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-3600}
         export HCCL_EXEC_TIMEOUT=${HCCL_EXEC_TIMEOUT:-3600}
         export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
@@ -73,7 +74,7 @@ case $PLATFORM in
         export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
         ;;
     cpu)
-        # Spinning OpenMP threads of several ranks on few cores slow each other down several times.
+        # OpenMP threads that spin slow each other down when several ranks share a few cores.
         export GOMP_SPINCOUNT=0 OMP_WAIT_POLICY=passive OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
         ;;
     *) fail "PLATFORM=$PLATFORM is none of npu, cuda, cpu" ;;
@@ -99,7 +100,7 @@ LAYOUT=(
 )
 if ((TP > 1)); then LAYOUT+=(--sequence-parallel); fi
 
-# ---------------------------------------------------------------- places
+# ---------------------------------------------------------------- paths
 MODEL_SIZE=${MODEL_SIZE:-full}
 case $MODEL_SIZE in
     full) SEQ_LENGTH=${SEQ_LENGTH:-4096} ;;
@@ -110,8 +111,8 @@ RUN_DIR=${RUN_DIR:-runs/qwen3-$QWEN3}
 [[ $MODEL_SIZE == full ]] || HF_DIR=${HF_DIR:-$RUN_DIR/tiny/hf}
 HF_DIR=${HF_DIR:-Qwen3-${QWEN3^^}}
 TOKENIZER_PATH=${TOKENIZER_PATH:-$HF_DIR}
-MCORE_DIR=$RUN_DIR/mcore # what ckpt_convert_..._hf2mcore.sh writes
-MODEL_DIR=$HF_DIR        # what the stages start from; they read a Hugging Face directory as well
+MCORE_DIR=$RUN_DIR/mcore # written by ckpt_convert_..._hf2mcore.sh
+MODEL_DIR=$HF_DIR        # the stages read either of the two
 if [[ -d $MCORE_DIR ]]; then MODEL_DIR=$MCORE_DIR; fi
 DATA_PATH=${DATA_PATH:-$RUN_DIR/corpus}
 STORE_DIR=${STORE_DIR:-$RUN_DIR/store}
@@ -124,22 +125,22 @@ if [[ $MODEL_SIZE == tiny ]]; then
     TASK_DATA=${TASK_DATA:-$TINY/domain_test/questions.jsonl}
 fi
 
-# ---------------------------------------------------------------- doing
-show() { # show COMMAND...: quoted, so that it can be pasted
+# ---------------------------------------------------------------- launch
+show() { # show COMMAND...: print it, quoted for a shell
     printf '+'
     printf ' %q' "$@"
     printf '\n'
 }
 
-run() { # run COMMAND...: shown, logged, its exit code kept; only shown under DRY_RUN=1
+run() { # run COMMAND...: print, run and log it; DRY_RUN=1 only prints
     show "$@"
     [[ ${DRY_RUN:-0} != 1 ]] || return 0
     mkdir -p "$LOG_DIR"
-    # Interrupts are the command's: it saves, and says so, before tee may go.
+    # tee ignores interrupts, so that it still logs what the command prints while it saves.
     "$@" 2>&1 | tee -ai "$LOG_DIR/$SCRIPT.node$NODE_RANK.log"
 }
 
-launch() { # launch MODULE FLAGS...: on every device of this node; with --dry-run, on none
+launch() { # launch MODULE FLAGS...: on every device of this node, or on none with --dry-run
     local module=$1 flag
     shift
     [[ ${DRY_RUN:-0} == 1 || -d ${CKPT_LOAD_DIR:-$MODEL_DIR} ]] ||
@@ -154,7 +155,7 @@ launch() { # launch MODULE FLAGS...: on every device of this node; with --dry-ru
         --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -m "$module" "$@"
 }
 
-tiny_inputs() { # MODEL_SIZE=tiny: make the data and the checkpoint, unless they are there
+tiny_inputs() { # with MODEL_SIZE=tiny, make the data and, once, the checkpoint
     [[ $MODEL_SIZE == tiny ]] || return 0
     run python -m examples.quickstart.make_data --output "$TINY" --base-questions 500 \
         --practice-tables 20 --domain-train 96 --domain-test 8 --general-train 200 --general-heldout 8
@@ -162,5 +163,98 @@ tiny_inputs() { # MODEL_SIZE=tiny: make the data and the checkpoint, unless they
         --shape "qwen3-$QWEN3" --tokenizer "$TINY/tokenizer" --output "$HF_DIR"
 }
 
-# shellcheck source=examples/qwen3/steps.sh
-source examples/qwen3/steps.sh
+# ---------------------------------------------------------------- steps, in the order the data flows
+convert_to_mcore() { # Hugging Face -> a checkpoint that loads into any layout
+    tiny_inputs
+    run python tools/convert_checkpoint.py --load-model-type hf --save-model-type mcore \
+        --load-dir "$HF_DIR" --save-dir "${CKPT_SAVE_DIR:-$MCORE_DIR}" "$@"
+}
+
+convert_to_mg() { # Hugging Face -> one file per rank, for MindSpeed-LLM
+    tiny_inputs
+    run python tools/convert_checkpoint.py --load-model-type hf --save-model-type mg \
+        --load-dir "$HF_DIR" --save-dir "${CKPT_SAVE_DIR:-$RUN_DIR/mg}" \
+        --target-tensor-parallel-size "$TP" --target-pipeline-parallel-size "$PP" "$@"
+}
+
+convert_data() { # rows -> corpus $DATA_PATH.{bin,idx,loss_mask,json}; only answers carry loss
+    tiny_inputs
+    [[ -n ${INPUT_FILE:-} ]] || fail "INPUT_FILE is not set: a JSON-lines file of prompt/completion, alpaca, sharegpt or messages rows"
+    run python tools/preprocess_data.py --input "$INPUT_FILE" --tokenizer "$TOKENIZER_PATH" \
+        --output-prefix "$DATA_PATH" --show 2 "$@"
+}
+
+STAGES=( # flags that both stages take
+    --data-path "$DATA_PATH"
+    --store "$STORE_DIR" # a baseline reads it only for the probe
+    --seq-length "$SEQ_LENGTH"
+    --micro-batch-size "${MBS:-1}"
+    --long-documents "${LONG_DOCUMENTS:-error}"
+    --bf16
+    "${LAYOUT[@]}"
+)
+
+stage0() { # corpus -> candidate store, once for all runs of Stage 1
+    launch megatron_replay.stage0 --load "${CKPT_LOAD_DIR:-$MODEL_DIR}" "${STAGES[@]}" \
+        --coverage 0.95 --max-candidates 200 --position-strategy bucket --position-fraction 0.5 "$@"
+}
+
+OPTIMIZER=${OPTIMIZER:-moclip}
+
+stage1() { # corpus and store -> checkpoints in $RUN_DIR/$OPTIMIZER
+    local training=(
+        --optimizer "$OPTIMIZER"
+        --global-batch-size "${GBS:-16}"
+        --lr 1.25e-6
+        --min-lr 1.25e-7
+        --lr-decay-style cosine
+        --weight-decay 0.1
+        --clip-grad 1.0
+        --adam-beta1 0.9
+        --adam-beta2 0.95
+        --save-interval 200
+    )
+    case $OPTIMIZER in
+        moclip) training+=(--loss restricted --max-angle 45) ;;
+        mofo) training+=(--loss full --mofo-fraction 0.2) ;;
+        *) training+=(--loss full) ;;
+    esac
+    launch megatron_replay.stage1 --load "${CKPT_LOAD_DIR:-$MODEL_DIR}" \
+        --save "${CKPT_SAVE_DIR:-$RUN_DIR/$OPTIMIZER}" "${STAGES[@]}" "${training[@]}" "$@"
+}
+
+convert_to_hf() { # a run of Stage 1 -> Hugging Face, by default in export/ inside the run
+    local run_dir=${CKPT_LOAD_DIR:-$RUN_DIR/$OPTIMIZER}
+    run python tools/convert_checkpoint.py --load-model-type mcore --save-model-type hf \
+        --load-dir "$run_dir" --save-dir "${CKPT_SAVE_DIR:-$run_dir/export}" \
+        --params-dtype bfloat16 "$@"
+}
+
+evaluate() { # base and exported runs -> evaluation.json; measures what the variables name
+    local exported models=() inputs=() device=()
+    for exported in "$RUN_DIR"/*/export; do
+        [[ ! -d $exported ]] || models+=(--model "$(basename "$(dirname "$exported")")=$exported")
+    done
+    ((${#models[@]})) || [[ ${DRY_RUN:-0} == 1 ]] ||
+        fail "$RUN_DIR/*/export: no exported run; ckpt_convert_qwen3_${QWEN3}_4K_mcore2hf.sh writes one"
+    [[ -z ${SQL_DIR:-} ]] || inputs+=(--sql "$(basename "$SQL_DIR")=$SQL_DIR")
+    [[ -z ${CHOICES:-} ]] || inputs+=(--choices "$(basename "$CHOICES" .jsonl)=$CHOICES")
+    [[ -z ${GENERAL_CHOICES:-} ]] ||
+        inputs+=(--general-choices "$(basename "$GENERAL_CHOICES" .jsonl)=$GENERAL_CHOICES")
+    [[ -z ${TASK_DATA:-} ]] || inputs+=(--data "$TASK_DATA")
+    [[ -z ${GENERAL_TEXT:-} ]] || inputs+=(--general-text "$GENERAL_TEXT")
+    [[ $PLATFORM == cpu ]] || device=(--device "$PLATFORM" --dtype bfloat16)
+    run python tools/evaluate.py --base "$HF_DIR" "${models[@]}" \
+        "${inputs[@]}" --data-path "$DATA_PATH" --store "$STORE_DIR" "${device[@]}" \
+        --output "$RUN_DIR/evaluation.json" "$@"
+}
+
+report() { # evaluation.json and the runs' logs -> report.md, report.json, report.png in $RUN_DIR
+    local metrics runs=()
+    for metrics in "$RUN_DIR"/*/metrics.jsonl; do
+        metrics=$(dirname "$metrics")
+        [[ ! -d $metrics/export ]] || runs+=(--run "$(basename "$metrics")=$metrics")
+    done
+    run python tools/report.py --evaluation "$RUN_DIR/evaluation.json" "${runs[@]}" \
+        --output-dir "$RUN_DIR" "$@"
+}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The base and every exported run of Qwen3-4B: SQL execution, answers, perplexities -> evaluation.json.
-# What is measured depends on what is set: SQL_DIR, CHOICES, GENERAL_CHOICES, TASK_DATA, GENERAL_TEXT
+# Measures what these variables name: SQL_DIR, CHOICES, GENERAL_CHOICES, TASK_DATA, GENERAL_TEXT
 # (docs/evaluation.md has their formats); further flags go to tools/evaluate.py.
 QWEN3=4b TP=${TP:-4} PP=${PP:-1}
 # shellcheck source=examples/qwen3/common.sh
