@@ -34,10 +34,11 @@ class Invocation(typing.Generic[Config]):
     dry_run: bool
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are ConfigErrors, so that main prints one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise ConfigError; argparse would print its usage and exit."""
         raise ConfigError(message, fix=f"See {self.prog} --help")
 
 
@@ -47,7 +48,7 @@ def parse(root: type[Config], argv: Sequence[str], *, program: str) -> Invocatio
     Raises:
         ConfigError: unknown flag or key (the nearest name is shown), missing or unusable value.
     """
-    parser = _Parser(prog=program, description=root.__doc__, allow_abbrev=False)
+    parser = Parser(prog=program, description=root.__doc__, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with one mapping per section")
     control = parser.add_mutually_exclusive_group()
     control.add_argument("--print-config", action="store_true", help="print the result and leave")

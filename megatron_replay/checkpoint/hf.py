@@ -206,7 +206,7 @@ def load_hf_weights(
             mapping = mapping_of(name, config, layer_offset)
             used.update(mapping.names)
             tensors = [reader.slice(hf_name) for hf_name in mapping.names]
-            shape = mapping.layout.shard_shape(tensors, tp_size)
+            shape = mapping.layout.shard_shape([t.get_shape() for t in tensors], tp_size)
             if shape != tuple(parameter.shape):
                 raise CheckpointError(
                     f"wrong shape for {name}",

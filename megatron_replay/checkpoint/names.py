@@ -43,15 +43,16 @@ class Layout:
     def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
         """This rank's shard, reading no more than it needs."""
         dtype = functools.reduce(torch.promote_types, [tensor[:0].dtype for tensor in whole])
-        shard = torch.empty(self.shard_shape(whole, size), dtype=dtype)
+        shape = self.shard_shape([tensor.get_shape() for tensor in whole], size)
+        shard = torch.empty(shape, dtype=dtype)
         self.fill(shard, whole, rank, size)
         return shard
 
-    def shard_shape(self, whole: Sequence[TensorSlice], size: int) -> tuple[int, ...]:
-        """The shape of each rank's shard; reads nothing."""
-        shape = list(whole[0].get_shape())
+    def shard_shape(self, shapes: Sequence[Sequence[int]], size: int) -> tuple[int, ...]:
+        """The shape of each rank's shard of tensors with ``shapes``."""
+        shape = list(shapes[0])
         if self.dim is not None:
-            shape[self.dim] = sum(tensor.get_shape()[self.dim] // size for tensor in whole)
+            shape[self.dim] = sum(each[self.dim] // size for each in shapes)
         return tuple(shape)
 
     def fill(self, shard: Tensor, whole: Sequence[TensorSlice], rank: int, size: int) -> None:

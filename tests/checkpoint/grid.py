@@ -1,4 +1,4 @@
-"""Empty parameters as megatron-core names and shapes them, for every rank of a TP x PP grid."""
+"""Parameters of every rank of a TP x PP grid: as megatron-core holds them, and as rank files."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_replay.checkpoint.convert_ranks import hf_to_ranks
 from megatron_replay.checkpoint.export import finish_directory, read_config, write_weights
 from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
 from megatron_replay.checkpoint.names import mapping_of
+from megatron_replay.checkpoint.rank_grid import grid_for
 from megatron_replay.model.config import ModelConfig
 
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 LOCAL_NORMS = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
 TE_NORMS = (
     "self_attention.linear_qkv.layer_norm_weight",
@@ -98,3 +101,22 @@ def save_grid(
         source=source,
         overwrite=overwrite,
     )
+
+
+def ranks(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """{folder: parameters}, as anybody with torch reads them."""
+    return {
+        path.parent.name: torch.load(path, weights_only=True)["model"]
+        for path in directory.glob("iter_0000001/*/model_optim_rng.pt")
+    }
+
+
+def rewrite(path: Path, change) -> None:
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+def converted(source: Path, target: Path, tp: int = 1, pp: int = 1, **options) -> Path:
+    hf_to_ranks(source, target, grid_for(ModelConfig.from_hf(source), tp=tp, pp=pp, **options))
+    return target

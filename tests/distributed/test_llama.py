@@ -108,7 +108,7 @@ def test_both_stages_and_conversion_with_verification(cases, tmp_path):
         "--global-batch-size", 4, pp=2,
     )  # fmt: skip
     stages.convert(run, tmp_path / "tuned")
-    stages.convert(tmp_path / "tuned", tmp_path / "mcore", "--save-format", "mcore")
+    stages.convert(tmp_path / "tuned", tmp_path / "mcore", "--save-model-type", "mcore")
     stages.convert(tmp_path / "mcore", tmp_path / "back")
     require_equal(tmp_path / "back", tmp_path / "tuned")
     tuned, before = (tiny.load_reference(d) for d in (tmp_path / "tuned", base))

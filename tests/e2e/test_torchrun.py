@@ -88,7 +88,7 @@ def test_from_checkpoint_to_export_with_a_killed_rank_between(folder, tmp_path):
     tuned, base = (tiny.load_reference(d) for d in (tmp_path / "export", folder / "model"))
     tokens = torch.arange(12)[None]
     assert not torch.equal(tuned(tokens).logits, base(tokens).logits)
-    stages.convert(tmp_path / "export", tmp_path / "mcore", "--save-format", "mcore")
+    stages.convert(tmp_path / "export", tmp_path / "mcore", "--save-model-type", "mcore")
     stages.convert(tmp_path / "mcore", tmp_path / "back")
     require_equal(tmp_path / "back", tmp_path / "export")
 

@@ -103,7 +103,7 @@ def test_files_of_another_model_beside_a_checkpoint_are_seen_at_every_door(
 
 
 def test_two_conversions_never_share_a_directory(folder, other, run, tmp_path):
-    mcore, to_mcore = tmp_path / "mcore", ["--save-format", "mcore"]
+    mcore, to_mcore = tmp_path / "mcore", ["--save-model-type", "mcore"]
     stages.convert(folder / "model", mcore, *to_mcore)
     assert "not empty" in refused("--load", other, "--save", mcore, *to_mcore)
     stages.convert(other, mcore, *to_mcore, "--overwrite")
@@ -115,7 +115,7 @@ def test_two_conversions_never_share_a_directory(folder, other, run, tmp_path):
     assert torch.equal(ours, theirs)
     save = tmp_path / "finished"
     shutil.copytree(run, save)
-    for flags in (to_mcore, ["--save-format", "mg"]):
+    for flags in (to_mcore, ["--save-model-type", "mg"]):
         for overwrite in ([], ["--overwrite"]):
             line = refused("--load", other, "--save", save, *flags, *overwrite)
             assert ("did not write" if overwrite else "not empty") in line
@@ -129,7 +129,7 @@ def test_two_conversions_never_share_a_directory(folder, other, run, tmp_path):
 
 def test_what_was_written_is_read_again_before_it_is_published(folder, tmp_path):
     """A weight is spoilt while it is written: neither format shows that by its name."""
-    mcore = ["--save-format", "mcore"]
+    mcore = ["--save-model-type", "mcore"]
     stages.convert(folder / "model", tmp_path / "good", *mcore)
     for load, save, flags in (
         (folder / "model", tmp_path / "mcore", mcore),
@@ -230,13 +230,18 @@ def test_a_copied_run_goes_on_without_its_lock(folder, run, tmp_path, lock):
 
 
 def test_a_run_never_starts_in_a_conversion(folder, tmp_path):
-    stages.convert(folder / "model", tmp_path / "mcore", "--save-format", "mcore")
+    stages.convert(folder / "model", tmp_path / "mcore", "--save-model-type", "mcore")
     message = stages.fail("stage1", *argv(folder, tmp_path / "mcore"), code=6)
     assert "a converted checkpoint is given as --load" in message
     load = ["--load", tmp_path / "mcore", "--train-iters", 1]  # the store's base, bit for bit
     stages.succeed("stage1", *argv(folder, tmp_path / "run", *load))
     stages.convert(
-        folder / "model", tmp_path / "rounded", "--save-format", "mcore", "--dtype", "bfloat16"
+        folder / "model",
+        tmp_path / "rounded",
+        "--save-model-type",
+        "mcore",
+        "--params-dtype",
+        "bfloat16",
     )
     load = ["--load", tmp_path / "rounded", "--train-iters", 1]
     message = stages.fail("stage1", *argv(folder, tmp_path / "other", *load), code=5)

@@ -1,0 +1,164 @@
+"""Between Hugging Face directories and training checkpoints, through a model in a real layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_replay.checkpoint.export import export_hf
+from megatron_replay.checkpoint.hf import HFReader, same_bits
+from megatron_replay.checkpoint.load import LoadedModel, base_fingerprint, load_model
+from megatron_replay.checkpoint.model_files import fingerprints, keep_model_files
+from megatron_replay.checkpoint.names import hf_tensor_shapes
+from megatron_replay.checkpoint.staging import publish, staging_directory, start_directory
+from megatron_replay.checkpoint.training import CONVERTED_FROM, TrainState, save_checkpoint
+from megatron_replay.config import ModelConfigSource, ParallelConfig
+from megatron_replay.data.packing import PackedBatch
+from megatron_replay.errors import CheckpointError
+from megatron_replay.forward import Work, forward_only
+from megatron_replay.functional.packed_attention import segments_of
+from megatron_replay.parallel import Parallel
+
+#: Largest difference of logits, relative to the largest one: rounding, by a wide margin.
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_VERIFIED_TOKENS = 32
+
+
+def write_hf(
+    model: LoadedModel,
+    target: Path,
+    groups: Parallel,
+    dtype: torch.dtype,
+    *,
+    overwrite: bool,
+    verify: bool,
+) -> None:
+    """Export the model; ``verify`` first compares its logits with those of transformers.
+
+    Collective over the world.
+
+    Raises:
+        CheckpointError: a weight or the logits differ from the model's.
+        OutputError: ``target`` cannot be written.
+    """
+    export_hf(
+        model.module.named_parameters(),
+        model.shape,
+        target,
+        groups,
+        layer_offset=model.layer_offset,
+        source=model.files,
+        dtype=dtype,
+        overwrite=overwrite,
+        verify=(lambda staged: require_logits(model, staged, groups, dtype)) if verify else None,
+    )
+
+
+def write_mcore(
+    model: LoadedModel,
+    target: Path,
+    groups: Parallel,
+    source: ModelConfigSource,
+    config: ParallelConfig,
+    *,
+    overwrite: bool,
+    verify: bool,
+) -> None:
+    """Write a training checkpoint; ``verify`` first loads it into another model and compares.
+
+    Collective over the world.
+
+    Raises:
+        CheckpointError: a weight or the logits differ from the model's.
+        OutputError: ``target`` cannot be written.
+    """
+    staged = staging_directory(target)
+    groups.on_rank_zero(lambda: start_directory(target, overwrite=overwrite))
+    groups.on_rank_zero(lambda: keep_model_files(model.files, staged))
+    is_exact = _held_exactly(model, torch.bfloat16 if source.bf16 else torch.float32)
+    origin = groups.from_rank_zero(lambda: base_fingerprint(source.load) if is_exact else "")
+    identity = {CONVERTED_FROM: origin} if origin else {}
+    state = TrainState(0, 0, 0, identity, model_files=fingerprints(model.files))
+    save_checkpoint(staged, state, model.module, None, groups)
+    if verify:
+        written = load_model(dataclasses.replace(source, load=str(staged)), config, groups)
+        groups.agreed(lambda: _require_same_weights(written, model))
+        require_logits(written, Path(source.load), groups, torch.float32)
+    groups.on_rank_zero(lambda: publish(staged, target.resolve(), overwrite=overwrite))
+
+
+def _held_exactly(model: LoadedModel, dtype: torch.dtype) -> bool:
+    """Whether no weight of the Hugging Face directory is rounded by ``dtype``, as it is stored."""
+    reader = HFReader(model.files)
+    stored = {reader.slice(name).torch_dtype() for name in hf_tensor_shapes(model.shape)}
+    return all(torch.promote_types(one, dtype) is dtype for one in stored)
+
+
+def _require_same_weights(written: LoadedModel, model: LoadedModel) -> None:
+    """Raise CheckpointError unless both hold the same bits on this rank."""
+    expected = dict(model.module.named_parameters())
+    for name, parameter in written.module.named_parameters():
+        if not same_bits(parameter.detach(), expected[name].detach()):
+            raise CheckpointError(
+                f"{name} was written, and reads differently", where=written.files.parent
+            )
+
+
+@torch.no_grad()
+def require_logits(
+    model: LoadedModel, hf_directory: Path, groups: Parallel, dtype: torch.dtype
+) -> None:
+    """Compare this model's logits with those transformers computes from ``hf_directory``.
+
+    ``dtype``: what the directory's weights were rounded to.
+
+    Raises:
+        CheckpointError: they differ by more than rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.shape.vocab_size, (1, _VERIFIED_TOKENS), generator=generator)
+    zeros = torch.zeros_like(tokens)
+    positions = torch.arange(_VERIFIED_TOKENS, dtype=torch.int32)[None]
+    segments = segments_of([[0, _VERIFIED_TOKENS]], _VERIFIED_TOKENS)
+    batch = PackedBatch(tokens, zeros, zeros.bool(), zeros.int(), positions, segments)
+    batch = batch.to(groups.device)
+    outputs = forward_only(
+        model.module, [Work(batch, lambda hidden, weight: hidden.all() @ weight.T)]
+    )
+
+    def compare() -> None:
+        if outputs and groups.tp_rank == 0 and groups.dp_rank == 0:
+            logits_TV = torch.cat(shards, 1).float().cpu()
+            _compare(logits_TV, tokens, hf_directory, outputs[0].dtype, dtype)
+
+    if outputs:
+        shards = [torch.empty_like(outputs[0]) for _ in range(groups.tp_size)]
+        dist.all_gather(shards, outputs[0].contiguous(), group=groups.tp_group)
+    groups.agreed(compare)
+
+
+def _compare(
+    logits_TV: Tensor,
+    tokens: Tensor,
+    directory: Path,
+    computed: torch.dtype,
+    stored: torch.dtype,
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=computed).eval()
+    expected_TV = reference(tokens).logits[0].float()
+    error = ((logits_TV - expected_TV).abs().max() / expected_TV.abs().max()).item()
+    tolerance = max(_TOLERANCE[computed], _TOLERANCE[stored])
+    if not error <= tolerance:
+        raise CheckpointError(
+            "the converted model's logits differ from transformers'",
+            where=directory,
+            expected=f"a relative error of at most {tolerance}",
+            found=f"{error:.2e}",
+        )
+    print(f"verified: logits equal transformers' within {error:.1e} of the largest")
