@@ -13,24 +13,91 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_replay.checkpoint.mapped import (
-    MALFORMED,
-    MappedTensor,
-    mapped_tensors,
-    read_header,
-)
 from megatron_replay.checkpoint.names import EMBEDDING, HEAD, hf_tensor_shapes, mapping_of
 from megatron_replay.errors import CheckpointError, few
-from megatron_replay.files import read_json
+from megatron_replay.files import read_json, require_regular
 from megatron_replay.model.config import ModelConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: What a weight may be stored as; anything else would be cast without being what was meant.
-_DTYPES = ("F64", "F32", "F16", "BF16")
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+#: What reading untrusted JSON, and looking into it, may raise.
+_MALFORMED = (
+    ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError,
+)  # fmt: skip
 #: What Llama 1 and 2 were published with; transformers has long made it from config.json.
 _ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+class StoredTensor:
+    """A tensor in a safetensors file.
+
+    Indexing maps the file anew and returns a view: its pages are released together with it. A file
+    that stays mapped would keep every page that was read counted as this process's memory.
+    """
+
+    def __init__(self, path: Path, name: str, shape: list[int], dtype: str) -> None:
+        self._path, self._name, self._shape, self._dtype = path, name, shape, dtype
+
+    def get_shape(self) -> list[int]:
+        """The shape; reads nothing."""
+        return list(self._shape)
+
+    def get_dtype(self) -> str:
+        """The dtype as safetensors names it ("BF16"); reads nothing."""
+        return self._dtype
+
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch names it.
+
+        Raises:
+            CheckpointError: the dtype is not one of a weight.
+        """
+        if self._dtype not in DTYPES:
+            raise CheckpointError(
+                f"wrong dtype of {self._name}",
+                where=self._path,
+                expected=", ".join(DTYPES),
+                found=self._dtype,
+            )
+        return DTYPES[self._dtype]
+
+    def __getitem__(self, index: object) -> Tensor:
+        """A part of the tensor; reads only its pages."""
+        try:
+            with safe_open(self._path, "pt") as file:
+                whole: Tensor = file.get_tensor(self._name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read: {error}", where=self._path) from error
+        return whole[index]  # type: ignore[index]
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """All tensors of a safetensors file, by name.
+
+    Raises:
+        CheckpointError: it cannot be read; or its length, offsets, shapes and dtypes disagree.
+    """
+    size = require_regular(path, CheckpointError)
+    try:
+        with safe_open(path, "pt") as file:  # checks the header against the file's length
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
+            return {
+                name: StoredTensor(path, name, list(part.get_shape()), part.get_dtype())
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"truncated, damaged, or not a safetensors file: {error}",
+            where=path,
+            found=f"{size} bytes",
+            fix="Copy or download it again",
+        ) from error
 
 
 class HFReader:
@@ -49,7 +116,7 @@ class HFReader:
         """All tensors."""
         return set(self._files)
 
-    def slice(self, name: str) -> MappedTensor:
+    def slice(self, name: str) -> StoredTensor:
         """A tensor that is read when indexed; ``get_shape()`` reads nothing."""
         if name not in self._files:
             raise CheckpointError(f"no tensor {name}", where=self.directory)
@@ -81,7 +148,7 @@ class HFReader:
                 raise CheckpointError(
                     f"wrong shape of {name}", where=where, expected=shape, found=actual
                 )
-            self.require_weight(name)
+            tensor.torch_dtype()
         if config.tie_embeddings and HEAD in found:
             if not same_bits(self.slice(HEAD)[:], self.slice(EMBEDDING)[:]):
                 raise CheckpointError(
@@ -93,16 +160,6 @@ class HFReader:
         found = found - self._rotary_frequencies(config)
         self._report_difference("not part of the model", sorted(found - expected.keys()))
 
-    def require_weight(self, name: str) -> None:
-        """Raise CheckpointError where a tensor's dtype is none of a weight."""
-        if (dtype := self.slice(name).get_dtype()) not in _DTYPES:
-            raise CheckpointError(
-                f"wrong dtype of {name}",
-                where=self.directory / self._files[name],
-                expected=", ".join(_DTYPES),
-                found=dtype,
-            )
-
     def _rotary_frequencies(self, config: ModelConfig) -> set[str]:
         """Names of stored rotary frequencies; rope_theta^(-2i / D) for channel pair i of D / 2."""
         channels = config.kv_channels
@@ -112,7 +169,7 @@ class HFReader:
             tensor, where = self.slice(name), self.directory / self._files[name]
             # Half precision keeps 3 digits of them, and of the smallest fewer.
             if (
-                tensor.get_dtype() not in _DTYPES
+                tensor.get_dtype() not in DTYPES
                 or tuple(tensor.get_shape()) != tuple(expected.shape)
                 or not torch.allclose(tensor[:].double(), expected, rtol=1e-2, atol=1e-6)
             ):
@@ -134,11 +191,11 @@ class HFReader:
                 raise CheckpointError(
                     "no weights here", where=self.directory, expected=f"{SINGLE} or {INDEX}"
                 )
-            return dict.fromkeys(read_header(single)[0], SINGLE)
+            return dict.fromkeys(stored_tensors(single), SINGLE)
         try:
             files = read_json(index, CheckpointError)["weight_map"]
             pairs = {str(name): str(file) for name, file in files.items()}
-        except MALFORMED as error:
+        except _MALFORMED as error:
             raise CheckpointError("not an index of weights", where=index) from error
         for file in set(pairs.values()):
             if Path(file).name != file or file in ("", ".", ".."):
@@ -156,10 +213,10 @@ class HFReader:
             )
         return pairs
 
-    def _open_shard(self, file: str) -> dict[str, MappedTensor]:
+    def _open_shard(self, file: str) -> dict[str, StoredTensor]:
         """The shard, once known to be whole and to hold what the index places in it, no more."""
         path = self.directory / file
-        tensors = mapped_tensors(path)
+        tensors = stored_tensors(path)
         listed = {name for name, place in self._files.items() if place == file}
         for what, names in (
             ("holds a tensor that the index does not place here", tensors.keys() - listed),

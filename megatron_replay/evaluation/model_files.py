@@ -132,4 +132,4 @@ def _require_dtypes(model: torch.nn.Module, reader: HFReader) -> None:
     known = model.state_dict()
     for name in sorted(reader.names()):
         if known[name].is_floating_point() if name in known else name.endswith("weight"):
-            reader.require_weight(name)
+            reader.slice(name).torch_dtype()

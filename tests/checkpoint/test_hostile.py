@@ -21,6 +21,7 @@ from megatron_replay.model.config import ModelConfig
 from tests import tiny
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+DAMAGED = r"model\.safetensors: truncated, damaged.*found \d+ bytes"
 
 
 def read(directory: Path) -> None:
@@ -91,16 +92,9 @@ def test_fingerprint_needs_config_and_names_the_file_that_differs(sharded):
 def test_truncated_shard(sharded, kept):
     victim = shard_files(sharded)[1]
     victim.write_bytes(victim.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match=f"{victim.name}: truncated") as caught:
+    with pytest.raises(CheckpointError, match=f"{victim.name}: truncated, damaged") as caught:
         read(sharded)
     assert f"found {victim.stat().st_size} bytes" in str(caught.value)
-
-
-def test_longer_than_its_header_says(single):
-    with open(single / SINGLE, "ab") as handle:
-        handle.write(b"more")
-    with pytest.raises(CheckpointError, match="longer than its header says"):
-        read(single)
 
 
 def rewrite_header(path: Path, change: Callable[[dict], object], length: int | None = None) -> None:
@@ -112,44 +106,35 @@ def rewrite_header(path: Path, change: Callable[[dict], object], length: int | N
     path.write_bytes(struct.pack("<Q", length or len(header)) + header + content[8 + size :])
 
 
-HEADER_LIES: dict[str, tuple[Callable[[dict], object], str]] = {
-    "offsets beyond the file": (
-        lambda t: t[NORM].update(data_offsets=[0, 10**12]), "truncated .*expected 1000"
-    ),
-    "offsets as infinity": (
-        lambda t: t[NORM].update(data_offsets=[0, float("inf")]), "header is damaged"
-    ),
-    "offsets backwards": (
-        lambda t: t["model.layers.0.mlp.up_proj.weight"]["data_offsets"].reverse(), "is damaged"
-    ),
-    "offsets negative": (
-        lambda t: t[NORM].update(data_offsets=[-4, t[NORM]["data_offsets"][1]]), "header is damaged"
-    ),
-    "offsets overlapping": (
-        lambda t: t[NORM].update(data_offsets=[0, 256]), "header is damaged|longer"
-    ),
-    "offsets missing": (lambda t: t[NORM].pop("data_offsets"), "header is damaged"),
-    "shape and size disagree": (lambda t: t[NORM].update(shape=[65]), "header is damaged"),
-    "unknown dtype": (lambda t: t[NORM].update(dtype="F31"), "header is damaged"),
-    "entry is a list": (lambda t: t.update({NORM: [1]}), "header is damaged"),
-    "integers for weights": (
-        lambda t: t[NORM].update(dtype="I32"), f"wrong dtype of {NORM} .*expected F64.*found I32"
-    ),
-}  # fmt: skip
+def set_offsets(*offsets: float) -> Callable[[dict], object]:
+    return lambda table: table[NORM].update(data_offsets=list(offsets))
+
+
+HEADER_LIES: dict[str, Callable[[dict], object]] = {
+    "offsets beyond the file": set_offsets(0, 10**12),
+    "offsets as infinity": set_offsets(0, float("inf")),
+    "offsets backwards": set_offsets(256, 0),
+    "offsets negative": set_offsets(-4, 256),
+    "offsets overlapping": set_offsets(0, 256),
+    "offsets missing": lambda table: table[NORM].pop("data_offsets"),
+    "shape and size disagree": lambda table: table[NORM].update(shape=[65]),
+    "unknown dtype": lambda table: table[NORM].update(dtype="F31"),
+    "entry is a list": lambda table: table.update({NORM: [1]}),
+    "shorter than the file": lambda table: table.pop(list(table)[-1]),
+}
 
 
 @pytest.mark.parametrize("lie", HEADER_LIES)
 def test_lying_header(single, lie):
-    change, message = HEADER_LIES[lie]
-    rewrite_header(single / SINGLE, change)
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors: .*{message}"):
+    rewrite_header(single / SINGLE, HEADER_LIES[lie])
+    with pytest.raises(CheckpointError, match=DAMAGED):
         read(single)
 
 
 @pytest.mark.parametrize("length", [2**64 - 1, 2**63, 100_000_001, 10_000_000, 3])
 def test_header_of_another_length(single, length):
     rewrite_header(single / SINGLE, lambda table: None, length)
-    with pytest.raises(CheckpointError, match=r"truncated, or not a safe|is damaged"):
+    with pytest.raises(CheckpointError, match=DAMAGED):
         read(single)
 
 
@@ -158,13 +143,21 @@ def test_header_of_another_length(single, length):
 )
 def test_garbage_header(single, header):
     (single / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: the header is damaged"):
+    with pytest.raises(CheckpointError, match=DAMAGED):
         read(single)
 
 
-def test_pickle_under_the_name_of_weights(single):
+def test_other_files_under_the_name_of_weights(single):
+    content = (single / SINGLE).read_bytes()
+    (single / SINGLE).write_bytes(content + b"more")
+    with pytest.raises(CheckpointError, match=DAMAGED):
+        read(single)
+    (single / SINGLE).write_bytes(content)
+    rewrite_header(single / SINGLE, lambda table: table[NORM].update(dtype="I32"))
+    with pytest.raises(CheckpointError, match=f"wrong dtype of {NORM} .*expected F64.*found I32"):
+        read(single)
     torch.save({"a": torch.ones(3)}, single / SINGLE)
-    with pytest.raises(CheckpointError, match="truncated, or not a safetensors file"):
+    with pytest.raises(CheckpointError, match=DAMAGED):
         read(single)
 
 
@@ -179,7 +172,7 @@ INDEX_LIES: dict[str, tuple[Callable[[dict[str, str]], object], str]] = {
     "no string": (lambda m: m.update({NORM: None}), "a file that is not there"),
     "zero byte": (lambda m: m.update({NORM: "a\0b"}), "a file that is not there"),
     "endless name": (lambda m: m.update({NORM: "a" * 5000}), "a file that is not there"),
-    "not weights": (lambda m: m.update({NORM: "config.json"}), "truncated, or not a safetensors"),
+    "not weights": (lambda m: m.update({NORM: "config.json"}), "not a safetensors"),
     "another shard": (
         lambda m: m.update({EMBEDDING: m[NORM]} if m[NORM] != m[EMBEDDING] else {NORM: "?"}),
         "(holds|lacks) a tensor that the index",
