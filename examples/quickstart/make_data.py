@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         write_everything(staged, arguments)
         manifest = describe(staged, arguments)
         write_json(staged / MANIFEST, manifest)
-        publish(staged, output.resolve(), overwrite=True)
+        publish(staged, output, overwrite=True)
         print(f"{output}: {len(manifest['files'])} files, {time.monotonic() - start:.1f} s")
     except ReplayError as error:
         print(f"error: {error}", file=sys.stderr)

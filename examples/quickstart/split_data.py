@@ -47,7 +47,7 @@ def split(source: Path, output: Path) -> dict[str, int]:
         with atomic_file(staged / f"{name}.jsonl") as handle:
             handle.writelines(row + b"\n" for row in rows)
     write_json(staged / "data.json", counts)
-    publish(staged, output.resolve(), overwrite=False)
+    publish(staged, output, overwrite=False)
     return counts
 
 

@@ -88,7 +88,7 @@ def write_mcore(
         written = load_model(dataclasses.replace(source, load=str(staged)), config, groups)
         groups.agreed(lambda: _require_same_weights(written, model))
         require_logits(written, Path(source.load), groups, torch.float32)
-    groups.on_rank_zero(lambda: publish(staged, target.resolve(), overwrite=overwrite))
+    groups.on_rank_zero(lambda: publish(staged, target, overwrite=overwrite))
 
 
 def _held_exactly(model: LoadedModel, dtype: torch.dtype) -> bool:

@@ -29,7 +29,7 @@ from megatron_replay.checkpoint.rank_file import RankFile, write_rank
 from megatron_replay.checkpoint.rank_grid import VOCABULARY, Grid, open_grid
 from megatron_replay.checkpoint.staging import publish, start_directory
 from megatron_replay.errors import CheckpointError
-from megatron_replay.files import atomic_file, fsync_path, output_error, read_json, write_json
+from megatron_replay.files import atomic_file, fsync_path, read_json, write_json
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.progress import Progress
 
@@ -73,12 +73,9 @@ def hf_to_ranks(
         handle.write(f"{_ITERATION}\n")
     if verify:
         _require_ranks_hold(reader, iteration, config, dtype)
-    try:
-        for folder in (*iteration.iterdir(), iteration):
-            fsync_path(folder)
-        publish(staged, target.resolve(), overwrite=overwrite)
-    except OSError as error:
-        raise output_error(target, error) from error
+    for folder in (*iteration.iterdir(), iteration):
+        fsync_path(folder)
+    publish(staged, target, overwrite=overwrite)
 
 
 def ranks_to_hf(
@@ -126,18 +123,16 @@ def ranks_to_hf(
                 stage=stage,
                 max_shard_bytes=max_shard_bytes,
             )
-    if verify:
-        export.write_index(staged, written)
-        _require_hf_holds(HFReader(staged), files, grid, config, dtype)
-    export.finish_directory(
+    export.write_model_files(
         staged,
-        target,
         written,
-        export.read_config(side_files),
+        read_json(side_files / "config.json", CheckpointError),
         dtype=dtype or files[0, 0].dtypes[VOCABULARY[0]],
         source=side_files,
-        overwrite=overwrite,
     )
+    if verify:
+        _require_hf_holds(HFReader(staged), files, grid, config, dtype)
+    publish(staged, target, overwrite=overwrite)
     return grid
 
 

@@ -77,7 +77,13 @@ def export_hf(
     if missing := sorted(hf_tensor_shapes(config).keys() - merged.keys()):
         raise CheckpointError(f"no parameter gave the tensor {missing[0]}", where=directory)
     parallel.on_rank_zero(
-        lambda: _write_files(staged, merged, read_config(source), dtype=dtype, source=source)
+        lambda: write_model_files(
+            staged,
+            merged,
+            read_json(source / "config.json", CheckpointError),
+            dtype=dtype,
+            source=source,
+        )
     )
     if verify is not None:
         parallel.agreed(
@@ -91,7 +97,7 @@ def export_hf(
             )
         )
         verify(staged)
-    parallel.on_rank_zero(lambda: _publish(staged, final, overwrite=overwrite))
+    parallel.on_rank_zero(lambda: publish(staged, final, overwrite=overwrite))
 
 
 def _require_written(
@@ -199,51 +205,25 @@ class _ShardFiles:
             self._shard = {}
 
 
-def finish_directory(
+def write_model_files(
     staged: Path,
-    final: Path,
     written: dict[str, tuple[str, int]],
     config: dict[str, Any],
     *,
     dtype: torch.dtype,
     source: Path,
-    overwrite: bool = False,
 ) -> None:
-    """Write index and config.json, copy tokenizer files from ``source``, rename to ``final``.
+    """Write config.json and the index of all shards; copy tokenizer files from ``source``.
 
     Raises:
         CheckpointError: ``source`` cannot be read.
-        OutputError: ``staged`` cannot be written, or ``final`` has meanwhile been filled.
+        OutputError: ``staged`` cannot be written.
     """
-    _write_files(staged, written, config, dtype=dtype, source=source)
-    _publish(staged, final, overwrite=overwrite)
-
-
-def _write_files(
-    staged: Path,
-    written: dict[str, tuple[str, int]],
-    config: dict[str, Any],
-    *,
-    dtype: torch.dtype,
-    source: Path,
-) -> None:
     for name, file in side_files(source).items():
         if name != "config.json":
             copy_side_file(file, staged / name)
     stored = str(dtype).removeprefix("torch.")
     write_json(staged / "config.json", {**config, "dtype": stored, "torch_dtype": stored})
-    write_index(staged, written)
-
-
-def _publish(staged: Path, final: Path, *, overwrite: bool) -> None:
-    try:
-        publish(staged, final.resolve(), overwrite=overwrite)
-    except OSError as error:
-        raise output_error(final, error) from error
-
-
-def write_index(staged: Path, written: dict[str, tuple[str, int]]) -> None:
-    """Write the index over all shards; their names tell transformers which file holds what."""
     index = {
         "metadata": {"total_size": sum(size for _, size in written.values())},
         "weight_map": {name: file for name, (file, _) in sorted(written.items())},
@@ -271,33 +251,8 @@ def write_random(
         for name, shape in hf_tensor_shapes(config).items()
     )
     written = write_weights(staged, tensors, dtype=dtype)
-    finish_directory(
-        staged, final, written, config.to_hf_dict(), dtype=dtype, source=Path(tokenizer)
-    )
-
-
-def require_equal(directory: str | Path, reference: str | Path) -> None:
-    """Compare two directories' tensors bit for bit, one tensor at a time.
-
-    Raises:
-        CheckpointError: names the first difference.
-    """
-    ours, theirs = HFReader(directory), HFReader(reference)
-    if ours.names() != theirs.names():
-        name = sorted(ours.names() ^ theirs.names())[0]
-        raise CheckpointError(f"only one of the two holds {name}", where=directory)
-    for name in sorted(ours.names()):
-        if not same_bits(ours.slice(name)[:], theirs.slice(name)[:]):
-            raise CheckpointError(f"{name} differs from {reference}", where=directory)
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as it is.
-
-    Raises:
-        CheckpointError: it cannot be read, or is no JSON object.
-    """
-    return read_json(directory / "config.json", CheckpointError)
+    write_model_files(staged, written, config.to_hf_dict(), dtype=dtype, source=Path(tokenizer))
+    publish(staged, final, overwrite=False)
 
 
 def _save(shard: dict[str, Tensor], path: Path) -> None:

@@ -109,20 +109,28 @@ def staging_directory(final: Path) -> Path:
 
 
 def publish(staged: Path, final: Path, *, overwrite: bool) -> None:
-    """Rename ``staged``, synced, to ``final``; what it replaces is moved aside, then removed."""
+    """Rename ``staged``, synced, to ``final``; what it replaces is moved aside, then removed.
+
+    Raises:
+        OutputError: it cannot be renamed; ``final`` has been filled meanwhile, say.
+    """
+    final = final.resolve()
     retired = final.with_name(f".{final.name}.replaced")
-    write_json(staged / WRITTEN, _contents(staged))
-    fsync_path(staged)
-    if overwrite and final.exists():
-        if retired.exists():
-            _require_ours(retired)
+    try:
+        write_json(staged / WRITTEN, _contents(staged))
+        fsync_path(staged)
+        if overwrite and final.exists():
+            if retired.exists():
+                _require_ours(retired)
+                _remove(retired)
+            retired.mkdir()
+            DirectoryLock(retired, purpose=str(final)).release()
+            os.replace(final, retired / "old")
+        os.replace(staged, final)  # fails if there is a directory that is not empty
+        _locks.pop(staged).release()
+        (final / LOCK_FILE).unlink()
+        fsync_path(final.parent)
+        if overwrite and retired.exists():
             _remove(retired)
-        retired.mkdir()
-        DirectoryLock(retired, purpose=str(final)).release()
-        os.replace(final, retired / "old")
-    os.replace(staged, final)  # fails if there is a directory that is not empty
-    _locks.pop(staged).release()
-    (final / LOCK_FILE).unlink()
-    fsync_path(final.parent)
-    if overwrite and retired.exists():
-        _remove(retired)
+    except OSError as error:
+        raise output_error(final, error) from error

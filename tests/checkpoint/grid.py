@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_replay.checkpoint.convert_ranks import hf_to_ranks
-from megatron_replay.checkpoint.export import finish_directory, read_config, write_weights
+from megatron_replay.checkpoint.export import write_model_files, write_weights
 from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
 from megatron_replay.checkpoint.names import mapping_of
 from megatron_replay.checkpoint.rank_grid import grid_for
+from megatron_replay.checkpoint.staging import publish
 from megatron_replay.model.config import ModelConfig
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -92,15 +94,9 @@ def save_grid(
         written |= write_weights(
             staged, tensors, dtype=dtype, stage=stage, max_shard_bytes=max_shard_bytes
         )
-    finish_directory(
-        staged,
-        final,
-        written,
-        read_config(source),
-        dtype=dtype,
-        source=source,
-        overwrite=overwrite,
-    )
+    config_json = json.loads((source / "config.json").read_text())
+    write_model_files(staged, written, config_json, dtype=dtype, source=source)
+    publish(staged, final, overwrite=overwrite)
 
 
 def ranks(directory: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from megatron_replay.checkpoint import export
-from megatron_replay.checkpoint.export import export_hf, require_equal
+from megatron_replay.checkpoint.export import export_hf
 from megatron_replay.errors import ReplayError
 from tests import pool
 from tests.distributed.layouts import Layout, build, join_groups
+from tests.same_weights import require_equal
 
 LAYOUTS = (Layout(tp=2, pp=2), Layout(tp=4), Layout(tp=2, dp=2))
 
@@ -32,7 +33,7 @@ def export_all(rank: int, world_size: int, cases: dict[bool, Path], folder: Path
     save_file = export.save_file
     export.save_file = no_space if (groups.pp_rank, groups.tp_rank) == (1, 0) else save_file
     lines.append(refusal(model, groups, folder / "full"))
-    export.save_file, export._publish = save_file, no_space
+    export.save_file, export.publish = save_file, no_space
     lines.append(refusal(model, groups, folder / "late"))
     return lines
 

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_replay.checkpoint.convert_ranks import hf_to_ranks, ranks_to_hf
-from megatron_replay.checkpoint.export import require_equal
 from megatron_replay.checkpoint.load import model_files
 from megatron_replay.checkpoint.rank_file import RankFile
 from megatron_replay.checkpoint.rank_grid import grid_for
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.model.config import ModelConfig
 from tests.checkpoint.grid import EMBEDDING, HEAD, converted, load_grid, ranks, rewrite
+from tests.same_weights import require_equal
 
 
 @pytest.mark.parametrize("pp", [1, 2])

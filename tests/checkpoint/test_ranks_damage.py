@@ -19,11 +19,11 @@ import torch
 
 from megatron_replay.checkpoint import convert_ranks, rank_file
 from megatron_replay.checkpoint.convert_ranks import ranks_to_hf
-from megatron_replay.checkpoint.export import require_equal
 from megatron_replay.checkpoint.names import Split
 from megatron_replay.errors import CheckpointError, OutputError
 from tests import processes
 from tests.checkpoint.grid import EMBEDDING, converted, rewrite
+from tests.same_weights import require_equal
 
 
 def test_verification_finds_what_was_written_wrongly(small, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
 
-from megatron_replay.checkpoint.export import export_hf, require_equal
+from megatron_replay.checkpoint.export import export_hf
 from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.checkpoint.load import load_model
 from megatron_replay.config import ModelConfigSource
@@ -31,6 +31,7 @@ from tests.distributed import layouts
 from tests.distributed.layouts import Layout
 from tests.distributed.test_layouts import save_reference
 from tests.e2e import stages
+from tests.same_weights import require_equal
 
 GRIDS = {
     1: [(Layout(), True), (Layout(), False)],

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_replay.checkpoint import training
-from megatron_replay.checkpoint.export import require_equal
 from tests import processes, tiny
 from tests.e2e import stages
+from tests.same_weights import require_equal
 
 ROOT = Path(__file__).parents[2]
 FAILING_RANK = ROOT / "tests" / "e2e" / "failing_rank.py"

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_replay.checkpoint.convert_ranks import hf_to_ranks
-from megatron_replay.checkpoint.export import require_equal
 from megatron_replay.checkpoint.rank_file import RankFile
 from megatron_replay.checkpoint.rank_grid import grid_for
 from megatron_replay.config import ParallelConfig
 from megatron_replay.model.config import ModelConfig
 from tests import pool, tiny
+from tests.same_weights import require_equal
 from tools import convert_checkpoint
 
 
