@@ -257,11 +257,9 @@ def load_hf_weights(
     """
     config.check_layout(tp_size, 1)
     reader.check(config)
-    used: set[str] = set()
     with torch.no_grad():
         for name, parameter in named_parameters:
             mapping = mapping_of(name, config, layer_offset)
-            used.update(mapping.names)
             tensors = [reader.slice(hf_name) for hf_name in mapping.names]
             shape = mapping.layout.shard_shape([t.get_shape() for t in tensors], tp_size)
             if shape != tuple(parameter.shape):
@@ -272,12 +270,3 @@ def load_hf_weights(
                     found=shape,
                 )
             mapping.layout.fill(parameter, tensors, tp_rank, tp_size)
-    _require_whole_layers(used, config)
-
-
-def _require_whole_layers(used: set[str], config: ModelConfig) -> None:
-    """Of every layer that gave a tensor, all tensors must have gone somewhere."""
-    layers = {name.split(".")[2] for name in used if name.startswith("model.layers.")}
-    for name in sorted(hf_tensor_shapes(config).keys() - used):
-        if name.startswith("model.layers.") and name.split(".")[2] in layers:
-            raise CheckpointError(f"the model has no parameter for the tensor {name}")

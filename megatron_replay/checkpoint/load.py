@@ -8,9 +8,8 @@ from pathlib import Path
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_replay.checkpoint import checksums
-from megatron_replay.checkpoint.fingerprint import digests_of
 from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
-from megatron_replay.checkpoint.model_files import FOLDER
+from megatron_replay.checkpoint.model_files import FOLDER, digests_of
 from megatron_replay.checkpoint.training import (
     CONVERTED_FROM,
     iteration_directory,

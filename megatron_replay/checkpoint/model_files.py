@@ -1,18 +1,20 @@
-"""What goes along with weights: config.json, tokenizer, generation settings.
+"""The files beside the weights (config.json, tokenizer, generation settings), and fingerprints.
 
-A directory of checkpoints keeps them in ``hf/``, for export. Each checkpoint has the SHA-256 of
-every one of them in its train_state.json, and is not loaded beside others: weights under another
-model's rope_theta are another model, and nothing in their shapes shows it.
+A directory of checkpoints keeps these files in ``hf/``, for export. Each checkpoint records their
+SHA-256 in its train_state.json and is not loaded with others: weights under another ``rope_theta``
+are another model, and nothing in their shapes shows it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_replay.errors import CheckpointError
+from megatron_replay.errors import CheckpointError, StoreError, few
 from megatron_replay.files import (
     atomic_file,
     differing,
@@ -21,6 +23,7 @@ from megatron_replay.files import (
     output_error,
     sha256_of_files,
 )
+from megatron_replay.store import CandidateReader
 
 FOLDER = "hf"
 _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
@@ -121,4 +124,40 @@ def require_model_files(directory: Path, expected: Mapping[str, str]) -> None:
             expected=f"SHA-256 {expected[name][:16]}" if name in expected else "no such file",
             found=f"SHA-256 {found[name][:16]}" if name in found else "no such file",
             fix="Put the model's own file back: with another, the same weights are another model",
+        )
+
+
+def digests_of(paths: Sequence[Path]) -> str:
+    """The SHA-256 of each file, a JSON object by name; each is read whole, side by side.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda path: sha256_of_files([path], error=CheckpointError), paths)
+        found = {path.name: digest for path, digest in zip(paths, digests, strict=True)}
+    return json.dumps(found, sort_keys=True)
+
+
+def differing_files(one: str, other: str) -> str:
+    """Which files tell one ``base_fingerprint`` from another, for a message."""
+    try:
+        return few(differing(json.loads(one), json.loads(other)))
+    except (ValueError, TypeError):  # of another version, or not of a model
+        return "its fingerprint"
+
+
+def require_store_of_base(reader: CandidateReader, base: str, *, flag: str, fix: str) -> None:
+    """Raise StoreError unless Stage 0 ran on these very weights.
+
+    Args:
+        base: ``base_fingerprint`` of what ``flag`` gives.
+    """
+    made_with = reader.description.checkpoint_fingerprint
+    if made_with != base:
+        raise StoreError(
+            f"the store was made with another base model than {flag}, by "
+            f"{differing_files(made_with, base)}",
+            where=reader.directory,
+            fix=fix,
         )

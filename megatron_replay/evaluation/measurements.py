@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from megatron_replay.checkpoint.fingerprint import digests_of, require_store_of_base
 from megatron_replay.checkpoint.hf import HFReader
+from megatron_replay.checkpoint.model_files import digests_of, require_store_of_base
 from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.data.row_formats import detect_format, tokenize_row
 from megatron_replay.data.rows import parse_row, read_lines

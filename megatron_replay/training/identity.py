@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_replay.checkpoint import fingerprint
-from megatron_replay.checkpoint.fingerprint import differing_files
+from megatron_replay.checkpoint import model_files
+from megatron_replay.checkpoint.model_files import differing_files
 from megatron_replay.checkpoint.training import TrainState
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
@@ -104,7 +104,7 @@ def require_store_of_base(reader: CandidateReader, base: str) -> None:
     Args:
         base: ``base_fingerprint`` of --load.
     """
-    fingerprint.require_store_of_base(
+    model_files.require_store_of_base(
         reader,
         base,
         flag=BASE,

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_replay.checkpoint.fingerprint import differing_files
 from megatron_replay.checkpoint.hf import INDEX, SINGLE, HFReader, load_hf_weights
 from megatron_replay.checkpoint.load import base_fingerprint
+from megatron_replay.checkpoint.model_files import differing_files
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.model.config import ModelConfig
 from tests import tiny

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from megatron_replay.checkpoint.fingerprint import digests_of
 from megatron_replay.checkpoint.hf import HFReader
+from megatron_replay.checkpoint.model_files import digests_of
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.tokenizer import load_tokenizer
