@@ -1,6 +1,6 @@
-"""``checksums.json``: size and crc32 of each other file of an iteration, checked when it is read.
+"""``checksums.json``: size and crc32 of each other file of an iteration, checked before loading.
 
-torch's files would load with a flipped bit: a weight that is a little, or 10^30 times, another.
+torch would load a file with a flipped bit, which may change a weight slightly or by 10^30.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _BLOCK = 1 << 22
 
 
 def write_checksums(directory: Path, known: Mapping[str, tuple[int, int]]) -> None:
-    """Write the file over everything in ``directory``.
+    """Write the sums of all files in ``directory``.
 
     Args:
-        known: (bytes, crc32) by name, found while writing; the rest is read again.
+        known: (bytes, crc32) by name, computed while writing; the other files are read again.
     """
     names = sorted(path.name for path in directory.iterdir() if path.name != FILE)
     sums = {name: known.get(name) or _read(directory / name) for name in names}
@@ -36,13 +36,13 @@ def require_intact(directory: Path, parallel: Parallel) -> None:
     Collective over the world.
 
     Raises:
-        CheckpointError: a file is missing, or is not what was written; raised on every rank.
+        CheckpointError: a file is missing or damaged; raised on every rank.
     """
     parallel.agreed(lambda: _check(directory, parallel.rank, parallel.world_size))
 
 
 def require_file(directory: Path, name: str) -> None:
-    """Raise CheckpointError unless one file of an iteration is what was written."""
+    """Raise CheckpointError unless this file of an iteration has its recorded size and crc32."""
     expected = _expected(directory)
     if name not in expected:
         raise CheckpointError(f"does not list {name}", where=directory / FILE)
@@ -51,7 +51,7 @@ def require_file(directory: Path, name: str) -> None:
 
 def _check(directory: Path, rank: int, world_size: int) -> None:
     expected = _expected(directory)
-    # The largest first, and every world_size-th of them: shares are alike.
+    # Every world_size-th file, the largest first, gives the ranks similar shares.
     names = sorted(expected, key=lambda name: (-expected[name][0], name))
     for name in names[rank::world_size]:
         _compare(directory / os.path.basename(name), expected[name])
@@ -73,11 +73,11 @@ def _compare(path: Path, expected: tuple[int, int]) -> None:
     found = _read(path)
     if found != expected:
         raise CheckpointError(
-            "damaged: the file is not what was written",
+            "damaged: the file differs from what was written",
             where=path,
             expected="{} bytes, crc32 {}".format(*expected),
             found="{} bytes, crc32 {}".format(*found),
-            fix="Copy it again from where it is whole, or use another iteration",
+            fix="Copy it again from an intact copy, or use another iteration",
         )
 
 

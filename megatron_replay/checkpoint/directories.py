@@ -1,4 +1,4 @@
-"""Where things lie in a directory of training checkpoints; nothing here reads weights."""
+"""The layout of a directory of training checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def latest_iteration(directory: Path) -> int | None:
     if not os.path.lexists(marker):
         return None
     text = read_text(marker, CheckpointError, fix=_RESTORE).strip()
-    # isdecimal alone takes numbers of other scripts, and int() refuses some thousand digits.
+    # isdecimal alone accepts digits of other scripts; int() refuses thousands of digits.
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         found = repr(text[:20])
         raise CheckpointError(

@@ -1,8 +1,8 @@
-"""Write Hugging Face directories: streaming out of any TP x PP layout, or from random weights.
+"""Write Hugging Face directories, streamed out of any TP x PP layout or from random weights.
 
-The directory is staged beside its final name and renamed when all of it is on disk. One that it
-replaces is moved aside just before and removed after: no death leaves half of either under the
-name.
+A directory is staged beside its final name and renamed once it is complete on disk. One that it
+replaces is moved aside just before, and removed after, so a killed process leaves no half of either
+under the name.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ def export_hf(
 ) -> None:
     """Export the model this world holds; collective over the world.
 
-    Each pipeline stage's first rank writes the stage's shards, rank 0 the index over all of them.
+    The first rank of each pipeline stage writes the stage's shards; rank 0 writes the index.
 
     Args:
-        source: directory whose config.json and tokenizer go with the weights.
-        verify: called on every rank with the directory as it is staged; raises to keep it from
-            being published. Every bit of the weights has been compared before.
+        source: directory with the config.json and tokenizer to copy.
+        verify: called on every rank with the staged directory, after all weights have been compared
+            bit for bit; an error of it prevents publishing. None: nothing is compared.
 
     Raises:
-        CheckpointError: a weight does not fit ``dtype``, or reads differently than it was written.
+        CheckpointError: a weight exceeds ``dtype``, or reads differently than it was written.
         OutputError: ``directory`` is not empty, or cannot be written; raised on every rank.
     """
     final, named_parameters = Path(directory), list(named_parameters)
@@ -151,12 +151,12 @@ def write_weights(
 ) -> dict[str, tuple[str, int]]:
     """Write ``tensors`` into numbered shards of ``directory``; {name: (file, bytes)}.
 
-    Consumes the tensors on every rank, since producing them is collective, and after a failure too;
-    writes where ``writes``. Holds at most one shard and one tensor in memory. ``dtype`` None: as
-    they are.
+    Every rank consumes all tensors, after a failure too, since producing them is collective; only
+    ranks with ``writes`` write. Holds at most one shard and one tensor in memory. ``dtype`` None
+    keeps each tensor's.
 
     Raises:
-        CheckpointError: a weight is beyond the numbers of ``dtype``.
+        CheckpointError: a weight exceeds the range of ``dtype``.
         OutputError: a shard cannot be written.
     """
     shards = _ShardFiles(directory, stage, max_shard_bytes)
@@ -167,7 +167,7 @@ def write_weights(
                 rounded = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
                 if rounded.dtype is torch.float16 and not rounded.isfinite().all():
                     raise CheckpointError(
-                        f"a weight of {name} is beyond the numbers of float16",
+                        f"a weight of {name} exceeds the range of float16",
                         expected="-65504 to 65504",
                         fix="Give --params-dtype bfloat16 or float32",
                     )
@@ -190,13 +190,13 @@ class _ShardFiles:
         self._num_files = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor; the shard before it is written if it would grow too large."""
+        """Add a tensor; writes the current shard first if it would grow too large."""
         if sum(held.nbytes for held in self._shard.values()) + tensor.nbytes > self._max_bytes:
             self.flush()
         self._shard[name] = tensor
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write the current shard."""
         if self._shard:
             file = f"model-{self._stage:03d}-{self._num_files:05d}.safetensors"
             _save(self._shard, self._directory / file)
@@ -263,7 +263,7 @@ def _save(shard: dict[str, Tensor], path: Path) -> None:
     except OSError as error:
         raise output_error(path, error) from error
     except SafetensorError as error:
-        # safetensors reports what the system said in its own words: "... (os error 28)".
+        # safetensors only quotes the system's error: "... (os error 28)".
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
             raise

@@ -1,8 +1,7 @@
-"""Read a Hugging Face directory straight into a rank's parameters: slices only, no copy between.
+"""Read a Hugging Face directory straight into a rank's parameters.
 
-The directory is untrusted: safetensors headers are checked against file sizes before anything is
-mapped, shard names may not leave the directory, and every tensor must be mapped exactly once, in
-the right shape.
+The directory is untrusted: headers must agree with file sizes, shard names may not leave the
+directory, and the tensors must be exactly those of config.json, in its shapes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from megatron_replay.files import read_json, require_regular
 from megatron_replay.model.config import ModelConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-#: What a weight may be stored as; anything else would be cast without being what was meant.
+#: Dtypes of stored weights; another dtype, an integer say, would be cast silently.
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
@@ -30,7 +29,7 @@ DTYPES = {
 _MALFORMED = (
     ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError,
 )  # fmt: skip
-#: What Llama 1 and 2 were published with; transformers has long made it from config.json.
+#: Llama 1 and 2 were published with these; transformers computes them from config.json.
 _ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -127,15 +126,15 @@ class HFReader:
         return [self.directory / "config.json", *(self.directory / file for file in self._open)]
 
     def check(self, config: ModelConfig) -> None:
-        """Raise CheckpointError unless the tensors are just those of ``config``.
+        """Raise CheckpointError unless the tensors are exactly those of ``config``.
 
-        Two allowances: a tied checkpoint may carry ``lm_head.weight``, equal to the embedding; an
-        old one its rotary frequencies, equal to those of ``rope_theta``.
+        A tied checkpoint may also hold ``lm_head.weight``, equal to the embedding, and an old one
+        its rotary frequencies, equal to those of ``rope_theta``.
         """
         found = self.names()
-        if config.num_layers > len(found):  # before a table of as many names is made
+        if config.num_layers > len(found):  # before making a table of that many names
             raise CheckpointError(
-                "config.json counts more layers than there are tensors",
+                "config.json has more layers than there are tensors",
                 where=self.directory,
                 expected=f"{config.num_layers} layers",
                 found=f"{len(found)} tensors",
@@ -167,7 +166,7 @@ class HFReader:
         names = {name for name in self.names() if _ROTARY.fullmatch(name)}
         for name in sorted(names):
             tensor, where = self.slice(name), self.directory / self._files[name]
-            # Half precision keeps 3 digits of them, and of the smallest fewer.
+            # Half precision keeps 3 digits, and fewer of the smallest.
             if (
                 tensor.get_dtype() not in DTYPES
                 or tuple(tensor.get_shape()) != tuple(expected.shape)
@@ -205,22 +204,22 @@ class HFReader:
                     "the index names a file that is not there", where=index, found=file
                 )
         if single.exists() and SINGLE not in pairs.values():
-            # transformers would load the one, we the other.
+            # transformers would load the single file, others the index.
             raise CheckpointError(
-                f"{SINGLE} lies beside an index that does not name it",
+                f"{SINGLE} is beside an index that does not name it",
                 where=self.directory,
-                fix="Remove the one that is not meant",
+                fix="Remove the one that you do not want",
             )
         return pairs
 
     def _open_shard(self, file: str) -> dict[str, StoredTensor]:
-        """The shard, once known to be whole and to hold what the index places in it, no more."""
+        """A shard's tensors, which must be those that the index lists for it."""
         path = self.directory / file
         tensors = stored_tensors(path)
         listed = {name for name, place in self._files.items() if place == file}
         for what, names in (
-            ("holds a tensor that the index does not place here", tensors.keys() - listed),
-            ("lacks a tensor that the index places here", listed - tensors.keys()),
+            ("holds a tensor that the index does not list for it", tensors.keys() - listed),
+            ("lacks a tensor that the index lists for it", listed - tensors.keys()),
         ):
             if names:
                 raise CheckpointError(f"{what}: {min(names)}", where=path)
@@ -228,7 +227,7 @@ class HFReader:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one: shape, dtype, and every bit, be it of a NaN."""
+    """Whether shape, dtype and all bits are equal; a NaN equals itself."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(

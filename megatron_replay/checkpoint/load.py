@@ -1,4 +1,4 @@
-"""From ``--load`` to a model with its weights, whatever the directory holds."""
+"""Load a model from ``--load``: a Hugging Face directory or a training checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from megatron_replay.platform.megatron_core import fuses_gradient_accumulation
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model on this rank, its shape, and where its config.json and tokenizer lie."""
+    """A model on this rank, its shape, and the directory of its config.json and tokenizer."""
 
     shape: ModelConfig
     config: TransformerConfig
@@ -53,7 +53,7 @@ def model_files(load: str | Path) -> Path:
     if iteration is not None:
         if any(iteration_directory(directory, iteration).glob("mp_rank_*")):
             raise CheckpointError(
-                "files of ranks (mg) are not loaded as they are",
+                "files of ranks (mg) cannot be loaded directly",
                 where=directory,
                 fix="Convert them: tools/convert_checkpoint.py --load-model-type mg "
                 "--save-model-type hf",
@@ -65,18 +65,18 @@ def model_files(load: str | Path) -> Path:
         "no checkpoint here",
         where=directory,
         expected="config.json (Hugging Face) or latest_checkpointed_iteration.txt",
-        found="nothing of either" if directory.is_dir() else "no such directory",
+        found="neither" if directory.is_dir() else "no such directory",
     )
 
 
 def describe_model(load: str | Path, iteration: int | None = None) -> tuple[Path, ModelConfig]:
-    """Where config.json and tokenizer of ``--load`` lie, and the shape they give.
+    """The directory of config.json and tokenizer of ``--load``, and the model's shape.
 
-    Before memory is taken for it: the weights are known to have that shape, or, of a training
-    checkpoint, to have been made with these files.
+    Checks, before any memory is allocated, that the weights have that shape or, for a training
+    checkpoint, that it was made with these files.
 
     Raises:
-        CheckpointError: weights and config.json are not made for each other.
+        CheckpointError: weights and config.json do not belong together.
     """
     files, newest = model_files(load), latest_iteration(Path(load))
     if newest is not None:
@@ -100,8 +100,7 @@ def load_model(
     ``iteration``: of a training checkpoint; None: the newest.
 
     Raises:
-        CheckpointError: what is there is damaged, does not fit its config.json, or holds a weight
-            that is not finite.
+        CheckpointError: the weights are damaged, not finite, or do not fit config.json.
     """
     directory, newest = Path(source.load), latest_iteration(Path(source.load))
     chosen = newest if iteration is None else iteration
@@ -138,19 +137,19 @@ def _require_numbers(module: ReplayGPTModel, directory: Path) -> None:
         raise CheckpointError(
             str(error).partition(". ")[0],
             where=directory,
-            fix="Nothing can be trained or collected from them: give another checkpoint",
+            fix="Give another checkpoint",
         ) from error
 
 
 def base_fingerprint(load: str | Path) -> str:
-    """Which weights lie behind ``--load``: the SHA-256 of each file, a JSON object by name.
+    """Identifies the weights of ``--load``: the SHA-256 of each file, a JSON object by name.
 
-    Of a Hugging Face directory: config.json and the weights, each read whole, side by side. Of a
-    training checkpoint: its checksums.json, which stands for the others; but of one that was
-    converted without rounding, what that was made of, so that both are one model.
+    For a Hugging Face directory: of config.json and the weights. For a training checkpoint: of its
+    checksums.json, which stands for the other files; or, if it was converted without rounding, the
+    fingerprint of its source, so that both count as the same model.
 
     Raises:
-        CheckpointError: one cannot be read.
+        CheckpointError: a file cannot be read.
     """
     directory = Path(load)
     iteration = latest_iteration(directory)

@@ -27,12 +27,12 @@ from megatron_replay.store import CandidateReader
 
 FOLDER = "hf"
 _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-#: More of a "side file" is none: somebody's data lie beside the model.
+#: A larger file is data that happens to be in the model's directory.
 _MOST_BYTES = 1 << 30
 
 
 def side_files(source: Path) -> dict[str, Path]:
-    """The files of a Hugging Face directory that are no weights and no index of weights, by name.
+    """The files of a Hugging Face directory except weights and their index, by name.
 
     Raises:
         CheckpointError: the directory cannot be read.
@@ -50,17 +50,17 @@ def side_files(source: Path) -> dict[str, Path]:
 
 
 def copy_side_file(path: Path, target: Path) -> None:
-    """Copy one, into a folder that is made if need be.
+    """Copy one file; creates its folder.
 
     Raises:
-        CheckpointError: it cannot be read, or is too large to be one.
+        CheckpointError: it cannot be read, or is too large.
         OutputError: it cannot be written.
     """
     with open_regular(path, CheckpointError) as handle:
         size = os.fstat(handle.fileno()).st_size
         if size > _MOST_BYTES:
             raise CheckpointError(
-                "too large to go along with the weights",
+                "too large for a tokenizer or configuration file",
                 where=path,
                 expected=f"at most {_MOST_BYTES} bytes",
                 found=f"{size} bytes",
@@ -73,7 +73,7 @@ def copy_side_file(path: Path, target: Path) -> None:
 
 
 def fingerprints(source: Path) -> dict[str, str]:
-    """SHA-256 by name of each of ``side_files``."""
+    """The SHA-256 of each of ``side_files``, by name."""
     files = side_files(source).items()
     return {name: sha256_of_files([path], error=CheckpointError) for name, path in files}
 
@@ -81,11 +81,11 @@ def fingerprints(source: Path) -> dict[str, str]:
 def keep_model_files(source: Path, directory: Path) -> None:
     """Copy the side files of ``source`` into ``directory``/hf, all of them or none.
 
-    What lies there of an earlier attempt is replaced, so no checkpoint may depend on it.
+    Replaces what an earlier attempt left there, so no checkpoint may depend on it.
 
     Raises:
-        CheckpointError: one cannot be read.
-        OutputError: one cannot be written.
+        CheckpointError: a file cannot be read.
+        OutputError: a file cannot be written.
     """
     target = directory / FOLDER
     if source.resolve() == target.resolve() or (
@@ -112,26 +112,26 @@ def keep_model_files(source: Path, directory: Path) -> None:
 
 
 def require_model_files(directory: Path, expected: Mapping[str, str]) -> None:
-    """Raise CheckpointError unless ``directory``/hf holds what a checkpoint was made with."""
+    """Raise CheckpointError unless ``directory``/hf holds the files of the checkpoint."""
     found = fingerprints(directory / FOLDER)
     names = differing(expected, found)
     if names:
         name = names[0]
         raise CheckpointError(
-            f"not the {name} that the checkpoint beside it was made with"
+            f"not the {name} that the checkpoint was made with"
             + (f"; {len(names) - 1} more files differ" if len(names) > 1 else ""),
             where=directory / FOLDER / name,
             expected=f"SHA-256 {expected[name][:16]}" if name in expected else "no such file",
             found=f"SHA-256 {found[name][:16]}" if name in found else "no such file",
-            fix="Put the model's own file back: with another, the same weights are another model",
+            fix="Restore the model's own file: with another, the same weights are another model",
         )
 
 
 def digests_of(paths: Sequence[Path]) -> str:
-    """The SHA-256 of each file, a JSON object by name; each is read whole, side by side.
+    """The SHA-256 of each file, a JSON object by name; reads files in parallel.
 
     Raises:
-        CheckpointError: one cannot be read.
+        CheckpointError: a file cannot be read.
     """
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda path: sha256_of_files([path], error=CheckpointError), paths)
@@ -140,10 +140,10 @@ def digests_of(paths: Sequence[Path]) -> str:
 
 
 def differing_files(one: str, other: str) -> str:
-    """Which files tell one ``base_fingerprint`` from another, for a message."""
+    """The files in which two ``base_fingerprint`` differ, for a message."""
     try:
         return few(differing(json.loads(one), json.loads(other)))
-    except (ValueError, TypeError):  # of another version, or not of a model
+    except (ValueError, TypeError):  # of another version
         return "its fingerprint"
 
 

@@ -1,7 +1,7 @@
-"""Hugging Face tensors and megatron-core parameters: who corresponds to whom, and how it is split.
+"""Which Hugging Face tensors make up a megatron-core parameter, and how it is split over TP.
 
-One table serves loading, export and the check that nothing is left over. A megatron-core parameter
-is made of one or more Hugging Face tensors, laid out for tensor parallelism by a ``Layout``.
+Loading, export and the check that no tensor is left over use the same table. A parameter consists
+of one or more Hugging Face tensors; a ``Layout`` splits them over the TP ranks and joins them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "mo
 
 
 class TensorSlice(Protocol):
-    """A tensor on disk: rows and columns are read when indexed (safetensors' get_slice)."""
+    """A tensor on disk; indexing reads the rows and columns."""
 
     def get_shape(self) -> list[int]:
         """The shape; reads no data."""
@@ -35,7 +35,7 @@ class Layout:
     """How Hugging Face tensors make up a parameter's TP shard, and back.
 
     Attributes:
-        dim: the dimension of the Hugging Face tensors that is cut over TP; None: not cut.
+        dim: the dimension of the Hugging Face tensors that is split over TP; None: replicated.
     """
 
     dim: int | None
@@ -56,13 +56,13 @@ class Layout:
         return tuple(shape)
 
     def fill(self, shard: Tensor, whole: Sequence[TensorSlice], rank: int, size: int) -> None:
-        """Write this rank's shard into ``shard``, cast to its dtype; from disk, no copy between."""
+        """Write this rank's shard into ``shard``, cast to its dtype, straight from disk."""
         for place, tensor in zip(self.places(shard, size), whole, strict=True):
             part = tensor[:] if self.dim is None else _part(tensor, self.dim, rank, size)
             place.copy_(part.view(place.shape))
 
     def places(self, shard: Tensor, size: int) -> Sequence[Tensor]:
-        """For each Hugging Face tensor the part of ``shard`` that is its; views."""
+        """For each Hugging Face tensor, a view of its part of ``shard``."""
         return [shard]
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
@@ -70,42 +70,42 @@ class Layout:
         raise NotImplementedError
 
     def rows(self, num_rows: int, size: int) -> list[list[range]]:
-        """Where each Hugging Face tensor's rows lie in a shard of ``num_rows`` rows."""
+        """For each Hugging Face tensor, its ranges of rows in a shard of ``num_rows`` rows."""
         return [[range(num_rows)]]
 
 
 class Replicated(Layout):
-    """The same on every rank: norms."""
+    """The same on every rank (norms)."""
 
     dim = None
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """Any rank's."""
+        """The first rank's."""
         return [shards[0]]
 
 
 @dataclass(frozen=True)
 class Split(Layout):
-    """Equal parts along ``dim``: embeddings (0), attention output and down projection (1)."""
+    """Equal parts along ``dim``: embeddings (0); attention output and down projection (1)."""
 
     dim: int
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """The parts, side by side."""
+        """The parts concatenated."""
         return [torch.cat(list(shards), self.dim)]
 
 
 class GateUp(Layout):
-    """[gate_r; up_r] on rank r: SwiGLU's two matrices, so that each rank has both halves."""
+    """SwiGLU's two matrices: [gate_r; up_r] on rank r."""
 
     dim = 0
 
     def places(self, shard: Tensor, size: int) -> Sequence[Tensor]:
-        """Rows of gate, then the same rows of up."""
+        """The gate's rows, then the same rows of up."""
         return shard.chunk(2)
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """All gates, all ups."""
+        """The gate and the up matrix."""
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([half[i] for half in halves]) for i in (0, 1)]
 
@@ -116,19 +116,19 @@ class GateUp(Layout):
 
 @dataclass(frozen=True)
 class QueryKeyValue(Layout):
-    """Per query group: its query heads, its key head, its value head; groups split over ranks."""
+    """Query groups split over ranks; each group holds its query heads, key head and value head."""
 
     channels: int
     groups: int
     dim = 0
 
     def places(self, shard: Tensor, size: int) -> Sequence[Tensor]:
-        """This rank's groups interleaved: of each its queries, its key, its value."""
+        """In each of this rank's groups its queries, then its key, then its value."""
         grouped = shard.view(self.groups // size, -1, self.channels, shard.shape[-1])
         return grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:]
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """Queries, keys and values apart again."""
+        """The query, the key and the value matrix."""
         hidden = shards[0].shape[1]
         grouped = torch.cat(list(shards)).view(self.groups, -1, self.channels, hidden)
         queries, keys, values = grouped[:, :-2], grouped[:, -2], grouped[:, -1]
@@ -144,14 +144,14 @@ class QueryKeyValue(Layout):
 
 @dataclass(frozen=True)
 class Mapping:
-    """A parameter's Hugging Face tensors and their layout."""
+    """The Hugging Face tensors of a parameter, and their layout."""
 
     names: tuple[str, ...]
     layout: Layout
 
 
 def mapping_of(parameter: str, config: ModelConfig, layer_offset: int) -> Mapping:
-    """The mapping of a megatron-core parameter, by its name in the local or TE layer spec.
+    """The mapping of a megatron-core parameter, named as in the local or the TE layer spec.
 
     Raises:
         CheckpointError: no such parameter.
@@ -194,7 +194,7 @@ def _layer_table(config: ModelConfig) -> dict[str, Mapping]:
 
 
 def hf_tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model in Hugging Face's names, with its shape."""
+    """The shape of every Hugging Face tensor of the model, by name."""
     hidden, channels = config.hidden_size, config.kv_channels
     queries, keys = config.num_attention_heads * channels, config.num_query_groups * channels
     layer: dict[str, tuple[int, ...]] = {

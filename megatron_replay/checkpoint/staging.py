@@ -1,4 +1,4 @@
-"""Directories that appear under their names whole: staged beside, synced, renamed."""
+"""Directories that appear under their names complete: staged beside, synced, renamed."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from megatron_replay.errors import OutputError, few
 from megatron_replay.files import fsync_path, output_error, read_json, write_json
 from megatron_replay.locks import LOCK_FILE, DirectoryLock, is_ours
 
-#: In each directory that was published: size and time of each of its files, by name. One that holds
-#: just these may be replaced.
+#: Lists size and time of each file of a published directory; one that holds exactly these may be
+#: replaced.
 WRITTEN = ".written"
-#: Held while a directory is staged by this process: the lock also proves that it is ours.
+#: Held while this process stages a directory. The lock file also proves that the directory is ours.
 _locks: dict[Path, DirectoryLock] = {}
 
 
 def start_directory(final: Path, *, overwrite: bool = False) -> Path:
-    """Create the staging directory of ``final``; what a killed process left there is removed.
+    """Create the staging directory of ``final``; removes what a killed process left there.
 
     Raises:
-        OutputError: another process is writing the same; or ``final`` holds something and
-            ``overwrite`` was not asked for, or it is not exactly what ``publish`` left there: what
-            anybody added or changed since is never removed.
+        OutputError: another process is writing the same directory; ``final`` is not empty and
+            ``overwrite`` is False; or ``final`` is not exactly what ``publish`` left there: files
+            that were added or changed since are never removed.
     """
     staged = staging_directory(final)
     _require_replaceable(final, overwrite=overwrite)
-    if (ours := _locks.pop(staged, None)) is not None:  # of an attempt of this process that failed
+    if (ours := _locks.pop(staged, None)) is not None:  # an earlier attempt failed
         ours.release()
     try:
         if staged.exists():
             _require_ours(staged)
-            DirectoryLock(staged, purpose=str(final)).release()  # refused while somebody writes it
+            DirectoryLock(staged, purpose=str(final)).release()  # refused if in use
             _remove(staged)
         staged.mkdir(parents=True)
         _locks[staged] = DirectoryLock(staged, purpose=str(final))
@@ -56,7 +56,7 @@ def _require_replaceable(final: Path, *, overwrite: bool) -> None:
     strange = [name for name in sorted(held) if held[name] != written.get(name)]
     if strange:
         raise OutputError(
-            "the directory holds files that this program did not write, or that were changed since",
+            "the directory holds files that this program did not write, or that changed since",
             where=final,
             found=few(strange),
             fix="Choose another, or remove it yourself: --overwrite replaces nothing else",
@@ -80,20 +80,19 @@ def _contents(directory: Path) -> dict[str, list[int]]:
 
 
 def _require_ours(beside: Path) -> None:
-    """Ours has the lock that proves it; killed at its very start or end, an empty one or none."""
+    """Ours has our lock file; if killed at its very start or end, an empty one or nothing."""
     strangers = [path for path in beside.iterdir() if path.name != LOCK_FILE]
     lock = beside / LOCK_FILE
     if (strangers or (lock.exists() and lock.stat().st_size)) and not is_ours(beside):
         raise OutputError(
-            "this name is needed to write the directory beside it, and somebody else's files are "
-            "there",
+            "this name is needed to write the directory beside it, and holds other files",
             where=beside,
             fix="Move them away, or choose another output",
         )
 
 
 def _remove(ours: Path) -> None:
-    """Remove a directory of ours, the proof that it is last."""
+    """Remove a directory of ours; the lock file, which proves that, goes last."""
     for path in ours.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -103,7 +102,7 @@ def _remove(ours: Path) -> None:
 
 
 def staging_directory(final: Path) -> Path:
-    """Where ``final`` is built: beside it, or beside what it links to."""
+    """The directory in which ``final`` is built: beside it, or beside the target of a link."""
     final = final.resolve()
     return final.with_name(f".{final.name}.incomplete")
 

@@ -7,9 +7,9 @@ A checkpoint directory holds::
                                         checksums.json over all of them
     hf/                                 config.json and tokenizer of the model, for export
 
-An iteration is written under a temporary name and renamed when every rank's files are on disk, so
-a name ``iter_...`` always is a whole checkpoint. torch_dist's metadata is a pickle: load only
-checkpoints you trust. What strangers exchange are Hugging Face directories and candidate stores.
+An iteration is written under a temporary name and renamed once all ranks' files are on disk, so a
+directory named ``iter_...`` is always complete. torch_dist's metadata is a pickle: load only
+checkpoints that you trust, and exchange models as Hugging Face directories.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ __all__ = [
 ]
 
 
-#: In the identity of a conversion that rounded no weight: ``base_fingerprint`` of its source.
+#: Key in the identity of a conversion without rounding: ``base_fingerprint`` of its source.
 CONVERTED_FROM = "converted from"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Where training stands. The order of data is a pure function of it, so this is all.
+    """The state of a run; the order of the data is a pure function of it.
 
     Attributes:
         iteration: optimizer steps taken, skipped ones included.
         consumed_tokens: positions computed so far.
-        skipped_steps: steps left out because a loss or gradient was not finite.
-        identity: the settings that decide which documents an iteration sees, and what is stored; of
-            a converted model, which is no run, ``CONVERTED_FROM`` alone, or nothing.
-        model_files: SHA-256 by name of what lies in hf/ beside the checkpoint.
+        skipped_steps: steps skipped because a loss or gradient was not finite.
+        identity: the settings that decide which documents an iteration sees, and what is stored;
+            for a converted model, which is not a run, ``CONVERTED_FROM`` or nothing.
+        model_files: the SHA-256 of each file in hf/, by name.
     """
 
     iteration: int
@@ -72,7 +72,7 @@ class TrainState:
     model_files: dict[str, str]
 
     def __post_init__(self) -> None:
-        """Check what a damaged file may hold.
+        """Check the types, which a damaged file may violate.
 
         Raises:
             ValueError: a value is of another type, or negative.
@@ -97,15 +97,15 @@ def save_checkpoint(
 ) -> Path:
     """Write one checkpoint, unless it is the newest; collective over the world.
 
-    One of the same number that the marker does not name is replaced: the run was killed before it
-    was named, or set back. The directory must be this process's alone (``locks.DirectoryLock``).
+    An iteration of the same number that the marker does not name is replaced: the run was killed
+    before it was named, or set back. The caller holds the directory's ``locks.DirectoryLock``.
 
     Raises:
-        TrainingError: a weight is not finite, on any rank; nothing is published then.
-        OutputError: it cannot be written, on any rank; nothing is published then.
+        TrainingError: a weight is not finite on some rank; nothing is published then.
+        OutputError: some rank cannot write; nothing is published then.
     """
     final = iteration_directory(directory, state.iteration)
-    # A name of its own for each save: of what a killed one left, nothing is taken for a part of it.
+    # Each save has a name of its own, so it never includes files of a killed one.
     name = f".{final.name}.{secrets.token_hex(4)}.incomplete"
     is_saved, name = parallel.broadcast((_is_newest(directory, final), name))
     if is_saved:
@@ -121,16 +121,16 @@ def save_checkpoint(
 
 
 def require_finite(model: torch.nn.Module) -> None:
-    """Raise TrainingError unless every weight of this rank, and fp32 master, is a finite number."""
+    """Raise TrainingError unless all weights and fp32 masters of this rank are finite."""
     tensors = dict(_weights(model))
-    # One answer of the device for all: a read of each would stop it as often.
+    # One read for all tensors: each read waits for the device.
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
     bad = [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]
     if bad:
         raise TrainingError(
             f"the weights are not finite: {few(bad)}",
-            fix="Nothing was saved. The checkpoints before are as they were; lower --lr or look at "
-            "the data of the steps before",
+            fix="Nothing was saved, and earlier checkpoints are unchanged. Lower --lr, or check "
+            "the data of the last steps",
         )
 
 
@@ -143,10 +143,10 @@ def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def read_state(directory: Path, iteration: int) -> TrainState:
-    """The state of a checkpoint, once it is known to lie beside its own model files.
+    """The state of a checkpoint, checked against the model files in hf/.
 
     Raises:
-        CheckpointError: it is missing or damaged, or hf/ is another model's.
+        CheckpointError: it is missing or damaged, or hf/ belongs to another model.
     """
     path = iteration_directory(directory, iteration) / STATE
     require_file(path.parent, STATE)
@@ -171,10 +171,10 @@ def load_checkpoint(
 ) -> None:
     """Load weights, and the optimizer's state when ``optimizer`` is given, into any layout.
 
-    Collective over the world. ``read_state`` comes first: it tells whose the checkpoint is.
+    Collective over the world. Call ``read_state`` first, which checks the model files.
 
     Raises:
-        CheckpointError: files are missing, damaged, or of another model.
+        CheckpointError: files are missing or damaged, or belong to another model.
     """
     path = iteration_directory(directory, iteration)
     require_intact(path, parallel)
@@ -190,13 +190,13 @@ def load_checkpoint(
             f"the checkpoint does not fit this model and optimizer: {type(error).__name__}: "
             f"{_reason(error)}",
             where=path,
-            fix="Its files are whole: give the settings it was made with (optimizer, --bf16, "
+            fix="Its files are intact: use the settings it was made with (optimizer, --bf16, "
             "--use-distributed-optimizer, the model of --load)",
         ) from error
 
 
 _OTHER_ITERATION = (
-    f"Leave it where it is; to go on from another one, write its number into {LATEST}"
+    f"Leave it where it is; to resume from another iteration, write its number into {LATEST}"
 )
 
 
@@ -240,7 +240,7 @@ def _start_staging(directory: Path, staged: Path) -> None:
 
 
 def _write(content: dict[str, Any], staged: Path, parallel: Parallel) -> Written:
-    """This rank's files; CheckpointException is no Exception, and holds the errors of all ranks."""
+    """Write this rank's files. CheckpointException holds all ranks' errors; it is no Exception."""
     try:
         with checkpointing(stall_seconds=parallel.timeout.total_seconds()) as written:
             dist_checkpointing.save(content, str(staged))
@@ -278,10 +278,10 @@ def _publish(
 
 
 def _reason(error: BaseException) -> str:
-    """The line that tells why; dist_checkpointing wraps the tracebacks of all ranks in one."""
+    """The line with the cause, among the tracebacks of all ranks."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "Errno" in line] or lines[-1:]
-    if telling and "inline_container" in telling[0]:  # torch's zip writer, short of space
+    causes = [line for line in lines if "Errno" in line] or lines[-1:]
+    if causes and "inline_container" in causes[0]:  # torch's zip writer, short of space
         return "a file could not be written whole; is the disk full?"
-    text = telling[0] if telling else type(error).__name__
+    text = causes[0] if causes else type(error).__name__
     return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"
