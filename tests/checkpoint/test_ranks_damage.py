@@ -21,7 +21,7 @@ from megatron_replay.checkpoint import convert_ranks, rank_file
 from megatron_replay.checkpoint.convert_ranks import ranks_to_hf
 from megatron_replay.checkpoint.names import Split
 from megatron_replay.errors import CheckpointError, OutputError
-from tests import processes
+from tests.checkpoint.deaths import is_killed_at
 from tests.checkpoint.grid import EMBEDDING, converted, rewrite
 from tests.same_weights import require_equal
 
@@ -182,33 +182,14 @@ def test_full_disk(small, tmp_path, monkeypatch):
     assert not (tmp_path / "mg").exists()
 
 
-def _die_at(step: int, source: Path, target: Path) -> None:
-    taken = 0
-
-    def mortal(call):
-        def counted(*arguments, **options):
-            nonlocal taken
-            taken += 1
-            if taken == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*arguments, **options)
-
-        return counted
-
-    for name in ("fsync", "replace"):
-        setattr(os, name, mortal(getattr(os, name)))
-    converted(source, target, 2)
-
-
 def test_killed_at_each_step(small, tmp_path):
     deaths = complete = 0
     for step in range(1, 100):
         folder = tmp_path / str(step)
         folder.mkdir()
-        code = processes.wait(processes.fork(_die_at, step, small[True, 96], folder / "mg"))
-        if code == 0:
+        work = functools.partial(converted, small[True, 96], folder / "mg", 2)
+        if not is_killed_at(step, ("os.fsync", "os.replace"), work):
             break
-        assert code == -signal.SIGKILL
         deaths += 1
         if (folder / "mg").exists():
             complete += 1

@@ -109,7 +109,7 @@ class TestMistakes:
         shard = next(training.iteration_directory(save, 2).glob("*.distcp"))
         shard.write_bytes(shard.read_bytes()[:1000])
         message = stages.fail("stage1", *argv(folder, save), code=4)
-        assert f"{shard}: damaged: the file is not what was written" in message
+        assert f"{shard}: damaged: " in message
         assert "emove" not in message  # no advice costs a checkpoint
 
 

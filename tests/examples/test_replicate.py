@@ -200,7 +200,7 @@ def test_data_are_written_whole_and_nothing_else_is_touched(
     ours, cut = tmp_path / "ours", staging_directory(tmp_path / "ours")
     cut.mkdir()
     (cut / "half.jsonl").touch()
-    with pytest.raises(OutputError, match="somebody else's files"):
+    with pytest.raises(OutputError, match="holds other files"):
         make_data.make_data(ours, seed=0)
     DirectoryLock(cut, purpose="data").release()  # left by a run that was killed
     make_data.make_data(ours, seed=0)
