@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.real_sets import Sets, real_sets
-from megatron_replay.functional.shard_head import ShardSets, VocabShard, shard_sets
+from megatron_replay.loss.candidate_sets import CandidateSets
 
 MEAN_SIZE, LARGEST_SIZE = 100, 200
 REGIMES = ("real", "zipf", "uniform")
@@ -69,10 +69,12 @@ class Batch:
     def num_document_pairs(self) -> int:
         return int((self.document_sets.offsets.diff() * self.sets.starts.diff()).sum())
 
-    def cut(self) -> ShardSets:
-        """Sets as a form takes them; made anew, so that nothing is cached in them."""
-        shard = VocabShard(0, len(self.weight))
-        return shard_sets(self.sets.ids, self.sets.offsets, self.sets.labels, None, shard)
+    def cut(self) -> CandidateSets:
+        """Sets as a backend takes them; made anew, so that nothing is cached in them."""
+        V, device = len(self.weight), self.weight.device
+        arrays = (t.cpu().numpy() for t in (self.sets.ids, self.sets.offsets, self.sets.labels))
+        sets = CandidateSets.of(*arrays, vocab_size=V).shard(0, V).with_transpose()
+        return sets.moved(lambda tensor: tensor.to(device))
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None

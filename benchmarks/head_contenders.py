@@ -74,7 +74,7 @@ def ours(form: str, *, documents: bool = False, validate: bool = False) -> Calla
                 sets.ids,
                 sets.offsets,
                 sets.labels,
-                form=bind,
+                backend=bind,
                 group_offsets=sets.starts if documents else None,
                 weight_grad_out=batch.weight_grad,
                 validate=validate,
@@ -191,7 +191,7 @@ def sampled_addmm(batch: Batch) -> Pass:
 def sparse(batch: Batch) -> Pass:
     """All three products by torch.sparse; softmax over pairs; the transpose is made beforehand."""
     sets, N = batch.sets, batch.num_positions
-    order, positions, rows, starts = batch.cut().by_id
+    order, positions, rows, starts = batch.cut().transpose
     position_P = batch.cut().position_P
     is_label_P = (sets.ids == sets.labels[position_P]).float()
     weight_VH, hidden_NH = batch.weight.detach(), batch.hidden.detach()
@@ -224,7 +224,7 @@ def cutting(batch: Batch) -> Pass:
 
 
 def sorting(batch: Batch) -> Pass:
-    return lambda: batch.cut().by_id
+    return lambda: batch.cut().transpose
 
 
 def zeroing(batch: Batch) -> Pass:

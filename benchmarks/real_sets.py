@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.corpus import KINDS, VOCAB_SIZE, Text, texts, tokens
 from benchmarks.ngram import Ids, Trigrams
 from megatron_replay.errors import StoreError
-from megatron_replay.functional.candidates import select_candidates
+from megatron_replay.selection.candidates import select_candidates
 from megatron_replay.store import (
     CandidateReader,
     CandidateWriter,

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from benchmarks.real_sets import VOCAB_SIZE, real_logits
 from benchmarks.timing import Times, interleave, machine
-from megatron_replay.functional.candidates import select_candidates
-from megatron_replay.functional.shard_selection import TORCH_SELECTION, SelectionKernel
 from megatron_replay.kernels import SELECTION
+from megatron_replay.selection.candidates import select_candidates
+from megatron_replay.selection.shard_selection import TORCH_SELECTION, SelectionKernel
 
 COVERAGE, MAX_CANDIDATES = 0.95, 200
 BASELINE = "torch.topk + torch.logsumexp"

@@ -19,14 +19,19 @@ STAGES = {"stage0": 0, "collection": 0, "stage1": 1, "training": 1}
 LAYERS = [
     {"errors", "files", "locks", "progress", ""},
     {"config", "flags", "cli"},
-    {"functional", "store", "platform"},
+    {"functional", "selection", "loss", "store", "platform"},
     {"parallel", "kernels", "optim", "data", "model", "checkpoint", "forward", "run_log"},
     {"functional's front", "estimate", "collection", "training"},
     {"stage0", "stage1", "evaluation"},
     {"tools", "examples"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-FORBIDDEN = {"functional": {"megatron"}, "store": {"torch", "megatron"}}
+FORBIDDEN = {
+    "functional": {"megatron"},
+    "selection": {"megatron"},
+    "loss": {"megatron"},
+    "store": {"torch", "megatron"},
+}
 DEVICES = re.compile(r"\b(cuda|npu|hccl|nccl|torch_npu)\b")
 
 
@@ -139,7 +144,13 @@ def test_documentation_may_name_devices():
 
 
 @pytest.mark.parametrize(
-    ("package", "absent"), [("store", "torch"), ("functional", "megatron"), ("optim", "megatron")]
+    ("package", "absent"),
+    [
+        ("store", "torch"),
+        ("selection.candidates", "megatron"),
+        ("loss.divergence", "megatron"),
+        ("optim", "megatron"),
+    ],
 )
 def test_a_package_loads_without(package, absent):
     """What the imports of its imports bring along counts too."""

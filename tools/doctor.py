@@ -205,10 +205,8 @@ def head_smoke(platform: Platform) -> Finding:
     import torch
 
     from megatron_replay import kernels
-    from megatron_replay.functional.restricted_cross_entropy import (
-        restricted_cross_entropy,
-        restricted_cross_entropy_dense,
-    )
+    from megatron_replay.loss.definition import restricted_cross_entropy_dense
+    from megatron_replay.loss.sharded import restricted_cross_entropy
 
     start = time.monotonic()
     if platform.name != "cpu":
@@ -229,7 +227,7 @@ def head_smoke(platform: Platform) -> Finding:
     ours = [x.to(platform.device).requires_grad_() for x in (hidden_TH, weight_VH)]
     name = kernels.HEAD.resolve("auto", ours[1])
     moved = (x.to(platform.device) for x in (ids, offsets, labels_T))
-    loss_T = restricted_cross_entropy(*ours, *moved, form=kernels.HEAD.choose("auto", ours[1]))
+    loss_T = restricted_cross_entropy(*ours, *moved, backend=kernels.HEAD.choose("auto", ours[1]))
     loss_T.mean().backward()
     pairs = [(loss_T, wanted_T), *((x.grad, y.grad) for x, y in zip(ours, exact, strict=True))]
     error = max(

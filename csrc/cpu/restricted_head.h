@@ -1,5 +1,5 @@
 // The restricted head's arithmetic on one shard, position scope;
-// megatron_replay/functional/shard_head.py has the equations and what every argument is.
+// megatron_replay/loss/backends.py has the equations and what every argument is.
 //
 // N positions, V rows of the weight, H channels, P pairs of a position and a candidate, U distinct
 // candidates. Pointers may start anywhere. Every sum is one thread's, in an order that does not

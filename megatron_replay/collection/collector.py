@@ -28,10 +28,10 @@ from megatron_replay.data.packing import (
 )
 from megatron_replay.data.replay import eligible_rows
 from megatron_replay.forward import Work, forward_only
-from megatron_replay.functional.candidates import CandidateSets, select_candidates
-from megatron_replay.functional.shard_selection import SelectionKernel
 from megatron_replay.model.rows import HiddenStates, SelectedRows
 from megatron_replay.parallel import Parallel
+from megatron_replay.selection.candidates import SelectedCandidates, select_candidates
+from megatron_replay.selection.shard_selection import SelectionKernel
 
 #: Micro-batches handed to the pipeline at a time, for each stage: its bubble is then a 17th or less
 #: of the time, and a few MB of candidate sets a micro-batch are all that is held meanwhile.
@@ -42,7 +42,7 @@ _MICRO_BATCHES_PER_STAGE = 16
 class _Selection:
     """Candidate sets of a micro-batch's wanted rows, chunk after chunk; logits if stored."""
 
-    sets: list[CandidateSets]
+    sets: list[SelectedCandidates]
     logits: list[Tensor]
 
 
@@ -170,7 +170,7 @@ class Collector:
                 selection.logits.append(self._candidate_logits(logits_NV, sets, vocab_start))
         return selection
 
-    def _candidate_logits(self, logits_NV: Tensor, sets: CandidateSets, start: int) -> Tensor:
+    def _candidate_logits(self, logits_NV: Tensor, sets: SelectedCandidates, start: int) -> Tensor:
         """Logits of the candidates, fp32 [nnz]: each from its owner. One all-reduce over TP."""
         local = sets.ids.long() - start
         inside = (local >= 0) & (local < logits_NV.shape[1])

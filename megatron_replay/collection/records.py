@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_replay.config import CandidatesConfig
-from megatron_replay.functional import CandidateSets, select_positions
+from megatron_replay.selection.candidates import SelectedCandidates
+from megatron_replay.selection.positions import select_positions
 from megatron_replay.store import DocumentCandidates, offsets_of_counts
 
 #: Confidence buckets of the bucket strategy.
@@ -89,7 +90,7 @@ class HostSets:
         )
 
 
-def to_host(sets: Sequence[CandidateSets], logits: Sequence[Tensor]) -> HostSets:
+def to_host(sets: Sequence[SelectedCandidates], logits: Sequence[Tensor]) -> HostSets:
     """Candidate sets of one or more chunks, end to end, off the device."""
 
     def joined(name: str) -> npt.NDArray[Any]:

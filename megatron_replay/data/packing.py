@@ -26,7 +26,7 @@ from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import to_device
 from megatron_replay.errors import DataError
-from megatron_replay.functional.packed_attention import Segments, segments_of, segments_to
+from megatron_replay.kernels.packed_attention import Segments, segments_of, segments_to
 from megatron_replay.store import CandidateReader
 
 Pack = npt.NDArray[np.int64]  # ids of the documents of a pack, in order

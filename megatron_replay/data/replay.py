@@ -12,17 +12,17 @@ candidate sets: N under scope "position", documents with a selected position und
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_replay.data.loader import to_device
 from megatron_replay.data.packing import PackedBatch
 from megatron_replay.errors import StoreError
-from megatron_replay.store import CandidateBatch, missing_gold
+from megatron_replay.loss.candidate_sets import CandidateSets, unions
+from megatron_replay.store import CandidateBatch, missing_gold, offsets_of_counts
 
 SCOPES = ("position", "document")
 
@@ -37,41 +37,23 @@ class CandidateSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ReplayTargets:
-    """The selected positions of a batch and their candidate sets.
+    """The selected positions of a batch and their candidate sets, on the host.
 
     Attributes:
         rows_N: int64, index ``b * S + s`` of each selected position, ascending.
-        labels_N: int64, gold token of each.
-        candidate_ids: int32 [nnz], ascending and unique inside each of the G sets.
-        candidate_offsets: int64 [G + 1] into ``candidate_ids``.
-        group_offsets: None where every position has its own set (G = N); else int64 [G + 1]:
-            positions ``rows_N[group_offsets[g]:group_offsets[g + 1]]`` share set g.
+        sets: over the whole vocabulary; with the label of each position.
         lse_N: float32, the base model's log-sum-exp over the vocabulary.
         tail_logit_N: float32, logit of one pseudo-token with the base model's mass outside the
             position's stored set: lse + log(tail_mass); -inf where that mass is 0.
-        own_ids, own_offsets: int32 and int64 [N + 1], the recorded set of each position, whatever
-            the scope; None where logits were not asked for.
-        own_logits: float32, the base model's, beside ``own_ids``.
+        own_sets: the recorded set of each position, whatever the scope, with the base model's
+            logits as values; None where they were not asked for.
     """
 
     rows_N: torch.Tensor
-    labels_N: torch.Tensor
-    candidate_ids: torch.Tensor
-    candidate_offsets: torch.Tensor
-    group_offsets: torch.Tensor | None
+    sets: CandidateSets
     lse_N: torch.Tensor
     tail_logit_N: torch.Tensor
-    own_ids: torch.Tensor | None = None
-    own_offsets: torch.Tensor | None = None
-    own_logits: torch.Tensor | None = None
-
-    def to(self, device: torch.device) -> ReplayTargets:
-        """The same targets on ``device``."""
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            tensor = getattr(self, field.name)
-            moved[field.name] = None if tensor is None else to_device(tensor, device)
-        return ReplayTargets(**moved)
+    own_sets: CandidateSets | None
 
 
 class _Segments(NamedTuple):
@@ -120,22 +102,30 @@ def full_targets(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def join_candidates(
-    batch: PackedBatch, reader: CandidateSource, *, scope: str, logits: bool = False
+    batch: PackedBatch,
+    reader: CandidateSource,
+    *,
+    vocab_size: int,
+    scope: str,
+    logits: bool = False,
 ) -> ReplayTargets:
     """Look up the recorded positions of every document of ``batch``.
+
+    This is the definition's S, position by position (``loss.definition``), from the store.
 
     Args:
         batch: packs of whole or truncated documents; recorded positions that truncation cut off
             are left out.
         reader: the candidate store of the corpus the batch was read from.
+        vocab_size: rows of the output layer, over all ranks.
         scope: "position": each position has its recorded set. "document": all positions of a
             document share the union of every set recorded for it, cut-off positions included, so
             that the union depends on nothing but the store.
         logits: bring the stored logits along, which the store must have.
 
     Raises:
-        StoreError: a recorded position carries no loss in the corpus, or its gold token is not in
-            its set: the store was made from other data.
+        StoreError: a recorded position carries no loss in the corpus, or its label is not in its
+            set: the store was made from other data.
     """
     assert scope in SCOPES, scope
     segments = _segments(batch)
@@ -144,35 +134,35 @@ def join_candidates(
     rows_N = segments.first_row_D[selected.segment_N] + selected.position_N
     labels_N = batch.labels_BS.numpy().reshape(-1)[rows_N]
     _require_loss(selected, segments, batch.loss_mask_BS.numpy().reshape(-1)[rows_N])
-    _require_gold(selected, segments, labels_N)
+    _require_label(selected, segments, labels_N)
     ids, offsets, group_offsets = selected.ids, selected.offsets, None
     if scope != "position":
         bounds = recorded.document_offsets
-        places = _starts(_is_here(recorded, segments).astype(np.int64))[bounds]
+        places = offsets_of_counts(_is_here(recorded, segments))[bounds]
         has_any = places[1:] > places[:-1]
-        ids, offsets = _unions(recorded, bounds[:-1][has_any], bounds[1:][has_any])
-        group_offsets = torch.from_numpy(np.append(0, places[1:][has_any]))
+        spans = recorded.offsets[bounds[:-1][has_any]], recorded.offsets[bounds[1:][has_any]]
+        found = list(unions(recorded.ids, zip(*spans, strict=True)))
+        ids = np.concatenate([np.empty(0, np.int32), *found]).astype(np.int32)
+        offsets = offsets_of_counts(np.array([len(union) for union in found], np.int64))
+        group_offsets = np.append(0, places[1:][has_any])
     with np.errstate(divide="ignore"):  # log 0 = -inf is meant: no tail
         tail_logit_N = selected.lse_N + np.log(selected.tail_mass_N)
+    own_sets = None
+    if logits:
+        own_sets = CandidateSets.of(
+            selected.ids,
+            selected.offsets,
+            labels_N,
+            vocab_size=vocab_size,
+            values=selected.logits,
+        )
     return ReplayTargets(
         rows_N=torch.from_numpy(rows_N),
-        labels_N=torch.from_numpy(labels_N),
-        candidate_ids=torch.from_numpy(ids),
-        candidate_offsets=torch.from_numpy(offsets),
-        group_offsets=group_offsets,
+        sets=CandidateSets.of(ids, offsets, labels_N, group_offsets, vocab_size=vocab_size),
         lse_N=torch.from_numpy(selected.lse_N),
         tail_logit_N=torch.from_numpy(tail_logit_N),
-        **(_own_sets(selected) if logits else {}),
+        own_sets=own_sets,
     )
-
-
-def _own_sets(selected: _Selected) -> dict[str, torch.Tensor]:
-    assert selected.logits is not None
-    return {
-        "own_ids": torch.from_numpy(selected.ids),
-        "own_offsets": torch.from_numpy(selected.offsets),
-        "own_logits": torch.from_numpy(selected.logits),
-    }
 
 
 def _segments(batch: PackedBatch) -> _Segments:
@@ -206,7 +196,7 @@ def _select(recorded: CandidateBatch, segments: _Segments) -> _Selected:
         segment_P[is_here_P],
         recorded.positions[is_here_P],
         recorded.ids[is_here],
-        _starts(set_sizes_P[is_here_P]),
+        offsets_of_counts(set_sizes_P[is_here_P]),
         recorded.lse[is_here_P],
         recorded.tail_mass[is_here_P],
         None if recorded.logits is None else recorded.logits[is_here],
@@ -224,13 +214,13 @@ def _require_loss(
         )
 
 
-def _require_gold(
+def _require_label(
     selected: _Selected, segments: _Segments, labels_N: npt.NDArray[np.int64]
 ) -> None:
     first = missing_gold(selected.ids, selected.offsets, labels_N)
     if first >= 0:
         raise StoreError(
-            f"{_place(selected, segments, first)}: the gold token {labels_N[first]} is not in its "
+            f"{_place(selected, segments, first)}: the label {labels_N[first]} is not in its "
             "candidate set",
             fix="Use the corpus that the store was made from, or run Stage 0 again",
         )
@@ -250,25 +240,3 @@ def _segment_of(recorded: CandidateBatch) -> npt.NDArray[np.int64]:
 def _is_here(recorded: CandidateBatch, segments: _Segments) -> npt.NDArray[np.bool_]:
     """Which of the recorded positions truncation left: [P]."""
     return recorded.positions < segments.num_positions_D[_segment_of(recorded)]
-
-
-def _unions(
-    recorded: CandidateBatch, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """``(ids, offsets)``: the ascending distinct ids of each of these spans of positions.
-
-    By a flag per token of the vocabulary, far faster than sorting; and by int64 ids, which numpy
-    does not convert piece by piece: three times as fast.
-    """
-    seen = np.zeros(recorded.ids.max(initial=-1) + 1, dtype=np.bool_)
-    unions = []
-    for first, last in zip(recorded.offsets[starts], recorded.offsets[stops], strict=True):
-        seen[recorded.ids[first:last].astype(np.intp)] = True
-        unions.append(np.flatnonzero(seen))
-        seen[unions[-1]] = False
-    ids = np.concatenate([np.empty(0, np.int32), *unions]).astype(np.int32)
-    return ids, _starts(np.array([len(union) for union in unions], dtype=np.int64))
-
-
-def _starts(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)

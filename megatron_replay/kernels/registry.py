@@ -18,10 +18,10 @@ from torch import Tensor
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.functional import momentum_step as plain
-from megatron_replay.functional.packed_attention import TORCH_ATTENTION, AttentionForm
-from megatron_replay.functional.shard_head import HeadForm
-from megatron_replay.functional.shard_selection import TORCH_SELECTION, SelectionKernel
-from megatron_replay.functional.tiled_head import dense_head, union_head
+from megatron_replay.kernels.packed_attention import TORCH_ATTENTION, AttentionForm
+from megatron_replay.loss.backends import HeadBackend
+from megatron_replay.loss.blocks import DENSE, UNION
+from megatron_replay.selection.shard_selection import TORCH_SELECTION, SelectionKernel
 
 Form = TypeVar("Form")
 
@@ -183,16 +183,16 @@ OPTIMIZER = Forms[OptimizerKernels](
     contiguous=True,
 )
 #: The restricted head; "torch" is its definition, at the cost of the full softmax.
-HEAD = Forms[HeadForm](
+HEAD = Forms[HeadBackend](
     what="the restricted head",
-    anywhere={"torch": dense_head, "union": union_head},
+    anywhere={"torch": DENSE, "union": UNION},
     compiled={
         "cpu": (_FP32, _BF16),
         "triton": (_FP32, _BF16, _FP16),
         "ascend": (_FP32, _BF16, _FP16),
     },
     module="head",
-    bind=lambda _, module: module.head,
+    bind=lambda _, module: module.BACKEND,
 )
 #: Candidate selection in Stage 0.
 SELECTION = Forms[SelectionKernel](

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_replay import kernels
-from megatron_replay.functional.packed_attention import Segments
+from megatron_replay.kernels.packed_attention import Segments
 from megatron_replay.model.rows import SelectedRows
 
 

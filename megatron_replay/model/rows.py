@@ -22,8 +22,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from torch import Tensor
 
-from megatron_replay.functional.packed_attention import RowSegment, Segments, row_segments_of
-from megatron_replay.functional.shard_head import VocabShard
+from megatron_replay.kernels.packed_attention import RowSegment, Segments, row_segments_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,8 +238,8 @@ class WordEmbeddings(VocabParallelEmbedding):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[S, B, H] or [B, S, H] of ids [B, S], as megatron-core's."""
-        shard = VocabShard(self.vocab_start_index, self.num_embeddings_per_partition)
-        rows, inside = shard.rows(input_ids)
+        rows = input_ids - self.vocab_start_index
+        inside = (rows >= 0) & (rows < self.num_embeddings_per_partition)
         rows = rows.clamp(0, self.num_embeddings_per_partition - 1)
         main_grad = getattr(self.weight, "main_grad", None)
         embedded = _LookUp.apply(self.weight, rows, main_grad)  # type: ignore[no-untyped-call]

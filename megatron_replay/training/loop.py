@@ -76,7 +76,7 @@ class Trainer:
             require_store(self.reader, self.corpus, shape, logits=config.loss.kl_weight > 0)
         dtype = torch.bfloat16 if config.model.bf16 else torch.float32
         like = torch.empty(0, dtype=dtype, device=groups.device)
-        self.head_form = kernels.HEAD.choose(config.loss.head_backend, like)
+        self.backend = kernels.HEAD.choose(config.loss.head_backend, like)
         self.state, resumes = self._find_state(fingerprints(files))
         self.model = load_model(
             config.model,
@@ -233,7 +233,7 @@ class Trainer:
             self.lengths,
             self.batches,
             self.reader,
-            self.head_form,
+            self.backend,
             self.model.shape.vocab_size,
         )
         steps = range(self.state.iteration, self.train_iters)

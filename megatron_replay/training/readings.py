@@ -85,12 +85,18 @@ class Probe:
         sample = _sample(lengths, config.probe.probe_documents)
         self._work: list[Work] = []
         base_mass, count = 0.0, 0
+        vocab_size = reader.description.vocab_size
+        num_rows = vocab_size // parallel.tp_size
         for batch in _micro_batches(corpus, sample, lengths, config.data):
-            targets = join_candidates(batch, reader, scope="position")
+            targets = join_candidates(batch, reader, vocab_size=vocab_size, scope="position")
             base_mass += (targets.tail_logit_N - targets.lse_N).exp().double().sum().item()
             count += len(targets.rows_N)
-            targets = targets.to(parallel.device)
-            self._work.append(Work(batch.to(parallel.device), heads.probe(targets, parallel)))
+            sets = targets.sets.shard(parallel.tp_rank * num_rows, num_rows)
+            rows_N = targets.rows_N.to(parallel.device)
+            sets = sets.moved(lambda tensor: tensor.to(parallel.device))
+            self._work.append(
+                Work(batch.to(parallel.device), heads.probe(rows_N, sets, parallel))
+            )
         if not count:
             raise DataError(
                 "the store records no position of the probe's sample",

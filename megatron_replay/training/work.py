@@ -15,11 +15,9 @@ from megatron_replay.data.loader import to_device
 from megatron_replay.data.packing import Pack, PackedBatch, pack_batch
 from megatron_replay.data.replay import ReplayTargets, full_targets, join_candidates
 from megatron_replay.data.sampler import GlobalBatches
-from megatron_replay.data.shard import sets_of_shard, sets_to_device
-from megatron_replay.data.soft_targets import soft_targets, targets_to_device
 from megatron_replay.forward import Work
-from megatron_replay.functional.shard_head import HeadForm, VocabShard, reads_by_id
-from megatron_replay.functional.soft_targets import SoftTargets
+from megatron_replay.loss.backends import HeadBackend
+from megatron_replay.loss.divergence import SoftTargets
 from megatron_replay.model import heads
 from megatron_replay.model.gpt import Head
 from megatron_replay.model.rows import SelectedRows
@@ -56,7 +54,7 @@ class WorkMaker:
     lengths: npt.NDArray[np.int32]
     batches: GlobalBatches
     reader: CandidateReader | None
-    head_form: HeadForm
+    backend: HeadBackend
     vocab_size: int
 
     def __call__(self, iteration: int) -> GlobalWork:
@@ -82,7 +80,11 @@ class WorkMaker:
             assert self.reader is not None
             loss = self.config.loss
             targets = join_candidates(
-                batch, self.reader, scope=loss.candidate_scope, logits=loss.kl_weight > 0
+                batch,
+                self.reader,
+                vocab_size=self.vocab_size,
+                scope=loss.candidate_scope,
+                logits=loss.kl_weight > 0,
             )
             rows = self._rows(targets.rows_N, batch)
             head = self._restricted_loss(targets, rows.rows_N)
@@ -92,34 +94,28 @@ class WorkMaker:
 
     def _restricted_loss(self, targets: ReplayTargets, rows_N: torch.Tensor) -> Head:
         """Of sets cut here, so that a step need not ask the device how large the cuts are."""
-        device, form = self.groups.device, self.head_form
-        num_rows = self.vocab_size // self.groups.tp_size
-        shard = VocabShard(self.groups.tp_rank * num_rows, num_rows)
-        by_id = self.groups.last_stage and reads_by_id(form)
-        ghost = self.config.loss.tail == "ghost"
-        sets = sets_of_shard(targets, shard, by_id=by_id)
-        return heads.shard_loss(
+        groups, loss = self.groups, self.config.loss
+        num_rows = self.vocab_size // groups.tp_size
+        sets = targets.sets.shard(groups.tp_rank * num_rows, num_rows)
+        soft_targets = None
+        if groups.last_stage:
+            if self.backend.reads_transpose:
+                sets = sets.with_transpose()
+            if targets.own_sets is not None:
+                soft_targets = SoftTargets.of(targets.own_sets, sets.vocab_start, num_rows)
+        move = self._to_device
+        return heads.restricted_loss(
             rows_N,
-            to_device(targets.labels_N, device),
-            sets_to_device(sets, device),
-            shard,
-            self.groups,
-            tail_logit_N=to_device(targets.tail_logit_N, device) if ghost else None,
-            form=form,
-            soft_targets=self._soft_targets(targets, shard),
-            kl_weight=self.config.loss.kl_weight,
+            sets.moved(move),
+            groups,
+            backend=self.backend,
+            tail_logit_N=move(targets.tail_logit_N) if loss.tail == "ghost" else None,
+            soft_targets=None if soft_targets is None else soft_targets.moved(move),
+            kl_weight=loss.kl_weight,
         )
 
-    def _soft_targets(self, targets: ReplayTargets, shard: VocabShard) -> SoftTargets | None:
-        """Where there is a loss and they are part of it."""
-        if targets.own_logits is None or not self.groups.last_stage:
-            return None
-        assert targets.own_ids is not None
-        assert targets.own_offsets is not None
-        cut = soft_targets(
-            targets.own_ids, targets.own_offsets, targets.own_logits, targets.labels_N, shard
-        )
-        return targets_to_device(cut, self.groups.device)
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return to_device(tensor, self.groups.device)
 
     def _rows(self, rows_N: torch.Tensor, batch: PackedBatch) -> SelectedRows:
         """The positions with a loss, on the device."""

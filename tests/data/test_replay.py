@@ -101,24 +101,29 @@ def slow_join(batch, recorded, scope):
     return rows, labels, sets, groups, lse, tail
 
 
-def assert_joined(batch, candidates, scope):
-    recorded = [as_dictionary(c) for c in candidates]
+def join(batch, source, scope="position"):
+    return join_candidates(batch, source, vocab_size=VOCAB_SIZE, scope=scope)
+
+
+def assert_joined(batch, candidates, scope, recorded=None):
+    recorded = [as_dictionary(c) for c in recorded or candidates]
     rows, labels, sets, groups, lse, tail = slow_join(batch, recorded, scope)
-    got = join_candidates(batch, candidates, scope=scope)
+    got = join_candidates(batch, candidates, vocab_size=VOCAB_SIZE, scope=scope)
     assert got.rows_N.tolist() == rows
-    assert got.labels_N.tolist() == labels
-    offsets, ids = got.candidate_offsets.tolist(), got.candidate_ids.tolist()
+    joined = got.sets
+    assert joined.labels_N.tolist() == labels
+    offsets, ids = joined.offsets.tolist(), joined.ids.tolist()
     assert [ids[a:b] for a, b in pairwise(offsets)] == sets
     assert (offsets[0], offsets[-1]) == (0, len(ids))
     if scope == "position":
-        assert got.group_offsets is None
+        assert joined.group_offsets is None
     else:
-        assert got.group_offsets.tolist() == np.cumsum([0, *groups]).tolist()
-        assert got.group_offsets.dtype == torch.int64
+        assert joined.group_offsets.tolist() == np.cumsum([0, *groups]).tolist()
+        assert joined.group_offsets.dtype == torch.int64
     assert got.lse_N.tolist() == lse
     torch.testing.assert_close(got.tail_logit_N, torch.tensor(tail, dtype=torch.float32))
-    assert got.rows_N.dtype == got.labels_N.dtype == got.candidate_offsets.dtype == torch.int64
-    assert got.candidate_ids.dtype == torch.int32
+    assert got.rows_N.dtype == joined.labels_N.dtype == joined.offsets.dtype == torch.int64
+    assert joined.ids.dtype == torch.int32
     assert got.lse_N.dtype == got.tail_logit_N.dtype == torch.float32
 
 
@@ -167,10 +172,7 @@ def test_join_from_files(tmp_path, scope):
     batch = pack_batch(corpus, packs, SEQ_LENGTH, used)
     assert_joined(batch, candidates, scope)
     reader = CandidateReader(tmp_path / "store")
-    from_files = join_candidates(batch, reader, scope=scope)
-    in_memory = join_candidates(batch, candidates, scope=scope)
-    for name, value in vars(in_memory).items():
-        torch.testing.assert_close(getattr(from_files, name), value, rtol=0, atol=0)
+    assert_joined(batch, reader, scope, recorded=candidates)
 
 
 def one_document(**change):
@@ -193,11 +195,11 @@ def one_document(**change):
 @pytest.mark.parametrize(("ids", "position", "gold"), [([5, 6, 2, 5], 2, 6), ([2, 6, 5, 6], 1, 5)])
 def test_gold_outside_its_set_is_refused_even_if_in_the_union(scope, ids, position, gold):
     batch, store = one_document()
-    join_candidates(batch, store, scope=scope)
+    join(batch, store, scope=scope)
     batch, store = one_document(ids=np.array(ids, dtype=np.int32))
-    message = f"document 0, position {position}: the gold token {gold} is not in its"
+    message = f"document 0, position {position}: the label {gold} is not in its"
     with pytest.raises(StoreError, match=message):
-        join_candidates(batch, store, scope=scope)
+        join(batch, store, scope=scope)
 
 
 @given(
@@ -228,15 +230,15 @@ def test_nothing_is_copied_where_nothing_is_cut_off():
             assert document_ids == [0]
             return recorded
 
-    targets = join_candidates(batch, Once(), scope="position")
-    assert np.shares_memory(targets.candidate_ids.numpy(), recorded.ids)
-    assert np.shares_memory(targets.candidate_offsets.numpy(), recorded.offsets)
+    targets = join(batch, Once(), scope="position")
+    assert np.shares_memory(targets.sets.ids.numpy(), recorded.ids)
+    assert np.shares_memory(targets.sets.offsets.numpy(), recorded.offsets)
 
 
 def test_a_recorded_position_without_loss_is_refused():
     batch, store = one_document(positions=np.array([0, 2], dtype=np.int32))
     with pytest.raises(StoreError, match="document 0, position 0 is recorded, but its label"):
-        join_candidates(batch, store, scope="position")
+        join(batch, store, scope="position")
 
 
 def test_a_union_includes_positions_that_truncation_cut_off():
@@ -245,17 +247,17 @@ def test_a_union_includes_positions_that_truncation_cut_off():
     documents[0] = Document(np.array([3, 4, 5, 6], dtype=np.int32), np.array([0, 0, 1, 1]) > 0)
     _, store = one_document()
     batch = pack_batch(documents, [np.array([0])], 2, np.array([3], dtype=np.int32))
-    targets = join_candidates(batch, store, scope="document")
+    targets = join(batch, store, scope="document")
     assert targets.rows_N.tolist() == [1]
-    assert targets.candidate_ids.tolist() == [2, 4, 5, 6]
-    assert join_candidates(batch, store, scope="position").candidate_ids.tolist() == [4, 5]
+    assert targets.sets.ids.tolist() == [2, 4, 5, 6]
+    assert join(batch, store).sets.ids.tolist() == [4, 5]
 
 
 def test_an_empty_batch():
     empty = pack_batch(Documents(), [np.empty(0, dtype=np.int64)], 4, np.empty(0, dtype=np.int32))
-    targets = join_candidates(empty, Recorded(), scope="document")
-    assert len(targets.rows_N) == len(targets.candidate_ids) == 0
-    assert targets.candidate_offsets.tolist() == targets.group_offsets.tolist() == [0]
+    targets = join(empty, Recorded(), scope="document")
+    assert len(targets.rows_N) == len(targets.sets.ids) == 0
+    assert targets.sets.offsets.tolist() == targets.sets.group_offsets.tolist() == [0]
     assert [len(t) for t in full_targets(empty)] == [0, 0]
 
 

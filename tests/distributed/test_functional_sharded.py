@@ -14,14 +14,14 @@ from torch import Tensor
 
 from megatron_replay.errors import DataError, TrainingError
 from megatron_replay.functional import (
-    CandidateSets,
-    outside_mass,
+    SelectedCandidates,
     restricted_cross_entropy,
     select_candidates,
     vocab_parallel_cross_entropy,
 )
+from megatron_replay.loss.full import outside_mass
 from tests import pool
-from tests.functional.references import HeadCase, error, head_case
+from tests.loss.references import HeadCase, error, head_case
 
 pytestmark = pytest.mark.distributed
 
@@ -61,7 +61,9 @@ def select_on(rank: int, world_size: int, bounds: list[int]) -> list[dict[str, T
                 vocab_start=bounds[rank],
                 tp_group=dist.group.WORLD,
             )
-            found.append({name: getattr(sets, name) for name in CandidateSets.__dataclass_fields__})
+            found.append(
+                {name: getattr(sets, name) for name in SelectedCandidates.__dataclass_fields__}
+            )
     return found
 
 
@@ -152,9 +154,12 @@ def heads_on(rank: int, world_size: int, reduce_hidden_grad: bool) -> list[list[
             (loss_T * case.upstream_T).sum().backward()
             results += [loss_T.detach(), *(o.grad for o in operands if o.grad is not None)]
         results.append(
-            outside_mass(case.hidden_TH, weight, *sets, **shard, group_offsets=case.group_offsets)[
-                0
-            ]
+            outside_mass(
+                case.hidden_TH,
+                weight,
+                case.sets(rank * rows, (rank + 1) * rows),
+                tp_group=dist.group.WORLD,
+            )[0]
         )
         found.append(results)
     return found

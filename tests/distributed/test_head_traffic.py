@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_replay import kernels
-from megatron_replay.data.replay import ReplayTargets
 from megatron_replay.model import heads
 from megatron_replay.model.rows import HiddenStates
 from tests import pool
 from tests.distributed.layouts import Layout, join_groups
-from tests.functional.references import HeadCase, error, head_case
+from tests.loss.references import HeadCase, error, head_case
 
 pytestmark = pytest.mark.distributed
 
@@ -67,36 +66,32 @@ def selected() -> tuple[HeadCase, Tensor]:
     return head_case(T=len(rows_N), V=V, H=H, seed=3, scale=0.4), rows_N
 
 
-def targets(scope: str) -> tuple[HeadCase, ReplayTargets]:
+def case_of(scope: str) -> tuple[HeadCase, Tensor]:
     case, rows_N = selected()
     if scope == "document":
         case.group_offsets, case.mask_GV = torch.tensor([0, 6, 11]), case.mask_GV[:2].clone()
         case.mask_GV[torch.tensor([0] * 6 + [1] * 5), case.labels_T] = True
-    return case, ReplayTargets(
-        rows_N=rows_N,
-        labels_N=case.labels_T,
-        candidate_ids=case.ids,
-        candidate_offsets=case.offsets,
-        group_offsets=case.group_offsets,
-        lse_N=torch.zeros(len(rows_N)),
-        tail_logit_N=case.upstream_T,
-    )
+    return case, rows_N
 
 
 def head_on(rank: int, world_size: int, layout: Layout, scope: str, backend: str) -> dict[str, Any]:
     """One forward and backward of the head on this layout, recorded."""
     groups = join_groups(layout)
-    case, replay = targets(scope)
+    case, rows_N = case_of(scope)
     everything_TH = torch.randn(B * S, H, generator=torch.Generator().manual_seed(1))
-    everything_TH[replay.rows_N] = case.hidden_TH
+    everything_TH[rows_N] = case.hidden_TH
     hidden_SBH = everything_TH.view(B, S, H).transpose(0, 1).contiguous()
     if layout.sequence_parallel:
         hidden_SBH = hidden_SBH.chunk(layout.tp)[groups.tp_rank].contiguous()
     hidden_SBH.requires_grad_()
     weight_VH = case.weight_VH.chunk(layout.tp)[groups.tp_rank].clone().requires_grad_()
     weight_VH.main_grad = torch.zeros_like(weight_VH, requires_grad=False)
-    form = kernels.HEAD.choose(backend, weight_VH)
-    head = heads.restricted_loss(replay, groups, ghost=True, form=form)
+    num_rows = V // layout.tp
+    sets = case.sets(groups.tp_rank * num_rows, (groups.tp_rank + 1) * num_rows)
+    head = heads.restricted_loss(
+        rows_N, sets, groups,
+        backend=kernels.HEAD.choose(backend, weight_VH), tail_logit_N=case.upstream_T,
+    )  # fmt: skip
     hidden = HiddenStates(hidden_SBH, groups.tp_group, sequence_parallel=layout.sequence_parallel)
     with Traffic() as forward:
         loss_N = head(hidden, weight_VH)
@@ -119,10 +114,10 @@ def head_on(rank: int, world_size: int, layout: Layout, scope: str, backend: str
 def test_three_small_collectives_and_the_right_numbers(
     layout: Layout, scope: str, backend: str
 ) -> None:
-    case, replay = targets(scope)
+    case, rows_N = case_of(scope)
     ranks = pool.run(layout.tp, head_on, layout, scope, backend)
-    N, fp32 = len(replay.rows_N), torch.float32
-    most = max(torch.bincount(replay.rows_N % S // (S // layout.tp)).tolist())
+    N, fp32 = len(rows_N), torch.float32
+    most = max(torch.bincount(rows_N % S // (S // layout.tp)).tolist())
     for found in ranks:
         sums = [("allreduce", "MAX", [N], fp32), ("allreduce", "SUM", [2, N], fp32)]
         if layout.sequence_parallel:
@@ -133,9 +128,9 @@ def test_three_small_collectives_and_the_right_numbers(
         else:
             assert found["forward"] == sums
             assert found["backward"] == [("allreduce", "SUM", [N, H], fp32)]
-    loss_N, dense_hidden_grad, dense_weight_grad = case.dense(replay.tail_logit_N)
+    loss_N, dense_hidden_grad, dense_weight_grad = case.dense(case.upstream_T)
     everything_TH = torch.zeros(B * S, H, dtype=torch.float64)
-    everything_TH[replay.rows_N] = dense_hidden_grad
+    everything_TH[rows_N] = dense_hidden_grad
     expected_SBH = everything_TH.view(B, S, H).transpose(0, 1)
     for rank, found in enumerate(ranks):
         assert error(found["loss"], loss_N) < 1e-6

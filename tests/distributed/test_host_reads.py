@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 import megatron_replay.training.loop as loop
-from megatron_replay.functional.pair_head import PairHead
-from megatron_replay.functional.shard_head import ShardHead, ShardSets
-from megatron_replay.functional.tiled_head import union_head
+from megatron_replay.loss.pairs import pair_backend
 from tests import tiny
 from tests.distributed import host_reads
 from tests.e2e import stages
@@ -71,12 +69,8 @@ def _owners(offsets: Tensor, pairs: Tensor) -> Tensor:
     return segments.repeat_interleave(offsets.diff().long(), output_size=len(pairs))
 
 
-def device_form(sets: ShardSets) -> ShardHead:
-    """As the forms for devices: pairs in position scope, dense products in document scope."""
-    return PairHead(sets, Operators()) if sets.group_offsets is None else union_head(sets)
-
-
-device_form.reads_by_id = True  # type: ignore[attr-defined]
+#: As the backends of devices: pairs in position scope, dense products in document scope.
+DEVICE_BACKEND = pair_backend(Operators())
 
 
 def count(rank: int, directory: Path) -> None:
@@ -84,7 +78,7 @@ def count(rank: int, directory: Path) -> None:
     maker, train_step, steps = loop.WorkMaker, loop.train_step, []
 
     def make(*args: Any) -> Any:
-        return dataclasses.replace(maker(*args), head_form=device_form)
+        return dataclasses.replace(maker(*args), backend=DEVICE_BACKEND)
 
     def counted_step(*args: Any, **kwargs: Any) -> Any:
         with host_reads.counted() as found:

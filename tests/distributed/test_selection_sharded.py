@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_replay.functional import CandidateSets, select_candidates
-from megatron_replay.functional.shard_selection import TORCH_SELECTION
+from megatron_replay.functional import SelectedCandidates, select_candidates
 from megatron_replay.kernels.cpu.selection import selection
+from megatron_replay.selection.shard_selection import TORCH_SELECTION
 from tests import pool
 
 pytestmark = pytest.mark.distributed
@@ -81,7 +81,7 @@ def select_on_shard(rank: int, world_size: int) -> list[str]:
                 kernel=kernel,
                 **options,
             )
-            for name in CandidateSets.__dataclass_fields__:
+            for name in SelectedCandidates.__dataclass_fields__:
                 expected, ours = getattr(whole, name), getattr(found, name)
                 # Bytes, as the store writes them: torch.equal takes -0.0 for 0.0.
                 same = expected.numpy().tobytes() == ours.numpy().tobytes()

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.sampler import GlobalBatches
-from megatron_replay.functional.shard_head import VocabShard
-from megatron_replay.kernels.cpu.head import head as cpu_head
+from megatron_replay.kernels import HEAD
 from megatron_replay.store import CandidateReader
 from tests import pool, tiny
 from tests.e2e import stages
-from tests.functional import tails
-from tests.functional.references import error, head_case
+from tests.loss import tails
+from tests.loss.references import error, head_case
 
 pytestmark = pytest.mark.distributed
 
@@ -42,12 +41,12 @@ def cases() -> list[tuple[Any, dict[str, Any]]]:
 def run_on(rank: int, world_size: int) -> list[list[Tensor]]:
     """Loss, dH and dW of each case on this rank's shard; with the form for CPUs."""
     rows = 64 // world_size
-    shard = VocabShard(rank * rows, rows)
-    ids = shard.start + torch.arange(rows)
+    ids = rank * rows + torch.arange(rows)
+    backend = HEAD.choose("cpu", torch.empty(0))
     return [
         tails.run(
-            case, **options, form=cpu_head, shard=shard, weight_VH=case.weight_VH[ids],
-            tp_group=dist.group.WORLD,
+            case, **options, backend=backend, vocab_start=rank * rows,
+            weight_VH=case.weight_VH[ids], tp_group=dist.group.WORLD,
         )
         for case, options in cases()
     ]  # fmt: skip

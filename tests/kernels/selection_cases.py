@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_replay.functional.shard_selection import TORCH_SELECTION, SelectionKernel
+from megatron_replay.selection.shard_selection import TORCH_SELECTION, SelectionKernel
 
 #: Around every size of a block, and a vocabulary of many blocks.
 SIZES = (1, 2, 63, 64, 65, 127, 128, 129, 511, 1000, 4097)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.functional.packed_attention import (
+from megatron_replay.kernels import ATTENTION, registry
+from megatron_replay.kernels.packed_attention import (
     TORCH_ATTENTION,
     document_ends,
     row_segments_of,
     segments_of,
 )
-from megatron_replay.kernels import ATTENTION, registry
-from tests.functional.references import attention_by_position
+from tests.loss.references import attention_by_position
 from tests.npu_stub import fusion_attention
 
 HEADS, CHANNELS, SCALE, LENGTH = 4, 8, 0.7, 12

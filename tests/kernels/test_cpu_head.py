@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.functional import restricted_cross_entropy
-from megatron_replay.functional.shard_head import ShardSets, Softmax
-from megatron_replay.functional.tiled_head import TiledHead
-from megatron_replay.kernels.cpu.head import CpuHead, head
-from tests.functional.references import HeadCase, error, head_case
+from megatron_replay.kernels.cpu.head import BACKEND, CpuHead
+from megatron_replay.loss.backends import Softmax
+from megatron_replay.loss.blocks import TiledHead
+from megatron_replay.loss.candidate_sets import CandidateSets
 from tests.kernels.levels import LEVELS, at_level
 from tests.kernels.threads import in_threads
+from tests.loss.references import HeadCase, error, head_case
 
 
 @pytest.fixture(params=LEVELS, autouse=True)
@@ -32,7 +34,7 @@ def run(case: HeadCase, hidden_TH: Tensor, weight_VH: Tensor, out_VH: Tensor) ->
     """Loss, dH and dW, which is added to ``out_VH``."""
     hidden_TH, weight_VH = hidden_TH.requires_grad_(), weight_VH.requires_grad_()
     loss_T = restricted_cross_entropy(
-        hidden_TH, weight_VH, case.ids, case.offsets, case.labels_T, form=head,
+        hidden_TH, weight_VH, case.ids, case.offsets, case.labels_T, backend=BACKEND,
         weight_grad_out=out_VH,
     )  # fmt: skip
     (hidden_grad,) = torch.autograd.grad((loss_T * case.upstream_T).sum(), [hidden_TH])
@@ -149,22 +151,20 @@ def test_fp16_is_refused() -> None:
 
 
 def test_ids_of_no_row_are_never_read() -> None:
-    sets = ShardSets(
-        torch.tensor([2, 9], dtype=torch.int32), torch.tensor([0, 2]), None, torch.tensor([2]), 9
-    )
+    ids, offsets, label = np.array([2, 9], np.int32), np.array([0, 2]), np.array([2])
+    sets = CandidateSets.of(ids, offsets, label, vocab_size=9)
     with pytest.raises(AssertionError):
-        head(sets)
+        CpuHead(sets)
 
 
 def test_document_scope_is_the_matrix_product_of_torch() -> None:
     case = head_case(T=6, V=9, H=4, seed=8, groups=2)
-    sets = ShardSets(case.ids, case.offsets, case.group_offsets, case.labels_T, 9)
-    assert isinstance(head(sets), TiledHead)
+    assert isinstance(BACKEND.bind(case.sets()), TiledHead)
 
 
 def test_backward_can_be_asked_twice() -> None:
     case = head_case(T=6, V=9, H=4, seed=9)
-    one = CpuHead(ShardSets(case.ids, case.offsets, None, case.labels_T, 9))
+    one = CpuHead(case.sets())
     max_T, sum_T, _ = one.forward(case.hidden_TH, case.weight_VH, hidden_grad=True)
     first, again = (
         one.backward(

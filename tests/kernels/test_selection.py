@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.functional import CandidateSets, select_candidates
-from megatron_replay.functional.shard_selection import TORCH_SELECTION, SelectionKernel
+from megatron_replay.functional import SelectedCandidates, select_candidates
 from megatron_replay.kernels import _cpu
 from megatron_replay.kernels.cpu.selection import selection
+from megatron_replay.selection.shard_selection import TORCH_SELECTION, SelectionKernel
 from tests.kernels.conftest import LEVELS
 from tests.kernels.selection_cases import COUNTS, DTYPES, Case, cases, logits, same
 from tests.kernels.test_threads import in_threads
@@ -103,7 +103,7 @@ def sets_differ(kernel: SelectionKernel, *, rows: int, kind: str, dtype: torch.d
                 select_candidates(logits_TV, labels_T, **options, kernel=form)
                 for form in (TORCH_SELECTION, kernel)
             )
-            for name in CandidateSets.__dataclass_fields__:
+            for name in SelectedCandidates.__dataclass_fields__:
                 if not same(getattr(plain, name), getattr(compiled, name)):
                     wrong.append(f"count {count}, coverage {coverage}: {name}")
     return wrong

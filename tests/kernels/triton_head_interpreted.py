@@ -13,9 +13,9 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from megatron_replay.functional import restricted_cross_entropy
-from megatron_replay.functional.shard_head import Softmax, VocabShard, shard_sets
 from megatron_replay.kernels.triton import head as kernels
-from tests.functional.references import HeadCase, error, head_case
+from megatron_replay.loss.backends import Softmax
+from tests.loss.references import HeadCase, error, head_case
 
 SIZES = [3, 0, 1, 201, 8, 0]
 
@@ -148,7 +148,7 @@ def loss_and_gradients(
         case.ids,
         case.offsets,
         case.labels_T,
-        form=kernels.head,
+        backend=kernels.BACKEND,
         group_offsets=case.group_offsets,
         tail_logit_T=case.upstream_T * 2 if ghost else None,
         weight_grad_out=weight_grad_VH,
@@ -175,16 +175,14 @@ def test_a_shard_has_candidates_of_some_positions_only() -> None:
     case = head_case(T=20, V=60, H=8, seed=3, share=0.05)
     shard = slice(20, 45)
     weight_VH, mask_NV = case.weight_VH[shard], case.mask_GV[:, shard]
-    vocabulary = VocabShard(20, len(weight_VH))
-    sets = shard_sets(case.ids, case.offsets, case.labels_T, None, vocabulary)
     assert not mask_NV.any(1).all()
-    head = kernels.head(sets)
-    max_N, sum_N, gold_N = head.forward(case.hidden_TH, weight_VH, hidden_grad=True)
+    head = kernels.BACKEND.bind(case.sets(20, 45))
+    max_N, sum_N, label_N = head.forward(case.hidden_TH, weight_VH, hidden_grad=True)
     z_NV = (case.hidden_TH.double() @ weight_VH.double().T).masked_fill(~mask_NV, -math.inf)
     label_NV = torch.nn.functional.one_hot(case.labels_T, 60)[:, shard]
     torch.testing.assert_close(max_N.double(), z_NV.amax(1), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(max_N + sum_N.log(), z_NV.logsumexp(1).float())
-    torch.testing.assert_close(gold_N, z_NV.masked_fill(label_NV == 0, -math.inf).amax(1).float())
+    torch.testing.assert_close(label_N, z_NV.masked_fill(label_NV == 0, -math.inf).amax(1).float())
 
     softmax = Softmax(torch.full((20,), 2.0), torch.full((20,), 3.0))
     weight_grad_VH = torch.zeros_like(weight_VH)

@@ -16,8 +16,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_replay.functional.shard_selection import BLOCK
 from megatron_replay.kernels.triton import selection as kernels
+from megatron_replay.selection.shard_selection import BLOCK
 
 
 def compiled(dtype: str, *, given: bool, fusion: bool = False) -> Any:

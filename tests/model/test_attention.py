@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_replay.config import ParallelConfig
-from megatron_replay.functional.packed_attention import segments_of
+from megatron_replay.kernels.packed_attention import segments_of
 from megatron_replay.model.attention import PackedAttention, PackedDocuments, largest_logits
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.model.gpt import transformer_config

@@ -14,6 +14,8 @@ import pytest
 
 from megatron_replay import kernels
 from megatron_replay.kernels import registry
+from megatron_replay.loss.backends import HeadBackend
+from megatron_replay.loss.blocks import union_head
 from megatron_replay.platform import cann, examination, select
 from megatron_replay.platform.examination import Machine
 from tests import processes
@@ -218,7 +220,7 @@ def test_kernels_that_were_not_built(monkeypatch):
 def test_the_head_is_compared(monkeypatch):
     cpu = select("cpu")
     assert doctor.head_smoke(cpu).status == "ok"
-    wrong = lambda sets: kernels.HEAD.anywhere["union"](_shifted(sets))  # noqa: E731
+    wrong = HeadBackend(lambda sets: union_head(_shifted(sets)))
     monkeypatch.setattr(type(kernels.HEAD), "choose", lambda self, name, like: wrong)
     assert doctor.head_smoke(cpu).status == "error"
 

@@ -10,12 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import pack_batch
 from megatron_replay.data.replay import join_candidates
 from megatron_replay.forward import Work, forward_backward
+from megatron_replay.kernels import HEAD
+from megatron_replay.loss.sharded import cross_entropy_of_sets
 from megatron_replay.model import heads
+from megatron_replay.model.rows import HiddenStates
 from megatron_replay.store import CandidateBatch, DocumentCandidates
 from megatron_replay.training.step import wrap_for_training
 from tests import pool
@@ -76,10 +81,20 @@ def step_on(
     ddp = wrap_for_training(model)
     corpus = Corpus(prefix)
     batch = pack_batch(corpus, [np.arange(2)], 64, corpus.lengths)
-    targets = join_candidates(batch, Sets(corpus), scope=scope)
-    if dense:
-        heads._main_grad = lambda _: None
-    work = [Work(batch, heads.restricted_loss(targets, groups, ghost=True))]
+    targets = join_candidates(batch, Sets(corpus), vocab_size=V, scope=scope)
+    rows, backend = V // layout.tp, HEAD.choose("auto", torch.empty(0))
+    sets = targets.sets.shard(groups.tp_rank * rows, rows)
+    head = heads.restricted_loss(
+        targets.rows_N, sets, groups, backend=backend, tail_logit_N=targets.tail_logit_N
+    )
+
+    def head_with_dense_gradient(hidden: HiddenStates, weight_VH: Tensor) -> Tensor:
+        return cross_entropy_of_sets(
+            hidden[targets.rows_N], weight_VH, sets, backend=backend, tail_logit_N=None,
+            tp_group=groups.tp_group, reduce_hidden_grad=False, weight_grad_out=None,
+        )  # fmt: skip
+
+    work = [Work(batch, head_with_dense_gradient if dense else head)]
     forward_backward(ddp, work)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
     before = resident_mib("VmRSS")

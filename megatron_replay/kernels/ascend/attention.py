@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.functional.packed_attention import (
+from megatron_replay.kernels.packed_attention import (
     TORCH_ATTENTION,
     AttentionForm,
     PackedRows,

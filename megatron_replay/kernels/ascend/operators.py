@@ -163,7 +163,7 @@ def segment_axpy_(
 
 @dataclass(frozen=True)
 class PairOperators:
-    """``functional.pair_head.PairOperators`` on NPUs; operands that are not contiguous are copied.
+    """``loss.pairs.PairOperators`` on NPUs; operands that are not contiguous are copied.
 
     Attributes:
         operators: the compiled module.

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.functional.shard_head import Partials, ShardHead, ShardSets, Softmax
-from megatron_replay.functional.tiled_head import union_head
 from megatron_replay.kernels import _cpu
+from megatron_replay.loss.backends import HeadBackend, Partials, ShardHead, Softmax
+from megatron_replay.loss.blocks import union_head
+from megatron_replay.loss.candidate_sets import CandidateSets
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -29,13 +30,6 @@ def why_not(hidden_NH: Tensor, weight_VH: Tensor) -> str | None:
     return None
 
 
-def head(sets: ShardSets) -> ShardHead:
-    """``CpuHead`` in position scope. In document scope, where every product of a block is used,
-    the matrix product that torch carries.
-    """
-    return CpuHead(sets) if sets.group_offsets is None else union_head(sets)
-
-
 class CpuHead:
     """A ``ShardHead`` of position scope.
 
@@ -44,10 +38,10 @@ class CpuHead:
     whose channels are not consecutive are copied.
     """
 
-    def __init__(self, sets: ShardSets) -> None:
+    def __init__(self, sets: CandidateSets) -> None:
         assert sets.group_offsets is None
         ids, offsets = sets.ids.contiguous(), sets.offsets.contiguous()
-        labels_N = sets.labels_N.contiguous()
+        labels_N = sets.label_rows_N.contiguous()
         assert (ids.dtype, offsets.dtype, labels_N.dtype) == (
             torch.int32,
             torch.int64,
@@ -73,17 +67,17 @@ class CpuHead:
     def forward(self, hidden_NH: Tensor, weight_VH: Tensor, *, hidden_grad: bool) -> Partials:
         """As in ``ShardHead``. Raises ConfigError: ``why_not``."""
         hidden_NH, weight_VH = self._checked(hidden_NH, weight_VH)
-        max_N, sum_N, gold_N = torch.empty(3, len(hidden_NH), dtype=torch.float32)
+        max_N, sum_N, label_logit_N = torch.empty(3, len(hidden_NH), dtype=torch.float32)
         self._head.forward(
             _operand(hidden_NH),
             _operand(weight_VH),
             hidden_NH.shape[1],
             max_N.data_ptr(),
             sum_N.data_ptr(),
-            gold_N.data_ptr(),
+            label_logit_N.data_ptr(),
             torch.get_num_threads(),
         )
-        return Partials(max_N, sum_N, gold_N)
+        return Partials(max_N, sum_N, label_logit_N)
 
     def backward(
         self,
@@ -133,6 +127,14 @@ class CpuHead:
         assert (len(hidden_NH), len(weight_VH)) == self._shape
         assert hidden_NH.shape[1] == weight_VH.shape[1]
         return _with_rows(hidden_NH.detach()), _with_rows(weight_VH.detach())
+
+
+def _bind(sets: CandidateSets) -> ShardHead:
+    """Shared sets use every product of a block: torch's matrix product does them as fast."""
+    return CpuHead(sets) if sets.group_offsets is None else union_head(sets)
+
+
+BACKEND = HeadBackend(_bind)
 
 
 def _with_rows(matrix: Tensor) -> Tensor:

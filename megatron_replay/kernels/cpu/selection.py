@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.functional.shard_selection import Cut, SelectionKernel, ShardTokens
 from megatron_replay.kernels import _cpu
+from megatron_replay.selection.shard_selection import Cut, SelectionKernel, ShardTokens
 
 #: The order is csrc/cpu/select_candidates.h's.
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""The restricted head for CUDA, in Triton: ``functional.pair_head``'s two operators.
+"""The restricted head for CUDA, in Triton: the two operators of ``loss.pairs``.
 
 Shapes: N positions, V rows of the shard, H channels, P pairs of a position and a candidate,
 S segments, R rows of an output, M rows of a source.
@@ -24,9 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_replay.functional.pair_head import PairHead
-from megatron_replay.functional.shard_head import ShardHead, ShardSets
-from megatron_replay.functional.tiled_head import union_head
+from megatron_replay.loss.pairs import pair_backend
 
 #: A program is one warp, which waits for no other: 16 bytes a thread are 256 channels of a row, in
 #: 16 bits, and eight rows are under way. Four programs share a position's pairs.
@@ -85,20 +83,13 @@ def segment_axpy_(
 
 
 class Operators:
-    """The two as ``functional.pair_head.PairOperators``."""
+    """The two as ``loss.pairs.PairOperators``."""
 
     gather_dot = staticmethod(gather_dot)
     segment_axpy_ = staticmethod(segment_axpy_)
 
 
-def head(sets: ShardSets) -> ShardHead:
-    """The form for tensors on a GPU; ``functional.shard_head.HeadForm``."""
-    if sets.group_offsets is not None:
-        return union_head(sets)
-    return PairHead(sets, Operators())
-
-
-head.reads_by_id = True  # type: ignore[attr-defined]
+BACKEND = pair_backend(Operators())
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:

@@ -21,15 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_replay.functional.shard_selection import (
+from megatron_replay.kernels.triton.head import launch
+from megatron_replay.selection.shard_selection import (
     BLOCK,
     SelectionKernel,
     ShardTokens,
     first_tokens,
     row_maxima,
 )
-from megatron_replay.functional.token_mass import LOG2_E, LOWEST, MASS_BITS, POLYNOMIAL
-from megatron_replay.kernels.triton.head import launch
+from megatron_replay.selection.token_mass import LOG2_E, LOWEST, MASS_BITS, POLYNOMIAL
 
 #: Blocks a program holds at once: eight logits a thread, 32 or 16 bytes.
 BLOCKS, WARPS = 64, 16
@@ -139,7 +139,7 @@ def _rows(
 
 @triton.jit
 def _mass(z, largest):
-    """functional/token_mass.py, before it rounds to units."""
+    """selection/token_mass.py, before it rounds to units."""
     t = tl.maximum(z - largest, _LOWEST) * _LOG2_E
     k = t + _SHIFT
     f = t - (k - _SHIFT)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_replay.functional import restricted_cross_entropy, vocab_parallel_cross_entropy
-from tests.functional.references import HeadCase, error, head_case
+from tests.loss.references import HeadCase, error, head_case
 
 
 def losses_and_gradients(

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_replay.data.soft_targets import soft_targets
-from megatron_replay.functional.restricted_cross_entropy import restricted_cross_entropy
-from megatron_replay.functional.shard_head import HeadForm, VocabShard
-from megatron_replay.functional.soft_targets import with_divergence
-from megatron_replay.functional.tiled_head import union_head
-from tests.functional.references import HeadCase
+from megatron_replay.loss.backends import HeadBackend
+from megatron_replay.loss.blocks import UNION
+from megatron_replay.loss.candidate_sets import CandidateSets
+from megatron_replay.loss.divergence import SoftTargets, with_divergence
+from megatron_replay.loss.sharded import restricted_cross_entropy
+from tests.loss.references import HeadCase
 
 
 def own_sets(case: HeadCase, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,21 +29,29 @@ def own_sets(case: HeadCase, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return ids, offsets, torch.randn(len(ids), generator=generator) * 3
 
 
+def soft_targets(
+    labels_T: Tensor, ids: Tensor, offsets: Tensor, logits: Tensor, start: int, num_rows: int
+) -> SoftTargets:
+    sets = CandidateSets.of(
+        ids.numpy(), offsets.numpy(), labels_T.numpy(), vocab_size=start + num_rows,
+        values=logits.numpy(),
+    )  # fmt: skip
+    return SoftTargets.of(sets, start, num_rows)
+
+
 def run(
     case: HeadCase,
     *,
     own: tuple[Tensor, Tensor, Tensor] | None = None,
     kl_weight: float = 0.0,
-    form: HeadForm = union_head,
-    shard: VocabShard | None = None,
+    backend: HeadBackend = UNION,
+    vocab_start: int = 0,
     weight_VH: Tensor | None = None,
     tp_group: Any = None,
     out: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """Loss, dH and dW of a shard; ``out``: dW by way of ``weight_grad_out``."""
-    V = len(case.weight_VH)
-    shard = shard or VocabShard(0, V)
     hidden_TH = case.hidden_TH.detach().to(dtype).requires_grad_()
     weight_VH = case.weight_VH if weight_VH is None else weight_VH
     weight_VH = weight_VH.detach().to(dtype).clone().requires_grad_()
@@ -51,11 +59,11 @@ def run(
     sets = (case.ids, case.offsets, case.labels_T)
     options: dict[str, Any] = {"tp_group": tp_group, "weight_grad_out": weight_grad_out}
     loss_T = restricted_cross_entropy(
-        hidden_TH, weight_VH, *sets, vocab_start=shard.start, form=form,
+        hidden_TH, weight_VH, *sets, vocab_start=vocab_start, backend=backend,
         group_offsets=case.group_offsets, **options,
     )  # fmt: skip
     if own is not None:
-        targets = soft_targets(*own, case.labels_T, shard)
+        targets = soft_targets(case.labels_T, *own, vocab_start, len(weight_VH))
         loss_T = with_divergence(
             loss_T, hidden_TH, weight_VH, targets, kl_weight=kl_weight, **options
         )

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_replay.errors import ConfigError, DataError, TrainingError
-from megatron_replay.functional import CandidateSets, select_candidates, shard_selection
-from tests.functional.references import CUT_MARGIN, first_tokens, probabilities
+from megatron_replay.functional import SelectedCandidates, select_candidates
+from megatron_replay.selection import shard_selection
+from tests.loss.references import CUT_MARGIN, first_tokens, probabilities
 
 
-def set_of(sets: CandidateSets, t: int) -> list[int]:
+def set_of(sets: SelectedCandidates, t: int) -> list[int]:
     return sets.ids[sets.offsets[t] : sets.offsets[t + 1]].tolist()
 
 
@@ -144,7 +145,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = select_candidates(logits_TV, labels_T, max_candidates=30)
     monkeypatch.setattr(shard_selection, "_CHUNK_ENTRIES_HOST", 4 * 500)
     cut = select_candidates(logits_TV, labels_T, max_candidates=30)
-    for name in CandidateSets.__dataclass_fields__:
+    for name in SelectedCandidates.__dataclass_fields__:
         assert torch.equal(getattr(whole, name), getattr(cut, name)), name
 
 

@@ -1,4 +1,6 @@
-"""The head of position scope as two operators over pairs, and a softmax between them in torch.
+"""A backend of two operators over pairs, and a softmax between them in torch.
+
+For sets that positions do not share.
 
 Shapes: N positions, V rows of the shard, H hidden channels, P pairs of a position and a candidate,
 K candidates of the largest set.
@@ -12,14 +14,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_replay.functional.shard_head import (
+from megatron_replay.loss.backends import (
+    HeadBackend,
     Partials,
-    ShardSets,
+    ShardHead,
     Softmax,
     finite,
     no_partials,
     zeros,
 )
+from megatron_replay.loss.blocks import union_head
+from megatron_replay.loss.candidate_sets import CandidateSets
 
 
 class PairOperators(Protocol):
@@ -56,18 +61,18 @@ class PairOperators(Protocol):
 class PairHead:
     """A ``ShardHead`` of two operators; keeps 4 bytes a pair between forward and backward."""
 
-    def __init__(self, sets: ShardSets, operators: PairOperators) -> None:
+    def __init__(self, sets: CandidateSets, operators: PairOperators) -> None:
         assert sets.group_offsets is None
         self._sets, self._operators = sets, operators
         self._offsets = sets.offsets.int()
         sizes_N = sets.offsets.diff()
         # Position by position, padded to the largest set, whose end is the place behind all pairs.
-        within_K = torch.arange(sets.largest(), device=sizes_N.device)
+        within_K = torch.arange(sets.largest, device=sizes_N.device)
         self._pair_NK = torch.where(
             within_K < sizes_N[:, None], sets.offsets[:-1, None] + within_K, len(sets.ids)
         )
         ids = torch.nn.functional.pad(sets.ids, (0, 1), value=-1)
-        self._is_label_NK = ids[self._pair_NK] == sets.labels_N[:, None]
+        self._is_label_NK = ids[self._pair_NK] == sets.label_rows_N[:, None]
         self._is_label_NK &= self._pair_NK < len(sets.ids)
         self._logits_NK = sizes_N.new_zeros(0, dtype=torch.float32)
 
@@ -82,7 +87,7 @@ class PairHead:
         return Partials(
             max_N,
             sum_N=torch.exp(z_NK - finite(max_N)[:, None]).sum(1),
-            gold_N=z_NK.masked_fill(~self._is_label_NK, -math.inf).amax(1),
+            label_logit_N=z_NK.masked_fill(~self._is_label_NK, -math.inf).amax(1),
         )
 
     def backward(
@@ -106,7 +111,8 @@ class PairHead:
             ids, offsets = self._sets.ids, self._offsets
             self._operators.segment_axpy_(dH_NH, weight_VH, ids, slope_P, offsets)
         if weight_grad_out is not None:
-            order, positions, rows, starts = self._sets.by_id
+            assert self._sets.transpose is not None
+            order, positions, rows, starts = self._sets.transpose
             self._operators.segment_axpy_(
                 weight_grad_out,
                 hidden_NH,
@@ -121,3 +127,14 @@ class PairHead:
         """Place of each pair in its set."""
         places = torch.arange(len(self._sets.ids), device=self._sets.ids.device)
         return places - self._sets.offsets[self._sets.position_P]
+
+
+def pair_backend(operators: PairOperators) -> HeadBackend:
+    """The two operators where each position has its own set; shared sets are dense products."""
+
+    def bind(sets: CandidateSets) -> ShardHead:
+        if sets.group_offsets is None:
+            return PairHead(sets, operators)
+        return union_head(sets)
+
+    return HeadBackend(bind, reads_transpose=True)

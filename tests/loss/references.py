@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_replay.functional import restricted_cross_entropy_dense
+from megatron_replay.loss.candidate_sets import CandidateSets
+from megatron_replay.loss.definition import restricted_cross_entropy_dense
 
 #: A cut may differ from real arithmetic's only this close to the coverage (candidates.py says why).
 CUT_MARGIN = 2.0**-19
@@ -65,6 +66,15 @@ class HeadCase:
             upstream * float(self.weight_VH.abs().max()),
             upstream * float(self.hidden_TH.abs().max()),
         )
+
+    def sets(self, start: int = 0, stop: int | None = None) -> CandidateSets:
+        """Cut to rows ``start`` to ``stop``, with their transpose."""
+        V = len(self.weight_VH)
+        groups = None if self.group_offsets is None else self.group_offsets.numpy()
+        whole = CandidateSets.of(
+            self.ids.numpy(), self.offsets.numpy(), self.labels_T.numpy(), groups, vocab_size=V
+        )
+        return whole.shard(start, (V if stop is None else stop) - start).with_transpose()
 
     def dense(self, tail_logit_T: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Loss and the gradients in hidden and weight, by autograd through [T, V] in float64."""

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megatron_replay.functional.token_mass import token_masses
+from megatron_replay.selection.token_mass import token_masses
 
 MAX_VOCAB_SIZE = 1 << 24
 #: Ids of a block: few block maxima and few tokens in the chosen blocks, B + 64 K, are both wanted.

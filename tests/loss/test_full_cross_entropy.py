@@ -12,12 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.functional import (
-    full_cross_entropy,
-    outside_mass,
-    vocab_parallel_cross_entropy,
-)
-from tests.functional.references import HeadCase, error, head_case
+from megatron_replay.loss import full as full_loss
+from megatron_replay.loss.full import outside_mass, vocab_parallel_cross_entropy
+from tests.loss.references import HeadCase, error, head_case
 
 seeds = st.integers(0, 2**31)
 
@@ -47,7 +44,7 @@ def full(case: HeadCase) -> list[Tensor]:
 def test_against_float64_autograd(seed: int, N: int, V: int, chunk_rows: int) -> None:
     case = head_case(T=N, V=V, H=8, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(full_cross_entropy, "_BLOCK_ROWS", 17)  # several blocks of a small vocabulary
+        patch.setattr(full_loss, "BLOCK_ROWS", 17)  # several blocks of a small vocabulary
         found = run(case, chunk_rows=chunk_rows)
     floors = (1.0, *case.terms)
     for ours, dense, floor in zip(found, full(case), floors, strict=True):
@@ -55,7 +52,7 @@ def test_against_float64_autograd(seed: int, N: int, V: int, chunk_rows: int) ->
 
 
 def test_no_more_logits_exist_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(full_cross_entropy, "_BLOCK_ROWS", 16)
+    monkeypatch.setattr(full_loss, "BLOCK_ROWS", 16)
     sizes = []
     matmul = Tensor.__matmul__
 
@@ -99,14 +96,7 @@ def test_wrong_arguments_are_refused() -> None:
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_outside_mass_is_what_the_set_does_not_hold(seed: int, groups: int, share: float) -> None:
     case = head_case(T=12, V=40, H=6, seed=seed, groups=groups, share=share)
-    outside_N, full_N = outside_mass(
-        case.hidden_TH,
-        case.weight_VH,
-        case.ids,
-        case.offsets,
-        case.labels_T,
-        group_offsets=case.group_offsets,
-    )
+    outside_N, full_N = outside_mass(case.hidden_TH, case.weight_VH, case.sets())
     p_NV = (case.hidden_TH.double() @ case.weight_VH.double().T).softmax(1)
     assert (outside_N - (p_NV * ~case.mask_TV).sum(1)).abs().max() < 5e-6
     assert ((outside_N >= 0) & (outside_N <= 1)).all()

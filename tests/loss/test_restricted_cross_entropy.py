@@ -20,9 +20,10 @@ from megatron_replay.functional import (
     restricted_cross_entropy,
     restricted_cross_entropy_dense,
     select_candidates,
-    tiled_head,
 )
-from tests.functional.references import HeadCase, error, head_case
+from megatron_replay.loss import blocks
+from megatron_replay.loss.candidate_sets import Blocks
+from tests.loss.references import HeadCase, error, head_case
 
 seeds = st.integers(0, 2**31)
 
@@ -174,8 +175,8 @@ def test_large_tiles_and_small_ones_agree(monkeypatch: pytest.MonkeyPatch) -> No
         case = head_case(T=40, V=50, H=4, seed=3, groups=groups)
         whole = run(case)
         with monkeypatch.context() as patch:
-            patch.setattr(tiled_head, "_TILE_POSITIONS", 7)
-            patch.setattr(tiled_head, "_SHARED_TILE_POSITIONS", 7)
+            patch.setattr(Blocks, "POSITIONS", 7)
+            patch.setattr(blocks, "SHARED_POSITIONS", 7)
             cut = run(case)
         for found, expected in zip(cut, whole, strict=True):
             assert error(found, expected.double()) < 1e-6
@@ -281,9 +282,9 @@ def test_sets_that_make_no_sense_are_refused(changes: dict[str, Any], message: s
         call(**changes)
 
 
-def test_a_form_by_its_name_only_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"expected what kernels\.HEAD\.choose gives"):
-        call(form="cpu")
+def test_a_backend_by_its_name_only_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"expected what kernels\.HEAD\.choose returns"):
+        call(backend="cpu")
 
 
 def test_a_label_without_logit_is_loud_even_unvalidated() -> None:

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_replay.functional import select_candidates
-from megatron_replay.functional.token_mass import token_masses
-from tests.functional.references import first_tokens, probabilities
+from megatron_replay.selection.token_mass import token_masses
+from tests.loss.references import first_tokens, probabilities
 
 
 @given(seed=st.integers(0, 2**31), size=st.integers(1, 200), start=st.integers(0, 130))

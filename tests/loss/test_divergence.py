@@ -8,10 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_replay.data import soft_targets
-from megatron_replay.functional.shard_head import VocabShard
-from tests.functional import tails
-from tests.functional.references import HeadCase, error, head_case
+from megatron_replay.loss.candidate_sets import Blocks
+from tests.loss import tails
+from tests.loss.references import HeadCase, error, head_case
 
 EMPTY = torch.zeros(0)
 
@@ -27,10 +26,10 @@ def test_equals_the_definition(groups: int, out: bool) -> None:
         assert error(ours, exact) < 2e-6
 
 
-def test_large_spans_and_small_ones_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_blocks_and_small_ones_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     case = head_case(T=40, V=50, H=8, seed=3)
     own = tails.own_sets(case, seed=1)
-    monkeypatch.setattr(soft_targets, "_SPAN_POSITIONS", 7)
+    monkeypatch.setattr(Blocks, "POSITIONS", 7)
     found = tails.run(case, own=own, kl_weight=2.0)
     for ours, exact in zip(found, tails.dense(case, own=own, kl_weight=2.0), strict=True):
         assert error(ours, exact) < 2e-6
@@ -47,16 +46,17 @@ def test_nothing_to_learn_from_the_distribution_that_the_model_has() -> None:
 
 def test_no_positions_and_shards_without_a_candidate() -> None:
     none = torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), EMPTY
-    targets = soft_targets.soft_targets(*none, EMPTY.long(), VocabShard(0, 9))
-    assert (len(targets.rows), len(targets.negentropy_N), targets.spans) == (0, 0, [])
+    targets = tails.soft_targets(EMPTY.long(), *none, 0, 9)
+    blocks = targets.blocks
+    assert (len(blocks.rows), len(targets.negentropy_N), blocks.spans) == (0, 0, [])
     nowhere = HeadCase(
         torch.ones(0, 3), torch.ones(9, 3), EMPTY.long(), EMPTY, torch.zeros(0, 9).bool(), None
     )
     loss_T, dH_TH, dW_VH = tails.run(nowhere, own=none, kl_weight=1.0)
     assert (loss_T.shape, dH_TH.shape, bool(dW_VH.any())) == ((0,), (0, 3), False)
     elsewhere = torch.tensor([1, 2]).int(), torch.tensor([0, 2]), torch.tensor([0.0, 0.0])
-    targets = soft_targets.soft_targets(*elsewhere, torch.tensor([1]), VocabShard(4, 4))
-    assert targets.spans == []
+    targets = tails.soft_targets(torch.tensor([1]), *elsewhere, 4, 4)
+    assert targets.blocks.spans == []
     assert float(targets.negentropy_N) == pytest.approx(-0.693147, abs=1e-6)
 
 

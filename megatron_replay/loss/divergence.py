@@ -1,4 +1,4 @@
-"""The divergence from a stored distribution, as what it adds to a cross-entropy.
+"""The divergence from a stored distribution, as what it adds to a cross-entropy (``--kl-weight``).
 
 With q a distribution over a position's own set S, and p~ = exp(z) / Z the softmax of a loss
 L = log Z - z[x] over S or more,
@@ -6,69 +6,78 @@ L = log Z - z[x] over S or more,
     L + beta KL(q || p~) = (1 + beta) L + beta sum_{j in S} (c[j] z[j] + q[j] log q[j]),
     c[j] = [j = x] - q[j].
 
-L comes from any form of the head. What is new is linear in z: <h, sum_j c[j] w[j]> at each
-position, a sum over shards.
+L comes from any backend. What is new is linear in z: <h, sum_j c[j] w[j]> at each position, a sum
+over shards, computed in dense products over unions of neighbours' sets.
 
-Shapes: N positions, V rows of this rank's output-layer shard, H hidden channels, P pairs of a
-position and a candidate of this shard; a tile has n positions and U distinct candidates.
+Shapes: N positions, V rows of this rank's shard of the output layer, H hidden channels, P pairs of
+a position and a candidate of this shard; a block has n positions and U distinct candidates.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
-from megatron_replay.functional.shard_head import zeros
-
-
-class TargetSpan(NamedTuple):
-    """Neighbouring positions, the union of their sets in ``rows``, and their pairs."""
-
-    positions: slice
-    rows: slice
-    pairs: slice
+from megatron_replay.loss.backends import zeros
+from megatron_replay.loss.candidate_sets import Blocks, CandidateSets, Span
+from megatron_replay.loss.sharded import is_shared
 
 
 @dataclass(frozen=True, eq=False)
 class SoftTargets:
-    """Stored distributions as one shard has them.
+    """The base model's distributions q as one shard has them.
 
     Attributes:
-        rows: int64, for each span the distinct rows of its candidates, ascending.
-        places: int64 [P], place of each pair in its span's block [n, U].
+        blocks: dense blocks of the sets.
         coefficients: fp32 [P], c.
         negentropy_N: fp32, sum of q log q over the whole of each set.
-        spans: all positions, piece by piece, as the host knows them.
     """
 
-    rows: Tensor
-    places: Tensor
+    blocks: Blocks
     coefficients: Tensor
     negentropy_N: Tensor
-    spans: list[TargetSpan]
+
+    @staticmethod
+    def of(sets: CandidateSets, vocab_start: int, num_rows: int) -> SoftTargets:
+        """q = softmax of ``sets.values``, stored logits over each position's own set; on the host.
+
+        Args:
+            sets: of the whole vocabulary, each with its label.
+            vocab_start, num_rows: the shard.
+        """
+        assert sets.values is not None
+        starts, sizes = sets.host.offsets[:-1], np.diff(sets.host.offsets)
+        z = sets.values.numpy().astype(np.float64)
+        z -= np.repeat(np.maximum.reduceat(z, starts), sizes)
+        z -= np.repeat(np.log(np.add.reduceat(np.exp(z), starts)), sizes)
+        q = np.exp(z)
+        coefficients = (sets.host.ids == np.repeat(sets.labels_N.numpy(), sizes)) - q
+        negentropy_N = np.add.reduceat(q * z, starts).astype(np.float32)
+        with_c = dataclasses.replace(sets, values=torch.from_numpy(coefficients.astype(np.float32)))
+        cut = with_c.shard(vocab_start, num_rows)
+        assert cut.values is not None
+        return SoftTargets(Blocks.of(cut), cut.values, torch.from_numpy(negentropy_N))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> SoftTargets:
         """The same targets, each tensor put where ``move`` puts it."""
-        return SoftTargets(
-            rows=move(self.rows),
-            places=move(self.places),
-            coefficients=move(self.coefficients),
-            negentropy_N=move(self.negentropy_N),
-            spans=self.spans,
-        )
+        coefficients, negentropy_N = move(self.coefficients), move(self.negentropy_N)
+        return SoftTargets(self.blocks.moved(move), coefficients, negentropy_N)
 
-    def block(self, span: TargetSpan) -> Tensor:
+    def block(self, span: Span) -> Tensor:
         """fp32 [n, U], the coefficients of a span."""
         num_rows = span.rows.stop - span.rows.start
-        block = self.coefficients.new_zeros((span.positions.stop - span.positions.start) * num_rows)
-        block[self.places[span.pairs]] = self.coefficients[span.pairs]
+        num_positions = span.positions.stop - span.positions.start
+        block = self.coefficients.new_zeros(num_positions * num_rows)
+        block[self.blocks.places[span.pairs]] = self.coefficients[span.pairs]
         return block.view(-1, num_rows)
 
 
@@ -114,12 +123,12 @@ class _Linear(torch.autograd.Function):
         reduce_hidden_grad: bool,
         weight_grad_out: Tensor | None,
     ) -> Tensor:
-        """In dense products over unions of neighbours' sets: no pair's row is copied by itself."""
-        shared = tp_group is not None and len(hidden_NH) > 0 and dist.get_world_size(tp_group) > 1
+        """By a direction for each position, sum_j c[j] w[j], which backward needs as well."""
+        shared = is_shared(tp_group, len(hidden_NH))
         direction_NH = zeros(hidden_NH)
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for span in targets.spans:
-                weight_UH = weight_VH[targets.rows[span.rows]].float()
+            for span in targets.blocks.spans:
+                weight_UH = weight_VH[targets.blocks.rows[span.rows]].float()
                 direction_NH[span.positions] = targets.block(span) @ weight_UH
         linear_N = (hidden_NH.float() * direction_NH).sum(1)
         if shared:
@@ -145,9 +154,9 @@ class _Linear(torch.autograd.Function):
             if out_VH is None:
                 out_VH = weight_grad = zeros(weight_VH)
             with record_function("head"), torch.autocast(hidden_NH.device.type, enabled=False):
-                for span in ctx.targets.spans:
+                for span in ctx.targets.blocks.spans:
                     slope_nU = ctx.targets.block(span) * grad_N[span.positions, None]
-                    rows = ctx.targets.rows[span.rows]
+                    rows = ctx.targets.blocks.rows[span.rows]
                     out_VH[rows] += slope_nU.T @ hidden_NH[span.positions].float()
         if weight_grad is not None:
             weight_grad = weight_grad.to(weight_VH.dtype)

@@ -29,20 +29,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError, DataError, TrainingError
-from megatron_replay.functional.shard_selection import (
+from megatron_replay.selection.shard_selection import (
     MAX_VOCAB_SIZE,
     TORCH_SELECTION,
     SelectionKernel,
     token_keys,
 )
-from megatron_replay.functional.token_mass import MASS_BITS
+from megatron_replay.selection.token_mass import MASS_BITS
 
 #: The store counts a set's other members in one byte.
 MAX_CANDIDATES = 255
 
 
 @dataclass(frozen=True, eq=False)
-class CandidateSets:
+class SelectedCandidates:
     """The candidate sets of T positions.
 
     Attributes:
@@ -76,7 +76,7 @@ def select_candidates(
     vocab_start: int = 0,
     tp_group: dist.ProcessGroup | None = None,
     kernel: SelectionKernel = TORCH_SELECTION,
-) -> CandidateSets:
+) -> SelectedCandidates:
     """Select S_t = {i_1, ..., i_K} + {x_t} with K = min(K*, max_candidates).
 
     Tokens are ordered by (logit descending, id ascending); K* is the least k whose first k tokens
@@ -119,7 +119,7 @@ def select_candidates(
     cut = kernel.cut_tokens(keys_TK, total_T, max_T, labels_T, gold_T, coverage=coverage)
     total, outside = total_T.double(), (total_T - cut.inside_T).double()
     log_total_T = torch.log(total * 2.0**-MASS_BITS)  # the largest has 2^38: log >= 0
-    return CandidateSets(
+    return SelectedCandidates(
         ids=cut.ids,
         offsets=cut.offsets,
         num_candidates_T=cut.num_candidates_T,

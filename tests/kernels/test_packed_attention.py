@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_replay.functional.packed_attention import (
+from megatron_replay.kernels.packed_attention import (
     packed_attention,
     row_attention,
     row_segments_of,
     segments_of,
 )
-from tests.functional.references import attention_by_position
+from tests.loss.references import attention_by_position
 
 HEADS, CHANNELS, SCALE = 4, 3, 0.7
 

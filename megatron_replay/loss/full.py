@@ -1,4 +1,4 @@
-"""Full softmax beside the restricted loss, at selected positions only and block by block.
+"""The full softmax at selected positions only, block by block; and the mass outside the sets.
 
 Shapes: N positions, V rows of this rank's output-layer shard, H hidden channels.
 """
@@ -10,16 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.functional.restricted_cross_entropy import (
-    check_shapes,
-    restricted_cross_entropy,
+from megatron_replay.loss.blocks import UNION, Tile, TiledHead
+from megatron_replay.loss.candidate_sets import CandidateSets
+from megatron_replay.loss.sharded import (
+    ShardedCrossEntropy,
+    cross_entropy_of_sets,
+    require_shapes,
 )
-from megatron_replay.functional.shard_head import VocabShard, shard_labels
-from megatron_replay.functional.sharded_cross_entropy import ShardedCrossEntropy
-from megatron_replay.functional.tiled_head import Tile, TiledHead
 
 #: Rows of the output layer multiplied at one time.
-_BLOCK_ROWS = 1 << 14
+BLOCK_ROWS = 1 << 14
 
 
 def vocab_parallel_cross_entropy(
@@ -61,19 +61,20 @@ def vocab_parallel_cross_entropy(
         raise ConfigError(
             "out of range", where="chunk_rows", expected="1 or more", found=chunk_rows
         )
-    check_shapes(hidden_NH, weight_VH, labels_N, weight_grad_out=weight_grad_out)
+    require_shapes(hidden_NH, weight_VH, labels_N, weight_grad_out=weight_grad_out)
     tiles = [
         Tile(positions, rows)
-        for rows in _slices(weight_VH.shape[0], _BLOCK_ROWS)
+        for rows in _slices(weight_VH.shape[0], BLOCK_ROWS)
         for positions in _slices(hidden_NH.shape[0], chunk_rows)
     ]
-    shard = VocabShard(vocab_start, weight_VH.shape[0])
+    row_N = labels_N - vocab_start
+    is_here_N = (row_N >= 0) & (row_N < weight_VH.shape[0])
     return ShardedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_NH,
         weight_VH,
-        TiledHead(tiles, shard_labels(labels_N, shard)),
+        TiledHead(tiles, row_N.where(is_here_N, -1)),
         labels_N.long(),
-        shard,
+        vocab_start,
         None,
         tp_group,
         reduce_hidden_grad,
@@ -85,13 +86,9 @@ def vocab_parallel_cross_entropy(
 def outside_mass(
     hidden_NH: Tensor,
     weight_VH: Tensor,
-    candidate_ids: Tensor,
-    candidate_offsets: Tensor,
-    labels_N: Tensor,
+    sets: CandidateSets,
     *,
-    vocab_start: int = 0,
     tp_group: dist.ProcessGroup | None = None,
-    group_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Probability outside S under the current weights, and the full-softmax loss: fp32 [N] each.
 
@@ -99,26 +96,23 @@ def outside_mass(
     rho = 1 - exp(restricted - full). The difference carries the rounding of the two losses: rho is
     good to about 1e-6, and a smaller one may read 0.
 
-    Arguments, errors and communication are those of ``restricted_cross_entropy``, unvalidated, and
-    of ``vocab_parallel_cross_entropy``.
+    Args:
+        sets: those of this rank's rows, on the device of the operands.
+
+    Communication: that of ``cross_entropy_of_sets`` and of ``vocab_parallel_cross_entropy``.
     """
     full_N = vocab_parallel_cross_entropy(
-        hidden_NH,
-        weight_VH,
-        labels_N,
-        vocab_start=vocab_start,
-        tp_group=tp_group,
+        hidden_NH, weight_VH, sets.labels_N, vocab_start=sets.vocab_start, tp_group=tp_group
     )
-    restricted_N = restricted_cross_entropy(
+    restricted_N = cross_entropy_of_sets(
         hidden_NH,
         weight_VH,
-        candidate_ids,
-        candidate_offsets,
-        labels_N,
-        vocab_start=vocab_start,
+        sets,
+        backend=UNION,
+        tail_logit_N=None,
         tp_group=tp_group,
-        group_offsets=group_offsets,
-        validate=False,
+        reduce_hidden_grad=True,
+        weight_grad_out=None,
     )
     outside_N = -torch.expm1(restricted_N - full_N)
     return outside_N.clamp_(0.0, 1.0), full_N

@@ -1,0 +1,126 @@
+"""What runs on one rank: the protocol of a restricted-head backend, and what backends share.
+
+A backend does one rank's arithmetic over its rows of the output layer, without communication;
+``sharded`` puts the ranks together and is the same for all backends. ``kernels.HEAD`` chooses one:
+
+    torch    blocks.py            the definition, at the cost of full softmax
+    union    blocks.py            dense products over unions of neighbours' sets, on any device
+    cpu      kernels/cpu/head.py  compiled, SIMD and threads
+    triton   kernels/triton/head.py     two operators over pairs (pairs.py), for CUDA
+    ascend   kernels/ascend/head.py     the same two operators, for NPUs
+
+Shapes: N positions, V rows of this rank's shard of the output layer, H hidden channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_replay.loss.candidate_sets import CandidateSets
+
+
+class Partials(NamedTuple):
+    """Of each position's candidates in this shard, fp32 [N] each.
+
+    Attributes:
+        max_N: the largest logit; -inf if there is none.
+        sum_N: sum of exp(z - max); 0 if there is none.
+        label_logit_N: -inf if the label is not among them.
+    """
+
+    max_N: Tensor
+    sum_N: Tensor
+    label_logit_N: Tensor
+
+
+class Softmax(NamedTuple):
+    """p = exp(z - top) / total, over all shards and with the tail; fp32 [N] each.
+
+    Two numbers rather than one log-sum-exp: the quotient keeps the bits that z - lse rounds off.
+    """
+
+    top_N: Tensor
+    total_N: Tensor
+
+
+class ShardHead(Protocol):
+    """A backend bound to one batch. ``forward`` comes first, ``backward`` once after it.
+
+    Computes in fp32 whatever the operands' dtype. Equal input gives equal bits on every run: for
+    any number of threads where the arithmetic is the backend's own, for the same number of threads
+    where BLAS does it, which splits its sums by them.
+    """
+
+    def forward(self, hidden_NH: Tensor, weight_VH: Tensor, *, hidden_grad: bool) -> Partials:
+        """z[p] = <hidden[n], weight[id]> of every pair, folded into each position's partials.
+
+        ``hidden_grad``: whether ``backward`` will be asked for it, so that it may be begun.
+        """
+        ...
+
+    def backward(
+        self,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        softmax: Softmax,
+        grad_N: Tensor,
+        *,
+        hidden_grad: bool,
+        weight_grad_out: Tensor | None,
+    ) -> Tensor | None:
+        """With dz = (exp(z - top) / total - [label]) * grad: dH = dz W, and dW = dz^T H.
+
+        Args:
+            hidden_NH, weight_VH: those of ``forward``.
+            softmax: of every position, over all shards.
+            grad_N: fp32, the upstream gradient of each position's loss.
+            weight_grad_out: fp32 [V, H]; dW is added to the rows of candidates, others are not
+                touched. None where dW is not wanted.
+
+        Returns:
+            dH of this shard's candidates, fp32 [N, H]; None unless ``hidden_grad``.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class HeadBackend:
+    """Binds a batch's sets to code that runs on a device.
+
+    Attributes:
+        bind: takes sets that are cut to this rank's shard, on the device of the operands.
+        reads_transpose: whether it reads ``CandidateSets.transpose``.
+    """
+
+    bind: Callable[[CandidateSets], ShardHead]
+    reads_transpose: bool = False
+
+
+_LOWEST = torch.finfo(torch.float32).min
+
+
+def rescale(old_N: Tensor, new_N: Tensor) -> Tensor:
+    """exp(old - new), for a sum whose maximum goes from old to new; 0 where old is -inf."""
+    return torch.exp(old_N - finite(new_N))
+
+
+def finite(max_N: Tensor) -> Tensor:
+    """A maximum that can be subtracted: without a candidate it is -inf, and -inf - -inf is NaN."""
+    return max_N.clamp(min=_LOWEST)
+
+
+def no_partials(like_NH: Tensor) -> Partials:
+    """Those of positions without a candidate."""
+    max_N, label_logit_N = like_NH.new_full((2, len(like_NH)), -math.inf, dtype=torch.float32)
+    return Partials(max_N, torch.zeros_like(max_N), label_logit_N)
+
+
+def zeros(like: Tensor) -> Tensor:
+    """A gradient to sum into: fp32, contiguous, of the shape of ``like``."""
+    return like.new_zeros(like.shape, dtype=torch.float32)

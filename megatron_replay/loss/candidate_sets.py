@@ -1,0 +1,314 @@
+"""The candidate sets of some positions, from the store to the kernel that reads them.
+
+Sets are made and cut on the host, in numpy, beside the training step; then they move to the device
+once. Nothing here waits for a device, and a step never has to ask it how large a set is.
+
+Shapes: N positions, G candidate sets, P pairs of a set and a candidate, V rows of a vocabulary (or
+of one tensor-parallel rank's shard of it), U distinct candidates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_replay.errors import DataError
+from megatron_replay.store import offsets_of_counts
+
+#: numpy sorts 16-bit integers by counting, in linear time; ids have more bits.
+_DIGIT = 16
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CandidateSets:
+    """Candidate sets over ``num_rows`` rows, of which row r is that of id ``vocab_start + r``.
+
+    Attributes:
+        ids: int32 [P], rows, ascending and distinct in each set.
+        offsets: int64 [G + 1] into ``ids``; a set may be empty on a shard.
+        group_offsets: None: position n has set n (G = N). Otherwise int64 [G + 1]: positions
+            ``group_offsets[g]`` to ``group_offsets[g + 1]`` share set g.
+        labels_N: int64, ids of the whole vocabulary.
+        num_rows, vocab_start: V and the first id; the whole vocabulary starts at 0.
+        values: float32 [P] beside ``ids``, such as the base model's logits; None for none.
+        label_rows_N: int64, the row of each label, -1 where this shard does not have it.
+        transpose: the pairs by id, where a backend reads them so.
+        host: what is read of the sets without waiting for a device.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    group_offsets: Tensor | None
+    labels_N: Tensor
+    num_rows: int
+    vocab_start: int = 0
+    values: Tensor | None = None
+    label_rows_N: Tensor
+    host: HostSets
+    transpose: Transpose | None = None
+
+    @staticmethod
+    def of(
+        ids: npt.NDArray[np.int32],
+        offsets: npt.NDArray[np.int64],
+        labels_N: npt.NDArray[np.int64],
+        group_offsets: npt.NDArray[np.int64] | None = None,
+        *,
+        vocab_size: int,
+        values: npt.NDArray[np.float32] | None = None,
+    ) -> CandidateSets:
+        """Sets of the whole vocabulary, which hold their labels; nothing is copied."""
+        labels = torch.from_numpy(labels_N)
+        return CandidateSets(
+            ids=torch.from_numpy(ids),
+            offsets=torch.from_numpy(offsets),
+            group_offsets=None if group_offsets is None else torch.from_numpy(group_offsets),
+            labels_N=labels,
+            num_rows=vocab_size,
+            values=None if values is None else torch.from_numpy(values),
+            label_rows_N=labels,
+            host=HostSets(ids, offsets, group_offsets),
+        )
+
+    @property
+    def largest(self) -> int:
+        """Candidates of the largest set."""
+        return int(np.diff(self.host.offsets).max(initial=0))
+
+    @functools.cached_property
+    def position_P(self) -> Tensor:
+        """int64 [P], the set of each pair; where sets are not shared, its position."""
+        sizes = self.offsets.diff()
+        return torch.arange(len(sizes), device=sizes.device).repeat_interleave(
+            sizes, output_size=len(self.ids)
+        )
+
+    def shard(self, vocab_start: int, num_rows: int) -> CandidateSets:
+        """These sets of the whole vocabulary, cut to the shard's rows. On the host."""
+        assert self.vocab_start == 0
+        rows, inside = rows_of(self.host.ids, vocab_start, num_rows)
+        offsets, values = self.host.offsets, self.values
+        if not inside.all():
+            rows, offsets = rows[inside], offsets_of_counts(inside)[offsets]
+            values = None if values is None else torch.from_numpy(values.numpy()[inside])
+        label_rows_N, found_N = rows_of(self.labels_N.numpy(), vocab_start, num_rows)
+        return dataclasses.replace(
+            self,
+            ids=torch.from_numpy(rows),
+            offsets=torch.from_numpy(offsets),
+            num_rows=num_rows,
+            vocab_start=vocab_start,
+            values=values,
+            label_rows_N=torch.from_numpy(np.where(found_N, label_rows_N, -1)),
+            host=HostSets(rows, offsets, self.host.group_offsets),
+        )
+
+    def with_transpose(self) -> CandidateSets:
+        """These sets with ``transpose``, unless positions share sets. On the host."""
+        if self.group_offsets is not None:
+            return self
+        transpose = transpose_of(self.host.ids, self.host.offsets)
+        return dataclasses.replace(self, transpose=transpose)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> CandidateSets:
+        """The same sets, each tensor put where ``move`` puts it."""
+        tensors: dict[str, Any] = {
+            field.name: move(value)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        if self.transpose is not None:
+            tensors["transpose"] = Transpose(*map(move, self.transpose))
+        return dataclasses.replace(self, **tensors)
+
+
+class HostSets(NamedTuple):
+    """The arrays that say how large sets are, as in ``CandidateSets``."""
+
+    ids: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    group_offsets: npt.NDArray[np.int64] | None
+
+
+class Transpose(NamedTuple):
+    """Pairs sorted by id, those of one id by position: CSC beside the sets' CSR.
+
+    Attributes:
+        order: int64 [P], the pair at each place.
+        positions: int64 [P], its position.
+        rows: int32 [U], the distinct ids, ascending.
+        offsets: int64 [U + 1] into ``order``.
+    """
+
+    order: Tensor
+    positions: Tensor
+    rows: Tensor
+    offsets: Tensor
+
+
+def rows_of(
+    ids: npt.NDArray[Any], vocab_start: int, num_rows: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """(row of each id on a shard, whether the shard has it)."""
+    rows = ids - ids.dtype.type(vocab_start)
+    return rows, (rows >= 0) & (rows < num_rows)
+
+
+def transpose_of(ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]) -> Transpose:
+    """The pairs in the order of their ids, those of one id by position."""
+    order = np.argsort((ids & (1 << _DIGIT) - 1).astype(np.uint16), kind="stable")
+    high = (ids >> _DIGIT).astype(np.uint16)
+    if high.any():
+        order = order[np.argsort(high[order], kind="stable")]
+    sorted_ids = ids[order]
+    starts = np.flatnonzero(np.diff(sorted_ids, prepend=-1))
+    positions = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))[order]
+    return Transpose(
+        order=torch.from_numpy(order),
+        positions=torch.from_numpy(positions),
+        rows=torch.from_numpy(sorted_ids[starts]),
+        offsets=torch.from_numpy(np.append(starts, len(ids))),
+    )
+
+
+def unions(
+    ids: npt.NDArray[np.int32], spans: Iterable[tuple[int, int]]
+) -> Iterator[npt.NDArray[np.int64]]:
+    """The ascending distinct ids of ``ids[first:last]`` for each span.
+
+    Marks a flag for each id, which is far faster than sorting; int64 indices are three times as
+    fast as int32 ones, which numpy converts piece by piece.
+    """
+    seen = np.zeros(ids.max(initial=-1) + 1, dtype=np.bool_)
+    for first, last in spans:
+        seen[ids[first:last].astype(np.intp)] = True
+        union = np.flatnonzero(seen)
+        seen[union] = False
+        yield union
+
+
+class Span(NamedTuple):
+    """Neighbouring positions, the union of their sets in ``Blocks.rows``, and their pairs."""
+
+    positions: slice
+    rows: slice
+    pairs: slice
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Sets as dense blocks [n, U] of neighbouring positions and the union of their sets.
+
+    Attributes:
+        rows: int64, the union of each span, ascending, one span after another.
+        places: int64 [P], place of each pair in its span's flat block [n * U].
+        spans: positions with at least one candidate, as the host knows them.
+    """
+
+    rows: Tensor
+    places: Tensor
+    spans: list[Span]
+
+    #: Positions of a block. More of them share more ids, and multiply more rows that are in the
+    #: set of one position only.
+    POSITIONS = 128
+
+    @staticmethod
+    def of(sets: CandidateSets) -> Blocks:
+        """The blocks of sets that positions do not share; made on the host."""
+        ids, offsets, group_offsets = sets.host
+        assert group_offsets is None
+        firsts = range(0, len(offsets) - 1, Blocks.POSITIONS)
+        positions = [slice(a, min(a + Blocks.POSITIONS, len(offsets) - 1)) for a in firsts]
+        pairs = [slice(int(offsets[p.start]), int(offsets[p.stop])) for p in positions]
+        column = np.empty(ids.max(initial=-1) + 1, np.int64)
+        place_of = np.repeat(np.arange(len(offsets) - 1) % Blocks.POSITIONS, np.diff(offsets))
+        rows, places, spans = [np.empty(0, np.int64)], np.empty(len(ids), np.int64), []
+        total = 0
+        for at, pair, union in zip(
+            positions, pairs, unions(ids, ((p.start, p.stop) for p in pairs)), strict=True
+        ):
+            if not len(union):
+                continue
+            column[union] = np.arange(len(union))
+            places[pair] = place_of[pair] * len(union) + column[ids[pair].astype(np.intp)]
+            spans.append(Span(at, slice(total, total + len(union)), pair))
+            rows.append(union)
+            total += len(union)
+        return Blocks(torch.from_numpy(np.concatenate(rows)), torch.from_numpy(places), spans)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Blocks:
+        """The same blocks, each tensor put where ``move`` puts it."""
+        return Blocks(move(self.rows), move(self.places), self.spans)
+
+
+def require_sets(
+    ids: npt.NDArray[np.int32],
+    offsets: npt.NDArray[np.int64],
+    labels_N: npt.NDArray[np.int64],
+    group_offsets: npt.NDArray[np.int64] | None,
+    vocab_size: int,
+) -> None:
+    """Raise DataError unless sets are ascending, distinct, of the vocabulary, with their labels."""
+    sizes = _sizes(offsets, len(ids), "candidate_offsets")
+    positions = np.ones_like(labels_N)
+    if group_offsets is not None:
+        positions = _sizes(group_offsets, len(labels_N), "group_offsets")
+    if len(positions) != len(sizes):
+        raise DataError(
+            "one candidate set is needed for each position, or group of positions",
+            where="candidate_offsets",
+            expected=f"{len(positions)} sets",
+            found=len(sizes),
+        )
+    outside = (ids < 0) | (ids >= vocab_size)
+    if outside.any():
+        raise DataError(
+            "a candidate is outside the vocabulary",
+            where="candidate_ids",
+            expected=f"ids 0 to {vocab_size - 1}",
+            found=int(ids[outside][0]),
+        )
+    # (set, id) as one number: ascending overall exactly if ids are ascending in each set.
+    sets = np.arange(len(sizes))
+    keys = (np.repeat(sets, sizes) << 32) + ids
+    disorder = np.flatnonzero(np.diff(keys) <= 0)
+    if len(disorder):
+        place = int(disorder[0])
+        raise DataError(
+            "ids must ascend, without a duplicate, inside each set",
+            where=f"set {int(keys[place] >> 32)}",
+            found=f"{int(ids[place])} before {int(ids[place + 1])}",
+        )
+    wanted = (np.repeat(sets, positions) << 32) + labels_N
+    absent = np.flatnonzero(~np.isin(wanted, keys))
+    if len(absent):
+        position = int(absent[0])
+        raise DataError(
+            "the label is not in its candidate set",
+            where=f"position {position}",
+            found=f"label {int(labels_N[position])}; {len(absent)} such positions",
+            fix="The candidates must come from the same corpus and positions as the labels",
+        )
+
+
+def _sizes(offsets: npt.NDArray[np.int64], total: int, name: str) -> npt.NDArray[np.int64]:
+    sizes = np.diff(offsets)
+    if offsets.ndim != 1 or not len(offsets) or (sizes < 0).any():
+        raise DataError("offsets must not decrease", where=name, found=offsets.tolist()[:8])
+    if int(offsets[0]) != 0 or int(offsets[-1]) != total:
+        raise DataError(
+            "offsets do not span what they cut",
+            where=name,
+            expected=f"0 to {total}",
+            found=f"{int(offsets[0])} to {int(offsets[-1])}",
+        )
+    return sizes
