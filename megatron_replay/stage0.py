@@ -4,7 +4,7 @@
         --load CHECKPOINT --data-path PREFIX --store DIR --tensor-model-parallel-size 4
 
 corpus -> shards of documents -> packs -> hidden states -> logits, a chunk of positions at a time
--> candidate sets (functional.candidates) -> one record per document (store.CandidateWriter).
+-> candidate sets (selection.candidates) -> one record per document (store.CandidateWriter).
 
 A shard is a fixed range of documents and is packed by itself, so its bytes do not depend on the
 number of processes, nor on which shards an interrupted run had already finished.

@@ -119,7 +119,7 @@ def test_no_two_parts_import_each_other():
     [
         ("collection.run", "from megatron_replay.training import loop", 1),
         ("stage1", "def f():\n    from megatron_replay import stage0", 1),
-        ("functional.candidates", "import megatron.core", 2),
+        ("selection.candidates", "import megatron.core", 2),
         ("store.reader", "from torch import Tensor", 2),
         ("model.gpt", "x = tensor.cuda()", 3),
         ("parallel", "backend = 'cpu:gloo,cuda:nccl'", 3),

@@ -34,7 +34,7 @@ class PackedDocuments(PackedSeqParams):
 
 
 class PackedAttention(MegatronModule):
-    """softmax(Q K^T / sqrt(D)) V inside each document (``functional.packed_attention``).
+    """softmax(Q K^T / sqrt(D)) V inside each document (``kernels.packed_attention``).
 
     By the form that is best for the queries' device and dtype (``kernels.ATTENTION``).
 

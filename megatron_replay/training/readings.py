@@ -94,9 +94,7 @@ class Probe:
             sets = targets.sets.shard(parallel.tp_rank * num_rows, num_rows)
             rows_N = targets.rows_N.to(parallel.device)
             sets = sets.moved(lambda tensor: tensor.to(parallel.device))
-            self._work.append(
-                Work(batch.to(parallel.device), heads.probe(rows_N, sets, parallel))
-            )
+            self._work.append(Work(batch.to(parallel.device), heads.probe(rows_N, sets, parallel)))
         if not count:
             raise DataError(
                 "the store records no position of the probe's sample",

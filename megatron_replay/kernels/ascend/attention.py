@@ -1,4 +1,4 @@
-"""Attention on Ascend NPUs, by torch_npu's fused operator: as in ``functional.packed_attention``.
+"""Attention on Ascend NPUs, by torch_npu's fused operator: as in ``kernels.packed_attention``.
 
 The packs are laid end to end, T = B * S positions, and cut where documents end (layout TND);
 padding is a document, so that the ends reach T. The operator computes the causal half of each

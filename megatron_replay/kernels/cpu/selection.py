@@ -1,4 +1,4 @@
-"""Candidate selection compiled for the CPU (csrc/cpu): ``functional.shard_selection``'s functions,
+"""Candidate selection compiled for the CPU (csrc/cpu): ``selection.shard_selection``'s functions,
 bit for bit, on fp32, bf16 and fp16 logits.
 
 Rows are divided among ``torch.get_num_threads()`` threads. Where a row's maximum is not known
@@ -19,7 +19,7 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def row_maxima(logits_TV: Tensor) -> Tensor:
-    """As ``functional.shard_selection.row_maxima``. Raises ConfigError: not logits of the CPU."""
+    """As ``selection.shard_selection.row_maxima``. Raises ConfigError: not logits of the CPU."""
     logits_TV = _checked(logits_TV)
     max_T = torch.empty(len(logits_TV), dtype=torch.float32)
     _cpu.row_maxima(_rows(logits_TV), max_T.data_ptr(), torch.get_num_threads())
@@ -29,7 +29,7 @@ def row_maxima(logits_TV: Tensor) -> Tensor:
 def shard_tokens(
     logits_TV: Tensor, max_T: Tensor | None, *, vocab_start: int, count: int
 ) -> ShardTokens:
-    """As ``functional.shard_selection.shard_tokens``. Raises ConfigError: as ``row_maxima``."""
+    """As ``selection.shard_selection.shard_tokens``. Raises ConfigError: as ``row_maxima``."""
     logits_TV = _checked(logits_TV)
     T, V = logits_TV.shape
     count = min(count, V)
@@ -62,7 +62,7 @@ def cut_tokens(
     *,
     coverage: float,
 ) -> Cut:
-    """As ``functional.shard_selection.cut_tokens``."""
+    """As ``selection.shard_selection.cut_tokens``."""
     T, K = keys_TK.shape
     keys_TK, total_T, max_T = keys_TK.contiguous(), total_T.contiguous(), max_T.contiguous()
     labels_T, gold_T = labels_T.long().contiguous(), gold_T.contiguous()

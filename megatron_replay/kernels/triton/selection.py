@@ -1,4 +1,4 @@
-"""Candidate selection for CUDA, in Triton: ``functional.shard_selection``'s functions, bit for bit.
+"""Candidate selection for CUDA, in Triton: ``selection.shard_selection``'s functions, bit for bit.
 
 A program takes a row: it finds the maxima of blocks of 64 ids, and sums masses, in one pass over
 memory where the row's maximum is known, else in two, the second over what the L2 cache still has.
@@ -50,7 +50,7 @@ _HIGH_UNITS, _HIGH_UNITS_BITS = tl.constexpr(1.5 * 2.0**39), tl.constexpr(0x5340
 def shard_tokens(
     logits_TV: Tensor, max_T: Tensor | None, *, vocab_start: int, count: int
 ) -> ShardTokens:
-    """As ``functional.shard_selection.shard_tokens``."""
+    """As ``selection.shard_selection.shard_tokens``."""
     if logits_TV.stride(1) != 1:
         logits_TV = logits_TV.contiguous()
     T, V = logits_TV.shape
