@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_replay.checkpoint.weight_distance import relative_l2
 from megatron_replay.errors import ReplayError
-from megatron_replay.evaluation.weight_distance import relative_l2
 
 EXPONENT = 0.6
 

@@ -84,6 +84,14 @@ class Document:
         return pieces
 
 
+def pick_documents(lengths: npt.NDArray[np.int32], number: int) -> npt.NDArray[np.int64]:
+    """Up to ``number`` documents that have a position, evenly spaced: the same in every run."""
+    usable = np.flatnonzero(lengths > 1)
+    number = min(number, len(usable))
+    picks = np.unique(np.linspace(0, len(usable) - 1, number).round().astype(np.int64))
+    return usable[picks]
+
+
 class Corpus:
     """A frozen corpus, memory-mapped: ``corpus[i]`` is document i.
 

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.errors import CheckpointError
-from megatron_replay.evaluation.weight_distance import weight_files
 from megatron_replay.files import read_json, require_regular
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -40,7 +39,6 @@ def require_model(directory: Path) -> None:
         CheckpointError: something is missing, damaged, or no regular file, or the sizes differ.
     """
     require_regular_files(directory)
-    weight_files(directory)
     if not (directory / CONFIG).is_file():
         raise CheckpointError("no Hugging Face model here", where=directory, expected=CONFIG)
     config = read_json(directory / CONFIG, CheckpointError)

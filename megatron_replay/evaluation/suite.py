@@ -11,6 +11,8 @@ from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_replay.checkpoint.hf import HFReader
+from megatron_replay.checkpoint.weight_distance import relative_l2
 from megatron_replay.data.tokenizer import load_tokenizer, tokenizer_digests
 from megatron_replay.errors import DataError, few
 from megatron_replay.evaluation.entries import (
@@ -30,7 +32,6 @@ from megatron_replay.evaluation.model_files import (
     require_model,
 )
 from megatron_replay.evaluation.scores import general_scores, retention
-from megatron_replay.evaluation.weight_distance import relative_l2, weight_files
 from megatron_replay.files import (
     differing,
     read_json,
@@ -51,7 +52,7 @@ def model_sha256(directory: Path) -> str:
     Args:
         directory: known to `require_model`.
     """
-    files = [*weight_files(directory), directory / CONFIG]
+    files = sorted(HFReader(directory).files(), key=lambda file: file.name == CONFIG)
     if (generation := directory / GENERATION).is_file():  # lm-eval's answers need it
         files.append(generation)
     return sha256_of_files(files)

@@ -8,7 +8,6 @@ forgotten, and ``Distance`` how far the weights have moved.
 from __future__ import annotations
 
 import hashlib
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,8 +22,9 @@ from torch import Tensor
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.checkpoint.starting_weights import weight_reader
 from megatron_replay.checkpoint.training import latest_iteration
+from megatron_replay.checkpoint.weight_distance import relative_distance, squared_sums
 from megatron_replay.config import DataConfig, Stage1Config
-from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.corpus import Corpus, pick_documents
 from megatron_replay.data.packing import PackedBatch, pack_batch, plan_packs
 from megatron_replay.data.replay import full_targets, join_candidates
 from megatron_replay.errors import CheckpointError, ConfigError, DataError, ReplayError
@@ -36,16 +36,6 @@ from megatron_replay.store import CandidateReader
 
 #: The mass outside the sets is reported above this factor and this much more than the base's.
 _DRIFT_FACTOR, _DRIFT_MASS = 2.0, 0.02
-#: Weights converted to float64 at once, so that they stay in the cache: 1.4 ns a weight on one CPU
-#: core, and 10 ns in blocks of 2^22.
-_BLOCK = 1 << 16
-
-
-def _sample(lengths: npt.NDArray[np.int32], number: int) -> npt.NDArray[np.int64]:
-    """Up to ``number`` documents that have a position, evenly spaced: the same in every run."""
-    usable = np.flatnonzero(lengths > 1)
-    picks = np.linspace(0, len(usable) - 1, min(number, len(usable))).round().astype(np.int64)
-    return usable[np.unique(picks)]
 
 
 def _micro_batches(
@@ -82,7 +72,7 @@ class Probe:
         reader: CandidateReader,
         lengths: npt.NDArray[np.int32],
     ) -> None:
-        sample = _sample(lengths, config.probe.probe_documents)
+        sample = pick_documents(lengths, config.probe.probe_documents)
         self._work: list[Work] = []
         base_mass, count = 0.0, 0
         vocab_size = reader.description.vocab_size
@@ -157,7 +147,7 @@ class GeneralText:
         _require_same_tokenizer(text, corpus)
         longest = min(config.data.seq_length, context)
         lengths = np.minimum(text.lengths, longest + 1)
-        sample = _sample(lengths, config.probe.probe_documents)
+        sample = pick_documents(lengths, config.probe.probe_documents)
         num_truncated = int((text.lengths[sample] > lengths[sample]).sum())
         if num_truncated and parallel.rank == 0:
             print(
@@ -273,31 +263,24 @@ class Distance:
                 fix="Give the --load it was started with",
             )
         sums = self._parallel.agreed(self._sums)
-        distance, norm = (math.fsum(column) for column in zip(*sums, strict=True))
-        if norm == 0.0:
-            raise CheckpointError("every weight is zero", where=self._load)
-        return math.sqrt(distance / norm)
+        return relative_distance((pair for pairs in sums for pair in pairs), self._load)
 
-    def _sums(self) -> tuple[float, float]:
-        """(Σ‖θ - θ₀‖², Σ‖θ₀‖²) over this rank's masters."""
-        distance = norm = 0.0
+    def _sums(self) -> list[tuple[float, float]]:
+        """(Σ‖θ - θ₀‖², Σ‖θ₀‖²) of each of this rank's masters."""
         try:
             read = weight_reader(self._load, self._iteration, self._model, self._parallel)
-            for name, master, part in self._masters():
-                start = read(name).flatten()
-                sums = squared_distance(
-                    master.detach().flatten(), start if part is None else start[part]
-                )
-                distance, norm = distance + sums[0], norm + sums[1]
+            return [
+                squared_sums(master.detach(), read(name).flatten()[part])
+                for name, master, part in self._masters()
+            ]
         except ReplayError:
             raise
         except Exception as error:  # whatever a damaged file raises: the other ranks are waiting
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"cannot read again: {reason}", where=self._load) from error
-        return distance, norm
 
-    def _masters(self) -> Iterator[tuple[str, Tensor, slice | None]]:
-        """Name, fp32 master, and the part of the flattened parameter that it is (None: all).
+    def _masters(self) -> Iterator[tuple[str, Tensor, slice]]:
+        """Name, fp32 master, and the part of the flattened parameter that it is.
 
         Over all ranks, each weight of the model is there once. Under the distributed optimizer each
         replica holds a part of the masters; otherwise the replicas share the parameters.
@@ -311,15 +294,4 @@ class Distance:
                     part = self._optimizer._get_model_param_range_map(parameter)["param"]
                     yield name, parameter.main_param, slice(part.start, part.end)
             elif number % parallel.dp_size == parallel.dp_rank:
-                yield name, getattr(parameter, "main_param", parameter), None
-
-
-def squared_distance(theta_N: Tensor, start_N: Tensor) -> tuple[float, float]:
-    """(Σ(θ - θ₀)², Σθ₀²) of two flat tensors, in float64 on the host, a block at a time."""
-    distance = norm = 0.0
-    for theta, start in zip(theta_N.split(_BLOCK), start_N.split(_BLOCK), strict=True):
-        before = start.cpu().double()
-        moved = theta.cpu().double().sub_(before)
-        distance += torch.dot(moved, moved).item()
-        norm += torch.dot(before, before).item()
-    return distance, norm
+                yield name, getattr(parameter, "main_param", parameter), slice(None)

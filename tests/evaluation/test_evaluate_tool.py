@@ -282,7 +282,7 @@ def test_a_prompt_that_the_model_cannot_read(
         (["--sql=c={site}", "--query-seconds=1e300"], 2, "--query-seconds: too long for one query"),
         (["--data={site}/missing"], 3, "no such file, given as --data"),
         (["--data={site}/choices.jsonl"], 3, "choices.jsonl:1"),
-        (["--model=a={site}"], 4, "no safetensors files here"),
+        (["--model=a={site}"], 4, "no Hugging Face model here"),
         (["--model=a={site}/weights"], 4, "no Hugging Face model here (expected config.json"),
     ],
 )
