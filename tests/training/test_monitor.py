@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.evaluation.weight_distance import relative_l2
 from megatron_replay.run_log import read_metrics, summarize_run
 from megatron_replay.training.monitor import UpdateWarnings
 from tests import tiny
@@ -67,6 +68,14 @@ def perplexity(model_directory, prefix) -> float:
     return math.exp(total / count)
 
 
+def relative_l2(tuned, base) -> float:
+    """numpy's, over the exported tensors; a tied head is not among them."""
+    held = [load_file(next(directory.glob("*.safetensors"))) for directory in (tuned, base)]
+    theta, start = (np.concatenate([x[name].ravel() for name in sorted(x)]) for x in held)
+    moved = theta.astype(np.float64) - start
+    return math.sqrt((moved**2).sum() / (start.astype(np.float64) ** 2).sum())
+
+
 @pytest.mark.parametrize(
     ("extra", "layout"),
     [(["--sequence-parallel"], {"tp": 2}), (["--use-distributed-optimizer"], {"pp": 2, "dp": 2})],
@@ -88,7 +97,7 @@ def test_distance_and_forgetting_are_those_of_the_exported_model(folder, tmp_pat
     assert readings[6]["delta_ppl"] == pytest.approx(after - before, abs=1e-2)
     assert abs(after - before) > 1
     [found] = [line["relative_l2"] for line in lines if "relative_l2" in line]
-    assert found == pytest.approx(relative_l2(tuned, folder / "model"), rel=1e-9)
+    assert found == pytest.approx(relative_l2(tuned, folder / "model"), rel=1e-6)
     stability = lines[-1]["stability"]
     assert (stability["steps"], stability["non_finite"]) == (6, 0)
     assert f"The weights moved by {100 * found:.3g} %." in said
