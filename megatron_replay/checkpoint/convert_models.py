@@ -20,7 +20,7 @@ from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.data.packing import PackedBatch
 from megatron_replay.errors import CheckpointError
 from megatron_replay.forward import Work, forward_only
-from megatron_replay.functional.packed_attention import segments_of
+from megatron_replay.kernels.packed_attention import segments_of
 from megatron_replay.parallel import Parallel
 
 #: Largest difference of logits, relative to the largest one: rounding, by a wide margin.
