@@ -31,6 +31,7 @@ between neighbouring learning rates of each seed; nothing is extrapolated.
 def all_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Every table that the rows suffice for, by title."""
     found = tables.paper_tables(rows) | {"Remedies": tables.remedies(rows)} | tables.sweeps(rows)
+    found["Against full softmax at one rate"] = tables.at_one_rate(rows)
     found["Forgetting at equal gain"] = curves.equal_gain(rows)
     return {title: table for title, table in found.items() if not table.empty}
 

@@ -218,6 +218,26 @@ def remedies(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
+def at_one_rate(rows: pd.DataFrame) -> pd.DataFrame:
+    """Sweeps of one domain against full softmax at the same learning rate, paired by seed."""
+    found = []
+    own = in_table(rows, "sweep")
+    for group, of_group in own[own.method != "Base"].groupby(GROUP, sort=False):
+        reference = of_group[of_group.method == "full softmax"]
+        for (method, lr), seeds in of_group.groupby(["method", "lr"], observed=True):
+            full = reference[reference.lr == lr]
+            if method == "full softmax" or full.empty:
+                continue
+            change = 100 * paired(seeds, full, "forgetting") / full.forgetting.mean()
+            found.append({
+                **dict(zip(GROUP, group, strict=True)), "method": method, "lr": f"{lr:g}",
+                "ΔPPL, change in %": interval(change, "+.0f"),
+                "domain mean, points": interval(paired(seeds, full, "domain_mean"), "+.1f"),
+                "outside mass, %": interval(seeds.outside_percent, ".0f"), "n": str(len(change)),
+            })  # fmt: skip
+    return pd.DataFrame(found)
+
+
 def sweeps(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Every method at every learning rate, by title."""
     own = in_table(rows, "sweep")

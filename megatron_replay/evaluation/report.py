@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.evaluation.scores import is_share, value_at
+from megatron_replay.evaluation.scores import KINDS, is_share, value_at
 from megatron_replay.files import is_number, read_json
 from megatron_replay.run_log import RunSummary
 
 Report = dict[str, Any]
+Model = Mapping[str, Any]
+#: The title of a column, and the text of its cell for a model; None where nothing was measured.
+Column = tuple[str, Callable[[Model], str | None]]
 #: A thousand years: nothing longer was measured.
 _LONGEST_SECONDS = 3e10
-Method = dict[str, Any]
-#: The place of a value in a model's results.
-At = str | tuple[str, ...]
-#: Title, place of the value, and the function that writes it.
-Column = tuple[str, At, Callable[[Mapping[str, Any], At], str | None]]
 
 
 def build_report(
@@ -77,20 +77,34 @@ def read_timings(path: Path) -> dict[str, float]:
     return {name: float(seconds) for name, seconds in timings.items()}
 
 
-def _number(form: str, scale: float = 1.0) -> Any:
-    return lambda method, path: (
-        None if value_at(method, path) is None else format(scale * value_at(method, path), form)
-    )
+def _number(title: str, path: str | tuple[str, ...], form: str, scale: float = 1) -> Column:
+    def cell(model: Model) -> str | None:
+        value = value_at(model, path)
+        return None if value is None else format(scale * value, form)
+
+    return title, cell
 
 
-def _accuracy(method: Mapping[str, Any], path: At) -> str | None:
-    found = value_at(method, path)
-    return None if found is None else _with_error(found, 100, ".1f", "accuracy")
+def _score(kind: str, name: str, result: Mapping[str, Any]) -> Column:
+    """Scores like ``result``: shares in per cent, or in their own unit."""
+    title, scale, form = f"{name} %", 100, ".1f"
+    if not is_share(result):
+        arrow = "↑" if result.get("higher_is_better", True) else "↓"
+        title, scale, form = f"{name} {result['metric'].partition(',')[0]} {arrow}", 1, ".3f"
+
+    def cell(model: Model) -> str | None:
+        found = value_at(model, (kind, name))
+        if found is None or is_share(found) != is_share(result):
+            return None
+        numbers = [found[KINDS[kind]], found.get("standard_error")]
+        return " ± ".join(format(scale * number, form) for number in numbers if number is not None)
+
+    return title, cell
 
 
-def _failures(method: Mapping[str, Any], path: At) -> str | None:
+def _failures(model: Model, name: str) -> str | None:
     """Why queries did not match, and which questions the counts leave out."""
-    found = value_at(method, path)
+    found = value_at(model, ("sql", name))
     if found is None:
         return None
     reasons = ", ".join(f"{count} {reason}" for reason, count in found["failures"].items())
@@ -99,77 +113,55 @@ def _failures(method: Mapping[str, Any], path: At) -> str | None:
     return " ".join(filter(None, (reasons or "–", more and f"({more})")))
 
 
-def _score(method: Mapping[str, Any], path: At) -> str | None:
-    found = value_at(method, path)
-    return _with_error(found, 100, ".1f") if found is not None and is_share(found) else None
-
-
-def _own_unit(method: Mapping[str, Any], path: At) -> str | None:
-    found = value_at(method, path)
-    return None if found is None or is_share(found) else _with_error(found, 1, ".3f")
-
-
-def _with_error(found: Mapping[str, Any], scale: int, form: str, name: str = "score") -> str:
-    numbers = [found[name], found.get("standard_error")]
-    return " ± ".join(format(scale * number, form) for number in numbers if number is not None)
-
-
-def _benchmarks(methods: Sequence[Method], *, general: bool) -> list[Column]:
+def _benchmarks(models: Sequence[Model], *, general: bool) -> list[Column]:
     """The columns of each benchmark, in the order of their first results."""
-    kinds = (("sql", _accuracy), ("choices", _accuracy), ("lm_eval", _score))
     found: dict[tuple[str, ...], list[Column]] = {}
-    for method in methods:
-        for kind, form in kinds:
-            for name, result in method.get(kind, {}).items():
-                if bool(result.get("general")) is general:
-                    of = (kind, name)
-                    column: Column = (f"{name} %", of, form)
-                    if not is_share(result):
-                        metric = result["metric"].partition(",")[0]
-                        arrow = "↑" if result.get("higher_is_better", True) else "↓"
-                        column = (f"{name} {metric} {arrow}", of, _own_unit)
-                    columns = found[kind, name, column[0]] = [column]
-                    if "questions" in result:
-                        columns.append(("questions", (*of, "questions"), _number("d", 1)))
-                    if "failures" in result:
-                        columns.append(("failure reason", of, _failures))
-    return [column for columns in found.values() for column in columns]
+    for model, kind in itertools.product(models, KINDS):
+        for name, result in model.get(kind, {}).items():
+            if bool(result.get("general")) is not general:
+                continue
+            columns = [_score(kind, name, result)]
+            if "questions" in result:
+                columns.append(_number("questions", (kind, name, "questions"), "d"))
+            if "failures" in result:
+                columns.append(("failure reason", partial(_failures, name=name)))
+            found[kind, name, columns[0][0]] = columns
+    return list(itertools.chain.from_iterable(found.values()))
 
 
-_GAINED: Sequence[Column] = (
-    ("task perplexity", "task.perplexity", _number(".3f")),
-    ("data perplexity", "data.perplexity", _number(".3f")),
-    ("data next token %", "data.accuracy", _number(".1f", 100)),
+_GAINED = (
+    _number("data perplexity", "data.perplexity", ".3f"),
+    _number("data next token %", "data.accuracy", ".1f", 100),
 )
-_KEPT: Sequence[Column] = (
-    ("general perplexity", "general.perplexity", _number(".2f")),
-    ("Δ perplexity", "general.delta_perplexity", _number("+.2f")),
-    ("retention %", "retention_percent", _number(".1f")),
-    ("relative L2 %", "relative_l2_percent", _number(".2f")),
-    ("outside mass %", "candidates.outside_mass", _number(".2f", 100)),
-    ("restricted loss", "candidates.restricted_loss", _number(".4f")),
-    ("full loss", "candidates.full_loss", _number(".4f")),
-    ("run: relative L2 %", "run.relative_l2", _number(".2f", 100)),
-    ("run: general perplexity", "run.general_perplexity", _number(".2f")),
-    ("run: Δ perplexity", "run.delta_ppl", _number("+.2f")),
+_KEPT = (
+    _number("general perplexity", "general.perplexity", ".2f"),
+    _number("Δ perplexity", "general.delta_perplexity", "+.2f"),
+    _number("retention %", "retention_percent", ".1f"),
+    _number("relative L2 %", "relative_l2_percent", ".2f"),
+    _number("outside mass %", "candidates.outside_mass", ".2f", 100),
+    _number("restricted loss", "candidates.restricted_loss", ".4f"),
+    _number("full loss", "candidates.full_loss", ".4f"),
+    _number("run: relative L2 %", "run.relative_l2", ".2f", 100),
+    _number("run: general perplexity", "run.general_perplexity", ".2f"),
+    _number("run: Δ perplexity", "run.delta_ppl", "+.2f"),
 )
-_COST: Sequence[Column] = (
-    ("iterations", "run.iterations", _number("d", 1)),
-    ("tokens", "run.tokens", _number(",d", 1)),
-    ("seconds", "run.seconds", _number(".1f")),
-    ("tokens/s", "run.tokens_per_second", _number(",.0f")),
-    ("waiting for data %", "run.data_wait_share", _number(".2f", 100)),
+_COST = (
+    _number("iterations", "run.iterations", "d"),
+    _number("tokens", "run.tokens", ",d"),
+    _number("seconds", "run.seconds", ".1f"),
+    _number("tokens/s", "run.tokens_per_second", ",.0f"),
+    _number("waiting for data %", "run.data_wait_share", ".2f", 100),
 )
-_STABILITY: Sequence[Column] = (
-    ("final loss", "run.final_loss", _number(".4f")),
-    ("loss std", "run.loss_std", _number(".4f")),
-    ("loss variance", "run.loss_variance", _number(".3g")),
-    ("gradient-norm CV", "run.gradient_norm_cv", _number(".3f")),
-    ("loss spikes", "run.loss_spikes", _number("d", 1)),
-    ("per 1,000 steps", "run.loss_spike_rate", _number(".2f", 1000)),
-    ("gradient spikes", "run.gradient_spikes", _number("d", 1)),
-    ("per 1,000 steps", "run.gradient_spike_rate", _number(".2f", 1000)),
-    ("non-finite steps", "run.non_finite", _number("d", 1)),
+_STABILITY = (
+    _number("final loss", "run.final_loss", ".4f"),
+    _number("loss std", "run.loss_std", ".4f"),
+    _number("loss variance", "run.loss_variance", ".3g"),
+    _number("gradient-norm CV", "run.gradient_norm_cv", ".3f"),
+    _number("loss spikes", "run.loss_spikes", "d"),
+    _number("loss spikes per 1,000 steps", "run.loss_spike_rate", ".2f", 1000),
+    _number("gradient spikes", "run.gradient_spikes", "d"),
+    _number("gradient spikes per 1,000 steps", "run.gradient_spike_rate", ".2f", 1000),
+    _number("non-finite steps", "run.non_finite", "d"),
 )
 
 
@@ -178,15 +170,15 @@ def markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _table(methods: Sequence[Method], columns: Sequence[Column]) -> list[str]:
+def _table(models: Sequence[Model], columns: Sequence[Column]) -> list[str]:
     """A Markdown table; models and columns without any value are left out."""
-    cells = [[form(method, path) for _, path, form in columns] for method in methods]
-    used = [i for i in range(len(columns)) if any(row[i] is not None for row in cells)]
+    cells = {model["name"]: [cell(model) for _, cell in columns] for model in models}
+    used = [i for i in range(len(columns)) if any(row[i] is not None for row in cells.values())]
     lines = [markdown_row(["method", *(columns[i][0] for i in used)])]
     lines.append("|---" + "|---:" * len(used) + "|")
-    for method, row in zip(methods, cells, strict=True):
+    for name, row in cells.items():
         if any(row[i] is not None for i in used):
-            lines.append(markdown_row([method["name"], *(row[i] or "–" for i in used)]))
+            lines.append(markdown_row([name, *(row[i] or "–" for i in used)]))
     return lines if used else ["Not measured."]
 
 
@@ -211,10 +203,9 @@ def render_markdown(report: Report) -> str:
     ]
     if report["timings"]:
         lines += ["## Time of the parts", "", "| part | seconds |", "|---|---:|"]
-        lines += [
-            markdown_row([part, f"{seconds:.1f}"]) for part, seconds in report["timings"].items()
-        ]
-        lines += [markdown_row(["all", f"{sum(report['timings'].values()):.1f}"]), ""]
+        timings = report["timings"] | {"all": sum(report["timings"].values())}
+        lines += [markdown_row([part, f"{seconds:.1f}"]) for part, seconds in timings.items()]
+        lines += [""]
     lines += ["## Where the numbers come from", "", "```", *report["commands"], "```", ""]
     for name, entry in report["inputs"].items():
         lines.append(f"- {name}: `{entry['path']}`, SHA-256 `{entry['sha256'][:16]}…`")

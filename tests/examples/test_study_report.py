@@ -238,6 +238,42 @@ def test_the_page_s_numbers_come_from_the_committed_rows(tmp_path: Path) -> None
     assert (tmp_path / "out" / "tables.md").read_text() == "mine"
 
 
+def test_the_page_s_table_of_remedies_comes_from_the_committed_rows() -> None:
+    """Change of forgetting and of accuracy against full softmax, by plain means over the CSV."""
+    rows = read_rows(EVIDENCE / "rows.csv")
+
+    def change(base: str, domain: str, size: str, method: str, lr: str) -> tuple[str, str]:
+        own, full = (
+            {r["seed"]: r for r in rows if (r["base"], r["size"], r["method"], r["lr"]) ==
+             (f"{base}, {domain}", size, name, lr)}
+            for name in (method, "full softmax")
+        )  # fmt: skip
+        of_base = ("Base", f"{base}, {domain}", size)
+        (start,) = (float(r["perplexity"]) for r in rows
+                    if (r["method"], r["base"], r["size"]) == of_base)  # fmt: skip
+        seeds = own.keys() & full.keys()
+        forgot, of_full = (
+            statistics.mean(float(r[seed]["perplexity"]) - start for seed in seeds)
+            for r in (own, full)
+        )
+        score = f"domain/{domain}"
+        points = statistics.mean(float(own[s][score]) - float(full[s][score]) for s in seeds)
+        return f"{100 * (forgot / of_full - 1):+.0f}", f"{points:+.1f}"
+
+    page = (EVIDENCE.parent / "evidence.md").read_text().replace("−", "-")
+    lines = page.partition("| base, domain, size |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(lines) == 10
+    for line in lines:
+        where, _, _, *cells = (cell.strip(" %") for cell in line.strip("|").split("|"))
+        found = [text for cell in cells for text in cell.split()]
+        of = where.split(", ")
+        expected = [*change(*of, "position (the paper's)", "0.0004")]
+        for method in ("document + ghost", plan.DIVERGENCE):
+            changes = [change(*of, method, lr) for lr in ("0.0002", "0.0004", "0.0008")]
+            expected += [forgot for forgot, _ in changes] + [points for _, points in changes]
+        assert [float(x) for x in found] == pytest.approx([float(x) for x in expected]), where
+
+
 def test_the_committed_rows_are_runs_of_the_plan() -> None:
     """But for the 40 runs of options that were removed, whose names are in no plan."""
     runs = {run.name: run for name in plan.PLANS for run in plan.plan(name)}
