@@ -1,12 +1,12 @@
-"""Compiled forms of the maths in ``functional``, and which of them runs for a tensor."""
+"""Compiled backends, and the choice of the one that runs for a tensor."""
 
 from megatron_replay.kernels.registry import (
     ATTENTION,
     HEAD,
     OPTIMIZER,
     SELECTION,
-    Forms,
+    Backends,
     OptimizerKernels,
 )
 
-__all__ = ["ATTENTION", "HEAD", "OPTIMIZER", "SELECTION", "Forms", "OptimizerKernels"]
+__all__ = ["ATTENTION", "HEAD", "OPTIMIZER", "SELECTION", "Backends", "OptimizerKernels"]

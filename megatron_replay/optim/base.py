@@ -49,7 +49,7 @@ class UpdateRule(torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay: as in AdamW, also per group.
         clip_grad: norm of the whole gradient to clip at; 0: never.
-        backend: compiled form of the two passes; see ``kernels.Forms``.
+        backend: backend of the two passes; see ``kernels.Backends``.
 
     A step whose gradient is not finite changes nothing, warns, and counts in ``skipped_steps``.
 

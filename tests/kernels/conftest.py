@@ -1,7 +1,6 @@
-"""Each form of the optimizer's kernels, by the name of its fixture's parameter.
+"""The backends of the optimizer's passes as fixtures.
 
-"cpu-base" and the like are one form, compiled for several levels of the processor. Another form
-joins the tests by its name in FORMS, where it can run.
+"cpu-base" and the like are one backend, compiled for several levels of the processor.
 """
 
 from __future__ import annotations
@@ -14,21 +13,21 @@ import torch
 from megatron_replay.kernels import OPTIMIZER, OptimizerKernels
 from tests.kernels.levels import LEVELS, at_level
 
-CPU_FORMS = tuple(f"cpu-{level}" for level in LEVELS)
-FORMS = ("torch", *CPU_FORMS)
+CPU_BACKENDS = tuple(f"cpu-{level}" for level in LEVELS)
+BACKENDS = ("torch", *CPU_BACKENDS)
 
 
-def optimizer_form(form: str) -> Iterator[OptimizerKernels]:
-    name, _, level = form.partition("-")
+def optimizer_backend(backend: str) -> Iterator[OptimizerKernels]:
+    name, _, level = backend.partition("-")
     with at_level(level):
         yield OPTIMIZER.choose(name, torch.zeros(1))
 
 
-@pytest.fixture(params=FORMS)
+@pytest.fixture(params=BACKENDS)
 def kernels(request: pytest.FixtureRequest) -> Iterator[OptimizerKernels]:
-    yield from optimizer_form(request.param)
+    yield from optimizer_backend(request.param)
 
 
-@pytest.fixture(params=CPU_FORMS)
+@pytest.fixture(params=CPU_BACKENDS)
 def compiled(request: pytest.FixtureRequest) -> Iterator[OptimizerKernels]:
-    yield from optimizer_form(request.param)
+    yield from optimizer_backend(request.param)

@@ -1,4 +1,4 @@
-"""Attention on NPUs, on a stand-in for the operator, against float64 and against torch's form."""
+"""Attention on NPUs, on a stand-in for the operator, against float64 and against torch's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_replay.errors import ConfigError
 from megatron_replay.kernels import ATTENTION, registry
 from megatron_replay.kernels.packed_attention import (
     TORCH_ATTENTION,
@@ -47,9 +46,9 @@ def module(monkeypatch):
     stub = types.SimpleNamespace(npu_fusion_attention=operator)
     monkeypatch.setitem(sys.modules, "torch_npu", stub)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    registry._load.cache_clear()
+    registry.load.cache_clear()
     yield importlib.import_module(MODULE)
-    registry._load.cache_clear()
+    registry.load.cache_clear()
     sys.modules.pop(MODULE, None)
 
 
@@ -151,20 +150,10 @@ def test_ends_lead_from_document_to_document_and_reach_the_last_position(shared)
     assert document_ends(segments, LENGTH) == [5, 12, 24, 25, 26, 32, 36]
 
 
-def test_torch_elsewhere_and_the_reason():
-    like = torch.zeros(1)
-    assert ATTENTION.names == ("auto", "torch", "ascend")
-    assert ATTENTION.choose("auto", like) is TORCH_ATTENTION
-    assert ATTENTION.describe("auto", like) == "torch kernels"
-    with pytest.raises(ConfigError, match="a tensor on cpu, where it runs on npu"):
-        ATTENTION.choose("ascend", like)
-
-
 @pytest.mark.usefixtures("module")
-def test_the_form_needs_torch_npu(monkeypatch):
-    form = registry._load(ATTENTION, "ascend")
-    assert form.name == "ascend"
-    registry._load.cache_clear()
+def test_the_backend_needs_torch_npu(monkeypatch):
+    assert ATTENTION.why_not("ascend") is None
+    registry.load.cache_clear()
     monkeypatch.setitem(sys.modules, "torch_npu", None)
     sys.modules.pop(MODULE)
-    assert "expected torch_npu.npu_fusion_attention" in registry._load(ATTENTION, "ascend")
+    assert "expected torch_npu.npu_fusion_attention" in ATTENTION.why_not("ascend")
