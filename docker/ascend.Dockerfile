@@ -1,17 +1,17 @@
 # Ascend 910B. From the repository's root:
 #   docker build -f docker/ascend.Dockerfile -t megatron-replay:ascend .
 #   docker/run.sh megatron-replay:ascend
-# CANN, torch_npu and Python must go together (megatron_replay/platform/cann.py, docs/ascend.md):
-# the first step checks it. Not built nor run by this project.
+# CANN, torch_npu and Python must fit each other (megatron_replay/platform/cann.py, docs/ascend.md):
+# the first step checks it. This project has neither built nor run it.
 ARG CANN=9.1.0
 ARG PYTHON=3.11
 FROM quay.io/ascend/cann:${CANN}-910b-ubuntu22.04-py${PYTHON}
 ARG CANN
 ARG PYTHON
 ARG TORCH_NPU=2.12.0
-# 1 builds the kernels of csrc/ascend, which takes CANN's compiler; 0 does without.
+# 1 builds the kernels of csrc/ascend with CANN's compiler; 0 leaves them out.
 ARG KERNELS=1
-# 1 builds Ascend's apex (https://gitcode.com/Ascend/apex); it is used where importable, never needed.
+# 1 builds Ascend's apex (https://gitcode.com/Ascend/apex), which is optional.
 ARG APEX=0
 ARG SOC_VERSION=Ascend910B3
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
@@ -33,8 +33,8 @@ RUN TORCH="$(python3 -c "import sys; sys.path.insert(0, '/tmp'); import cann; \
 
 WORKDIR /workspace/megatron_replay
 COPY . .
-# set_env.sh sets ASCEND_HOME_PATH, which asks setup.py for the NPU's kernels. torch's autoload of
-# torch_npu is off: no device is here while an image is built.
+# set_env.sh sets ASCEND_HOME_PATH, with which setup.py builds the NPU's kernels. torch's autoload of
+# torch_npu is off, because there is no device while an image is built.
 RUN docker/steps/ascend.sh "${KERNELS}" "${APEX}"
 
 ENV CUDA_DEVICE_MAX_CONNECTIONS=1 \

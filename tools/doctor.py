@@ -1,16 +1,16 @@
-"""Look over this machine: versions, devices, variables, kernels, a collective, the head's numbers.
+"""Examines this machine: versions, devices, variables, kernels, a collective, the head's numbers.
 
     python tools/doctor.py
     python tools/doctor.py --json
 
-Each finding is ok, a warning or an error, with what to do. The exit code is 1 where there is an
-error.
+Each finding is ok, a warning or an error, with what to do. The exit code is 1 if any is an error.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.util
 import json
 import multiprocessing
@@ -35,91 +35,88 @@ try:
 except (ImportError, OSError) as error:
     sys.exit(f"ERROR   torch: {error}\n        Run make setup, or pip install torch")
 
-_MARKS = {"ok": "ok     ", "warning": "WARNING", "error": "ERROR  "}
-
 
 def versions(machine: Machine) -> Iterator[Finding]:
-    """Python and the packages that matter."""
-    python = host.python_version()
+    """Python, and the packages without which nothing runs."""
     old = sys.version_info < (3, 10)
-    yield Finding("Python", "error" if old else "ok", python, "Use 3.10 or 3.11" if old else "")
-    for name, wanted in (("torch", None), ("megatron-core", SUPPORTED_VERSION)):
+    advice = "Use 3.10 or 3.11" if old else ""
+    yield Finding("Python", "error" if old else "ok", host.python_version(), advice)
+    for name, fits, wanted in (
+        ("torch", lambda _: True, "torch"),
+        ("megatron-core", lambda x: x == SUPPORTED_VERSION, f"megatron-core=={SUPPORTED_VERSION}"),
+        ("transformers", _has_qwen3, "'transformers>=4.51', the first with Qwen3"),
+    ):
         found = machine.distribution(name)
-        if found is None or wanted not in (None, found):
-            advice = f"pip install {name}" + (f"=={wanted}" if wanted else "")
-            yield Finding(name, "error", found or "not installed", advice)
-        else:
+        if found is not None and fits(found):
             yield Finding(name, "ok", found)
-    found = machine.distribution("transformers")
-    if found is None or tuple(map(int, found.split(".")[:2])) < (4, 51):
-        advice = "pip install 'transformers>=4.51', the first with Qwen3"
-        yield Finding("transformers", "error", found or "not installed", advice)
-    else:
-        yield Finding("transformers", "ok", found)
+        else:
+            yield Finding(name, "error", found or "not installed", f"pip install {wanted}")
 
 
-def megatron_path(machine: Machine) -> Finding:
+def _has_qwen3(transformers: str) -> bool:
+    return tuple(map(int, transformers.split(".")[:2])) >= (4, 51)
+
+
+def megatron(machine: Machine) -> Finding:
     """Whether ``megatron`` is megatron-core's wheel and nothing else."""
     places = package_folders("megatron")
-    if not places:
-        return Finding("megatron", "error", "not importable", "pip install megatron-core==0.16.1")
-    strangers = [str(p) for p in places if (p / "training").is_dir() or (p / "legacy").is_dir()]
-    if strangers:
-        advice = "Take Megatron-LM's source off PYTHONPATH: only megatron-core's wheel is used"
-        return Finding("megatron", "error", f"Megatron-LM in {', '.join(strangers)}", advice)
-    cores = [str(place) for place in places if (place / "core").is_dir()]
-    releases = [_release(Path(core)) for core in cores]
-    if len(cores) == 1 and releases[0] not in (None, SUPPORTED_VERSION):
-        advice = f"Take it off PYTHONPATH, or pip install megatron-core=={SUPPORTED_VERSION}"
-        return Finding("megatron", "error", f"core {releases[0]} in {cores[0]}", advice)
+    cores = [place for place in places if (place / "core").is_dir()]
+    if not cores:
+        advice = f"pip install megatron-core=={SUPPORTED_VERSION}"
+        return Finding("megatron", "error", "no megatron.core to import", advice)
+    if checkouts := [p for p in places if (p / "training").is_dir() or (p / "legacy").is_dir()]:
+        advice = "Remove Megatron-LM's source from PYTHONPATH: only megatron-core's wheel is used"
+        return Finding("megatron", "error", f"Megatron-LM in {_joined(checkouts)}", advice)
     if len(cores) > 1:
-        advice = "Keep one: the first on the path wins, whatever pip says"
-        return Finding("megatron", "error", f"several: {', '.join(cores)}", advice)
-    return Finding("megatron", "ok", cores[0] if cores else str(places[0]))
+        advice = "Keep one: the first on the path is imported, whatever pip lists"
+        return Finding("megatron", "error", f"several: {_joined(cores)}", advice)
+    if (release := _release(cores[0])) not in (None, SUPPORTED_VERSION):
+        advice = f"Remove it from PYTHONPATH, or pip install megatron-core=={SUPPORTED_VERSION}"
+        return Finding("megatron", "error", f"core {release} in {cores[0]}", advice)
+    return Finding("megatron", "ok", str(cores[0]))
+
+
+def _joined(places: list[Path]) -> str:
+    return ", ".join(map(str, places))
 
 
 def _release(place: Path) -> str | None:
-    """What megatron-core in ``place`` says it is, whatever pip has installed."""
+    """The release in the source of megatron-core in ``place``, whatever pip lists."""
     file = place / "core" / "package_info.py"
     text = file.read_text() if file.is_file() else ""
     numbers = [re.search(rf"^{part} = (\d+)", text, re.M) for part in ("MAJOR", "MINOR", "PATCH")]
     return ".".join(number[1] for number in numbers if number) or None
 
 
-def transformer_engine(machine: Machine) -> Finding:
-    """megatron-core takes other paths where Transformer Engine is importable."""
+def optional_packages(machine: Machine) -> Iterator[Finding]:
+    """Packages that change what megatron-core does by being importable."""
+    absent = "not installed, and not needed"
     places = package_folders("transformer_engine")
-    if not places:
-        return Finding("Transformer Engine", "ok", "not installed, and not needed")
-    status: Any = "error" if machine.is_ascend() else "warning"
-    advice = "pip uninstall transformer-engine: layers here are megatron-core's local ones"
-    return Finding("Transformer Engine", status, str(places[0]), advice)
-
-
-def mindspeed(machine: Machine) -> Finding:
-    """MindSpeed patches megatron when imported; nothing here imports it."""
+    found = f"in {places[0]}" if places else absent
+    if places:
+        # Layers here are megatron-core's local ones; on NPUs the package cannot even load.
+        advice = "pip uninstall transformer-engine: megatron-core takes other paths beside it"
+        status: Any = "error" if machine.is_ascend() else "warning"
+        yield Finding("Transformer Engine", status, found, advice)
+    else:
+        yield Finding("Transformer Engine", "ok", found)
+    places = package_folders("mindspeed")
     if "mindspeed" in sys.modules:
         advice = "Find what imports it (sitecustomize, a .pth file): it patches megatron"
-        return Finding("MindSpeed", "error", "already imported", advice)
-    places = package_folders("mindspeed")
-    found = f"in {places[0]}, not imported" if places else "not installed, and not needed"
-    return Finding("MindSpeed", "ok", found)
-
-
-def apex(machine: Machine) -> Finding:
-    """NVIDIA's and Ascend's apex are extensions for training; PyPI's is a web toolkit."""
+        yield Finding("MindSpeed", "error", "already imported", advice)
+    else:
+        yield Finding("MindSpeed", "ok", f"in {places[0]}, not imported" if places else absent)
     places = package_folders("apex")
-    if not places:
-        return Finding("apex", "ok", "not installed, and not needed")
     parts = ("amp", "optimizers", "normalization", "multi_tensor_apply", "contrib")
-    if not any((places[0] / part).is_dir() for part in parts):
+    if places and not any((places[0] / part).is_dir() for part in parts):
         advice = "pip uninstall apex: PyPI's package of that name has nothing to do with training"
-        return Finding("apex", "warning", f"another package, in {places[0]}", advice)
-    return Finding("apex", "ok", f"in {places[0]}")
+        yield Finding("apex", "warning", f"another package, in {places[0]}", advice)
+    else:
+        yield Finding("apex", "ok", f"in {places[0]}" if places else absent)
 
 
 def package_folders(name: str) -> list[Path]:
-    """Where a package would be imported from, without importing it; [] if it would not be."""
+    """The folders a package would be imported from, without importing it; [] if there are none."""
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -128,26 +125,26 @@ def package_folders(name: str) -> list[Path]:
 
 
 def compiled_kernels(platform: Platform) -> Iterator[Finding]:
-    """Which of the forms made for the platform's device can be loaded."""
+    """Which of the kernels compiled for the platform's device can be loaded."""
     from megatron_replay import kernels
     from megatron_replay.kernels.registry import DEVICE
 
-    for forms in (kernels.HEAD, kernels.OPTIMIZER, kernels.SELECTION):
-        for name in (name for name in forms.compiled if DEVICE[name] == platform.name):
-            reason = forms.why_not(name)
-            subject = f"kernels of {forms.what}"
+    for backends in (kernels.HEAD, kernels.OPTIMIZER, kernels.SELECTION):
+        for name in (name for name in backends.compiled if DEVICE[name] == platform.name):
+            reason = backends.why_not(name)
+            subject = f"kernels of {backends.what}"
             if reason:
-                advice = "Runs go on with slower ones; pip install -e . --no-build-isolation"
+                advice = "Runs use slower ones; pip install -e . --no-build-isolation builds these"
                 yield Finding(subject, "warning", f"{name}: {reason}", advice)
             else:
                 yield Finding(subject, "ok", name)
 
 
 def collective(platform: Platform, *, method: str | None = None, timeout: float = 120.0) -> Finding:
-    """Two processes add up one number each.
+    """Two processes sum one number each.
 
-    They start afresh on accelerators, which do not survive a fork once they were used, and where
-    this process has threads: a fork copies the locks that they hold.
+    They are spawned on accelerators, which do not survive a fork once used, and where this process
+    has threads, since a fork copies the locks that threads hold; otherwise they are forked.
     """
     subject = f"two ranks over {platform.communication_backend}"
     is_alone = os.listdir("/proc/self/task") == [str(os.getpid())]
@@ -201,7 +198,7 @@ def _add_up(rank: int, folder: str, platform: Platform, answers: Any, timeout: f
 
 
 def head_smoke(platform: Platform) -> Finding:
-    """The restricted head's loss and gradients against its definition in float64."""
+    """Compares the restricted head's loss and gradients with its definition in float64."""
     import torch
 
     from megatron_replay import kernels
@@ -236,50 +233,32 @@ def head_smoke(platform: Platform) -> Finding:
         if x is not None and y is not None
     )
     seconds = time.monotonic() - start
-    found = f"{name} form on {platform.name}: off by {error:.1e} of float64, {seconds:.1f} s"
+    found = f"{name} kernels on {platform.name}: {error:.1e} from float64, {seconds:.1f} s"
     if not error < 1e-5:
-        advice = "Do not train: rebuild the kernels, or give --head-backend union"
+        advice = "Do not train: rebuild the kernels, or use --head-backend torch"
         return Finding("head", "error", found, advice)
     return Finding("head", "ok", found)
 
 
 def examine(machine: Machine, platform_name: str, folder: Path) -> Iterator[Finding]:
-    """All findings, cheap ones first; one that fails itself is an error."""
+    """All findings, cheap ones first; a check that fails itself is an error."""
     first, platform = examination.chosen_platform(platform_name)
     yield first
-    yield from versions(machine)
-    looks: list[Callable[[], Finding | Iterator[Finding]]] = [
-        lambda: megatron_path(machine),
-        lambda: transformer_engine(machine),
-        lambda: mindspeed(machine),
-        lambda: apex(machine),
-        lambda: examination.ascend_versions(machine),
-        lambda: examination.ascend_devices(machine),
-        lambda: examination.ascend_environment(machine),
-        lambda: examination.space(machine, folder),
-        lambda: examination.memory(machine),
+    of_machine = (versions, megatron, optional_packages, *examination.CHECKS)
+    checks: list[Callable[[], Finding | Iterator[Finding]]] = [
+        functools.partial(check, machine) for check in of_machine
     ]
+    checks.append(functools.partial(examination.space, folder))
     if platform is not None:
-        looks += [
-            lambda: compiled_kernels(platform),
-            lambda: collective(platform),
-            lambda: head_smoke(platform),
-        ]
-    for look in looks:
+        for of_platform in (compiled_kernels, collective, head_smoke):
+            checks.append(functools.partial(of_platform, platform))
+    for check in checks:
         try:
-            found = look()
-            yield from [found] if isinstance(found, examination.Finding) else found
+            found = check()
+            yield from [found] if isinstance(found, Finding) else found
         except Exception as error:
             text = f"{type(error).__name__}: {error}"[:300]
-            yield examination.Finding(
-                "doctor", "error", text, "Mend what it names; it kept a finding from being made"
-            )
-
-
-def line(finding: Finding) -> str:
-    """For a reader at a terminal."""
-    text = f"{_MARKS[finding.status]} {finding.subject}: {finding.found}"
-    return text + (f"\n        {finding.advice}" if finding.advice else "")
+            yield Finding("doctor", "error", text, "Fix the error: it prevented a check")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -295,13 +274,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for finding in examine(Machine(), options.platform, options.folder):
         findings.append(finding)
         if not options.json:
-            print(line(finding), flush=True)
+            label = "ok" if finding.status == "ok" else finding.status.upper()
+            print(f"{label:7} {finding.subject}: {finding.found}", flush=True)
+            if finding.advice:
+                print(f"        {finding.advice}", flush=True)
+    errors, warnings = (sum(f.status == kind for f in findings) for kind in ("error", "warning"))
     if options.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
-    counts = [sum(f.status == status for f in findings) for status in ("error", "warning")]
-    if not options.json:
-        print(f"{counts[0]} errors, {counts[1]} warnings")
-    return 1 if counts[0] else 0
+    else:
+        print(f"{errors} errors, {warnings} warnings")
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Which torch_npu goes with which CANN: the wrong pair fails at import with an undefined symbol.
+"""Which torch_npu fits which CANN: the wrong pair fails at import with an undefined symbol.
 
-Needs nothing but Python, so that a Dockerfile can run it before anything is installed:
+Needs only Python, so that a Dockerfile can run it before anything is installed:
 
     python megatron_replay/platform/cann.py --cann 9.1.0 --torch-npu 2.12.0 --python 3.11
 """
@@ -13,8 +13,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-#: Of the torch_npu releases made for each CANN, from the release notes of both. Run by this
-#: project: none.
+#: The torch_npu releases made for each CANN, from the release notes of both. This project has run
+#: none of them.
 COMPATIBLE = {
     "9.1.0": ("2.7.1.post8", "2.9.0.post6", "2.10.0.post4", "2.11.0", "2.12.0"),
     "9.0.0": ("2.7.1.post4", "2.8.0.post4", "2.9.0.post2"),
@@ -27,9 +27,9 @@ HOMES = ("usr/local/Ascend/cann", "usr/local/Ascend/ascend-toolkit/latest")
 
 
 def why_not(cann: str, torch_npu: str, python: str) -> str | None:
-    """Why these three do not go together, and what would; None if they do."""
+    """Why these three do not fit each other, and what would; None if they do."""
     if python not in PYTHONS:
-        return f"Python {python}, where megatron-core 0.16.1 wants {' or '.join(PYTHONS)}"
+        return f"Python {python}, where megatron-core 0.16.1 needs {' or '.join(PYTHONS)}"
     release = re.match(r"\d+\.\d+\.\d+", cann)
     made_for = COMPATIBLE.get(release[0] if release else cann)
     if made_for is None:
@@ -45,14 +45,14 @@ def torch_for(torch_npu: str) -> str:
 
 
 def home(root: Path, environment: Mapping[str, str]) -> Path | None:
-    """The folder CANN is in: what set_env.sh names, or else where it installs itself."""
+    """CANN's folder: the one that set_env.sh names, or else where CANN installs itself."""
     named = [environment.get(name) for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")]
     places = [root / str(place).lstrip("/") for place in (*named, *HOMES) if place]
     return next((place for place in places if place.is_dir()), None)
 
 
 def version(home: Path) -> str | None:
-    """The release, from ``<arch>-linux/ascend_toolkit_install.info``; None if it is not said."""
+    """The release in ``<arch>-linux/ascend_toolkit_install.info``; None if there is none."""
     for file in sorted(home.glob("*-linux/ascend_toolkit_install.info")):
         found = re.search(r"^version=(\S+)", file.read_text(errors="replace"), re.MULTILINE)
         if found:
@@ -61,7 +61,7 @@ def version(home: Path) -> str | None:
 
 
 def main() -> int:
-    """Check one triple; the exit code says whether it goes together."""
+    """Check one triple; the exit code is 2 where it does not fit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for flag in ("--cann", "--torch-npu", "--python"):
         parser.add_argument(flag, required=True)

@@ -1,6 +1,6 @@
-"""What can be wrong with a machine: one function a finding, for tools/doctor.py.
+"""Checks of a machine for tools/doctor.py: one function for each finding.
 
-Each looks at a ``Machine``, so that tests can give it another root and other variables.
+A check reads a ``Machine``, so that tests can pass another root directory and other variables.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_replay.platform.base import Platform
 from megatron_replay.platform.registry import select
 
 Status = Literal["ok", "warning", "error"]
-#: Variables that runs on NPUs want: value, and why.
+#: Recommended environment of runs on NPUs: value and reason. docker/ascend.Dockerfile sets it.
 VARIABLES = {
     "HCCL_CONNECT_TIMEOUT": ("3600", "ranks load for minutes; 120 s is the default"),
     "HCCL_EXEC_TIMEOUT": ("3600", "saving a checkpoint keeps the others waiting"),
@@ -37,13 +37,13 @@ _SMI = tuple(f"{place}/npu-smi" for place in ("usr/local/bin", "usr/local/sbin",
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at.
+    """The result of a check.
 
     Attributes:
-        subject: what was looked at.
-        status: an error keeps runs from working; a warning may.
-        found: what there is.
-        advice: what to do; empty where all is well.
+        subject: what was checked.
+        status: an error prevents runs; a warning may slow or break them.
+        found: what is there.
+        advice: what to do; empty where nothing is.
     """
 
     subject: str
@@ -54,13 +54,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where to look: ``root`` in place of / and ``environment`` in place of the variables."""
+    """The machine below ``root`` (in place of /), with the variables of ``environment``."""
 
     root: Path = Path("/")
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
     def distribution(self, name: str) -> str | None:
-        """Version of an installed Python package; None where it is not installed."""
+        """The version of an installed Python package; None if it is not installed."""
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -71,28 +71,26 @@ class Machine:
         return sorted((self.root / "dev").glob("davinci[0-9]*"))
 
     def is_ascend(self) -> bool:
-        """Whether anything of Ascend's is here: a device, CANN or torch_npu."""
+        """Whether an Ascend device, CANN or torch_npu is here."""
         has_cann = cann.home(self.root, self.environment) is not None
         return has_cann or bool(self.devices()) or self.distribution("torch_npu") is not None
 
 
 def chosen_platform(name: str) -> tuple[Finding, Platform | None]:
-    """Which platform runs would take for ``--platform name``, and why."""
-    subject = "platform"
+    """The platform that runs use for ``--platform name``; None if it cannot be used."""
     try:
         chosen = select(name)
     except ReplayError as error:
-        return Finding(subject, "error", str(error), "Mend it, or choose --platform cpu"), None
-    why = "asked for by name" if name != "auto" else "the first of npu, cuda, cpu that is here"
-    found = f"{chosen.name}: {why}"
-    if not chosen.validated:
-        advice = "This project has not been run on it: compare a short run with --platform cpu"
-        return Finding(subject, "warning", found, advice), chosen
-    return Finding(subject, "ok", found), chosen
+        return Finding("platform", "error", str(error), "Fix it, or use --platform cpu"), None
+    why = "chosen by name" if name != "auto" else "the first of npu, cuda, cpu that is here"
+    if chosen.validated:
+        return Finding("platform", "ok", f"{chosen.name}: {why}"), chosen
+    advice = "This project has not been run on it: compare a short run with --platform cpu"
+    return Finding("platform", "warning", f"{chosen.name}: {why}", advice), chosen
 
 
 def ascend_versions(machine: Machine) -> Finding:
-    """CANN, torch_npu, torch and Python go together, and set_env.sh was sourced."""
+    """CANN, torch_npu, torch and Python fit each other, and set_env.sh was sourced."""
     subject = "CANN and torch_npu"
     torch_npu = machine.distribution("torch_npu")
     place = cann.home(machine.root, machine.environment)
@@ -107,7 +105,7 @@ def ascend_versions(machine: Machine) -> Finding:
         releases = ", ".join(cann.COMPATIBLE.get(release or "", ())) or "see docs/ascend.md"
         return Finding(subject, "error", found, f"pip install torch_npu== one of: {releases}")
     if release is None:
-        advice = "Check by hand: no ascend_toolkit_install.info says which CANN this is"
+        advice = "Check by hand: no ascend_toolkit_install.info names the release of CANN"
         return Finding(subject, "warning", found, advice)
     python = ".".join(host.python_version_tuple()[:2])
     if reason := cann.why_not(release, torch_npu, python):
@@ -123,11 +121,11 @@ def ascend_versions(machine: Machine) -> Finding:
 
 
 def ascend_devices(machine: Machine) -> Finding:
-    """Device files, driver and npu-smi, which a container has to be given."""
+    """Device files, driver and npu-smi, which a container needs from its host."""
     subject = "Ascend devices"
     devices = machine.devices()
     if not machine.is_ascend():
-        return Finding(subject, "ok", "none, and nothing that wants one")
+        return Finding(subject, "ok", "none, and nothing that needs one")
     if not devices:
         advice = "In a container: start it by docker/run.sh. On the host: install the driver"
         return Finding(subject, "error", "no /dev/davinci*", advice)
@@ -162,7 +160,17 @@ def ascend_environment(machine: Machine) -> Finding:
     return Finding(subject, "ok", f"all {len(VARIABLES)} variables as recommended")
 
 
-def space(machine: Machine, folder: Path) -> Finding:
+def memory(machine: Machine) -> Finding:
+    """Memory of the host that is not in use."""
+    lines = (machine.root / "proc/meminfo").read_text().splitlines()
+    sizes = {line.split(":")[0]: int(line.split()[1]) / 1e6 for line in lines if ":" in line}
+    found = f"{sizes['MemAvailable']:.0f} of {sizes['MemTotal']:.0f} GB available"
+    if sizes["MemAvailable"] < 4:
+        return Finding("memory", "warning", found, "Converting a 4B model needs about 8 GB a rank")
+    return Finding("memory", "ok", found)
+
+
+def space(folder: Path) -> Finding:
     """Free disk where runs write."""
     free = shutil.disk_usage(folder).free / 1e9
     found = f"{free:.0f} GB free in {folder}"
@@ -172,11 +180,5 @@ def space(machine: Machine, folder: Path) -> Finding:
     return Finding("disk", "ok", found)
 
 
-def memory(machine: Machine) -> Finding:
-    """Memory of the host that is not in use."""
-    lines = (machine.root / "proc/meminfo").read_text().splitlines()
-    sizes = {line.split(":")[0]: int(line.split()[1]) / 1e6 for line in lines if ":" in line}
-    found = f"{sizes['MemAvailable']:.0f} of {sizes['MemTotal']:.0f} GB available"
-    if sizes["MemAvailable"] < 4:
-        return Finding("memory", "warning", found, "Converting a 4B model needs about 8 GB a rank")
-    return Finding("memory", "ok", found)
+#: The checks of a machine, in the doctor's order.
+CHECKS = (ascend_versions, ascend_devices, ascend_environment, memory)
