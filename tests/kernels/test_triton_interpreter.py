@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: their numbers in Triton's interpreter, their code compiled.
+"""The Triton kernels without a GPU: run in Triton's interpreter, and compiled.
 
 In processes of their own, side by side: Triton decides at its import whether it interprets.
 """
@@ -16,12 +16,11 @@ import pytest
 from tests import processes
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ("triton", "triton_head", "triton_selection")
-#: (files, TRITON_INTERPRET) of a process; the second are what every form of the head has to pass.
+#: (files, TRITON_INTERPRET) of a process; the files of "shared" test the other backends as well.
 PROCESSES = {
-    "interpreted": ([f"{kernels}_interpreted.py" for kernels in KERNELS], "1"),
-    "head": (["test_head.py"], "1"),
-    "compiled": ([f"{kernels}_compiled.py" for kernels in KERNELS], "0"),
+    "interpreted": (["triton_interpreted.py", "triton_head.py"], "1"),
+    "shared": (["test_head.py", "test_selection.py"], "1"),
+    "compiled": (["triton_compiled.py"], "0"),
 }
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux only")
@@ -34,7 +33,7 @@ Runs = dict[str, tuple[subprocess.Popen[bytes], Path]]
 def runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Runs]:
-    """The processes that tests were asked for, side by side, and where they write."""
+    """The processes of the chosen tests, side by side, and the files they write to."""
     wanted = {item.callspec.params["process"] for item in request.session.items if run_of(item)}
     with processes.ended():
         yield {
@@ -46,6 +45,7 @@ def runs(
 
 def start(files: list[str], interpret: str, folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
     pytest_here = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider"]
+    pytest_here += ["-m", "not cpu_backend"]
     with open(folder / "said", "wb") as said:
         process = subprocess.Popen(
             [*pytest_here, *(f"tests/kernels/{file}" for file in files)],

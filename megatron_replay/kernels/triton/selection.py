@@ -3,7 +3,7 @@
 A program takes a row: it finds the maxima of blocks of 64 ids, and sums masses, in one pass over
 memory where the row's maximum is known, else in two, the second over what the L2 cache still has.
 The first tokens are then found in few blocks, by torch. Integers are summed and nothing is fused
-(``enable_fp_fusion``), so the bits are those of every other form.
+(``enable_fp_fusion``), so the bits are those of every other backend.
 
 fp32, bf16 or fp16 logits. Compiled for sm_90 and run in Triton's interpreter on a CPU; not run on a
 GPU yet.
@@ -35,8 +35,8 @@ from megatron_replay.selection.token_mass import LOG2_E, LOWEST, MASS_BITS, POLY
 BLOCKS, WARPS = 64, 16
 #: Steps whose masses are summed in 32 bits: at most 2^22 units of 2^16 each.
 STEPS = 256
-#: Tokens of chosen blocks handled at a time; temporaries are 40 bytes for each, 160 MiB.
-_CHUNK_ENTRIES = 1 << 22
+#: Tokens of chosen blocks in one step; temporaries take 40 bytes for each, 160 MiB.
+CHUNK_ENTRIES = 1 << 22
 
 _LOG2_E, _LOWEST = tl.constexpr(LOG2_E), tl.constexpr(LOWEST)
 _C5, _C4, _C3, _C2, _C1 = (tl.constexpr(c) for c in POLYNOMIAL)
@@ -77,7 +77,7 @@ def shard_tokens(
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
-    rows = max(1, _CHUNK_ENTRIES // (count * BLOCK))
+    rows = max(1, CHUNK_ENTRIES // (count * BLOCK))
     keys = [
         first_tokens(logits, maxima, vocab_start, count)
         for logits, maxima in zip(logits_TV.split(rows), maxima_TB.split(rows), strict=True)
