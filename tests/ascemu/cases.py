@@ -68,17 +68,15 @@ def make(sizes: list[int], vocabulary: int, channels: int, seed: int = 0) -> Cas
 FOUND = 0.5
 
 
-def run(case: Case, blocks: int, operators: ascend.Operators) -> tuple[Tensor, Tensor, Tensor]:
+def run(case: Case, blocks: int, module: ascend.Operators) -> tuple[Tensor, Tensor, Tensor]:
     """(z, gradient of the hidden states, main_grad after its gradient was added)."""
-    options = {"blocks": blocks, "operators": operators}
-    z = ascend.gather_dot(case.hidden_TH, case.weight_VH, case.ids, case.offsets, **options)
+    operators = ascend.PairOperators(module, blocks)
+    z = operators.gather_dot(case.hidden_TH, case.weight_VH, case.ids, case.offsets)
     grad_hidden = torch.zeros(case.hidden_TH.shape)
-    ascend.segment_axpy_(grad_hidden, case.weight_VH, case.ids, case.dz, case.offsets, **options)
+    operators.segment_axpy_(grad_hidden, case.weight_VH, case.ids, case.dz, case.offsets)
     order, tokens, offsets, rows = case.by_id()
     main_grad = torch.full(case.weight_VH.shape, FOUND)
-    ascend.segment_axpy_(
-        main_grad, case.hidden_TH, tokens, case.dz[order], offsets, rows=rows, **options
-    )
+    operators.segment_axpy_(main_grad, case.hidden_TH, tokens, case.dz[order], offsets, rows=rows)
     return z, grad_hidden, main_grad
 
 

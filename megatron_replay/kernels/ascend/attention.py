@@ -1,10 +1,10 @@
 """Attention on Ascend NPUs, by torch_npu's fused operator: as in ``kernels.packed_attention``.
 
-The packs are laid end to end, T = B * S positions, and cut where documents end (layout TND);
-padding is a document, so that the ends reach T. The operator computes the causal half of each
-document and shares the keys and values of a group among its queries.
+The packs are concatenated, T = B * S positions, and cut where documents end (layout TND); padding
+is a document, so that the ends reach T. The operator computes the causal half of each document, and
+the queries of a group share their keys and values.
 
-Checked against a stand-in for the operator (tests/kernels/test_attention.py); not run on an NPU.
+Compared with a stand-in for the operator (tests/kernels/test_attention.py); not run on an NPU yet.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ except ImportError as error:
         "no fused attention", expected="torch_npu.npu_fusion_attention", found=str(error)
     ) from error
 
-#: What the operator's documentation allows in a call.
+#: The limit of one call in the operator's documentation.
 MOST_DOCUMENTS = 1024
 #: Causal, counted from a document's last query and last key; the mask is the same for any length.
 _CAUSAL, _MASK_SIZE = 3, 2048
@@ -39,8 +39,8 @@ _CAUSAL, _MASK_SIZE = 3, 2048
 
 @functools.cache
 def _masked(device: torch.device) -> Tensor:
-    """bool [2048, 2048], true where a key is behind the query; one a device, for any length."""
-    with torch.inference_mode(False):  # made once, and saved for backward by whoever comes later
+    """bool [2048, 2048], true where a key is after the query; one for each device."""
+    with torch.inference_mode(False):  # made once; later calls save it for backward
         return torch.ones(_MASK_SIZE, _MASK_SIZE, dtype=torch.bool, device=device).triu(1)
 
 
@@ -62,7 +62,7 @@ def _attend(operands: Sequence[Tensor], ends: list[int], scale: float) -> Tensor
         atten_mask=_masked(operands[0].device),
         scale=scale,
         keep_prob=1.0,
-        # Without effect under this mask; as MindSpeed gives them.
+        # Without effect with this mask; the values are MindSpeed's.
         pre_tockens=1 << 20,
         next_tockens=0,
         actual_seq_qlen=ends,
@@ -95,14 +95,14 @@ def row_attention(
     *,
     scale: float,
 ) -> Tensor:
-    """[R, N, D]: of every position, with zero for the queries nobody asked for, the rows.
+    """[R, N, D]: the rows of attention at every position, with zero for the other queries.
 
-    Exact, and as dear as ``packed_attention``: the operator takes no scattered queries. What the
-    others get is dropped, so that they add nothing to a gradient.
+    Exact, and as expensive as ``packed_attention``: the operator takes no scattered queries. The
+    other queries' results are dropped, so they add nothing to a gradient.
     """
     rows_N, (length, packs) = rows.rows_N, key_SBGD.shape[:2]
     count = len(rows_N)
-    if not count:  # zeros, and gradients of zeros
+    if not count:  # zeros, with gradients of zero
         return TORCH_ATTENTION.at_rows(query_RND, key_SBGD, value_SBGD, segments, rows, scale=scale)
     rest = query_RND.new_zeros(len(query_RND) - count, *query_RND.shape[1:])
     query_TND = query_RND.new_zeros(packs * length, *query_RND.shape[1:])

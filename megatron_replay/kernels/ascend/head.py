@@ -11,4 +11,5 @@ from __future__ import annotations
 from megatron_replay.kernels.ascend import operators
 from megatron_replay.loss.pairs import pair_backend
 
-BACKEND = pair_backend(operators.PairOperators(operators.load()))
+operators.load()
+BACKEND = pair_backend(operators.PairOperators())

@@ -3,8 +3,9 @@
 Shapes: T positions, V rows of the weight (this rank's), H channels, P pairs of a position and a
 candidate, S segments, R rows of an output, N rows of a source.
 
-The pairs lie by position (CSR) for z and for the gradient of the hidden states, and by id for that
-of the weight (CSC): with ``z = gather_dot(hidden, weight, ids, offsets)`` and dz its gradient,
+The pairs are ordered by position (CSR) for z and for the gradient of the hidden states, and by id
+for that of the weight (CSC). With ``z = gather_dot(hidden, weight, ids, offsets)`` and its gradient
+dz,
 
     segment_axpy_(grad_hidden_TH, weight_VH, ids, dz, offsets)
     segment_axpy_(main_grad_VH, hidden_TH, tokens[order], dz[order], id_offsets, rows=distinct_ids)
@@ -12,8 +13,8 @@ of the weight (CSC): with ``z = gather_dot(hidden, weight, ids, offsets)`` and d
 where ``order`` sorts the pairs by id, stably. Operands fp16, bf16 or fp32, arithmetic and results
 fp32; equal input gives equal bits, for any number of cores. Softmax is left to torch.
 
-The operators see addresses only. Dtypes, sizes and devices are checked here, what ids and offsets
-say is not: that would be a device sync, and the data loader knows it.
+The operators receive addresses. Dtypes, sizes and devices are checked here; the values of ids and
+offsets are not, because that needs a device sync, and the data loader has checked them.
 
 Compiled and run on an emulated core (tests/ascemu); not run on an NPU yet.
 """
@@ -39,7 +40,7 @@ MAX_CHANNELS = 8192
 
 
 class Operators(Protocol):
-    """The compiled module: nothing but integers, a tensor being its address."""
+    """The compiled module. All arguments are integers; a tensor is its address."""
 
     def vector_cores(self, device: int, /) -> int:
         """Vector cores of a device."""
@@ -47,12 +48,12 @@ class Operators(Protocol):
     def gather_dot(
         self, stream: int, blocks: int, dtype: int, /, *addresses_and_sizes: int
     ) -> None:
-        """Puts csrc/ascend/gather_dot into a stream."""
+        """Launches csrc/ascend/gather_dot in a stream."""
 
     def segment_axpy(
         self, stream: int, blocks: int, dtype: int, /, *addresses_and_sizes: int
     ) -> None:
-        """Puts csrc/ascend/segment_axpy into a stream."""
+        """Launches csrc/ascend/segment_axpy in a stream."""
 
 
 @functools.cache
@@ -74,116 +75,49 @@ def load() -> Operators:
         ) from error
 
 
-def gather_dot(
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    ids: Tensor,
-    offsets: Tensor,
-    *,
-    blocks: int | None = None,
-    operators: Operators | None = None,
-) -> Tensor:
-    """z[p] = <hidden[t], weight[ids[p]]> for the pairs offsets[t] <= p < offsets[t + 1].
-
-    Args:
-        hidden_TH: [T, H], fp16, bf16 or fp32.
-        weight_VH: [V, H], of the same dtype.
-        ids: int32 [P], rows of the weight; not checked.
-        offsets: int32 [T + 1], from 0 to P, ascending; not checked.
-        blocks: cores to use; None for all.
-        operators: the compiled module; None for that for NPUs.
-
-    Returns:
-        fp32 [P].
-
-    Raises:
-        ConfigError: a tensor of another dtype, shape or device, or not contiguous; no module.
-    """
-    tokens, channels = _operands("hidden", hidden_TH, "weight", weight_VH)
-    pairs = ids.numel()
-    _check("ids", ids, torch.int32, (pairs,), hidden_TH)
-    _check("offsets", offsets, torch.int32, (tokens + 1,), hidden_TH)
-    z = torch.empty(pairs, dtype=torch.float32, device=hidden_TH.device)
-    if pairs == 0:
-        return z
-    launcher = _Launcher(hidden_TH, blocks, operators)
-    sizes = (tokens, weight_VH.shape[0], pairs, channels)
-    launcher("gather_dot", (hidden_TH, weight_VH, ids, offsets, z), sizes)
-    return z
-
-
-def segment_axpy_(
-    out_RH: Tensor,
-    source_NH: Tensor,
-    indices: Tensor,
-    coefficients: Tensor,
-    offsets: Tensor,
-    *,
-    rows: Tensor | None = None,
-    blocks: int | None = None,
-    operators: Operators | None = None,
-) -> Tensor:
-    """out[rows[s]] += sum of coefficients[p] * source[indices[p]] over the pairs of segment s.
-
-    In place and in the order of the pairs, offsets[s] <= p < offsets[s + 1]. A segment without
-    pairs leaves its row untouched.
-
-    Args:
-        out_RH: fp32 [R, H].
-        source_NH: [N, H], fp16, bf16 or fp32.
-        indices: int32 [P], rows of the source; not checked.
-        coefficients: fp32 [P].
-        offsets: int32 [S + 1], from 0 to P, ascending; not checked.
-        rows: int32 [S], rows of ``out_RH``, none twice; not checked. None for 0 to R - 1 (S = R).
-        blocks: cores to use; None for all.
-        operators: the compiled module; None for that for NPUs.
-
-    Returns:
-        ``out_RH``.
-
-    Raises:
-        ConfigError: a tensor of another dtype, shape or device, or not contiguous; no module.
-    """
-    _, channels = _operands("source", source_NH)
-    outputs, pairs = len(out_RH), indices.numel()
-    segments = outputs if rows is None else rows.numel()
-    _check("out", out_RH, torch.float32, (outputs, channels), source_NH)
-    _check("indices", indices, torch.int32, (pairs,), source_NH)
-    _check("coefficients", coefficients, torch.float32, (pairs,), source_NH)
-    _check("offsets", offsets, torch.int32, (segments + 1,), source_NH)
-    if rows is not None:
-        _check("rows", rows, torch.int32, (segments,), source_NH)
-    if pairs == 0:
-        return out_RH
-    launcher = _Launcher(source_NH, blocks, operators)
-    tensors = (source_NH, indices, coefficients, offsets, rows, out_RH)
-    launcher("segment_axpy", tensors, (len(source_NH), outputs, segments, pairs, channels))
-    return out_RH
-
-
 @dataclass(frozen=True)
 class PairOperators:
     """``loss.pairs.PairOperators`` on NPUs; operands that are not contiguous are copied.
 
+    The methods raise ConfigError for a tensor of another dtype, shape or device.
+
     Attributes:
-        operators: the compiled module.
+        module: an emulated module, for tensors on a CPU; None for the one compiled for NPUs.
         blocks: cores to use; None for all.
     """
 
-    operators: Operators
+    module: Operators | None = None
     blocks: int | None = None
 
     def gather_dot(
-        self, hidden_NH: Tensor, weight_VH: Tensor, ids: Tensor, offsets: Tensor, /
+        self, hidden_TH: Tensor, weight_VH: Tensor, ids: Tensor, offsets: Tensor, /
     ) -> Tensor:
-        """As the function above."""
-        operands = hidden_NH.contiguous(), weight_VH.contiguous(), ids, offsets
-        return gather_dot(*operands, blocks=self.blocks, operators=self.operators)
+        """z[p] = <hidden[t], weight[ids[p]]> for the pairs offsets[t] <= p < offsets[t + 1].
+
+        Args:
+            hidden_TH: [T, H], fp16, bf16 or fp32.
+            weight_VH: [V, H], of the same dtype.
+            ids: int32 [P], rows of the weight; not checked.
+            offsets: int32 [T + 1], from 0 to P, ascending; not checked.
+
+        Returns:
+            fp32 [P].
+        """
+        hidden_TH, weight_VH = hidden_TH.contiguous(), weight_VH.contiguous()
+        tokens, channels = _operands("hidden", hidden_TH, "weight", weight_VH)
+        pairs = ids.numel()
+        _check("ids", ids, torch.int32, (pairs,), hidden_TH)
+        _check("offsets", offsets, torch.int32, (tokens + 1,), hidden_TH)
+        z = torch.empty(pairs, dtype=torch.float32, device=hidden_TH.device)
+        sizes = (tokens, len(weight_VH), pairs, channels)
+        if pairs:
+            self._launch("gather_dot", (hidden_TH, weight_VH, ids, offsets, z), sizes)
+        return z
 
     def segment_axpy_(
         self,
         out_RH: Tensor,
-        source_MH: Tensor,
+        source_NH: Tensor,
         indices: Tensor,
         coefficients: Tensor,
         offsets: Tensor,
@@ -191,45 +125,67 @@ class PairOperators:
         *,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """As the function above."""
-        operands = source_MH.contiguous(), indices, coefficients, offsets
-        return segment_axpy_(
-            out_RH, *operands, rows=rows, blocks=self.blocks, operators=self.operators
-        )
+        """out[rows[s]] += sum of coefficients[p] * source[indices[p]] over the pairs of segment s.
 
+        In place and in the order of the pairs, offsets[s] <= p < offsets[s + 1]. A segment without
+        pairs leaves its row untouched.
 
-class _Launcher:
-    """Puts operators into the current stream of the device of a tensor."""
+        Args:
+            out_RH: fp32 [R, H], contiguous.
+            source_NH: [N, H], fp16, bf16 or fp32.
+            indices: int32 [P], rows of the source; not checked.
+            coefficients: fp32 [P].
+            offsets: int32 [S + 1], from 0 to P, ascending; not checked.
+            rows: int32 [S], distinct rows of ``out_RH``; not checked. None for 0 to R - 1 (S = R).
 
-    def __init__(self, like: Tensor, blocks: int | None, operators: Operators | None) -> None:
-        # Any other module than ours for NPUs is an emulated one, and takes what it is given.
-        if operators is None and like.device.type != "npu":
+        Returns:
+            ``out_RH``.
+        """
+        source_NH = source_NH.contiguous()
+        _, channels = _operands("source", source_NH)
+        outputs, pairs = len(out_RH), indices.numel()
+        segments = outputs if rows is None else rows.numel()
+        _check("out", out_RH, torch.float32, (outputs, channels), source_NH)
+        _check("indices", indices, torch.int32, (pairs,), source_NH)
+        _check("coefficients", coefficients, torch.float32, (pairs,), source_NH)
+        _check("offsets", offsets, torch.int32, (segments + 1,), source_NH)
+        if rows is not None:
+            _check("rows", rows, torch.int32, (segments,), source_NH)
+        tensors = (source_NH, indices, coefficients, offsets, rows, out_RH)
+        sizes = (len(source_NH), outputs, segments, pairs, channels)
+        if pairs:
+            self._launch("segment_axpy", tensors, sizes)
+        return out_RH
+
+    def _launch(
+        self, name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]
+    ) -> None:
+        """Put an operator into the current stream of the device of the first tensor."""
+        like = tensors[0]
+        assert like is not None
+        is_npu = like.device.type == "npu"
+        if self.module is None and not is_npu:
             raise ConfigError(
                 "the tensors are elsewhere", where=WHERE, expected="an NPU", found=like.device
             )
-        self.operators = load() if operators is None else operators
-        self.like = like
-        self.blocks = blocks or self.operators.vector_cores(like.device.index or 0)
-
-    def __call__(
-        self, name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]
-    ) -> None:
+        module = load() if self.module is None else self.module
+        blocks = self.blocks or module.vector_cores(like.device.index or 0)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        dtype = DTYPES.index(self.like.dtype)
         stream, device = 0, contextlib.nullcontext()
-        if self.like.device.type == "npu":
-            backend = torch.get_device_module(self.like.device)
-            # Asking for the address waits until torch_npu has launched what is queued on the host.
-            stream = backend.current_stream(self.like.device).npu_stream
-            device = backend.device(self.like.device)
+        if is_npu:
+            backend = torch.get_device_module(like.device)
+            # Reading the address waits until torch_npu has launched what is queued on the host.
+            stream = backend.current_stream(like.device).npu_stream
+            device = backend.device(like.device)
         with device:
-            getattr(self.operators, name)(stream, self.blocks, dtype, *addresses, *sizes)
+            dtype = DTYPES.index(like.dtype)
+            getattr(module, name)(stream, blocks, dtype, *addresses, *sizes)
 
 
 def _operands(
     name: str, first: Tensor, other: str = "", second: Tensor | None = None
 ) -> tuple[int, int]:
-    """Rows and channels of the first of one or two operands, which are checked."""
+    """Check one or two operands; return rows and channels of the first."""
     if first.dtype not in DTYPES or first.dim() != 2 or not 1 <= first.shape[1] <= MAX_CHANNELS:
         raise ConfigError(
             f"unusable {name}",
@@ -247,7 +203,7 @@ def _operands(
 def _check(
     name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor
 ) -> None:
-    """That the operators can take it, who see its address only."""
+    """Raise ConfigError unless the tensor is what the operators read at its address."""
     found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
     if not tensor.is_contiguous():
         found += f" with strides {tensor.stride()}"
