@@ -1,10 +1,11 @@
 """The store beside plainer ways to keep the same ids: python -m benchmarks.store
 
-Documents of benchmarks.real_sets, copied until they do not fit the cache; one thread, files in the
-page cache. Each round reads other documents into flat arrays. "first touch": a reader just opened,
-which checks index and crc32 of what it reads; the others have checked those before, and check every
-rule of the format on every read. "copied": raw int32 ids of the same documents, memory-mapped and
-concatenated: memory's speed. zlib and npz hold the int32 ids of one document each.
+Documents of 512 positions with sets of 1 to 200 ids by Zipf's law, copied until they do not fit the
+cache; one thread, files in the page cache. Each round reads other documents into flat arrays.
+"first touch": a reader just opened, which checks index and crc32 of what it reads; the others have
+checked those before, and check every rule of the format on every read. "copied": raw int32 ids of
+the same documents, memory-mapped and concatenated: memory's speed. zlib and npz hold the int32 ids
+of one document each.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.real_sets import DIRECTORY, VOCAB_SIZE, real_sets
 from benchmarks.timing import interleave, machine
 from megatron_replay.store import (
     CandidateReader,
@@ -32,6 +32,7 @@ from megatron_replay.store import (
 )
 
 CPU = torch.device("cpu")
+VOCAB_SIZE, DOCUMENTS, POSITIONS, LARGEST_SET = 151_936, 24, 512, 200
 COPIES, DOCUMENTS_PER_SHARD = 8, 32
 Documents = Sequence[DocumentCandidates]
 Work = dict[str, Callable[[], object]]
@@ -56,6 +57,29 @@ def write(directory: Path, documents: Documents, *, logits: str = "none") -> Pat
                     shard.add(document_id, documents[document_id])
         writer.finish()
     return directory
+
+
+def make_documents() -> list[DocumentCandidates]:
+    """p ~ 1 / (rank + 3), ranks shuffled."""
+    rng = np.random.default_rng(0)
+    cumulative_V = np.cumsum(1 / (np.arange(VOCAB_SIZE) + 3.0))
+    id_of_rank_V = rng.permutation(VOCAB_SIZE).astype(np.int32)
+    documents = []
+    for _ in range(DOCUMENTS):
+        sets = []
+        for size in rng.integers(1, LARGEST_SET, POSITIONS, endpoint=True):
+            drawn = rng.random(size) * cumulative_V[-1]
+            sets.append(np.unique(id_of_rank_V[np.searchsorted(cumulative_V, drawn)]))
+        zeros_T = np.zeros(POSITIONS, np.float32)
+        documents.append(
+            DocumentCandidates(
+                positions=np.arange(POSITIONS, dtype=np.int32),
+                offsets=offsets_of_counts(np.array([len(ids) for ids in sets])),
+                ids=np.concatenate(sets),
+                lse=zeros_T, gold_logprob=zeros_T, tail_mass=zeros_T, logits=None,
+            )
+        )  # fmt: skip
+    return documents
 
 
 def with_logits(document: DocumentCandidates) -> DocumentCandidates:
@@ -122,11 +146,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine(CPU)}; numpy {np.__version__}, {time.strftime('%Y-%m-%d')}")
-    print(real_sets().describe())
-    documents = list(CandidateReader(DIRECTORY))
+    documents = make_documents()
     num_ids = sum(len(document.ids) for document in documents)
     many, count = documents * COPIES, options.documents
-    with tempfile.TemporaryDirectory(dir=DIRECTORY.parent) as directory:
+    with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         print_bytes(folder, documents)
         title = f"reading {count} of {len(many)} documents"
