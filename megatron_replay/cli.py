@@ -61,7 +61,7 @@ def launch(
 
 
 #: Seconds that torchrun, too, gives its workers between SIGTERM and SIGKILL.
-_GRACE_SECONDS = 30.0
+GRACE_SECONDS = 30.0
 
 
 def end_with_launcher() -> None:
@@ -80,7 +80,7 @@ def _watch(launcher: int) -> None:
         time.sleep(1.0)
     print("torchrun is gone: stopping", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_GRACE_SECONDS)
+    time.sleep(GRACE_SECONDS)
     os._exit(EXIT_INTERRUPTED)
 
 

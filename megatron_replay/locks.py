@@ -55,7 +55,7 @@ class DirectoryLock:
             "program": _PROGRAM,
             "purpose": purpose,
             "host": socket.gethostname(),
-            "machine": _machine(),
+            "machine": this_machine(),
             "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "beat": 0,
@@ -114,13 +114,13 @@ def _keep_others_out(fd: int, path: Path, purpose: str) -> None:
             "keeps later runs out; two that start at the same moment are not kept apart",
             file=sys.stderr,
         )
-    is_elsewhere = found.get("machine") != _machine()
+    is_elsewhere = found.get("machine") != this_machine()
     if "pid" in found and (is_elsewhere or not is_certain) and _is_alive(path, found):
         raise _is_taken(path, purpose)
 
 
-def _machine() -> str:
-    """What tells one running kernel from another: containers on one machine share it."""
+def this_machine() -> str:
+    """Identifies the running kernel; the containers of one machine share it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -282,7 +282,7 @@ def _timeout(config: ParallelConfig) -> datetime.timedelta:
 
 
 #: Seconds in which a rank that is alive tells the others that it has met an error, too.
-_ANSWER_SECONDS = 15.0
+ANSWER_SECONDS = 15.0
 #: How torch and its backends say that somebody did not come, or has gone.
 _LOST = re.compile(r"timed? ?out|timeout|closed by peer|connection (reset|refused)", re.I)
 
@@ -299,7 +299,7 @@ def explain(error: Exception) -> ReplayError | None:
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"met an error/{dist.get_rank()}", "")
-        deadline = time.monotonic() + _ANSWER_SECONDS
+        deadline = time.monotonic() + ANSWER_SECONDS
         while others and time.monotonic() < deadline:
             others = {other for other in others if not store.check([f"met an error/{other}"])}
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""A checkpoint's files are written by threads of this process: no fork, no wait without an end."""
+"""Threads of this process write a checkpoint's files: no fork, and no wait without a limit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def content(rank: int = 0, size: int = 1) -> dict[str, ShardedTensor]:
 
 
 def save_alone(rank: int, world_size: int, folder) -> tuple[dict, dict, int]:
-    """The files as we write them, as megatron-core's own function does, and processes started."""
+    """Our files, those of megatron-core's own function, and the number of processes started."""
     started = []
     process = multiprocessing.get_context("fork").Process
     process.start = lambda self: started.append(self)
@@ -75,7 +75,7 @@ def test_same_bytes_as_megatron_cores_and_no_process(tmp_path):
 
 
 class _Busy:
-    """Threads that hold and let go of whatever locks a trainer's own threads have."""
+    """Threads that take and release the locks that a trainer's own threads have."""
 
     def __init__(self, folder) -> None:
         self._stop = threading.Event()
@@ -131,7 +131,7 @@ def test_hundreds_of_saves_beside_busy_threads(tmp_path):
 
 
 def refused(rank: int, world_size: int, folder, fault: str) -> str:
-    write, save, hung = checkpoint_writer._File.write, torch.save, threading.Event()
+    write, save, hung = checkpoint_writer.CountingFile.write, torch.save, threading.Event()
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -142,14 +142,14 @@ def refused(rank: int, world_size: int, folder, fault: str) -> str:
         if rank == 1 and fault == "hangs":
             hung.wait()
         if rank == 1 and fault == "dies":
-            raise SystemExit  # what ends a thread without a word
+            raise SystemExit  # ends a thread silently
         return write(self, data)
 
-    checkpoint_writer._File.write = failing
+    checkpoint_writer.CountingFile.write = failing
     places = {"common": (torch, "save"), "metadata": (pickle, "dump"), "config": (json, "dump")}
     if fault in places and rank == 0:
         setattr(*places[fault], full)
-        checkpoint_writer._File.write = lambda self, data: write(self, data)
+        checkpoint_writer.CountingFile.write = lambda self, data: write(self, data)
     folder.mkdir(exist_ok=True)
     try:
         with checkpointing(stall_seconds=0.5 if fault == "hangs" else 60):
@@ -165,12 +165,11 @@ def refused(rank: int, world_size: int, folder, fault: str) -> str:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("full", "No space left"), ("hangs", "the disk took nothing"), ("dies", "SystemExit"),
+        ("full", "No space left"), ("hangs", "the disk accepted nothing"), ("dies", "SystemExit"),
         ("common", "No space left"), ("metadata", "No space left"), ("config", "No space left"),
     ],
 )  # fmt: skip
-def test_a_writer_that_fails_is_an_error_where_it_is_waited_for(tmp_path, fault, said):
-    """Nobody waits for it without a bound: neither its own process nor the other one."""
+def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path, fault, said):
     first, second = pool.run(2, refused, tmp_path / "it", fault)
-    assert said in first  # rank 0 has the details of all
+    assert said in first  # rank 0 reports the details of all ranks
     assert second.startswith("saved" if fault in ("metadata", "config") else "Checkpoint")

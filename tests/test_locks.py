@@ -1,4 +1,4 @@
-"""One writer a directory: processes of this machine, of another, and file systems without locks."""
+"""One writer a directory: of this machine, of another, and on file systems without locks."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def test_a_killed_owner_leaves_no_lock_behind(tmp_path, capfd):
     with hold(tmp_path) as holder:
         holder.send_signal(signal.SIGKILL)
     DirectoryLock(tmp_path, purpose="it").release()
-    assert capfd.readouterr().err == ""  # the kernel of this machine vouches: nothing to watch
+    assert capfd.readouterr().err == ""  # the kernel has released the lock: no need to wait
 
 
-def test_it_goes_with_its_object_and_can_be_taken_again(tmp_path):
+def test_it_is_released_with_its_object_and_can_be_taken_again(tmp_path):
     lock = DirectoryLock(tmp_path, purpose="it")
     assert is_ours(tmp_path)
     del lock
@@ -65,27 +65,27 @@ def quick(monkeypatch):
     monkeypatch.setattr(locks, "WATCH_SECONDS", 0.5)
 
 
-def test_a_live_owner_on_another_machine_is_seen_by_its_beat(tmp_path, monkeypatch):
-    """As under Lustre's localflock: this machine's kernel knows of no lock."""
+def test_a_live_owner_on_another_machine_is_found_by_its_beat(tmp_path, monkeypatch):
+    """As under Lustre's localflock, where this machine's kernel sees no lock."""
     monkeypatch.setattr(locks, "BEAT_SECONDS", 0.01)
     owner = DirectoryLock(tmp_path, purpose="it")
-    monkeypatch.setattr(locks, "_machine", lambda: "another")
+    monkeypatch.setattr(locks, "this_machine", lambda: "another")
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     with pytest.raises(OutputError, match="another run"):
         DirectoryLock(tmp_path, purpose="it")
     owner.release()
 
 
-def test_a_dead_owner_on_another_machine_is_watched_then_followed(tmp_path, quick, capfd):
+def test_a_dead_owner_on_another_machine_is_waited_for_then_replaced(tmp_path, quick, capfd):
     DirectoryLock(tmp_path, purpose="it").release()
     record(tmp_path, machine="another", host="node7", pid=12, beat=3)
     DirectoryLock(tmp_path, purpose="it").release()
     assert "process 12 on node7" in capfd.readouterr().err
 
 
-def test_an_owner_that_signed_off_is_not_watched(tmp_path, capfd, monkeypatch):
+def test_an_owner_that_released_is_not_waited_for(tmp_path, capfd, monkeypatch):
     DirectoryLock(tmp_path, purpose="it").release()
-    monkeypatch.setattr(locks, "_machine", lambda: "another")
+    monkeypatch.setattr(locks, "this_machine", lambda: "another")
     DirectoryLock(tmp_path, purpose="it").release()
     assert capfd.readouterr().err == ""
 
@@ -115,7 +115,7 @@ def test_a_damaged_record_is_replaced(tmp_path, content):
 
 
 @pytest.mark.parametrize("content", [b"mine", b"[]", b"\xff", b'{"program": "another"}'])
-def test_somebody_elses_file_is_not_replaced(tmp_path, content):
+def test_another_programs_file_is_not_replaced(tmp_path, content):
     (tmp_path / LOCK_FILE).write_bytes(content)
     with pytest.raises(OutputError, match="somebody else's file is there"):
         DirectoryLock(tmp_path, purpose="it")

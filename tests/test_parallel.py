@@ -1,4 +1,4 @@
-"""Process groups: who waits how long, what a launcher must say, and what a lost rank leads to."""
+"""Process groups: timeouts, the variables of a launcher, lost ranks, signals and dead launchers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from megatron_replay.parallel import environment_world_size
 from megatron_replay.training.interrupt import StopRequest
 from tests import pool, processes
 
-TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-        "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # fmt: skip
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+             "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # fmt: skip
 WHOLE = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 
 
@@ -43,9 +43,9 @@ WHOLE = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "a", 
         ({"OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE=8 and no WORLD_SIZE"),
     ],
 )  # fmt: skip
-def test_what_a_launcher_must_say(monkeypatch, environment, found):
+def test_the_variables_that_a_launcher_must_set(monkeypatch, environment, found):
     """Under srun and mpirun each process would otherwise train alone, into one directory."""
-    for name in TOLD:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -74,7 +74,7 @@ def alone(rank: int) -> str:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_nobody_meets_says_so(tmp_path, rank):
+def test_a_rank_without_the_others_ends_with_one_line(tmp_path, rank):
     said = tmp_path / "said"
     assert processes.wait(processes.fork(write_answer, said, rank)) == 0
     assert f"rank {rank} of 2 did not meet the others within --distributed" in said.read_text()
@@ -105,7 +105,7 @@ def test_the_timeout_reaches_every_group():
 
 
 class UntilAllHaveAnswered:
-    """A clock whose time is over some looks after all of ``ranks`` have said they met an error."""
+    """A clock that passes the limit once all of ``ranks`` have reported an error."""
 
     def __init__(self, ranks: set[int]) -> None:
         self.ranks, self.now = ranks, 0.0
@@ -113,7 +113,7 @@ class UntilAllHaveAnswered:
     def monotonic(self) -> float:
         now, store = self.now, dist.distributed_c10d._get_default_store()
         if all(store.check([f"met an error/{rank}"]) for rank in self.ranks):
-            self.now += parallel._ANSWER_SECONDS / 2
+            self.now += parallel.ANSWER_SECONDS / 2
         return now
 
     def sleep(self, seconds: float) -> None:
@@ -126,12 +126,12 @@ def lost(rank: int, world_size: int, silent: tuple[int, ...], message: str) -> s
     explained = None
     if rank not in silent:
         explained = parallel.explain(RuntimeError(message))
-    dist.barrier()  # who is silent lives, and keeps the store
+    dist.barrier()  # a silent rank lives, and keeps the store
     return None if explained is None else f"{type(explained).__name__} {explained}"
 
 
 @pytest.mark.distributed
-def test_the_rank_that_is_waited_for_is_named_with_the_flag():
+def test_the_error_names_the_missing_rank_and_the_flag():
     said = pool.run(3, lost, (1,), "[gloo/...] Timed out waiting 600000ms for recv operation")
     assert said[1] is None
     for line in (said[0], said[2]):
@@ -154,7 +154,7 @@ def test_an_explained_error_is_one_line(capsys, tmp_path):
 
 
 def stops(rank: int, world_size: int, asked: dict[int, int]) -> int:
-    """The iteration after which this rank leaves; ``asked``: when a rank gets its signal."""
+    """The iteration after which this rank stops; ``asked``: the iteration of a rank's signal."""
     request = StopRequest(dist.distributed_c10d._get_default_store())
     with request:
         for iteration in range(1, 20):
@@ -166,8 +166,8 @@ def stops(rank: int, world_size: int, asked: dict[int, int]) -> int:
     return 0
 
 
-def test_learning_of_a_signal_takes_no_collective():
-    """There is no process group here that one could go through."""
+def test_a_stop_request_needs_no_collective():
+    """There is no process group in this process."""
     assert not dist.is_initialized()
     store = dist.HashStore()
     with StopRequest(store) as asked, StopRequest(store) as other:
@@ -190,7 +190,7 @@ def test_all_ranks_stop_after_the_same_step(asked, last):
 WORKER = """
 import os, sys, time
 from megatron_replay import cli
-cli._GRACE_SECONDS = float(sys.argv[1])
+cli.GRACE_SECONDS = float(sys.argv[1])
 cli.end_with_launcher()
 if sys.argv[2] == "deaf":
     import signal
@@ -203,7 +203,7 @@ LAUNCHER = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.s
 
 @pytest.mark.parametrize("kind", ["plain", "deaf"])
 def test_a_worker_ends_with_its_torchrun(kind):
-    """Also one that does not answer SIGTERM; both would write beside the next run's."""
+    """Also one that ignores SIGTERM; both would write into the next run's directory."""
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "1",
                    "PYTHONPATH": str(Path(__file__).parents[1])}  # fmt: skip
     worker = [sys.executable, "-c", WORKER, "0.2", kind]
@@ -214,7 +214,7 @@ def test_a_worker_ends_with_its_torchrun(kind):
         try:
             assert launcher.stdout.readline()
             launcher.kill()
-            # Its pipe is at an end once the worker, too, is gone.
+            # The pipe ends when the worker has ended, too.
             assert launcher.stdout.read() == b""
         finally:
             with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""What the other tests rely on: forks without threads, and no process that outlives a test."""
+"""The tests' own processes: forks without threads, and none that outlives its test."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from pathlib import Path
 
@@ -23,7 +22,7 @@ def look_around(found: Path) -> None:
     warnings.warn("an error here too", UserWarning, stacklevel=1)
 
 
-def test_a_fork_has_what_its_parent_has_but_its_threads(tmp_path, monkeypatch, capfd):
+def test_a_fork_copies_everything_but_the_threads(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIVEN", "there")
     done = threading.Event()
@@ -40,48 +39,14 @@ def test_a_fork_has_what_its_parent_has_but_its_threads(tmp_path, monkeypatch, c
     assert "UserWarning: an error here too" in said.err
 
 
-class Threaded:
-    """Starts a thread where it is unpickled, which ends once ``path`` is there."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __setstate__(self, state: dict[str, Path]) -> None:
-        threading.Thread(target=self._wait, args=(state["path"],), name="stray").start()
-
-    def _wait(self, path: Path) -> None:
-        while not path.exists():
-            time.sleep(0.001)
-
-
-def test_the_server_refuses_to_fork_beside_a_thread(tmp_path):
-    with pytest.raises(AssertionError, match="the fork server has threads"):
-        processes.fork(print, Threaded(tmp_path / "end"))
-    (tmp_path / "end").touch()
-    while True:
-        try:
-            pid = processes.fork(os.getpid)
-        except AssertionError:  # the thread is on its way out
-            continue
-        break
-    assert processes.wait(pid) == 0
-
-
-def test_exit_codes():
+def test_exit_codes(tmp_path):
     assert processes.wait(processes.fork(os._exit, 7)) == 7
-    assert processes.wait(processes.fork(os.abort)) == -signal.SIGABRT
     sleeper = processes.fork(signal.pause)
     assert processes.wait(sleeper, 0.01) is None
     os.kill(sleeper, signal.SIGKILL)
-    assert processes.wait(sleeper) == -signal.SIGKILL
-
-
-def test_until_does_not_wait_for_the_dead(tmp_path):
-    pid = processes.fork(os._exit, 0)
     with pytest.raises(AssertionError, match="ended before"):
-        processes.until((tmp_path / "never").exists, pid)
-    processes.until(tmp_path.exists, pid)
-    assert processes.wait(pid) == 0
+        processes.until((tmp_path / "never").exists, sleeper)
+    assert processes.wait(sleeper) == -signal.SIGKILL
 
 
 #: A launcher like torchrun: its worker has a session of its own, and does not die with it.
@@ -95,7 +60,7 @@ worker.wait()
 
 
 @pytest.mark.parametrize("dead", [False, True])
-def test_what_is_left_is_ended_to_the_last_grandchild(dead):
+def test_remaining_processes_are_ended_with_their_children(dead):
     with processes.ended() as left:
         launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE)
         worker = int(launcher.stdout.readline())

@@ -1,7 +1,7 @@
-"""The only place that knows cpu from cuda from npu: device, collectives, what Megatron needs there.
+"""The only place that tells cpu, cuda and npu apart: device, collectives, patches of megatron-core.
 
 ``select("auto").prepare()`` must come before the first import of ``megatron``: it makes
-megatron-core run on the platform. Elsewhere the project speaks of ``platform.device``.
+megatron-core run on the platform. Elsewhere the project uses ``platform.device``.
 """
 
 from megatron_replay.platform.base import Platform

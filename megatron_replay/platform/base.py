@@ -1,4 +1,4 @@
-"""What the rest of the project may ask of a platform."""
+"""The interface of a platform."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Platform(abc.ABC):
     Attributes:
         name: "cpu", "cuda" or "npu".
         communication_backend: torch.distributed's name of its collectives.
-        validated: False where this project has never run on it; said at start.
+        validated: False where this project has never run on it; printed at start.
     """
 
     name: ClassVar[str]
@@ -39,7 +39,7 @@ class Platform(abc.ABC):
 
     @abc.abstractmethod
     def peak_memory_bytes(self) -> int:
-        """The most memory this process has held on its device (the host's, for cpu)."""
+        """Peak bytes that this process has held on its device (in host memory, for cpu)."""
 
     def profiler(self) -> Any:
         """A profiler of host and device with torch.profiler's start, stop, export_chrome_trace."""

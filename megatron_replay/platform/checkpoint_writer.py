@@ -1,8 +1,8 @@
-"""Write a checkpoint's shards in this process, in threads, with a crc32 of each file.
+"""Writes a checkpoint's files in threads of this process, with a crc32 of each file.
 
 megatron-core writes them in processes that it forks (``write_preloaded_data_multiproc``), also when
-it saves synchronously. A fork copies the locks of all threads as they are (gloo's, OpenMP's,
-TensorBoard's, the loader's), and a child that needs one which was held waits for ever, its parent
+it saves synchronously. A fork copies the locks of all threads in their state (gloo's, OpenMP's,
+TensorBoard's, the loader's): a child that needs one which was held waits forever, its parent waits
 for the child, and every rank for the parent.
 """
 
@@ -20,30 +20,33 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-#: Bytes between two syncs: a slow disk is told from one that stalls, and page caches stay small.
+#: Bytes between two syncs, which show a slow disk's progress and keep the page cache small.
 _SYNC_BYTES = 256 << 20
 
-#: {file name: (bytes, crc32)} of what this process wrote.
+#: {file name: (bytes, crc32)} of the files that this process wrote.
 Written = dict[str, tuple[int, int]]
 
 
 @contextlib.contextmanager
 def checkpointing(*, stall_seconds: float = 600.0) -> Iterator[Written]:
-    """Surround every call of dist_checkpointing with this; gives what was written inside.
+    """Surround every call of dist_checkpointing with this; yields the files written inside.
 
-    Patches, of ``strategies.filesystem_async``:
+    Patches of ``strategies.filesystem_async``:
 
-    - ``FileSystemWriterAsync.write_preloaded_data_multiproc``: see above. Files and their content
-      are the same. A thread that fails, or writes nothing for ``stall_seconds``, is an error.
-    - ``_results_queue``, on which writers answer: it lives in a manager process that is spawned and
-      imports torch again, 4 to 18 seconds on every rank, and outlives a rank that is killed. Our
-      writers are threads, so a plain queue does.
+    - ``FileSystemWriterAsync.write_preloaded_data_multiproc``: see above. The files are the same.
+      A thread that fails, or writes nothing for ``stall_seconds``, is an error.
+    - ``_results_queue``, which holds the writers' results: megatron-core's is in a manager process,
+      which imports torch again (4 to 18 seconds on every rank) and outlives a rank that is killed.
+      Our writers are threads, so a plain queue is enough.
 
-    What rank 0 alone writes (``save_common``, ``finish``, ``save_config``) raises when all ranks
-    have come through: raised at once, it would leave the others waiting for rank 0.
+    An error in the files that only rank 0 writes (``save_common``, ``finish``, ``save_config``) is
+    raised at the end: raised at once, it would leave the other ranks waiting for rank 0.
 
-    Silences torch's notices that the ShardedTensor API underneath will go one day: nothing a user
-    of the pinned release can do about.
+    Silences torch's notices that its ShardedTensor API is deprecated: a user of the pinned release
+    can do nothing about them.
+
+    Raises:
+        Exception: the first error of a writer or of rank 0's own files.
     """
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import common, filesystem_async
@@ -53,7 +56,7 @@ def checkpointing(*, stall_seconds: float = 600.0) -> Iterator[Written]:
     def write(transforms: list[Any], _: bool, __: int, buckets: list[Any], results: Any) -> None:
         try:
             results.put(_write_buckets(transforms, buckets, written, stall_seconds))
-        except Exception as error:  # raised on every rank, once all have come so far
+        except Exception as error:  # megatron-core raises it on every rank, after a collective
             results.put(error)
 
     filesystem_async._results_queue = queue.Queue()
@@ -87,7 +90,7 @@ def _postponed(function: Callable[..., None], failures: list[Exception]) -> Call
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = vars(owner).get(name)  # what getattr gives of a class is no static method
+    before = vars(owner).get(name)  # getattr would unwrap a static method
     setattr(owner, name, value)
     try:
         yield
@@ -98,15 +101,15 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
 
 
-class _File(io.FileIO):
-    """Counts, syncs and sums up what is written to it."""
+class CountingFile(io.FileIO):
+    """A file that counts, syncs and checksums the bytes written to it."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path, "w")
         self.crc = self.count = self._synced = 0
 
     def write(self, data: Any, /) -> int:
-        """Write what the disk takes of ``data``, and take that into account."""
+        """Write as much of ``data`` as the disk accepts; return the number of bytes."""
         count = super().write(data)
         self.crc = zlib.crc32(memoryview(data).cast("B")[:count], self.crc)
         self.count += count
@@ -117,14 +120,14 @@ class _File(io.FileIO):
 
 
 class _Writer(threading.Thread):
-    """Writes one file; ``results`` or ``error`` says how it went."""
+    """Writes one file; then ``results`` or ``error`` is set."""
 
     def __init__(self, transforms: list[Any], bucket: Any) -> None:
-        # A daemon: a disk that hangs must not keep the process from ending.
+        # A daemon, because a disk that hangs must not prevent the process from ending.
         super().__init__(name="checkpoint writer", daemon=True)
         self._transforms = transforms
         self._path, self.name_in_checkpoint, (self._bytes, self._tensors) = bucket
-        self.file: _File | None = None
+        self.file: CountingFile | None = None
         self.results: list[Any] = []
         self.error: BaseException | None = None
 
@@ -137,10 +140,10 @@ class _Writer(threading.Thread):
     def _write(self) -> None:
         from torch.distributed.checkpoint import filesystem
 
-        # torch 2.6 has no choice of formats; later releases want it named.
+        # torch 2.6 has no choice of formats; later releases require one.
         formats = getattr(filesystem, "SerializationFormat", None)
         options: Any = {} if formats is None else {"serialization_format": formats.TORCH_SAVE}
-        with _File(self._path) as self.file, io.BufferedWriter(self.file) as stream:
+        with CountingFile(self._path) as self.file, io.BufferedWriter(self.file) as stream:
             for item, data in [*self._bytes, *self._tensors]:
                 where = self.name_in_checkpoint
                 write: Any = filesystem._write_item
@@ -153,7 +156,7 @@ class _Writer(threading.Thread):
 def _write_buckets(
     transforms: list[Any], buckets: list[Any], written: Written, stall_seconds: float
 ) -> dict[int, list[Any]]:
-    """Write each bucket into its file; what megatron-core expects of its own function."""
+    """Write each bucket into its file; return the results as megatron-core's function does."""
     writers = [_Writer(transforms, bucket) for bucket in buckets]
     for writer in writers:
         writer.start()
@@ -165,13 +168,13 @@ def _write_buckets(
             count, since = found, time.monotonic()
         elif time.monotonic() - since > stall_seconds:
             raise TimeoutError(
-                f"[Errno 110] the disk took nothing for {stall_seconds / 60:.0f} minutes"
+                f"[Errno 110] the disk accepted nothing for {stall_seconds / 60:.0f} minutes"
             )
     for writer in writers:
         if isinstance(writer.error, Exception):
             raise writer.error
         if writer.error is not None:  # SystemExit and its like end a thread, not this process
-            raise RuntimeError(f"a writer has died: {writer.error!r}") from writer.error
+            raise RuntimeError(f"a writer thread ended: {writer.error!r}") from writer.error
         assert writer.file is not None
         written[writer.name_in_checkpoint] = (writer.file.count, writer.file.crc)
     return {number: writer.results for number, writer in enumerate(writers)}

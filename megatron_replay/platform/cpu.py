@@ -1,4 +1,4 @@
-"""CPU with gloo: the default of tests and quick start, and the reference of the other two."""
+"""CPU with gloo: the default of tests and quick start, and the reference for the other two."""
 
 from __future__ import annotations
 

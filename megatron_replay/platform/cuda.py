@@ -1,4 +1,4 @@
-"""NVIDIA GPUs with NCCL: megatron-core's home, nothing to mend."""
+"""NVIDIA GPUs with NCCL, for which megatron-core needs no patch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CUDA(Platform):
     def prepare(self, local_rank: int = 0) -> None:
         """Bind this process to GPU ``local_rank``."""
         check_version()
-        # megatron-core's overlap needs one queue: collectives start before the matmul they hide in.
+        # One hardware queue, so that a collective starts before the product that it overlaps with.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         self.device = torch.device("cuda", local_rank)
         torch.cuda.set_device(self.device)
@@ -37,5 +37,5 @@ class CUDA(Platform):
         return torch.cuda.max_memory_allocated(self.device)
 
     def profiler(self) -> Any:
-        """Kernels and copies beside what the host does."""
+        """Records kernels and copies beside the host's calls."""
         return torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])

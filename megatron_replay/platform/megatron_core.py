@@ -1,13 +1,13 @@
-"""Run megatron-core 0.16.1 on a device that is not CUDA, leaving global torch as it is.
+"""Runs megatron-core 0.16.1 on a device that is not CUDA, without changing global torch.
 
 megatron-core calls ``torch.cuda`` in some forty places (current_device, RNG states, streams) and
 makes tensors with ``device="cuda"``. Inside its modules, and only there, the name ``torch`` is
-bound to a stand-in whose ``cuda`` is the platform's own module. Two methods cannot be reached that
-way, since they live on Tensor: ``Tensor.type()`` must answer in CUDA's spelling and
-``Tensor.cuda()`` must move to the platform's device, for megatron callers alone.
+bound to a stand-in whose ``cuda`` is the platform's own module. Two methods of Tensor are patched
+as well, for callers in megatron-core only: ``Tensor.type()`` returns CUDA's spelling and
+``Tensor.cuda()`` moves to the platform's device.
 
-Every patched symbol is a private detail of that one release, so the version is pinned, checked
-here, and tests/test_platform.py fails when a symbol has gone.
+Every patched symbol is a private detail of that release. So the version is pinned and checked here,
+and tests/test_platform.py fails when a symbol has gone.
 """
 
 from __future__ import annotations
@@ -33,24 +33,13 @@ from megatron_replay.errors import ConfigError
 
 SUPPORTED_VERSION = "0.16.1"
 _PACKAGE = "megatron.core"
-#: What we use of it; imported once, quietly.
+#: The parts that this project uses; imported once, without warnings.
 _PARTS = ("distributed", "models.gpt.gpt_layer_specs", "optimizer", "pipeline_parallel")
-_FACTORIES = (
-    "arange",
-    "as_tensor",
-    "empty",
-    "empty_like",
-    "full",
-    "ones",
-    "ones_like",
-    "tensor",
-    "zeros",
-    "zeros_like",
-)
+_FACTORIES = "arange as_tensor empty empty_like full ones ones_like tensor zeros zeros_like".split()
 
 
 class _Module(types.ModuleType):
-    """A module that answers with its own attributes first, then with those of ``fallbacks``."""
+    """A module with its own attributes first, then those of ``fallbacks``."""
 
     def __init__(self, name: str, *fallbacks: types.ModuleType) -> None:
         super().__init__(name)
@@ -69,12 +58,13 @@ def install(
     """Bind ``torch`` inside megatron-core to a stand-in for ``device_module`` (torch.cpu, ...).
 
     Args:
-        device_module: answers what megatron-core asks of ``torch.cuda``.
-        device: where tensors that it asks for on "cuda" go.
+        device_module: replaces ``torch.cuda`` for megatron-core.
+        device: replaces "cuda" where megatron-core makes tensors.
         extra: functions that ``device_module`` lacks.
 
     Raises:
-        ConfigError: another megatron-core than the one this was made for.
+        ConfigError: megatron-core is of another release.
+        RuntimeError: megatron.core was imported before.
     """
     global _installed
     if _installed:
@@ -94,7 +84,7 @@ _installed = False
 
 
 def check_version() -> None:
-    """Raise ConfigError unless megatron-core is the release whose private details we rely on."""
+    """Raise ConfigError unless megatron-core is the release that the patches are for."""
     try:
         found = importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError:
@@ -160,7 +150,7 @@ def _rebind(module: types.ModuleType, stand_in: _Module) -> None:
 
 
 def _replace_rng_functions(module: types.ModuleType, device_module: types.ModuleType) -> None:
-    """They reach into torch.cuda.default_generators and the CUDA graph API; same signatures."""
+    """Same signatures, without torch.cuda.default_generators and the CUDA graph API."""
 
     def get_state(
         device: int | str | torch.device = "cuda", clone: bool = False, graph_safe: bool = False
@@ -197,11 +187,11 @@ def _patch_tensor(stand_in: _Module, device: torch.device) -> None:
 
 
 def _import_without_compiling() -> None:
-    """Import the parts we use while ``torch.compile`` does nothing.
+    """Import the parts that we use while ``torch.compile`` does nothing.
 
     megatron-core decorates helpers with ``jit_fuser = torch.compile`` at import: on a CPU that
-    loads inductor for nothing (3 s of import), on an NPU it fails. Its import also warns, module by
-    module, that Transformer Engine and apex are absent: here they are absent by design.
+    loads inductor for nothing (3 s of import), on an NPU it fails. Its modules also warn that
+    Transformer Engine and apex are absent, which is intended here.
     """
     compile_, torch.compile = torch.compile, _no_compile  # type: ignore[assignment]
     try:
@@ -214,11 +204,11 @@ def _import_without_compiling() -> None:
 
 
 def _quiet() -> None:
-    """Silence two complaints that do not apply here.
+    """Silence two warnings that do not apply here.
 
-    The RNG tracker warns when the CPU's generator moves inside a "GPU" context: on the CPU the two
-    are one. The linear layers want one CUDA queue, so that a collective starts before the matmul
-    it overlaps; elsewhere the variable means nothing.
+    The RNG tracker warns when the CPU's generator is used inside a "GPU" context: on the CPU they
+    are the same. The linear layers require one CUDA queue, so that a collective starts before the
+    matmul it overlaps with; elsewhere the variable has no effect.
     """
     logging.getLogger(f"{_PACKAGE}.tensor_parallel.random").setLevel(logging.ERROR)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -233,7 +223,7 @@ def torch_optimizer_state() -> Iterator[None]:
     """Surround a distributed optimizer's ``state_dict`` and ``load_state_dict`` with this.
 
     Patches ``distrib_optimizer.HAVE_APEX_OR_TE``: where apex or Transformer Engine is installed,
-    megatron-core takes every optimizer for one of theirs, which counts steps in its groups. Ours
+    megatron-core treats every optimizer as one of theirs, which count steps in their groups. Ours
     counts them in its state, as torch's does, and would lose the count.
     """
     from megatron.core.optimizer import distrib_optimizer
@@ -247,11 +237,10 @@ def torch_optimizer_state() -> Iterator[None]:
 
 
 def fuses_gradient_accumulation(device: torch.device) -> bool:
-    """Whether weight gradients can be added to fp32 ``main_grad`` by the product itself.
+    """Whether the weight-gradient product can add to fp32 ``main_grad`` itself.
 
-    megatron-core does so with an extension of NVIDIA's apex, used where it is installed and never
-    asked for. Ascend's apex has no such extension, nor has PyPI's package of that name anything.
-    Not run.
+    megatron-core does so with an extension of NVIDIA's apex, used where it is installed. Neither
+    Ascend's apex nor PyPI's package of that name has it. Not run.
     """
     if device.type != "cuda":
         return False

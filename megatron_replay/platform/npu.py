@@ -1,8 +1,8 @@
-"""Ascend NPUs with HCCL, through torch_npu and no MindSpeed. Not run on an NPU yet.
+"""Ascend NPUs with HCCL, through torch_npu and without MindSpeed. Not run on an NPU yet.
 
-``transfer_to_npu`` maps cuda to npu and nccl to hccl all over torch; it covers neither
-``Tensor.type()``'s spelling, which megatron-core compares with ``torch.cuda.FloatTensor``, nor the
-RNG tracker's ``default_generators``. ``install`` covers both.
+``transfer_to_npu`` maps cuda to npu and nccl to hccl everywhere in torch, except in the result of
+``Tensor.type()``, which megatron-core compares with ``torch.cuda.FloatTensor``, and in the RNG
+tracker's ``default_generators``. ``install`` patches both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class NPU(Platform):
         try:
             importlib.import_module("torch_npu")
         except (ImportError, OSError) as error:
-            # "auto" would go on with the CPU, days slower than what this machine was bought for.
+            # Otherwise "auto" would choose the CPU, and the run would be days slower.
             raise ConfigError(
                 f"torch_npu is installed and cannot be imported: {error}",
                 where="--platform",
@@ -43,8 +43,8 @@ class NPU(Platform):
         return bool(_npu().is_available())
 
     def prepare(self, local_rank: int = 0) -> None:
-        """Bind this process to NPU ``local_rank`` and mend what ``transfer_to_npu`` leaves."""
-        # It sets a filter that shows every warning, then warns at length: record, to throw away.
+        """Bind this process to NPU ``local_rank``; patch what ``transfer_to_npu`` leaves out."""
+        # Its import sets a filter that shows every warning, then warns at length: discard both.
         with warnings.catch_warnings(record=True):
             importlib.import_module("torch_npu.contrib.transfer_to_npu")
         self.device = torch.device("npu", local_rank)
@@ -56,12 +56,12 @@ class NPU(Platform):
         return int(_npu().max_memory_allocated(self.device))
 
     def profiler(self) -> Any:
-        """torch_npu's, of the same interface."""
+        """torch_npu's profiler, which has the same interface."""
         profiler = importlib.import_module("torch_npu.profiler")
         activities = [profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU]
         return profiler.profile(activities=activities)
 
 
 def _npu() -> Any:
-    """``torch.npu``, which exists once torch_npu is imported."""
+    """``torch.npu``, which exists after the import of torch_npu."""
     return getattr(torch, "npu")  # noqa: B009 - unknown to type checkers

@@ -1,4 +1,4 @@
-"""Which platform this process runs on: found out once, or named by the user."""
+"""Chooses the platform of this process: detected, or named by the user."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def select(name: str = "auto") -> Platform:
     """The platform called ``name``, or for "auto" the first one this machine has.
 
     Raises:
-        ConfigError: no such platform, or this machine does not have it. A platform asked for by
-            name is never replaced by another.
+        ConfigError: no such platform, or this machine does not have it. A platform chosen by name
+            is never replaced by another.
     """
     if name == "auto":
         return next(platform for platform in PLATFORMS if platform.available())()

@@ -129,7 +129,7 @@ def _stall(rank: int, world_size: int, argv: list[str], over: Path) -> tuple[int
     from megatron_replay import parallel
     from megatron_replay.training import loop
 
-    take_step, parallel._ANSWER_SECONDS = loop.train_step, 0.1
+    take_step, parallel.ANSWER_SECONDS = loop.train_step, 0.1
 
     def step(model, optimizer, work, groups, **kwargs):
         if rank == 1:
