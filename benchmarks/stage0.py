@@ -1,12 +1,11 @@
 """Stage 0 beside a plain forward pass of the same model: python -m benchmarks.stage0
 
 The plain pass is this framework's own, over the same packs: every logit is computed, as many
-positions at a time as in Stage 0, and thrown away. Stage 0 does the rest: candidate sets, records,
-a store on the disk, fsync included. Every label carries loss, so "all" and "bucket" need as many
-logits as the plain pass. In one round each runs once; "x plain" is the median over the rounds of
-the time over that of the plain pass in the same round, and beside the least time that over the
-plain pass's. The processor's time, of all threads, is what others on the machine disturb least; of
-more than one thread it counts those that wait for each other as well.
+positions at a time as in Stage 0, and discarded. Stage 0 also makes candidate sets, records and a
+store on the disk, fsync included. Every label carries loss, so "all" and "bucket" need as many
+logits as the plain pass. Each runs once a round; "x plain" is the median of the rounds' times over
+those of the plain pass in the same round. CPU time, of all threads, is least disturbed by other
+processes; with several threads it counts those that wait as well.
 
 Two models of random weights: in "output" most of the work is the output layer (V = 151,936), in
 "body" it is the layers. Logits are normal, and as wide as gives sets of about 100 candidates.
@@ -36,10 +35,11 @@ from megatron_replay.config import CandidatesConfig, DataConfig, ParallelConfig
 from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.parallel import Parallel
-from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
+from megatron_replay.store import CandidateReader, CandidateWriter
 
 platform.select("cpu").prepare()  # before megatron-core may be imported
 
+from benchmarks.stage1_case import description  # noqa: E402
 from megatron_replay.checkpoint.load import LoadedModel  # noqa: E402
 from megatron_replay.collection.collector import Collector  # noqa: E402
 from megatron_replay.collection.stream import ShardStream  # noqa: E402
@@ -95,25 +95,12 @@ class Case:
         settings = self.settings(strategy)
         kernel = kernels.SELECTION.choose("auto", torch.empty(0))
         collector = Collector(settings, self.data, self.corpus, self.model, self.groups, kernel)
-        with CandidateWriter(settings.store, self.description(), lock=True) as writer:
+        with CandidateWriter(settings.store, description(self.corpus), lock=True) as writer:
             with ShardStream(writer, 0) as stream:
                 for part in collector.collect(np.arange(len(self.corpus))):
                     stream.put(part)
             writer.finish()
         return writer.directory
-
-    def description(self) -> StoreDescription:
-        return StoreDescription(
-            vocab_size=self.model.shape.vocab_size,
-            num_documents=len(self.corpus),
-            documents_per_shard=len(self.corpus),
-            codec="planar",
-            logits="none",
-            corpus_fingerprint=self.corpus.fingerprint,
-            tokenizer_fingerprint="",
-            checkpoint_fingerprint="",
-            selection={"coverage": 0.95, "max_candidates": 200},
-        )
 
 
 def random_model(name: str, groups: Parallel) -> LoadedModel:
@@ -166,48 +153,26 @@ def contenders(case: Case) -> dict[str, Callable[[], object]]:
     }
 
 
-def timed(
-    work: dict[str, Callable[[], object]], rounds: int, positions: int
-) -> dict[str, tuple[Times, Times]]:
-    """Of each, wall clock and processor time in ns a position."""
-    processor = {name: Times() for name in work}
+def measure(work: dict[str, Callable[[], object]], rounds: int, positions: int) -> None:
+    """Print wall-clock and CPU time in ms a position, and ratios within each round."""
+    cpu = {name: Times() for name in work}
 
     def counted(name: str) -> None:
         start = time.process_time_ns()
         work[name]()
-        processor[name].values.append((time.process_time_ns() - start) / positions)
+        cpu[name].values.append((time.process_time_ns() - start) / positions)
 
-    wall = interleave(
-        {name: functools.partial(counted, name) for name in work},
-        rounds=rounds,
-        each=positions,
-        device=CPU,
-    )
-    for times in processor.values():
-        del times.values[0]  # the warm-up
-    return {name: (wall[name], processor[name]) for name in work}
-
-
-HEADING = f"{'ms a position':26}" + "".join(
-    f"{name:>{width}}{'x plain':>9}" for name, width in (("wall", 9), ("least", 9), ("CPU", 10))
-)
-
-
-def report(times: dict[str, tuple[Times, Times]]) -> None:
-    print(HEADING)
-    plain_wall, plain_processor = times[PLAIN]
-    for name, (wall, processor) in times.items():
-        print(
-            f"{name:26}{wall.median / 1e6:9.3f}{median_ratio(wall, plain_wall):9.3f}"
-            f"{wall.least / 1e6:9.3f}{wall.least / plain_wall.least:9.3f}"
-            f"{processor.median / 1e6:10.3f}{median_ratio(processor, plain_processor):9.3f}",
-            flush=True,
-        )
-
-
-def median_ratio(times: Times, others: Times) -> float:
-    """Of what was measured in the same rounds."""
-    return statistics.median(a / b for a, b in zip(times.values, others.values, strict=True))
+    runs = {name: functools.partial(counted, name) for name in work}
+    wall = interleave(runs, rounds=rounds, each=positions, device=CPU)
+    print(f"{'ms a position':26}{'wall':>9}{'x plain':>9}{'CPU':>9}{'x plain':>9}")
+    for name in work:
+        del cpu[name].values[0]  # the warm-up
+        columns = ""
+        for times in (wall, cpu):
+            pairs = zip(times[name].values, times[PLAIN].values, strict=True)
+            ratio = statistics.median(a / b for a, b in pairs)
+            columns += f"{times[name].median / 1e6:9.3f}{ratio:9.3f}"
+        print(f"{name:26}{columns}", flush=True)
 
 
 def describe_sets(case: Case) -> str:
@@ -247,7 +212,7 @@ def main() -> None:
             for threads in options.threads:
                 torch.set_num_threads(threads)
                 print(f"threads {threads}")
-                report(timed(contenders(case), options.rounds, positions))
+                measure(contenders(case), options.rounds, positions)
 
 
 if __name__ == "__main__":
