@@ -138,7 +138,7 @@ else
     BASE=$HF_CHECKPOINT TOKENIZER=$HF_CHECKPOINT
     SEQ_LENGTH=${SEQ_LENGTH:-1024} LR=${LR:-1e-5} MICRO_BATCH=1 WARMUP=0
     GLOBAL_BATCH=${GLOBAL_BATCH:-4} EPOCHS=${EPOCHS:-1}
-    part "$OUT/data/data.json" "data: hold out every tenth row" \
+    part "$OUT/data/train.jsonl" "data: hold out every tenth row" \
         "$PYTHON" -m examples.quickstart.split_data --input "$DATA" --output "$OUT/data"
     TRAIN_ROWS=$OUT/data/train.jsonl
     EVALUATE=(--data "$OUT/data/heldout.jsonl" --general-text "$OUT/data/general_heldout.jsonl")

@@ -16,7 +16,6 @@ import numpy
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__"}
 #: One-line docstrings ("Return the name.") teach a language model nothing: leave them out.
 MIN_CHARACTERS = 80
-
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -29,23 +28,18 @@ def python_files(folder: Path) -> Iterator[Path]:
             yield entry
 
 
-def docstrings(folder: Path, *, without: Container[str] = ()) -> Iterator[str]:
-    """The docstrings of all Python files under ``folder``, in the order of their paths.
-
-    ``without``: names of files and folders right under ``folder`` to leave out.
-    """
+def docstrings(folder: Path, without: Container[str] = ()) -> Iterator[str]:
+    """The docstrings of all Python files under ``folder``, in the order of their paths."""
     for path in python_files(folder):
         if path.relative_to(folder).parts[0] in without:
             continue
         with warnings.catch_warnings():
-            # Old modules hold invalid escapes; their authors' warnings are not ours.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # old modules have invalid escapes
             tree = ast.parse(path.read_bytes())
         for node in ast.walk(tree):
-            if isinstance(node, DOCUMENTED):
-                text = ast.get_docstring(node)
-                if text and len(text) >= MIN_CHARACTERS:
-                    yield text
+            text = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
+            if text and len(text) >= MIN_CHARACTERS:
+                yield text
 
 
 def general_documents(*, seed: int, without: Container[str] = ()) -> list[str]:
@@ -55,13 +49,8 @@ def general_documents(*, seed: int, without: Container[str] = ()) -> list[str]:
     and numpy, which ``make_data.py`` therefore records. ``without``: files and folders of the
     standard library to leave out.
     """
-    documents = dict.fromkeys(
-        [
-            *docstrings(Path(sysconfig.get_path("stdlib")), without=without),
-            *topics.topics.values(),
-            *docstrings(Path(numpy.__file__).parent),
-        ]
-    )
-    ordered = list(documents)
+    library = docstrings(Path(sysconfig.get_path("stdlib")), without)
+    of_numpy = docstrings(Path(numpy.__file__).parent)
+    ordered = list(dict.fromkeys([*library, *topics.topics.values(), *of_numpy]))
     random.Random(seed).shuffle(ordered)
     return ordered

@@ -15,41 +15,31 @@ from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.errors import ReplayError
 from megatron_replay.model.config import ModelConfig
 
-#: What differs. Qwen3-4B and 8B keep heads and groups, so that their layouts fit, and shrink in
-#: all else: 32 times in width, 36 layers to 4.
-SHAPES: dict[str, dict[str, Any]] = {
-    "quickstart": {
-        "hidden_size": 128,
-        "ffn_hidden_size": 384,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "kv_channels": 32,
-        "rotary_base": 10_000.0,
-        "tie_embeddings": True,
-    },
-    "qwen3-4b": {
-        "hidden_size": 80,
-        "ffn_hidden_size": 304,
-        "num_attention_heads": 32,
-        "num_query_groups": 8,
-        "kv_channels": 4,
-        "rotary_base": 1e6,
-        "tie_embeddings": True,
-    },
-    "qwen3-8b": {
-        "hidden_size": 128,
-        "ffn_hidden_size": 384,
-        "num_attention_heads": 32,
-        "num_query_groups": 8,
-        "kv_channels": 4,
-        "rotary_base": 1e6,
-        "tie_embeddings": False,
-    },
+SMALL: dict[str, Any] = {
+    "hidden_size": 128,
+    "ffn_hidden_size": 384,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 32,
+    "rotary_base": 10_000.0,
+    "tie_embeddings": True,
+}
+#: Qwen3-4B and 8B keep heads and groups, so that their layouts fit, and are 32 times narrower.
+QWEN3 = SMALL | {
+    "num_attention_heads": 32,
+    "num_query_groups": 8,
+    "kv_channels": 4,
+    "rotary_base": 1e6,
+}
+SHAPES = {
+    "quickstart": SMALL,
+    "qwen3-4b": QWEN3 | {"hidden_size": 80, "ffn_hidden_size": 304},
+    "qwen3-8b": QWEN3 | {"tie_embeddings": False},
 }
 
 
 def main() -> int:
-    """Write it; returns the exit code."""
+    """Write the model; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)

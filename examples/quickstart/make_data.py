@@ -2,8 +2,8 @@
 
     python -m examples.quickstart.make_data --output runs/quickstart/data
 
-Nothing is downloaded. The same arguments give the same files; a directory that already holds them
-is left as it is, and one that holds others of this program's is replaced.
+Nothing is downloaded. The same arguments give the same files under the same versions of Python,
+numpy and tokenizers. The directory appears whole; one that is not empty is left as it is.
 
     tokenizer/             byte-level BPE, a Hugging Face directory
     general_train.jsonl    {"text"}: documentation of Python and numpy
@@ -19,15 +19,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy
-import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -36,26 +32,17 @@ from examples.quickstart.nl2sql import (
     NEW_TABLES,
     OLD_TABLES,
     Question,
-    answerable_pools,
     draw,
     hold_out,
+    only_answerable,
     practice_tables,
     question_pools,
     write_database,
 )
 from megatron_replay.checkpoint.staging import publish, start_directory
 from megatron_replay.errors import ConfigError, ReplayError
-from megatron_replay.files import atomic_file, make_directory, sha256_of_files, write_json
+from megatron_replay.files import atomic_file, make_directory
 
-MANIFEST, DATABASE, TOKENIZER = "data.json", "domain_test/database.sqlite", "tokenizer"
-ROW_FILES = (
-    "general_train",
-    "general_heldout",
-    "base_sql",
-    "base_train",
-    "domain_train",
-    "domain_test/questions",
-)
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 SPECIAL_TOKENS = [EOS, "<|im_start|>", "<|im_end|>", PAD]
 CHAT_TEMPLATE = (
@@ -63,33 +50,31 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 Row = dict[str, str]
+#: The published figures of the quick start were made with these counts.
+COUNTS = {
+    "vocab-size": (1024, "tokens of the tokenizer"),
+    "base-questions": (12000, "rows of base_sql.jsonl"),
+    "practice-tables": (300, "invented tables the base also learns from"),
+    "base-domain": (100, "of base_sql.jsonl, rows over NEW tables too"),
+    "domain-train": (2000, "rows of domain_train.jsonl"),
+    "domain-test": (200, "held-out questions"),
+    "general-train": (2500, "documents of general_train.jsonl"),
+    "general-heldout": (200, "documents of general_heldout.jsonl"),
+}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; the counts are those the quick start's published figures were made with."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0, help="decides every draw")
-    parser.add_argument("--vocab-size", type=int, default=1024, help="tokens of the tokenizer")
-    parser.add_argument("--base-questions", type=int, default=12000, help="rows of base_sql.jsonl")
-    parser.add_argument(
-        "--practice-tables", type=int, default=300, help="invented tables the base also learns from"
-    )
-    parser.add_argument(
-        "--base-domain", type=int, default=100, help="of base_sql.jsonl, rows over NEW tables too"
-    )
-    parser.add_argument("--domain-train", type=int, default=2000, help="rows of domain_train.jsonl")
-    parser.add_argument("--domain-test", type=int, default=200, help="held-out questions")
-    parser.add_argument(
-        "--general-train", type=int, default=2500, help="documents of general_train.jsonl"
-    )
-    parser.add_argument(
-        "--general-heldout", type=int, default=200, help="documents of general_heldout.jsonl"
-    )
+    for name, (count, text) in COUNTS.items():
+        parser.add_argument(f"--{name}", type=int, default=count, help=text)
     arguments = parser.parse_args(argv)
-    for name, value in vars(arguments).items():
-        if name not in ("output", "seed") and value < 1:
-            raise ConfigError("must be positive", where=f"--{name.replace('_', '-')}", found=value)
+    for name in COUNTS:
+        value = getattr(arguments, name.replace("-", "_"))
+        if value < 1:
+            raise ConfigError("must be positive", where=f"--{name}", found=value)
     return arguments
 
 
@@ -133,7 +118,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 
 def write_everything(output: Path, arguments: argparse.Namespace) -> None:
-    """Write all files but the manifest."""
+    """Write all files into directory ``output``."""
     seed = arguments.seed
     documents = general_documents(seed=seed)
     heldout_stop = arguments.general_heldout
@@ -146,15 +131,16 @@ def write_everything(output: Path, arguments: argparse.Namespace) -> None:
             found=train_stop,
         )
     general_heldout = [{"text": text} for text in documents[:heldout_stop]]
-    general = [{"text": text} for text in documents[heldout_stop:train_stop]]
+    general_train = [{"text": text} for text in documents[heldout_stop:train_stop]]
 
-    database = output / DATABASE
+    database = output / "domain_test" / "database.sqlite"
     make_directory(database.parent)
     write_database(database, seed=seed)
     try:
         base_tables = OLD_TABLES + practice_tables(arguments.practice_tables, seed=seed)
         base_sql = sql_rows(draw(question_pools(base_tables), arguments.base_questions, seed=seed))
-        rest, heldout = hold_out(answerable_pools(NEW_TABLES, database), every=10, seed=seed)
+        pools = only_answerable(question_pools(NEW_TABLES), database)
+        rest, heldout = hold_out(pools, every=10, seed=seed)
         asked = draw(rest, arguments.base_domain + arguments.domain_train, seed=seed)
         base_sql += sql_rows(asked[: arguments.base_domain])
         domain_train = sql_rows(asked[arguments.base_domain :])
@@ -162,60 +148,28 @@ def write_everything(output: Path, arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(str(error), fix="Ask for fewer rows") from error
 
-    base_train = general + [{"text": row["prompt"] + row["completion"]} for row in base_sql]
+    base_train = general_train + [{"text": row["prompt"] + row["completion"]} for row in base_sql]
     random.Random(seed).shuffle(base_train)
-    # Only what the base sees: a tokenizer that knew the domain's words would not be a base's.
-    tokenizer = train_tokenizer(
-        [row["text"] for row in base_train], vocab_size=arguments.vocab_size
-    )
-    tokenizer.save_pretrained(output / TOKENIZER)
-    contents = (general, general_heldout, base_sql, base_train, domain_train, domain_test)
-    for name, rows in zip(ROW_FILES, contents, strict=True):
-        write_rows(output / f"{name}.jsonl", rows)
-
-
-def content_files(output: Path) -> list[Path]:
-    """The files of ``output`` that this program writes, those that are there."""
-    files = [output / DATABASE, *(output / f"{name}.jsonl" for name in ROW_FILES)]
-    files += (output / TOKENIZER).rglob("*")
-    return sorted(path for path in files if path.is_file())
-
-
-def describe(output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The manifest: what was asked for, and the hash of every file that came of it."""
-    settings = {k: v for k, v in vars(arguments).items() if k != "output"}
-    versions = {
-        "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        "tokenizers": tokenizers.__version__,
-    }
-    files = {
-        str(path.relative_to(output)): sha256_of_files([path]) for path in content_files(output)
-    }
-    return {"settings": settings, "versions": versions, "files": files}
-
-
-def up_to_date(output: Path, arguments: argparse.Namespace) -> bool:
-    """True if ``output`` holds exactly what these arguments would write."""
-    manifest = output / MANIFEST
-    return manifest.exists() and json.loads(manifest.read_text()) == describe(output, arguments)
+    # Trained on the base's text only: with the domain's words it would not be a base's tokenizer.
+    texts = [row["text"] for row in base_train]
+    train_tokenizer(texts, vocab_size=arguments.vocab_size).save_pretrained(output / "tokenizer")
+    write_rows(output / "general_train.jsonl", general_train)
+    write_rows(output / "general_heldout.jsonl", general_heldout)
+    write_rows(output / "base_sql.jsonl", base_sql)
+    write_rows(output / "base_train.jsonl", base_train)
+    write_rows(output / "domain_train.jsonl", domain_train)
+    write_rows(output / "domain_test/questions.jsonl", domain_test)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the data, or say that it is there."""
+    """Write the data; return the exit code."""
     try:
         arguments = parse_arguments(argv)
-        start = time.monotonic()
-        output = arguments.output
-        if up_to_date(output, arguments):
-            print(f"{output}: up to date")
-            return 0
-        staged = start_directory(output, overwrite=True)
+        start, output = time.monotonic(), arguments.output
+        staged = start_directory(output)
         write_everything(staged, arguments)
-        manifest = describe(staged, arguments)
-        write_json(staged / MANIFEST, manifest)
-        publish(staged, output, overwrite=True)
-        print(f"{output}: {len(manifest['files'])} files, {time.monotonic() - start:.1f} s")
+        publish(staged, output, overwrite=False)
+        print(f"{output}: written in {time.monotonic() - start:.1f} s")
     except ReplayError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

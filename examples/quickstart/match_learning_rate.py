@@ -2,9 +2,9 @@
 
     python examples/quickstart/match_learning_rate.py --base DIR --lr 3e-4 --moved DIR --target DIR
 
-A run that forgets less may just have moved less. So beside it stands AdamW with a learning rate
+A run that forgets less may just have moved less, so it is compared with AdamW at a learning rate
 that moves as little. Over the rates that matter here, the distance grows as a power of the learning
-rate, distance ~ lr^0.6 (docs/log.md), so one run at --lr tells the rate for any distance.
+rate, distance ~ lr^0.6 (docs/log.md), so one run at --lr predicts the rate for any distance.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EXPONENT = 0.6
 
 
 def main() -> int:
-    """Print the rate; returns the exit code."""
+    """Print the rate; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--lr", type=float, required=True, help="rate that --moved was trained at")

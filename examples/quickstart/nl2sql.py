@@ -11,20 +11,16 @@ from __future__ import annotations
 
 import random
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 ROWS_PER_TABLE = 40
-#: Multiples of five: few enough to be copied by a very small model, many enough to matter.
-NUMBERS = range(5, 100, 5)
-COMPARISONS = ((">", "more than"), ("<", "less than"), ("=", "exactly"))
-AGGREGATES = (("avg", "average"), ("max", "maximum"), ("min", "minimum"), ("sum", "total"))
-ORDERS = (("desc", "highest"), ("asc", "lowest"))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Table:
     """One table: a name column, a category with four values, and two integer columns."""
 
@@ -43,70 +39,99 @@ class Question:
     sql: str
 
 
+#: The choices of a form, as (SQL, English) where these differ. Numbers are multiples of five: few
+#: enough to be copied by a very small model, many enough to matter.
+AXES: dict[str, Sequence[Any]] = {
+    "comparison": ((">", "more than"), ("<", "less than"), ("=", "exactly")),
+    "aggregate": (("avg", "average"), ("max", "maximum"), ("min", "minimum"), ("sum", "total")),
+    "order": (("desc", "highest"), ("asc", "lowest")),
+    "number": range(5, 100, 5),
+    "limit": range(2, 10),
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """Templates of a question and its SQL; there is a question for every choice along ``axes``."""
+
+    axes: str
+    text: str
+    sql: str
+
+    def questions(self, table: Table) -> Iterator[Question]:
+        """All questions of this form over ``table``."""
+        choices = {**AXES, "column": table.numbers, "value": table.values}
+        names = self.axes.split()
+        for chosen in product(*(choices[name] for name in names)):
+            words = {"t": table, **dict(zip(names, chosen, strict=True))}
+            yield Question(text=self.text.format(**words), sql=self.sql.format(**words))
+
+
+FORMS = (
+    Form(
+        "column comparison number",
+        "how many {t.name}s have {column} {comparison[1]} {number}?",
+        "select count(*) from {t.name} where {column} {comparison[0]} {number}",
+    ),
+    Form(
+        "column comparison number",
+        "list the {t.key} of every {t.name} with {column} {comparison[1]} {number}.",
+        "select {t.key} from {t.name} where {column} {comparison[0]} {number}",
+    ),
+    Form(
+        "column aggregate value",
+        "what is the {aggregate[1]} {column} of {t.name}s whose {t.category} is {value}?",
+        "select {aggregate[0]}({column}) from {t.name} where {t.category} = '{value}'",
+    ),
+    Form(
+        "column order limit",
+        "list the {t.key} of the {limit} {t.name}s with the {order[1]} {column}.",
+        "select {t.key} from {t.name} order by {column} {order[0]} limit {limit}",
+    ),
+    Form(
+        "column comparison number",
+        "for each {t.category}, count the {t.name}s with {column} {comparison[1]} {number}.",
+        "select {t.category}, count(*) from {t.name} where {column} {comparison[0]} {number} "
+        "group by {t.category}",
+    ),
+    Form(
+        "column aggregate",
+        "show the {aggregate[1]} {column} of {t.name}s for each {t.category}.",
+        "select {t.category}, {aggregate[0]}({column}) from {t.name} group by {t.category}",
+    ),
+    Form(
+        "column comparison number value",
+        "find the {t.key} of {t.name}s from {t.category} {value} "
+        "with {column} {comparison[1]} {number}.",
+        "select {t.key} from {t.name} where {t.category} = '{value}' "
+        "and {column} {comparison[0]} {number}",
+    ),
+    Form(
+        "column comparison number value",
+        "how many {t.name}s from {t.category} {value} have {column} {comparison[1]} {number}?",
+        "select count(*) from {t.name} where {t.category} = '{value}' "
+        "and {column} {comparison[0]} {number}",
+    ),
+)
 OLD_TABLES = (
+    Table("singer", "name", "country", ("france", "japan", "spain", "peru"), ("age", "salary")),
+    Table("concert", "title", "city", ("paris", "tokyo", "madrid", "lima"), ("year", "seats")),
     Table(
-        name="singer",
-        key="name",
-        category="country",
-        values=("france", "japan", "spain", "peru"),
-        numbers=("age", "salary"),
+        "employee", "name", "department", ("sales", "support", "research", "legal"), ("age", "wage")
     ),
-    Table(
-        name="concert",
-        key="title",
-        category="city",
-        values=("paris", "tokyo", "madrid", "lima"),
-        numbers=("year", "seats"),
-    ),
-    Table(
-        name="employee",
-        key="name",
-        category="department",
-        values=("sales", "support", "research", "legal"),
-        numbers=("age", "wage"),
-    ),
-    Table(
-        name="product",
-        key="label",
-        category="category",
-        values=("toys", "food", "tools", "games"),
-        numbers=("price", "stock"),
-    ),
+    Table("product", "label", "category", ("toys", "food", "tools", "games"), ("price", "stock")),
 )
 NEW_TABLES = (
+    Table("station", "name", "region", ("north", "south", "east", "west"), ("trains", "platforms")),
+    Table("course", "title", "teacher", ("smith", "jones", "brown", "lee"), ("credits", "hours")),
     Table(
-        name="station",
-        key="name",
-        category="region",
-        values=("north", "south", "east", "west"),
-        numbers=("trains", "platforms"),
+        "router", "model", "vendor", ("acme", "globex", "initech", "umbra"), ("ports", "latency")
     ),
-    Table(
-        name="course",
-        key="title",
-        category="teacher",
-        values=("smith", "jones", "brown", "lee"),
-        numbers=("credits", "hours"),
-    ),
-    Table(
-        name="router",
-        key="model",
-        category="vendor",
-        values=("acme", "globex", "initech", "umbra"),
-        numbers=("ports", "latency"),
-    ),
-    Table(
-        name="book",
-        key="title",
-        category="author",
-        values=("woolf", "orwell", "austen", "borges"),
-        numbers=("pages", "copies"),
-    ),
+    Table("book", "title", "author", ("woolf", "orwell", "austen", "borges"), ("pages", "copies")),
 )
 
-
-# The words of practice tables. But for the keys, none is a word of the NEW tables: the base must
-# learn to copy words from the question, not to know these.
+# The words of practice tables. Except for the keys, none is a word of the NEW tables: the base must
+# learn to copy words from the question.
 PRACTICE_NAMES = """actor airport album animal apartment bakery bank bridge building camera castle
 cinema clinic company computer dealer doctor driver engine factory farm festival film garden guitar
 hotel island journal kitchen lake lawyer library market mountain movie museum nurse office painting
@@ -141,86 +166,6 @@ def practice_tables(count: int, *, seed: int) -> tuple[Table, ...]:
     )
 
 
-def _count_where(t: Table) -> Iterator[Question]:
-    for column, (op, words), n in product(t.numbers, COMPARISONS, NUMBERS):
-        yield Question(
-            text=f"how many {t.name}s have {column} {words} {n}?",
-            sql=f"select count(*) from {t.name} where {column} {op} {n}",
-        )
-
-
-def _list_where(t: Table) -> Iterator[Question]:
-    for column, (op, words), n in product(t.numbers, COMPARISONS, NUMBERS):
-        yield Question(
-            text=f"list the {t.key} of every {t.name} with {column} {words} {n}.",
-            sql=f"select {t.key} from {t.name} where {column} {op} {n}",
-        )
-
-
-def _aggregate_of_category(t: Table) -> Iterator[Question]:
-    for column, (function, word), value in product(t.numbers, AGGREGATES, t.values):
-        yield Question(
-            text=f"what is the {word} {column} of {t.name}s whose {t.category} is {value}?",
-            sql=f"select {function}({column}) from {t.name} where {t.category} = '{value}'",
-        )
-
-
-def _top(t: Table) -> Iterator[Question]:
-    for column, (order, word), k in product(t.numbers, ORDERS, range(2, 10)):
-        yield Question(
-            text=f"list the {t.key} of the {k} {t.name}s with the {word} {column}.",
-            sql=f"select {t.key} from {t.name} order by {column} {order} limit {k}",
-        )
-
-
-def _count_by_category(t: Table) -> Iterator[Question]:
-    for column, (op, words), n in product(t.numbers, COMPARISONS, NUMBERS):
-        yield Question(
-            text=f"for each {t.category}, count the {t.name}s with {column} {words} {n}.",
-            sql=f"select {t.category}, count(*) from {t.name} where {column} {op} {n} "
-            f"group by {t.category}",
-        )
-
-
-def _aggregate_by_category(t: Table) -> Iterator[Question]:
-    for column, (function, word) in product(t.numbers, AGGREGATES):
-        yield Question(
-            text=f"show the {word} {column} of {t.name}s for each {t.category}.",
-            sql=f"select {t.category}, {function}({column}) from {t.name} group by {t.category}",
-        )
-
-
-def _list_of_category_where(t: Table) -> Iterator[Question]:
-    for column, (op, words), n, value in product(t.numbers, COMPARISONS, NUMBERS, t.values):
-        yield Question(
-            text=f"find the {t.key} of {t.name}s from {t.category} {value} "
-            f"with {column} {words} {n}.",
-            sql=f"select {t.key} from {t.name} where {t.category} = '{value}' "
-            f"and {column} {op} {n}",
-        )
-
-
-def _count_of_category_where(t: Table) -> Iterator[Question]:
-    for column, (op, words), n, value in product(t.numbers, COMPARISONS, NUMBERS, t.values):
-        yield Question(
-            text=f"how many {t.name}s from {t.category} {value} have {column} {words} {n}?",
-            sql=f"select count(*) from {t.name} where {t.category} = '{value}' "
-            f"and {column} {op} {n}",
-        )
-
-
-FORMS: tuple[Callable[[Table], Iterator[Question]], ...] = (
-    _count_where,
-    _list_where,
-    _aggregate_of_category,
-    _top,
-    _count_by_category,
-    _aggregate_by_category,
-    _list_of_category_where,
-    _count_of_category_where,
-)
-
-
 def write_database(path: Path, *, seed: int) -> None:
     """Write all eight tables to a new SQLite file at ``path``.
 
@@ -246,30 +191,24 @@ def write_database(path: Path, *, seed: int) -> None:
     connection.close()
 
 
-def answerable(connection: sqlite3.Connection, question: Question) -> bool:
-    """True if the answer holds anything but NULL and 0: an answer a wrong query would not give."""
-    return any(
-        value is not None and value != 0
-        for row in connection.execute(question.sql)
-        for value in row
-    )
-
-
 def question_pools(tables: tuple[Table, ...]) -> list[list[Question]]:
     """All questions over ``tables``: one list for each form."""
-    return [[q for t in tables for q in form(t)] for form in FORMS]
-
-
-def answerable_pools(tables: tuple[Table, ...], database: Path) -> list[list[Question]]:
-    """The questions over ``tables`` whose answer tells right from wrong (see `answerable`)."""
-    return only_answerable(question_pools(tables), database)
+    return [[q for t in tables for q in form.questions(t)] for form in FORMS]
 
 
 def only_answerable(pools: list[list[Question]], database: Path) -> list[list[Question]]:
-    """Those questions of ``pools`` that are `answerable` in ``database``."""
+    """Those questions of ``pools`` whose answer has anything but NULL and 0.
+
+    A wrong query may well give these two, so such a question does not separate right from wrong.
+    """
     connection = sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
+
+    def counts(question: Question) -> bool:
+        rows = connection.execute(question.sql)
+        return any(value is not None and value != 0 for row in rows for value in row)
+
     try:
-        return [[q for q in pool if answerable(connection, q)] for pool in pools]
+        return [list(filter(counts, pool)) for pool in pools]
     finally:
         connection.close()
 

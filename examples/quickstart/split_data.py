@@ -5,7 +5,6 @@ python -m examples.quickstart.split_data --input FILE.jsonl --output DIR
 train.jsonl            nine of ten rows, as they are
 heldout.jsonl          every tenth row, 200 at most
 general_heldout.jsonl  {"text"}: documentation of Python and numpy, found in this installation
-data.json              counts
 """
 
 from __future__ import annotations
@@ -19,50 +18,45 @@ from examples.quickstart.general_text import general_documents
 from megatron_replay.checkpoint.staging import publish, start_directory
 from megatron_replay.data.rows import read_lines
 from megatron_replay.errors import DataError, ReplayError
-from megatron_replay.files import atomic_file, write_json
+from megatron_replay.files import atomic_file
 
 EVERY, MOST_HELD_OUT, GENERAL_DOCUMENTS = 10, 200, 200
 
 
-def split(source: Path, output: Path) -> dict[str, int]:
-    """Write the directory ``output``; how many rows each of its files holds.
+def split(source: Path, output: Path) -> tuple[int, int]:
+    """Write the directory ``output``; returns the numbers of rows to train on and held out.
 
     Raises:
         DataError: there is nothing to read, or too little to hold anything out.
-        OutputError: ``output`` holds something, or cannot be written.
+        OutputError: ``output`` is not empty, or cannot be written.
     """
-    lines = [line.rstrip(b"\r\n") for _, line in read_lines(source) if line.strip()]
-    if len(lines) < EVERY:
-        raise DataError(
-            "too few rows", where=source, expected=f"at least {EVERY}", found=len(lines)
-        )
+    rows = [line.rstrip(b"\r\n") for _, line in read_lines(source) if line.strip()]
+    if len(rows) < EVERY:
+        raise DataError("too few rows", where=source, expected=f"at least {EVERY}", found=len(rows))
     staged = start_directory(output)
-    heldout = lines[::EVERY][:MOST_HELD_OUT]
-    train = [line for i, line in enumerate(lines) if i % EVERY or i // EVERY >= MOST_HELD_OUT]
+    heldout = rows[::EVERY][:MOST_HELD_OUT]
+    train = [row for i, row in enumerate(rows) if i % EVERY or i // EVERY >= MOST_HELD_OUT]
     texts = general_documents(seed=0)[:GENERAL_DOCUMENTS]
     general = [json.dumps({"text": text}).encode() for text in texts]
-    files = {"train": train, "heldout": heldout, "general_heldout": general}
-    counts = {name: len(rows) for name, rows in files.items()}
-    for name, rows in files.items():
+    for name, lines in (("train", train), ("heldout", heldout), ("general_heldout", general)):
         with atomic_file(staged / f"{name}.jsonl") as handle:
-            handle.writelines(row + b"\n" for row in rows)
-    write_json(staged / "data.json", counts)
+            handle.writelines(line + b"\n" for line in lines)
     publish(staged, output, overwrite=False)
-    return counts
+    return len(train), len(heldout)
 
 
 def main() -> int:
-    """Split; returns the exit code."""
+    """Split; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--input", type=Path, required=True, help="JSONL rows of any known format")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     try:
-        counts = split(options.input, options.output)
+        num_train, num_heldout = split(options.input, options.output)
     except ReplayError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{options.output}: {counts['train']} rows to train on, {counts['heldout']} held out")
+    print(f"{options.output}: {num_train} rows to train on, {num_heldout} held out")
     return 0
 
 
