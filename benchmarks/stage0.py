@@ -45,7 +45,7 @@ from megatron_replay.collection.collector import Collector  # noqa: E402
 from megatron_replay.collection.stream import ShardStream  # noqa: E402
 from megatron_replay.data.packing import pack_batch, plan_packs  # noqa: E402
 from megatron_replay.data.replay import eligible_rows  # noqa: E402
-from megatron_replay.forward import Work, forward_only  # noqa: E402
+from megatron_replay.forward import MicroBatch, forward_only  # noqa: E402
 from megatron_replay.model.config import ModelConfig  # noqa: E402
 from megatron_replay.model.gpt import build_model, transformer_config  # noqa: E402
 from megatron_replay.model.rows import HiddenStates  # noqa: E402
@@ -88,7 +88,7 @@ class Case:
                 for rows in rows_N.split(LOGITS_CHUNK_SIZE):
                     then(hidden[rows] @ weight_VH.T)
 
-            forward_only(self.model.module, [Work(batch, head)])
+            forward_only(self.model.module, [MicroBatch(batch, head)])
 
     def stage0(self, strategy: str) -> Path:
         """Stage 0's own work on one shard, to the disk. Returns the store's directory."""

@@ -67,8 +67,8 @@ from megatron_replay.collection.collector import Collector  # noqa: E402
 from megatron_replay.collection.stream import ShardStream  # noqa: E402
 from megatron_replay.data.packing import without_unread  # noqa: E402
 from megatron_replay.optim.build import build_optimizer  # noqa: E402
+from megatron_replay.training.batches import BatchBuilder  # noqa: E402
 from megatron_replay.training.step import train_step, wrap_for_training  # noqa: E402
-from megatron_replay.training.work import WorkMaker  # noqa: E402
 
 #: name of a store -> how its positions are chosen, and which share.
 STORES = {"bucket 0.5": ("bucket", 0.5), "random 0.25": ("random", 0.25), "all": ("all", 1.0)}
@@ -153,7 +153,7 @@ class Ours:
         maker = self._maker(arm)
         granularity = "full" if arm.recompute else None
         self.model.config.recompute_granularity = granularity  # read at each forward pass
-        work = maker(0).work
+        work = maker(0).micro_batches
         result = train_step(self.wrapped, self.optimizer, work, self.groups, lr=ADAMW["lr"])
         assert result.loss is not None
         assert not result.skipped
@@ -162,7 +162,7 @@ class Ours:
     def packs(self, arm: Arm) -> int:
         return self._maker(arm).config.training.global_batch_size
 
-    def _maker(self, arm: Arm) -> WorkMaker:
+    def _maker(self, arm: Arm) -> BatchBuilder:
         reader = CandidateReader(self.stores[arm.store]) if arm.store else None
         lengths = self.corpus.lengths
         if reader is not None:
@@ -195,7 +195,7 @@ class Ours:
             probe=ProbeConfig(probe_interval=0),
         )
         vocab_size = self.model.shape.vocab_size
-        return WorkMaker(
+        return BatchBuilder(
             config, self.groups, self.corpus, lengths, batches(size), reader, self._head, vocab_size
         )
 

@@ -19,7 +19,7 @@ from megatron_replay.model.gpt import Head
 from megatron_replay.model.rows import SelectedRows
 
 
-class Work(NamedTuple):
+class MicroBatch(NamedTuple):
     """A micro-batch and what to do with its hidden states.
 
     ``rows``: the only positions the head asks for, so that the last layer computes no other; None
@@ -32,17 +32,21 @@ class Work(NamedTuple):
 
 
 @torch.no_grad()
-def forward_only(model: torch.nn.Module, work: Sequence[Work]) -> list[Any]:
+def forward_only(model: torch.nn.Module, micro_batches: Sequence[MicroBatch]) -> list[Any]:
     """What each micro-batch's head returned, on the last stage; [] on the others."""
     model.eval()
     outputs = _run_schedule(
-        model, work, _forward_step_collecting, forward_only=True, collect_non_loss_data=True
+        model,
+        micro_batches,
+        _forward_step_collecting,
+        forward_only=True,
+        collect_non_loss_data=True,
     )
     model.train()
     return outputs
 
 
-def forward_backward(model: torch.nn.Module, work: Sequence[Work]) -> Tensor | None:
+def forward_backward(model: torch.nn.Module, micro_batches: Sequence[MicroBatch]) -> Tensor | None:
     """Run every micro-batch forward and backward; gradients end up in ``main_grad``.
 
     Heads return the loss of each of their positions. The gradient is that of the mean over all
@@ -52,34 +56,40 @@ def forward_backward(model: torch.nn.Module, work: Sequence[Work]) -> Tensor | N
         (sum of losses, number of positions) of this data-parallel rank on the last stage, fp32 [2];
         None on the others.
     """
-    sums = _run_schedule(model, work, _forward_step_with_loss, forward_only=False)
+    sums = _run_schedule(model, micro_batches, _forward_step_with_loss, forward_only=False)
     return torch.stack(sums).sum(0) if sums else None
 
 
-def _run_schedule(model: torch.nn.Module, work: Sequence[Work], step: Any, **kwargs: Any) -> Any:
-    micro_batch_size, seq_length = work[0].batch.tokens_BS.shape
+def _run_schedule(
+    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], step: Any, **kwargs: Any
+) -> Any:
+    micro_batch_size, seq_length = micro_batches[0].batch.tokens_BS.shape
     return get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(work),
+        data_iterator=iter(micro_batches),
         model=[model],
-        num_microbatches=len(work),
+        num_microbatches=len(micro_batches),
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         **kwargs,
     )
 
 
-def _run_model(iterator: Iterator[Work], model: torch.nn.Module) -> Any:
+def _run_model(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> Any:
     batch, head, rows = next(iterator)
     documents = PackedDocuments(batch.segments, rows, batch.tokens_BS.shape[1])
     return model(batch.tokens_BS, batch.position_BS, documents, head)
 
 
-def _forward_step_collecting(iterator: Iterator[Work], model: torch.nn.Module) -> tuple[Any, Any]:
+def _forward_step_collecting(
+    iterator: Iterator[MicroBatch], model: torch.nn.Module
+) -> tuple[Any, Any]:
     return _run_model(iterator, model), lambda output, non_loss_data: output
 
 
-def _forward_step_with_loss(iterator: Iterator[Work], model: torch.nn.Module) -> tuple[Any, Any]:
+def _forward_step_with_loss(
+    iterator: Iterator[MicroBatch], model: torch.nn.Module
+) -> tuple[Any, Any]:
     return _run_model(iterator, model), _sum_of_losses
 
 

@@ -26,11 +26,12 @@ def run(config: Stage1Config) -> None:
     """Join the launched processes and train to the end, or until told to stop."""
     groups = parallel.initialize(config.parallel, platform.select(config.parallel.platform))
     # Only now: megatron-core may be imported once the platform is prepared, not before.
+    from megatron_replay.training.build import build_run
     from megatron_replay.training.interrupt import StopRequest
-    from megatron_replay.training.loop import Trainer
+    from megatron_replay.training.train import train
 
     with StopRequest(groups.store) as stop:
-        Trainer(config, groups).train(stop)
+        train(build_run(config, groups), stop)
     parallel.shutdown()
 
 

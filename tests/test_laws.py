@@ -117,13 +117,13 @@ def test_no_two_parts_import_each_other():
 @pytest.mark.parametrize(
     ("module", "source", "law"),
     [
-        ("collection.run", "from megatron_replay.training import loop", 1),
+        ("collection.run", "from megatron_replay.training import train", 1),
         ("stage1", "def f():\n    from megatron_replay import stage0", 1),
         ("selection.candidates", "import megatron.core", 2),
         ("store.reader", "from torch import Tensor", 2),
         ("model.gpt", "x = tensor.cuda()", 3),
         ("parallel", "backend = 'cpu:gloo,cuda:nccl'", 3),
-        ("training.loop", "import torch_npu", 3),
+        ("training.train", "import torch_npu", 3),
         ("data.rows", "def f(npu): ...", 3),
         ("optim.moclip", "from megatron_replay.training.step import train_step", 4),
         ("errors", "import megatron_replay.config", 4),

@@ -19,7 +19,7 @@ from megatron_replay.checkpoint.training import CONVERTED_FROM, TrainState, save
 from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.data.packing import PackedBatch
 from megatron_replay.errors import CheckpointError
-from megatron_replay.forward import Work, forward_only
+from megatron_replay.forward import MicroBatch, forward_only
 from megatron_replay.kernels.packed_attention import segments_of
 from megatron_replay.parallel import Parallel
 
@@ -127,7 +127,7 @@ def require_logits(
     batch = PackedBatch(tokens, zeros, zeros.bool(), zeros.int(), positions, segments)
     batch = batch.to(groups.device)
     outputs = forward_only(
-        model.module, [Work(batch, lambda hidden, weight: hidden.all() @ weight.T)]
+        model.module, [MicroBatch(batch, lambda hidden, weight: hidden.all() @ weight.T)]
     )
 
     def compare() -> None:

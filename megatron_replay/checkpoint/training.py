@@ -71,6 +71,15 @@ class TrainState:
     identity: dict[str, Any]
     model_files: dict[str, str]
 
+    def after_step(self, *, tokens: int, skipped: bool) -> TrainState:
+        """The state after one more step, on a global batch of ``tokens`` positions."""
+        return dataclasses.replace(
+            self,
+            iteration=self.iteration + 1,
+            consumed_tokens=self.consumed_tokens + tokens,
+            skipped_steps=self.skipped_steps + skipped,
+        )
+
     def __post_init__(self) -> None:
         """Check the types, which a damaged file may violate.
 

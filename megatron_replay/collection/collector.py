@@ -27,7 +27,7 @@ from megatron_replay.data.packing import (
     plan_packs,
 )
 from megatron_replay.data.replay import eligible_rows
-from megatron_replay.forward import Work, forward_only
+from megatron_replay.forward import MicroBatch, forward_only
 from megatron_replay.model.rows import HiddenStates, SelectedRows
 from megatron_replay.parallel import Parallel
 from megatron_replay.selection.candidates import SelectedCandidates, select_candidates
@@ -130,7 +130,7 @@ class Collector:
                 wanted = choose(self._settings, document, eligible)
                 yield Span(document, wanted, lying[np.searchsorted(eligible, wanted)])
 
-    def _work(self, batch: PackedBatch, spans: list[Span]) -> Work:
+    def _work(self, batch: PackedBatch, spans: list[Span]) -> MicroBatch:
         """A micro-batch on the device, its head, and the only rows that the head asks for."""
         device = self._groups.device
         rows_N = torch.from_numpy(np.concatenate([s.rows for s in spans] or [np.empty(0, int)]))
@@ -143,7 +143,7 @@ class Collector:
         ).to(device)
         labels_N = batch.labels_BS.flatten()[rows_N].to(device)
         head = functools.partial(self._select, rows.rows_N, labels_N)
-        return Work(batch.to(device), head, rows)
+        return MicroBatch(batch.to(device), head, rows)
 
     def _select(
         self, rows_N: Tensor, labels_N: Tensor, hidden: HiddenStates, weight_VH: Tensor

@@ -28,7 +28,7 @@ from megatron_replay.data.corpus import Corpus, pick_documents
 from megatron_replay.data.packing import PackedBatch, pack_batch, plan_packs
 from megatron_replay.data.replay import full_targets, join_candidates
 from megatron_replay.errors import CheckpointError, ConfigError, DataError, ReplayError
-from megatron_replay.forward import Work, forward_only
+from megatron_replay.forward import MicroBatch, forward_only
 from megatron_replay.model import heads
 from megatron_replay.optim.model_placement import counts_once
 from megatron_replay.parallel import Parallel
@@ -73,7 +73,7 @@ class Probe:
         lengths: npt.NDArray[np.int32],
     ) -> None:
         sample = pick_documents(lengths, config.probe.probe_documents)
-        self._work: list[Work] = []
+        self._work: list[MicroBatch] = []
         base_mass, count = 0.0, 0
         vocab_size = reader.description.vocab_size
         num_rows = vocab_size // parallel.tp_size
@@ -84,7 +84,9 @@ class Probe:
             sets = targets.sets.shard(parallel.tp_rank * num_rows, num_rows)
             rows_N = targets.rows_N.to(parallel.device)
             sets = sets.moved(lambda tensor: tensor.to(parallel.device))
-            self._work.append(Work(batch.to(parallel.device), heads.probe(rows_N, sets, parallel)))
+            self._work.append(
+                MicroBatch(batch.to(parallel.device), heads.probe(rows_N, sets, parallel))
+            )
         if not count:
             raise DataError(
                 "the store records no position of the probe's sample",
@@ -159,12 +161,12 @@ class GeneralText:
         self._fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
         self._base: float | None = None
         self._num_labels = 0
-        self._work: list[Work] = []
+        self._work: list[MicroBatch] = []
         for batch in _micro_batches(text, sample, lengths, config.data):
             rows_N, labels_N = (tensor.to(parallel.device) for tensor in full_targets(batch))
             self._num_labels += len(rows_N)
             head = heads.full_loss(rows_N, labels_N, parallel)
-            self._work.append(Work(batch.to(parallel.device), head))
+            self._work.append(MicroBatch(batch.to(parallel.device), head))
         if not self._num_labels:
             raise DataError("no token of the sample carries loss", where=text.prefix)
 

@@ -17,7 +17,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.profiler import record_function
 
 from megatron_replay.checkpoint.load import LoadedModel
-from megatron_replay.forward import Work, forward_backward
+from megatron_replay.forward import MicroBatch, forward_backward
 from megatron_replay.model.attention import take_max_logits
 from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.build import set_learning_rate
@@ -100,14 +100,14 @@ def wrap_for_training(
 def train_step(
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
-    work: list[Work],
+    micro_batches: list[MicroBatch],
     parallel: Parallel,
     *,
     lr: float,
     report: bool = True,
     qk_clip_threshold: float | None = None,
 ) -> StepResult:
-    """Take one step on the global batch of which ``work`` is this rank's share.
+    """Take one step on the global batch of which ``micro_batches`` is this rank's share.
 
     ``qk_clip_threshold`` asks for QK-Clip after the step, from logits that ``record_max_logits``
     has had measured.
@@ -116,7 +116,7 @@ def train_step(
     set_learning_rate(optimizer, lr)
     model.zero_grad_buffer()
     optimizer.zero_grad()
-    sums = forward_backward(model, work)
+    sums = forward_backward(model, micro_batches)
     # Clipping and the finite check are the rule's. Its sums are the whole model's, and gradients
     # are reduced over DP, so every rank takes the same branch.
     skipped_before = rule.skipped_steps

@@ -20,7 +20,7 @@ from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import PackedBatch, pack_batch
 from megatron_replay.data.replay import full_targets
 from megatron_replay.data.sampler import GlobalBatches
-from megatron_replay.forward import Work, forward_backward, forward_only
+from megatron_replay.forward import MicroBatch, forward_backward, forward_only
 from megatron_replay.model import heads
 from megatron_replay.model.rows import SelectedRows
 from megatron_replay.optim.build import build_optimizer
@@ -102,7 +102,7 @@ def compare(
     report: dict[str, Any] = {"logits": 0.0, "loss": 0.0, "gradients": (0.0, "")}
     _check_sequence_shards(layout, model)
     outputs = forward_only(
-        model.module, [Work(batch, lambda h, w: h.all() @ w.T) for batch in batches]
+        model.module, [MicroBatch(batch, lambda h, w: h.all() @ w.T) for batch in batches]
     )
     for batch, logits_TV in zip(batches, outputs, strict=False):
         rows = logits_TV.shape[1]
@@ -151,7 +151,7 @@ def _work(
     batches: list[PackedBatch],
     *,
     last_layer_at_selected: bool = True,
-) -> list[Work]:
+) -> list[MicroBatch]:
     work = []
     for batch in batches:
         rows_N, labels_N = full_targets(batch)
@@ -163,7 +163,7 @@ def _work(
             sequence_parallel=layout.sequence_parallel,
         )
         head = heads.full_loss(rows.rows_N, labels_N, groups)
-        work.append(Work(batch, head, rows if last_layer_at_selected else None))
+        work.append(MicroBatch(batch, head, rows if last_layer_at_selected else None))
     return work
 
 

@@ -18,7 +18,7 @@ from megatron_replay.checkpoint.names import mapping_of
 from megatron_replay.config import OptimizerConfig
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.replay import full_targets
-from megatron_replay.forward import Work
+from megatron_replay.forward import MicroBatch
 from megatron_replay.model import heads
 from megatron_replay.optim import model_placement
 from megatron_replay.optim.build import build_optimizer, set_learning_rate
@@ -134,7 +134,7 @@ def train(
     losses = []
     for k in range(STEPS):
         work = [
-            Work(batch, heads.full_loss(*full_targets(batch), groups))
+            MicroBatch(batch, heads.full_loss(*full_targets(batch), groups))
             for batch in layouts.micro_batches(groups, corpus, k)
         ]
         losses.append(train_step(wrapped, optimizer, work, groups, lr=TRAINING_LR).loss)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import megatron_replay.training.loop as loop
+import megatron_replay.training.build as build
+import megatron_replay.training.train as train
 from megatron_replay.loss.pairs import pair_backend
 from tests import tiny
 from tests.distributed import host_reads
@@ -75,10 +76,10 @@ DEVICE_BACKEND = pair_backend(Operators())
 
 def count(rank: int, directory: Path) -> None:
     """What is counted in each step of the run, to a file of each rank."""
-    maker, train_step, steps = loop.WorkMaker, loop.train_step, []
+    builder, train_step, steps = build.BatchBuilder, train.train_step, []
 
     def make(*args: Any) -> Any:
-        return dataclasses.replace(maker(*args), backend=DEVICE_BACKEND)
+        return dataclasses.replace(builder(*args), backend=DEVICE_BACKEND)
 
     def counted_step(*args: Any, **kwargs: Any) -> Any:
         with host_reads.counted() as found:
@@ -87,7 +88,7 @@ def count(rank: int, directory: Path) -> None:
         (directory / f"{rank}.json").write_text(json.dumps(steps))
         return result
 
-    loop.WorkMaker, loop.train_step = make, counted_step  # type: ignore[misc,assignment]
+    build.BatchBuilder, train.train_step = make, counted_step  # type: ignore[misc,assignment]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from megatron_replay.config import ModelConfigSource
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.replay import full_targets
 from megatron_replay.errors import CheckpointError
-from megatron_replay.forward import Work, forward_backward
+from megatron_replay.forward import MicroBatch, forward_backward
 from megatron_replay.model import heads
 from megatron_replay.model.attention import record_max_logits, take_max_logits
 from megatron_replay.model.config import ModelConfig
@@ -145,7 +145,9 @@ def transformers_max_logits(checkpoint: Path, corpus: Corpus, k: int = 0) -> Ten
 
 def measure(groups: Any, ddp: torch.nn.Module, corpus: Corpus) -> list[tuple[Tensor, Tensor]]:
     batches = layouts.micro_batches(groups, corpus)
-    forward_backward(ddp, [Work(b, heads.full_loss(*full_targets(b), groups)) for b in batches])
+    forward_backward(
+        ddp, [MicroBatch(b, heads.full_loss(*full_targets(b), groups)) for b in batches]
+    )
     weights, maxima = zip(*take_max_logits(ddp), strict=True)
     return list(zip(weights, max_over_replicas(maxima, groups.dp_group), strict=True))
 

@@ -20,7 +20,7 @@ from megatron.core.distributed.param_and_grad_buffer import (
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import PackedBatch
 from megatron_replay.data.replay import full_targets
-from megatron_replay.forward import Work, forward_backward
+from megatron_replay.forward import MicroBatch, forward_backward
 from megatron_replay.model import heads
 from megatron_replay.model.rows import SelectedRows
 from megatron_replay.training.metrics import read_metrics
@@ -39,7 +39,9 @@ GRIDS = {
 }
 
 
-def work(groups: Any, layout: Layout, batches: list[PackedBatch], *, empty: int) -> list[Work]:
+def work(
+    groups: Any, layout: Layout, batches: list[PackedBatch], *, empty: int
+) -> list[MicroBatch]:
     """``empty``: the micro-batch whose positions are left out, on the second DP rank."""
     made = []
     for number, batch in enumerate(batches):
@@ -50,7 +52,7 @@ def work(groups: Any, layout: Layout, batches: list[PackedBatch], *, empty: int)
             rows_N, batch.segments, layouts.SEQ_LENGTH, groups.tp_group,
             sequence_parallel=layout.sequence_parallel,
         )  # fmt: skip
-        made.append(Work(batch, heads.full_loss(rows.rows_N, labels_N, groups), rows))
+        made.append(MicroBatch(batch, heads.full_loss(rows.rows_N, labels_N, groups), rows))
     return made
 
 

@@ -19,7 +19,7 @@ from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.forward import forward_backward
 from megatron_replay.store import CandidateReader
-from megatron_replay.training.loop import Trainer
+from megatron_replay.training.build import build_run
 from tests import pool, tiny
 from tests.distributed.layouts import Layout, join_groups, worst_gradient
 from tests.e2e import stages
@@ -97,17 +97,16 @@ def run(layout: Layout, arm: str, folder: Path, save: Path) -> dict[str, Any]:
         *["--sequence-parallel"] * layout.sequence_parallel,
     ]  # fmt: skip
     config = flags.parse(Stage1Config, list(map(str, argv)), program="stage1").config
-    trainer = Trainer(config, groups)
-    with trainer._start_loader() as loader:
-        made = next(loader)
-    sums = forward_backward(trainer.wrapped, made.work)
+    built = build_run(config, groups)
+    made = built.make_batch(0)
+    sums = forward_backward(built.wrapped, made.micro_batches)
     return {
         "sums": None if sums is None else sums.tolist(),
-        "gradient": worst_gradient(trainer.model, trainer.wrapped, groups, folder / "gradients"),
+        "gradient": worst_gradient(built.model, built.wrapped, groups, folder / "gradients"),
         "tokens": made.tokens,
-        "steps": trainer.train_iters,
-        "rows": [work.rows is not None for work in made.work],
-        "recompute": trainer.model.config.recompute_granularity,
+        "steps": built.train_iters,
+        "rows": [work.rows is not None for work in made.micro_batches],
+        "recompute": built.model.config.recompute_granularity,
     }
 
 

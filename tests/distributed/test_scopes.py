@@ -22,7 +22,7 @@ from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.forward import forward_backward
 from megatron_replay.functional import restricted_cross_entropy_dense
 from megatron_replay.store import CandidateReader
-from megatron_replay.training.loop import Trainer
+from megatron_replay.training.build import build_run
 from tests import pool, tiny
 from tests.distributed.layouts import Layout, join_groups, worst_gradient
 from tests.e2e import stages
@@ -111,13 +111,12 @@ def run(case: str, folder: Path, save: Path) -> dict[str, Any]:
         *["--sequence-parallel"] * layout.sequence_parallel,
     ]  # fmt: skip
     config = flags.parse(Stage1Config, list(map(str, argv)), program="stage1").config
-    trainer = Trainer(config, groups)
-    with trainer._start_loader() as loader:
-        made = next(loader)
-    sums = forward_backward(trainer.wrapped, made.work)
+    built = build_run(config, groups)
+    made = built.make_batch(0)
+    sums = forward_backward(built.wrapped, made.micro_batches)
     return {
         "sums": None if sums is None else sums.tolist(),
-        "gradient": worst_gradient(trainer.model, trainer.wrapped, groups, folder / case),
+        "gradient": worst_gradient(built.model, built.wrapped, groups, folder / case),
     }
 
 

@@ -16,7 +16,7 @@ import numpy.ma  # noqa: F401
 import torch._dynamo  # noqa: F401 - by the first optimizer: a second
 
 import megatron_replay.collection.run
-import megatron_replay.training.loop  # noqa: F401
+import megatron_replay.training.train  # noqa: F401
 from megatron_replay import stage0, stage1
 from megatron_replay.checkpoint import training
 from megatron_replay.collection.report import COST_FILE

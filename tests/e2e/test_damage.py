@@ -127,9 +127,9 @@ def test_a_pipe_or_a_device_in_place_of_a_file_of_the_base(folder, tmp_path, nam
 def _stall(rank: int, world_size: int, argv: list[str], over: Path) -> tuple[int, str] | None:
     """Rank 1 stops in its first step; the others wait for it for a second from then on."""
     from megatron_replay import parallel
-    from megatron_replay.training import loop
+    from megatron_replay.training import train
 
-    take_step, parallel.ANSWER_SECONDS = loop.train_step, 0.1
+    take_step, parallel.ANSWER_SECONDS = train.train_step, 0.1
 
     def step(model, optimizer, work, groups, **kwargs):
         if rank == 1:
@@ -139,7 +139,7 @@ def _stall(rank: int, world_size: int, argv: list[str], over: Path) -> tuple[int
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1), groups.tp_group)
         return take_step(model, optimizer, work, groups, **kwargs)
 
-    loop.train_step = step
+    train.train_step = step
     said = None
     with contextlib.suppress(SystemExit):
         code, _, err = stages._main(rank, world_size, "stage1", argv, None)
@@ -175,7 +175,7 @@ def test_a_base_that_only_rank_0_cannot_read_ends_all_ranks(folder, tmp_path):
     data = ["--data-path", folder / "corpus", "--seq-length", 64, "--load", folder / "model"]
     for stage, module, flags in (
         ("stage0", "megatron_replay.collection.run", [*data, "--store", tmp_path / "store"]),
-        ("stage1", "megatron_replay.training.loop", argv(folder, tmp_path / "run")),
+        ("stage1", "megatron_replay.training.build", argv(folder, tmp_path / "run")),
     ):
         before = functools.partial(_unreadable_base, module)
         message = stages.fail(stage, *flags, dp=2, before=before, code=4)
@@ -229,9 +229,9 @@ def test_weights_that_are_not_finite_are_refused_at_load(folder, tmp_path):
 
 def _ruin(rank: int) -> None:
     """Rank 1's weights are NaN after its second step, which no loss shows yet."""
-    from megatron_replay.training import loop
+    from megatron_replay.training import train
 
-    take_step = loop.train_step
+    take_step = train.train_step
 
     def step(model, *args, **kwargs):
         result = take_step(model, *args, **kwargs)
@@ -242,7 +242,7 @@ def _ruin(rank: int) -> None:
         return result
 
     step.calls = 0
-    loop.train_step = step
+    train.train_step = step
 
 
 def test_a_run_with_ruined_weights_publishes_nothing_and_fails(folder, tmp_path):
@@ -256,9 +256,9 @@ def test_a_run_with_ruined_weights_publishes_nothing_and_fails(folder, tmp_path)
 
 def _poison(first: int, rank: int) -> None:
     """Step ``first`` and those after it have no finite loss."""
-    from megatron_replay.training import loop
+    from megatron_replay.training import train
 
-    take_step, steps = loop.train_step, itertools.count(1)
+    take_step, steps = train.train_step, itertools.count(1)
 
     def step(model, optimizer, work, *args, **kwargs):
         head = work[0].head
@@ -266,7 +266,7 @@ def _poison(first: int, rank: int) -> None:
             work = [work[0]._replace(head=lambda h, w: head(h, w) * math.nan), *work[1:]]
         return take_step(model, optimizer, work, *args, **kwargs)
 
-    loop.train_step = step
+    train.train_step = step
 
 
 @pytest.mark.parametrize(("first", "skipped", "saved"), [(1, 5, None), (3, 3, 4), (4, 2, 5)])

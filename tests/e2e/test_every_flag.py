@@ -140,7 +140,7 @@ def _observe(rank: int, world_size: int, stage: str, argvs: list[list[str]]) -> 
 def _observed(stage: str, argv: list[str]) -> Any:
     from megatron_replay import parallel
     from megatron_replay.collection import collector
-    from megatron_replay.training import loop, work
+    from megatron_replay.training import batches, build
 
     built: list[Any] = []
 
@@ -156,11 +156,11 @@ def _observed(stage: str, argv: list[str]) -> Any:
 
     patches = [
         noting(parallel, "build_groups", lambda config, device: config.distributed_timeout_minutes),
-        noting(loop, "Loader", lambda make, steps, depth: depth),
-        noting(loop, "load_model", lambda *_, recompute: recompute),
-        noting(loop, "wrap_for_training", lambda model, **options: sorted(options.items())),
-        noting(work, "pack_batch", lambda corpus, packs, *_: len(packs)),
-        noting(work, "Work", lambda batch, head, rows: rows is None),
+        noting(build, "Loader", lambda make, steps, depth: depth),
+        noting(build, "load_model", lambda *_, recompute: recompute),
+        noting(build, "wrap_for_training", lambda model, **options: sorted(options.items())),
+        noting(batches, "pack_batch", lambda corpus, packs, *_: len(packs)),
+        noting(batches, "MicroBatch", lambda batch, head, rows: rows is None),
         noting(collector, "pack_batch", lambda corpus, packs, *_: len(packs)),
         noting(collector, "select_candidates", lambda _, labels, **__: len(labels)),
     ]

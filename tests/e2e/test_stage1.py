@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -119,16 +120,16 @@ def test_bf16_trains_fp32_masters(folder, tmp_path):
 
 def _signal_at_third_step(rank: int) -> None:
     """Rank 0 gets SIGTERM while it computes its third step."""
-    from megatron_replay.training.loop import Trainer
+    from megatron_replay.training import train
 
-    take_step = Trainer._step
+    take_step, calls = train.train_step, itertools.count(1)
 
-    def step(self):
-        if rank == 0 and self.state.iteration == 2:
+    def step(*args, **kwargs):
+        if next(calls) == 3 and rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(self)
+        return take_step(*args, **kwargs)
 
-    Trainer._step = step
+    train.train_step = step
 
 
 def test_sigterm_saves_and_the_rerun_loses_nothing(folder, finished, tmp_path):
@@ -144,9 +145,9 @@ def test_sigterm_saves_and_the_rerun_loses_nothing(folder, finished, tmp_path):
 
 def _poison(rank: int, what: str, last: int = 3) -> None:
     """In steps 3 to ``last`` rank 1's loss, its gradient, or both are NaN."""
-    from megatron_replay.training import loop
+    from megatron_replay.training import train
 
-    take_step = loop.train_step
+    take_step = train.train_step
 
     def gradient(loss):
         loss.register_hook(lambda grad: grad * math.nan)
@@ -166,7 +167,7 @@ def _poison(rank: int, what: str, last: int = 3) -> None:
         return take_step(model, optimizer, work, *args, **kwargs)
 
     step.calls = 0
-    loop.train_step = step
+    train.train_step = step
 
 
 @pytest.mark.parametrize("layout", [{"dp": 2}, {"pp": 2}, {"tp": 2}], ids=str)

@@ -139,7 +139,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # as in a run
     select("npu").prepare(0)
     import megatron_replay.collection.run
-    import megatron_replay.training.loop  # noqa: F401
+    import megatron_replay.training.train  # noqa: F401
 
     sys.modules["megatron_replay.kernels._ascend"] = operators.module()
     total: collections.Counter[tuple[str, str]] = collections.Counter()

@@ -12,7 +12,7 @@ import torch
 from megatron_replay.config import OptimizerConfig
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.replay import full_targets
-from megatron_replay.forward import Work
+from megatron_replay.forward import MicroBatch
 from megatron_replay.model import heads
 from megatron_replay.optim.build import apply_hyperparameters, build_optimizer, set_learning_rate
 from megatron_replay.training.step import train_step, wrap_for_training
@@ -87,7 +87,7 @@ def one_step(model: Any, optimizer: Any, groups: Any, corpus_prefix: Path) -> di
     before = [p.detach().clone() for p in masters]
     decay = [g["weight_decay"] for g in optimizer.optimizer.param_groups for _ in g["params"]]
     batches = layouts.micro_batches(groups, Corpus(corpus_prefix))
-    work = [Work(batch, heads.full_loss(*full_targets(batch), groups)) for batch in batches]
+    work = [MicroBatch(batch, heads.full_loss(*full_targets(batch), groups)) for batch in batches]
     result = train_step(model, optimizer, work, groups, lr=0.01)
     moves = [
         (p.detach() - (1 - 0.01 * wd) * b).abs().max().item()

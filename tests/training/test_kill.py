@@ -49,7 +49,7 @@ def _dies(
     rank: int, world_size: int, victim: int, moment: int, seconds: float, command: list[str]
 ) -> int:
     """Run; rank ``victim`` is killed in place of its ``moment``-th event, or that long after it."""
-    from megatron_replay.training import loop
+    from megatron_replay.training import train
 
     if rank == victim:
         # A negative moment counts from the first publishing of a checkpoint on.
@@ -78,7 +78,7 @@ def _dies(
         for module, names in (
             (os, ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir")),
             (dist, ("all_gather_object", "broadcast_object_list")),
-            (loop, ("train_step",)),
+            (train, ("train_step",)),
         ):
             for name in names:
                 setattr(module, name, mortal(getattr(module, name)))

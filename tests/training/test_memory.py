@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import pack_batch
 from megatron_replay.data.replay import join_candidates
-from megatron_replay.forward import Work, forward_backward
+from megatron_replay.forward import MicroBatch, forward_backward
 from megatron_replay.kernels import HEAD
 from megatron_replay.loss.sharded import cross_entropy_of_sets
 from megatron_replay.model import heads
@@ -94,7 +94,7 @@ def step_on(
             tp_group=groups.tp_group, reduce_hidden_grad=False, weight_grad_out=None,
         )  # fmt: skip
 
-    work = [Work(batch, head_with_dense_gradient if dense else head)]
+    work = [MicroBatch(batch, head_with_dense_gradient if dense else head)]
     forward_backward(ddp, work)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
     before = resident_mib("VmRSS")

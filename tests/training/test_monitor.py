@@ -144,10 +144,10 @@ def test_a_training_checkpoint_may_be_the_start(folder, tmp_path):
 
 def _spike_at_step_135(rank: int) -> None:
     """Every update is too small, too, so that it is warned of."""
-    from megatron_replay.training import loop, monitor
+    from megatron_replay.training import monitor, train
 
     monitor.UPDATE_LIMIT = math.inf
-    take_step = loop.train_step
+    take_step = train.train_step
 
     def step(model, optimizer, work, *args, **kwargs):
         step.calls += 1
@@ -156,7 +156,7 @@ def _spike_at_step_135(rank: int) -> None:
         return take_step(model, optimizer, work, *args, **kwargs)
 
     step.calls = 0
-    loop.train_step = step
+    train.train_step = step
 
 
 def test_warnings_come_when_their_cause_does(folder, tmp_path):

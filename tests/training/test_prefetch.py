@@ -52,18 +52,18 @@ def trained(save) -> tuple[list[float], dict[str, bytes]]:
 
 def report_threads(rank: int) -> None:
     """Have a loader that is there before or after training said."""
-    from megatron_replay.training.loop import Trainer
+    from megatron_replay.training import train as module
 
-    train = Trainer.train
+    train = module.train
 
-    def reporting(self, stop):
+    def reporting(run, stop):
         try:
-            train(self, stop)
+            train(run, stop)
         finally:
             names = [thread.name for thread in threading.enumerate()]
             print([name for name in names if name.startswith("loader")])
 
-    Trainer.train = reporting
+    module.train = reporting
 
 
 @pytest.mark.parametrize("loss", ["restricted", "full"])

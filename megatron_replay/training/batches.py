@@ -1,4 +1,4 @@
-"""What a step computes: this rank's micro-batches of a global batch, each with its loss."""
+"""A step's batch: this rank's micro-batches of a global batch, each with its loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_replay.data.loader import to_device
 from megatron_replay.data.packing import Pack, PackedBatch, pack_batch
 from megatron_replay.data.replay import ReplayTargets, full_targets, join_candidates
 from megatron_replay.data.sampler import GlobalBatches
-from megatron_replay.forward import Work
+from megatron_replay.forward import MicroBatch
 from megatron_replay.loss.backends import HeadBackend
 from megatron_replay.loss.divergence import SoftTargets
 from megatron_replay.model import heads
@@ -25,7 +25,7 @@ from megatron_replay.parallel import Parallel
 from megatron_replay.store import CandidateReader
 
 
-class GlobalWork(NamedTuple):
+class StepBatch(NamedTuple):
     """This rank's share of a global batch, on its device.
 
     Attributes:
@@ -33,14 +33,14 @@ class GlobalWork(NamedTuple):
         tokens: in them.
     """
 
-    work: list[Work]
+    micro_batches: list[MicroBatch]
     packs: list[Pack]
     tokens: int
 
 
 @dataclass(frozen=True, eq=False)
-class WorkMaker:
-    """``make(iteration)``, called from the loader's thread, which alone uses ``batches`` then.
+class BatchBuilder:
+    """``make_batch(iteration)``, called from the loader's thread, which alone uses ``batches``.
 
     Attributes:
         lengths: usable tokens of each document of ``corpus``.
@@ -57,18 +57,18 @@ class WorkMaker:
     backend: HeadBackend
     vocab_size: int
 
-    def __call__(self, iteration: int) -> GlobalWork:
-        """Work of the step after ``iteration`` steps.
+    def __call__(self, iteration: int) -> StepBatch:
+        """The batch of the step after ``iteration`` steps.
 
         Raises:
             StoreError: a record is damaged, or of another corpus.
         """
         packs = self.batches.global_batch(iteration)
         tokens = sum(int((self.lengths[pack] - 1).sum()) for pack in packs)
-        work = [self._work(packs) for packs in self.batches.micro_batches(iteration)]
-        return GlobalWork(work, packs, tokens)
+        made = [self._micro_batch(packs) for packs in self.batches.micro_batches(iteration)]
+        return StepBatch(made, packs, tokens)
 
-    def _work(self, packs: list[Pack]) -> Work:
+    def _micro_batch(self, packs: list[Pack]) -> MicroBatch:
         """A micro-batch and the loss to compute on it."""
         batch = pack_batch(self.corpus, packs, self.config.data.seq_length, self.lengths)
         if self.config.loss.loss == "full":
@@ -90,7 +90,7 @@ class WorkMaker:
             head = self._restricted_loss(targets, rows.rows_N)
         # QK-Clip needs the attention logits of every position.
         is_every = self.config.optimizer.qk_clip_threshold is not None
-        return Work(batch.to(self.groups.device), head, None if is_every else rows)
+        return MicroBatch(batch.to(self.groups.device), head, None if is_every else rows)
 
     def _restricted_loss(self, targets: ReplayTargets, rows_N: torch.Tensor) -> Head:
         """Of sets cut here, so that a step need not ask the device how large the cuts are."""

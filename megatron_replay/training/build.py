@@ -1,0 +1,252 @@
+"""Builds a run of Stage 1: what can be refused is refused before a weight is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megatron_replay import kernels
+from megatron_replay.checkpoint.load import (
+    LoadedModel,
+    base_fingerprint,
+    describe_model,
+    load_model,
+)
+from megatron_replay.checkpoint.model_files import fingerprints, keep_model_files
+from megatron_replay.checkpoint.retention import keep_only, report_remains
+from megatron_replay.checkpoint.training import (
+    TrainState,
+    latest_iteration,
+    load_checkpoint,
+    read_state,
+)
+from megatron_replay.config import Stage1Config
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.loader import Loader
+from megatron_replay.data.packing import report_long_documents, usable_documents
+from megatron_replay.data.sampler import GlobalBatches, global_batches, require_iterations
+from megatron_replay.locks import DirectoryLock
+from megatron_replay.model.attention import record_max_logits
+from megatron_replay.model.compatibility import (
+    require_context,
+    require_store,
+    require_vocabulary,
+)
+from megatron_replay.optim.build import apply_hyperparameters, build_optimizer, kernels_of
+from megatron_replay.parallel import Parallel
+from megatron_replay.store import CandidateReader
+from megatron_replay.training import identity, run_directory
+from megatron_replay.training.batches import BatchBuilder, StepBatch
+from megatron_replay.training.monitor import Monitor
+from megatron_replay.training.profile import StepTrace
+from megatron_replay.training.step import wrap_for_training
+
+#: Global batches made ahead of the step.
+PREFETCHED_BATCHES = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingData:
+    """What a run reads.
+
+    Attributes:
+        reader: the candidate store, if the run has one.
+        lengths: usable tokens of each document of the corpus.
+        batches: which documents make up each step.
+        train_iters: steps of the whole run.
+    """
+
+    corpus: Corpus
+    reader: CandidateReader | None
+    lengths: npt.NDArray[np.int32]
+    batches: GlobalBatches
+    train_iters: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingRun:
+    """A run, ready to take the steps that are left.
+
+    Attributes:
+        directory: --save.
+        model, wrapped: this rank's part of the model, plain and as it is trained.
+        state: where the run stands.
+        make_batch: builds a step's batch on this rank's device.
+        lock: of rank 0, on the directory, for as long as this process lives.
+    """
+
+    config: Stage1Config
+    groups: Parallel
+    directory: Path
+    train_iters: int
+    model: LoadedModel
+    wrapped: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    state: TrainState
+    make_batch: BatchBuilder
+    monitor: Monitor
+    trace: StepTrace
+    lock: DirectoryLock | None
+
+    def start_loader(self) -> Loader[StepBatch]:
+        """Makes the batches of the steps that are left, on a thread."""
+        steps = range(self.state.iteration, self.train_iters)
+        return Loader(self.make_batch, steps, depth=PREFETCHED_BATCHES)
+
+
+def build_run(config: Stage1Config, groups: Parallel) -> TrainingRun:
+    """Directory, data, model, optimizer, monitor, in this order. Collective over the world.
+
+    Nothing but the lock is written before everything is accepted.
+
+    Raises:
+        ReplayError: the settings, the files or the checkpoint do not fit; the same on all ranks.
+    """
+    directory = Path(config.training.save)
+    locks: list[DirectoryLock] = []
+    groups.on_rank_zero(lambda: locks.append(run_directory.claim(config)))
+    data = prepare_data(config, groups)
+    files, shape = describe_model(config.model.load)
+    require_vocabulary(data.corpus, shape, files)
+    require_context(data.lengths, shape)
+    if data.reader is not None:
+        require_store(data.reader, data.corpus, shape, logits=config.loss.kl_weight > 0)
+    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+    like = torch.empty(0, dtype=dtype, device=groups.device)
+    backend = kernels.HEAD.choose(config.loss.head_backend, like)
+    state, resumes = _find_state(config, groups, data, fingerprints(files))
+    model = load_model(
+        config.model,
+        config.parallel,
+        groups,
+        recompute=config.training.recompute_granularity == "full",
+    )
+    wrapped = wrap_for_training(
+        model,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        overlap_grad_reduce=groups.dp_size > 1,
+    )
+    optimizer = build_optimizer(config.optimizer, model, wrapped, groups)
+    if groups.writer:
+        _print_backends(config, optimizer, like)
+    if config.optimizer.qk_clip_threshold is not None:
+        record_max_logits(model.module)
+    if resumes:
+        load_checkpoint(directory, state.iteration, model.module, optimizer, groups)
+        apply_hyperparameters(optimizer, config.optimizer)
+        last = config.training.keep_last
+        groups.on_rank_zero(lambda: keep_only(directory, last=last))  # if a kill prevented it
+        if groups.writer:
+            _print_resumption(config, state.iteration, data.train_iters)
+    if state.iteration < data.train_iters:  # what is refused or finished records nothing
+        groups.on_rank_zero(lambda: run_directory.record(directory, config))
+        groups.on_rank_zero(lambda: keep_model_files(files, directory))
+    return TrainingRun(
+        config=config,
+        groups=groups,
+        directory=directory,
+        train_iters=data.train_iters,
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        state=state,
+        make_batch=BatchBuilder(
+            config,
+            groups,
+            data.corpus,
+            data.lengths,
+            data.batches,
+            data.reader,
+            backend,
+            shape.vocab_size,
+        ),
+        trace=StepTrace(config, groups.rank),
+        monitor=Monitor(
+            config,
+            groups,
+            model=model,
+            wrapped=wrapped,
+            optimizer=optimizer,
+            corpus=data.corpus,
+            reader=data.reader,
+            lengths=data.lengths,
+            iteration=state.iteration,
+            train_iters=data.train_iters,
+        ),
+        lock=locks[0] if locks else None,
+    )
+
+
+def prepare_data(config: Stage1Config, groups: Parallel) -> TrainingData:
+    """Corpus, store, and which documents make up a step."""
+    corpus = Corpus(config.data.data_path)
+    reader = None
+    if config.loss.store is not None:
+        reader = CandidateReader(config.loss.store)
+        reader.require(corpus_fingerprint=corpus.fingerprint)
+    documents, lengths = usable_documents(config, corpus, reader)
+    if groups.rank == 0:
+        report_long_documents(documents, config.data.long_documents)
+    batches = global_batches(config, lengths, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+    train_iters = config.training.train_iters or batches.num_batches
+    require_iterations(config, train_iters)
+    return TrainingData(
+        corpus=corpus, reader=reader, lengths=lengths, batches=batches, train_iters=train_iters
+    )
+
+
+def _find_state(
+    config: Stage1Config, groups: Parallel, data: TrainingData, model_files: dict[str, str]
+) -> tuple[TrainState, bool]:
+    """Where the run stands, and whether that is a checkpoint."""
+    directory = Path(config.training.save)
+    own = Path(config.model.load).resolve() == directory.resolve()
+    base = groups.from_rank_zero(lambda: base_fingerprint(config.model.load))
+    agreed = identity.identity(config, data.corpus, data.reader, base="" if own else base)
+    iteration = groups.from_rank_zero(lambda: latest_iteration(directory))
+    if groups.rank == 0:
+        report_remains(directory, iteration)
+    before: dict[str, Any] = {}
+    state = TrainState(0, 0, 0, agreed, model_files)
+    if iteration is not None:
+        state = read_state(directory, iteration)
+        identity.require_same(state, agreed, model_files, directory)
+        before = state.identity
+        state = dataclasses.replace(state, identity={**before, **agreed})
+    is_its_own = before.get(identity.STORE) == agreed.get(identity.STORE, ...)
+    if data.reader is not None and not config.loss.allow_other_store and not is_its_own:
+        identity.require_store_of_base(data.reader, base)
+    return state, iteration is not None
+
+
+def _print_backends(config: Stage1Config, optimizer: MegatronOptimizer, like: torch.Tensor) -> None:
+    print(f"attention: {kernels.ATTENTION.describe('auto', like)}")
+    print(f"optimizer: {config.optimizer.optimizer}, {kernels_of(optimizer)}")
+    if config.loss.loss == "restricted":
+        head = kernels.HEAD.describe(config.loss.head_backend, like)
+        dense = config.loss.candidate_scope != "position"
+        print(f"restricted head: {head}" + ", by dense products" * dense)
+
+
+def _print_resumption(config: Stage1Config, iteration: int, train_iters: int) -> None:
+    directory = Path(config.training.save)
+    if iteration >= train_iters:
+        print(
+            f"{directory} is finished: {iteration} of {train_iters} iterations are done, nothing "
+            "is left to do",
+            file=sys.stderr,
+        )
+        return
+    print(f"resuming {directory} after iteration {iteration}", file=sys.stderr)
+    changed = run_directory.changes(directory, config)
+    if changed:
+        print(f"changed since it last ran: {', '.join(changed)}", file=sys.stderr)
