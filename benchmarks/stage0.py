@@ -200,7 +200,7 @@ def main() -> None:
                 model=random_model(name, groups),
                 corpus=corpus,
                 groups=groups,
-                data=DataConfig(data_path="", seq_length=SEQ_LENGTH),
+                data=DataConfig(data_path="unused", seq_length=SEQ_LENGTH),
                 folder=Path(folder),
                 numbers=itertools.count(),
             )

@@ -140,7 +140,7 @@ class Ours:
         settings = CandidatesConfig(
             store=str(store), position_strategy=strategy, position_fraction=fraction
         )
-        data = DataConfig(data_path="", seq_length=SEQ_LENGTH)
+        data = DataConfig(data_path="unused", seq_length=SEQ_LENGTH)
         collector = Collector(settings, data, self.corpus, self.model, self.groups, self._selection)
         with CandidateWriter(store, description(self.corpus), lock=True) as writer:
             with ShardStream(writer, 0) as stream:
@@ -185,13 +185,13 @@ class Ours:
         config = Stage1Config(
             parallel=ParallelConfig(),
             model=self.source,
-            data=DataConfig(data_path="", seq_length=SEQ_LENGTH, pack_documents=arm.packed),
+            data=DataConfig(data_path="unused", seq_length=SEQ_LENGTH, pack_documents=arm.packed),
             loss=LossConfig(
                 loss="restricted" if arm.store else "full",
                 store=str(self.stores[arm.store]) if arm.store else None,
             ),
             optimizer=self.settings,
-            training=TrainingConfig(save="", global_batch_size=size),
+            training=TrainingConfig(save="unused", global_batch_size=size),
             probe=ProbeConfig(probe_interval=0),
         )
         vocab_size = self.model.shape.vocab_size
