@@ -1,4 +1,4 @@
-"""The most memory that a pass takes beyond what was there before it."""
+"""The peak memory of a pass, beyond the memory in use before it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Of one ``run``; to be asked in a fresh process, whose allocator has nothing set aside.
+    """Peak bytes of one ``run``; exact only in a process whose allocator holds no free memory.
 
-    CPU: the kernel's high-water mark of resident memory (VmHWM), set back before the run. Others:
-    their allocator's.
+    CPU: the kernel's high-water mark of resident memory (VmHWM), reset before the run. Other
+    devices: their allocator's peak.
     """
     gc.collect()
     if device.type != "cpu":
@@ -31,7 +31,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def available_bytes() -> int:
-    """What the machine has left, by the kernel's estimate."""
+    """Free memory by the kernel's estimate."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 

@@ -1,13 +1,13 @@
-"""What each exact saving of Stage 1 buys, one after another: python -m benchmarks.stage1
+"""What each exact saving of Stage 1 saves, one after another: python -m benchmarks.stage1
 
-A step is forward, backward and AdamW over the same documents in every arm, none left out, joining
-them with the store included. Rows under "Stage 0" are its own work on them, to a store on the disk;
-the candidate sets that Stage 1 reads come from there. Peers: transformers' model of the same
-weights, its own loss, ``torch.optim.AdamW(fused=True)``.
+A step is forward, backward and AdamW over the same documents in every arm, joining them with the
+store included. Rows named "Stage 0" are its work on them, to a store on the disk, from which
+Stage 1 reads its candidate sets. Peers: transformers' model of the same weights, its own loss,
+``torch.optim.AdamW(fused=True)``.
 
-Every arm runs once a round, in turn. "CPU" is the processor's time, which others on the machine
-disturb least; ratios are medians over the rounds of CPU time against the named row's in the same
-round. "memory" is the peak of resident memory beyond weights, gradients and moments.
+Every arm runs once a round, in turn. "CPU" is CPU time, which other processes disturb least; ratios
+are medians over the rounds of CPU time against the named row's in the same round. "memory" is the
+peak of resident memory beyond weights, gradients and moments.
 
 The model is Qwen3-0.6B's at a quarter of the width, deeper, so that the output layer (V = 151,936)
 keeps about its share of the work: 35 % of a token's products with weights where Qwen3-0.6B has

@@ -1,4 +1,4 @@
-"""Contenders timed in turn, round by round, so that what disturbs the machine disturbs all."""
+"""Times contenders in turn, round by round, so that a disturbance of the machine hits all alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Times:
-    """What each round took."""
+    """Nanoseconds of each round, over a given number of units."""
 
     values: list[float] = field(default_factory=list)
 
@@ -56,7 +56,7 @@ def finish(device: torch.device) -> None:
 
 
 def machine(device: torch.device) -> str:
-    """What the numbers were measured on."""
+    """The device, or the processor with its load."""
     if device.type != "cpu":
         return torch.cuda.get_device_name(device)
     name = next(

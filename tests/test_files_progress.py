@@ -36,23 +36,19 @@ def test_an_error_is_one_line_and_keeps_the_blanks_of_a_path():
     assert str(error) == "a  b\\nc: broken: twice (found x  y). Mend it"
 
 
-@pytest.fixture(params=["missing", "fifo", "device", "directory"])
-def no_file(request, tmp_path):
-    """What must never be waited for, nor read to an end that does not come."""
-    path = tmp_path / "it"
-    if request.param == "fifo":
-        os.mkfifo(path)
-    elif request.param == "device":
-        path.symlink_to("/dev/zero")
-    elif request.param == "directory":
-        path.mkdir()
-    return path
-
-
+@pytest.mark.parametrize("kind", ["missing", "fifo", "device", "directory"])
 @pytest.mark.parametrize("read", [open_regular, require_regular, read_json])
-def test_only_regular_files_are_opened(no_file, read):
-    with pytest.raises(DataError, match=f"{no_file}: cannot read"):
-        read(no_file, DataError)
+def test_only_regular_files_are_opened(tmp_path, read, kind):
+    """A pipe would block, and a device has no end."""
+    path = tmp_path / "it"
+    make = {
+        "fifo": os.mkfifo,
+        "device": lambda x: x.symlink_to("/dev/zero"),
+        "directory": Path.mkdir,
+    }
+    make.get(kind, lambda _: None)(path)
+    with pytest.raises(DataError, match=f"{path}: cannot read"):
+        read(path, DataError)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"1", b"[" * 100_000, b"\x00"])
@@ -87,16 +83,12 @@ def test_content_appears_only_at_the_end(tmp_path, mode, content):
         handle.flush()
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == (content if mode == "wb" else content.encode("utf-8"))
+    with pytest.raises(ValueError, match="'ab'"), atomic_file(path, "ab"):
+        pass
     assert names(tmp_path) == ["file"]
 
 
-def test_only_writing_is_offered(tmp_path):
-    with pytest.raises(ValueError, match="'ab'"), atomic_file(tmp_path / "file", "ab"):
-        pass
-    assert names(tmp_path) == []
-
-
-def test_order_of_the_steps(tmp_path, monkeypatch):
+def test_the_file_is_synced_before_and_its_directory_after_the_rename(tmp_path, monkeypatch):
     steps = []
     for name in ("fsync", "replace"):
         call = getattr(os, name)
@@ -158,18 +150,12 @@ def test_a_real_write_that_fails_is_an_output_error(tmp_path, mode):
     assert names(tmp_path) == []
 
 
-def test_error_lines(tmp_path):
+def test_output_errors_name_the_file_and_the_cause(tmp_path):
     with pytest.raises(OutputError) as missing, atomic_file(tmp_path / "no" / "file"):
         pass
-    assert str(missing.value) == (
-        f"{tmp_path}/no/file: cannot write: No such file or directory. "
-        "Choose a directory you may write to"
-    )
+    assert str(missing.value).startswith(f"{tmp_path}/no/file: cannot write: No such file or ")
     full = files.output_error("x", OSError(errno.ENOSPC, "No space left on device"))
-    assert str(full) == (
-        "x: no space left on the device. "
-        "Nothing was published: free some space and run the same command again"
-    )
+    assert str(full).startswith("x: no space left on the device. ")
     assert str(files.output_error("x", OSError("odd"))).startswith("x: cannot write: odd.")
     assert full.exit_code == 6
 
@@ -231,7 +217,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes only when told to: ``clock[0]`` is now."""
+    """``clock[0]`` is the time; only the test moves it."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -270,9 +256,6 @@ def test_rates_and_times(clock, seconds, done, expected):
     clock[0] += seconds
     bar.advance(done)
     assert bar.line() == f"train: {expected}"
-
-
-def test_nothing_left_needs_no_rate(clock):
     resumed = Progress("x", 5, "steps", initial=5, stream=io.StringIO())
     assert resumed.line().endswith("ETA 00:00")
     assert "0/0 steps (100 %)" in Progress("x", 0, "steps", stream=io.StringIO()).line()
@@ -292,11 +275,9 @@ def test_bar_on_a_terminal():
     with Progress("read", 4, "documents", stream=terminal, initial=1) as bar:
         bar.advance(3, "loss 2.0")
     text = terminal.getvalue()
-    assert "\r" in text
-    assert "read: 100%" in text
-    assert "4/4" in text
-    assert "documents" in text
-    assert text.endswith("\n")  # closed: the prompt does not land in the bar
+    for part in ("\r", "read: 100%", "4/4", "documents"):
+        assert part in text
+    assert text.endswith("\n")  # closed: the prompt starts on its own line
 
 
 def test_bar_is_closed_when_the_work_fails():
