@@ -94,7 +94,9 @@ class Case:
         """Stage 0's own work on one shard, to the disk. Returns the store's directory."""
         settings = self.settings(strategy)
         kernel = kernels.SELECTION.choose("auto", torch.empty(0))
-        collector = Collector(settings, self.data, self.corpus, self.model, self.groups, kernel)
+        collector = Collector(
+            settings, self.data, self.corpus, self.corpus.lengths, self.model, self.groups, kernel
+        )
         with CandidateWriter(settings.store, description(self.corpus), lock=True) as writer:
             with ShardStream(writer, 0) as stream:
                 for part in collector.collect(np.arange(len(self.corpus))):

@@ -141,7 +141,15 @@ class Ours:
             store=str(store), position_strategy=strategy, position_fraction=fraction
         )
         data = DataConfig(data_path="unused", seq_length=SEQ_LENGTH)
-        collector = Collector(settings, data, self.corpus, self.model, self.groups, self._selection)
+        collector = Collector(
+            settings,
+            data,
+            self.corpus,
+            self.corpus.lengths,
+            self.model,
+            self.groups,
+            self._selection,
+        )
         with CandidateWriter(store, description(self.corpus), lock=True) as writer:
             with ShardStream(writer, 0) as stream:
                 for part in collector.collect(np.arange(len(self.corpus))):
