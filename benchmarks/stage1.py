@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,8 +71,12 @@ from megatron_replay.optim.build import build_optimizer  # noqa: E402
 from megatron_replay.training.batches import BatchBuilder  # noqa: E402
 from megatron_replay.training.step import train_step, wrap_for_training  # noqa: E402
 
-#: name of a store -> how its positions are chosen, and which share.
-STORES = {"bucket 0.5": ("bucket", 0.5), "random 0.25": ("random", 0.25), "all": ("all", 1.0)}
+#: name of a store -> how its positions are chosen.
+STORES: dict[str, dict[str, Any]] = {
+    "bucket 0.5": {"position_strategy": "bucket"},
+    "random 0.25": {"position_strategy": "random", "position_fraction": 0.25},
+    "all": {"position_strategy": "all"},
+}
 PADDED, PACKED, DEFAULT = "full softmax, padded", "full softmax, packed", "restricted"
 
 
@@ -97,20 +102,16 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Of each round: wall clock and processor's time in seconds, and memory in bytes."""
+    """CPU time in seconds and peak memory in bytes of each round."""
 
-    wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
 
     def add(self, run: Callable[[], object]) -> None:
-        start = [0.0, 0.0]
-
         def timed() -> None:
-            start[:] = time.perf_counter(), time.process_time()
+            start = time.process_time()
             run()
-            self.wall.append(time.perf_counter() - start[0])
-            self.processor.append(time.process_time() - start[1])
+            self.processor.append(time.process_time() - start)
 
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what earlier arms freed is no longer resident
@@ -135,11 +136,8 @@ class Ours:
 
     def stage0(self, name: str) -> None:
         """Stage 0's own work on the corpus, to the disk."""
-        strategy, fraction = STORES[name]
         self.stores[name] = store = self.folder / f"store-{next(self._numbers)}"
-        settings = CandidatesConfig(
-            store=str(store), position_strategy=strategy, position_fraction=fraction
-        )
+        settings = CandidatesConfig(store=str(store), **STORES[name])
         data = DataConfig(data_path="unused", seq_length=SEQ_LENGTH)
         collector = Collector(
             settings,
