@@ -1,10 +1,11 @@
-"""What a run logs, in ``metrics.jsonl`` and TensorBoard, and how stable its steps are."""
+"""What a run logs, in ``metrics.jsonl`` and TensorBoard, and what the logged steps show."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from megatron_replay.run_log import METRICS, read_metrics, read_raw_lines
 
 #: A spike is a value above mean + SIGMAS · std of the SPIKE_WINDOW logged steps before it.
 SPIKE_WINDOW, SPIKE_SIGMAS = 128, 6.0
+#: docs/method.md: logged steps that a warning about updates averages over, and its two limits.
+WATCHED_STEPS, OBTUSE_LIMIT, UPDATE_LIMIT = 50, 0.5, 0.02
 
 
 class MetricsLog:
@@ -178,3 +181,47 @@ def detrended_variance(values_N: list[float]) -> float:
     steps = np.arange(len(values_N)) - (len(values_N) - 1) / 2
     deviation -= steps * (steps @ deviation) / (steps @ steps)
     return float(np.mean(deviation**2))
+
+
+class UpdateWarnings:
+    """Warns once of gradients that oppose the momentum, and once of weights that hardly move.
+
+    Takes ``StepResult.update`` of each logged step. Judges a number by its mean over the last
+    ``WATCHED_STEPS`` steps that had it, never by fewer.
+    """
+
+    def __init__(self) -> None:
+        self._recent = {
+            name: deque[float](maxlen=WATCHED_STEPS) for name in ("obtuse", "update_rms_over_lr")
+        }
+        self._warned: set[str] = set()
+
+    def add(self, update: Mapping[str, float | None]) -> list[str]:
+        """Take the next logged step; the warnings it is the first to call for."""
+        warnings = []
+        for name, recent in self._recent.items():
+            value = update.get(name)
+            if value is None or not math.isfinite(value):
+                continue
+            recent.append(value)
+            mean = math.fsum(recent) / len(recent)
+            is_bad = mean > OBTUSE_LIMIT if name == "obtuse" else mean < UPDATE_LIMIT
+            if is_bad and len(recent) == WATCHED_STEPS and name not in self._warned:
+                self._warned.add(name)
+                warnings.append(_UPDATE_WARNINGS[name](mean))
+        return warnings
+
+
+_UPDATE_WARNINGS = {
+    "obtuse": lambda mean: (
+        f"the gradient pointed against the momentum in {100 * mean:.0f} % of the last "
+        f"{WATCHED_STEPS} logged steps: consecutive updates point in opposite directions (noise, "
+        "or too high a learning rate). Raise --global-batch-size, or lower --lr if the loss swings"
+    ),
+    "update_rms_over_lr": lambda mean: (
+        f"the weights hardly move: the RMS of an update was {mean:.2g} x lr over the last "
+        f"{WATCHED_STEPS} logged steps, where AdamW's is about 0.2 to 1. The gradient is mostly "
+        "noise, or is turned away. Raise --global-batch-size, --max-angle or --lr, and compare "
+        "with an AdamW whose learning rate moves the weights as far"
+    ),
+}

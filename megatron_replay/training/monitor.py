@@ -11,7 +11,6 @@ import json
 import math
 import os
 import sys
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from megatron_replay.training.metrics import (
     SPIKE_WINDOW,
     MetricsLog,
     Stability,
+    UpdateWarnings,
     keep_lines_until,
 )
 from megatron_replay.training.readings import Distance, GeneralText, Probe, drift_warning
@@ -44,8 +44,6 @@ from megatron_replay.training.step import StepResult
 SKIPPED = "skipped_batches.jsonl"
 #: A run ends with the next one: its data or its learning rate needs a look.
 MAX_SKIPPED_STEPS = 10
-#: docs/method.md: logged steps that a warning about updates averages over, and its two limits.
-WATCHED_STEPS, OBTUSE_LIMIT, UPDATE_LIMIT = 50, 0.5, 0.02
 
 
 class Monitor:
@@ -236,37 +234,28 @@ class Monitor:
             return {}
 
     def _summarize(self, iteration: int, readings: Mapping[str, Any]) -> str:
-        stability, judged = self._stability, self._stability.judged
-        values = stability.values()
-        parts = [f"{iteration} iterations: "]
+        """The readings after the last step, in sentences."""
+        values, judged = readings["stability"], self._stability.judged
         if not values["steps"]:
-            parts[0] += f"none of the {values['non_finite']} logged steps was finite."
-        else:
-            cv = values["gradient_norm_cv"]
-            parts[0] += ", ".join([
-                f"loss {stability.final_loss():.4f} over the last tenth of {values['steps']} "
-                "logged steps",
-                f"std {values['loss_std']:.4f} about its own line over the last half",
-                "no step after warm-up" if cv is None else f"gradient-norm CV {cv:.3f} after "
-                "warm-up",
-                f"{values['loss_spikes']} loss and {values['gradient_spikes']} gradient-norm "
-                f"spikes in {judged} steps judged"
-                if judged
-                else "too short to judge spikes, which takes more than "
-                f"{SPIKE_WINDOW} logged steps",
-                f"{values['non_finite']} steps not finite.",
-            ])  # fmt: skip
+            return f"{iteration} iterations: no logged step was finite."
+        cv = values["gradient_norm_cv"]
+        summary = (
+            f"{iteration} iterations: loss {self._stability.final_loss():.4f} over the last tenth "
+            f"of {values['steps']} logged steps, std {values['loss_std']:.4f} about its own line "
+            "over the last half, gradient-norm CV after warm-up "
+            f"{'undefined' if cv is None else f'{cv:.3f}'}, {values['loss_spikes'] or 0} loss and "
+            f"{values['gradient_spikes'] or 0} gradient-norm spikes in {judged} steps judged (the "
+            f"first {SPIKE_WINDOW} cannot be), {values['non_finite']} steps not finite."
+        )
         if self._seconds:
             share = self._waited / self._seconds
-            parts.append(f"Steps waited for data for {100 * share:.2g} % of their time.")
+            summary += f" Steps waited for data for {100 * share:.2g} % of their time."
         if "relative_l2" in readings:
-            parts.append(f"The weights moved by {100 * readings['relative_l2']:.3g} %.")
-        if general := readings.get("general"):
-            parts.append(
-                f"Perplexity of general text {general['perplexity']:.2f} "
-                f"({general['delta_ppl']:+.2f})."
-            )
-        return " ".join(parts)
+            summary += f" The weights moved by {100 * readings['relative_l2']:.3g} %."
+        if "general" in readings:
+            perplexity, delta = (readings["general"][x] for x in ("perplexity", "delta_ppl"))
+            summary += f" Perplexity of general text {perplexity:.2f} ({delta:+.2f})."
+        return summary
 
     def _record_skipped(
         self, state: TrainState, own_sums: torch.Tensor | None, packs: Sequence[Pack]
@@ -319,50 +308,6 @@ class Monitor:
             documents = [{"document": d, "positions": [first, stop]} for d, first, stop in spans]
             described.append({"dp_rank": dp_rank, "documents": documents})
         return described
-
-
-class UpdateWarnings:
-    """Warns once of gradients that oppose the momentum, and once of weights that hardly move.
-
-    Takes ``StepResult.update`` of each logged step. Judges a number by its mean over the last
-    ``WATCHED_STEPS`` steps that had it, never by fewer.
-    """
-
-    def __init__(self) -> None:
-        self._recent = {
-            name: deque[float](maxlen=WATCHED_STEPS) for name in ("obtuse", "update_rms_over_lr")
-        }
-        self._warned: set[str] = set()
-
-    def add(self, update: Mapping[str, float | None]) -> list[str]:
-        """Take the next logged step; the warnings it is the first to call for."""
-        warnings = []
-        for name, recent in self._recent.items():
-            value = update.get(name)
-            if value is None or not math.isfinite(value):
-                continue
-            recent.append(value)
-            mean = math.fsum(recent) / len(recent)
-            is_bad = mean > OBTUSE_LIMIT if name == "obtuse" else mean < UPDATE_LIMIT
-            if is_bad and len(recent) == WATCHED_STEPS and name not in self._warned:
-                self._warned.add(name)
-                warnings.append(_UPDATE_WARNINGS[name](mean))
-        return warnings
-
-
-_UPDATE_WARNINGS = {
-    "obtuse": lambda mean: (
-        f"the gradient pointed against the momentum in {100 * mean:.0f} % of the last "
-        f"{WATCHED_STEPS} logged steps: consecutive updates point in opposite directions (noise, "
-        "or too high a learning rate). Raise --global-batch-size, or lower --lr if the loss swings"
-    ),
-    "update_rms_over_lr": lambda mean: (
-        f"the weights hardly move: the RMS of an update was {mean:.2g} x lr over the last "
-        f"{WATCHED_STEPS} logged steps, where AdamW's is about 0.2 to 1. The gradient is mostly "
-        "noise, or is turned away. Raise --global-batch-size, --max-angle or --lr, and compare "
-        "with an AdamW whose learning rate moves the weights as far"
-    ),
-}
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

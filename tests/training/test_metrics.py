@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_replay.errors import OutputError
 from megatron_replay.run_log import read_metrics
-from megatron_replay.training.metrics import MetricsLog, Stability
+from megatron_replay.training.metrics import MetricsLog, Stability, UpdateWarnings
 
 STEP = {"grad_norm": 1.0, "positions": 3, "seconds": 0.5}
 
@@ -189,3 +189,39 @@ def test_a_constant_series_has_no_spike_by_rounding():
     for value in (0.1, 0.3, 0.7, 1.1, 2.3):
         assert feed(Stability(warmup_iters=0), steps([value] * 400)) == {}
     assert list(feed(Stability(warmup_iters=0), steps([0.1] * 500 + [0.2]))) == [501]
+
+
+def warnings(updates: list[dict]) -> dict[int, list[str]]:
+    """The warnings by the number of the step, from 1."""
+    watch = UpdateWarnings()
+    found = {k: watch.add(update) for k, update in enumerate(updates, start=1)}
+    return {k: messages for k, messages in found.items() if messages}
+
+
+def test_a_warning_comes_once_and_not_before_the_window_is_full():
+    bad = {"obtuse": 1.0, "update_rms_over_lr": 0.001, "degrees": 91.0}
+    found = warnings([bad] * 200)
+    assert list(found) == [50]
+    obtuse, still = found[50]
+    assert "against the momentum in 100 % of the last 50" in obtuse
+    assert "--global-batch-size" in obtuse
+    assert "0.001 x lr" in still
+    assert warnings([bad] * 49) == {}
+
+
+def test_the_mean_of_the_window_is_judged():
+    # One obtuse step in two is the limit, not beyond it; then 26 of 50 are.
+    half = [{"obtuse": float(k % 2)} for k in range(100)]
+    assert warnings(half) == {}
+    assert list(warnings([*half, {"obtuse": 1.0}, {"obtuse": 1.0}])) == [101]
+    # Small updates of a warm-up are outweighed; the warning comes when the mean falls below.
+    warmup = [{"update_rms_over_lr": 0.0}] * 10 + [{"update_rms_over_lr": 0.5}] * 60
+    assert warnings(warmup) == {}
+    assert list(warnings(warmup + [{"update_rms_over_lr": 0.0}] * 60)) == [70 + 49]
+
+
+def test_steps_without_the_quantity_do_not_count():
+    """AdamW has no angle, a skipped step has nothing, and the log keeps NaN as null."""
+    one, nothing = {"update_rms_over_lr": 0.001}, [{}, {"update_rms_over_lr": None}]
+    assert list(warnings([*[one] * 49, *nothing, one])) == [52]
+    assert warnings([{"update_rms_over_lr": 0.3}] * 100) == {}

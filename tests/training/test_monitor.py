@@ -12,7 +12,6 @@ from safetensors.numpy import load_file
 
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.run_log import read_metrics, summarize_run
-from megatron_replay.training.monitor import UpdateWarnings
 from tests import tiny
 from tests.e2e import stages
 
@@ -144,9 +143,9 @@ def test_a_training_checkpoint_may_be_the_start(folder, tmp_path):
 
 def _spike_at_step_135(rank: int) -> None:
     """Every update is too small, too, so that it is warned of."""
-    from megatron_replay.training import monitor, train
+    from megatron_replay.training import metrics, train
 
-    monitor.UPDATE_LIMIT = math.inf
+    metrics.UPDATE_LIMIT = math.inf
     take_step = train.train_step
 
     def step(model, optimizer, work, *args, **kwargs):
@@ -185,42 +184,6 @@ def test_warnings_come_when_their_cause_does(folder, tmp_path):
     summary = summarize_run(tmp_path / "run")
     assert (summary.loss_spikes, summary.loss_spike_rate) == (1, last["loss_spike_rate"])
     assert summary.gradient_spike_rate == last["gradient_spike_rate"] == 1 / 12
-
-
-def warnings(updates: list[dict]) -> dict[int, list[str]]:
-    """The warnings by the number of the step, from 1."""
-    watch = UpdateWarnings()
-    found = {k: watch.add(update) for k, update in enumerate(updates, start=1)}
-    return {k: messages for k, messages in found.items() if messages}
-
-
-def test_a_warning_comes_once_and_not_before_the_window_is_full():
-    bad = {"obtuse": 1.0, "update_rms_over_lr": 0.001, "degrees": 91.0}
-    found = warnings([bad] * 200)
-    assert list(found) == [50]
-    obtuse, still = found[50]
-    assert "against the momentum in 100 % of the last 50" in obtuse
-    assert "--global-batch-size" in obtuse
-    assert "0.001 x lr" in still
-    assert warnings([bad] * 49) == {}
-
-
-def test_the_mean_of_the_window_is_judged():
-    # One obtuse step in two is the limit, not beyond it; then 26 of 50 are.
-    half = [{"obtuse": float(k % 2)} for k in range(100)]
-    assert warnings(half) == {}
-    assert list(warnings([*half, {"obtuse": 1.0}, {"obtuse": 1.0}])) == [101]
-    # Small updates of a warm-up are outweighed; the warning comes when the mean falls below.
-    warmup = [{"update_rms_over_lr": 0.0}] * 10 + [{"update_rms_over_lr": 0.5}] * 60
-    assert warnings(warmup) == {}
-    assert list(warnings(warmup + [{"update_rms_over_lr": 0.0}] * 60)) == [70 + 49]
-
-
-def test_steps_without_the_quantity_do_not_count():
-    """AdamW has no angle, a skipped step has nothing, and the log keeps NaN as null."""
-    one, nothing = {"update_rms_over_lr": 0.001}, [{}, {"update_rms_over_lr": None}]
-    assert list(warnings([*[one] * 49, *nothing, one])) == [52]
-    assert warnings([{"update_rms_over_lr": 0.3}] * 100) == {}
 
 
 class TestMistakes:
