@@ -86,7 +86,7 @@ def test_boolean_flags_can_be_negated():
         ),
         (
             ["--probe-interval", "0", "--general-data-path", "g"],
-            "--general-data-path: unusable value (expected nothing under --probe-interval 0",
+            "--general-data-path: unusable value (expected None, as only --probe-interval uses",
         ),
         (["--probe-interval", "0", "--probe-documents", "9"], "as only --probe-interval uses it"),
         (["--loss", "full", "--probe-interval", "0"], "--store: unusable value (expected nothing"),

@@ -101,19 +101,15 @@ class TrainingConfig(Section):
         self.require(
             self.train_iters is None or self.train_epochs is None,
             "train_epochs",
-            "nothing beside --train-iters, which says how long",
+            "nothing beside --train-iters, which sets the length too",
         )
-        for name in (
-            "seed",
-            "save_interval",
-            "keep_last",
-        ):
+        for name in ("seed", "save_interval", "keep_last"):
             self.require(getattr(self, name) >= 0, name, "a number from 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig(Section):
-    """The fixed samples on which Stage 1 watches mass leave the candidate sets, and forgetting."""
+    """The fixed samples that show mass outside the candidate sets, and forgetting."""
 
     probe_interval: int = option(
         "iterations between readings of the probes and of stability; 0: stability at the end only",
@@ -125,22 +121,19 @@ class ProbeConfig(Section):
         used_with={"probe_interval": SET},
     )
     general_data_path: str | None = option(
-        "prefix of a corpus of general text: logs its perplexity against that of --load", None
+        "prefix of a corpus of general text: logs its perplexity against that of --load",
+        None,
+        used_with={"probe_interval": SET},
     )
 
     def _check(self) -> None:
         self.require_positive("probe_documents")
         self.require(self.probe_interval >= 0, "probe_interval", "a number from 0")
-        self.require(
-            self.general_data_path is None or self.probe_interval > 0,
-            "general_data_path",
-            "nothing under --probe-interval 0",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage1Config:
-    """Everything ``python -m megatron_replay.stage1`` can be told."""
+    """Every setting of ``python -m megatron_replay.stage1``."""
 
     parallel: ParallelConfig
     model: ModelConfigSource
@@ -166,12 +159,12 @@ class Stage1Config:
             )
 
     def _check_observers(self) -> None:
-        """What measures must have something to measure."""
+        """Refuse a store or a sample that nothing reads."""
         has_probe = self.loss.store is not None and self.probe.probe_interval > 0
         self.loss.require(
             self.loss.loss == "restricted" or self.loss.store is None or has_probe,
             "store",
-            "nothing under --loss full and --probe-interval 0, where nobody reads it",
+            "nothing under --loss full and --probe-interval 0, where nothing reads it",
         )
         default = type(self.probe).__dataclass_fields__["probe_documents"].default
         has_sample = self.loss.store is not None or self.probe.general_data_path is not None

@@ -21,17 +21,13 @@ BASE, STORE = "--load", "--store"
 
 
 def identity(
-    config: Stage1Config,
-    corpus: Corpus,
-    reader: CandidateReader | None,
-    base: str,
+    config: Stage1Config, corpus: Corpus, reader: CandidateReader | None, base: str
 ) -> dict[str, Any]:
     """What a resumed run must agree on, by the flag that sets it.
 
     Args:
-        base: ``base_fingerprint`` of --load; empty where that is the run's own directory.
+        base: ``base_fingerprint`` of --load; empty if that is the run's own directory.
     """
-    restricted = config.loss.loss == "restricted"
     agreed: dict[str, Any] = {
         "--loss": config.loss.loss,
         "--data-path": corpus.fingerprint,
@@ -46,7 +42,7 @@ def identity(
     }
     if base:
         agreed[BASE] = base
-    if restricted:
+    if config.loss.loss == "restricted":
         assert reader is not None
         recorded = _recorded(reader.description)
         agreed[STORE] = hashlib.sha256(recorded).hexdigest()[:16]
@@ -54,7 +50,7 @@ def identity(
 
 
 def _recorded(description: StoreDescription) -> bytes:
-    """What decides ids and positions, however they are written."""
+    """What decides the ids and positions in a store, whatever its format."""
     made_of = [
         description.corpus_fingerprint,
         description.checkpoint_fingerprint,
@@ -69,8 +65,8 @@ def require_same(
     """Raise ConfigError, naming the flag, unless a run is resumed with what it was started with.
 
     Args:
-        agreed: ``identity`` of the run as it is asked for now.
-        model_files: of its --load.
+        agreed: ``identity`` of the run as it is started now.
+        model_files: of its --load, SHA-256 by name.
     """
     for name, value in agreed.items():
         before = state.identity.get(name, value)
@@ -99,7 +95,7 @@ def _other_base(names: str, directory: Path) -> ConfigError:
 
 
 def require_store_of_base(reader: CandidateReader, base: str) -> None:
-    """Raise StoreError unless Stage 0 ran on these very weights.
+    """Raise StoreError unless Stage 0 ran on exactly these weights.
 
     Args:
         base: ``base_fingerprint`` of --load.
@@ -109,5 +105,5 @@ def require_store_of_base(reader: CandidateReader, base: str) -> None:
         base,
         flag=BASE,
         fix="Give the --load that Stage 0 had, rerun Stage 0 with this one, or choose "
-        "--allow-other-store if the candidates shall be another model's",
+        "--allow-other-store to train on the candidates of another model",
     )

@@ -1,4 +1,4 @@
-"""Stop between two steps when asked to: SIGTERM from a scheduler, Ctrl-C from a person."""
+"""Stop between two steps on SIGTERM (a scheduler) or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _KEY = "stop after iteration"
 
 
 class StopRequest:
-    """Remembers that a signal came; the loop asks between steps, so work is saved, not torn.
+    """Remembers that a signal came. The loop checks it between steps, so that it can save first.
 
     torchrun passes SIGTERM on to its workers and kills them 30 s later; Ctrl-C reaches them
     directly and through torchrun, so a second signal must not interrupt the saving.
 
     Args:
-        store: of the run, in which a rank that was asked to stop tells the others.
+        store: of the run; a rank that got a signal writes the last step into it for all ranks.
     """
 
     def __init__(self, store: Store) -> None:
@@ -36,11 +36,11 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def after(self, iteration: int) -> bool:
-        """Whether the run ends with step ``iteration``: the same answer on every rank.
+        """Whether the run ends with step ``iteration``; the same on every rank.
 
-        The first rank that was asked names the next step as the last. All see that in time: none
-        ends a step in which that rank has not taken part, and it names the step before. One
-        question to the store a step, without a collective or a wait for the device.
+        The first rank that gets a signal makes the next step the last one. Every rank sees that in
+        time: it is written before that rank takes part in the step, which no rank can end without
+        it. Costs one request to the store per step, no collective, and no wait for the device.
         """
         if self._last is None:
             if self.received is not None:

@@ -19,28 +19,23 @@ from megatron_replay.locks import DirectoryLock, is_ours
 from megatron_replay.store.manifest import DESCRIPTION_FILE
 
 FILE = "resolved_config.yaml"
-#: What a run writes into its directory: under these names nobody else's files are replaced.
+#: What a run writes into its directory: files of these names that are not a run's are kept.
 _OURS = (FILE, LATEST, FOLDER, "metrics.jsonl", "skipped_batches.jsonl")
-#: By which a model or a store is known: no run is mixed with one.
+#: Files that mark a model or a store: a run is not mixed with one.
 _OTHERS = ("config.json", DESCRIPTION_FILE)
 _PURPOSE = "this run"
-#: The rest may differ from one start to the next without other weights coming of it.
+#: The sections whose changes are reported.
 _SECTIONS = ("model", "data", "loss", "optimizer", "training")
-_WITHOUT_EFFECT = (
-    "save",
-    "save_interval",
-    "exit_interval",
-    "log_interval",
-    "allow_other_store",
-)
+#: These settings do not change the weights.
+_WITHOUT_EFFECT = ("save", "save_interval", "exit_interval", "log_interval", "allow_other_store")
 
 
 def claim(config: Stage1Config) -> DirectoryLock:
-    """Make --save this process's own for as long as it lives.
+    """Lock --save until this process ends.
 
     Raises:
         ConfigError: it is also an input.
-        OutputError: another run is writing it, or somebody else's files lie there.
+        OutputError: another run is writing it, or it holds files that no run wrote.
     """
     directory, load = Path(config.training.save), Path(config.model.load)
     inputs = [] if latest_iteration(load) is not None else [("--load", load)]
@@ -62,9 +57,9 @@ def claim(config: Stage1Config) -> DirectoryLock:
 
 
 def _is_run(directory: Path) -> bool:
-    """A run's first file stands beside its lock; or, where a copy left that out, a checkpoint.
+    """Whether a run wrote it: its first file is there, with its lock or with a checkpoint.
 
-    A run that was refused leaves its lock and no more, so that alone vouches for nothing.
+    A copy may lack the lock. The lock alone proves nothing: a run that was refused leaves it too.
     """
     if not (directory / FILE).is_file():
         return False
@@ -95,7 +90,7 @@ def changes(directory: Path, config: Stage1Config) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    fix = "Remove it: it only tells what was changed since, and is written again"
+    fix = "Remove it: it only serves to report changed settings, and is written again"
     text = read_text(path, CheckpointError, fix=fix)
     try:
         content = yaml.safe_load(text)
@@ -108,6 +103,6 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def record(directory: Path, config: Stage1Config) -> None:
-    """Write what the steps to come are taken with; the first file but the lock of a run."""
+    """Write the settings of the next steps; after the lock, this is the first file of a run."""
     with atomic_file(directory / FILE, "w") as handle:
         handle.write(flags.to_yaml(config))

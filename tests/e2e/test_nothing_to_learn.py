@@ -72,7 +72,7 @@ def test_truncation_that_cuts_every_answer_is_refused_by_both_stages(folder, tmp
 
 
 def test_steps_without_a_label_are_no_loss_of_zero(folder, tmp_path, capsys):
-    """They are counted, told, and left out of means and spikes."""
+    """They are counted, reported, and left out of means and spikes."""
     from megatron_replay import stage1
 
     flags = training(tmp_path / "run", "--loss", "full", "--no-pack-documents")
@@ -95,7 +95,7 @@ def test_steps_without_a_label_are_no_loss_of_zero(folder, tmp_path, capsys):
 
 
 def test_a_run_that_has_learnt_nothing_yet_saves_nothing(folder, tmp_path):
-    """Its weights have decayed and no more: the same command fails again, until one step learns."""
+    """Only weight decay has acted: the same command fails again, until a step has a label."""
     write_corpus(tmp_path / "rare", [*[30] * 20, 4])
     late = next(s for s in range(99) if 20 not in document_order(21, seed=s, epoch=0)[:4])
     early = next(s for s in range(99) if document_order(21, seed=s, epoch=0)[1] == 20)
@@ -115,7 +115,7 @@ def test_a_run_that_has_learnt_nothing_yet_saves_nothing(folder, tmp_path):
 
 
 def test_a_store_of_longer_documents_than_the_run_reads(folder, tmp_path):
-    """Its recorded positions are all cut off: nothing is left, whichever way it comes out."""
+    """All its recorded positions are cut off, so that nothing is left to learn."""
     long = ["--load", folder / "model", "--data-path", folder / "some", "--seq-length", 64]
     store = ["--store", tmp_path / "store"]
     last = ["--position-strategy", "last-token"]

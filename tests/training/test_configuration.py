@@ -1,4 +1,4 @@
-"""What a run says it was configured by is what its steps were taken with."""
+"""resolved_config.yaml is what the run's steps were taken with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.e2e import stages
 pytestmark = pytest.mark.distributed
 
 
-def test_a_changed_setting_is_told_and_a_run_without_steps_records_nothing(tmp_path):
+def test_a_changed_setting_is_reported_and_a_run_without_steps_records_nothing(tmp_path):
     tiny.save_corpus(tmp_path / "corpus", num_documents=20)
     tiny.save_qwen3(tmp_path / "model", tied=True, num_hidden_layers=1)
     common = [
