@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.run_log import read_metrics, summarize_run
+from megatron_replay.training.readings import drift_warning
 from tests import tiny
 from tests.e2e import stages
 
@@ -184,6 +185,16 @@ def test_warnings_come_when_their_cause_does(folder, tmp_path):
     summary = summarize_run(tmp_path / "run")
     assert (summary.loss_spikes, summary.loss_spike_rate) == (1, last["loss_spike_rate"])
     assert summary.gradient_spike_rate == last["gradient_spike_rate"] == 1 / 12
+
+
+def test_mass_outside_the_sets_is_warned_of_beyond_twice_and_two_points_above_the_base():
+    reading = {"restricted_loss": 0.1, "full_loss": 0.5}
+    for base, outside, warns in (
+        (0.001, 0.0209, False), (0.001, 0.0211, True), (0.1, 0.199, False), (0.1, 0.201, True),
+    ):  # fmt: skip
+        warning = drift_warning(reading | {"base_outside_mass": base, "outside_mass": outside})
+        assert bool(warning) == warns
+        assert not warns or f"{100 * outside:.1f} % of the probability" in warning
 
 
 class TestMistakes:
