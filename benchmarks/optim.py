@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Times, interleave, machine
-from megatron_replay.functional.momentum_step import Coefficients
-from megatron_replay.kernels import OPTIMIZER
 from megatron_replay.optim import MoClip
+from megatron_replay.optim.momentum_step import OPTIMIZER, Coefficients
 
 HIDDEN, FFN = 1024, 2816
 LAYER = [(HIDDEN,), *[(HIDDEN, HIDDEN)] * 4, (HIDDEN,), *[(FFN, HIDDEN)] * 2, (HIDDEN, FFN)]

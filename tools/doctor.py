@@ -128,8 +128,9 @@ def compiled_kernels(platform: Platform) -> Iterator[Finding]:
     """Which of the kernels compiled for the platform's device can be loaded."""
     from megatron_replay import kernels
     from megatron_replay.kernels.registry import DEVICE
+    from megatron_replay.optim.momentum_step import OPTIMIZER
 
-    for backends in (kernels.HEAD, kernels.OPTIMIZER, kernels.SELECTION):
+    for backends in (kernels.HEAD, OPTIMIZER, kernels.SELECTION):
         for name in (name for name in backends.compiled if DEVICE[name] == platform.name):
             reason = backends.why_not(name)
             subject = f"kernels of {backends.what}"

@@ -1,11 +1,11 @@
-// The optimizer's two passes over memory; megatron_replay/functional/momentum_step.py has the
+// The optimizer's two passes over memory; megatron_replay/optim/momentum_step.py has the
 // equations. Pointers may start anywhere; tensors of one call must not overlap.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-// As functional.Coefficients packs them.
+// As optim.momentum_step.Coefficients packs them.
 struct Coefficients {
     float proceed, keep_m, take_g, clip, keep_v, take_v, scale_v, eps, decay, move;
 };

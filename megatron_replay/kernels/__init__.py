@@ -3,10 +3,8 @@
 from megatron_replay.kernels.registry import (
     ATTENTION,
     HEAD,
-    OPTIMIZER,
     SELECTION,
     Backends,
-    OptimizerKernels,
 )
 
-__all__ = ["ATTENTION", "HEAD", "OPTIMIZER", "SELECTION", "Backends", "OptimizerKernels"]
+__all__ = ["ATTENTION", "HEAD", "SELECTION", "Backends"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.functional import momentum_step as plain
 from megatron_replay.kernels.packed_attention import TORCH_ATTENTION, AttentionForm
 from megatron_replay.loss.backends import HeadBackend
 from megatron_replay.loss.blocks import DENSE, UNION
@@ -32,17 +31,7 @@ _MISSING = {
     "triton": "needs triton",
     "ascend": "was not built, or finds no CANN (csrc/ascend/README.md)",
 }
-_FP32, _ALL = (torch.float32,), (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class OptimizerKernels:
-    """The functions of ``functional.momentum_step``, which documents them, for one device."""
-
-    name: str
-    dot_products: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
-    square_sums: Callable[[Sequence[Tensor]], Tensor]
-    momentum_step: Callable[..., Tensor]
+_ALL = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,16 +128,6 @@ def load(backends: Backends[Backend], name: str) -> Any:
     return backends.bind(name, module)
 
 
-def _optimizer_kernels(name: str, module: Any) -> OptimizerKernels:
-    return OptimizerKernels(name, module.dot_products, module.square_sums, module.momentum_step)
-
-
-#: The two passes of an optimizer's step.
-OPTIMIZER = Backends[OptimizerKernels](
-    what="the optimizer's passes", anywhere={"torch": _optimizer_kernels("torch", plain)},
-    compiled={"cpu": _FP32, "triton": _FP32}, module="optimizer", bind=_optimizer_kernels,
-    contiguous=True,
-)  # fmt: skip
 #: The restricted head; "torch" is its definition, at the cost of the full softmax.
 HEAD = Backends[HeadBackend](
     what="the restricted head", anywhere={"torch": DENSE, "union": UNION},

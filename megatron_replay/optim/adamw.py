@@ -11,9 +11,9 @@ import math
 
 from torch import Tensor
 
-from megatron_replay.functional.momentum_step import Coefficients, Scalar
 from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.batch import Batch, Scalars
+from megatron_replay.optim.momentum_step import Coefficients, Scalar
 
 
 def adamw_coefficients(

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from megatron_replay.errors import ConfigError, few
-from megatron_replay.kernels import OPTIMIZER
 from megatron_replay.optim.angle import Angle
 from megatron_replay.optim.batch import Batch, Scalars
+from megatron_replay.optim.momentum_step import OPTIMIZER
 from megatron_replay.optim.placement import Place, Placement, place_alone
 
 #: Steps are computed in float32, in which larger numbers are infinite.

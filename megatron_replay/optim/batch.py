@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_replay.functional.momentum_step import Coefficients
-from megatron_replay.kernels import OptimizerKernels
+from megatron_replay.optim.momentum_step import Coefficients, OptimizerKernels
 from megatron_replay.optim.placement import Place
 
 
@@ -60,7 +59,7 @@ class Batch:
         return values if values.dim() == 0 else values[[place.row for place in self.places]]
 
     def take_step(self, coefficients: Coefficients, *, bounded: bool, copy: bool = True) -> Tensor:
-        """``functional.momentum_step`` on these parameters: the sum of u^2 of each."""
+        """``optim.momentum_step`` on these parameters: the sum of u^2 of each."""
         if self.kernels.name != "torch":
             # Autograd does not see what compiled code writes: a backward pass through weights that
             # have moved since its forward pass must fail, as it does after torch's optimizers.

@@ -25,7 +25,6 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 
-from megatron_replay import kernels
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.config import OptimizerConfig
 from megatron_replay.errors import ConfigError
@@ -35,6 +34,7 @@ from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.moclip import MoClip
 from megatron_replay.optim.model_placement import place_model
 from megatron_replay.optim.mofo import MoFO
+from megatron_replay.optim.momentum_step import OPTIMIZER
 from megatron_replay.optim.muonclip import MuonClip
 from megatron_replay.optim.tam import TAM
 from megatron_replay.parallel import Parallel
@@ -166,7 +166,7 @@ def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Updat
 def kernels_of(optimizer: MegatronOptimizer) -> str:
     """Which form of the update's passes runs, for a log."""
     param = next(p for group in optimizer.param_groups for p in group["params"])
-    return kernels.OPTIMIZER.describe(optimizer.optimizer.backend, param)
+    return OPTIMIZER.describe(optimizer.optimizer.backend, param)
 
 
 def state_kind(config: OptimizerConfig) -> str:

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_replay.functional.momentum_step import Coefficients, Scalar
 from megatron_replay.optim.angle import OBTUSE, Angle, rotation_coefficients
 from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.batch import Batch, Scalars
+from megatron_replay.optim.momentum_step import Coefficients, Scalar
 
 #: With ``zero``, this many obtuse gradients in a row are dropped and the next one passes unchanged:
 #: otherwise a momentum that points uphill would never change.

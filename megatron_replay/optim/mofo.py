@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_replay.functional.momentum_step import Coefficients, Scalar
 from megatron_replay.optim.adamw import coefficients_of
 from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.batch import Batch, Scalars
+from megatron_replay.optim.momentum_step import Coefficients, Scalar
 from megatron_replay.optim.placement import Place
 from megatron_replay.selection.kth_largest import kth_largest_magnitudes
 

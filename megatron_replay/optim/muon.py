@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_replay.functional.newton_schulz import newton_schulz, on_whole_matrices
 from megatron_replay.optim.adamw import coefficients_of
 from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.batch import Batch, Scalars
+from megatron_replay.optim.newton_schulz import newton_schulz, on_whole_matrices
 from megatron_replay.optim.placement import Piece, Place
 
 

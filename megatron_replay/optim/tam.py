@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_replay.functional.momentum_step import Coefficients
 from megatron_replay.optim.adamw import coefficients_of
 from megatron_replay.optim.angle import Angle
 from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.batch import Batch, Scalars
+from megatron_replay.optim.momentum_step import Coefficients
 
 
 def damped(adamw: Coefficients, cos: Tensor) -> Coefficients:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_replay.kernels import OPTIMIZER, OptimizerKernels
+from megatron_replay.optim.momentum_step import OPTIMIZER, OptimizerKernels
 from tests.kernels.levels import LEVELS, at_level
 
 CPU_BACKENDS = tuple(f"cpu-{level}" for level in LEVELS)

@@ -1,4 +1,4 @@
-"""The equations of functional/momentum_step.py in float64 numpy, written from the docstring."""
+"""The equations of optim/momentum_step.py in float64 numpy, written from the docstring."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_replay.functional.momentum_step import Coefficients
+from megatron_replay.optim.momentum_step import Coefficients
 
 #: fp32's relative spacing, and its smallest number.
 EPS, TINY = 2.0**-23, 2.0**-149

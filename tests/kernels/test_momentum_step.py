@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_replay.functional.momentum_step import Coefficients
+from megatron_replay.optim.momentum_step import Coefficients
 from tests.kernels.reference import bits, check_step, problem, update
 
 #: MoClip's and AdamW's at step 10, with every term in play, and magnitudes that show.

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.functional.momentum_step import Coefficients
-from megatron_replay.kernels import ATTENTION, HEAD, OPTIMIZER, SELECTION, registry
+from megatron_replay.kernels import ATTENTION, HEAD, SELECTION, registry
 from megatron_replay.kernels.ascend import operators as ascend_operators
+from megatron_replay.optim.momentum_step import OPTIMIZER, Coefficients
 
 FINE = torch.zeros(4, 4)
 ONES = Coefficients(*[1.0] * len(Coefficients._fields)).pack(FINE)

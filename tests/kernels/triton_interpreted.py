@@ -12,8 +12,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.functional.momentum_step import Coefficients
 from megatron_replay.kernels.triton import optimizer as kernels
+from megatron_replay.optim.momentum_step import Coefficients
 from tests.kernels.reference import Problem, check_step, problem, ulps, update
 
 # The interpreter is numpy, which warns of the 0 / 0 that atan2(0, 0) begins with.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_replay.functional.momentum_step import dot_products
+from megatron_replay.optim.momentum_step import dot_products
 
 
 def test_dot_products_of_large_tensors_keep_their_precision() -> None:

@@ -1,4 +1,4 @@
-"""The optimizer's two passes compiled for the CPU (csrc/cpu): ``functional.momentum_step``'s
+"""The optimizer's two passes compiled for the CPU (csrc/cpu): ``optim.momentum_step``'s
 functions, each one parallel region over all tensors, in one pass over memory.
 
 fp32, contiguous, and of any alignment. A result has the same bits for any number of threads, which
@@ -58,7 +58,7 @@ def momentum_step(
     bounded: bool,
     copies: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """``functional.momentum_step``: the step in place, sum of u^2 of each tensor: [tensors], fp64.
+    """``optim.momentum_step``: the step in place, sum of u^2 of each tensor: [tensors], fp64.
 
     Where a step does not proceed nothing is read or written. Raises ConfigError: ``why_not``.
     """

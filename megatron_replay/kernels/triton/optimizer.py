@@ -1,4 +1,4 @@
-"""The optimizer's two passes for CUDA, in Triton: ``functional.momentum_step``'s functions.
+"""The optimizer's two passes for CUDA, in Triton: ``optim.momentum_step``'s functions.
 
 A pass is one launch over all tensors. A table holds each tensor's size and addresses, a list of
 tasks the tensor and slot of each program: programs take stretches of tensors, and each writes its
@@ -60,7 +60,7 @@ def momentum_step(
     bounded: bool,
     copies: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """``functional.momentum_step``: the step in place, sum of u^2 of each tensor: [tensors], fp32.
+    """``optim.momentum_step``: the step in place, sum of u^2 of each tensor: [tensors], fp32.
 
     Where a step does not proceed nothing is read or written. Raises ConfigError: ``_rows``.
     """

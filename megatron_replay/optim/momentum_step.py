@@ -1,29 +1,45 @@
-"""One elementwise step that AdamW, TAM and MoClip share: they differ in its coefficients only.
+"""One elementwise step for AdamW, TAM and MoClip, which differ only in its coefficients.
 
     m <-  keep_m m + take_g g
     v <-  keep_v v + take_v (clip g)^2
     u  =  atan2(m, scale_v sqrt(v))           or  m / (scale_v sqrt(v) + eps)
     p <-  decay p - move u                    atan2(0, 0) = 0
 
-Where ``proceed`` is 0 nothing changes, whatever the parts hold:
-that is how a step is skipped without asking the host. The compiled forms (``kernels``) do exactly
-this in one pass; here is the plain form they are compared with, and which other devices run: an
-NPU finds only elementwise fp32 operations here that its vector cores have (not run on one).
+Where ``proceed`` is 0 nothing changes, whatever the tensors hold, so a step is skipped without a
+read by the host. The compiled backends (``kernels``) compute exactly this in one pass. Here is the
+plain torch backend, with which they are compared and which other devices run: an NPU needs only
+elementwise fp32 operations here that its vector cores have (not run on one).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_replay.kernels.registry import Backends
+
 Scalar = float | Tensor
 
 
 class Coefficients(NamedTuple):
-    """The scalars of a step: numbers, or tensors [] or [tensors] on the device, in this order."""
+    """The scalars of a step: numbers, or tensors [] or [tensors] on the device, in this order.
+
+    With c1 = 1 - beta1^step and c2 = 1 - beta2^step; c and (a, b) come from the angle:
+
+    ======  ====================  ===================  ======  ================
+    rule    keep_m                take_g               eps     move
+    ======  ====================  ===================  ======  ================
+    AdamW   beta1                 (1 - beta1) clip     c1 eps  lr
+    TAM     beta1                 (1 - beta1) clip     c1 eps  lr max(c, 0)
+    MoClip  beta1 + (1 - beta1)b  (1 - beta1) a clip   0       lr
+    ======  ====================  ===================  ======  ================
+
+    The same for all: keep_v = beta2, take_v = 1 - beta2, scale_v = c1 / sqrt(c2),
+    decay = 1 - lr weight_decay, clip = min(1, clipping norm / |g|), proceed = 1, or 0 to skip.
+    """
 
     proceed: Scalar
     keep_m: Scalar
@@ -39,8 +55,8 @@ class Coefficients(NamedTuple):
     def pack(self, like: Tensor) -> Tensor:
         """[10], or [tensors, 10] where a scalar is [tensors]; dtype and device of ``like``.
 
-        Reads nothing back from the device, and numbers become fills of it: a copy from the host
-        would have to wait for the host.
+        Reads nothing from the device. Numbers are filled in on the device, because a copy from the
+        host would wait for the host.
         """
         scalars = [
             x.to(like)
@@ -66,13 +82,13 @@ def square_sums(grads: Sequence[Tensor]) -> Tensor:
     return torch.stack([_dot(g, g) for g in flat])
 
 
-#: Elements summed by one BLAS call on a CPU.
+#: Elements that one BLAS call sums on a CPU.
 _BLOCK = 1 << 16
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """<x, y>. A CPU's BLAS adds up in a few fp32 numbers, which lose small terms: over 2^26 normal
-    squares it was 0.4 % off, in blocks 1e-7. Accelerators add up in a tree.
+    """<x, y>. A CPU's BLAS keeps few fp32 partial sums, which lose small terms: over 2^26 normal
+    squares it was 0.4 % off, in blocks 1e-7. Accelerators sum in a tree.
     """
     if not x.is_cpu:
         return torch.dot(x, y)
@@ -90,7 +106,7 @@ def momentum_step(
     bounded: bool,
     copies: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Take the step on each tensor, in place; shapes of a tensor's four parts are equal.
+    """Take the step on each tensor, in place; the four tensors of a parameter have one shape.
 
     Args:
         coefficients: ``Coefficients.pack``: [10] for all tensors, or [tensors, 10].
@@ -98,7 +114,7 @@ def momentum_step(
         copies: where to write each new p in bf16 as well: the model's own weights.
 
     Returns:
-        sum of u^2 over each tensor, [tensors]; 0 where the step did not proceed.
+        The sum of u^2 over each tensor, [tensors]; 0 where the step did not proceed.
     """
     sums = []
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
@@ -113,7 +129,7 @@ def momentum_step(
         else:
             torch.div(new_m, u.add_(c.eps), out=u)
         new_p = c.decay * p - c.move * u
-        # Chosen, not multiplied by 0: what is not finite would survive that.
+        # Selected, not multiplied by 0, which would keep values that are not finite.
         proceed = row[0] != 0
         m.copy_(torch.where(proceed, new_m, m))
         v.copy_(torch.where(proceed, new_v, v))
@@ -122,3 +138,25 @@ def momentum_step(
             copies[i].copy_(torch.where(proceed, new_p, copies[i]))
         sums.append(torch.where(proceed, _dot(u.flatten(), u.flatten()), 0.0))
     return torch.stack(sums)
+
+
+class OptimizerKernels(NamedTuple):
+    """One backend of this module's three functions."""
+
+    name: str
+    dot_products: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+    square_sums: Callable[[Sequence[Tensor]], Tensor]
+    momentum_step: Callable[..., Tensor]
+
+
+#: The backends of the two passes of an optimizer's step.
+OPTIMIZER = Backends[OptimizerKernels](
+    what="the optimizer's passes",
+    anywhere={"torch": OptimizerKernels("torch", dot_products, square_sums, momentum_step)},
+    compiled={"cpu": (torch.float32,), "triton": (torch.float32,)},
+    module="optimizer",
+    bind=lambda name, module: OptimizerKernels(
+        name, module.dot_products, module.square_sums, module.momentum_step
+    ),
+    contiguous=True,
+)
