@@ -23,8 +23,8 @@ import torch
 from matplotlib.axes import Axes
 
 from megatron_replay.optim import AdamW, MoClip
-from megatron_replay.optim.angle import OBTUSE, rotation_coefficients
-from megatron_replay.optim.base import UpdateRule
+from megatron_replay.optim.moclip import OBTUSE, rotation_coefficients
+from megatron_replay.optim.rule import UpdateRule
 
 #: Degrees, the paper's; beta1 and beta2 as Stage 1's.
 MAX_ANGLE, BETAS = 45.0, (0.9, 0.95)

@@ -1,4 +1,4 @@
-"""Update rules: one file each, a pure function of scalars or matrices, and one loop for all."""
+"""Update rules: one file each with its equation, and one loop (``rule.py``) that all share."""
 
 from megatron_replay.optim.adamuon import AdaMuon
 from megatron_replay.optim.adamw import AdamW

@@ -1,4 +1,4 @@
-"""AdaMuon (Si et al., 2025): orthogonalised momentum, rescaled element by element.
+"""AdaMuon (Si et al., arXiv 2507.11005): orthogonalised momentum, rescaled element by element.
 
     M <- momentum M + (1 - momentum) G
     O  = NewtonSchulz(sign(M))
@@ -17,9 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_replay.optim.batch import Batch, Scalars
-from megatron_replay.optim.muon import MatrixRule
-from megatron_replay.optim.placement import Piece
+from megatron_replay.optim.batch import Scalars
+from megatron_replay.optim.muon import Matrix, MatrixRule
 
 _RMS = 0.2
 
@@ -32,13 +31,11 @@ def rescaled(orthogonal: Tensor, variance: Tensor, *, eps: float) -> Tensor:
 class AdaMuon(MatrixRule):
     """A step adds to MatrixRule's communication one all-reduce of [matrices] fp32 over TP."""
 
-    def _updates(
-        self, pieces: Sequence[tuple[Batch, int, Piece]], scalars: Scalars
-    ) -> list[Tensor]:
+    def _matrix_updates(self, matrices: Sequence[Matrix], scalars: Scalars) -> list[Tensor]:
         updates = []
-        orthogonals = self._orthogonalized(pieces, torch.sign)
-        for (batch, i, piece), orthogonal in zip(pieces, orthogonals, strict=True):
-            stored = batch.states[i]["exp_avg_sq"]
+        orthogonals = self._orthogonalized(matrices, torch.sign)
+        for (batch, item, piece), orthogonal in zip(matrices, orthogonals, strict=True):
+            stored = item.state["exp_avg_sq"]
             variance = piece.gather(stored)
             weight = scalars.if_proceeding(1 - self.momentum).to(variance)
             variance = torch.lerp(variance, orthogonal.square(), weight)
@@ -54,5 +51,5 @@ class AdaMuon(MatrixRule):
         norms = squares.sqrt().clamp(min=torch.finfo(squares.dtype).tiny)
         return [
             update * (_RMS * math.sqrt(piece.numel) / norm)
-            for update, norm, (_, _, piece) in zip(updates, norms, pieces, strict=True)
+            for update, norm, (_, _, piece) in zip(updates, norms, matrices, strict=True)
         ]

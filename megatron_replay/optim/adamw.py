@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, 2019), the baseline of all comparisons.
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101), the baseline of all comparisons.
 
 m <- beta1 m + (1 - beta1) g
 v <- beta2 v + (1 - beta2) g^2
@@ -8,12 +8,13 @@ p <- (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps)
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.batch import Batch, Scalars
 from megatron_replay.optim.momentum_step import Coefficients, Scalar
+from megatron_replay.optim.rule import UpdateRule
 
 
 def adamw_coefficients(
@@ -22,8 +23,8 @@ def adamw_coefficients(
     lr: Scalar,
     beta1: float,
     beta2: float,
-    eps: float,
     weight_decay: float,
+    eps: float = 1e-8,
     clip: Scalar = 1.0,
     proceed: Scalar = 1.0,
 ) -> Coefficients:
@@ -47,23 +48,13 @@ def adamw_coefficients(
     )
 
 
-def coefficients_of(batch: Batch, scalars: Scalars) -> Coefficients:
-    """AdamW's, with the batch's settings."""
-    group = batch.group
-    return adamw_coefficients(
-        step=batch.step,
-        lr=group["lr"],
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        clip=scalars.clip,
-        proceed=scalars.proceed,
-    )
+def adamw_of(batch: Batch, scalars: Scalars) -> Coefficients:
+    """AdamW's coefficients with the batch's settings."""
+    return adamw_coefficients(eps=batch.group["eps"], **batch.settings(scalars))
 
 
 class AdamW(UpdateRule):
     """``torch.optim.AdamW`` over a model on many processes, with clipping in the same pass."""
 
-    def _move(self, batch: Batch, scalars: Scalars) -> Tensor:
-        return batch.take_step(coefficients_of(batch, scalars), bounded=False)
+    def _update(self, batches: Sequence[Batch], scalars: Scalars) -> list[Tensor]:
+        return [batch.take_step(adamw_of(batch, scalars)) for batch in batches]

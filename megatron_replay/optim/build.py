@@ -1,12 +1,13 @@
-"""From settings to a megatron-core optimizer around one of our update rules.
+"""A megatron-core optimizer around one of our update rules, and its learning rate.
 
-megatron-core has no registry of optimizers: its own factory knows Adam and SGD. Here is the same
+megatron-core has no registry of optimizers: its own factory builds Adam and SGD. Here is the same
 assembly (parameter groups with Megatron's weight-decay exclusions, fp32 masters for bf16, state
 sharded over data parallel ranks) around any of ours.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,17 +29,25 @@ from megatron.core.optimizer.optimizer import (
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.config import OptimizerConfig
 from megatron_replay.errors import ConfigError
-from megatron_replay.optim.adamuon import AdaMuon
-from megatron_replay.optim.adamw import AdamW
-from megatron_replay.optim.base import UpdateRule
-from megatron_replay.optim.moclip import MoClip
+from megatron_replay.optim import TAM, AdaMuon, AdamW, MoClip, MoFO, MuonClip
 from megatron_replay.optim.model_placement import place_model
-from megatron_replay.optim.mofo import MoFO
 from megatron_replay.optim.momentum_step import OPTIMIZER
-from megatron_replay.optim.muonclip import MuonClip
-from megatron_replay.optim.tam import TAM
+from megatron_replay.optim.rule import UpdateRule
 from megatron_replay.parallel import Parallel
 from megatron_replay.platform.megatron_core import torch_optimizer_state
+
+#: Each rule, and its own settings: attribute of ``OptimizerConfig`` by argument.
+_RULES: dict[str, tuple[type[UpdateRule], dict[str, str]]] = {
+    "adamw": (AdamW, {}),
+    "moclip": (
+        MoClip,
+        {"max_angle": "max_angle", "obtuse": "obtuse", "angle_scope": "angle_scope"},
+    ),
+    "mofo": (MoFO, {"fraction": "mofo_fraction"}),
+    "tam": (TAM, {"angle_scope": "angle_scope"}),
+    "adamuon": (AdaMuon, {}),
+    "muonclip": (MuonClip, {}),
+}
 
 
 class MixedPrecision(Float16OptimizerWithFloat16Params):
@@ -53,7 +62,7 @@ class Sharded(DistributedOptimizer):
     def _copy_main_params_to_model_params(self) -> None: ...
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients; megatron-core's asks for those of views first, which warns."""
+        """Drop the gradients. megatron-core's reads those of views first, which warns."""
         for groups in (
             self.model_float16_groups,
             self.model_fp32_groups,
@@ -74,7 +83,7 @@ class Sharded(DistributedOptimizer):
             super().load_state_dict(state_dict)
 
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: Any) -> None:
-        # megatron-core asks for every state, yet loads the count of steps elsewhere.
+        # megatron-core expects every state here, yet loads the count of steps elsewhere.
         step = self._get_main_param_and_optimizer_states(model_param)["step"]
         super()._set_main_param_and_optimizer_states(model_param, {"step": step, **tensors})
 
@@ -107,8 +116,15 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=config.use_distributed_optimizer,
     )
-    groups = _get_param_groups([wrapped], settings, get_standard_config_overrides(settings))
-    rule = _update_rule(config, groups)
+    rule_class, own = _RULES[config.optimizer]
+    rule = rule_class(
+        _get_param_groups([wrapped], settings, get_standard_config_overrides(settings)),
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+        clip_grad=config.clip_grad,
+        **{argument: getattr(config, name) for argument, name in own.items()},
+    )
     optimizer: MegatronOptimizer
     if config.use_distributed_optimizer:
         optimizer = Sharded(
@@ -137,45 +153,19 @@ def build_optimizer(
     return optimizer
 
 
-def _update_rule(config: OptimizerConfig, groups: list[dict[str, Any]]) -> UpdateRule:
-    common: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.weight_decay,
-        "clip_grad": config.clip_grad,
-    }
-    if config.optimizer == "moclip":
-        return MoClip(
-            groups,
-            max_angle=config.max_angle,
-            obtuse=config.obtuse,
-            angle_scope=config.angle_scope,
-            **common,
-        )
-    if config.optimizer == "adamw":
-        return AdamW(groups, **common)
-    if config.optimizer == "mofo":
-        return MoFO(groups, fraction=config.mofo_fraction, **common)
-    if config.optimizer == "tam":
-        return TAM(groups, angle_scope=config.angle_scope, **common)
-    if config.optimizer == "adamuon":
-        return AdaMuon(groups, **common)
-    return MuonClip(groups, **common)
-
-
 def kernels_of(optimizer: MegatronOptimizer) -> str:
-    """Which form of the update's passes runs, for a log."""
+    """Which backend runs the update's passes, for a log."""
     param = next(p for group in optimizer.param_groups for p in group["params"])
     return OPTIMIZER.describe(optimizer.optimizer.backend, param)
 
 
 def state_kind(config: OptimizerConfig) -> str:
-    """Optimizers of one kind go on with each other's checkpoints; others have other state."""
+    """Optimizers of one kind can resume from each other's checkpoints; others cannot."""
     return config.optimizer if config.optimizer in ("adamuon", "muonclip") else "adam"
 
 
 def apply_hyperparameters(optimizer: MegatronOptimizer, config: OptimizerConfig) -> None:
-    """Set decay and betas: what a resumed run is given wins over what was stored."""
+    """Set decay and betas: a resumed run's settings replace those in the checkpoint."""
     for group in optimizer.param_groups:
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
         group["betas"] = (config.adam_beta1, config.adam_beta2)
@@ -185,6 +175,24 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
     """Set the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_mult"]
+
+
+def learning_rate(iteration: int, config: OptimizerConfig, train_iters: int) -> float:
+    """Learning rate of ``iteration`` (from 0), in the shapes of Megatron's scheduler.
+
+    A pure function of the iteration, so there is nothing to save. With w = ``lr_warmup_iters``:
+    lr (k + 1) / w for k < w, so that the first iteration moves too (Megatron's does not); then from
+    ``lr`` at k = w along ``lr_decay_style`` to ``min_lr`` at k = ``train_iters``, one after the
+    last. ``constant`` stays at ``lr``.
+    """
+    warmup = config.lr_warmup_iters
+    if iteration < warmup:
+        return config.lr * (iteration + 1) / warmup
+    if config.lr_decay_style == "constant":
+        return config.lr
+    done = (iteration - warmup) / max(1, train_iters - warmup)
+    left = 1 - done if config.lr_decay_style == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return config.min_lr + (config.lr - config.min_lr) * max(0.0, left)
 
 
 def _create_state(rule: UpdateRule, _: Any = None) -> None:

@@ -1,62 +1,84 @@
-"""MoClip (Sec. 2.1): AdamW with a cap on the angle between gradient and momentum, and atan2 steps.
+"""MoClip (arXiv 2510.09152, Sec. 2.1): a cap on the angle between gradient and momentum, and atan2.
 
-    g' = a g + b m                                   a, b from the angle of m and g: angle.py
+    g' = a g + b m                                   (a, b) = (1, 0) where phi <= max_angle
     m  <- beta1 m + (1 - beta1) g'
     v  <- beta2 v + (1 - beta2) g^2                  the raw g, not g'
     p  <- (1 - lr wd) p - lr atan2(m_hat, sqrt(v_hat))
 
-One pass over memory takes three dot products, one pass updates.
+phi is the angle between the momentum m before the step and the gradient g. Eq. 5 is a pair (a, b),
+so one pass over memory computes three dot products and one pass updates. docs/method.md says why
+``line`` is the default beyond 90 degrees.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from megatron_replay.optim.angle import OBTUSE, Angle, rotation_coefficients
-from megatron_replay.optim.base import UpdateRule
-from megatron_replay.optim.batch import Batch, Scalars
+from megatron_replay.optim.adamw import adamw_coefficients
+from megatron_replay.optim.batch import Angle, Batch, Scalars, cosine
 from megatron_replay.optim.momentum_step import Coefficients, Scalar
+from megatron_replay.optim.rule import UpdateRule
 
+#: What becomes of a gradient more than 90 degrees from the momentum: ``rotation_coefficients``.
+OBTUSE = ("line", "zero")
 #: With ``zero``, this many obtuse gradients in a row are dropped and the next one passes unchanged:
 #: otherwise a momentum that points uphill would never change.
 _PATIENCE = 3
 
 
-def moclip_coefficients(
-    a: Scalar,
-    b: Scalar,
-    *,
-    step: int,
-    lr: Scalar,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    clip: Scalar = 1.0,
-    proceed: Scalar = 1.0,
-) -> Coefficients:
-    """The step above on ``clip`` g, with ``step`` counted from 1; u is the arctangent.
+def rotation_coefficients(
+    dot: Tensor, momentum_sq: Tensor, grad_sq: Tensor, *, max_angle: float, obtuse: str = "line"
+) -> tuple[Tensor, Tensor]:
+    """(a, b) of g' = a g + b m, elementwise, from D = <m, g>, M^2 = |m|^2 and n^2 = |g|^2.
 
-    beta1 m + (1 - beta1)(a g + b m) needs no g' of its own; and atan2 does not change when both
-    sides are scaled, so that both bias corrections go to sqrt(v).
+    Where phi > max_angle, with c = cos phi, s = sin phi and t = tan(max_angle):
+
+    ======  ====================================================  ==============================
+    obtuse  a, b                                                  property
+    ======  ====================================================  ==============================
+    line    a = min(1, t |c| / s),  b = D (1 - a) / M^2           |cos phi'| >= cos(max_angle);
+                                                                  <g', g> > 0; Lemma 2 to 90 deg
+    zero    line up to 90 degrees, then a = b = 0                 Lemma 2 always
+    ======  ====================================================  ==============================
+
+    Without momentum or gradient, (a, b) = (1, 0). Where s = 0, nothing is across m: a = 0.
+    At max_angle = 90, ``line`` drops the part of g that points against m.
     """
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    return Coefficients(
-        proceed=proceed,
-        keep_m=beta1 + (1 - beta1) * b,
-        take_g=(1 - beta1) * a * clip,
-        clip=clip,
-        keep_v=beta2,
-        take_v=1 - beta2,
-        scale_v=correction1 / math.sqrt(correction2),
-        eps=0.0,
-        decay=1 - lr * weight_decay,
-        move=lr,
-    )
+    c = cosine(dot, momentum_sq, grad_sq)
+    s = (1 - c * c).sqrt()
+    # The cosine and tangent of 90 degrees are not exact in floating point.
+    cos_limit, tangent = 0.0, math.inf
+    if max_angle < 90:
+        cos_limit, tangent = math.cos(math.radians(max_angle)), math.tan(math.radians(max_angle))
+    # ``along`` |g| is what remains in the direction of m, ``across`` the share that remains of the
+    # rest: at most tan(max_angle) times the part along m.
+    along, across = c, (tangent * c.abs() / s).clamp(max=1.0)
+    if obtuse == "zero":
+        across = torch.where(c < 0, 0.0, across)
+    if obtuse == "zero" or max_angle == 90:
+        along = c.clamp(min=0.0)
+    across = torch.where(s > 0, across, 0.0)
+    clipped = c < cos_limit
+    a = torch.where(clipped, across, 1.0)
+    b = torch.where(clipped, (grad_sq.sqrt() / momentum_sq.sqrt()) * (along - across * c), 0.0)
+    return a, b
+
+
+def moclip_coefficients(
+    a: Scalar, b: Scalar, *, beta1: float, clip: Scalar = 1.0, **settings: Any
+) -> Coefficients:
+    """The step above on ``clip`` g; u is the arctangent, ``settings`` as in ``adamw_coefficients``.
+
+    beta1 m + (1 - beta1)(a g + b m) needs no g' in memory. atan2 does not change when both sides
+    are scaled, so both bias corrections are in scale_v, as in AdamW.
+    """
+    adamw = adamw_coefficients(beta1=beta1, clip=clip, eps=0.0, **settings)
+    return adamw._replace(keep_m=beta1 + (1 - beta1) * b, take_g=(1 - beta1) * a * clip)
 
 
 class MoClip(UpdateRule):
@@ -65,19 +87,15 @@ class MoClip(UpdateRule):
     No element moves by more than lr pi / 2 beyond its decay (Lemma 3).
 
     Args:
-        params, lr, betas, weight_decay: as in AdamW, also per group. There is no epsilon, so that
-            what follows ``betas`` goes by name.
+        params, lr, betas, weight_decay: as in AdamW, also for each group. There is no epsilon, so
+            arguments after ``betas`` are given by name.
         max_angle: degrees between momentum and gradient beyond which the gradient is turned.
         obtuse: what becomes of a gradient beyond 90 degrees; see ``rotation_coefficients``.
         angle_scope: one angle for the whole "model", or one for each "tensor".
         clip_grad, backend: as in UpdateRule, whose attributes it has.
     """
 
-    looks_at_angle: ClassVar[bool] = True
-    own: ClassVar[tuple[str, ...]] = (
-        *UpdateRule.own,
-        *"max_angle obtuse _streak _fired".split(),
-    )
+    reads_angle: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -94,55 +112,37 @@ class MoClip(UpdateRule):
     ) -> None:
         self._require("max_angle", 0 < max_angle <= 90, "degrees above 0, at most 90", max_angle)
         self._require("obtuse", obtuse in OBTUSE, ", ".join(OBTUSE), obtuse)
-        self._require(
-            "angle_scope", angle_scope in ("model", "tensor"), "model, tensor", angle_scope
-        )
         if angle_scope == "tensor":  # the count of obtuse steps is one for the model
             self._require("obtuse with angle_scope='tensor'", obtuse != "zero", "another", obtuse)
         self.max_angle, self.obtuse = max_angle, obtuse
-        self._streak = self._fired = torch.zeros(())
         # AdamW's own epsilon stays in the groups: back under AdamW, 0 would give 0 / 0.
         super().__init__(
-            params, lr, betas, weight_decay=weight_decay, clip_grad=clip_grad, backend=backend
+            params,
+            lr,
+            betas,
+            weight_decay=weight_decay,
+            clip_grad=clip_grad,
+            backend=backend,
+            angle_scope=angle_scope,
         )
-        self.angle_scope = angle_scope
 
-    def _prepare(self, scalars: Scalars) -> None:
+    def _update(self, batches: Sequence[Batch], scalars: Scalars) -> list[Tensor]:
         dot, momentum_sq, grad_sq = scalars.sums.unbind(-1)
         a, b = rotation_coefficients(
             dot, momentum_sq, grad_sq, max_angle=self.max_angle, obtuse=self.obtuse
         )
         if self.obtuse == "zero":
-            # Obtuse gradients in a row; the count is saved with the groups, as ``lr`` is.
+            # Obtuse gradients in a row: a count saved with the groups, as ``lr`` is.
             streak = self.param_groups[0].get("obtuse_streak", 0.0) + 1.0
-            self._streak = torch.where(dot < 0, streak, 0.0)
-            self._fired = self._streak > _PATIENCE
-            self._streak = torch.where(self._fired, 0.0, self._streak)
-            a, b = torch.where(self._fired, 1.0, a), torch.where(self._fired, 0.0, b)
+            streak = torch.where(dot < 0, streak, 0.0)
+            passes = streak > _PATIENCE
+            a, b = torch.where(passes, 1.0, a), torch.where(passes, 0.0, b)
+            self._memory = {"obtuse_streak": torch.where(passes, 0.0, streak)}
         self.last_angle = Angle(dot, momentum_sq, grad_sq, a, b)
-
-    def _move(self, batch: Batch, scalars: Scalars) -> Tensor:
-        assert self.last_angle is not None
-        group = batch.group
-        coefficients = moclip_coefficients(
-            batch.rows(self.last_angle.a),
-            batch.rows(self.last_angle.b),
-            step=batch.step,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            clip=scalars.clip,
-            proceed=scalars.proceed,
-        )
-        return batch.take_step(coefficients, bounded=True)
-
-    def _memory(self) -> dict[str, Tensor]:
-        return {"obtuse_streak": self._streak} if self.obtuse == "zero" else {}
-
-    def report(self) -> dict[str, float]:
-        """As in UpdateRule, with ``patience_fires`` under ``zero``: 1 where a step passed."""
-        report = super().report()
-        if report and self.obtuse == "zero":
-            report["patience_fires"] = float(self._fired)
-        return report
+        return [
+            batch.take_step(
+                moclip_coefficients(batch.rows(a), batch.rows(b), **batch.settings(scalars)),
+                bounded=True,
+            )
+            for batch in batches
+        ]

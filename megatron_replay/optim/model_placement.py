@@ -1,4 +1,4 @@
-"""Where megatron-core keeps what a rule steps: parameters, their fp32 masters, or shards."""
+"""The placement of what a rule updates in megatron-core: parameters, fp32 masters, or shards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ATTENTION = re.compile(r"model\.layers\.(\d+)\.self_attn\.[qkvo]_proj\.")
 def place_model(
     optimizer: MegatronOptimizer, model: LoadedModel, parallel: Parallel
 ) -> tuple[Placement, dict[Tensor, Tensor]]:
-    """The placement of what ``optimizer`` steps, and its tensors' bf16 copies in the model."""
+    """The placement of what ``optimizer`` updates, and its tensors' bf16 copies in the model."""
     sharded = isinstance(optimizer, DistributedOptimizer)
     shapes = hf_tensor_shapes(model.shape)
     row_of = {name: row for row, name in enumerate(shapes)}
@@ -124,16 +124,14 @@ def _merged(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 def _stepped(
     optimizer: MegatronOptimizer, model: LoadedModel
 ) -> Iterator[tuple[Tensor, Tensor, int, Tensor | None]]:
-    """(model parameter, what is stepped for it, where that starts in it, its bf16 copy)."""
+    """(model parameter, the tensor updated for it, where that starts in it, its bf16 copy)."""
     if not isinstance(optimizer, DistributedOptimizer):
         for param in model.module.parameters():
             master = getattr(param, "main_param", None)
-            yield (
-                param,
-                param if master is None else master,
-                0,
-                (None if master is None else param.data),
-            )
+            if master is None:
+                yield param, param, 0, None
+            else:
+                yield param, master, 0, param.data
         return
     groups = (
         (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),

@@ -1,4 +1,4 @@
-"""Where an optimizer's tensors lie in the model: what its sums, thresholds and matrices need."""
+"""Where an optimizer's tensors are in the model: what its sums, thresholds and matrices need."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ class Piece:
     """A matrix of the model, as far as this process holds it: q, k and v share one parameter.
 
     Attributes:
-        index: its number among the matrices of this pipeline stage, equal on all who share it.
+        index: its number among the matrices of this pipeline stage, equal on all ranks that hold
+            a part of it.
         numel: elements of the whole matrix.
         columns: of the part held here, before a distributed optimizer cuts it.
-        ranges: where it lies in the flattened tensor, half-open, ascending.
+        ranges: its place in the flattened tensor, half-open, ascending.
         split_dim: the dimension cut over tensor parallel ranks; None where each holds it whole.
     """
 
@@ -51,10 +52,10 @@ class Place:
 
     Attributes:
         row: its number among the model's parameters; both copies of a tied weight have one number.
-        counts: whether it enters this rank's sums. What several ranks hold whole (a norm) counts on
-            the first of them, the second copy of a tied embedding does not: else they count twice.
+        counts: whether it enters this rank's sums. A tensor that several ranks hold whole (a norm)
+            counts on the first of them only, and a tied embedding counts once.
         pieces: its matrices; none for vectors.
-        orthogonal: whether Muon's kind of rule orthogonalises it: a matrix inside a layer.
+        orthogonal: whether AdaMuon and MuonClip orthogonalise it: a matrix inside a layer.
         attention_layer: number of the layer whose attention it belongs to, if any.
     """
 
@@ -73,8 +74,8 @@ class Placement:
         places: of each tensor in the optimizer's groups.
         model_group: the processes that share one model; with a distributed optimizer, all that
             share its state.
-        tensor_group: those that share a parameter: TP, with a distributed optimizer TP x DP.
-        tp_group: those that share a matrix.
+        tensor_group: the processes that share a parameter: TP, or TP x DP if distributed.
+        tp_group: the processes that share a matrix.
         num_tensors: parameters of the whole model.
         piece_sizes: elements of each matrix of this stage, by ``Piece.index``.
         num_layers: layers of the whole model.

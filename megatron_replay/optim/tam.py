@@ -2,64 +2,42 @@
 
     p moves by max(c, 0) times AdamW's step
 
-with c the cosine between momentum and gradient, and m and v as AdamW's: a misaligned gradient
-counts for less, and one that points against the momentum moves nothing but the decay.
+with c the cosine between momentum and gradient, and AdamW's m and v. A misaligned gradient counts
+for less; one that points against the momentum changes nothing but the decay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from megatron_replay.optim.adamw import coefficients_of
-from megatron_replay.optim.angle import Angle
-from megatron_replay.optim.base import UpdateRule
-from megatron_replay.optim.batch import Batch, Scalars
+from megatron_replay.optim.adamw import adamw_of
+from megatron_replay.optim.batch import Angle, Batch, Scalars
 from megatron_replay.optim.momentum_step import Coefficients
+from megatron_replay.optim.rule import UpdateRule
 
 
-def damped(adamw: Coefficients, cos: Tensor) -> Coefficients:
-    """The step times max(cos, 0); momentum and decay as they were."""
-    return adamw._replace(move=adamw.move * cos.clamp(min=0.0))
+def damped(adamw: Coefficients, share: Tensor) -> Coefficients:
+    """The step times ``share``; momentum and decay as they were."""
+    return adamw._replace(move=adamw.move * share)
 
 
 class TAM(UpdateRule):
-    """AdamW with torque-aware momentum.
+    """AdamW with torque-aware momentum; ``angle_scope``: as in UpdateRule."""
 
-    Args:
-        angle_scope: one angle for the whole "model", or one for each "tensor".
-        Others: as in UpdateRule.
-    """
+    reads_angle: ClassVar[bool] = True
 
-    looks_at_angle: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        angle_scope: str = "model",
-        **settings: Any,
-    ) -> None:
-        self._require(
-            "angle_scope", angle_scope in ("model", "tensor"), "model, tensor", angle_scope
-        )
-        super().__init__(params, lr, betas, eps, weight_decay, **settings)
-        self.angle_scope = angle_scope
-
-    def _prepare(self, scalars: Scalars) -> None:
+    def _update(self, batches: Sequence[Batch], scalars: Scalars) -> list[Tensor]:
         dot, momentum_sq, grad_sq = scalars.sums.unbind(-1)
-        ones = torch.ones_like(dot)
-        self.last_angle = Angle(dot, momentum_sq, grad_sq, ones, torch.zeros_like(ones))
-
-    def _move(self, batch: Batch, scalars: Scalars) -> Tensor:
-        assert self.last_angle is not None
-        cos = batch.rows(self.last_angle.cosine)
-        coefficients = damped(coefficients_of(batch, scalars), cos)
-        return batch.take_step(coefficients, bounded=False) * cos.clamp(min=0.0) ** 2
+        unturned = torch.ones_like(dot), torch.zeros_like(dot)
+        self.last_angle = Angle(dot, momentum_sq, grad_sq, *unturned)
+        share = self.last_angle.cosine.clamp(min=0.0)
+        return [
+            batch.take_step(
+                damped(adamw_of(batch, scalars), batch.rows(share)), share=batch.rows(share)
+            )
+            for batch in batches
+        ]

@@ -19,9 +19,9 @@ from torch.profiler import record_function
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.forward import MicroBatch, forward_backward
 from megatron_replay.model.attention import take_max_logits
-from megatron_replay.optim.base import UpdateRule
 from megatron_replay.optim.build import set_learning_rate
-from megatron_replay.optim.qk_clip import max_over_replicas, qk_clip_factors, scale_query_key_
+from megatron_replay.optim.muonclip import max_over_replicas, qk_clip_factors, scale_query_key_
+from megatron_replay.optim.rule import UpdateRule
 from megatron_replay.parallel import Parallel
 
 

@@ -10,7 +10,7 @@ from torch.profiler import record_function
 from megatron_replay import cli
 from megatron_replay.checkpoint.retention import keep_only
 from megatron_replay.checkpoint.training import TrainState, save_checkpoint
-from megatron_replay.optim.schedule import learning_rate
+from megatron_replay.optim.build import learning_rate
 from megatron_replay.progress import Progress
 from megatron_replay.training.build import TrainingRun
 from megatron_replay.training.interrupt import StopRequest

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.distributed
 
 #: The finite check and the norm; the loss; what MoClip did.
 OURS = {
-    "tolist in optim/base.py UpdateRule._finish": 1,
-    "tolist in optim/base.py UpdateRule.report": 1,
+    "tolist in optim/rule.py UpdateRule._finish": 1,
+    "tolist in optim/rule.py UpdateRule.report": 1,
     "tolist in training/step.py _global_mean": 1,
 }
 #: A branch on the number of positions; the state of a generator; both once in a while.
@@ -33,7 +33,7 @@ MEGATRON = {
     "item in megatron/core/tensor_parallel/random.py CudaRNGStatesTracker.fork",
 }
 #: Adam's count of steps, which is a tensor on the host.
-ON_HOST = {"__int__ in optim/base.py UpdateRule._batches"}
+ON_HOST = {"__int__ in optim/groups.py CheckedAdamW._batches"}
 CASES: dict[str, tuple[list[object], dict[str, int]]] = {
     "TP2 SP": (
         ["--sequence-parallel", "--bf16", "--tail", "ghost"],

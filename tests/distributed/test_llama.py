@@ -24,7 +24,7 @@ from megatron_replay.forward import MicroBatch, forward_backward
 from megatron_replay.model import heads
 from megatron_replay.model.attention import record_max_logits, take_max_logits
 from megatron_replay.model.config import ModelConfig
-from megatron_replay.optim.qk_clip import max_over_replicas, qk_clip_factors, scale_query_key_
+from megatron_replay.optim.muonclip import max_over_replicas, qk_clip_factors, scale_query_key_
 from megatron_replay.training.step import wrap_for_training
 from tests import pool, tiny
 from tests.distributed import layouts

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_replay.optim.newton_schulz import newton_schulz, on_whole_matrices
+from megatron_replay.optim.muon import newton_schulz, on_whole_matrices
 from tests import pool
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_replay.optim.qk_clip import max_over_replicas, qk_clip_factors, scale_query_key_
+from megatron_replay.optim.muonclip import max_over_replicas, qk_clip_factors, scale_query_key_
 from tests import pool
 
 HIDDEN, CHANNELS, TOKENS = 24, 6, 10

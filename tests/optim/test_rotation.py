@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_replay.optim.angle import cosine, rotation_coefficients
+from megatron_replay.optim.batch import cosine
+from megatron_replay.optim.moclip import rotation_coefficients
 from tests.optim import geometry
 
 OBTUSE = ["line", "zero"]

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from megatron_replay.config import OptimizerConfig
-from megatron_replay.optim.schedule import learning_rate
+from megatron_replay.optim.build import learning_rate
 
 
 def rates(train_iters: int = 6, **settings: object) -> list[float]:
