@@ -188,16 +188,12 @@ def _stops_within(lengths: npt.NDArray[np.int32], reader: CandidateReader) -> np
     return stops
 
 
-def document_order(
-    num_documents: int, *, seed: int, epoch: int, shuffle: bool = True
-) -> npt.NDArray[np.int64]:
+def document_order(num_documents: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """The order of documents in ``epoch`` (from 0): a pure function of its arguments.
 
     Sorting raw Philox words, rather than ``Generator.permutation``, because numpy keeps only the
     raw streams of its bit generators stable between versions (NEP 19).
     """
-    if not shuffle:
-        return np.arange(num_documents, dtype=np.int64)
     words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_documents)
     return np.argsort(words, kind="stable").astype(np.int64)
 
