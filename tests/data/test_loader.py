@@ -44,32 +44,25 @@ def test_every_step_in_order_and_then_the_end(depth):
             next(loader)
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_no_more_than_depth_are_made_ahead(depth):
-    made = []
-    with Loader(made.append, range(100), depth=depth) as loader:
-        for taken in range(10):
-            wait_until(lambda taken=taken: len(made) == taken + depth)
-            time.sleep(A_WHILE / 10)
-            assert len(made) == taken + depth
-            next(loader)
-
-
 class Batch:
-    """Something whose life can be watched."""
+    """Its life can be watched."""
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_no_more_than_depth_live_beside_the_one_in_use(depth):
-    alive = weakref.WeakSet()
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_no_more_than_depth_are_made_ahead_and_live_beside_the_one_in_use(depth):
+    made, alive = [], weakref.WeakSet()
 
-    def make(_):
+    def make(step):
+        made.append(step)
         batch = Batch()
         alive.add(batch)
         return batch
 
-    with Loader(make, range(30), depth=depth) as loader:
-        for _ in range(20):
+    with Loader(make, range(100), depth=depth) as loader:
+        for taken in range(10):
+            wait_until(lambda taken=taken: len(made) == taken + depth)
+            time.sleep(A_WHILE / 10)
+            assert len(made) == taken + depth
             batch = next(loader)
             time.sleep(A_WHILE / 10)
             assert len(alive) <= depth + 1
