@@ -190,8 +190,6 @@ def require_used(options: argparse.Namespace, found: str) -> None:
 def convert_models(options: argparse.Namespace) -> None:
     """Convert between hf and mcore, through a model in the layout of this launch."""
     from megatron_replay import parallel, platform
-    from megatron_replay.checkpoint.convert_models import write_hf, write_mcore
-    from megatron_replay.checkpoint.load import load_model, model_files
 
     config = ParallelConfig(
         tensor_model_parallel_size=options.tensor_model_parallel_size,
@@ -199,6 +197,10 @@ def convert_models(options: argparse.Namespace) -> None:
         platform=options.platform,
     )
     groups = parallel.initialize(config, platform.select(config.platform))
+    # These import megatron.core, which the platform must be prepared for.
+    from megatron_replay.checkpoint.convert_models import write_hf, write_mcore
+    from megatron_replay.checkpoint.load import load_model, model_files
+
     dtype = _dtype(options.params_dtype, model_files(options.load_dir))
     source = ModelConfigSource(load=options.load_dir, bf16=dtype is torch.bfloat16)
     model = load_model(source, config, groups, iteration=options.iteration)
