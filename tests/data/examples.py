@@ -1,7 +1,9 @@
-"""Small corpora without a tokenizer."""
+"""Small corpora without a tokenizer; a row's document, and its text as a reader sees it."""
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +11,8 @@ import numpy as np
 
 from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.data.corpus_writer import CorpusWriter
+from megatron_replay.data.row_formats import detect_format, tokenize_row
+from megatron_replay.data.rows import parse_row
 
 VOCAB_SIZE, PAD_ID = 90_000, 7
 # Stands in for a tokenizer where only its facts are needed; ids beyond uint16 are meant.
@@ -32,8 +36,28 @@ def random_documents(lengths: list[int], seed: int = 0) -> list[Document]:
     ]
 
 
-def write_corpus(prefix: Path, documents: list[Document], **source: object) -> Corpus:
-    with CorpusWriter(prefix, FACTS, row_format="text", source=source) as writer:
+def write_corpus(
+    prefix: Path, documents: list[Document], tokenizer: SimpleNamespace = FACTS, **source: object
+) -> Corpus:
+    with CorpusWriter(prefix, tokenizer, row_format="text", source=source) as writer:
         for document in documents:
             writer.add(document)
     return Corpus(prefix)
+
+
+def parse(fields):
+    return parse_row("rows.jsonl:7", json.dumps(fields).encode())
+
+
+def document(fields, tokenizer, row_format=None):
+    row = parse(fields)
+    return tokenize_row(row, row_format or detect_format(row), tokenizer)
+
+
+def spans(document, tokenizer):
+    """The document as [(text, carries loss), ...]: what a reader would check by eye."""
+    cuts = [0, *(np.flatnonzero(np.diff(document.loss_mask)) + 1), len(document)]
+    return [
+        (tokenizer.decode(document.tokens[a:b].tolist()), bool(document.loss_mask[a]))
+        for a, b in pairwise(cuts)
+    ]

@@ -10,19 +10,11 @@ import pytest
 
 from megatron_replay.data.tokenizer import load_tokenizer, tokenizer_digests
 from megatron_replay.errors import DataError
-from tests.data.test_rows import document
+from tests.data.examples import document
 from tests.data.tiny_tokenizers import save_hugging_face, save_sentencepiece
 
 HI = [{"role": "user", "content": "hi"}]
 TEXTS = ["select name from router", "Größe 北京 🙂", "  two  spaces\n\ttab", "don 't , stop ."]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_hugging_face_round_trip_adds_nothing(tokenizer, text):
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert not set(ids) & tokenizer.special_ids
-    assert all(type(id_) is int and 0 <= id_ < tokenizer.vocab_size for id_ in ids)
 
 
 def test_hugging_face_ids_are_those_of_the_tokenizers_library(tokenizer):
@@ -30,7 +22,10 @@ def test_hugging_face_ids_are_those_of_the_tokenizers_library(tokenizer):
 
     reference = Reference.from_file(str(tokenizer.path / "tokenizer.json"))
     for text in TEXTS:
-        assert tokenizer.encode(text) == reference.encode(text).ids
+        ids = tokenizer.encode(text)
+        assert ids == reference.encode(text).ids
+        assert tokenizer.decode(ids) == text
+        assert all(type(id_) is int and 0 <= id_ < tokenizer.vocab_size for id_ in ids)
     assert tokenizer.vocab_size == reference.get_vocab_size()
     assert tokenizer.eos_id == tokenizer.pad_id == reference.token_to_id("<|endoftext|>")
     assert tokenizer.special_ids == {
@@ -107,7 +102,11 @@ def test_sentencepiece_fingerprint(tmp_path, sentencepiece_tokenizer):
     assert again.fingerprint == sentencepiece_tokenizer.fingerprint
 
 
-def test_nothing_there(tmp_path):
+def test_nothing_there_or_something_else(tmp_path):
+    (tmp_path / "broken.model").write_bytes(b"not a model")
+    with pytest.raises(DataError, match="not a sentencepiece model"):
+        load_tokenizer(tmp_path / "broken.model")
+    (tmp_path / "broken.model").unlink()
     with pytest.raises(DataError, match=r"no tokenizer here .*found nothing"):
         load_tokenizer(tmp_path / "missing")
     with pytest.raises(DataError, match="no tokenizer files in this directory"):
@@ -115,16 +114,6 @@ def test_nothing_there(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(DataError, match="found another kind of file"):
         load_tokenizer(tmp_path / "notes.txt")
-
-
-def test_damaged_files(tmp_path):
-    broken = save_hugging_face(tmp_path / "broken")
-    (broken / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match="cannot load the tokenizer"):
-        load_tokenizer(broken)
-    (tmp_path / "broken.model").write_bytes(b"not a model")
-    with pytest.raises(DataError, match="not a sentencepiece model"):
-        load_tokenizer(tmp_path / "broken.model")
 
 
 @pytest.mark.parametrize("id_", [2**31 - 1, 2**31, 2**32, -1, 10**30])
@@ -226,17 +215,18 @@ def test_files_that_cannot_be_a_tokenizers(tmp_path):
         load_tokenizer(saved)
 
 
-def test_a_tokenizer_without_eos_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('no system') }}", "refuses the conversation: no system"),
+    ],
+)
+def test_template_missing_or_refusing(saved, template, message):
+    with pytest.raises(DataError, match=message):
+        saved(template).render_chat(HI, True)
+
+
+def test_a_tokenizer_without_eos_is_refused(saved):
     with pytest.raises(DataError, match="has no EOS token"):
-        load_tokenizer(save_hugging_face(tmp_path / "no-eos", eos=None))
-
-
-def test_template_missing_or_refusing(tmp_path):
-    plain = load_tokenizer(save_hugging_face(tmp_path / "plain", chat_template=None))
-    with pytest.raises(DataError, match="has no chat template"):
-        plain.render_chat(HI, True)
-    strict = load_tokenizer(
-        save_hugging_face(tmp_path / "strict", chat_template="{{ raise_exception('no system') }}")
-    )
-    with pytest.raises(DataError, match="refuses the conversation: no system"):
-        strict.render_chat(HI, True)
+        saved(eos=None)

@@ -15,7 +15,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-#: Ends in a newline, as an answer may begin with some: tokens of several newlines are learnt.
+#: Ends in a newline, as an answer may begin with some.
 BLANK_LINES = ["assistant\n\n\n- a\n\n\n\nb \n\n c\n\n"] * 30
 SENTENCES = [
     "how many singers are there in france?",
@@ -30,12 +30,13 @@ def save_hugging_face(
     *,
     chat_template: str | None = CHATML,
     eos: str | None = "<|endoftext|>",
-    sentences: list[str] = SENTENCES,
+    blank_lines: bool = False,
     like_sentencepiece: bool = False,
 ) -> Path:
     """A BPE of about 300 ids; padding is the EOS, as in many published models.
 
-    Byte-level; or one that writes a blank before each text, as Llama 2's does.
+    Byte-level; or one that writes a blank before each text, as Llama 2's does. With
+    ``blank_lines``, it has tokens of several newlines.
     """
     backend = Tokenizer(models.BPE())
     if like_sentencepiece:
@@ -50,7 +51,7 @@ def save_hugging_face(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(sentences, trainer)
+    backend.train_from_iterator(SENTENCES + BLANK_LINES * blank_lines, trainer)
     directory.mkdir(parents=True)
     backend.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": eos, "eos_token": eos}
