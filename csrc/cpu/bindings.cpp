@@ -66,7 +66,7 @@ Logits rows(const Rows& given) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-    module.doc() = "Compiled for the CPU; called through megatron_replay.kernels.cpu.";
+    module.doc() = "Compiled for the CPU; called through megatron_replay.kernels.cpu_*.";
     const py::call_guard<py::gil_scoped_release> without_gil;
 
     module.def("level", [] { return kLevels[static_cast<int>(level())]; });

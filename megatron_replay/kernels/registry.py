@@ -43,7 +43,7 @@ class Backends(Generic[Backend]):
         anywhere: backends that run on any tensor, by name; "auto" is the last of them where no
             compiled one can run.
         compiled: the dtypes of each compiled backend, by name.
-        module: of a compiled backend, inside ``kernels/<name>/``.
+        module: of a compiled backend, ``kernels/<name>_<module>.py``.
         bind: makes the backend out of its name and module.
         contiguous: whether compiled backends need contiguous tensors.
     """
@@ -120,7 +120,7 @@ class Backends(Generic[Backend]):
 def load(backends: Backends[Backend], name: str) -> Any:
     """The compiled backend, imported at its first use; or a string, why it cannot be imported."""
     try:
-        module = importlib.import_module(f"{__package__}.{name}.{backends.module}")
+        module = importlib.import_module(f"{__package__}.{name}_{backends.module}")
     except ImportError as error:
         return f"a module that {_MISSING[name]} ({error})"
     except ConfigError as error:

@@ -3,11 +3,11 @@
 A backend does one rank's arithmetic over its rows of the output layer, without communication;
 ``sharded`` puts the ranks together and is the same for all backends. ``kernels.HEAD`` chooses one:
 
-    torch    blocks.py            the definition, at the cost of full softmax
-    union    blocks.py            dense products over unions of neighbours' sets, on any device
-    cpu      kernels/cpu/head.py  compiled, SIMD and threads
-    triton   kernels/triton/head.py     two operators over pairs (pairs.py), for CUDA
-    ascend   kernels/ascend/head.py     the same two operators, for NPUs
+    torch    blocks.py                 the definition, at the cost of full softmax
+    union    blocks.py                 dense products over unions of neighbours' sets, any device
+    cpu      kernels/cpu_head.py       compiled, SIMD and threads
+    triton   kernels/triton_head.py    two operators over pairs (pairs.py), for CUDA
+    ascend   kernels/ascend_head.py    the same two operators, for NPUs
 
 Shapes: N positions, V rows of this rank's shard of the output layer, H hidden channels.
 """

@@ -52,7 +52,7 @@ class CandidateSets:
     vocab_start: int = 0
     values: Tensor | None = None
     label_rows_N: Tensor
-    host: HostSets
+    host: HostArrays
     transpose: Transpose | None = None
 
     @staticmethod
@@ -75,7 +75,7 @@ class CandidateSets:
             num_rows=vocab_size,
             values=None if values is None else torch.from_numpy(values),
             label_rows_N=labels,
-            host=HostSets(ids, offsets, group_offsets),
+            host=HostArrays(ids, offsets, group_offsets),
         )
 
     @property
@@ -108,7 +108,7 @@ class CandidateSets:
             vocab_start=vocab_start,
             values=values,
             label_rows_N=torch.from_numpy(np.where(found_N, label_rows_N, -1)),
-            host=HostSets(rows, offsets, self.host.group_offsets),
+            host=HostArrays(rows, offsets, self.host.group_offsets),
         )
 
     def with_transpose(self) -> CandidateSets:
@@ -130,7 +130,7 @@ class CandidateSets:
         return dataclasses.replace(self, **tensors)
 
 
-class HostSets(NamedTuple):
+class HostArrays(NamedTuple):
     """The arrays that say how large sets are, as in ``CandidateSets``."""
 
     ids: npt.NDArray[np.int32]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_replay.kernels.ascend import operators as ascend
+from megatron_replay.kernels import ascend_operators as ascend
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.kernels.ascend import operators as ascend
+from megatron_replay.kernels import ascend_operators as ascend
 from tests.ascemu import cases
 
 #: Candidates of each position: none, one, as many as a cap of 200 and the label give.

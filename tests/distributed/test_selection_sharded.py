@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.functional import SelectedCandidates, select_candidates
-from megatron_replay.kernels.cpu.selection import selection
+from megatron_replay.kernels.cpu_selection import selection
 from megatron_replay.selection.shard_selection import TORCH_SELECTION
 from tests import pool
 

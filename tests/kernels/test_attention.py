@@ -22,7 +22,7 @@ from tests.loss.references import attention_by_position
 from tests.npu_stub import fusion_attention
 
 HEADS, CHANNELS, SCALE, LENGTH = 4, 8, 0.7, 12
-MODULE = "megatron_replay.kernels.ascend.attention"
+MODULE = "megatron_replay.kernels.ascend_attention"
 #: Where documents begin, and end at last.
 PACKS = {
     "one document": [[0, 12]],

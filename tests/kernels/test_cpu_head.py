@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.functional import restricted_cross_entropy
-from megatron_replay.kernels.cpu.head import BACKEND, CpuHead
+from megatron_replay.kernels.cpu_head import BACKEND, CpuHead
 from megatron_replay.loss.backends import Softmax
 from megatron_replay.loss.blocks import TiledHead
 from megatron_replay.loss.candidate_sets import CandidateSets

@@ -40,15 +40,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[HeadBackend]:
     if name in ("torch", "union"):
         yield DENSE if name == "torch" else UNION
     elif name == "ascend":
-        from megatron_replay.kernels.ascend.operators import PairOperators
+        from megatron_replay.kernels.ascend_operators import PairOperators
 
         yield pair_backend(PairOperators(request.getfixturevalue("operators")))
     elif name == "triton":
-        from megatron_replay.kernels.triton.head import BACKEND
+        from megatron_replay.kernels.triton_head import BACKEND
 
         yield BACKEND
     else:
-        from megatron_replay.kernels.cpu.head import BACKEND
+        from megatron_replay.kernels.cpu_head import BACKEND
         from tests.kernels.levels import at_level
 
         with at_level(level):

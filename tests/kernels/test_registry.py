@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.kernels import ATTENTION, HEAD, SELECTION, registry
-from megatron_replay.kernels.ascend import operators as ascend_operators
+from megatron_replay.kernels import ATTENTION, HEAD, SELECTION, ascend_operators, registry
 from megatron_replay.optim.momentum_step import OPTIMIZER, Coefficients
 
 FINE = torch.zeros(4, 4)
@@ -82,7 +81,7 @@ def fresh():
 @pytest.mark.usefixtures("fresh")
 def test_without_the_compiled_module_auto_still_runs(monkeypatch):
     monkeypatch.setitem(sys.modules, "megatron_replay.kernels._cpu", None)
-    monkeypatch.delitem(sys.modules, "megatron_replay.kernels.cpu.optimizer", raising=False)
+    monkeypatch.delitem(sys.modules, "megatron_replay.kernels.cpu_optimizer", raising=False)
     monkeypatch.delattr("megatron_replay.kernels._cpu", raising=False)
     assert OPTIMIZER.resolve("auto", FINE) == "torch"
     with pytest.raises(ConfigError, match=r"was not built; pip install .* builds it"):
@@ -95,9 +94,9 @@ def test_the_head_of_npus_needs_its_module(monkeypatch, operators):
     assert "pip install -e ." in HEAD.why_not("ascend")
     registry.load.cache_clear()
     monkeypatch.setitem(sys.modules, "megatron_replay.kernels._ascend", operators)
-    monkeypatch.delitem(sys.modules, "megatron_replay.kernels.ascend.head", raising=False)
+    monkeypatch.delitem(sys.modules, "megatron_replay.kernels.ascend_head", raising=False)
     assert HEAD.why_not("ascend") is None
-    sys.modules.pop("megatron_replay.kernels.ascend.head")
+    sys.modules.pop("megatron_replay.kernels.ascend_head")
 
 
 @pytest.mark.parametrize("reason", UNFIT)

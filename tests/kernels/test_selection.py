@@ -15,7 +15,7 @@ import torch
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.functional import SelectedCandidates, select_candidates
-from megatron_replay.kernels.cpu.selection import selection
+from megatron_replay.kernels.cpu_selection import selection
 from megatron_replay.selection.shard_selection import TORCH_SELECTION, SelectionKernel
 from tests.kernels.levels import LEVELS, at_level
 from tests.kernels.selection_cases import COUNTS, DTYPES, SIZES, Case, cases, logits, same
@@ -37,7 +37,7 @@ def kernel(
         with at_level(request.param):
             yield selection
         return
-    from megatron_replay.kernels.triton import selection as module
+    from megatron_replay.kernels import triton_selection as module
 
     if request.param != "triton":
         monkeypatch.setattr(module, "BLOCKS", 2)

@@ -16,7 +16,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_replay.kernels.triton import head, optimizer, selection
+from megatron_replay.kernels import triton_head as head
+from megatron_replay.kernels import triton_optimizer as optimizer
+from megatron_replay.kernels import triton_selection as selection
 from megatron_replay.selection.shard_selection import BLOCK
 
 

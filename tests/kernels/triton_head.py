@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from megatron_replay.kernels.triton import head as kernels
+from megatron_replay.kernels import triton_head as kernels
 
 SIZES = [3, 0, 1, 201, 8, 0]
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.kernels.triton import optimizer as kernels
+from megatron_replay.kernels import triton_optimizer as kernels
 from megatron_replay.optim.momentum_step import Coefficients
 from tests.kernels.reference import Problem, check_step, problem, ulps, update
 

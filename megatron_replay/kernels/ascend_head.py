@@ -8,7 +8,7 @@ Run on an emulated core (tests/kernels/test_head.py); not run on an NPU yet.
 
 from __future__ import annotations
 
-from megatron_replay.kernels.ascend import operators
+from megatron_replay.kernels import ascend_operators as operators
 from megatron_replay.loss.pairs import pair_backend
 
 operators.load()

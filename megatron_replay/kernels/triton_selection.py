@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_replay.kernels.triton.head import launch
+from megatron_replay.kernels.triton_head import launch
 from megatron_replay.selection.shard_selection import (
     BLOCK,
     SelectionKernel,

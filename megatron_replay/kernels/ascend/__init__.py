@@ -1,1 +1,0 @@
-"""For Ascend NPUs (csrc/ascend)."""

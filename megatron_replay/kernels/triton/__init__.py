@@ -1,1 +1,0 @@
-"""For CUDA, in Triton."""
