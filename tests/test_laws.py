@@ -19,9 +19,9 @@ STAGES = {"stage0": 0, "collection": 0, "stage1": 1, "training": 1}
 LAYERS = [
     {"errors", "files", "locks", "progress", ""},
     {"config", "flags", "cli"},
-    {"functional", "selection", "loss", "store", "platform"},
+    {"selection", "loss", "store", "platform"},
     {"parallel", "kernels", "optim", "data", "model", "checkpoint", "forward", "run_log"},
-    {"functional's front", "estimate", "collection", "training"},
+    {"functional", "estimate", "collection", "training"},
     {"stage0", "stage1", "evaluation"},
     {"tools", "examples"},
 ]
@@ -36,14 +36,8 @@ DEVICES = re.compile(r"\b(cuda|npu|hccl|nccl|torch_npu)\b")
 
 
 def part_of(module: str) -> str:
-    """megatron_replay.optim.moclip -> optim; tools.report -> tools.
-
-    What ``megatron_replay.functional`` itself offers to loops of one's own is a part apart: it
-    chooses among the compiled forms of the modules below it.
-    """
+    """megatron_replay.optim.moclip -> optim; tools.report -> tools."""
     first, *rest = module.split(".")
-    if module == "megatron_replay.functional":
-        return "functional's front"
     return first if first != "megatron_replay" else (rest or [""])[0]
 
 

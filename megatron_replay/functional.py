@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from megatron_replay.kernels import HEAD, SELECTION
 from megatron_replay.loss import sharded
 from megatron_replay.loss.backends import HeadBackend
 from megatron_replay.loss.definition import restricted_cross_entropy_dense
@@ -51,8 +52,6 @@ def restricted_cross_entropy(
         weight_grad_out: "main_grad": the weight's own fp32 ``main_grad`` where Megatron has given
             it one, so that nothing of the weight's size is made. None: a gradient by autograd.
     """
-    from megatron_replay.kernels import HEAD
-
     if weight_grad_out == "main_grad":
         weight_grad_out = getattr(weight_VH, "main_grad", None)
     return sharded.restricted_cross_entropy(
@@ -77,7 +76,5 @@ def select_candidates(
     Args:
         kernel: None: the compiled one of the device, or else torch's; all give the same sets.
     """
-    from megatron_replay.kernels import SELECTION
-
     kernel = SELECTION.choose("auto", logits_TV) if kernel is None else kernel
     return candidates.select_candidates(logits_TV, labels_T, kernel=kernel, **options)
