@@ -93,9 +93,8 @@ class Case:
     def stage0(self, strategy: str) -> Path:
         """Stage 0's own work on one shard, to the disk. Returns the store's directory."""
         settings = self.settings(strategy)
-        kernel = kernels.SELECTION.choose("auto", torch.empty(0))
         collector = Collector(
-            settings, self.data, self.corpus, self.corpus.lengths, self.model, self.groups, kernel
+            settings, self.data, self.corpus, self.corpus.lengths, self.model, self.groups
         )
         with CandidateWriter(settings.store, description(self.corpus), lock=True) as writer:
             with ShardStream(writer, 0) as stream:

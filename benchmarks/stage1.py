@@ -131,7 +131,6 @@ class Ours:
         self.optimizer = build_optimizer(self.settings, self.model, self.wrapped, self.groups)
         self.stores: dict[str, Path] = {}
         self._numbers = itertools.count()
-        self._selection = kernels.SELECTION.choose("auto", torch.empty(0))
         self._head = kernels.HEAD.choose("auto", torch.empty(0))
 
     def stage0(self, name: str) -> None:
@@ -146,7 +145,6 @@ class Ours:
             self.corpus.lengths,
             self.model,
             self.groups,
-            self._selection,
         )
         with CandidateWriter(store, description(self.corpus), lock=True) as writer:
             with ShardStream(writer, 0) as stream:

@@ -1,13 +1,17 @@
-"""Stage 0's work between packs and candidate sets: forward, and select candidates in the head.
+"""Stage 0's work from documents to records: pack, forward, and select candidates in the head.
 
-Shapes: T positions of a micro-batch, N of them with wanted logits, V vocabulary, H hidden channels.
+The device selects candidates at the wanted positions of a micro-batch. The host then cuts them into
+one record per document, where the records are written (``collection.stream``).
+
+Shapes: N wanted positions of a micro-batch, D documents that have any, V vocabulary, C candidates.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,35 +19,90 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_replay import kernels
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.collection import LOGITS_CHUNK_SIZE
-from megatron_replay.collection.records import SelectedBatch, Span, choose, to_host
 from megatron_replay.config import CandidatesConfig, DataConfig
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.packing import (
-    Pack,
-    PackedBatch,
-    pack_batch,
-    plan_packs,
-)
+from megatron_replay.data.packing import Pack, PackedBatch, pack_batch, plan_packs
 from megatron_replay.data.replay import eligible_rows
 from megatron_replay.forward import MicroBatch, forward_only
 from megatron_replay.model.rows import HiddenStates, SelectedRows
 from megatron_replay.parallel import Parallel
 from megatron_replay.selection.candidates import SelectedCandidates, select_candidates
-from megatron_replay.selection.shard_selection import SelectionKernel
+from megatron_replay.selection.positions import select_positions
+from megatron_replay.store import CandidateBatch, DocumentCandidates, offsets_of_counts
 
-#: Micro-batches handed to the pipeline at a time, for each stage: its bubble is then a 17th or less
-#: of the time, and a few MB of candidate sets a micro-batch are all that is held meanwhile.
+#: Confidence buckets of the bucket strategy.
+NUM_BUCKETS = 5
+#: Micro-batches that the pipeline gets at a time, for each stage: its bubble is then at most a 17th
+#: of the time, and only a few MB of candidate sets a micro-batch are held meanwhile.
 _MICRO_BATCHES_PER_STAGE = 16
 
 
 @dataclass(frozen=True, eq=False)
-class _Selection:
-    """Candidate sets of a micro-batch's wanted rows, chunk after chunk; logits if stored."""
+class Wanted:
+    """The positions of a micro-batch whose logits are wanted, document after document."""
 
-    sets: list[SelectedCandidates]
-    logits: list[Tensor]
+    documents: npt.NDArray[np.int64]
+    """int64 [D]: numbers in the corpus."""
+    offsets: npt.NDArray[np.int64]
+    """int64 [D + 1]: document d has positions ``[offsets[d]:offsets[d + 1]]``."""
+    positions: npt.NDArray[np.int32]
+    """int32 [N], ascending inside a document."""
+    rows: npt.NDArray[np.int64]
+    """int64 [N]: their rows ``b * S + s`` in the micro-batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedBatch:
+    """A micro-batch after selection, on the host: the sets of whole documents.
+
+    The bucket strategy draws positions by confidence, so it holds every eligible position;
+    ``records`` draws, while the device goes on.
+    """
+
+    documents: npt.NDArray[np.int64]
+    sets: CandidateBatch
+    confidence: npt.NDArray[np.float32]
+    """fp32 [N]: log-probability of the likeliest token."""
+    settings: CandidatesConfig
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(array.nbytes for array in vars(self.sets).values() if array is not None)
+
+    def records(self) -> Iterator[tuple[int, DocumentCandidates]]:
+        """Each document of the micro-batch and its record."""
+        confidences = np.split(self.confidence, self.sets.document_offsets[1:-1])
+        for number, record, confidence in zip(
+            self.documents.tolist(), self.sets.documents(), confidences, strict=True
+        ):
+            if self.settings.position_strategy == "bucket":
+                chosen = choose(self.settings, number, record.positions, confidence)
+                yield number, record.take(np.searchsorted(record.positions, chosen))
+            else:
+                yield number, record
+
+
+def choose(
+    settings: CandidatesConfig,
+    document: int,
+    eligible: npt.NDArray[np.int32],
+    confidence: npt.NDArray[np.float32] | None = None,
+) -> npt.NDArray[np.int32]:
+    """The positions of ``document`` that the settings' strategy records."""
+    return select_positions(
+        settings.position_strategy,
+        eligible=eligible,
+        confidence=confidence,
+        fraction=settings.position_fraction,
+        num_buckets=NUM_BUCKETS,
+        last_n=settings.last_n,
+        seed=settings.seed,
+        document_id=document,
+    )
 
 
 class Collector:
@@ -55,6 +114,7 @@ class Collector:
     Attributes:
         positions: how many went through the model so far, padding left out.
         writes: whether this rank writes what its model copy collects.
+        backend: what selects candidates on this device.
     """
 
     def __init__(
@@ -65,42 +125,38 @@ class Collector:
         lengths: npt.NDArray[np.int32],
         model: LoadedModel,
         groups: Parallel,
-        kernel: SelectionKernel,
     ) -> None:
         self._settings, self._data = settings, data
         self._corpus, self._lengths = corpus, lengths
         self._model, self._groups = model, groups
-        self._kernel = kernel
+        like = torch.empty(0, dtype=model.config.params_dtype, device=groups.device)
+        self._kernel = kernels.SELECTION.choose("auto", like)
+        self.backend = kernels.SELECTION.describe("auto", like)
         self.positions = 0
         self.writes = groups.last_stage and groups.tp_rank == 0
 
-    def collect(self, documents: np.ndarray) -> Iterator[SelectedBatch]:
+    def collect(self, documents: npt.NDArray[np.int64]) -> Iterator[SelectedBatch]:
         """Micro-batches with candidates, their documents in the order of ``documents``.
 
-        The work is done as the iterator is; it yields on the rank that writes, and nothing on the
-        others of a model copy.
+        The work is done as the iterator advances. It yields on the rank that writes, and nothing on
+        the other ranks of a model copy.
         """
+        together = self._data.pack_documents
+        packs = plan_packs(self._lengths, documents, self._data.seq_length, together=together)
         stages = self._groups.pp_size
-        packs = plan_packs(
-            self._lengths,
-            documents,
-            self._data.seq_length,
-            together=self._data.pack_documents,
-        )
         per_call = _MICRO_BATCHES_PER_STAGE * stages if stages > 1 else 1
         per_call *= self._data.micro_batch_size
         for first in range(0, len(packs), per_call):
             batches = list(self._micro_batches(packs[first : first + per_call]))
-            spans = [list(self._spans(batch)) for batch in batches]
-            work = [self._work(batch, span) for batch, span in zip(batches, spans, strict=True)]
+            wanted = [self._wanted(batch) for batch in batches]
+            work = [self._work(batch, some) for batch, some in zip(batches, wanted, strict=True)]
             outputs = forward_only(self._model.module, work)
             self.positions += sum(int((batch.document_BS >= 0).sum()) for batch in batches)
             if not self.writes:
                 continue
-            for span, selection in zip(spans, outputs, strict=True):
-                if span:
-                    sets = to_host(selection.sets, selection.logits)
-                    yield SelectedBatch(span, sets, self._settings)
+            for some, selection in zip(wanted, outputs, strict=True):
+                if len(some.documents):
+                    yield self._to_host(some, *selection)
 
     def _micro_batches(self, packs: list[Pack]) -> Iterator[PackedBatch]:
         size = self._data.micro_batch_size
@@ -109,31 +165,31 @@ class Collector:
             group += [np.empty(0, np.int64)] * (size - len(group))
             yield pack_batch(self._corpus, group, self._data.seq_length, self._lengths)
 
-    def _spans(self, batch: PackedBatch) -> Iterator[Span]:
-        """Rows whose logits are wanted, by document.
+    def _wanted(self, batch: PackedBatch) -> Wanted:
+        """Every eligible position for the bucket strategy, which draws by confidence afterwards.
 
-        The bucket strategy sorts by confidence, so it needs logits at every eligible position; the
-        others choose before the forward pass and skip the output layer elsewhere.
+        The others choose before the forward pass and skip the output layer elsewhere.
         """
-        rows = eligible_rows(batch).numpy()
-        if not len(rows):
-            return
-        owners = batch.document_BS.flatten().numpy()[rows]
-        positions = batch.position_BS.flatten().numpy()[rows]
-        starts = np.flatnonzero(np.diff(owners, prepend=-1))
-        for start, stop in zip(starts, np.append(starts[1:], len(rows)), strict=True):
-            document = int(owners[start])
-            eligible, lying = positions[start:stop], rows[start:stop]
-            if self._settings.position_strategy == "bucket":
-                yield Span(document, eligible, lying)
-            else:
-                wanted = choose(self._settings, document, eligible)
-                yield Span(document, wanted, lying[np.searchsorted(eligible, wanted)])
+        rows_N = eligible_rows(batch).numpy()
+        owners_N = batch.document_BS.flatten().numpy()[rows_N]
+        positions_N = batch.position_BS.flatten().numpy()[rows_N]
+        starts = np.flatnonzero(np.diff(owners_N, prepend=-1))
+        documents = owners_N[starts].astype(np.int64)
+        stops = np.append(starts[1:], len(rows_N))
+        kept = [np.arange(start, stop) for start, stop in zip(starts, stops, strict=False)]
+        if self._settings.position_strategy != "bucket":
+            for d, number in enumerate(documents.tolist()):
+                eligible = positions_N[kept[d]]
+                chosen = choose(self._settings, number, eligible)
+                kept[d] = kept[d][np.searchsorted(eligible, chosen)]
+        offsets = offsets_of_counts(np.array([len(each) for each in kept], np.int64))
+        kept_N = np.concatenate([np.empty(0, np.int64), *kept])
+        return Wanted(documents, offsets, positions_N[kept_N], rows_N[kept_N])
 
-    def _work(self, batch: PackedBatch, spans: list[Span]) -> MicroBatch:
-        """A micro-batch on the device, its head, and the only rows that the head asks for."""
+    def _work(self, batch: PackedBatch, wanted: Wanted) -> MicroBatch:
+        """A micro-batch on the device, its head, and the only rows that the head reads."""
         device = self._groups.device
-        rows_N = torch.from_numpy(np.concatenate([s.rows for s in spans] or [np.empty(0, int)]))
+        rows_N = torch.from_numpy(wanted.rows)
         rows = SelectedRows.of(
             rows_N,
             batch.segments,
@@ -147,16 +203,16 @@ class Collector:
 
     def _select(
         self, rows_N: Tensor, labels_N: Tensor, hidden: HiddenStates, weight_VH: Tensor
-    ) -> _Selection:
-        """The head. Logits exist for ``LOGITS_CHUNK_SIZE`` positions at a time, never for all."""
+    ) -> tuple[list[SelectedCandidates], list[Tensor]]:
+        """The head: candidate sets chunk by chunk, and their logits if these are stored.
+
+        Logits exist for ``LOGITS_CHUNK_SIZE`` positions at a time, never for all.
+        """
         vocab_start = self._groups.tp_rank * weight_VH.shape[0]
-        selection = _Selection([], [])
-        chunks = zip(
-            rows_N.split(LOGITS_CHUNK_SIZE), labels_N.split(LOGITS_CHUNK_SIZE), strict=True
-        )
-        for rows, labels in chunks:
+        sets, logits, size = [], [], LOGITS_CHUNK_SIZE
+        for rows, labels in zip(rows_N.split(size), labels_N.split(size), strict=True):
             logits_NV = hidden[rows] @ weight_VH.T
-            sets = select_candidates(
+            selected = select_candidates(
                 logits_NV,
                 labels,
                 coverage=self._settings.coverage,
@@ -165,13 +221,13 @@ class Collector:
                 tp_group=self._groups.tp_group,
                 kernel=self._kernel,
             )
-            selection.sets.append(sets)
+            sets.append(selected)
             if self._settings.store_logits != "none":
-                selection.logits.append(self._candidate_logits(logits_NV, sets, vocab_start))
-        return selection
+                logits.append(self._candidate_logits(logits_NV, selected, vocab_start))
+        return sets, logits
 
     def _candidate_logits(self, logits_NV: Tensor, sets: SelectedCandidates, start: int) -> Tensor:
-        """Logits of the candidates, fp32 [nnz]: each from its owner. One all-reduce over TP."""
+        """Logits of the candidates, fp32 [C], each from its owner. One all-reduce over TP."""
         local = sets.ids.long() - start
         inside = (local >= 0) & (local < logits_NV.shape[1])
         row = torch.repeat_interleave(
@@ -180,3 +236,24 @@ class Collector:
         values = logits_NV[row, local.clamp(0, logits_NV.shape[1] - 1)].float() * inside
         dist.all_reduce(values, group=self._groups.tp_group)
         return values
+
+    def _to_host(
+        self, wanted: Wanted, sets: Sequence[SelectedCandidates], logits: Sequence[Tensor]
+    ) -> SelectedBatch:
+        batch = CandidateBatch(
+            document_offsets=wanted.offsets,
+            positions=wanted.positions,
+            offsets=offsets_of_counts(_host([chunk.offsets.diff() for chunk in sets])),
+            ids=_host([chunk.ids for chunk in sets]),
+            lse=_host([chunk.lse_T for chunk in sets]),
+            gold_logprob=_host([chunk.gold_logprob_T for chunk in sets]),
+            tail_mass=_host([chunk.tail_mass_T for chunk in sets]),
+            logits=_host(logits) if logits else None,
+        )
+        confidence = _host([chunk.max_logprob_T for chunk in sets])
+        return SelectedBatch(wanted.documents, batch, confidence, self._settings)
+
+
+def _host(chunks: Sequence[Tensor]) -> npt.NDArray[Any]:
+    joined = chunks[0] if len(chunks) == 1 else torch.cat(list(chunks))
+    return joined.cpu().numpy()

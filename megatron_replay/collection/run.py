@@ -1,69 +1,86 @@
-"""Stage 0's run: every missing shard of the store, by whichever model copy it falls to."""
+"""Stage 0's run: each model copy writes its share of the missing shards, then all report.
+
+``report.json`` follows from the store alone, so it is the same however often a run was interrupted;
+``cost.json`` describes the run that finished the store.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
+import torch.distributed as dist
 
-from megatron_replay import kernels
 from megatron_replay.checkpoint.load import base_fingerprint, describe_model, load_model
-from megatron_replay.collection.collector import Collector
-from megatron_replay.collection.records import NUM_BUCKETS
-from megatron_replay.collection.report import Cost, report
+from megatron_replay.collection.collector import NUM_BUCKETS, Collector
 from megatron_replay.collection.stream import ShardStream
 from megatron_replay.config import Stage0Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import fit_documents, report_long_documents
 from megatron_replay.errors import ConfigError
-from megatron_replay.files import require_apart
+from megatron_replay.files import require_apart, write_json
 from megatron_replay.model.compatibility import require_context, require_vocabulary
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.parallel import Parallel
 from megatron_replay.progress import Progress
-from megatron_replay.store import CandidateWriter, StoreDescription
+from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
+from megatron_replay.store.summary import summary, summary_text
+from megatron_replay.store.tally import Tally, tally
 
-#: Seconds between two looks at which shards are there: of all ranks, at a shared file system.
+REPORT_FILE, COST_FILE = "report.json", "cost.json"
+#: Seconds between two listings of the shards: every rank lists them, on a shared file system.
 _LONGEST_PAUSE = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one model copy spent on its shards."""
+
+    shards: int
+    documents: int
+    positions: int
+    """Through the model, padding left out."""
+    seconds: float
+    waited: float
+    """Seconds, of these, for which the device waited for the disk."""
 
 
 def collect(config: Stage0Config, groups: Parallel) -> None:
     """Write the store, or what an interrupted run left of it, and print its summary."""
+    candidates, data = config.candidates, config.data
     require_apart(
-        config.candidates.store,
-        [("--load", config.model.load), ("--data-path", config.data.data_path)],
+        candidates.store,
+        [("--load", config.model.load), ("--data-path", data.data_path)],
         flag="--store",
     )
-    corpus = Corpus(config.data.data_path)
-    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
-    like = torch.empty(0, dtype=dtype, device=groups.device)
+    corpus = Corpus(data.data_path)
     # What can be refused is refused before minutes of loading.
-    kernel = kernels.SELECTION.choose("auto", like)
     files, shape = describe_model(config.model.load)
     require_vocabulary(corpus, shape, files)
     fitted = fit_documents(
-        corpus.lengths, config.data.seq_length, config.data.long_documents, corpus.first_labels
+        corpus.lengths, data.seq_length, data.long_documents, corpus.first_labels
     )
     require_context(fitted.lengths, shape)
-    num_shards = -(-len(corpus) // config.candidates.documents_per_shard)
-    chosen = _chosen_shards(config.candidates.shards, num_shards)
+    num_shards = -(-len(corpus) // candidates.documents_per_shard)
+    chosen = _chosen_shards(candidates.shards, num_shards)
     writer = _open_writer(config, corpus, shape, groups)
     model = load_model(config.model, config.parallel, groups)
-    collector = Collector(
-        config.candidates, config.data, corpus, fitted.lengths, model, groups, kernel
-    )
+    collector = Collector(candidates, data, corpus, fitted.lengths, model, groups)
     if groups.rank == 0:
-        print(f"candidate selection: {kernels.SELECTION.describe('auto', like)}")
-        report_long_documents(fitted, config.data.long_documents)
+        print(f"candidate selection: {collector.backend}")
+        report_long_documents(fitted, data.long_documents)
+
     missing = [s for s in groups.broadcast(writer.missing_shards()) if s in chosen]
     if not missing and groups.rank == 0:
-        print(f"{config.candidates.store}: nothing is left to do; its report again")
-    cost = _write_shards(
-        missing[groups.dp_rank :: groups.dp_size], writer, collector, config, groups
+        print(f"{candidates.store}: nothing is left to do; its report again")
+    cost = _write_shards(missing[groups.dp_rank :: groups.dp_size], writer, collector, groups)
+    wait_for(
+        lambda: [shard for shard in writer.missing_shards() if shard in chosen],
+        minutes=config.parallel.distributed_timeout_minutes,
     )
-    _wait_for_all(writer, chosen, minutes=config.parallel.distributed_timeout_minutes)
-    candidates = config.candidates
     if groups.broadcast(len(writer.missing_shards())):
         if groups.rank == 0:
             print(
@@ -73,46 +90,7 @@ def collect(config: Stage0Config, groups: Parallel) -> None:
         writer.close()
         return
     groups.on_rank_zero(writer.finish)
-    report(candidates.store, cost, groups, writes=collector.writes)
-
-
-def _write_shards(
-    shards: list[int],
-    writer: CandidateWriter,
-    collector: Collector,
-    config: Stage0Config,
-    groups: Parallel,
-) -> Cost:
-    """Collect and write ``shards``, of one model copy."""
-    num_documents = sum(len(writer.description.documents(shard)) for shard in shards)
-    start, waited = time.perf_counter(), 0.0
-    with Progress(
-        "Stage 0",
-        num_documents,
-        f"documents (1 of {groups.dp_size} replicas)" if groups.dp_size > 1 else "documents",
-        enabled=groups.writer,
-    ) as progress:
-        for shard in shards:
-            documents = writer.description.documents(shard)
-            batches = collector.collect(np.array(documents))
-            if collector.writes:
-                with ShardStream(writer, shard) as stream:
-                    for batch in batches:
-                        stream.put(batch)
-                waited += stream.waited
-            else:
-                for _ in batches:  # takes part in the work, and gets nothing of it
-                    pass
-            progress.advance(len(documents))
-    seconds = time.perf_counter() - start
-    return Cost(
-        shards=len(shards),
-        documents=num_documents,
-        positions=collector.positions,
-        seconds=seconds,
-        replica_seconds=seconds,
-        waited=waited,
-    )
+    _report(candidates.store, cost, groups, writes=collector.writes)
 
 
 def _chosen_shards(text: str | None, num_shards: int) -> range:
@@ -131,29 +109,10 @@ def _chosen_shards(text: str | None, num_shards: int) -> range:
     return range(int(first), int(stop))
 
 
-def _wait_for_all(writer: CandidateWriter, shards: range, *, minutes: float) -> None:
-    """Wait until every one of ``shards`` is there, or none has come for ``minutes``.
-
-    Model copies end hours of work minutes apart, and a collective would time out. Where a copy is
-    lost, the next collective says so.
-    """
-
-    def left_out() -> list[int]:
-        return [shard for shard in writer.missing_shards() if shard in shards]
-
-    missing, since, pause = left_out(), time.monotonic(), 0.01
-    while missing and time.monotonic() - since < 60 * minutes:
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
-        left = left_out()
-        if left != missing:
-            missing, since = left, time.monotonic()
-
-
 def _open_writer(
     config: Stage0Config, corpus: Corpus, shape: ModelConfig, groups: Parallel
 ) -> CandidateWriter:
-    """Open the store on rank 0 first, which keeps other runs out, then everywhere."""
+    """Open the store on rank 0 first, which locks it against other runs, then everywhere."""
     fingerprint = groups.from_rank_zero(lambda: base_fingerprint(config.model.load))
     candidates = config.candidates
     description = StoreDescription(
@@ -183,7 +142,114 @@ def _open_writer(
     def open_it(lock: bool) -> None:
         opened.append(CandidateWriter(candidates.store, description, lock=lock))
 
-    # A run that is refused is so on every rank, with the same line.
+    # A refused run is refused on every rank, with the same line.
     groups.on_rank_zero(lambda: open_it(lock=True))
     groups.agreed(lambda: None if opened else open_it(lock=False))
     return opened[0]
+
+
+def _write_shards(
+    shards: list[int], writer: CandidateWriter, collector: Collector, groups: Parallel
+) -> Cost:
+    """Collect and write ``shards``, of one model copy."""
+    num_documents = sum(len(writer.description.documents(shard)) for shard in shards)
+    start, waited = time.perf_counter(), 0.0
+    unit = f"documents (1 of {groups.dp_size} replicas)" if groups.dp_size > 1 else "documents"
+    with Progress("Stage 0", num_documents, unit, enabled=groups.writer) as progress:
+        for shard in shards:
+            documents = writer.description.documents(shard)
+            batches = collector.collect(np.array(documents))
+            if collector.writes:
+                with ShardStream(writer, shard) as stream:
+                    for batch in batches:
+                        stream.put(batch)
+                waited += stream.waited
+            else:
+                for _ in batches:  # takes part in the forward passes and yields nothing
+                    pass
+            progress.advance(len(documents))
+    return Cost(
+        shards=len(shards),
+        documents=num_documents,
+        positions=collector.positions,
+        seconds=time.perf_counter() - start,
+        waited=waited,
+    )
+
+
+def wait_for(missing_shards: Callable[[], list[int]], *, minutes: float) -> None:
+    """Wait until no shard is missing, or none has been added for ``minutes``.
+
+    Model copies end hours of work minutes apart, and a collective would time out. Where a copy is
+    lost, the next collective fails.
+    """
+    missing, since, pause = missing_shards(), time.monotonic(), 0.01
+    while missing and time.monotonic() - since < 60 * minutes:
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+        left = missing_shards()
+        if left != missing:
+            missing, since = left, time.monotonic()
+
+
+def _report(store: str, cost: Cost, groups: Parallel, *, writes: bool) -> None:
+    """Tally the finished store together, then print and write its report on one process.
+
+    Each model copy's writing rank reads its share of the shards. Communication: an all-gather of
+    errors over the world, and a gather of tallies, a megabyte each, over the writing ranks.
+    """
+    counted: list[Tally] = []
+
+    def count() -> None:
+        if writes:
+            reader = CandidateReader(store)
+            shards = range(reader.description.num_shards)[groups.dp_rank :: groups.dp_size]
+            documents = sum(len(reader.description.documents(shard)) for shard in shards)
+            with Progress("read", documents, "documents", enabled=groups.writer) as progress:
+                counted.append(tally(reader, shards, progress))
+
+    groups.agreed(count)
+    gathered: list[Any] = [None] * groups.dp_size
+    if writes:
+        dist.gather_object(
+            (counted[0], cost),
+            gathered if groups.writer else None,
+            dst=dist.get_global_rank(groups.dp_group, 0),
+            group=groups.dp_group,
+        )
+    groups.agreed(lambda: _print_report(store, gathered) if groups.writer else None)
+
+
+def _print_report(store: str, gathered: Sequence[tuple[Tally, Cost]]) -> None:
+    reader = CandidateReader(store)
+    (total, _), *others = gathered
+    for counted, _ in others:
+        total += counted
+    facts, rates = summary(reader.description, total), rates_of([cost for _, cost in gathered])
+    write_json(reader.directory / REPORT_FILE, facts)
+    print(summary_text(facts))
+    if not rates["shards"]:  # every shard was there already: keep what they have cost
+        return
+    write_json(reader.directory / COST_FILE, rates)
+    replicas = f" on {rates['replicas']} replicas" if len(gathered) > 1 else ""
+    print(
+        f"cost: {rates['positions']:,} positions of {rates['documents']:,} documents in "
+        f"{rates['seconds']:.1f} s{replicas}: {rates['positions_per_second']:,.0f} a second; "
+        f"waited for the disk {rates['share_waiting_for_disk']:.2%} of the time",
+        flush=True,
+    )
+
+
+def rates_of(costs: Sequence[Cost]) -> dict[str, float]:
+    """Counts, rates and the share of waiting of model copies that ran side by side."""
+    positions, longest = sum(cost.positions for cost in costs), max(cost.seconds for cost in costs)
+    together = sum(cost.seconds for cost in costs)
+    return {
+        "replicas": len(costs),
+        "shards": sum(cost.shards for cost in costs),
+        "documents": sum(cost.documents for cost in costs),
+        "positions": positions,
+        "seconds": longest,
+        "positions_per_second": positions / max(longest, 1e-9),
+        "share_waiting_for_disk": sum(cost.waited for cost in costs) / max(together, 1e-9),
+    }

@@ -1,6 +1,6 @@
 """Records to disk on a thread of their own, through a queue bounded in bytes.
 
-The device goes on while records are cut, encoded and written; where the disk is slower than the
+The device continues while records are cut, encoded and written. Where the disk is slower than the
 device, the device waits, and memory stays within the bound.
 """
 
@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol
 
-from megatron_replay.collection.records import every_document
 from megatron_replay.errors import OutputError
-from megatron_replay.store import CandidateWriter, DocumentCandidates
+from megatron_replay.store import CandidateWriter, DocumentCandidates, no_candidates
 
 #: Candidate sets that may wait for the disk: some seconds of a device's work.
 QUEUE_BYTES = 64 << 20
-#: Seconds that an error waits for a write under way, so that its temporary file is removed.
-_ABORT_SECONDS = 5.0
-#: Seconds in which a disk must take a part: one that hangs is an error, not a wait.
-_STALL_SECONDS = 600.0
+#: Seconds that an error waits for a write in progress, so that its temporary file is removed.
+ABORT_SECONDS = 5.0
+#: Seconds within which a disk must take a part: a longer wait is an error.
+STALL_SECONDS = 600.0
 
 
 class Part(Protocol):
@@ -43,15 +42,15 @@ class _AbortedError(Exception):
 class ShardStream:
     """Write one shard: ``with ShardStream(...) as stream: stream.put(part)``, parts in order.
 
-    Parts that wait, and the one being written, hold at most ``max_bytes``; a part larger than that
-    is let in alone. Beside them live the part that asks to be let in, the copy that cutting makes
-    of one, and the last record of the one before. Documents in no part are written without
-    candidates. The shard is published when the block has ended without an error, and the block has
-    ended only then: a process that is killed loses one shard, never two.
+    The parts that wait and the one being written hold at most ``max_bytes``; a larger part is
+    admitted alone. Documents in no part are written without candidates. The shard is published when
+    the block ends without an error, and before the block returns: a killed process loses the shard
+    it was writing, never two.
 
     Raises:
-        ReplayError, or whatever else the writing met: from the next ``put``, or the block's end;
+        Exception: any error of the writing thread, from the next ``put`` or at the block's end;
             nothing is published.
+        OutputError: the disk has taken nothing for ``STALL_SECONDS``.
 
     Attributes:
         waited: seconds for which ``put`` and the block's end waited for the disk.
@@ -70,7 +69,7 @@ class ShardStream:
         self.waited = 0.0
 
     def put(self, part: Part) -> None:
-        """Take over ``part``, once there is room for it."""
+        """Take over ``part`` as soon as there is room for it."""
         start = time.perf_counter()
         with self._changed:
             while self._held and self._held + part.nbytes > self._max_bytes and not self._error:
@@ -97,7 +96,7 @@ class ShardStream:
             self._closed, self._aborted = True, kind is not None
             self._changed.notify_all()
         if kind is not None:
-            self._thread.join(_ABORT_SECONDS)
+            self._thread.join(ABORT_SECONDS)
             return
         while self._thread.is_alive():
             self._require_motion(self._thread.join)
@@ -106,23 +105,30 @@ class ShardStream:
             raise self._error
 
     def _require_motion(self, wait: Callable[[float], object]) -> None:
-        """Wait for the disk; raise OutputError where it takes nothing for ``_STALL_SECONDS``."""
+        """Wait for the disk; raise OutputError where it takes nothing for ``STALL_SECONDS``."""
         held, start = self._held, time.monotonic()
-        wait(_STALL_SECONDS)
-        is_over = time.monotonic() - start >= _STALL_SECONDS
+        wait(STALL_SECONDS)
+        is_over = time.monotonic() - start >= STALL_SECONDS
         if is_over and self._held == held and self._thread.is_alive():
             raise OutputError(
-                f"the disk has taken nothing for {_STALL_SECONDS:.0f} s",
+                f"the disk has taken nothing for {STALL_SECONDS:.0f} s",
                 where=self._writer.directory,
-                fix="Look at the disk or its server; the same command goes on from here",
+                fix="Check the disk or its server, then rerun the same command: it continues here",
             )
 
     def _write(self) -> None:
+        description = self._writer.description
+        documents, empty = description.documents(self._number), no_candidates(description.logits)
         try:
-            documents = self._writer.description.documents(self._number)
             with self._writer.shard(self._number) as out:
-                for document, record in every_document(documents, self._records()):
+                following = documents.start
+                for document, record in self._records():
+                    for without in range(following, min(document, documents.stop)):
+                        out.add(without, empty)
                     out.add(document, record)
+                    following = document + 1
+                for without in range(following, documents.stop):
+                    out.add(without, empty)
         except _AbortedError:
             pass
         except BaseException as error:

@@ -9,6 +9,7 @@ from megatron_replay.store.document import (
     CandidateBatch,
     DocumentCandidates,
     missing_gold,
+    no_candidates,
     offsets_of_counts,
 )
 from megatron_replay.store.manifest import StoreDescription
@@ -23,5 +24,6 @@ __all__ = [
     "ShardWriter",
     "StoreDescription",
     "missing_gold",
+    "no_candidates",
     "offsets_of_counts",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -67,10 +68,38 @@ class DocumentCandidates:
             raise KeyError(f"position {position} is not recorded")
         return self.ids[self.offsets[i] : self.offsets[i + 1]]
 
+    def take(self, rows: npt.NDArray[np.int64]) -> DocumentCandidates:
+        """The sets of some positions, by their place in ``positions``, ascending."""
+        starts, sizes = self.offsets[rows], np.diff(self.offsets)[rows]
+        offsets = offsets_of_counts(sizes)
+        kept = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
+        return DocumentCandidates(
+            positions=self.positions[rows],
+            offsets=offsets,
+            ids=self.ids[kept],
+            lse=self.lse[rows],
+            gold_logprob=self.gold_logprob[rows],
+            tail_mass=self.tail_mass[rows],
+            logits=None if self.logits is None else self.logits[kept],
+        )
+
     @property
     def stop(self) -> int:
         """The last position plus one; 0 without positions."""
         return int(self.positions[-1]) + 1 if len(self.positions) else 0
+
+
+def no_candidates(logits: str) -> DocumentCandidates:
+    """A document without recorded positions, for a store that keeps ``logits`` (``LOGITS``)."""
+    return DocumentCandidates(
+        positions=np.empty(0, np.int32),
+        offsets=np.zeros(1, np.int64),
+        ids=np.empty(0, np.int32),
+        lse=np.empty(0, np.float32),
+        gold_logprob=np.empty(0, np.float32),
+        tail_mass=np.empty(0, np.float32),
+        logits=None if logits == "none" else np.empty(0, np.float32),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,6 +122,20 @@ class CandidateBatch:
         with_none = np.concatenate(([-1], self.positions))  # what an empty document ends with
         ends, empty = self.document_offsets[1:], np.diff(self.document_offsets) == 0
         return with_none[np.where(empty, 0, ends)].astype(np.int64) + 1
+
+    def documents(self) -> Iterator[DocumentCandidates]:
+        """Each document alone, as views of these arrays."""
+        for first, last in pairwise(self.document_offsets.tolist()):
+            start, stop = self.offsets[first], self.offsets[last]
+            yield DocumentCandidates(
+                positions=self.positions[first:last],
+                offsets=self.offsets[first : last + 1] - start,
+                ids=self.ids[start:stop],
+                lse=self.lse[first:last],
+                gold_logprob=self.gold_logprob[first:last],
+                tail_mass=self.tail_mass[first:last],
+                logits=None if self.logits is None else self.logits[start:stop],
+            )
 
     @staticmethod
     def of(documents: Sequence[DocumentCandidates]) -> CandidateBatch:

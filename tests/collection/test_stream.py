@@ -229,8 +229,8 @@ def test_ctrl_c_ends_a_wait_for_the_disk(tmp_path, disk):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_disk_that_hangs_is_an_error(tmp_path, disk, monkeypatch, parts):
     """Where a part is to be let in, and at the end."""
-    monkeypatch.setattr(collection_stream, "_STALL_SECONDS", 0.05)
-    monkeypatch.setattr(collection_stream, "_ABORT_SECONDS", 0.05)
+    monkeypatch.setattr(collection_stream, "STALL_SECONDS", 0.05)
+    monkeypatch.setattr(collection_stream, "ABORT_SECONDS", 0.05)
     writer = CandidateWriter(tmp_path, describe(num_documents=2))
 
     def work() -> None:

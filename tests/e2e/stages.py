@@ -19,7 +19,7 @@ import megatron_replay.collection.run
 import megatron_replay.training.train  # noqa: F401
 from megatron_replay import stage0, stage1
 from megatron_replay.checkpoint import training
-from megatron_replay.collection.report import COST_FILE
+from megatron_replay.collection.run import COST_FILE
 from megatron_replay.locks import LOCK_FILE
 from megatron_replay.training.metrics import read_metrics
 from tests import pool
