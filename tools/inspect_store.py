@@ -5,27 +5,30 @@
     python tools/inspect_store.py STORE --verify --data-path corpus
     python tools/inspect_store.py merge OUT STORE STORE ...
 
-The first form prints sizes of the candidate sets, coverage and missed golds. The tokens of a
-document need --tokenizer; its gold tokens need --data-path too, since the store itself keeps no
-text. "merge --help" says what that is for. (A store of such a name: ./merge.)
+The first form prints the sizes of the candidate sets, coverage and missed labels. --document shows
+the candidates of each position: as text with --tokenizer, likeliest first where the store has
+logits (otherwise by id), and with the labels of --data-path, since a store holds no text. A store
+that is named merge is given as ./merge.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from megatron_replay.data.document_view import describe_document, document_text
-from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
-from megatron_replay.files import require_apart
+import numpy as np
+import numpy.typing as npt
+
+from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError, StoreError
 from megatron_replay.progress import Progress
-from megatron_replay.store import CandidateReader
+from megatron_replay.store import CandidateReader, DocumentCandidates
 from megatron_replay.store.merge import merge_parts
 from megatron_replay.store.summary import summary, summary_text
 from megatron_replay.store.tally import Tally, tally
@@ -35,6 +38,9 @@ from megatron_replay.store.workers import each_shard, usable_cores
 if TYPE_CHECKING:
     from megatron_replay.data.corpus import Corpus
     from megatron_replay.data.tokenizer import Tokenizer
+
+#: Candidates of a position that the text shows; JSON has all.
+_SHOWN = 8
 
 _MERGE = """Merge the parts of one store.
 
@@ -60,12 +66,8 @@ def _parser(form: str) -> argparse.ArgumentParser:
         add("store", type=Path, metavar="STORE", help="a finished candidate store")
         add("--document", type=int, metavar="N", help="show this document")
         add("--tokenizer", metavar="PATH", help="with --document: show tokens as text")
-        add("--data-path", metavar="PREFIX", help="with --document: show golds; with --verify: "
-            "check that positions carry loss and that golds are in their sets")  # fmt: skip
-        add("--show-candidates", type=int, metavar="N",
-            help="with --document: of each position, at most (default: 8); likeliest first where "
-            "the store has logits, otherwise by id")  # fmt: skip
-        add("--figure", type=Path, metavar="FILE.png", help="draw the distributions")
+        add("--data-path", metavar="PREFIX", help="with --document: show labels; with --verify: "
+            "check that positions carry loss and that labels are in their sets")  # fmt: skip
         add("--verify", action="store_true", help="first check every byte, crc32 and bound")
         add("--json", action="store_true", help="print JSON, with all candidates")
     add("--workers", type=int, default=usable_cores(), metavar="N",
@@ -78,24 +80,7 @@ def _require_options(options: argparse.Namespace) -> None:
         raise ConfigError("shows nothing without a document", where="--tokenizer",
                           fix="Add --document")  # fmt: skip
     if options.data_path is not None and options.document is None and not options.verify:
-        raise ConfigError("is of no use alone", where="--data-path",
-                          fix="Add --document or --verify")  # fmt: skip
-    if options.figure is not None and options.document is not None:
-        raise ConfigError("draws whole stores", where="--figure", fix="Leave out --document")
-    if options.figure is not None and options.figure.suffix != ".png":
-        raise ConfigError("another format", where="--figure", expected="a name that ends in .png",
-                          found=options.figure)  # fmt: skip
-    if options.show_candidates is None:
-        options.show_candidates = 8
-    elif options.document is None:
-        raise ConfigError("shows nothing without a document", where="--show-candidates",
-                          fix="Add --document")  # fmt: skip
-    elif options.json:
-        raise ConfigError("JSON has all candidates", where="--show-candidates",
-                          fix="Leave it out, or --json")  # fmt: skip
-    if options.show_candidates < 0:
-        raise ConfigError("negative", where="--show-candidates", expected="0 or more",
-                          found=options.show_candidates)  # fmt: skip
+        raise ConfigError("requires --document or --verify", where="--data-path")
 
 
 def _open_tokenizer(path: str | None, reader: CandidateReader) -> Tokenizer | None:
@@ -125,7 +110,7 @@ def _open_corpus(prefix: str | None, reader: CandidateReader) -> Corpus | None:
 
 
 def _verify(reader: CandidateReader, corpus: Corpus | None, workers: int) -> None:
-    """Say that all is well, or raise: damage of other shards but the last is printed first."""
+    """Print that the store is sound, or each damaged shard; raises the last one's error."""
     start = time.monotonic()
     if corpus is not None:
         corpus.verify()
@@ -137,7 +122,7 @@ def _verify(reader: CandidateReader, corpus: Corpus | None, workers: int) -> Non
     size, seconds = sum(row.bin_bytes for row in reader.rows), time.monotonic() - start
     print(
         f"{reader.directory}: every byte as written"
-        + (", every position carries loss, every gold in its set" if corpus is not None else "")
+        + (", every position carries loss, every label in its set" if corpus is not None else "")
         + f": {size / 1e9:.3g} GB in {reader.description.num_shards} shards, "
         f"{size / 1e9 / max(seconds, 1e-9):.2f} GB/s",
         file=sys.stderr,
@@ -154,20 +139,9 @@ def _tally(reader: CandidateReader, workers: int) -> Tally:
     return counted
 
 
-def _draw(counted: Tally, content: dict[str, object], path: Path) -> None:
-    try:
-        from megatron_replay.evaluation.store_figure import draw_store
-    except ImportError as error:
-        raise ConfigError("needs matplotlib", where="--figure",
-                          fix="pip install 'megatron_replay[report]'") from error  # fmt: skip
-    draw_store(counted, content, path)
-
-
 def _show(options: argparse.Namespace) -> str:
     _require_options(options)
     reader = CandidateReader(options.store)
-    if options.figure is not None:
-        require_apart(options.figure, [("STORE", options.store)], flag="--figure")
     # Before a verification, which may take an hour.
     corpus = _open_corpus(options.data_path, reader)
     tokenizer = _open_tokenizer(options.tokenizer, reader)
@@ -175,16 +149,109 @@ def _show(options: argparse.Namespace) -> str:
         _verify(reader, corpus, options.workers)
     if options.document is not None:
         view = describe_document(reader, options.document, tokenizer, corpus)
-        return (
-            json.dumps(view, indent=2)
-            if options.json
-            else document_text(view, options.show_candidates)
-        )
+        return json.dumps(view, indent=2) if options.json else document_text(view)
     counted = _tally(reader, options.workers)
     content = summary(reader.description, counted)
-    if options.figure is not None:
-        _draw(counted, content, options.figure)
     return json.dumps(content, indent=2) if options.json else summary_text(content)
+
+
+def probabilities(document: DocumentCandidates, i: int) -> npt.NDArray[np.float64] | None:
+    """The base model's probabilities of the candidates of the i-th position, from stored logits.
+
+    ``p_j = exp(z_j - lse)``, computed as ``(1 - tail_mass) exp(z_j) / sum_S exp(z)``: the same
+    number, but rounding of logits and lse cancels: the p_j add up to the coverage.
+    """
+    if document.logits is None:
+        return None
+    logits_S = document.logits[document.offsets[i] : document.offsets[i + 1]].astype(np.float64)
+    weights_S: npt.NDArray[np.float64] = np.exp(logits_S - logits_S.max())
+    weights_S *= (1 - float(document.tail_mass[i])) / weights_S.sum()
+    return weights_S
+
+
+def describe_document(
+    reader: CandidateReader,
+    document_id: int,
+    tokenizer: Tokenizer | None,
+    corpus: Corpus | None,
+) -> dict[str, Any]:
+    """One document as a JSON object, each position with all its candidates."""
+    if not 0 <= document_id < len(reader):
+        raise ConfigError(
+            "no such document",
+            where="--document",
+            expected=f"0 to {len(reader) - 1}",
+            found=document_id,
+        )
+    document = reader[document_id]
+    tokens = None if corpus is None else corpus[document_id].tokens
+    if tokens is not None and (document.positions >= len(tokens) - 1).any():
+        raise StoreError(
+            "positions lie beyond the corpus",
+            where=f"document {document_id}",
+            expected=f"positions below {len(tokens) - 1}",
+            found=int(document.positions[-1]),
+        )
+
+    def name(token: int) -> dict[str, Any]:
+        return {"id": token} | ({} if tokenizer is None else {"text": tokenizer.decode([token])})
+
+    positions = []
+    for i, position in enumerate(document.positions.tolist()):
+        chosen = slice(int(document.offsets[i]), int(document.offsets[i + 1]))
+        candidates = [name(token) for token in document.ids[chosen].tolist()]
+        probability_S = probabilities(document, i)
+        if document.logits is not None and probability_S is not None:
+            numbers = zip(document.logits[chosen].tolist(), probability_S.tolist(), strict=True)
+            for candidate, (logit, probability) in zip(candidates, numbers, strict=True):
+                candidate |= {"logit": logit, "probability": probability}
+        row = {
+            "position": position,
+            "coverage": 1 - float(document.tail_mass[i]),
+            "lse": float(document.lse[i]),
+            "gold_logprob": float(document.gold_logprob[i]),
+            # Rounding lifts some a little above 1; a damaged one must not overflow.
+            "gold_probability": math.exp(min(float(document.gold_logprob[i]), 0.0)),
+            "candidates": candidates,
+        }
+        if tokens is not None:
+            gold = int(tokens[position + 1])
+            row |= {"token": name(int(tokens[position])), "gold": name(gold)}
+            row["gold_in_set"] = gold in document.ids[chosen]
+        positions.append(row)
+    return {"document": document_id, "positions": positions}
+
+
+def document_text(view: dict[str, Any]) -> str:
+    """``describe_document``'s object for a reader at a terminal."""
+    lines = [f"document {view['document']}: {len(view['positions'])} positions"]
+    for row in view["positions"]:
+        line = f"position {row['position']}"
+        if "gold" in row:
+            line += f": {_token_text(row['token'])} -> {_token_text(row['gold'])}"
+            line += "" if row["gold_in_set"] else ", NOT IN THE SET"
+        candidates = row["candidates"]
+        lines.append(
+            f"{line}; label {_percent(row['gold_probability'])}, |S| {len(candidates)}, "
+            f"coverage {_percent(row['coverage'])}, lse {row['lse']:.3f}"
+        )
+        # Likeliest first where there are logits, otherwise as stored: by id.
+        shown = sorted(candidates, key=lambda c: -c.get("probability", 0))
+        shown_text = [_token_text(candidate) for candidate in shown[:_SHOWN]]
+        if len(shown) > _SHOWN:
+            shown_text.append(f"and {len(shown) - _SHOWN} more")
+        lines.append("    " + ", ".join(shown_text))
+    return "\n".join(lines)
+
+
+def _token_text(token: dict[str, Any]) -> str:
+    text = f"{token['id']} {token['text']!r}" if "text" in token else str(token["id"])
+    return f"{text} ({_percent(token['probability'])})" if "probability" in token else text
+
+
+def _percent(probability: float) -> str:
+    """Three significant digits, and never a 0 for what is not: 12.3 %, 0.0456 %, 1.2e-05 %."""
+    return f"{100 * probability:.3g} %"
 
 
 def _merge(options: argparse.Namespace) -> str:

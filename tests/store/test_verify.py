@@ -38,7 +38,7 @@ def test_a_good_store(store: Path, capfd: pytest.CaptureFixture[str], workers: i
     assert main([str(store), "--verify", corpus, workers_flag]) == 0
     captured = capfd.readouterr()
     assert "verify: 14/14 documents" in captured.err
-    assert "every byte as written, every position carries loss, every gold in its" in captured.err
+    assert "every byte as written, every position carries loss, every label in its" in captured.err
     assert "in 4 shards" in captured.err
     assert captured.out.startswith("vocab_size: 70000")
 
