@@ -9,13 +9,15 @@ from megatron_replay.config.section import Section, option
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Section):
-    """How the model lies on the devices."""
+    """How the model is placed on the devices."""
 
     tensor_model_parallel_size: int = option("tensor parallel size (TP)", 1)
     pipeline_model_parallel_size: int = option("pipeline parallel size (PP)", 1)
     sequence_parallel: bool = option("shard activations along the sequence over TP", False)
     platform: str = option("auto, or the name of a platform (cpu, ...)", "auto")
-    distributed_timeout_minutes: float = option("minutes a collective may wait for a rank", 10.0)
+    distributed_timeout_minutes: float = option(
+        "minutes a collective waits for a rank before the run fails", 10.0
+    )
 
     def _check(self) -> None:
         self.require_positive("tensor_model_parallel_size", "pipeline_model_parallel_size")
@@ -48,7 +50,8 @@ class DataConfig(Section):
     )
     micro_batch_size: int = option("packs in one forward pass on one device", 1)
     pack_documents: bool = option(
-        "as many documents in a pack as fit, kept apart by attention; off: one, and padding", True
+        "pack as many documents as fit, which attention keeps apart; off: one document and padding",
+        True,
     )
 
     def _check(self) -> None:

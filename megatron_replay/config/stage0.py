@@ -1,4 +1,4 @@
-"""What Stage 0 can be told."""
+"""The settings of Stage 0."""
 
 from __future__ import annotations
 
@@ -18,26 +18,36 @@ class CandidatesConfig(Section):
     """What Stage 0 records: which positions, and which tokens at each (Eq. 1 and 2)."""
 
     store: str = option("directory of the candidate store to write")
-    coverage: float = option("probability mass tau that a candidate set must reach", 0.95)
-    max_candidates: int = option("cap K_max on a candidate set, before the gold token", 200)
+    coverage: float = option(
+        "probability mass tau that a candidate set reaches, unless it is cut at the cap", 0.95
+    )
+    max_candidates: int = option(
+        "cap K_max on the size of a candidate set, before the label is added", 200
+    )
     position_strategy: str = option(
         "which answer positions to record", "bucket", ("bucket", "random", "last-token", "all")
     )
     position_fraction: float = option(
-        "share of the positions", 0.5, used_with={"position_strategy": ("bucket", "random")}
+        "share of the answer positions to record",
+        0.5,
+        used_with={"position_strategy": ("bucket", "random")},
     )
     last_n: int = option(
-        "positions of a document", 1, used_with={"position_strategy": ("last-token",)}
+        "how many positions to record, from the end of a document",
+        1,
+        used_with={"position_strategy": ("last-token",)},
     )
     seed: int = option(
-        "seed of the positions drawn", 1234, used_with={"position_strategy": ("bucket", "random")}
+        "seed for drawing positions", 1234, used_with={"position_strategy": ("bucket", "random")}
     )
     store_logits: str = option(
         "also record the candidates' logits, in this precision", "none", ("none", "fp16", "bf16")
     )
-    documents_per_shard: int = option("documents in a shard file, the unit of resuming", 1024)
+    documents_per_shard: int = option(
+        "documents in a shard file; a killed run loses at most the shards it was writing", 1024
+    )
     shards: str | None = option(
-        "FIRST:STOP, to write these shards only (tools/inspect_store.py merge puts parts together)",
+        "FIRST:STOP: write only these shards; tools/inspect_store.py merge joins the parts",
         None,
     )
 
@@ -53,7 +63,7 @@ class CandidatesConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage0Config:
-    """Everything ``python -m megatron_replay.stage0`` can be told."""
+    """All settings of ``python -m megatron_replay.stage0``."""
 
     parallel: ParallelConfig
     model: ModelConfigSource
