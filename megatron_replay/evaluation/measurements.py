@@ -33,7 +33,7 @@ Result = dict[str, Any]
 #: General text is cut into pieces of this many predicted tokens.
 WINDOW = 128
 #: Documents of the corpus whose outside mass is measured.
-MAX_DOCUMENTS = 200
+NUM_DOCUMENTS = 200
 
 
 def read_documents(path: Path, tokenizer: Tokenizer, *, row_format: str | None) -> list[Document]:
@@ -175,8 +175,12 @@ def measure(
         )
     if material.candidates:
         corpus, reader = material.candidates
-        result["candidates"] = asdict(
-            candidate_mass(model, corpus, reader, max_documents=MAX_DOCUMENTS, progress=progress)
+        result["candidates"] = candidate_mass(
+            model,
+            corpus,
+            reader,
+            num_documents=NUM_DOCUMENTS,
+            show=f"{name}: outside mass" if progress else "",
         )
     return {of: found for of, found in result.items() if found}
 

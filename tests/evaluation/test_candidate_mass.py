@@ -37,46 +37,55 @@ def random_candidates(document: Document, rng: np.random.Generator) -> DocumentC
     return candidates_of(positions, sets)
 
 
+class Documents(list[Document]):
+    """Stands in for a corpus."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(document) for document in self], dtype=np.int32)
+
+
 def test_equals_a_float64_loop(model_directory: Path) -> None:
-    documents = [*random_documents(4), random_documents(1, seed=9)[0]]
+    documents = Documents([*random_documents(4), random_documents(1, seed=9)[0]])
     rng = np.random.default_rng(1)
-    store = [random_candidates(d, rng) for d in documents[:3]]
-    store += [candidates_of([], []), random_candidates(documents[4], rng)]
+    store = [random_candidates(d, rng) for d in documents]
+    store[4] = candidates_of([], [])
     model = AutoModelForCausalLM.from_pretrained(model_directory).double().eval()
     outside, restricted, full = [], [], []
-    for document, candidates in zip(documents[:4], store[:4], strict=True):
+    for number in (0, 2, 4):  # three of five, evenly spaced
+        document, candidates = documents[number], store[number]
         ids = torch.tensor(document.tokens.tolist())
         with torch.no_grad():
             probabilities = model(ids[None]).logits[0].softmax(-1).numpy()
         for i, t in enumerate(candidates.positions):
             inside = candidates.ids[candidates.offsets[i] : candidates.offsets[i + 1]]
-            gold, mass = probabilities[t, ids[t + 1]], probabilities[t, inside].sum()
+            label, mass = probabilities[t, ids[t + 1]], probabilities[t, inside].sum()
             outside.append(1 - mass)
-            restricted.append(-np.log(gold / mass))
-            full.append(-np.log(gold))
-    result = candidate_mass(load_model(model_directory), documents, store, max_documents=4)
-    assert (result.positions, result.documents) == (len(full), 4)
-    assert result.outside_mass == pytest.approx(np.mean(outside), rel=1e-5)
-    assert result.restricted_loss == pytest.approx(np.mean(restricted), rel=1e-5)
-    assert result.full_loss == pytest.approx(np.mean(full), rel=1e-5)
+            restricted.append(-np.log(label / mass))
+            full.append(-np.log(label))
+    result = candidate_mass(load_model(model_directory), documents, store, num_documents=3)
+    assert (result["positions"], result["documents"]) == (len(full), 3)
+    assert result["outside_mass"] == pytest.approx(np.mean(outside), rel=1e-5)
+    assert result["restricted_loss"] == pytest.approx(np.mean(restricted), rel=1e-5)
+    assert result["full_loss"] == pytest.approx(np.mean(full), rel=1e-5)
 
 
 def test_nothing_is_outside_the_whole_vocabulary(model_directory: Path) -> None:
-    document = random_documents(1)[0]
-    positions = document.eligible_positions().tolist()
+    documents = Documents(random_documents(1))
+    positions = documents[0].eligible_positions().tolist()
     everything = candidates_of(positions, [list(range(VOCAB_SIZE))] * len(positions))
-    result = candidate_mass(load_model(model_directory), [document], [everything], max_documents=9)
-    assert result.outside_mass == 0.0
-    assert result.restricted_loss == result.full_loss
+    result = candidate_mass(load_model(model_directory), documents, [everything], num_documents=9)
+    assert result["outside_mass"] == pytest.approx(0.0, abs=1e-6)
+    assert result["restricted_loss"] == pytest.approx(result["full_loss"])
 
 
 def test_refuses_what_does_not_belong_together(model_directory: Path) -> None:
-    model, documents = load_model(model_directory), random_documents(2)
+    model, documents = load_model(model_directory), Documents(random_documents(2))
     nothing = candidates_of([], [])
     with pytest.raises(DataError, match=r"another corpus \(expected 2; found 1\)"):
-        candidate_mass(model, documents, [nothing], max_documents=2)
-    with pytest.raises(DataError, match="no position is selected in the first 2 documents"):
-        candidate_mass(model, documents, [nothing, nothing], max_documents=2)
+        candidate_mass(model, documents, [nothing], num_documents=2)
+    with pytest.raises(DataError, match="no position is recorded in 2 documents"):
+        candidate_mass(model, documents, [nothing, nothing], num_documents=2)
     foreign = candidates_of([0], [[0, VOCAB_SIZE]])
     with pytest.raises(StoreError, match=f"expected ids below {VOCAB_SIZE}; found {VOCAB_SIZE}"):
-        candidate_mass(model, documents, [foreign, foreign], max_documents=2)
+        candidate_mass(model, documents, [foreign, foreign], num_documents=2)

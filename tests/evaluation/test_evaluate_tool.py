@@ -52,9 +52,9 @@ def test_every_measurement(site: Path, tmp_path: Path) -> None:
     assert tuned["retention"] == {"general": 100.0}
     assert tuned["retention_percent"] == 100.0
     mass = candidate_mass(
-        model, Corpus(site / "corpus"), CandidateReader(site / "store"), max_documents=200
+        model, Corpus(site / "corpus"), CandidateReader(site / "store"), num_documents=200
     )
-    assert tuned["candidates"]["outside_mass"] == pytest.approx(mass.outside_mass)
+    assert tuned["candidates"]["outside_mass"] == pytest.approx(mass["outside_mass"])
     assert set(document["inputs"]) == {
         "sql/books", "choices/domain", "general_choices/general", "general_text",
         "data", "data_path", "store",
