@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from megatron_replay.data.rows import parse_row, read_lines
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError
+from megatron_replay.evaluation.language_model import require_readable
 from megatron_replay.evaluation.scores import standard_error
 from megatron_replay.progress import Progress
 
@@ -46,36 +48,6 @@ class Choice:
     options: list[list[int]]
     num_bytes: list[int]
     answer: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChoiceScore:
-    """The result over a set of questions.
-
-    Attributes:
-        correct: questions whose right option is the likeliest.
-        correct_per_byte: questions whose right option is the likeliest for its length.
-        questions: how many there are.
-    """
-
-    correct: int
-    correct_per_byte: int
-    questions: int
-
-    @property
-    def accuracy(self) -> float:
-        """``correct / questions``."""
-        return self.correct / self.questions
-
-    @property
-    def accuracy_per_byte(self) -> float:
-        """``correct_per_byte / questions``."""
-        return self.correct_per_byte / self.questions
-
-    @property
-    def standard_error(self) -> float:
-        """Of the accuracy."""
-        return standard_error(self.correct, self.questions)
 
 
 def read_choices(path: Path, tokenizer: Tokenizer) -> list[Choice]:
@@ -122,27 +94,31 @@ def _answer(value: object, num_options: int, where: str) -> int:
 
 
 def score_choices(
-    model: PreTrainedModel,
-    choices: Sequence[Choice],
-    *,
-    batch_size: int = 16,
-    description: str = "choices",
-    progress: bool = False,
-) -> ChoiceScore:
+    model: PreTrainedModel, choices: Sequence[Choice], *, batch_size: int = 16, show: str = ""
+) -> dict[str, float | int]:
     """Answer every question and count.
+
+    Returns:
+        ``questions``; ``correct`` and ``accuracy`` with its ``standard_error``, by the score;
+        ``correct_per_byte`` and ``accuracy_per_byte``, by the score over the option's bytes.
 
     Raises:
         DataError: a question is longer than the model's context, or holds ids it lacks.
     """
-    scores = option_scores(
-        model, choices, batch_size=batch_size, description=description, progress=progress
-    )
+    scores = option_scores(model, choices, batch_size=batch_size, show=show)
     correct = correct_per_byte = 0
     for choice, totals in zip(choices, scores, strict=True):
         rates = [total / n for total, n in zip(totals, choice.num_bytes, strict=True)]
         correct += _likeliest(totals) == choice.answer
         correct_per_byte += _likeliest(rates) == choice.answer
-    return ChoiceScore(correct=correct, correct_per_byte=correct_per_byte, questions=len(choices))
+    return {
+        "questions": len(choices),
+        "correct": correct,
+        "accuracy": correct / len(choices),
+        "standard_error": standard_error(correct, len(choices)),
+        "correct_per_byte": correct_per_byte,
+        "accuracy_per_byte": correct_per_byte / len(choices),
+    }
 
 
 def _likeliest(scores: Sequence[float]) -> int | None:
@@ -153,12 +129,7 @@ def _likeliest(scores: Sequence[float]) -> int | None:
 
 @torch.inference_mode()
 def option_scores(
-    model: PreTrainedModel,
-    choices: Sequence[Choice],
-    *,
-    batch_size: int = 16,
-    description: str = "choices",
-    progress: bool = False,
+    model: PreTrainedModel, choices: Sequence[Choice], *, batch_size: int = 16, show: str = ""
 ) -> list[list[float]]:
     """Σ log p of every option, in nats.
 
@@ -172,10 +143,12 @@ def option_scores(
     """
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, choice in enumerate(choices):
-        _require_fitting(model, choice)
+        tokens = [*choice.prompt, *(token for option in choice.options for token in option)]
+        longest = max(map(len, choice.options))
+        require_readable(model, choice.where, tokens, len(choice.prompt) + longest - 1)
         by_length[len(choice.prompt)].append(number)
     scores: dict[int, list[float]] = {}
-    with Progress(description, len(choices), "questions", enabled=progress) as bar:
+    with Progress(show, len(choices), "questions", enabled=bool(show)) as bar:
         for _, numbers in sorted(by_length.items()):
             for start in range(0, len(numbers), batch_size):
                 batch = numbers[start : start + batch_size]
@@ -187,51 +160,21 @@ def option_scores(
 
 def _batch_scores(model: PreTrainedModel, choices: Sequence[Choice]) -> list[list[float]]:
     """`option_scores` of questions whose prompts have one length."""
-    device = model.device
-    prompts_BP = torch.tensor([choice.prompt for choice in choices], device=device)
-    output = model(prompts_BP, use_cache=True, logits_to_keep=1)
-    options = [option for choice in choices for option in choice.options]
+    options = [torch.tensor(option) for choice in choices for option in choice.options]
+    labels_RO = pad_sequence(options, batch_first=True, padding_value=-100).to(model.device)
     question_R = torch.tensor(
-        [row for row, choice in enumerate(choices) for _ in choice.options], device=device
+        [row for row, choice in enumerate(choices) for _ in choice.options], device=model.device
     )
-    length_R = torch.tensor([len(option) for option in options], device=device)
-    longest = max(map(len, options))
-    labels_RO = torch.tensor(
-        [option + [0] * (longest - len(option)) for option in options], device=device
-    )
-    logits_RV = output.logits[:, -1].float().log_softmax(-1)[question_R]
-    scores_RO = logits_RV.gather(1, labels_RO[:, :1])
-    if longest > 1:
+    prompts_BP = torch.tensor([choice.prompt for choice in choices], device=model.device)
+    output = model(prompts_BP, use_cache=True, logits_to_keep=1)
+    logits_ROV = output.logits[question_R]
+    if labels_RO.shape[1] > 1:
         cache = output.past_key_values
         cache.batch_select_indices(question_R)
-        logits_ROV = model(labels_RO[:, :-1], past_key_values=cache, use_cache=True).logits
-        later_RO = -torch.nn.functional.cross_entropy(
-            logits_ROV.float().flatten(0, 1), labels_RO[:, 1:].flatten(), reduction="none"
-        ).view(len(options), longest - 1)
-        scores_RO = torch.cat([scores_RO, later_RO], dim=1)
-    inside_RO = torch.arange(longest, device=device) < length_R[:, None]
-    # Not a product: infinity times zero is no number.
-    totals = scores_RO.double().masked_fill(~inside_RO, 0.0).sum(1).tolist()
-    rest = iter(totals)
-    return [[next(rest) for _ in choice.options] for choice in choices]
-
-
-def _require_fitting(model: PreTrainedModel, choice: Choice) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
-    length = len(choice.prompt) + max(map(len, choice.options)) - 1
-    if context is not None and length > context:
-        raise DataError(
-            "the question is longer than the model's context",
-            where=choice.where,
-            expected=f"at most {context} tokens",
-            found=length,
-        )
-    largest = max(max(choice.prompt), *map(max, choice.options))
-    if largest >= model.config.vocab_size:
-        raise DataError(
-            "the question holds a token that the model lacks",
-            where=choice.where,
-            expected=f"ids below {model.config.vocab_size}",
-            found=largest,
-            fix="Give the tokenizer that belongs to the model",
-        )
+        later = model(labels_RO[:, :-1].clamp(min=0), past_key_values=cache, use_cache=True).logits
+        logits_ROV = torch.cat([logits_ROV, later], dim=1)
+    losses_RO = torch.nn.functional.cross_entropy(  # 0 at padding, whose label is -100
+        logits_ROV.float().flatten(0, 1), labels_RO.flatten(), reduction="none"
+    ).view(labels_RO.shape)
+    totals = iter((-losses_RO.double().sum(1)).tolist())
+    return [[next(totals) for _ in choice.options] for choice in choices]

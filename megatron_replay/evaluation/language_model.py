@@ -7,57 +7,27 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from megatron_replay.data.corpus import Document
 from megatron_replay.errors import CheckpointError, ConfigError, DataError, few
 from megatron_replay.evaluation.model_files import CONFIG, require_model
 from megatron_replay.progress import Progress
 
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """How well a model predicts the tokens that carry loss.
-
-    Attributes:
-        loss_sum: Σ −log p(token), in nats.
-        tokens: how many were predicted.
-        correct: how many were the most probable token.
-    """
-
-    loss_sum: float
-    tokens: int
-    correct: int
-
-    @property
-    def loss(self) -> float:
-        """Mean loss per token."""
-        return self.loss_sum / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        """``exp(loss)``: every token weighs the same, whichever document it is in.
-
-        Infinite where a diverged model's is beyond a float.
-        """
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
-
-    @property
-    def accuracy(self) -> float:
-        """Share of tokens predicted exactly."""
-        return self.correct / self.tokens
+_ABSENT = object()
+#: Of exp in float64.
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -80,7 +50,8 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
         raise CheckpointError("no Hugging Face model here", where=path, expected=CONFIG)
     require_model(path)
     try:
-        with _no_loader_threads():
+        # transformers loads in threads of its own, which may wait for ever in a forked process.
+        with replaced(os.environ, "HF_DEACTIVATE_ASYNC_LOAD", "1"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=getattr(torch, dtype),
@@ -123,93 +94,100 @@ def require_device(device: str) -> None:
 
 
 @contextmanager
-def _no_loader_threads() -> Iterator[None]:
-    """transformers loads in threads of its own; in a forked process they may wait for ever."""
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+def replaced(values: MutableMapping[str, Any], name: str, value: Any) -> Iterator[None]:
+    """Set ``values[name]`` within the context, and restore what it was, or that it was absent."""
+    before = values.get(name, _ABSENT)
+    values[name] = value
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
+        if before is _ABSENT:
+            del values[name]
         else:
-            os.environ[name] = before
-
-
-def _batches(documents: Sequence[Document], batch_size: int) -> Iterator[list[Document]]:
-    """Documents of similar length together: padding costs time."""
-    ordered = sorted(documents, key=len, reverse=True)
-    for start in range(0, len(ordered), batch_size):
-        yield ordered[start : start + batch_size]
-
-
-def _pad(documents: Sequence[Document]) -> tuple[torch.Tensor, torch.Tensor]:
-    """``tokens_BL1`` and ``loss_mask_BL1``, padded on the right.
-
-    With causal attention padding on the right changes nothing before it, so no mask is needed.
-    """
-    longest = max(map(len, documents))
-    tokens = torch.zeros(len(documents), longest, dtype=torch.long)
-    loss_mask = torch.zeros(len(documents), longest, dtype=torch.bool)
-    for row, document in enumerate(documents):
-        tokens[row, : len(document)] = torch.as_tensor(document.tokens.astype("int64"))
-        loss_mask[row, : len(document)] = torch.as_tensor(document.loss_mask.copy())
-    return tokens, loss_mask
+            values[name] = before
 
 
 @torch.inference_mode()
 def score(
-    model: PreTrainedModel,
-    documents: Sequence[Document],
-    *,
-    batch_size: int = 16,
-    description: str = "score",
-    progress: bool = False,
-) -> Score:
-    """Loss and accuracy over all labels that carry loss.
+    model: PreTrainedModel, documents: Sequence[Document], *, batch_size: int = 16, show: str = ""
+) -> dict[str, float | int]:
+    """How well a model predicts the labels that carry loss; each label weighs the same.
 
-    Memory: one batch's logits, ``B·L·V`` numbers.
+    Documents of similar length form a batch, padded on the right: with causal attention padding
+    there changes nothing before it, so no mask is needed. Memory: a batch's logits, ``B·L·V``.
+
+    Returns:
+        ``loss``: mean −log p(label), in nats; ``perplexity``: exp(loss), infinite where a diverged
+        model's is beyond a float; ``accuracy``: share of labels that are the most probable token;
+        ``tokens``: the number of labels.
 
     Raises:
         DataError: a document is longer than the model's context, holds ids it lacks, or no label
             carries loss.
     """
     require_fitting(model, documents)
-    loss_sum, tokens, correct = 0.0, 0, 0
-    with Progress(description, len(documents), "documents", enabled=progress) as bar:
-        for batch in _batches(documents, batch_size):
-            tokens_BL1, mask_BL1 = (t.to(model.device) for t in _pad(batch))
+    device, loss_sum, num_labels, correct = model.device, 0.0, 0, 0
+    ordered = sorted(documents, key=len, reverse=True)
+    with Progress(show, len(documents), "documents", enabled=bool(show)) as bar:
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            tokens_BL1, mask_BL1 = (
+                pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True).to(device)
+                for rows in (
+                    [document.tokens.astype("int64") for document in batch],
+                    [document.loss_mask.copy() for document in batch],
+                )
+            )
             logits_BLV = model(tokens_BL1[:, :-1], use_cache=False).logits
             carries = mask_BL1[:, 1:]
             logits_NV, labels_N = logits_BLV[carries].float(), tokens_BL1[:, 1:][carries]
             losses_N = nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
             loss_sum += losses_N.double().sum().item()
             correct += int((logits_NV.argmax(-1) == labels_N).sum())
-            tokens += len(labels_N)
+            num_labels += len(labels_N)
             bar.advance(len(batch))
-    if tokens == 0:
-        raise DataError("no token carries loss", where=description)
-    return Score(loss_sum=loss_sum, tokens=tokens, correct=correct)
+    if num_labels == 0:
+        raise DataError("no token carries loss", where=show or None)
+    loss = loss_sum / num_labels
+    return {
+        "perplexity": math.exp(loss) if not loss > _LARGEST_EXPONENT else math.inf,
+        "loss": loss,
+        "accuracy": correct / num_labels,
+        "tokens": num_labels,
+    }
 
 
 def require_fitting(model: PreTrainedModel, documents: Sequence[Document]) -> None:
     """Raise DataError if a document is longer than the context or holds ids outside the model."""
-    context = getattr(model.config, "max_position_embeddings", None)
     for number, document in enumerate(documents):
-        if context is not None and len(document) - 1 > context:
-            raise DataError(
-                f"document {number} is longer than the model's context",
-                expected=f"at most {context + 1} tokens",
-                found=len(document),
-            )
-        if document.tokens.max() >= model.config.vocab_size:
-            raise DataError(
-                f"document {number} holds a token that the model lacks",
-                expected=f"ids below {model.config.vocab_size}",
-                found=int(document.tokens.max()),
-                fix="Give the tokenizer that belongs to the model",
-            )
+        require_readable(model, f"document {number}", document.tokens, len(document) - 1)
+
+
+def require_readable(
+    model: PreTrainedModel, where: object, tokens: Sequence[int] | np.ndarray, length: int
+) -> None:
+    """Raise DataError if ``length`` input tokens exceed the context, or the model lacks an id.
+
+    Args:
+        where: what the tokens are of, for the message.
+        tokens: at least one.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise DataError(
+            "longer than the model's context",
+            where=where,
+            expected=f"at most {context} tokens",
+            found=length,
+        )
+    if (largest := int(max(tokens))) >= model.config.vocab_size:
+        raise DataError(
+            "a token that the model lacks",
+            where=where,
+            expected=f"ids below {model.config.vocab_size}",
+            found=largest,
+            fix="Give the tokenizer that belongs to the model",
+        )
 
 
 @torch.inference_mode()
@@ -219,47 +197,41 @@ def greedy_answers(
     *,
     eos_id: int,
     max_new_tokens: int,
-    batch_size: int = 64,
-    description: str = "generate",
-    progress: bool = False,
+    batch_size: int = 16,
+    show: str = "",
 ) -> list[Answer]:
     """The most probable continuation of each prompt, token by token, in the order of ``prompts``.
 
-    Prompts of one length form a batch: no padding, so an answer does not depend on its neighbours
-    beyond rounding. Equal logits: the smallest id wins. No prompt is empty.
+    Prompts of similar length form a batch, padded on the left; the other prompts of a batch change
+    an answer only by rounding. What generation_config.json says is ignored.
     """
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for number, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(number)
     answers: dict[int, Answer] = {}
-    with Progress(description, len(prompts), "answers", enabled=progress) as bar:
-        for numbers in by_length.values():
-            for start in range(0, len(numbers), batch_size):
-                batch = numbers[start : start + batch_size]
-                prompts_BL = torch.tensor([list(prompts[n]) for n in batch], device=model.device)
-                rows = _continue(model, prompts_BL, eos_id, max_new_tokens)
-                answers |= zip(batch, (_cut(row, eos_id) for row in rows), strict=True)
-                bar.advance(len(batch))
+    ordered = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=eos_id
+    )
+    generate: Any = model.generate
+    with (
+        replaced(vars(model), "generation_config", greedy),
+        Progress(show, len(prompts), "answers", enabled=bool(show)) as bar,
+    ):
+        for start in range(0, len(prompts), batch_size):
+            batch = ordered[start : start + batch_size]
+            longest = len(prompts[batch[-1]])
+            padding = [longest - len(prompts[number]) for number in batch]
+            tokens_BL = torch.tensor(
+                [[eos_id] * n + list(prompts[i]) for n, i in zip(padding, batch, strict=True)]
+            )
+            mask_BL = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
+            rows = generate(tokens_BL.to(model.device), attention_mask=mask_BL.to(model.device))[
+                :, longest:
+            ].tolist()
+            answers |= zip(batch, (_until_end(row, eos_id) for row in rows), strict=True)
+            bar.advance(len(batch))
     return [answers[number] for number in range(len(prompts))]
 
 
-def _continue(
-    model: PreTrainedModel, prompts_BL: torch.Tensor, eos_id: int, max_new_tokens: int
-) -> list[list[int]]:
-    done_B = torch.zeros(len(prompts_BL), dtype=torch.bool, device=prompts_BL.device)
-    cache, inputs, generated = None, prompts_BL, []
-    for _ in range(max_new_tokens):
-        output = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, next_B = output.past_key_values, output.logits[:, -1].argmax(-1)
-        generated.append(next_B)
-        done_B |= next_B == eos_id
-        if bool(done_B.all()):
-            break
-        inputs = next_B[:, None]
-    return torch.stack(generated, dim=1).tolist()
-
-
-def _cut(row: list[int], eos_id: int) -> Answer:
+def _until_end(row: list[int], eos_id: int) -> Answer:
     if eos_id in row:
         return Answer(row[: row.index(eos_id)], True)
     return Answer(row, False)

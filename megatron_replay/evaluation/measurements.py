@@ -1,9 +1,9 @@
-"""All measurements of one model that need no other: what is asked, and what it answers."""
+"""Reads what models are measured on, and measures one model on all of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,12 @@ from megatron_replay.errors import DataError
 from megatron_replay.evaluation.candidate_mass import candidate_mass
 from megatron_replay.evaluation.choices import Choice, read_choices, score_choices
 from megatron_replay.evaluation.inputs import Inputs, Settings
-from megatron_replay.evaluation.language_model import Score, greedy_answers, load_model, score
+from megatron_replay.evaluation.language_model import (
+    greedy_answers,
+    load_model,
+    require_readable,
+    score,
+)
 from megatron_replay.evaluation.lm_eval_metrics import Metric
 from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, read_metrics, run_tasks
 from megatron_replay.evaluation.sql.execution import execution_match, with_answers
@@ -54,19 +59,18 @@ def read_documents(path: Path, tokenizer: Tokenizer, *, row_format: str | None) 
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What is asked of every model, read and checked before the first of them is loaded.
+    """What every model is measured on, read and checked before the first model is loaded.
 
     Attributes:
         sql: the questions of each set whose gold query finds something, and how many do not.
-        choices, general_choices: rows of each benchmark.
+        choices: rows of each benchmark, and whether it is one of general abilities.
         documents: "data" and "general", those that are given.
         candidates: corpus and store whose outside mass is measured.
         tasks: the lm-eval tasks, if any, and the metric that is the score of each.
     """
 
     sql: Mapping[str, tuple[list[SqlQuestion], int]]
-    choices: Mapping[str, list[Choice]]
-    general_choices: Mapping[str, list[Choice]]
+    choices: Mapping[str, tuple[list[Choice], bool]]
     documents: Mapping[str, list[Document]]
     candidates: tuple[Corpus, CandidateReader] | None
     tasks: tuple[LmEvalTasks, Mapping[str, Metric]] | None
@@ -75,40 +79,37 @@ class Material:
 def read_material(
     inputs: Inputs, base: Path, tokenizer: Tokenizer, settings: Settings, *, progress: bool
 ) -> Material:
-    """Read every input; lm-eval reads its own tasks, here to see that it can.
+    """Read every input, run every gold query, and look up every lm-eval task.
 
     Raises:
         ConfigError, DataError, StoreError: a row does not fit, a gold query fails, the store is of
             another corpus, tokenizer or base, an lm-eval task is unknown or has no score that can
             be used.
     """
-    documents = {
-        name: read_documents(file, tokenizer, row_format=row_format)
-        for name, file, row_format in (
-            ("data", inputs.data, None),
-            ("general", inputs.general_text, "text"),
-        )
-        if file is not None
-    }
-    if general := documents.get("general"):
-        documents["general"] = [p for d in general for p in d.split(WINDOW + 1)]
+    documents = {}
+    if inputs.data:
+        documents["data"] = read_documents(inputs.data, tokenizer, row_format=None)
+    if inputs.general_text:
+        texts = read_documents(inputs.general_text, tokenizer, row_format="text")
+        documents["general"] = [piece for text in texts for piece in text.split(WINDOW + 1)]
     candidates = None
     if inputs.data_path and inputs.store:
         candidates = _candidates(inputs.data_path, inputs.store, base)
-    choices, general_choices = (
-        {name: read_choices(file, tokenizer) for name, file in files.items()}
-        for files in (inputs.choices, inputs.general_choices)
-    )
+    choices = {
+        name: (read_choices(file, tokenizer), general)
+        for general, files in ((False, inputs.choices), (True, inputs.general_choices))
+        for name, file in files.items()
+    }
     sql = {}
     for name, directory in inputs.sql.items():
         questions = read_sql_set(directory)
-        asked = with_answers(questions, _limits(settings), show=f"{name}: gold" if progress else "")
+        limits = Limits(seconds=settings.query_seconds)
+        asked = with_answers(questions, limits, show=f"{name}: gold" if progress else "")
         sql[name] = asked, len(questions) - len(asked)
     tasks = inputs.lm_eval()
     return Material(
         sql=sql,
         choices=choices,
-        general_choices=general_choices,
         documents=documents,
         candidates=candidates,
         tasks=(tasks, read_metrics(tasks, progress=progress)) if tasks else None,
@@ -140,141 +141,61 @@ def measure(
     *,
     progress: bool,
 ) -> Result:
-    """All measurements of one model that need no other; what is not given is left out."""
+    """Measure one model; what is not given is left out."""
     model = load_model(path, device=settings.device, dtype=settings.dtype)
+    size = settings.batch_size
 
-    def choose(rows: Mapping[str, list[Choice]], general: bool) -> Result:
-        return {
-            of: _choices(model, asked, settings, general, f"{name}: {of}", progress)
-            for of, asked in rows.items()
-        }
+    def show(what: str) -> str:
+        return f"{name}: {what}" if progress else ""
 
     result: Result = {
         "sql": {
-            of: _execution(model, tokenizer, *asked, settings, f"{name}: {of}", progress)
-            for of, asked in material.sql.items()
+            of: _execution(model, tokenizer, questions, settings, show(of)) | {"empty_gold": empty}
+            for of, (questions, empty) in material.sql.items()
         },
-        "choices": choose(material.choices, False) | choose(material.general_choices, True),
+        "choices": {
+            of: score_choices(model, rows, batch_size=size, show=show(of)) | {"general": general}
+            for of, (rows, general) in material.choices.items()
+        },
     }
     for kind, documents in material.documents.items():
-        measured = score(
-            model,
-            documents,
-            batch_size=settings.batch_size,
-            description=f"{name}: {kind}",
-            progress=progress,
-        )
-        result[kind] = _score_result(measured)
+        result[kind] = score(model, documents, batch_size=size, show=show(kind))
     if material.tasks:
         result["lm_eval"] = run_tasks(
-            model,
-            tokenizer.path,
-            *material.tasks,
-            batch_size=settings.batch_size,
-            progress=progress,
+            model, tokenizer.path, *material.tasks, batch_size=size, progress=progress
         )
     if material.candidates:
-        corpus, reader = material.candidates
         result["candidates"] = candidate_mass(
-            model,
-            corpus,
-            reader,
-            num_documents=NUM_DOCUMENTS,
-            show=f"{name}: outside mass" if progress else "",
+            model, *material.candidates, num_documents=NUM_DOCUMENTS, show=show("outside mass")
         )
     return {of: found for of, found in result.items() if found}
-
-
-def _limits(settings: Settings) -> Limits:
-    return Limits(seconds=settings.query_seconds)
-
-
-def _score_result(result: Score) -> Result:
-    return {
-        "perplexity": result.perplexity,
-        "loss": result.loss,
-        "accuracy": result.accuracy,
-        "tokens": result.tokens,
-    }
-
-
-def _choices(
-    model: PreTrainedModel,
-    asked: list[Choice],
-    settings: Settings,
-    general: bool,
-    description: str,
-    progress: bool,
-) -> Result:
-    found = score_choices(
-        model,
-        asked,
-        batch_size=settings.batch_size,
-        description=description,
-        progress=progress,
-    )
-    return asdict(found) | {
-        "accuracy": found.accuracy,
-        "accuracy_per_byte": found.accuracy_per_byte,
-        "standard_error": found.standard_error,
-        "general": general,
-    }
 
 
 def _execution(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     questions: list[SqlQuestion],
-    left_out: int,
     settings: Settings,
-    description: str,
-    progress: bool,
+    show: str,
 ) -> Result:
+    """Generate a query for each question and run it; ``unfinished``: answers without an end."""
     prompts = [tokenizer.encode(question.prompt) for question in questions]
-    _require_answerable(model, questions, prompts, settings.max_new_tokens)
+    for question, prompt in zip(questions, prompts, strict=True):
+        if not prompt:
+            raise DataError("the prompt has no tokens", where=question.where)
+        require_readable(model, question.where, prompt, len(prompt) + settings.max_new_tokens)
     answers = greedy_answers(
         model,
         prompts,
         eos_id=tokenizer.eos_id,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
-        description=f"{description}: generate",
-        progress=progress,
+        show=show and f"{show}: generate",
     )
     match = execution_match(
         questions,
         [tokenizer.decode(answer.tokens).strip() for answer in answers],
-        _limits(settings),
-        show=f"{description}: match" if progress else "",
+        Limits(seconds=settings.query_seconds),
+        show=show and f"{show}: match",
     )
-    return match | {
-        "empty_gold": left_out,
-        "unfinished": sum(not answer.finished for answer in answers),
-    }
-
-
-def _require_answerable(
-    model: PreTrainedModel,
-    questions: list[SqlQuestion],
-    prompts: list[list[int]],
-    max_new_tokens: int,
-) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
-    for question, prompt in zip(questions, prompts, strict=True):
-        if context is not None and len(prompt) + max_new_tokens > context:
-            raise DataError(
-                "prompt and answer are longer than the model's context",
-                where=question.where,
-                expected=f"at most {context} tokens",
-                found=f"{len(prompt)} and --max-new-tokens {max_new_tokens}",
-            )
-        if not prompt:
-            raise DataError("the prompt has no tokens", where=question.where)
-        if max(prompt) >= model.config.vocab_size:
-            raise DataError(
-                "the prompt holds a token that the model lacks",
-                where=question.where,
-                expected=f"ids below {model.config.vocab_size}",
-                found=max(prompt),
-                fix="Give the tokenizer that belongs to the model",
-            )
+    return match | {"unfinished": sum(not answer.finished for answer in answers)}

@@ -69,10 +69,10 @@ def test_counts(model_directory: Path, expected: list[list[float]]) -> None:
     assert raw != by_byte
     answers = np.array([choice.answer for choice in choices])
     result = score_choices(load_model(model_directory), choices)
-    assert result.questions == 12
-    assert result.correct == (answers == raw).sum()
-    assert result.correct_per_byte == (answers == by_byte).sum()
-    assert result.accuracy == result.correct / 12
+    assert result["questions"] == 12
+    assert result["correct"] == (answers == raw).sum()
+    assert result["correct_per_byte"] == (answers == by_byte).sum()
+    assert result["accuracy"] == result["correct"] / 12
 
 
 def test_first_of_equals_wins_and_no_number_is_wrong(model_directory: Path) -> None:
@@ -81,10 +81,10 @@ def test_first_of_equals_wins_and_no_number_is_wrong(model_directory: Path) -> N
         Choice(where="", prompt=[1], options=[[5, 6]] * 3, num_bytes=[2] * 3, answer=answer)
         for answer in range(3)
     ]
-    assert score_choices(model, twins).correct == 1
-    assert score_choices(model, twins[:1]).correct == 1
+    assert score_choices(model, twins)["correct"] == 1
+    assert score_choices(model, twins[:1])["correct"] == 1
     model.get_input_embeddings().weight.data.fill_(float("nan"))
-    assert score_choices(model, twins).correct == 0
+    assert score_choices(model, twins)["correct"] == 0
 
 
 def test_rows_are_tokenized_as_training_rows_are(model_directory: Path, tmp_path: Path) -> None:

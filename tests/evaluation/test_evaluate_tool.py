@@ -40,7 +40,7 @@ def test_every_measurement(site: Path, tmp_path: Path) -> None:
     assert tuned["sql"]["books"]["unfinished"] == 2
     model, tokenizer = load_model(site / "tuned"), load_tokenizer(site / "base")
     task = score(model, read_documents(site / "questions.jsonl", tokenizer, row_format="prompt"))
-    assert tuned["data"]["perplexity"] == pytest.approx(task.perplexity, rel=1e-5)
+    assert tuned["data"]["perplexity"] == pytest.approx(task["perplexity"], rel=1e-5)
     assert tuned["data"]["tokens"] == len("select count(*) from bookselect title from book") + 2
     # 9 · 13 characters and EOS, less the first; four characters and EOS, less the first.
     assert tuned["general"]["tokens"] == 9 * 13 + 4
@@ -241,7 +241,7 @@ def test_a_prompt_that_the_model_cannot_read(
     small = save_model(tmp_path / "small", vocab_size=64)
     assert evaluate.main([*given, f"--base={small}"]) == 3
     assert (
-        "questions.jsonl:1: the prompt holds a token that the model lacks (expected ids below 64; "
+        "questions.jsonl:1: a token that the model lacks (expected ids below 64; "
         "found 79)" in capsys.readouterr().err
     )
 
@@ -266,7 +266,7 @@ def test_a_prompt_that_the_model_cannot_read(
         (
             ["--sql=books={site}", "--max-new-tokens=510", SLOW_MACHINE],
             3,
-            "questions.jsonl:1: prompt and answer",
+            "questions.jsonl:1: longer than the model's context",
         ),
         (["--batch-size=0"], 2, "--batch-size: must be positive (found 0)"),
         (
