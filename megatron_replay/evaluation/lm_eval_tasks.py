@@ -4,7 +4,7 @@
     score(task without a list) = the first of lm-eval's defaults
     score(group) = the first metric that it aggregates
 
-What that metric means is decided before a model is measured (``lm_eval_metrics.py``).
+That the metric is a share is decided before a model is loaded (``lm_eval_metrics.py``).
 
 The harness is an extra (``pip install 'megatron-replay[eval]'``) and is imported when it is used.
 """
@@ -17,7 +17,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,18 +28,15 @@ import yaml
 from transformers import AutoTokenizer, PreTrainedModel
 
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.evaluation.lm_eval_metrics import (
-    Metric,
-    metric_of_group,
-    metric_of_task,
-    require_share,
-    require_within,
-)
+from megatron_replay.evaluation.language_model import replaced
+from megatron_replay.evaluation.lm_eval_metrics import metric_of_group, metric_of_task
 from megatron_replay.files import read_text, require_regular
 
 Result = dict[str, Any]
 #: For metrics whose standard error has no formula; a mean's has one.
 _BOOTSTRAP_ITERATIONS = 1000
+#: A mean of ones may differ from one in its last bit.
+_ROUNDING = 1e-9
 #: What may name local data in a task's YAML file.
 _DATA_KEYS = ("data_files", "data_dir", "dataset_path")
 
@@ -124,12 +121,12 @@ def _named_data(tree: yaml.Node | None) -> Iterator[str]:
             yield node.value
 
 
-def read_metrics(tasks: LmEvalTasks, *, progress: bool) -> dict[str, Metric]:
+def read_metrics(tasks: LmEvalTasks, *, progress: bool) -> dict[str, str]:
     """The metric that is each task's score, decided before a model is loaded.
 
     Raises:
         ConfigError: the harness is not installed.
-        DataError: a task is unknown or cannot be loaded, or a general one's score is no share.
+        DataError: a task is unknown or cannot be loaded, or its score is not known to be a share.
     """
     with _harness(tasks, progress) as manager:
         found = manager.load([*tasks.general, *tasks.domain])
@@ -137,9 +134,8 @@ def read_metrics(tasks: LmEvalTasks, *, progress: bool) -> dict[str, Metric]:
     for name in (*tasks.general, *tasks.domain):
         if name in found["groups"]:
             group = found["groups"][name]
-            metrics[name] = metric_of_group(
-                group.to_dict(), [_configuration(task) for task in group.get_all_tasks()]
-            )
+            parts = [_configuration(task) for task in group.get_all_tasks()]
+            metrics[name] = metric_of_group(group.to_dict(), parts)
         elif name in found["tasks"]:
             metrics[name] = metric_of_task(*_configuration(found["tasks"][name]))
         else:
@@ -148,8 +144,6 @@ def read_metrics(tasks: LmEvalTasks, *, progress: bool) -> dict[str, Metric]:
                 where=f"lm-eval task {name}",
                 fix="Name its tasks",
             )
-        if name in tasks.general:
-            require_share(name, metrics[name])
     return metrics
 
 
@@ -167,7 +161,7 @@ def run_tasks(
     model: PreTrainedModel,
     tokenizer: Path,
     tasks: LmEvalTasks,
-    metrics: Mapping[str, Metric],
+    metrics: Mapping[str, str],
     *,
     batch_size: int,
     progress: bool,
@@ -196,7 +190,7 @@ def run_tasks(
             bootstrap_iters=_BOOTSTRAP_ITERATIONS,
         )
     return {
-        name: task_score(results, name, metric, general=name in tasks.general)
+        name: task_score(results, name, metric) | {"general": name in tasks.general}
         for name, metric in metrics.items()
     }
 
@@ -217,7 +211,14 @@ def _harness(tasks: LmEvalTasks, progress: bool) -> Iterator[Any]:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         try:
             manager = TaskManager(include_path=str(tasks.include_path), include_defaults=False)
-            _require_known(names, manager.all_tasks, tasks.include_path)
+            for name in names:
+                if name not in manager.all_tasks:
+                    raise DataError(
+                        "no such lm-eval task",
+                        where=tasks.include_path,
+                        expected=" or ".join(sorted(manager.all_tasks)[:8]) or "YAML files",
+                        found=name,
+                    )
             yield manager
         except DataError:
             raise
@@ -228,52 +229,34 @@ def _harness(tasks: LmEvalTasks, progress: bool) -> Iterator[Any]:
             ) from error
 
 
-def _require_known(names: list[str], known: list[str], where: Path) -> None:
-    for name in names:
-        if name not in known:
-            raise DataError(
-                "no such lm-eval task",
-                where=where,
-                expected=" or ".join(sorted(known)[:8]) or "YAML files with a task",
-                found=name,
-            )
-
-
-def task_score(results: Mapping[str, Any], task: str, metric: Metric, *, general: bool) -> Result:
-    """One task's entry, from what the harness returned.
-
-    Args:
-        metric: what was decided about its score. Where the task's own function gives other metrics
-            than its YAML file lists, the score is the first of those.
+def task_score(results: Mapping[str, Any], task: str, metric: str) -> Result:
+    """One task's entry, from what the harness returned; of several filters the first counts.
 
     Raises:
-        DataError: it has no score, or a general one has another metric than was decided about, or
-            a share lies outside [0, 1].
+        DataError: it has no such metric, or its value is no share.
     """
+    where = f"lm-eval task {task}"
     values = results["results"].get(task, {})
-    keys = [key for key in values if "," in key and not key.split(",")[0].endswith("_stderr")]
-    if not keys:
-        raise DataError("the task has no score", where=f"lm-eval task {task}")
-    # The harness has them in the order of its own code.
-    key = min(keys, key=lambda key: key.split(",")[0] != metric.name)
-    name, _, filtered = key.partition(",")
-    if name != metric.name:
-        better = bool(results["higher_is_better"].get(task, {}).get(name, True))
-        share = metric.declared and metric.share and better
-        metric = Metric(name, share, better, metric.declared)
-        if general:
-            require_share(task, metric)
+    key = next((key for key in values if key.startswith(f"{metric},")), None)
+    if key is None:
+        raise DataError(
+            f"the task gave no {metric}, which it lists first", where=where, found=", ".join(values)
+        )
     score = float(values[key])
-    require_within(task, metric, score)
-    error = values.get(f"{name}_stderr,{filtered}")
+    if not -_ROUNDING <= score <= 1 + _ROUNDING:
+        raise DataError(
+            f"{metric} is not the share that it was taken for",
+            where=where,
+            expected="a number from 0 to 1",
+            found=score,
+            fix="List another metric first, or let it give a share",
+        )
+    error = values.get(key.replace(",", "_stderr,", 1))
     return {
         "score": score,
         "metric": key,
-        "higher_is_better": metric.higher_is_better,
-        "share": metric.share,
         "standard_error": float(error) if isinstance(error, float) else None,
         "questions": values.get("sample_len"),
-        "general": general,
     }
 
 
@@ -283,32 +266,19 @@ def _offline() -> Iterator[None]:
     import huggingface_hub.constants
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced(os.environ, "HF_HUB_OFFLINE", "1"))
-        stack.enter_context(_replaced(os.environ, "HF_DATASETS_OFFLINE", "1"))
+        stack.enter_context(replaced(os.environ, "HF_HUB_OFFLINE", "1"))
+        stack.enter_context(replaced(os.environ, "HF_DATASETS_OFFLINE", "1"))
         # Its bootstrap would fork from this process, which has threads, and might never return.
-        stack.enter_context(_replaced(os.environ, "DISABLE_MULTIPROC", "1"))
-        stack.enter_context(_replaced(vars(huggingface_hub.constants), "HF_HUB_OFFLINE", True))
+        stack.enter_context(replaced(os.environ, "DISABLE_MULTIPROC", "1"))
+        stack.enter_context(replaced(vars(huggingface_hub.constants), "HF_HUB_OFFLINE", True))
         try:
             import datasets.config
         except ImportError:
             pass  # `require_lm_eval` says so
         else:
             known = vars(datasets.config)
-            stack.enter_context(_replaced(known, "HF_HUB_OFFLINE", True))
+            stack.enter_context(replaced(known, "HF_HUB_OFFLINE", True))
             # Its cache gives yesterday's rows for a local file that has changed since.
             cache = stack.enter_context(TemporaryDirectory(prefix="lm-eval-"))
-            stack.enter_context(_replaced(known, "HF_DATASETS_CACHE", Path(cache)))
+            stack.enter_context(replaced(known, "HF_DATASETS_CACHE", Path(cache)))
         yield
-
-
-@contextmanager
-def _replaced(values: MutableMapping[str, Any], name: str, value: Any) -> Iterator[None]:
-    before = values.get(name)
-    values[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del values[name]
-        else:
-            values[name] = before

@@ -25,7 +25,6 @@ from megatron_replay.evaluation.language_model import (
     require_readable,
     score,
 )
-from megatron_replay.evaluation.lm_eval_metrics import Metric
 from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, read_metrics, run_tasks
 from megatron_replay.evaluation.sql.execution import execution_match, with_answers
 from megatron_replay.evaluation.sql.query import Limits
@@ -73,7 +72,7 @@ class Material:
     choices: Mapping[str, tuple[list[Choice], bool]]
     documents: Mapping[str, list[Document]]
     candidates: tuple[Corpus, CandidateReader] | None
-    tasks: tuple[LmEvalTasks, Mapping[str, Metric]] | None
+    tasks: tuple[LmEvalTasks, Mapping[str, str]] | None
 
 
 def read_material(

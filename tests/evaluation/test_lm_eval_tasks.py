@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation import suite
-from megatron_replay.evaluation.lm_eval_metrics import (
-    Metric,
-    metric_of_group,
-    metric_of_task,
-    require_share,
-)
+from megatron_replay.evaluation.lm_eval_metrics import metric_of_group, metric_of_task
 from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval, task_files, task_score
-from megatron_replay.evaluation.scores import domain_scores
 from tests.evaluation.models import save_model
 from tools import evaluate
 
-#: What lm_eval 0.4.13 returned for a task, two groups, and a task with a perplexity, less the rest.
+#: What lm_eval 0.4.13 returned for a task and a group, less the rest.
 RESULTS: dict[str, Any] = {
     "results": {
         "plain": {
@@ -40,26 +33,13 @@ RESULTS: dict[str, Any] = {
             "exact_match,custom-extract": 0.125, "exact_match_stderr,custom-extract": "N/A",
             "sample_count": {"exact_match,custom-extract": 300},
         },
-        "ppl": {"alias": "ppl", "word_perplexity,none": 9.0, "word_perplexity_stderr,none": "N/A"},
-    },
-    "higher_is_better": {
-        "plain": {"acc": True, "acc_norm": True}, "mean": {"exact_match": True},
-        "ppl": {"word_perplexity": False},
     },
 }  # fmt: skip
-
-
-#: A metric that nothing is known about.
-ROUGE = Metric("rouge1", share=False, higher_is_better=True, declared=False)
 
 
 def listed(*names: str, **more: Any) -> dict[str, Any]:
     """The configuration of a task that lists these metrics."""
     return {"task": "t", "metric_list": [{"metric": name} for name in names], **more}
-
-
-def decide(config: dict[str, Any], *names: str, lower: bool = False) -> Metric:
-    return metric_of_task(config, dict.fromkeys(names, not lower))
 
 
 @pytest.mark.parametrize(
@@ -70,11 +50,9 @@ def decide(config: dict[str, Any], *names: str, lower: bool = False) -> Metric:
         ("exact_match", {}, True),
         ("f1", {}, True),
         ("bleu", {}, False),
-        ("mcc", {}, False),
         ("likelihood", {}, False),
         ("rouge1", {}, False),
         ("rouge1", {"metadata": {"version": 1, "share": True}}, True),
-        ("acc", {"metadata": {"share": False}}, False),
         ("f1", {"process_results": "def per_cent(doc, results): ..."}, False),
         ("acc", {"process_results": "def f(doc, results): ...", "metadata": {"share": True}}, True),
         ("acc", {"metric_list": [{"metric": "acc", "aggregation": "perplexity"}]}, False),
@@ -87,28 +65,21 @@ def decide(config: dict[str, Any], *names: str, lower: bool = False) -> Metric:
 def test_whether_a_score_is_a_share_is_decided_by_the_task(
     name: str, more: dict[str, Any], share: bool
 ) -> None:
-    metric = decide(listed(name) | more, name)
-    assert (metric.name, metric.share, metric.higher_is_better) == (name, share, True)
+    config = listed(name) | more
     if share:
-        require_share("t", metric)
+        assert metric_of_task(config, {name: True, "other": True}) == name
+        with pytest.raises(DataError, match=rf"task t: {name} is better when lower"):
+            metric_of_task(config, {name: False})
     else:
-        with pytest.raises(DataError, match=r"task t: .* so no percentage .*metadata: {share"):
-            require_share("t", metric)
-
-
-def test_what_is_better_when_lower_is_no_share() -> None:
-    for config in (listed("acc"), listed("acc", metadata={"share": True})):
-        metric = decide(config, "acc", lower=True)
-        assert (metric.share, metric.higher_is_better) == (False, False)
-        with pytest.raises(DataError, match="acc is better when lower"):
-            require_share("t", metric)
+        with pytest.raises(DataError, match=r"task t: .* not known .*metadata: {share"):
+            metric_of_task(config, {name: True})
 
 
 def test_what_cannot_be_decided_is_one_line() -> None:
     with pytest.raises(DataError, match=r"task t: .*expected true or false; found 1\)"):
-        decide(listed("acc", metadata={"share": 1}), "acc")
+        metric_of_task(listed("acc", metadata={"share": 1}), {"acc": True})
     with pytest.raises(DataError, match="task t: the task has no metric"):
-        decide(listed())
+        metric_of_task(listed(), {})
 
 
 def test_a_group_is_a_share_where_all_of_its_tasks_are() -> None:
@@ -116,62 +87,38 @@ def test_a_group_is_a_share_where_all_of_its_tasks_are() -> None:
     own = listed("acc", "rouge1"), {"acc": True, "rouge1": True}
     other = listed("acc", process_results="..."), {"acc": True}
     without, lower = (listed("f1"), {"f1": True}), (listed("acc"), {"acc": False})
-    assert metric_of_group(group, [own, own, without]).share
-    assert not metric_of_group(group, [own, other]).share
-    assert metric_of_group(group | {"metadata": {"share": True}}, [own, other]).share
+    assert metric_of_group(group, [own, own, without]) == "acc"
+    assert metric_of_group(group | {"metadata": {"share": True}}, [own, other]) == "acc"
+    for tasks, message in (
+        ([own, other], "task t: acc is not known"),
+        ([own, lower], "task t: acc is better when lower"),
+        ([without], "task g: none of the group's tasks has acc"),
+    ):
+        with pytest.raises(DataError, match=message):
+            metric_of_group(group, tasks)
     with pytest.raises(DataError, match=r"task g: the group has no score of its own.*t,t"):
         metric_of_group({"group": "g", "aggregate_metric_list": None}, [own, other])
-    with pytest.raises(DataError, match=r"task g: .*acc is better when lower in some only"):
-        metric_of_group(group, [own, lower])
-    with pytest.raises(DataError, match="task g: none of the group's tasks has acc"):
-        metric_of_group(group, [without])
-
-
-ACC = Metric("acc", share=True, higher_is_better=True, declared=False)
 
 
 def test_the_score_is_that_of_the_metric() -> None:
-    assert task_score(RESULTS, "plain", ACC, general=True) == {
-        "score": 0.25, "metric": "acc,none", "higher_is_better": True, "share": True,
-        "standard_error": 0.02, "questions": 300, "general": True,
+    assert task_score(RESULTS, "plain", "acc") == {
+        "score": 0.25, "metric": "acc,none", "standard_error": 0.02, "questions": 300,
     }  # fmt: skip
-    found = task_score(RESULTS, "plain", replace(ACC, name="acc_norm"), general=True)
+    found = task_score(RESULTS, "plain", "acc_norm")
     assert (found["score"], found["metric"]) == (0.5, "acc_norm,none")
     assert found["standard_error"] is None
-    found = task_score(RESULTS, "mean", replace(ACC, name="exact_match"), general=False)
+    found = task_score(RESULTS, "mean", "exact_match")
     assert (found["score"], found["metric"]) == (0.125, "exact_match,custom-extract")
-    with pytest.raises(DataError, match="task loose: the task has no score"):
-        task_score(RESULTS, "loose", ACC, general=True)
-
-
-def test_a_score_never_decides_what_it_is() -> None:
-    told = ("score", "higher_is_better", "share")
-    for value in (0.8, 35.0):  # per cent, both
-        results = RESULTS | {"results": {"plain": {"rouge1,none": value}}}
-        found = task_score(results, "plain", ROUGE, general=False)
-        assert [found[key] for key in told] == [value, True, False]
-    lower = Metric("word_perplexity", share=False, higher_is_better=False, declared=False)
-    found = task_score(RESULTS, "ppl", lower, general=False)
-    assert [found[key] for key in told] == [9.0, False, False]
+    with pytest.raises(DataError, match=r"task plain: the task gave no f1.*found.*acc,none"):
+        task_score(RESULTS, "plain", "f1")
 
 
 def test_a_share_that_is_none_is_an_error() -> None:
     for value in (35.0, -0.1, math.nan):
-        results = RESULTS | {"results": {"plain": {"acc,none": value}}}
         with pytest.raises(DataError, match=r"task plain: acc is not the share .*from 0 to 1"):
-            task_score(results, "plain", ACC, general=False)
-    results = RESULTS | {"results": {"plain": {"acc,none": 1 + 2e-16}}}
-    assert task_score(results, "plain", ACC, general=False)["share"]
-
-
-def test_a_function_that_gives_another_metric_than_is_listed() -> None:
-    results = RESULTS | {"results": {"plain": {"pass@1,none": 0.5}}}
-    found = task_score(results, "plain", ACC, general=False)
-    assert (found["metric"], found["share"]) == ("pass@1,none", False)
-    with pytest.raises(DataError, match="pass@1 is not known to be a share"):
-        task_score(results, "plain", ACC, general=True)
-    found = task_score(results, "plain", replace(ACC, declared=True), general=True)
-    assert (found["metric"], found["share"]) == ("pass@1,none", True)
+            task_score({"results": {"plain": {"acc,none": value}}}, "plain", "acc")
+    almost = {"results": {"plain": {"acc,none": 1 + 2e-16}}}
+    assert task_score(almost, "plain", "acc")["score"] == pytest.approx(1.0)
 
 
 def test_local_data_that_a_task_names_decides_too(tmp_path: Path) -> None:
@@ -278,7 +225,7 @@ def test_a_real_run_agrees_with_our_own_choices(
 
 @needs_harness
 @pytest.mark.filterwarnings("default")
-def test_a_real_run_takes_the_first_metric_of_the_list_and_its_direction(
+def test_a_real_run_takes_the_first_metric_of_the_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -287,41 +234,33 @@ def test_a_real_run_takes_the_first_metric_of_the_list_and_its_direction(
     write_task(tmp_path, metric_list=metrics)
     rows = [{"prompt": f"{i}?", "options": ["x" * 9, "y"], "answer": i % 2} for i in range(20)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = [
-        f"--base={tmp_path / 'base'}", f"--output={tmp_path / 'eval.json'}",
-        f"--lm-eval-include-path={tmp_path / 'tasks'}",
-    ]  # fmt: skip
+    task = json.loads((tmp_path / "tasks" / "rows.yaml").read_text()) | {"task": "custom"}
+    (tmp_path / "tasks" / "functions.py").write_text(
+        "def function(doc, results): return {'acc_norm': 0.8}\n"
+    )
+    end = ", process_results: !function functions.function}"
+    declared = json.dumps(task | {"metadata": {"version": 1, "share": True}})
+    (tmp_path / "tasks" / "custom.yaml").write_text(declared[:-1] + end)
     perplexity = {
         "task": "texts", "dataset_path": "json", "test_split": "test",
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
         "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{prompt}}",
     }  # fmt: skip
     (tmp_path / "tasks" / "texts.yaml").write_text(json.dumps(perplexity))
-    tasks = ["--lm-eval-tasks=rows", "--lm-eval-domain-tasks=texts"]
-    assert evaluate.main([*given, *tasks]) == 0
+    given = [
+        f"--base={tmp_path / 'base'}", f"--output={tmp_path / 'eval.json'}",
+        f"--lm-eval-include-path={tmp_path / 'tasks'}",
+    ]  # fmt: skip
+    both = ["--lm-eval-tasks=rows", "--lm-eval-domain-tasks=custom"]
+    assert evaluate.main([*given, *both]) == 0
     [entry] = json.loads((tmp_path / "eval.json").read_text())["models"]
-    found, texts = entry["lm_eval"]["rows"], entry["lm_eval"]["texts"]
-    assert (found["metric"], found["higher_is_better"], found["share"]) == (
-        "acc_norm,none", True, True,
-    )  # fmt: skip
-    assert texts["metric"].endswith("perplexity,none")
-    assert (texts["higher_is_better"], texts["share"]) == (False, False)
-    assert texts["score"] > 1
-    assert domain_scores(entry) == {}
-    functions = "def function(doc, results): return {'acc_norm': 0.8}\n"
-    (tmp_path / "tasks" / "functions.py").write_text(functions)
-    task = json.loads((tmp_path / "tasks" / "rows.yaml").read_text()) | {"task": "custom"}
-    end = ", process_results: !function functions.function}"
-    declared = json.dumps(task | {"metadata": {"version": 1, "share": True}})
-    (tmp_path / "tasks" / "custom.yaml").write_text(declared[:-1] + end)
-    assert evaluate.main([*given, "--lm-eval-tasks=custom"]) == 0
-    [entry] = json.loads((tmp_path / "eval.json").read_text())["models"]
+    assert entry["lm_eval"]["rows"]["metric"] == "acc_norm,none"
     assert entry["lm_eval"]["custom"]["score"] == pytest.approx(0.8)
-    assert entry["lm_eval"]["custom"]["share"]
+    assert [entry["lm_eval"][name]["general"] for name in ("rows", "custom")] == [True, False]
     monkeypatch.setattr(suite, "measure", lambda *_, **__: pytest.fail("a model was loaded"))
     (tmp_path / "eval.json").unlink()
     capsys.readouterr()
-    assert evaluate.main([*given, "--lm-eval-tasks=texts"]) == 3
+    assert evaluate.main([*given, "--lm-eval-domain-tasks=texts"]) == 3
     assert "word_perplexity is better when lower" in capsys.readouterr().err
     (tmp_path / "tasks" / "custom.yaml").write_text(json.dumps(task)[:-1] + end)
     assert evaluate.main([*given, "--lm-eval-tasks=custom"]) == 3
