@@ -1,4 +1,4 @@
-"""Scores and greedy answers of a Hugging Face causal language model.
+"""Loads a Hugging Face causal language model; its scores and its greedy answers.
 
 Shapes: B documents of a batch, L its longest document less one, V vocabulary.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,14 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.data.corpus import Document
 from megatron_replay.errors import CheckpointError, ConfigError, DataError, few
-from megatron_replay.evaluation.model_files import CONFIG, require_model
+from megatron_replay.files import read_json, require_regular
+from megatron_replay.model.config import ModelConfig
 from megatron_replay.progress import Progress
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
 _ABSENT = object()
 #: Of exp in float64.
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
@@ -42,33 +46,24 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
     """Load a Hugging Face directory for evaluation; nothing is fetched, no remote code is run.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: there is no such device here, or the model is of another architecture than
+            those that this project trains.
         CheckpointError: it is missing, does not fit its config.json, or cannot be loaded.
     """
     require_device(device)
-    if not (path / CONFIG).is_file():
-        raise CheckpointError("no Hugging Face model here", where=path, expected=CONFIG)
     require_model(path)
     try:
         # transformers loads in threads of its own, which may wait for ever in a forked process.
         with replaced(os.environ, "HF_DEACTIVATE_ASYNC_LOAD", "1"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=getattr(torch, dtype),
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
-                output_loading_info=True,
             )
     except Exception as error:  # transformers promises no type here
         raise CheckpointError(f"cannot load the model: {error}", where=path) from error
-    model, report = loaded
-    # transformers initialises what a file lacks at random and goes on: such numbers mean nothing.
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(kind):
-            raise CheckpointError(
-                f"{kind.replace('_', ' ')} in the weights", where=path, found=sorted(report[kind])
-            )
     bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if bad:
         raise CheckpointError(
@@ -78,6 +73,45 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
         )
     model.to(device).eval()
     return cast(PreTrainedModel, model)
+
+
+def require_model(directory: Path) -> None:
+    """Check a Hugging Face directory before transformers allocates what its config.json says.
+
+    The directory is untrusted: its files may be pipes, and its sizes anything. Reads headers only.
+
+    Raises:
+        ConfigError: the model is of another architecture than those that this project trains.
+        CheckpointError: a file is missing, damaged or not regular, or the tensors are not those of
+            config.json.
+    """
+    for file in sorted(directory.glob("*")):
+        if file.exists() and not file.is_dir():
+            require_regular(file, CheckpointError)
+    if not (directory / CONFIG).is_file():
+        raise CheckpointError("no Hugging Face model here", where=directory, expected=CONFIG)
+    if (directory / GENERATION).exists():  # transformers takes its defaults for a damaged one
+        read_json(directory / GENERATION, CheckpointError)
+    config = ModelConfig.from_hf(directory)
+    try:
+        HFReader(directory).check(config)
+    except RuntimeError as error:  # more than can be mapped
+        raise CheckpointError(f"cannot read the weights: {error}", where=directory) from error
+    _require_counts(read_json(directory / CONFIG, CheckpointError), config.vocab_size, directory)
+
+
+def _require_counts(config: Mapping[str, Any], most: int, directory: Path) -> None:
+    """Raise CheckpointError where a count (num_labels, …) would make transformers fill memory."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _require_counts(value, most, directory)
+        elif isinstance(value, int) and re.match("(num|n)_", name) and value > most:
+            raise CheckpointError(
+                f"unusable {name} in {CONFIG}",
+                where=directory,
+                expected=f"at most {most}",
+                found=value,
+            )
 
 
 def require_device(device: str) -> None:

@@ -23,14 +23,14 @@ from megatron_replay.evaluation.entries import (
     strict,
 )
 from megatron_replay.evaluation.inputs import Inputs, Settings, flag_of
-from megatron_replay.evaluation.language_model import require_device
-from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval
-from megatron_replay.evaluation.measurements import Result, measure, read_material
-from megatron_replay.evaluation.model_files import (
+from megatron_replay.evaluation.language_model import (
     CONFIG,
     GENERATION,
+    require_device,
     require_model,
 )
+from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval
+from megatron_replay.evaluation.measurements import Result, measure, read_material
 from megatron_replay.evaluation.scores import general_scores, retention
 from megatron_replay.files import (
     differing,

@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from megatron_replay.errors import CheckpointError
-from megatron_replay.evaluation.language_model import load_model
-from megatron_replay.evaluation.model_files import require_model
+from megatron_replay.errors import CheckpointError, ConfigError
+from megatron_replay.evaluation.language_model import load_model, require_model
 from tests.evaluation.models import save_model
 from tools import evaluate
 
@@ -33,51 +31,33 @@ def change(model: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers of at most 24, for 24 tensors"),
-        ({"num_hidden_layers": 25}, "num_hidden_layers of at most 24"),
-        ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers of at most 24"),
-        ({"num_labels": 10**9}, "num_labels of at most 257"),
-        ({"num_attention_heads": 10**9}, "num_attention_heads of at most 257"),
-        ({"num_attention_heads": 64}, "q_proj.weight has another shape"),
-        ({"num_key_value_heads": 10**9}, "num_key_value_heads of at most 257"),
-        ({"num_key_value_heads": 0}, "describes no model: ZeroDivisionError"),
-        ({"head_dim": 10**9}, "has another shape"),
-        ({"hidden_size": 10**9}, "model.embed_tokens.weight has another shape"),
-        ({"hidden_size": 10**19}, "describes no model: "),
-        ({"hidden_size": "x"}, "describes no model: "),
-        ({"vocab_size": 10**12}, "has another shape (expected [1000000000000, 32]; found [257"),
-        ({"intermediate_size": 10**12}, "has another shape"),
-        ({"model_type": "nothing"}, "describes no model: "),
-        ({"quantization_config": {}, "vocab_size": 10**12}, "about "),
+        ({"num_hidden_layers": 10**9}, "expected 1000000000 layers; found 24 tensors"),
+        ({"num_hidden_layers": 3}, "tensors missing"),
+        ({"num_hidden_layers": 1}, "not part of the model"),
+        ({"num_labels": 10**9}, "unusable num_labels in config.json"),
+        ({"text_config": {"num_hidden_layers": 10**9}}, "unusable num_hidden_layers"),
+        ({"num_attention_heads": 64}, "q_proj.weight"),
+        ({"num_key_value_heads": 0}, "unusable num_key_value_heads"),
+        ({"hidden_size": 10**9}, "wrong shape of model.embed_tokens.weight"),
+        ({"hidden_size": "x"}, "unusable hidden_size"),
+        ({"vocab_size": 10**12}, "wrong shape of model.embed_tokens.weight"),
+        ({"model_type": "nothing"}, "unsupported model"),
+        ({"quantization_config": {"bits": 4}}, "unsupported quantization_config"),
     ],
 )
 def test_sizes_that_do_not_fit_the_weights(
     model: Path, values: dict[str, Any], message: str
 ) -> None:
     change(model, **values)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
         load_model(model)
-    assert str(caught.value).startswith(f"{model}: config.json ")
+    assert str(model) in str(caught.value)
     assert message in str(caught.value)
 
 
 def test_sizes_that_fit(model: Path, tmp_path: Path) -> None:
     require_model(model)
-    assert Qwen3Config().max_window_layers > 24  # no count of layers, and more than there are
     require_model(save_model(tmp_path / "untied", tied=False))
-
-
-def test_a_mixture_whose_experts_are_stored_apart(tmp_path: Path) -> None:
-    """transformers puts them together when it loads: no name of theirs is both here and there."""
-    config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, moe_intermediate_size=64, num_experts=96,
-    )  # fmt: skip
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
-    require_model(tmp_path / "moe")
-    change(tmp_path / "moe", num_local_experts=597)
-    with pytest.raises(CheckpointError, match=r"config\.json does not fit the weights"):
-        require_model(tmp_path / "moe")
 
 
 def weights(path: Path, table: dict[str, Any], size: int) -> None:
@@ -94,11 +74,11 @@ def test_weights_of_a_terabyte_are_not_read(model: Path) -> None:
     content = file.read_bytes()
     try:
         os.truncate(file, size)
-        with pytest.raises(CheckpointError, match="longer than its header says"):
+        with pytest.raises(CheckpointError, match="not a safetensors file"):
             require_model(model)
         extra = {"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
         weights(file, extra, size)
-        with pytest.raises(CheckpointError, match=r"does not fit the weights|unable to mmap"):
+        with pytest.raises(CheckpointError, match=r"tensors missing|mmap|not a safetensors"):
             require_model(model)
     finally:
         file.write_bytes(content[:-1])
