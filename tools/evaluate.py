@@ -1,12 +1,12 @@
-"""Measure models: what they gained, what they kept.
+"""Measure a base and the models made from it: what they gained, and what they kept.
 
     python tools/evaluate.py --base runs/base --model full=runs/full --model replay=runs/replay \
         --sql domain=sql/ --choices telecom=choices.jsonl --general-choices cloze=cloze.jsonl \
         --general-text heldout.jsonl --output eval.json
 
-Every input is optional, and what is not given is not measured; docs/evaluation.md has the formats.
-A model that ``--output`` already holds a result for, made from the same files and settings, is not
-measured again. Prints a line a model; the JSON has all of it.
+Only the inputs that are given are measured; docs/evaluation.md describes their formats. A result
+that --output already has, made from the same files and settings, is reused. Prints one line per
+model; the JSON has every number.
 """
 
 from __future__ import annotations
@@ -25,100 +25,89 @@ from megatron_replay.evaluation.scores import domain_scores, value_at
 from megatron_replay.evaluation.suite import BASE, evaluate
 from megatron_replay.files import make_directory
 
-_NAMED = (
-    ("--sql", "DIR", "questions and databases: plain, Spider's or BIRD's layout"),
-    ("--choices", "FILE", "multiple-choice rows of the domain"),
-    ("--general-choices", "FILE", "multiple-choice rows of general abilities: retention"),
-)
-
+#: Inputs of which each has a name: what is given beside it, and what it is.
+_NAMED = {
+    "sql": ("DIR", "questions and databases, in the layout of Spider, of BIRD, or plain"),
+    "choices": ("FILE", "multiple-choice rows of the domain"),
+    "general_choices": ("FILE", "multiple-choice rows of general abilities, for retention"),
+}
+_TASKS = {
+    "lm_eval_tasks": "lm-eval tasks of general abilities, for retention",
+    "lm_eval_domain_tasks": "lm-eval tasks of the domain",
+}
+_PATHS = {
+    "lm_eval_include_path": "directory of these tasks' YAML files",
+    "general_text": "text rows that show what is forgotten",
+    "data": "held-out rows of the domain, of any format",
+    "data_path": "prefix of the corpus whose outside mass is measured",
+    "store": "candidate store of that corpus",
+}
 _SETTINGS = {
     "device": "torch device; auto: this machine's accelerator, or its CPU",
-    "dtype": "what the models compute in, on any device",
-    "batch_size": "documents or prompts at once",
-    "max_new_tokens": "length of a generated query",
-    "query_seconds": "time limit of one query",
+    "dtype": "float32 or bfloat16: the number format of the models",
+    "batch_size": "documents or prompts in a batch",
+    "max_new_tokens": "most tokens of a generated query",
+    "query_seconds": "time limit of a query",
 }
-
-#: Settings that only some inputs read, and these.
-_TEXTS = ("general_text", "data", "choices", "general_choices", "sql")
+#: The inputs that read a setting; the others are read by all.
 _READ_BY = {
-    "batch_size": (*_TEXTS, "lm_eval_tasks", "lm_eval_domain_tasks"),
-    "max_new_tokens": ("sql",),
-    "query_seconds": ("sql",),
+    "batch_size": {*_NAMED, *_TASKS, "general_text", "data"},
+    "max_new_tokens": {"sql"},
+    "query_seconds": {"sql"},
 }
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    settings = Settings()
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument(
-        "--base", type=Path, required=True, help="Hugging Face directory; measured too"
-    )
+    flags.add_argument("--base", type=Path, required=True, help="Hugging Face directory")
     flags.add_argument(
         "--model", action="append", default=[], metavar="NAME=DIR", help="repeatable"
     )
     flags.add_argument("--output", type=Path, required=True, help="the JSON to write")
     inputs = flags.add_argument_group("inputs")
-    for flag, kind, what in _NAMED:
+    for name, (kind, what) in _NAMED.items():
+        text = f"{what}; repeatable"
         inputs.add_argument(
-            flag, action="append", default=[], metavar=f"NAME={kind}", help=f"{what}; repeatable"
+            flag_of(name), action="append", default=[], metavar=f"NAME={kind}", help=text
         )
-    inputs.add_argument(
-        "--lm-eval-tasks", default="", metavar="TASK,…", help="lm-eval tasks: retention"
-    )
-    inputs.add_argument(
-        "--lm-eval-domain-tasks", default="", metavar="TASK,…", help="lm-eval tasks of the domain"
-    )
-    inputs.add_argument(
-        "--lm-eval-include-path", type=Path, metavar="DIR", help="YAML files of these tasks"
-    )
-    inputs.add_argument("--general-text", type=Path, help="text rows: forgetting")
-    inputs.add_argument("--data", type=Path, help="held-out rows of any known format")
-    inputs.add_argument("--data-path", type=Path, help="corpus prefix, for the outside mass")
-    inputs.add_argument("--store", type=Path, help="candidate store of that corpus")
+    for name, what in _TASKS.items():
+        inputs.add_argument(flag_of(name), default="", metavar="TASK,…", help=what)
+    for name, what in _PATHS.items():
+        inputs.add_argument(flag_of(name), type=Path, metavar="PATH", help=what)
     how = flags.add_argument_group("settings")
     for name, what in _SETTINGS.items():
-        default = getattr(settings, name)
-        how.add_argument(
-            flag_of(name), type=type(default), default=argparse.SUPPRESS,
-            choices=("float32", "bfloat16") if name == "dtype" else None,
-            help=f"{what} (default: {default})",
-        )  # fmt: skip
+        default = getattr(Settings(), name)
+        text = f"{what} (default: {default})"
+        how.add_argument(flag_of(name), type=type(default), default=argparse.SUPPRESS, help=text)
     return flags
 
 
-def _inputs(given: dict[str, Any]) -> Inputs:
-    named = {
-        flag.strip("-").replace("-", "_"): named_paths(
-            given[flag.strip("-").replace("-", "_")], flag=flag, kind=kind
-        )
-        for flag, kind, _ in _NAMED
-    }
-    tasks = {
-        name: tuple(task for task in given[name].split(",") if task)
-        for name in ("lm_eval_tasks", "lm_eval_domain_tasks")
-    }
-    rest = {name: given[name] for name in Inputs.__dataclass_fields__}
-    return Inputs(**rest | named | tasks)
+def _inputs(given: Mapping[str, Any]) -> Inputs:
+    values: dict[str, Any] = {name: given[name] for name in _PATHS}
+    for name, (kind, _) in _NAMED.items():
+        values[name] = named_paths(given[name], flag=flag_of(name), kind=kind)
+    for name in _TASKS:
+        values[name] = tuple(filter(None, given[name].split(",")))
+    return Inputs(**values)
 
 
-def _require_read(given: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a setting is given that no input which is given reads."""
+def _settings(given: Mapping[str, Any]) -> Settings:
     for name, readers in _READ_BY.items():
         if name in given and not any(given[reader] for reader in readers):
-            flags = " or ".join(map(flag_of, readers))
+            flags = " or ".join(map(flag_of, sorted(readers)))
             raise ConfigError(
                 "has no effect on what is measured",
                 where=flag_of(name),
                 fix=f"Add {flags}, or leave it out",
             )
+    return Settings(**{name: given[name] for name in _SETTINGS if name in given})
 
 
 def _line(model: Mapping[str, Any]) -> str:
-    """The model's scores in the domain, and what general text costs it more than the base."""
+    """The model's scores in the domain, and its distance from the base on general text."""
     found = [f"{name} {score:.1f} %" for name, score in domain_scores(model).items()]
     change = value_at(model, "general.delta_perplexity")
     if change is not None:
@@ -128,22 +117,20 @@ def _line(model: Mapping[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate and print one line a model, and where all of it is."""
+    """Evaluate, and print one line per model."""
     argv = sys.argv[1:] if argv is None else argv
     given = vars(parser().parse_args(argv))
     try:
         models = named_paths(given["model"], flag="--model")
         if BASE in models:
             raise ConfigError("this name is the base's own", where="--model", found=BASE)
-        _require_read(given)
+        settings, inputs = _settings(given), _inputs(given)
         make_directory(given["output"].absolute().parent)
         document = evaluate(
             given["base"],
             models,
-            _inputs(given),
-            Settings(
-                **{name: given[name] for name in Settings.__dataclass_fields__ if name in given}
-            ),
+            inputs,
+            settings,
             output=given["output"],
             command=shlex.join(["python", "tools/evaluate.py", *argv]),
         )
@@ -151,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted; models that are done are not measured again", file=sys.stderr)
+        print("error: interrupted; finished models are not measured again", file=sys.stderr)
         return EXIT_INTERRUPTED
     for model in document["models"]:
         print(_line(model))

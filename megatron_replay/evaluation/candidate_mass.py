@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from megatron_replay.data.corpus import Corpus, Document, pick_documents
 from megatron_replay.errors import DataError, StoreError
 from megatron_replay.evaluation.language_model import require_fitting
-from megatron_replay.functional.full_cross_entropy import outside_mass
+from megatron_replay.loss.candidate_sets import CandidateSets
+from megatron_replay.loss.full import outside_mass
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader, DocumentCandidates
 
@@ -74,14 +75,16 @@ def _sums(
             expected=f"ids below {len(weight_VH)}",
             found=int(candidates.ids.max()),
         )
-    tokens, positions_P, ids, offsets = (
-        torch.as_tensor(array.astype("int64"), device=model.device)
-        for array in (document.tokens, candidates.positions, candidates.ids, candidates.offsets)
-    )
-    hidden_LH = model.base_model(tokens[None, :-1], use_cache=False).last_hidden_state[0]
-    outside_P, full_P = outside_mass(
-        hidden_LH[positions_P], weight_VH, ids.int(), offsets, tokens[positions_P + 1]
-    )
+    sets = CandidateSets.of(
+        candidates.ids,
+        candidates.offsets.astype("int64"),
+        document.tokens[candidates.positions + 1].astype("int64"),
+        vocab_size=len(weight_VH),
+    ).moved(lambda tensor: tensor.to(model.device))
+    tokens_L = torch.from_numpy(document.tokens[:-1].astype("int64")).to(model.device)
+    positions_P = torch.from_numpy(candidates.positions.astype("int64")).to(model.device)
+    hidden_LH = model.base_model(tokens_L[None], use_cache=False).last_hidden_state[0]
+    outside_P, full_P = outside_mass(hidden_LH[positions_P], weight_VH, sets)
     # Below one: where rounding puts all mass outside, the loss is large, not infinite.
     restricted_P = full_P + torch.log1p(-outside_P.clamp(max=1 - 2**-24))
     return torch.stack([outside_P, restricted_P, full_P]).double().sum(1).cpu()
