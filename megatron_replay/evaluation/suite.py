@@ -47,11 +47,7 @@ _TEXTS = {"data", "general"}
 
 
 def model_sha256(directory: Path) -> str:
-    """SHA-256 of a model's weights and configuration, what it generates with included.
-
-    Args:
-        directory: known to `require_model`.
-    """
+    """SHA-256 of a model's weights and configuration files."""
     files = sorted(HFReader(directory).files(), key=lambda file: file.name == CONFIG)
     if (generation := directory / GENERATION).is_file():  # lm-eval's answers need it
         files.append(generation)
@@ -70,9 +66,8 @@ def evaluate(
 ) -> Result:
     """Measure the base and every model, and write ``output`` after each of them.
 
-    A model whose weights, inputs, settings and base are those of a result in ``output`` is not
-    measured again, and none of ``output`` is lost when a run is cut off or asks for less: results
-    that it does not ask for, of other models, inputs or settings, stay there as ``kept``. All
+    A result in ``output`` that was made from the same weights, inputs, settings and base is reused.
+    The other results in ``output`` stay there as ``kept``, also when a run is interrupted. All
     models are read with the base's tokenizer, so that perplexities are over the same tokens.
 
     Raises:
@@ -104,14 +99,13 @@ def evaluate(
         "tokenizer": tokens.fingerprint,
     }
     material = read_material(inputs, base, tokens, settings, progress=progress)
-    decisive = dict(hashes)
+    decisive = [FORMAT, sha256[BASE], tokens.fingerprint, hashes, asdict(settings)]
     if material.tasks:
         tasks, metrics = material.tasks
-        parts = (document["lm_eval_version"], tasks.general, tasks.domain, metrics)
-        decisive["lm_eval"] = repr(parts)
+        decisive.append([document["lm_eval_version"], tasks.general, tasks.domain, metrics])
     keys = {
-        name: _key(sha256[name], sha256[BASE], tokens.fingerprint, decisive, settings)
-        for name in asked
+        name: hashlib.sha256(json.dumps([sha, *decisive], sort_keys=True).encode()).hexdigest()
+        for name, sha in sha256.items()
     }
     if keys[BASE] in known:  # before the first measurement, which may be cut off
         _write(output, document, asked, keys, known)
@@ -128,7 +122,7 @@ def evaluate(
 
 
 def _require_one_tokenizer(base: Path, models: Mapping[str, Path]) -> None:
-    """Raise DataError where a model has another tokenizer than the base, which reads for all."""
+    """Raise DataError where a model has another tokenizer than the base, whose is used for all."""
     ours = tokenizer_digests(base)
     for name, path in models.items():
         theirs = tokenizer_digests(path)
@@ -196,13 +190,6 @@ def _add_differences(result: Result, base: Result) -> None:
     if kept:
         result["retention"] = kept
         result["retention_percent"] = sum(kept.values()) / len(kept)
-
-
-def _key(
-    sha256: str, base: str, tokenizer: str, hashes: Mapping[str, str], settings: Settings
-) -> str:
-    decisive = [FORMAT, sha256, base, tokenizer, dict(hashes), asdict(settings)]
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def read_evaluation(path: Path) -> Result:

@@ -254,7 +254,7 @@ def test_a_prompt_that_the_model_cannot_read(
         (["--model=a=x", "--model=a=y"], 2, "a is given twice"),
         (["--store={site}/store"], 2, "--data-path and --store are given together"),
         (["--sql=books"], 2, "--sql: not a name and a path (expected NAME=DIR; found books)"),
-        (["--sql=books={site}/store"], 3, "store: no layout of SQL questions that is known"),
+        (["--sql=books={site}/store"], 3, "store: not a known layout of SQL questions"),
         (["--choices=c={site}/missing"], 3, "no such file, given as --choices"),
         (["--choices=c={site}/text.jsonl"], 3, "text.jsonl:1: missing key (expected 'prompt'"),
         (["--choices=c={site}/c", "--general-choices=c={site}/c"], 2, "have one name"),

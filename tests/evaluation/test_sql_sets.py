@@ -175,12 +175,12 @@ def test_mistakes(tmp_path: Path, rows: Any, message: str) -> None:
 
 
 def test_unknown_layouts(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no layout .*found nothing"):
+    with pytest.raises(DataError, match=r"not a known layout .*found nothing"):
         read_sql_set(tmp_path)
-    with pytest.raises(DataError, match=r"no layout .*found no directory"):
+    with pytest.raises(DataError, match=r"not a known layout .*found no directory"):
         read_sql_set(tmp_path / "missing")
     (tmp_path / "dev.json").write_text("[")
-    with pytest.raises(DataError, match=r"no layout .*found dev\.json"):
+    with pytest.raises(DataError, match=r"not a known layout .*found dev\.json"):
         read_sql_set(tmp_path)
     with pytest.raises(DataError, match=r"no databases beside this file .*database/"):
         list(read_questions(tmp_path / "dev.json", "spider"))
@@ -188,5 +188,5 @@ def test_unknown_layouts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not JSON"):
         read_sql_set(tmp_path)
     (tmp_path / "dev_databases").mkdir()
-    with pytest.raises(DataError, match="no layout"):  # two of them
+    with pytest.raises(DataError, match="not a known layout"):  # two of them
         read_sql_set(tmp_path)

@@ -1,4 +1,4 @@
-"""SQLite files: opened so that nothing can change them, and their tables as text."""
+"""Opens SQLite files so that nothing can change them, and reads their tables as text."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.files import require_regular
 
-#: What is not SQL's own: strings, quoted names, comments. One that is not closed runs to the end,
-#: so that no text is searched twice: the time is linear in its length.
+#: Strings, quoted names and comments. One that is not closed runs to the end, so that no text is
+#: searched twice: the time is linear in its length.
 QUOTED_OR_COMMENT = re.compile(
     r"'(?:[^']|'')*(?:'|\Z)|\"(?:[^\"]|\"\")*(?:\"|\Z)|`[^`]*(?:`|\Z)|\[[^\]]*(?:\]|\Z)"
     r"|--[^\n]*|/\*.*?(?:\*/|\Z)",
     re.DOTALL,
 )
-#: What surrogateescape makes of bytes that are no UTF-8.
+#: What surrogateescape makes of bytes that are not UTF-8.
 _NOT_UTF8 = re.compile("[\udc80-\udcff]+")
 
 
@@ -48,7 +48,7 @@ def open_read_only(database: Path) -> Iterator[sqlite3.Connection]:
     uri = f"{database.absolute().as_uri()}?mode=ro&immutable=1"
     connection = sqlite3.connect(uri, uri=True, isolation_level=None)
     try:
-        # Bytes that are no UTF-8 must stay distinct from one another when compared.
+        # Bytes that are not UTF-8 must stay distinct from one another when compared.
         connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
         _require_readable_names(_statements(connection, database), database)
         yield connection

@@ -1,4 +1,4 @@
-"""Questions about SQLite databases, each with its gold query: three layouts, one prompt.
+"""Reads questions about SQLite databases, each with its gold query: three layouts, one prompt.
 
 =========  ===============================================  ======================================
 layout     questions                                        databases
@@ -13,7 +13,7 @@ A plain prompt is used as it is. Spider's and BIRD's are built from the database
     CREATE TABLE book (title text, pages integer);
     …
 
-    Evidence: what BIRD says beside the question; left out where it says nothing
+    Evidence: BIRD's hint beside the question; the line is left out where there is none
     Question: how many books have more than 100 pages?
     SQL:
 """
@@ -40,9 +40,9 @@ class SqlQuestion:
     """One question.
 
     Attributes:
-        where: where it stands, for messages.
-        database: the SQLite file it is asked of.
-        prompt: what the model reads.
+        where: file and line, for messages.
+        database: the SQLite file.
+        prompt: the text that the model reads.
         gold: the query that answers it.
     """
 
@@ -67,7 +67,7 @@ LAYOUTS = {
 
 
 def sql_prompt(schema: list[str], question: str, evidence: str = "") -> str:
-    """The prompt of a question; preprocessing and evaluation have this one and no other."""
+    """The prompt of a question, the same in preprocessing and in evaluation."""
     tables = "".join(f"{line};\n" for line in schema)
     hint = f"Evidence: {evidence.strip()}\n" if evidence.strip() else ""
     return f"{tables}\n{hint}Question: {question.strip()}\nSQL:\n"
@@ -92,7 +92,7 @@ def read_sql_set(directory: Path) -> list[SqlQuestion]:
 
 
 def sql_set_files(directory: Path) -> list[Path]:
-    """The files that decide a set: its questions, and the databases they are asked of.
+    """The files that decide a set: its questions and their databases.
 
     Raises:
         DataError: as `read_sql_set`.
@@ -113,7 +113,7 @@ def _layout(directory: Path) -> tuple[Path, Callable[[], Iterator[SqlQuestion]]]
     if len(found) != 1:
         inside = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else None
         raise DataError(
-            "no layout of SQL questions that is known",
+            "not a known layout of SQL questions",
             where=directory,
             expected="one of questions.jsonl + database.sqlite; dev.json + database/ (Spider); "
             "dev.json + dev_databases/ (BIRD)",
@@ -138,15 +138,16 @@ def read_questions(file: Path, layout: str) -> Iterator[SqlQuestion]:
     """The questions of one file of Spider or BIRD, ``train_spider.json``, say.
 
     Args:
-        file: a JSON list; the databases lie in a folder beside it.
+        file: a JSON list; the databases are in a folder beside it.
         layout: a key of ``LAYOUTS``.
 
     Raises:
-        DataError: it is no such file, a question lacks something, or a database is missing.
+        DataError: the file has another format, a question lacks something, or a database is
+            missing.
     """
-    form = LAYOUTS[layout]
+    layout_of = LAYOUTS[layout]
     schema = cache(schema_lines)
-    folder = _database_folder(file, form)
+    folder = _database_folder(file, layout_of)
     for row in _read_list(file):
         name = row.text("db_id")
         database = folder / name / f"{name}.sqlite"
@@ -157,16 +158,16 @@ def read_questions(file: Path, layout: str) -> Iterator[SqlQuestion]:
             where=row.where,
             database=database,
             prompt=sql_prompt(schema(database), row.text("question"), evidence),
-            gold=row.text(form.query),
+            gold=row.text(layout_of.query),
         )
 
 
-def _database_folder(file: Path, form: Layout) -> Path:
-    for folder in form.folders:
+def _database_folder(file: Path, layout: Layout) -> Path:
+    for folder in layout.folders:
         if (file.parent / folder).is_dir():
             return file.parent / folder
     raise DataError(
-        "no databases beside this file", where=file, expected=f"{' or '.join(form.folders)}/"
+        "no databases beside this file", where=file, expected=f"{' or '.join(layout.folders)}/"
     )
 
 
