@@ -61,29 +61,19 @@ def test_every_measurement(site: Path, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_reuses_what_is_unchanged(
-    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reuses_what_is_unchanged(site: Path, tmp_path: Path, measuring: Measuring) -> None:
     output, text = tmp_path / "eval.json", write_rows(tmp_path / "text.jsonl", {"text": "abc"})
     given = [f"--base={site / 'base'}", f"--general-text={text}", f"--output={output}"]
-    measured: list[str] = []
-    measure = suite.measure
-
-    def counting(name: str, path: Path, *rest: object, **more: object) -> object:
-        measured.append(path.name)
-        return measure(name, path, *rest, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(suite, "measure", counting)
     evaluate.main(given)
     evaluate.main([*given, f"--model=full={site / 'tuned'}"])
-    assert measured == ["base", "tuned"]
+    assert measuring.measured == ["base", "tuned"]
     evaluate.main([*given, f"--model=renamed={site / 'tuned'}"])
-    assert measured == ["base", "tuned"]
+    assert measuring.measured == ["base", "tuned"]
     assert json.loads(output.read_text())["models"][1]["name"] == "renamed"
     evaluate.main([*given, "--batch-size=7"])
     write_rows(text, {"text": "abd"})
     evaluate.main([*given, "--batch-size=7"])
-    assert measured == ["base", "tuned", "base", "base"]
+    assert measuring.measured == ["base", "tuned", "base", "base"]
 
 
 def shown_and_kept(output: Path) -> tuple[list[str], list[str]]:
@@ -268,21 +258,9 @@ def test_a_prompt_that_the_model_cannot_read(
             3,
             "questions.jsonl:1: longer than the model's context",
         ),
-        (
-            ["--batch-size=0"],
-            2,
-            "--batch-size: out of range",
-        ),
-        (
-            ["--sql=c={site}", "--query-seconds=nan"],
-            2,
-            "--query-seconds: out of range",
-        ),
-        (
-            ["--sql=c={site}", "--query-seconds=inf"],
-            2,
-            "--query-seconds: out of range",
-        ),
+        (["--batch-size=0"], 2, "--batch-size: out of range"),
+        (["--sql=c={site}", "--query-seconds=nan"], 2, "--query-seconds: out of range"),
+        (["--sql=c={site}", "--query-seconds=inf"], 2, "--query-seconds: out of range"),
         (["--sql=c={site}", "--query-seconds=1e300"], 2, "--query-seconds: out of range"),
         (["--data={site}/missing"], 3, "no such file, given as --data"),
         (["--data={site}/choices.jsonl"], 3, "choices.jsonl:1"),
@@ -313,16 +291,14 @@ def test_a_setting_that_nothing_reads(
     site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
     material = [f"--data-path={site}/corpus", f"--store={site}/store"]
-    assert evaluate.main([f"--base={site}/base", f"--output={tmp_path}/e", *material, flag]) == 2
+    given = [f"--base={site}/base", f"--output={tmp_path}/e"]
+    assert evaluate.main(given) == 2
+    assert "nothing to measure" in capsys.readouterr().err
+    assert evaluate.main([*given, *material, flag]) == 2
     said = capsys.readouterr().err
     assert said.startswith(
         f"error: {flag.split('=')[0]}: has no effect on what is measured. Add --"
     )
-
-
-def test_nothing_to_measure(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate.main([f"--base={site}/base", f"--output={tmp_path}/e"]) == 2
-    assert "nothing to measure" in capsys.readouterr().err
 
 
 def test_a_store_of_another_corpus_is_refused(site: Path, tmp_path: Path) -> None:
@@ -405,11 +381,3 @@ def test_results_are_json_whatever_diverged(
     general = suite.read_evaluation(output)["models"][1]["general"]
     assert general["perplexity"] == math.inf
     assert math.isnan(general["delta_perplexity"])
-
-
-def test_base_is_compared_with_itself_exactly(site: Path, tmp_path: Path) -> None:
-    output = tmp_path / "eval.json"
-    twin = f"--model=twin={site / 'base'}"
-    given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={output}"]
-    assert evaluate.main([*given, twin]) == 0
-    assert json.loads(output.read_text())["models"][1]["general"]["delta_perplexity"] == 0.0

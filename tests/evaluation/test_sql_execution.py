@@ -100,41 +100,31 @@ def test_connection_itself_cannot_write(database: Path) -> None:
         connection.execute("delete from book")
 
 
-def test_deadline(database: Path) -> None:
-    endless = "with recursive t(i) as (select 1 union all select i + 1 from t) select sum(i) from t"
-    assert reason(database, endless, seconds=0.05) == "timeout"
-
-
-def test_a_query_that_takes_too_long_in_one_instruction(database: Path) -> None:
-    slow = "select instr(hex(zeroblob(60000)), hex(zeroblob(25000)) || '1')"
-    assert reason(database, slow, seconds=0.001) == "timeout"
+ENDLESS = "with recursive t(i) as (select 1 union all select i + 1 from t) select sum(i) from t"
 
 
 @pytest.mark.parametrize(
-    ("sql", "expected"),
+    ("sql", "limits", "expected"),
     [
-        ("select zeroblob(1000001)", "too large"),
-        ("select zeroblob(999999)", ""),
-        (f"select '{'a' * 99_991}'", ""),
-        (f"select '{'a' * 99_992}'", "too large"),
+        (ENDLESS, {"seconds": 0.05}, "timeout"),
+        # One instruction that takes too long.
+        ("select instr(hex(zeroblob(60000)), hex(zeroblob(25000)) || '1')", {"seconds": 0.001},
+         "timeout"),
+        ("select zeroblob(1000001)", {}, "too large"),
+        ("select zeroblob(999999)", {}, ""),
+        (f"select '{'a' * 99_991}'", {}, ""),
+        (f"select '{'a' * 99_992}'", {}, "too large"),
+        ("select zeroblob(100000) from book a, book b", {"max_bytes": 1_700_000}, ""),
+        ("select zeroblob(100000) from book a, book b", {"max_bytes": 1_600_000}, "too large"),
+        ("select * from book", {"max_rows": 4}, ""),
+        ("select * from book", {"max_rows": 3}, "too large"),
     ],
-)
-def test_limits_of_values(database: Path, sql: str, expected: str) -> None:
+)  # fmt: skip
+def test_limits(database: Path, sql: str, limits: dict[str, float], expected: str) -> None:
     if expected:
-        assert reason(database, sql) == expected
+        assert reason(database, sql, **limits) == expected
     else:
-        assert len(answer(database, sql)) == 1
-
-
-def test_limit_of_an_answer(database: Path) -> None:
-    sql = "select zeroblob(100000) from book a, book b"
-    assert len(answer(database, sql, max_bytes=1_700_000)) == 16
-    assert reason(database, sql, max_bytes=1_600_000) == "too large"
-
-
-def test_row_limit(database: Path) -> None:
-    assert len(answer(database, "select * from book", max_rows=4)) == 4
-    assert reason(database, "select * from book", max_rows=3) == "too large"
+        assert answer(database, sql, **limits)
 
 
 def test_deadline_of_one_query_does_not_reach_the_next(database: Path) -> None:
@@ -237,10 +227,8 @@ def test_questions_without_an_answer_are_left_out(database: Path) -> None:
     asked = [
         SqlQuestion(where=str(i), database=database, prompt="", gold=g) for i, g in enumerate(gold)
     ]
-    assert [question.where for question in with_answers(asked, Limits(seconds=600))] == [
-        "0",
-        "3",
-    ]
+    found = with_answers(asked, Limits(seconds=600))
+    assert [question.where for question in found] == ["0", "3"]
     with pytest.raises(DataError, match=r"every gold answer is empty \(found 2 questions\)"):
         with_answers(asked[1:3])
 
