@@ -44,7 +44,7 @@ from megatron_replay.model.compatibility import (
 from megatron_replay.optim.build import apply_hyperparameters, build_optimizer, kernels_of
 from megatron_replay.parallel import Parallel
 from megatron_replay.store import CandidateReader
-from megatron_replay.training import identity, run_directory
+from megatron_replay.training import run_directory
 from megatron_replay.training.batches import BatchBuilder, StepBatch
 from megatron_replay.training.monitor import Monitor
 from megatron_replay.training.profile import StepTrace
@@ -211,7 +211,7 @@ def _find_state(
     directory = Path(config.training.save)
     own = Path(config.model.load).resolve() == directory.resolve()
     base = groups.from_rank_zero(lambda: base_fingerprint(config.model.load))
-    agreed = identity.identity(config, data.corpus, data.reader, base="" if own else base)
+    agreed = run_directory.identity(config, data.corpus, data.reader, base="" if own else base)
     iteration = groups.from_rank_zero(lambda: latest_iteration(directory))
     if groups.rank == 0:
         report_remains(directory, iteration)
@@ -219,12 +219,12 @@ def _find_state(
     state = TrainState(0, 0, 0, agreed, model_files)
     if iteration is not None:
         state = read_state(directory, iteration)
-        identity.require_same(state, agreed, model_files, directory)
+        run_directory.require_same(state, agreed, model_files, directory)
         before = state.identity
         state = dataclasses.replace(state, identity={**before, **agreed})
-    is_its_own = before.get(identity.STORE) == agreed.get(identity.STORE, ...)
+    is_its_own = before.get(run_directory.STORE) == agreed.get(run_directory.STORE, ...)
     if data.reader is not None and not config.loss.allow_other_store and not is_its_own:
-        identity.require_store_of_base(data.reader, base)
+        run_directory.require_store_of_base(data.reader, base)
     return state, iteration is not None
 
 
