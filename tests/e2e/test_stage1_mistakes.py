@@ -59,7 +59,7 @@ class TestMistakes:
     def test_a_head_backend_that_cannot_run(self, folder, tmp_path, backend):
         extra = ["--head-backend", backend]
         message = stages.fail("stage1", *argv(folder, tmp_path / "run", *extra), code=2)
-        assert f"the {backend} form cannot run" in message
+        assert f"the {backend} backend cannot run" in message
         assert "a tensor on cpu, where it runs on" in message
 
     def test_a_head_backend_under_full_softmax(self, folder, tmp_path):
