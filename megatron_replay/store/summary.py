@@ -1,8 +1,8 @@
-"""What a candidate store holds, in numbers: sizes of the sets, coverage, missed golds, bytes.
+"""A candidate store in numbers: sizes of the sets, coverage, missed labels, bytes.
 
-Printed at the end of Stage 0 and by tools/inspect_store.py. It tells whether replay is worth it:
-little coverage, many sets at the cap or many appended golds mean that the base model knows little
-of the domain, and that restricting the loss to its candidates will let mass leak out of them.
+Printed at the end of Stage 0 and by tools/inspect_store.py. The numbers show whether replay is
+worth it: little coverage, many sets at the cap or many appended labels mean that the base model has
+learnt little of the domain, and that a restricted loss lets probability leak out of the sets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 #: Sizes that share a row of the histogram.
 ROW_WIDTH = 20
 BAR_WIDTH = 40
-#: Largest --max-candidates: with the gold a set has one more, which a byte must hold.
+#: Largest --max-candidates: with the label a set has one more, and a byte must hold the size.
 _MOST_CANDIDATES = MAX_SET_SIZE - 1
 
 
@@ -81,13 +81,13 @@ def _set_sizes(counted: Tally) -> dict[str, Any]:
 
 
 def _cap(counted: Tally, max_candidates: object) -> dict[str, Any] | None:
-    """Shares of positions at the cap and above it, when the store tells the cap."""
+    """Shares of positions at the cap and above it, where the metadata has the cap."""
     if type(max_candidates) is not int or max_candidates < 1:
         return None
     return {
         "max_candidates": max_candidates,
         "share_at_or_above": int(counted.sizes[max_candidates:].sum()) / counted.positions,
-        # One more than the cap: the set was cut there and its gold appended.
+        # One more than the cap: the set was cut there and its label appended.
         "share_above": int(counted.sizes[max_candidates + 1 :].sum()) / counted.positions,
     }
 
@@ -106,7 +106,7 @@ def summary_text(summary: dict[str, Any]) -> str:
     tail, gold = summary["tail_mass"], summary["gold_logprob"]
     lines += [
         f"bytes per position: {summary['bytes_per_position']:.1f}",
-        f"gold log-probability: mean {gold['mean']:.4f}, least {gold['min']:.4f}, "
+        f"label log-probability: mean {gold['mean']:.4f}, least {gold['min']:.4f}, "
         + _quantiles_text(gold, ".4f"),
         _appended_line(summary["share_gold_appended"]),
         f"coverage: mean {coverage['mean']:.4f}, least {coverage['min']:.4f}, "
@@ -117,11 +117,11 @@ def summary_text(summary: dict[str, Any]) -> str:
         + _quantiles_text(size, "d"),
     ]
     if cap is None:
-        lines.append("at the cap: the store does not tell max_candidates")
+        lines.append("at the cap: the store's metadata has no max_candidates")
     else:
         lines.append(
             f"at the cap of {cap['max_candidates']}: {cap['share_at_or_above']:.2%} of positions; "
-            f"cut there and the gold appended: {cap['share_above']:.2%}"
+            f"cut there and the label appended: {cap['share_above']:.2%}"
         )
     most = max(row["positions"] for row in size["histogram"])
     for row in size["histogram"]:
@@ -138,8 +138,8 @@ def _quantiles_text(numbers: dict[str, Any], form: str) -> str:
 
 def _appended_line(share: float | None) -> str:
     if share is None:
-        return "gold appended: the store does not tell coverage and max_candidates"
-    return f"gold missed by the base model, so appended to its set: {share:.2%} of positions"
+        return "label appended: the store's metadata has no coverage and max_candidates"
+    return f"label missed by the base model, so appended to its set: {share:.2%} of positions"
 
 
 #: Shares of positions beyond which the paper's loss has been seen to leak (docs/log.md). None is so
@@ -157,12 +157,12 @@ def _verdict(summary: dict[str, Any]) -> str:
     """One line, whatever the numbers are, with the bounds it goes by."""
     missed, covered = summary["share_gold_appended"], summary["coverage"]["mean"]
     if missed is None:
-        return "the store does not tell how many golds the base model missed"
-    found = f"the base model missed {missed:.1%} of golds, and the sets cover {covered:.1%}"
+        return "unknown: the store's metadata has no coverage and max_candidates"
+    found = f"the base model missed {missed:.1%} of labels, and the sets cover {covered:.1%}"
     if missed > _MANY_APPENDED or covered < _LITTLE_COVERAGE:
         return (
             f"Not with the paper's loss: {found} (bounds: {_MANY_APPENDED:.0%} missed, "
-            f"{_LITTLE_COVERAGE:.0%} covered). The base model knows too little of these answers."
+            f"{_LITTLE_COVERAGE:.0%} covered). The base model gives these answers too little mass."
         )
     if covered < _ALL_COVERED:
         return (
@@ -170,7 +170,7 @@ def _verdict(summary: dict[str, Any]) -> str:
             "cost 6 to 47 points of accuracy (docs/when-to-use.md): sweep the learning rate of "
             f"--loss full --optimizer adamw first, then compare {_RECIPE}."
         )
-    return f"Nothing speaks against it, nor for it: {found}, so it is --loss full."
+    return f"No evidence either way: {found}, so it equals --loss full."
 
 
 def _advice(summary: dict[str, Any]) -> list[str]:

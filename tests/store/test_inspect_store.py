@@ -95,7 +95,7 @@ def test_a_store_without_positions_or_cap(
     assert "positions: 0" in capsys.readouterr().out
     write_store(tmp_path / "no-cap", describe(selection={}))
     assert main([str(tmp_path / "no-cap"), *ALONE]) == 0
-    assert "does not tell max_candidates" in capsys.readouterr().out
+    assert "has no max_candidates" in capsys.readouterr().out
 
 
 def test_a_document_with_its_tokens(store: Path) -> None:

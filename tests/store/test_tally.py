@@ -113,7 +113,7 @@ def told(found: dict[str, Any], **changes: float) -> tuple[str, str]:
 def test_the_verdict_is_always_told_with_what_helps(reader: CandidateReader) -> None:
     found = summarize(reader)
     verdict, hints = told(found, missed=0.0, coverage=1.0, at_cap=0.0)
-    assert "Nothing speaks against it" in verdict
+    assert "No evidence either way" in verdict
     assert hints == ""
     verdict, hints = told(found, missed=0.0, coverage=0.99, at_cap=0.0)  # it has leaked there
     assert "Perhaps, not with the paper's loss" in verdict
@@ -122,7 +122,7 @@ def test_the_verdict_is_always_told_with_what_helps(reader: CandidateReader) -> 
     assert "Perhaps" in verdict
     assert "--candidate-scope document --tail ghost" in verdict
     verdict, hints = told(found, missed=0.2, coverage=0.95, at_cap=0.0)
-    assert "Not with the paper's loss: the base model missed 20.0% of golds" in verdict
+    assert "Not with the paper's loss: the base model missed 20.0% of labels" in verdict
     assert "--loss full" in hints
     assert "--coverage in Stage 0" in hints
     # At the cap a higher coverage changes nothing, and no cap helps such a model.
