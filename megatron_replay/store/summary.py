@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_replay.progress import Progress
 from megatron_replay.store.document import MAX_SET_SIZE
 from megatron_replay.store.manifest import StoreDescription
-from megatron_replay.store.reader import CandidateReader
-from megatron_replay.store.tally import Distribution, Tally, tally
+from megatron_replay.store.tally import Distribution, Tally
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 #: Sizes that share a row of the histogram.
@@ -21,13 +19,6 @@ ROW_WIDTH = 20
 BAR_WIDTH = 40
 #: Largest --max-candidates: with the label a set has one more, and a byte must hold the size.
 _MOST_CANDIDATES = MAX_SET_SIZE - 1
-
-
-def summarize(reader: CandidateReader) -> dict[str, Any]:
-    """Count a whole store, in one process, and describe it as a JSON object."""
-    with Progress("read", len(reader), "documents") as progress:
-        counted = tally(reader, range(reader.description.num_shards), progress)
-    return summary(reader.description, counted)
 
 
 def summary(description: StoreDescription, counted: Tally) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_replay.errors import StoreError
 from megatron_replay.store import CandidateReader, CandidateWriter, DocumentCandidates
-from megatron_replay.store.summary import QUANTILES, summarize, summary, summary_text
+from megatron_replay.store.summary import QUANTILES, summary, summary_text
 from megatron_replay.store.tally import Tally, tally
 from tests.store.examples import describe, draw_document, write_store
 
@@ -53,7 +53,7 @@ def test_numbers_are_those_of_a_loop(reader: CandidateReader) -> None:
             d.offsets[:-1], d.offsets[1:], d.tail_mass, d.gold_logprob, strict=True
         )
     ]
-    n, found = len(rows), summarize(reader)
+    n, found = len(rows), summary(reader.description, tally(reader, range(7)))
     assert found["positions"] == n
 
     def ranked(values: list[float]) -> dict[str, float]:
@@ -111,7 +111,7 @@ def told(found: dict[str, Any], **changes: float) -> tuple[str, str]:
 
 
 def test_the_verdict_is_always_told_with_what_helps(reader: CandidateReader) -> None:
-    found = summarize(reader)
+    found = summary(reader.description, tally(reader, range(7)))
     verdict, hints = told(found, missed=0.0, coverage=1.0, at_cap=0.0)
     assert "No evidence either way" in verdict
     assert hints == ""
