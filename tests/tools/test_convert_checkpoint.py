@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,18 @@ def test_an_iteration_that_is_not_there(model, tmp_path, capsys):
     said = mistake(capsys, "--load", run, *flags)
     assert "--iteration: no such iteration (expected 2, 4; found 3)" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_from_a_shell(model, tmp_path):
+    """In a process of its own, where nothing has prepared the platform for megatron.core."""
+    root = Path(convert_checkpoint.__file__).parents[1]
+    flags = ["--load", model, "--save", tmp_path / "run", "--save-model-type", "mcore"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.convert_checkpoint", *map(str, flags), "--no-verify"],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists()
 
 
 def test_flags_of_mindspeed_llm(model, tmp_path, capfd):
