@@ -5,7 +5,7 @@
 ``accuracy`` chooses by that sum, ``accuracy_per_byte`` by the sum over the option's length in UTF-8
 bytes, which does not favour short options. Prompt and option are encoded apart, as training rows
 are, so all options follow the same tokens; the end of the sequence is not scored. Of equal scores
-the first option's wins; a question with a score that is no number is answered wrongly.
+the first option's wins; a question with a score that is not a number counts as wrong.
 
 Shapes: B questions of a batch, P tokens of their prompts, R options of a batch, O tokens of the
 longest option, V vocabulary.

@@ -68,7 +68,7 @@ def require_lm_eval() -> str:
         return importlib.metadata.version("lm_eval")
     except ImportError as error:
         raise ConfigError(
-            "the lm-evaluation-harness is not installed, or not wholly",
+            "the lm-evaluation-harness is not installed, or not completely",
             where="--lm-eval-tasks",
             found=error,
             fix="Run: pip install 'megatron-replay[eval]'",
@@ -79,7 +79,7 @@ def task_files(include_path: Path) -> list[Path]:
     """Every file of the directory, and the local data that its YAML files name.
 
     Raises:
-        DataError: there is no YAML file, one is not YAML, or something is no regular file.
+        DataError: there is no YAML file, one is not YAML, or something is not a regular file.
     """
     files = {path for path in _inside(include_path) if "__pycache__" not in path.parts}
     tasks = [path for path in files if path.name.endswith(("yaml", "yml"))]
@@ -197,7 +197,7 @@ def run_tasks(
 
 @contextmanager
 def _harness(tasks: LmEvalTasks, progress: bool) -> Iterator[Any]:
-    """lm-eval's TaskManager of the directory, once it is known to have the tasks."""
+    """lm-eval's TaskManager of the directory, offline; refuses tasks that are not there."""
     names = [*tasks.general, *tasks.domain]
     with ExitStack() as stack:
         stack.enter_context(_offline())
@@ -274,7 +274,7 @@ def _offline() -> Iterator[None]:
         try:
             import datasets.config
         except ImportError:
-            pass  # `require_lm_eval` says so
+            pass  # reported by `require_lm_eval`
         else:
             known = vars(datasets.config)
             stack.enter_context(replaced(known, "HF_HUB_OFFLINE", True))

@@ -103,8 +103,8 @@ def read_material(
     for name, directory in inputs.sql.items():
         questions = read_sql_set(directory)
         limits = Limits(seconds=settings.query_seconds)
-        asked = with_answers(questions, limits, show=f"{name}: gold" if progress else "")
-        sql[name] = asked, len(questions) - len(asked)
+        kept = with_answers(questions, limits, show=f"{name}: gold" if progress else "")
+        sql[name] = kept, len(questions) - len(kept)
     tasks = inputs.lm_eval()
     return Material(
         sql=sql,

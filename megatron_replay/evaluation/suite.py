@@ -77,15 +77,15 @@ def evaluate(
     require_device(settings.device)
     if progress:
         print(f"models run on {settings.device}, in {settings.dtype}", file=sys.stderr)
-    asked = {BASE: base, **models}
+    requested = {BASE: base, **models}
     files = inputs.files()
-    require_apart(output, _read(asked, files), flag="--output")
+    require_apart(output, _read(requested, files), flag="--output")
     known = {result["key"]: result for result in _previous(output)}
-    for path in asked.values():
+    for path in requested.values():
         require_model(path)
     _require_one_tokenizer(base, models)
     hashes = {name: sha256_of_files(of) for name, of in files.items()}
-    sha256 = {name: model_sha256(path) for name, path in asked.items()}
+    sha256 = {name: model_sha256(path) for name, path in requested.items()}
     tokens = load_tokenizer(base)
     document: Result = {
         "format": FORMAT,
@@ -108,8 +108,8 @@ def evaluate(
         for name, sha in sha256.items()
     }
     if keys[BASE] in known:  # before the first measurement, which may be cut off
-        _write(output, document, asked, keys, known)
-    for name, path in asked.items():
+        _write(output, document, requested, keys, known)
+    for name, path in requested.items():
         if keys[name] in known:
             continue
         start = time.monotonic()
@@ -117,7 +117,7 @@ def evaluate(
         measured["relative_l2_percent"] = 100 * relative_l2(path, base)
         measured["seconds"] = round(time.monotonic() - start, 2)
         known[keys[name]] = {"sha256": sha256[name], "key": keys[name], **measured}
-        _write(output, document, asked, keys, known)
+        _write(output, document, requested, keys, known)
     return document
 
 
@@ -153,14 +153,14 @@ def _read(
 def _write(
     output: Path,
     document: Result,
-    asked: Mapping[str, Path],
+    requested: Mapping[str, Path],
     keys: Mapping[str, str],
     known: Mapping[str, Result],
 ) -> None:
-    """Write the results that were asked for, compared with the base, and keep all others."""
+    """Write the requested results, compared with the base, and keep all others."""
     document["models"] = [
         deepcopy(known[keys[name]]) | {"name": name, "path": str(path)}
-        for name, path in asked.items()
+        for name, path in requested.items()
         if keys[name] in known
     ]
     for result in document["models"]:

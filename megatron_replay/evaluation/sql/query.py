@@ -149,7 +149,7 @@ def run_query(
             raise QueryError("denied", f"denied: {error}") from error
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
         reason = _REASONS.get(code, "sql error")
-        if reason == "sql error" and code & 0xFF in _DAMAGE:  # the rest says more exactly where
+        if reason == "sql error" and code & 0xFF in _DAMAGE:
             raise
         raise QueryError(reason, str(error)) from error
 
