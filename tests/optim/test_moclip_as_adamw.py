@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import math
-import pickle
 import warnings
 
 import numpy as np
@@ -127,19 +126,6 @@ def test_adamws_checkpoint_continues_under_moclip_and_back(adamw_options):
     assert back.param_groups[0]["eps"] == 1e-8  # 0 would divide 0 by 0
     assert np.isfinite(flat(params)).all()
     assert set(back.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq"}
-
-
-def test_copies_and_pickles_step_as_the_original_does():
-    rows = gradients(4)
-    for duplicate in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
-        params = parameters()
-        optimizer = MoClip(params, lr=0.05, max_angle=30.0, obtuse="zero")
-        take_steps(optimizer, params, rows[:2])
-        twin = duplicate(optimizer)
-        twins = twin.param_groups[0]["params"]
-        take_steps(optimizer, params, rows[2:])
-        take_steps(twin, twins, rows[2:])
-        np.testing.assert_array_equal(flat(twins), flat(params))
 
 
 def test_closure_is_called_once_with_gradients_enabled():
