@@ -76,7 +76,7 @@ def make_documents() -> list[DocumentCandidates]:
                 positions=np.arange(POSITIONS, dtype=np.int32),
                 offsets=offsets_of_counts(np.array([len(ids) for ids in sets])),
                 ids=np.concatenate(sets),
-                lse=zeros_T, gold_logprob=zeros_T, tail_mass=zeros_T, logits=None,
+                lse=zeros_T, label_logprob=zeros_T, tail_mass=zeros_T, logits=None,
             )
         )  # fmt: skip
     return documents

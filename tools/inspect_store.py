@@ -209,15 +209,15 @@ def describe_document(
             "position": position,
             "coverage": 1 - float(document.tail_mass[i]),
             "lse": float(document.lse[i]),
-            "gold_logprob": float(document.gold_logprob[i]),
+            "label_logprob": float(document.label_logprob[i]),
             # Rounding lifts some a little above 1; a damaged one must not overflow.
-            "gold_probability": math.exp(min(float(document.gold_logprob[i]), 0.0)),
+            "label_probability": math.exp(min(float(document.label_logprob[i]), 0.0)),
             "candidates": candidates,
         }
         if tokens is not None:
-            gold = int(tokens[position + 1])
-            row |= {"token": name(int(tokens[position])), "gold": name(gold)}
-            row["gold_in_set"] = gold in document.ids[chosen]
+            label = int(tokens[position + 1])
+            row |= {"token": name(int(tokens[position])), "label": name(label)}
+            row["label_in_set"] = label in document.ids[chosen]
         positions.append(row)
     return {"document": document_id, "positions": positions}
 
@@ -227,12 +227,12 @@ def document_text(view: dict[str, Any]) -> str:
     lines = [f"document {view['document']}: {len(view['positions'])} positions"]
     for row in view["positions"]:
         line = f"position {row['position']}"
-        if "gold" in row:
-            line += f": {_token_text(row['token'])} -> {_token_text(row['gold'])}"
-            line += "" if row["gold_in_set"] else ", NOT IN THE SET"
+        if "label" in row:
+            line += f": {_token_text(row['token'])} -> {_token_text(row['label'])}"
+            line += "" if row["label_in_set"] else ", NOT IN THE SET"
         candidates = row["candidates"]
         lines.append(
-            f"{line}; label {_percent(row['gold_probability'])}, |S| {len(candidates)}, "
+            f"{line}; label {_percent(row['label_probability'])}, |S| {len(candidates)}, "
             f"coverage {_percent(row['coverage'])}, lse {row['lse']:.3f}"
         )
         # Likeliest first where there are logits, otherwise as stored: by id.

@@ -123,14 +123,14 @@ PYBIND11_MODULE(_cpu, module) {
     module.def(
         "cut_tokens",
         [](Address keys, std::int64_t rows, std::int64_t count, Address totals, Address maxima,
-           Address labels, Address golds, double uncovered, Address ids, Address offsets,
-           Address num_candidates, Address gold_appended, Address inside, int threads) {
+           Address labels, Address label_logits, double uncovered, Address ids, Address offsets,
+           Address num_candidates, Address label_appended, Address inside, int threads) {
             const Cut cut{pointer<std::int32_t>(ids), pointer<std::int64_t>(offsets),
                           pointer<std::int64_t>(num_candidates),
-                          pointer<std::uint8_t>(gold_appended), pointer<std::int64_t>(inside)};
+                          pointer<std::uint8_t>(label_appended), pointer<std::int64_t>(inside)};
             cut_tokens(pointer<const std::int64_t>(keys), rows, count,
                        pointer<const std::int64_t>(totals), pointer<const float>(maxima),
-                       pointer<const std::int64_t>(labels), pointer<const float>(golds), uncovered,
+                       pointer<const std::int64_t>(labels), pointer<const float>(label_logits), uncovered,
                        cut, threads);
         },
         without_gil);
@@ -146,9 +146,9 @@ PYBIND11_MODULE(_cpu, module) {
         .def(
             "forward",
             [](RestrictedHead& head, const Matrix& hidden, const Matrix& weight,
-               std::int64_t channels, Address max, Address sum, Address gold, int threads) {
+               std::int64_t channels, Address max, Address sum, Address label_logit, int threads) {
                 head.forward(operand(hidden), operand(weight), channels, pointer<float>(max),
-                             pointer<float>(sum), pointer<float>(gold), threads);
+                             pointer<float>(sum), pointer<float>(label_logit), threads);
             },
             without_gil)
         .def(

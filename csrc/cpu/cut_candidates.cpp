@@ -15,14 +15,14 @@ namespace {
 struct KeyRow {
     const std::int64_t* keys;
     std::int64_t count, total, label;
-    float max, gold;
+    float max, label_logit;
     double uncovered;
 };
 
 struct SetRow {
     std::int32_t* ids;  // room for count + 1
     std::int64_t num_candidates, inside;
-    bool gold_appended;
+    bool label_appended;
 };
 
 INLINE std::int64_t rounded(float mass) {
@@ -46,10 +46,10 @@ INLINE std::int64_t cut_body(const KeyRow& row, SetRow& set, std::int64_t* masse
     while (n < row.count && row.total - inside > allowed);
     set.num_candidates = n;
     const auto label = static_cast<std::int32_t>(row.label);
-    set.gold_appended = std::find(ids, ids + n, label) == ids + n;
-    if (set.gold_appended) {
+    set.label_appended = std::find(ids, ids + n, label) == ids + n;
+    if (set.label_appended) {
         ids[n++] = label;
-        inside += rounded(mass(row.gold, row.max));
+        inside += rounded(mass(row.label_logit, row.max));
     }
     set.inside = inside;
     for (std::int64_t i = 0; i < n; ++i) {  // as in sort_largest
@@ -70,7 +70,7 @@ FOR_EVERY_LEVEL(std::int64_t, cut_row,
 
 void cut_tokens(const std::int64_t* keys, std::int64_t rows, std::int64_t count,
                 const std::int64_t* totals, const float* maxima, const std::int64_t* labels,
-                const float* golds, double uncovered, const Cut& cut, int threads) {
+                const float* label_logits, double uncovered, const Cut& cut, int threads) {
     // A row takes 2 us: of fewer, a thread's start is not worth it.
     const auto team = std::clamp<std::int64_t>(rows / 64, 1, std::max(threads, 1));
 #pragma omp parallel num_threads(static_cast<int>(team))
@@ -80,12 +80,12 @@ void cut_tokens(const std::int64_t* keys, std::int64_t rows, std::int64_t count,
 #pragma omp for schedule(static)
         for (std::int64_t i = 0; i < rows; ++i) {
             const KeyRow row{keys + i * count, count,    totals[i], labels[i],
-                             maxima[i],        golds[i], uncovered};
+                             maxima[i],        label_logits[i], uncovered};
             SetRow set{cut.ids + i * (count + 1), 0, 0, false};
             cut.offsets[i + 1] = cut_row(row, set, masses.data(), ids.data());
             cut.num_candidates[i] = set.num_candidates;
             cut.inside[i] = set.inside;
-            cut.gold_appended[i] = set.gold_appended;
+            cut.label_appended[i] = set.label_appended;
         }
     }
     cut.offsets[0] = 0;

@@ -224,7 +224,7 @@ RestrictedHead::RestrictedHead(const int32_t* ids, const int64_t* offsets, const
 }
 
 void RestrictedHead::forward(const Operand& hidden, const Operand& weight, int64_t channels,
-                             float* max, float* sum, float* gold, int threads) {
+                             float* max, float* sum, float* label_logit, int threads) {
     const HeadPairs& pairs = pairs_;
     const Packed packed_hidden = packed_rows<kForward>(pairs.positions());
     std::vector<float> sorted(pairs.count());
@@ -248,7 +248,7 @@ void RestrictedHead::forward(const Operand& hidden, const Operand& weight, int64
             const Partial found = partial(logits_.data() + start, stop - start);
             max[n] = found.max;
             sum[n] = found.sum;
-            gold[n] = label_[n] < 0 ? -kInfinity : logits_[start + label_[n]];
+            label_logit[n] = label_[n] < 0 ? -kInfinity : logits_[start + label_[n]];
         }
     }
 }

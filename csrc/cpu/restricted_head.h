@@ -26,9 +26,9 @@ class RestrictedHead {
                    const std::int64_t* labels, std::int64_t positions, std::int64_t rows,
                    int threads);
 
-    // Fills max, sum and gold, [N] each.
+    // Fills max, sum and label_logit, [N] each.
     void forward(const Operand& hidden, const Operand& weight, std::int64_t channels, float* max,
-                 float* sum, float* gold, int threads);
+                 float* sum, float* label_logit, int threads);
 
     // Fills hidden_grad [N, H], adds to weight_grad [V, H]; either may be null.
     void backward(const Operand& hidden, const Operand& weight, std::int64_t channels,

@@ -27,9 +27,9 @@ void shard_tokens(const Logits& logits, std::int64_t vocab_start, std::int64_t c
 struct Cut {
     std::int32_t* ids;
     std::int64_t *offsets, *num_candidates;
-    std::uint8_t* gold_appended;
+    std::uint8_t* label_appended;
     std::int64_t* inside;
 };
 void cut_tokens(const std::int64_t* keys, std::int64_t rows, std::int64_t count,
                 const std::int64_t* totals, const float* maxima, const std::int64_t* labels,
-                const float* golds, double uncovered, const Cut& cut, int threads);
+                const float* label_logits, double uncovered, const Cut& cut, int threads);

@@ -114,7 +114,7 @@ bool ascend(const int32_t* ids, int64_t count, const int64_t* offsets, int64_t p
 struct Outputs {
     int32_t* positions;
     int64_t* offsets;  // of the record's first position; holds where its ids start
-    uint16_t* halves;  // [3, P]: lse, gold_logprob, tail_mass
+    uint16_t* halves;  // [3, P]: lse, label_logprob, tail_mass
     int64_t total_positions;
     int32_t* ids;
     uint16_t* logits;

@@ -246,7 +246,7 @@ class Collector:
             offsets=offsets_of_counts(_host([chunk.offsets.diff() for chunk in sets])),
             ids=_host([chunk.ids for chunk in sets]),
             lse=_host([chunk.lse_T for chunk in sets]),
-            gold_logprob=_host([chunk.gold_logprob_T for chunk in sets]),
+            label_logprob=_host([chunk.label_logprob_T for chunk in sets]),
             tail_mass=_host([chunk.tail_mass_T for chunk in sets]),
             logits=_host(logits) if logits else None,
         )

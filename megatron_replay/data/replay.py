@@ -22,7 +22,7 @@ import torch
 from megatron_replay.data.packing import PackedBatch
 from megatron_replay.errors import StoreError
 from megatron_replay.loss.candidate_sets import CandidateSets, unions
-from megatron_replay.store import CandidateBatch, missing_gold, offsets_of_counts
+from megatron_replay.store import CandidateBatch, missing_label, offsets_of_counts
 
 SCOPES = ("position", "document")
 
@@ -217,7 +217,7 @@ def _require_loss(
 def _require_label(
     selected: _Selected, segments: _Segments, labels_N: npt.NDArray[np.int64]
 ) -> None:
-    first = missing_gold(selected.ids, selected.offsets, labels_N)
+    first = missing_label(selected.ids, selected.offsets, labels_N)
     if first >= 0:
         raise StoreError(
             f"{_place(selected, segments, first)}: the label {labels_N[first]} is not in its "

@@ -64,10 +64,10 @@ def _draw_tails(axes: Axes, counted: Tally, summary: dict[str, Any]) -> None:
 
 
 def _draw_labels(axes: Axes, counted: Tally, summary: dict[str, Any]) -> None:
-    logprobs = counted.gold_logprob()
+    logprobs = counted.label_logprob()
     labels = Distribution(logprobs.values / np.log(10), logprobs.counts)
     _bars(axes, labels, np.linspace(min(labels.values[0], -1.0), 0, _BINS + 1))
-    share = summary["share_gold_appended"]
+    share = summary["share_label_appended"]
     axes.set_xlabel("base model's log$_{10}$ probability of the label")
     missed = "" if share is None else f"; labels appended: {share:.1%}"
     axes.set_title(f"mean {labels.mean():.2f}{missed}")

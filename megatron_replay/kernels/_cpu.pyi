@@ -42,12 +42,12 @@ def cut_tokens(
     totals: int,
     maxima: int,
     labels: int,
-    golds: int,
+    label_logits: int,
     uncovered: float,
     ids: int,
     offsets: int,
     num_candidates: int,
-    gold_appended: int,
+    label_appended: int,
     inside: int,
     threads: int,
 ) -> None: ...
@@ -65,7 +65,7 @@ class RestrictedHead:
         channels: int,
         max: int,
         sum: int,
-        gold: int,
+        label_logit: int,
         threads: int,
     ) -> None: ...
     def backward(

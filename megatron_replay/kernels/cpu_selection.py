@@ -58,17 +58,17 @@ def cut_tokens(
     total_T: Tensor,
     max_T: Tensor,
     labels_T: Tensor,
-    gold_T: Tensor,
+    label_logit_T: Tensor,
     *,
     coverage: float,
 ) -> Cut:
     """As ``selection.shard_selection.cut_tokens``."""
     T, K = keys_TK.shape
     keys_TK, total_T, max_T = keys_TK.contiguous(), total_T.contiguous(), max_T.contiguous()
-    labels_T, gold_T = labels_T.long().contiguous(), gold_T.contiguous()
+    labels_T, label_logit_T = labels_T.long().contiguous(), label_logit_T.contiguous()
     assert keys_TK.dtype == total_T.dtype == torch.int64
-    assert max_T.dtype == gold_T.dtype == torch.float32
-    for part in (keys_TK, total_T, max_T, labels_T, gold_T):
+    assert max_T.dtype == label_logit_T.dtype == torch.float32
+    for part in (keys_TK, total_T, max_T, labels_T, label_logit_T):
         assert part.is_cpu
         assert len(part) == T
     ids = torch.empty(T * (K + 1), dtype=torch.int32)
@@ -76,7 +76,7 @@ def cut_tokens(
         ids=ids,
         offsets=torch.empty(T + 1, dtype=torch.int64),
         num_candidates_T=torch.empty(T, dtype=torch.int64),
-        gold_appended_T=torch.empty(T, dtype=torch.bool),
+        label_appended_T=torch.empty(T, dtype=torch.bool),
         inside_T=torch.empty(T, dtype=torch.int64),
     )
     _cpu.cut_tokens(
@@ -86,12 +86,12 @@ def cut_tokens(
         total_T.data_ptr(),
         max_T.data_ptr(),
         labels_T.data_ptr(),
-        gold_T.data_ptr(),
+        label_logit_T.data_ptr(),
         1.0 - coverage,
         cut.ids.data_ptr(),
         cut.offsets.data_ptr(),
         cut.num_candidates_T.data_ptr(),
-        cut.gold_appended_T.data_ptr(),
+        cut.label_appended_T.data_ptr(),
         cut.inside_T.data_ptr(),
         torch.get_num_threads(),
     )

@@ -49,9 +49,9 @@ class SelectedCandidates:
         ids: int32 [nnz], the sets one after another, each ascending.
         offsets: int64 [T + 1] into ``ids``.
         num_candidates_T: int64, K: the size of the set before the label was added.
-        gold_appended_T: bool, the label was not among the first K.
+        label_appended_T: bool, the label was not among the first K.
         lse_T: fp32, log-sum-exp of the logits over the whole vocabulary.
-        gold_logprob_T: fp32, log p of the label.
+        label_logprob_T: fp32, log p of the label.
         max_logprob_T: fp32, log of the largest probability: the position's confidence.
         tail_mass_T: fp32, probability outside the set.
     """
@@ -59,9 +59,9 @@ class SelectedCandidates:
     ids: Tensor
     offsets: Tensor
     num_candidates_T: Tensor
-    gold_appended_T: Tensor
+    label_appended_T: Tensor
     lse_T: Tensor
-    gold_logprob_T: Tensor
+    label_logprob_T: Tensor
     max_logprob_T: Tensor
     tail_mass_T: Tensor
 
@@ -85,7 +85,7 @@ def select_candidates(
     Args:
         logits_TV: [T, V] logits of ids ``vocab_start`` to ``vocab_start + V``; any float dtype. A
             shard may be of any size but zero; -inf is a token of probability 0.
-        labels_T: int64 [T], the gold tokens x_t, ids of the whole vocabulary.
+        labels_T: int64 [T], the labels x_t, ids of the whole vocabulary.
         coverage: tau in (0, 1].
         max_candidates: K_max, 1 to 255.
         tp_group: processes that hold the other shards; all get the same result.
@@ -108,30 +108,32 @@ def select_candidates(
     options = {"vocab_start": vocab_start, "count": max_candidates}
     if _is_shared(tp_group, labels_T):
         local_max_T = kernel.row_maxima(logits_TV)
-        gold_T, max_T = _gold_and_max(logits_TV, labels_T, local_max_T, vocab_start, tp_group)
+        label_logit_T, max_T = _label_and_max(
+            logits_TV, labels_T, local_max_T, vocab_start, tp_group
+        )
         _, total_T, keys_TK = kernel.shard_tokens(logits_TV, max_T, **options)
         dist.all_reduce(total_T, group=tp_group)
         keys_TK = _merge(keys_TK, max_candidates, tp_group)
     else:
         # No maxima to wait for: a kernel can do a row in one go, while it is in the cache.
         max_T, total_T, keys_TK = kernel.shard_tokens(logits_TV, None, **options)
-        gold_T, max_T = _gold_and_max(logits_TV, labels_T, max_T, vocab_start, None)
-    cut = kernel.cut_tokens(keys_TK, total_T, max_T, labels_T, gold_T, coverage=coverage)
+        label_logit_T, max_T = _label_and_max(logits_TV, labels_T, max_T, vocab_start, None)
+    cut = kernel.cut_tokens(keys_TK, total_T, max_T, labels_T, label_logit_T, coverage=coverage)
     total, outside = total_T.double(), (total_T - cut.inside_T).double()
     log_total_T = torch.log(total * 2.0**-MASS_BITS)  # the largest has 2^38: log >= 0
     return SelectedCandidates(
         ids=cut.ids,
         offsets=cut.offsets,
         num_candidates_T=cut.num_candidates_T,
-        gold_appended_T=cut.gold_appended_T,
+        label_appended_T=cut.label_appended_T,
         lse_T=(max_T.double() + log_total_T).float(),
-        gold_logprob_T=(gold_T.double() - max_T.double() - log_total_T).float(),
+        label_logprob_T=(label_logit_T.double() - max_T.double() - log_total_T).float(),
         max_logprob_T=(0.0 - log_total_T).float(),
         tail_mass_T=(outside / total).float(),
     )
 
 
-def _gold_and_max(
+def _label_and_max(
     logits_TV: Tensor,
     labels_T: Tensor,
     max_T: Tensor,
@@ -146,12 +148,12 @@ def _gold_and_max(
     V = logits_TV.shape[1]
     local_T = labels_T - vocab_start
     owned_T = (local_T >= 0) & (local_T < V)
-    gold_T = logits_TV.gather(1, local_T.clamp(0, V - 1)[:, None]).squeeze(1).float()
-    gold_T = torch.where(owned_T, gold_T, -math.inf)
-    facts_T3 = torch.stack([gold_T, max_T, owned_T.float()], 1)
+    label_logit_T = logits_TV.gather(1, local_T.clamp(0, V - 1)[:, None]).squeeze(1).float()
+    label_logit_T = torch.where(owned_T, label_logit_T, -math.inf)
+    facts_T3 = torch.stack([label_logit_T, max_T, owned_T.float()], 1)
     if _is_shared(tp_group, labels_T):
         dist.all_reduce(facts_T3, op=dist.ReduceOp.MAX, group=tp_group)
-    gold_T, max_T, owned_T = facts_T3.unbind(1)
+    label_logit_T, max_T, owned_T = facts_T3.unbind(1)
     if (row := _first(owned_T == 0)) is not None:
         raise DataError(
             "a label is outside the vocabulary",
@@ -165,13 +167,13 @@ def _gold_and_max(
             where=f"row {row}",
             found=f"{int((~max_T.isfinite()).sum())} such rows of {len(max_T)}",
         )
-    if (row := _first(gold_T == -math.inf)) is not None:
+    if (row := _first(label_logit_T == -math.inf)) is not None:
         raise TrainingError(
             "the label's logit is -infinity: the loss would be infinite",
             where=f"row {row}",
             found=f"label {int(labels_T[row])}",
         )
-    return gold_T, max_T
+    return label_logit_T, max_T
 
 
 def _merge(keys_TK: Tensor, count: int, tp_group: dist.ProcessGroup | None) -> Tensor:

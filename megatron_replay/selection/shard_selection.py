@@ -50,14 +50,14 @@ class Cut(NamedTuple):
         ids: int32 [nnz], the sets one after another, each ascending.
         offsets: int64 [T + 1] into ``ids``.
         num_candidates_T: int64, the size of the set before the label was added.
-        gold_appended_T: bool, the label was not among them.
+        label_appended_T: bool, the label was not among them.
         inside_T: int64, the set's mass.
     """
 
     ids: Tensor
     offsets: Tensor
     num_candidates_T: Tensor
-    gold_appended_T: Tensor
+    label_appended_T: Tensor
     inside_T: Tensor
 
 
@@ -80,7 +80,7 @@ class CutTokens(Protocol):
         total_T: Tensor,
         max_T: Tensor,
         labels_T: Tensor,
-        gold_T: Tensor,
+        label_logit_T: Tensor,
         *,
         coverage: float,
     ) -> Cut:
@@ -160,7 +160,7 @@ def cut_tokens(
     total_T: Tensor,
     max_T: Tensor,
     labels_T: Tensor,
-    gold_T: Tensor,
+    label_logit_T: Tensor,
     *,
     coverage: float,
 ) -> Cut:
@@ -169,7 +169,7 @@ def cut_tokens(
     Args:
         keys_TK: the first K tokens of all shards, descending.
         total_T, max_T: mass and maxima over all shards.
-        labels_T, gold_T: int64 ids of the labels, fp32 logits of theirs.
+        labels_T, label_logit_T: int64 ids of the labels, fp32 logits of theirs.
     """
     values_TK, ids_TK = values_and_ids(keys_TK)
     masses_TK = token_masses(values_TK, max_T)
@@ -183,16 +183,16 @@ def cut_tokens(
 
     # One column more for the label; tokens left out sort behind every id. As fp32, which holds ids
     # exactly: NPUs sort integers on a scalar processor.
-    with_gold = torch.cat([ids_TK, labels_T[:, None].int()], 1)
+    with_label = torch.cat([ids_TK, labels_T[:, None].int()], 1)
     keep = torch.cat([chosen_TK, appended_T[:, None]], 1)
-    ordered = with_gold.masked_fill(~keep, MAX_VOCAB_SIZE).float().sort(1).values.int()
-    gold_mass_T = token_masses(gold_T[:, None], max_T).squeeze(1)
+    ordered = with_label.masked_fill(~keep, MAX_VOCAB_SIZE).float().sort(1).values.int()
+    label_mass_T = token_masses(label_logit_T[:, None], max_T).squeeze(1)
     return Cut(
         ids=ordered[ordered < MAX_VOCAB_SIZE],
         offsets=torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)),
         num_candidates_T=num_T,
-        gold_appended_T=appended_T,
-        inside_T=(masses_TK * chosen_TK).sum(1) + gold_mass_T * appended_T,
+        label_appended_T=appended_T,
+        inside_T=(masses_TK * chosen_TK).sum(1) + label_mass_T * appended_T,
     )
 
 

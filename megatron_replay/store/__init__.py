@@ -8,7 +8,7 @@ byte.
 from megatron_replay.store.document import (
     CandidateBatch,
     DocumentCandidates,
-    missing_gold,
+    missing_label,
     no_candidates,
     offsets_of_counts,
 )
@@ -23,7 +23,7 @@ __all__ = [
     "DocumentCandidates",
     "ShardWriter",
     "StoreDescription",
-    "missing_gold",
+    "missing_label",
     "no_candidates",
     "offsets_of_counts",
 ]

@@ -50,8 +50,8 @@ class DocumentCandidates:
     """int32 [C], ascending inside each position."""
     lse: npt.NDArray[np.float32]
     """float32 [P]: log sum exp of the base model's logits over the whole vocabulary."""
-    gold_logprob: npt.NDArray[np.float32]
-    """float32 [P]: the base model's log-probability of the gold token."""
+    label_logprob: npt.NDArray[np.float32]
+    """float32 [P]: the base model's log-probability of the label."""
     tail_mass: npt.NDArray[np.float32]
     """float32 [P]: the base model's probability outside the set (rho)."""
     logits: npt.NDArray[np.float32] | None
@@ -78,7 +78,7 @@ class DocumentCandidates:
             offsets=offsets,
             ids=self.ids[kept],
             lse=self.lse[rows],
-            gold_logprob=self.gold_logprob[rows],
+            label_logprob=self.label_logprob[rows],
             tail_mass=self.tail_mass[rows],
             logits=None if self.logits is None else self.logits[kept],
         )
@@ -96,7 +96,7 @@ def no_candidates(logits: str) -> DocumentCandidates:
         offsets=np.zeros(1, np.int64),
         ids=np.empty(0, np.int32),
         lse=np.empty(0, np.float32),
-        gold_logprob=np.empty(0, np.float32),
+        label_logprob=np.empty(0, np.float32),
         tail_mass=np.empty(0, np.float32),
         logits=None if logits == "none" else np.empty(0, np.float32),
     )
@@ -112,7 +112,7 @@ class CandidateBatch:
     offsets: npt.NDArray[np.int64]
     ids: npt.NDArray[np.int32]
     lse: npt.NDArray[np.float32]
-    gold_logprob: npt.NDArray[np.float32]
+    label_logprob: npt.NDArray[np.float32]
     tail_mass: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32] | None
 
@@ -132,7 +132,7 @@ class CandidateBatch:
                 offsets=self.offsets[first : last + 1] - start,
                 ids=self.ids[start:stop],
                 lse=self.lse[first:last],
-                gold_logprob=self.gold_logprob[first:last],
+                label_logprob=self.label_logprob[first:last],
                 tail_mass=self.tail_mass[first:last],
                 logits=None if self.logits is None else self.logits[start:stop],
             )
@@ -154,7 +154,7 @@ class CandidateBatch:
             offsets=offsets_of_counts(np.concatenate(sizes)),
             ids=joined("ids", np.int32),
             lse=joined("lse", np.float32),
-            gold_logprob=joined("gold_logprob", np.float32),
+            label_logprob=joined("label_logprob", np.float32),
             tail_mass=joined("tail_mass", np.float32),
             logits=joined("logits", np.float32) if has_logits else None,
         )
@@ -207,7 +207,7 @@ def _require_arrays(document: DocumentCandidates, has_logits: bool) -> None:
         ("offsets", document.offsets, "iu", num_positions + 1),
         ("ids", document.ids, "iu", num_ids),
         ("lse", document.lse, "f", num_positions),
-        ("gold_logprob", document.gold_logprob, "f", num_positions),
+        ("label_logprob", document.label_logprob, "f", num_positions),
         ("tail_mass", document.tail_mass, "f", num_positions),
     ]
     require(
@@ -261,7 +261,7 @@ def _require_sets(document: DocumentCandidates, vocab_size: int) -> None:
     )
 
 
-def missing_gold(
+def missing_label(
     ids_C: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], labels_P: Array
 ) -> int:
     """The first position whose label is not in its set, or -1: a binary search in all sets at once.
@@ -290,7 +290,7 @@ _LARGEST = {"fp16": 65_504.0, "bf16": 3.3895314e38}
 
 def require_numbers(document: DocumentCandidates | CandidateBatch, *, logits: str) -> None:
     """Every number is finite as it is stored, and tail masses are probabilities."""
-    for name, kind in (("lse", "fp16"), ("gold_logprob", "fp16"), ("logits", logits)):
+    for name, kind in (("lse", "fp16"), ("label_logprob", "fp16"), ("logits", logits)):
         array = getattr(document, name)
         if array is None:
             continue

@@ -45,7 +45,7 @@ CODEC, CODEC_NUMBER = "planar", 0
 MAX_VOCAB_SIZE = 1 << 24
 
 NUM_POSITIONS = struct.Struct("<I")
-#: position int32, |S| - 1 uint8, and three fp16: lse, gold_logprob, tail_mass.
+#: position int32, |S| - 1 uint8, and three fp16: lse, label_logprob, tail_mass.
 BYTES_PER_POSITION = 4 + 1 + 3 * 2
 #: Of a candidate, at most: an id of 24 bits and a logit.
 _MOST_CANDIDATE_BYTES = 3 + 2
@@ -106,7 +106,7 @@ def encode_record(document: DocumentCandidates, *, vocab_size: int, logits: str)
         document.positions.astype("<i4").tobytes(),
         (np.diff(document.offsets) - 1).astype(np.uint8).tobytes(),
         to_half(document.lse).tobytes(),
-        to_half(document.gold_logprob).tobytes(),
+        to_half(document.label_logprob).tobytes(),
         to_half(document.tail_mass).tobytes(),
         encode_ids(document.ids, vocab_size),
     ]
@@ -136,7 +136,7 @@ def decode_record(record: memoryview, *, vocab_size: int, logits: str) -> Docume
 
     positions_P = take("<i4").astype(np.int32)
     offsets = offsets_of_counts(take("u1").astype(np.int64) + 1)
-    lse_P, gold_logprob_P, tail_mass_P = (take("<f2").astype(np.float32) for _ in range(3))
+    lse_P, label_logprob_P, tail_mass_P = (take("<f2").astype(np.float32) for _ in range(3))
 
     num_ids = int(offsets[-1])
     ids_stop = len(record) - (0 if logits == "none" else 2 * num_ids)
@@ -146,7 +146,7 @@ def decode_record(record: memoryview, *, vocab_size: int, logits: str) -> Docume
         offsets=offsets,
         ids=decode_ids(record[ids_start:ids_stop], num_ids, vocab_size),
         lse=lse_P,
-        gold_logprob=gold_logprob_P,
+        label_logprob=label_logprob_P,
         tail_mass=tail_mass_P,
         logits=None if logits == "none" else decode_logits(record[ids_stop:], logits),
     )

@@ -281,14 +281,14 @@ def decode_batch(
     first_bad = found if isinstance(found, int) else 0
     if not isinstance(found, int):
         document_offsets, positions, offsets, halves, ids, stored_logits = found
-        lse, gold_logprob, tail_mass = halves.view("<f2").reshape(3, -1).astype(np.float32)
+        lse, label_logprob, tail_mass = halves.view("<f2").reshape(3, -1).astype(np.float32)
         batch = CandidateBatch(
             document_offsets=document_offsets,
             positions=positions,
             offsets=offsets,
             ids=ids,
             lse=lse,
-            gold_logprob=gold_logprob,
+            label_logprob=label_logprob,
             tail_mass=tail_mass,
             logits=None if kept == "none" else decode_logits(stored_logits.data, kept),
         )

@@ -34,15 +34,15 @@ def summary(description: StoreDescription, counted: Tally) -> dict[str, Any]:
     if not counted.positions:
         return content
     coverage, tail_mass = counted.coverage(), counted.tail_mass()
-    gold_logprob, appended = counted.gold_logprob(), counted.gold_appended
+    label_logprob, appended = counted.label_logprob(), counted.label_appended
     return content | {
         "bytes_per_position": counted.bin_bytes / counted.positions,
         "set_size": _set_sizes(counted),
         "coverage": _numbers(coverage) | {"min": coverage.values[0].item()},
         "tail_mass": _numbers(tail_mass) | {"max": tail_mass.values[-1].item()},
         "cap": _cap(counted, description.selection.get("max_candidates")),
-        "gold_logprob": _numbers(gold_logprob) | {"min": gold_logprob.values[0].item()},
-        "share_gold_appended": None if appended is None else appended / counted.positions,
+        "label_logprob": _numbers(label_logprob) | {"min": label_logprob.values[0].item()},
+        "share_label_appended": None if appended is None else appended / counted.positions,
     }
 
 
@@ -94,12 +94,12 @@ def summary_text(summary: dict[str, Any]) -> str:
     if not summary["positions"]:
         return "\n".join(lines)
     size, coverage, cap = summary["set_size"], summary["coverage"], summary["cap"]
-    tail, gold = summary["tail_mass"], summary["gold_logprob"]
+    tail, logprob = summary["tail_mass"], summary["label_logprob"]
     lines += [
         f"bytes per position: {summary['bytes_per_position']:.1f}",
-        f"label log-probability: mean {gold['mean']:.4f}, least {gold['min']:.4f}, "
-        + _quantiles_text(gold, ".4f"),
-        _appended_line(summary["share_gold_appended"]),
+        f"label log-probability: mean {logprob['mean']:.4f}, least {logprob['min']:.4f}, "
+        + _quantiles_text(logprob, ".4f"),
+        _appended_line(summary["share_label_appended"]),
         f"coverage: mean {coverage['mean']:.4f}, least {coverage['min']:.4f}, "
         + _quantiles_text(coverage, ".4f"),
         f"tail mass: mean {tail['mean']:.4f}, most {tail['max']:.4f}, "
@@ -146,7 +146,7 @@ _RECIPE = "--candidate-scope document --tail ghost --kl-weight 0.5 (needs Stage 
 
 def _verdict(summary: dict[str, Any]) -> str:
     """One line, whatever the numbers are, with the bounds it goes by."""
-    missed, covered = summary["share_gold_appended"], summary["coverage"]["mean"]
+    missed, covered = summary["share_label_appended"], summary["coverage"]["mean"]
     if missed is None:
         return "unknown: the store's metadata has no coverage and max_candidates"
     found = f"the base model missed {missed:.1%} of labels, and the sets cover {covered:.1%}"
@@ -169,7 +169,7 @@ def _advice(summary: dict[str, Any]) -> list[str]:
     advice, cap = [], summary["cap"]
     at_cap = cap is not None and cap["share_at_or_above"] > _MANY_AT_CAP
     hopeless = summary["coverage"]["mean"] < _LITTLE_COVERAGE
-    if (summary["share_gold_appended"] or 0) > _MANY_APPENDED or hopeless:
+    if (summary["share_label_appended"] or 0) > _MANY_APPENDED or hopeless:
         advice.append(
             f"probability will leak out of the sets: use --loss full, or {_RECIPE}, in Stage 1"
             + ("" if at_cap else "; or a higher --coverage in Stage 0")

@@ -55,7 +55,7 @@ class Distribution(NamedTuple):
 class Tally:
     """What was counted; ``a + b`` is what both counted."""
 
-    gold_appended: int | None = None
+    label_appended: int | None = None
     """Positions whose label the base model missed; None where the store's metadata has no coverage
     and max_candidates to derive it from."""
     documents: int = 0
@@ -65,7 +65,7 @@ class Tally:
     """int64 [257]: positions by the size of their set."""
     tail_masses: Counts = field(default_factory=lambda: np.zeros(1 << 16, np.int64))
     """int64 [65536]: positions by the bits of their fp16 tail mass."""
-    gold_logprobs: Counts = field(default_factory=lambda: np.zeros(1 << 16, np.int64))
+    label_logprobs: Counts = field(default_factory=lambda: np.zeros(1 << 16, np.int64))
     """int64 [65536]: positions by the bits of their label's fp16 log-probability."""
 
     def __add__(self, other: Tally) -> Tally:
@@ -94,9 +94,9 @@ class Tally:
         tails, counts = self.tail_mass()
         return Distribution(1 - tails[::-1], counts[::-1])
 
-    def gold_logprob(self) -> Distribution:
+    def label_logprob(self) -> Distribution:
         """The base model's log-probability of the label."""
-        return Distribution.of_halves(self.gold_logprobs)
+        return Distribution.of_halves(self.label_logprobs)
 
 
 def tally(
@@ -113,7 +113,7 @@ def tally(
     selection = reader.description.selection
     coverage, most = selection.get("coverage"), selection.get("max_candidates")
     has_bounds = isinstance(coverage, float) and isinstance(most, int)
-    total = Tally(gold_appended=0 if has_bounds else None)
+    total = Tally(label_appended=0 if has_bounds else None)
     for shard in shards:
         total.bin_bytes += reader.rows[shard].bin_bytes
         for documents, batch in reader.batches(shard, logits=False):
@@ -130,12 +130,12 @@ def _counted(batch: CandidateBatch, appended: int | None) -> Tally:
 
     counts_D = np.diff(batch.document_offsets)
     return Tally(
-        gold_appended=appended,
+        label_appended=appended,
         documents=len(counts_D),
         documents_with_positions=int((counts_D > 0).sum()),
         sizes=np.bincount(np.diff(batch.offsets), minlength=MAX_SET_SIZE + 1),
         tail_masses=by_bits(batch.tail_mass),
-        gold_logprobs=by_bits(batch.gold_logprob),
+        label_logprobs=by_bits(batch.label_logprob),
     )
 
 
@@ -147,6 +147,6 @@ def _appended(batch: CandidateBatch, coverage: Any, most: Any) -> int:
     the coverage, for no candidate has less than the least needed. Exact up to fp16 rounding of
     the tail mass.
     """
-    label_P = np.exp(np.minimum(batch.gold_logprob.astype(np.float64), 0))
+    label_P = np.exp(np.minimum(batch.label_logprob.astype(np.float64), 0))
     others_P = 1 - batch.tail_mass.astype(np.float64) - label_P
     return int(((np.diff(batch.offsets) > most) | (others_P >= coverage)).sum())

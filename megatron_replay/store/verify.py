@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_replay.errors import StoreError
 from megatron_replay.progress import Progress
-from megatron_replay.store.document import CandidateBatch, located, missing_gold, require
+from megatron_replay.store.document import CandidateBatch, located, missing_label, require
 from megatron_replay.store.format import BIN_HEADER, ShardIndex
 from megatron_replay.store.manifest import bin_path
 from megatron_replay.store.reader import CandidateReader
@@ -103,7 +103,7 @@ def require_labels(documents: Sequence[int], batch: CandidateBatch, corpus: Labe
     if not carries_loss_P.all():
         where = place(np.argmin(carries_loss_P))
         raise StoreError(f"{where} is recorded, but its label carries no loss", fix=_FIX)
-    first = missing_gold(batch.ids, batch.offsets, labels_P)
+    first = missing_label(batch.ids, batch.offsets, labels_P)
     if first >= 0:
         raise StoreError(
             f"{place(first)}: the label {labels_P[first]} is not in its candidate set",

@@ -52,7 +52,7 @@ class Part:
                     offsets=np.arange(POSITIONS + 1, dtype=np.int64) * SET_SIZE,
                     ids=self.ids[i * size : (i + 1) * size],
                     lse=zeros,
-                    gold_logprob=zeros,
+                    label_logprob=zeros,
                     tail_mass=zeros,
                     logits=None,
                 ),

@@ -22,7 +22,7 @@ from megatron_replay.store import (
     CandidateWriter,
     DocumentCandidates,
     StoreDescription,
-    missing_gold,
+    missing_label,
 )
 from tests.data.examples import PAD_ID, VOCAB_SIZE, random_documents, write_corpus
 
@@ -43,7 +43,7 @@ class Recorded(list):
 
 
 def record(document: Document, rng: np.random.Generator, share: float) -> DocumentCandidates:
-    """Random sets with the gold token at a random share of the eligible positions."""
+    """Random sets with the label at a random share of the eligible positions."""
     positions = [int(t) for t in document.eligible_positions() if rng.random() < share]
     sets = []
     for t in positions:
@@ -55,7 +55,7 @@ def record(document: Document, rng: np.random.Generator, share: float) -> Docume
         offsets=np.cumsum([0, *map(len, sets)], dtype=np.int64),
         ids=np.array([i for s in sets for i in s], dtype=np.int32),
         lse=rng.normal(size=count).astype(np.float16).astype(np.float32),
-        gold_logprob=np.zeros(count, dtype=np.float32),
+        label_logprob=np.zeros(count, dtype=np.float32),
         tail_mass=rng.choice([0.0, 0.25, 0.5], size=count).astype(np.float32),
         logits=None,
     )
@@ -182,7 +182,7 @@ def one_document(**change):
         "offsets": np.array([0, 2, 4], dtype=np.int64),
         "ids": np.array([4, 5, 2, 6], dtype=np.int32),
         "lse": np.array([1, 2], dtype=np.float32),
-        "gold_logprob": np.zeros(2, dtype=np.float32),
+        "label_logprob": np.zeros(2, dtype=np.float32),
         "tail_mass": np.zeros(2, dtype=np.float32),
         "logits": None,
     }
@@ -192,12 +192,12 @@ def one_document(**change):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize(("ids", "position", "gold"), [([5, 6, 2, 5], 2, 6), ([2, 6, 5, 6], 1, 5)])
-def test_gold_outside_its_set_is_refused_even_if_in_the_union(scope, ids, position, gold):
+@pytest.mark.parametrize(("ids", "position", "label"), [([5, 6, 2, 5], 2, 6), ([2, 6, 5, 6], 1, 5)])
+def test_a_label_outside_its_set_is_refused_even_if_in_the_union(scope, ids, position, label):
     batch, store = one_document()
     join(batch, store, scope=scope)
     batch, store = one_document(ids=np.array(ids, dtype=np.int32))
-    message = f"document 0, position {position}: the label {gold} is not in its"
+    message = f"document 0, position {position}: the label {label} is not in its"
     with pytest.raises(StoreError, match=message):
         join(batch, store, scope=scope)
 
@@ -207,17 +207,17 @@ def test_gold_outside_its_set_is_refused_even_if_in_the_union(scope, ids, positi
     st.integers(0, 10_000),
 )
 @settings(deadline=None)
-def test_missing_gold_against_python(sets, seed):
+def test_missing_label_against_python(sets, seed):
     """Labels in their set, beside it, below and above all of it."""
     rng = np.random.default_rng(seed)
     labels = [int(rng.choice(sorted(s))) for s in sets]
     ids = np.array([i for s in sets for i in sorted(s)], dtype=np.int32)
     offsets = np.cumsum([0, *map(len, sets)], dtype=np.int64)
-    assert missing_gold(ids, offsets, np.array(labels, dtype=np.int64)) == -1
+    assert missing_label(ids, offsets, np.array(labels, dtype=np.int64)) == -1
     for place in rng.permutation(len(sets))[:3]:
         labels[place] = int(rng.integers(-1, 302))
         missing = [n for n, s in enumerate(sets) if labels[n] not in s]
-        found = missing_gold(ids, offsets, np.array(labels, dtype=np.int64))
+        found = missing_label(ids, offsets, np.array(labels, dtype=np.int64))
         assert found == (missing[0] if missing else -1)
 
 

@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_reference(folder: Path, corpus: Corpus, reader: CandidateReader) -> None:
-    """Mean over the recorded positions of logsumexp(z[S]) - z[gold], and its gradients."""
+    """Mean over the recorded positions of logsumexp(z[S]) - z[label], and its gradients."""
     model = tiny.load_reference(folder / "model")
     losses, tokens_read, unread = [], 0, 0
     for number, recorded in enumerate(reader):

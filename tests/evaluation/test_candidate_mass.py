@@ -22,7 +22,7 @@ def candidates_of(positions: list[int], sets: list[list[int]]) -> DocumentCandid
         offsets=np.cumsum([0, *map(len, sets)]).astype(np.int64),
         ids=np.array([i for ids in sets for i in ids], dtype=np.int32),
         lse=zeros,
-        gold_logprob=zeros,
+        label_logprob=zeros,
         tail_mass=zeros,
         logits=None,
     )

@@ -83,11 +83,11 @@ def test_probabilities_are_probabilities(
     logits_TV.scatter_(1, labels_T[:, None], kept)
     sets = select_candidates(logits_TV, labels_T, coverage=coverage, max_candidates=cap)
     assert ((sets.tail_mass_T >= 0) & (sets.tail_mass_T <= 1)).all()
-    assert (sets.gold_logprob_T <= sets.max_logprob_T).all()
+    assert (sets.label_logprob_T <= sets.max_logprob_T).all()
     assert (sets.max_logprob_T <= 0).all()
     assert sets.lse_T.isfinite().all()
     sizes = sets.offsets.diff()
-    assert torch.equal(sizes, sets.num_candidates_T + sets.gold_appended_T)
+    assert torch.equal(sizes, sets.num_candidates_T + sets.label_appended_T)
     assert int(sizes.max()) <= cap + 1
     assert int(sets.num_candidates_T.min()) >= 1
     position = torch.arange(6).repeat_interleave(sizes)

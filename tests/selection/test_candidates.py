@@ -26,7 +26,7 @@ def check(logits_TV: torch.Tensor, labels_T: torch.Tensor, **options: Any) -> No
     sets = select_candidates(logits_TV, labels_T, **options)
     tau, cap = options.get("coverage", 0.95), options.get("max_candidates", 200)
     for t, logits_V in enumerate(logits_TV.double().numpy()):
-        V, gold = len(logits_V), int(labels_T[t])
+        V, label = len(logits_V), int(labels_T[t])
         order, p_V = first_tokens(logits_V), probabilities(logits_V)
         cumulative = np.cumsum(p_V[order])
         margin = CUT_MARGIN + V * 2.0**-39
@@ -35,12 +35,12 @@ def check(logits_TV: torch.Tensor, labels_T: torch.Tensor, **options: Any) -> No
         K = int(sets.num_candidates_T[t])
         assert min(fewest, cap, V) <= K <= min(most, cap, V)
         chosen = set(order[:K].tolist())
-        assert set_of(sets, t) == sorted(chosen | {gold})
-        assert bool(sets.gold_appended_T[t]) == (gold not in chosen)
+        assert set_of(sets, t) == sorted(chosen | {label})
+        assert bool(sets.label_appended_T[t]) == (label not in chosen)
         lse = logits_V.max() + math.log(np.exp(logits_V - logits_V.max()).sum())
-        inside = p_V[sorted(chosen | {gold})].sum()
+        inside = p_V[sorted(chosen | {label})].sum()
         assert float(sets.lse_T[t]) == pytest.approx(lse, rel=1e-6, abs=2e-6)
-        assert float(sets.gold_logprob_T[t]) == pytest.approx(logits_V[gold] - lse, abs=4e-6)
+        assert float(sets.label_logprob_T[t]) == pytest.approx(logits_V[label] - lse, abs=4e-6)
         assert float(sets.max_logprob_T[t]) == pytest.approx(logits_V.max() - lse, abs=2e-6)
         assert float(sets.tail_mass_T[t]) == pytest.approx(1 - inside, abs=margin)
 
@@ -154,10 +154,10 @@ def test_types_and_no_positions() -> None:
         sets = select_candidates(torch.zeros(T, 7), torch.zeros(T, dtype=torch.int64))
         assert (sets.ids.dtype, sets.offsets.dtype) == (torch.int32, torch.int64)
         assert len(sets.offsets) == T + 1
-        for name in ("lse_T", "gold_logprob_T", "max_logprob_T", "tail_mass_T"):
+        for name in ("lse_T", "label_logprob_T", "max_logprob_T", "tail_mass_T"):
             assert getattr(sets, name).dtype == torch.float32
             assert getattr(sets, name).shape == (T,)
-        assert sets.num_candidates_T.shape == sets.gold_appended_T.shape == (T,)
+        assert sets.num_candidates_T.shape == sets.label_appended_T.shape == (T,)
 
 
 def test_nothing_is_kept_for_autograd() -> None:

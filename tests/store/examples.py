@@ -53,7 +53,7 @@ def draw_document(
         offsets=np.cumsum([0, *set_sizes]).astype(np.int64),
         ids=ids,
         lse=halves(-50, 50, num_positions).astype(np.float32),
-        gold_logprob=halves(-20, 0, num_positions).astype(np.float32),
+        label_logprob=halves(-20, 0, num_positions).astype(np.float32),
         tail_mass=halves(0, 1, num_positions).astype(np.float32),
         logits=halves(-30, 30, len(ids)).astype(np.float32) if has_logits else None,
     )

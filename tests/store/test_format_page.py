@@ -56,7 +56,7 @@ def test_the_printed_reader_reads_what_we_wrote(
                     position,
                     tuple(document.ids[candidates].tolist()),
                     document.lse[i],
-                    document.gold_logprob[i],
+                    document.label_logprob[i],
                     document.tail_mass[i],
                     tuple(document.logits[candidates]) if document.logits is not None else None,
                 )

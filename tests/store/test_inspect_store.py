@@ -49,7 +49,7 @@ def test_the_summary_is_what_a_loop_counts(store: Path, capsys: pytest.CaptureFi
     documents = [draw(i) for i in range(40)]
     sizes = sorted(int(n) for d in documents for n in np.diff(d.offsets))
     tails = [float(m) for d in documents for m in d.tail_mass]
-    golds = [float(g) for d in documents for g in d.gold_logprob]
+    labels = [float(g) for d in documents for g in d.label_logprob]
     n = len(sizes)
     assert summary["documents"] == 40
     assert summary["documents_with_positions"] == sum(len(d.positions) > 0 for d in documents)
@@ -74,7 +74,7 @@ def test_the_summary_is_what_a_loop_counts(store: Path, capsys: pytest.CaptureFi
         "share_at_or_above": pytest.approx(sum(s >= CAP for s in sizes) / n),
         "share_above": pytest.approx(sum(s > CAP for s in sizes) / n),
     }
-    assert summary["gold_logprob"]["mean"] == pytest.approx(sum(golds) / n)
+    assert summary["label_logprob"]["mean"] == pytest.approx(sum(labels) / n)
 
 
 def test_the_summary_as_text(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,15 +100,15 @@ def test_a_store_without_positions_or_cap(
 
 def test_a_document_with_its_tokens(store: Path) -> None:
     reader, expected = CandidateReader(store), draw(8)
-    gold_of = expected.ids[expected.offsets[:-1]]  # the first candidate of each set
+    labels = expected.ids[expected.offsets[:-1]]  # the first candidate of each set
     tokens = np.arange(5000)
-    tokens[expected.positions + 1] = gold_of
-    tokens[expected.positions[0] + 1] = 151_000  # but one gold is not in its set
+    tokens[expected.positions + 1] = labels
+    tokens[expected.positions[0] + 1] = 151_000  # but one label is not in its set
     corpus: Any = {8: SimpleNamespace(tokens=tokens)}
     tokenizer: Any = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
     view = describe_document(reader, 8, tokenizer, corpus)
     assert [row["position"] for row in view["positions"]] == expected.positions.tolist()
-    assert [row["gold_in_set"] for row in view["positions"]] == [False] + [True] * 7
+    assert [row["label_in_set"] for row in view["positions"]] == [False] + [True] * 7
     candidates = [c for row in view["positions"] for c in row["candidates"]]
     assert [c["id"] for c in candidates] == expected.ids.tolist()
     assert [c["text"] for c in candidates] == [f"<{i}>" for i in expected.ids.tolist()]
@@ -119,7 +119,7 @@ def test_a_document_with_its_tokens(store: Path) -> None:
         exps = [math.exp(c["logit"]) for c in row["candidates"]]
         shares = [row["coverage"] * x / sum(exps) for x in exps]
         assert [c["probability"] for c in row["candidates"]] == pytest.approx(shares)
-        assert row["gold_probability"] == pytest.approx(math.exp(row["gold_logprob"]))
+        assert row["label_probability"] == pytest.approx(math.exp(row["label_logprob"]))
 
     text = document_text(view)
     first_row = text.splitlines()[1]
@@ -182,7 +182,7 @@ def test_impossible_numbers_of_a_damaged_store_are_shown(
     writer = CandidateWriter(tmp_path, describe(num_documents=1, selection=selection))
     document = draw_document(np.random.default_rng(0), vocab_size=300, set_sizes=[3, 4])
     with writer.shard(0) as shard:
-        shard.add(0, dataclasses.replace(document, gold_logprob=np.full(2, 6e4, np.float32)))
+        shard.add(0, dataclasses.replace(document, label_logprob=np.full(2, 6e4, np.float32)))
     writer.finish()
     assert main([str(tmp_path), "--document", "0", *ALONE]) == 0
     assert "label 100 %" in capsys.readouterr().out
@@ -215,7 +215,7 @@ def test_probabilities_are_those_of_the_base_model(tmp_path: Path) -> None:
             0,
             DocumentCandidates(
                 positions=np.zeros(1, np.int32), offsets=np.array([0, 50]), ids=ids, lse=one(lse),
-                gold_logprob=one(-1), tail_mass=one(1 - exact.sum()),
+                label_logprob=one(-1), tail_mass=one(1 - exact.sum()),
                 logits=logits[ids].astype(np.float32),
             ),
         )  # fmt: skip

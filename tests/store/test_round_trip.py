@@ -112,7 +112,7 @@ def test_a_record_by_hand() -> None:
         offsets=np.array([0, 2, 3], np.int64),
         ids=np.array([5, 70_000, 131_071], np.int32),
         lse=np.array([1.0, -2.0], np.float32),
-        gold_logprob=np.array([-0.5, -4.0], np.float32),
+        label_logprob=np.array([-0.5, -4.0], np.float32),
         tail_mass=np.array([0.25, 0.0], np.float32),
         logits=np.array([1.5, 2.5, -3.5], np.float32),
     )
@@ -153,7 +153,7 @@ def test_fp32_is_rounded_to_the_nearest_fp16(tmp_path: Path) -> None:
     values = np.array([12.3456789], np.float32)
     document = DocumentCandidates(
         positions=np.array([0], np.int32), offsets=np.array([0, 1]), ids=np.array([1], np.int32),
-        lse=values, gold_logprob=-values, tail_mass=values / 100, logits=None,
+        lse=values, label_logprob=-values, tail_mass=values / 100, logits=None,
     )  # fmt: skip
     writer = CandidateWriter(tmp_path, description)
     with writer.shard(0) as shard:

@@ -47,10 +47,10 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_numbers_are_those_of_a_loop(reader: CandidateReader) -> None:
     documents = [draw(i) for i in range(40)]
     rows = [
-        (int(stop - start), float(tail), float(gold))
+        (int(stop - start), float(tail), float(label))
         for d in documents
-        for start, stop, tail, gold in zip(
-            d.offsets[:-1], d.offsets[1:], d.tail_mass, d.gold_logprob, strict=True
+        for start, stop, tail, label in zip(
+            d.offsets[:-1], d.offsets[1:], d.tail_mass, d.label_logprob, strict=True
         )
     ]
     n, found = len(rows), summary(reader.description, tally(reader, range(7)))
@@ -64,39 +64,41 @@ def test_numbers_are_those_of_a_loop(reader: CandidateReader) -> None:
         "set_size": [size for size, _, _ in rows],
         "tail_mass": [tail for _, tail, _ in rows],
         "coverage": [1 - tail for _, tail, _ in rows],
-        "gold_logprob": [gold for _, _, gold in rows],
+        "label_logprob": [label for _, _, label in rows],
     }
     for name, values in columns.items():
         assert found[name]["mean"] == pytest.approx(sum(values) / n)
         assert found[name]["quantiles"] == ranked(values), name
     assert found["tail_mass"]["max"] == max(columns["tail_mass"])
-    assert found["gold_logprob"]["min"] == min(columns["gold_logprob"])
-    appended = sum(size > CAP or 1 - tail - math.exp(gold) >= COVERAGE for size, tail, gold in rows)
+    assert found["label_logprob"]["min"] == min(columns["label_logprob"])
+    appended = sum(
+        size > CAP or 1 - tail - math.exp(label) >= COVERAGE for size, tail, label in rows
+    )
     assert 0 < appended < n
-    assert found["share_gold_appended"] == appended / n
+    assert found["share_label_appended"] == appended / n
 
 
 def test_parts_add_up_in_any_order(reader: CandidateReader) -> None:
     whole = tally(reader, range(7))
     parts = [tally(reader, shards) for shards in ([6, 1], [], [0, 2, 3], [5], [4])]
-    added = Tally(gold_appended=0)
+    added = Tally(label_appended=0)
     for part in parts:
         added += pickle.loads(pickle.dumps(part))
     assert whole.documents == 40
     assert whole.bin_bytes == sum(row.bin_bytes for row in reader.rows)
     assert summary(reader.description, added) == summary(reader.description, whole)
-    for name in ("sizes", "tail_masses", "gold_logprobs"):
+    for name in ("sizes", "tail_masses", "label_logprobs"):
         np.testing.assert_array_equal(getattr(added, name), getattr(whole, name))
 
 
 def test_what_a_part_cannot_tell_the_whole_cannot(reader: CandidateReader) -> None:
-    assert (tally(reader, [0]) + Tally()).gold_appended is None
+    assert (tally(reader, [0]) + Tally()).label_appended is None
 
 
 def told(found: dict[str, Any], **changes: float) -> tuple[str, str]:
     """The verdict and the advice for these numbers."""
     found = copy.deepcopy(found)
-    found["share_gold_appended"] = changes["missed"]
+    found["share_label_appended"] = changes["missed"]
     found["coverage"]["mean"] = changes["coverage"]
     found["cap"] = {
         "max_candidates": changes.get("cap", 200),

@@ -112,14 +112,14 @@ def test_what_only_the_corpus_tells(store: Path) -> None:
         (error,) = verify(reader, corpus=corpus)
         return str(error)
 
-    def no_gold(tokens: np.ndarray, loss_mask: np.ndarray) -> None:
+    def no_label(tokens: np.ndarray, loss_mask: np.ndarray) -> None:
         tokens[position + 1] = 69_999
 
     def no_loss(tokens: np.ndarray, loss_mask: np.ndarray) -> None:
         loss_mask[position + 1] = False
 
     where = f"{store}/0000/shard-0000001.bin: document 6, position {position}"
-    assert found(changed(store, no_gold)).startswith(f"{where}: the label 69999 is not in")
+    assert found(changed(store, no_label)).startswith(f"{where}: the label 69999 is not in")
     assert found(changed(store, no_loss)).startswith(
         f"{where} is recorded, but its label carries no loss"
     )

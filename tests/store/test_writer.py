@@ -133,7 +133,7 @@ Change = Callable[[dict[str, Any]], dict[str, Any]]
     ("change", "message"),
     [
         (lambda d: {"lse": d["lse"] + 70_000}, "lse does not fit fp16 (expected at most 65504"),
-        (lambda d: {"gold_logprob": d["lse"] * np.nan}, "gold_logprob does not fit fp16"),
+        (lambda d: {"label_logprob": d["lse"] * np.nan}, "label_logprob does not fit fp16"),
         (lambda d: {"logits": d["logits"] * np.float16(np.inf)}, "logits does not fit fp16"),
         (lambda d: {"logits": None}, "expected logits; found no logits"),
         (lambda d: {"tail_mass": -d["tail_mass"]}, "tail_mass is no probability"),

@@ -59,7 +59,7 @@ class Sets:
             offsets=np.concatenate([[0], np.cumsum([len(ids) for ids in sets])]),
             ids=np.concatenate(sets).astype(np.int32),
             lse=np.zeros(len(positions), np.float32),
-            gold_logprob=np.zeros(len(positions), np.float32),
+            label_logprob=np.zeros(len(positions), np.float32),
             tail_mass=np.zeros(len(positions), np.float32),
             logits=None,
         )
