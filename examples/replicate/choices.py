@@ -1,21 +1,22 @@
 """Questions with four options: what a documented name does, and what a base model can do at all.
 
-Facts are pairs of a name and the first sentence of its documentation, read from Python itself.
-Those of modules about communication are the domain, in the place of a telecom's: the base model
-never reads these modules, but other modules say some of the same (three of the forty sentences of
-the study). The other three kinds are general abilities, that fine-tuning may cost.
+Facts are pairs of a name and the first sentence of its documentation, from Python itself. Those of
+modules about communication are the domain, in place of a telecom's: the base model never reads
+these modules, but three of the study's forty sentences are in other modules, too. The other three
+kinds of questions are general abilities, which fine-tuning may cost.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import random
 import re
 import sysconfig
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 from examples.quickstart.general_text import python_files
 
@@ -28,23 +29,14 @@ COMMUNICATION = frozenset(
 OPTIONS = 4
 
 
-class ChoiceRow(TypedDict):
-    """One question; ``answer`` is the place of the right option."""
-
-    prompt: str
-    options: list[str]
-    answer: int
-
-
-class Fact(TypedDict):
-    """A name and what it does."""
-
-    name: str
-    does: str
+#: One question: ``prompt``, ``options``, and in ``answer`` the index of the right option.
+ChoiceRow = dict[str, Any]
+#: A name and what it does.
+Fact = tuple[str, str]
 
 
 def facts(*, communication: bool) -> list[Fact]:
-    """Of the modules about communication, or of all others: each name and each sentence once."""
+    """Facts of the modules about communication, or of all others; no name or sentence twice."""
     folder = Path(sysconfig.get_path("stdlib"))
     found: dict[str, str] = {}
     sentences: set[str] = set()
@@ -63,21 +55,22 @@ def facts(*, communication: bool) -> list[Fact]:
             if is_new and node.name[0] != "_" and len(node.name) <= 20 and 25 <= len(does) <= 80:
                 found[node.name] = does
                 sentences.add(does)
-    return [Fact(name=name, does=does) for name, does in found.items()]
+    return list(found.items())
 
 
-def questions(
-    known: Sequence[Fact], others: Sequence[str], *, seed: int
-) -> list[tuple[ChoiceRow, Fact]]:
-    """One question a fact, its wrong options drawn from ``others``."""
+def questions(known: Sequence[Fact], others: Sequence[str], *, seed: int) -> list[ChoiceRow]:
+    """One question for each fact; the wrong options are drawn from ``others``."""
     rng = random.Random(seed)
     rows = []
-    for fact in known:
-        wrong = rng.sample([name for name in others if name != fact["name"]], OPTIONS - 1)
-        row = _row("", fact["name"], wrong, rng)
-        row["prompt"] = f"what does this: {fact['does']}\noptions: {', '.join(row['options'])}\n"
-        rows.append((row, fact))
+    for name, does in known:
+        row = _row("", name, _without(name, others, rng), rng)
+        row["prompt"] = f"what does this: {does}\noptions: {', '.join(row['options'])}\n"
+        rows.append(row)
     return rows
+
+
+def _without(name: str, names: Sequence[str], rng: random.Random) -> list[str]:
+    return rng.sample([other for other in names if other != name], OPTIONS - 1)
 
 
 #: Ways to ask for a name: those of training, and those of the test.
@@ -88,23 +81,22 @@ TEST_TEMPLATES = ("name the one for: {does}", "who does this? {does}", "search: 
 
 
 def recall(known: Sequence[Fact], *, seed: int) -> tuple[list[dict[str, str]], list[ChoiceRow]]:
-    """(train, test): each fact in every training template, in each test one with other options.
+    """(train, test): each fact in every training template, and in every test template with options.
 
-    Nothing but having read the facts helps to answer: the options are not in the prompt.
+    The options are not in the prompt, so only a model that has read the facts can answer.
     """
     rng = random.Random(seed)
     train = [
-        {"prompt": template.format(does=fact["does"]) + "\n", "completion": fact["name"]}
-        for fact in known
+        {"prompt": template.format(does=does) + "\n", "completion": name}
+        for name, does in known
         for template in TEMPLATES
     ]
-    names = [fact["name"] for fact in known]
-    test = []
-    for template in TEST_TEMPLATES:
-        for fact in known:
-            wrong = rng.sample([name for name in names if name != fact["name"]], OPTIONS - 1)
-            prompt = template.format(does=fact["does"]) + "\n"
-            test.append(_row(prompt, fact["name"], wrong, rng))
+    names = [name for name, _ in known]
+    test = [
+        _row(template.format(does=does) + "\n", name, _without(name, names, rng), rng)
+        for template in TEST_TEMPLATES
+        for name, does in known
+    ]
     return train, test
 
 
@@ -123,11 +115,10 @@ def arithmetic(*, seed: int) -> list[ChoiceRow]:
     """Every sum of two numbers up to 20, in a random order; wrong options are near."""
     rng = random.Random(seed)
     rows = []
-    for a in range(21):
-        for b in range(21):
-            near = [a + b + d for d in (-10, -3, -2, -1, 1, 2, 3, 10) if a + b + d >= 0]
-            wrong = [str(n) for n in rng.sample(near, OPTIONS - 1)]
-            rows.append(_row(f"add {a} and {b}: ", str(a + b), wrong, rng))
+    for a, b in itertools.product(range(21), repeat=2):
+        near = [a + b + d for d in (-10, -3, -2, -1, 1, 2, 3, 10) if a + b + d >= 0]
+        wrong = [str(n) for n in rng.sample(near, OPTIONS - 1)]
+        rows.append(_row(f"add {a} and {b}: ", str(a + b), wrong, rng))
     rng.shuffle(rows)
     return rows
 
@@ -158,7 +149,7 @@ def cloze(documents: Sequence[str], count: int, *, seed: int) -> list[ChoiceRow]
     """The next word of a held-out text; wrong options are words of the same text.
 
     Raises:
-        ValueError: there are fewer fitting texts than asked for.
+        ValueError: there are fewer fitting texts than ``count``.
     """
     rng = random.Random(seed)
     rows: list[ChoiceRow] = []
@@ -174,5 +165,5 @@ def cloze(documents: Sequence[str], count: int, *, seed: int) -> list[ChoiceRow]
         options = [f" {word}" for word in wrong]
         rows.append(_row(before, f" {hidden.group()}", options, rng))
     if len(rows) < count:
-        raise ValueError(f"{count} texts asked for, {len(rows)} fit")
+        raise ValueError(f"{count} texts needed, {len(rows)} fit")
     return rows

@@ -67,14 +67,13 @@ def sql_domain(
 
 
 def choice_domain(folder: Path, seed: int) -> tuple[list[Row], list[Row]]:
-    """The base practises on other modules, with the options in sight; the domain is recalled."""
+    """Only the base's questions, on other modules, have the options in their prompts."""
     known = random.Random(seed).sample(choices.facts(communication=True), FACTS)
     train, test = choices.recall(known, seed=seed)
     write_jsonl(folder / "choices" / "protocols.jsonl", test)
     others = choices.facts(communication=False)
-    names = [fact["name"] for fact in others]
-    asked = choices.questions(others[:PRACTICE_CHOICES], names, seed=seed)
-    return [choices.as_training_row(row) for row, _ in asked], train
+    asked = choices.questions(others[:PRACTICE_CHOICES], [name for name, _ in others], seed=seed)
+    return [choices.as_training_row(row) for row in asked], train
 
 
 def abilities(folder: Path, held_out: list[str], seed: int) -> list[Row]:
@@ -92,7 +91,7 @@ def abilities(folder: Path, held_out: list[str], seed: int) -> list[Row]:
 def write_everything(folder: Path, seed: int) -> None:
     """Write all files but the manifest."""
     documents = general_documents(seed=seed, without=choices.COMMUNICATION)
-    # Of those held out, as many as the cloze questions need are beyond the perplexity's.
+    # The cloze questions need more held-out documents than the perplexity.
     held_out, general = documents[: 4 * HELD_OUT_DOCUMENTS], documents[4 * HELD_OUT_DOCUMENTS :]
     general = general[:DOCUMENTS]
     write_jsonl(
@@ -106,12 +105,8 @@ def write_everything(folder: Path, seed: int) -> None:
         choice_domain(folder, seed),
     ]
     practice = abilities(folder, held_out, seed)
-    ignorant = [{"text": text} for text in general] + [
-        {"text": row["prompt"] + row["completion"]} for row in practice
-    ]
-    competent = ignorant + [
-        {"text": row["prompt"] + row["completion"]} for base, _ in parts for row in base
-    ]
+    ignorant = [{"text": text} for text in general] + _as_texts(practice)
+    competent = ignorant + [text for base, _ in parts for text in _as_texts(base)]
     train = [row for _, rows in parts for row in rows]
     shuffle = random.Random(seed)
     for rows in (ignorant, competent, train):
@@ -123,6 +118,10 @@ def write_everything(folder: Path, seed: int) -> None:
     write_jsonl(folder / "train" / "all.jsonl", train)
     for name, (_, rows) in zip(DOMAINS, parts, strict=True):
         write_jsonl(folder / "train" / f"{name}.jsonl", rows)
+
+
+def _as_texts(rows: Iterable[Row]) -> list[Row]:
+    return [{"text": row["prompt"] + row["completion"]} for row in rows]
 
 
 def describe(folder: Path, seed: int) -> dict[str, Any]:
@@ -149,7 +148,7 @@ def make_data(folder: Path, *, seed: int) -> None:
                 "files were changed, or made with another seed",
                 where=folder,
                 expected=f"the hashes in {MANIFEST} and seed {seed}",
-                fix="Remove the directory, or name another",
+                fix="Remove the directory, or give another",
             )
         return
     if folder.exists() and any(folder.iterdir()):

@@ -1,7 +1,7 @@
-"""A model's results as JSON: checked once where they are read, so that all who use them need not.
+"""A model's results as JSON, checked where they are read, so that no other code checks them.
 
-``tools/evaluate.py`` writes one such entry a model; a row holds one, too. What is not known here is
-left alone.
+``tools/evaluate.py`` writes one entry for each model. Fields that are not listed here pass
+unchecked.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 from megatron_replay.errors import DataError
 from megatron_replay.files import is_number
 
-#: Kinds of benchmarks, and what each result of them has.
+#: Kinds of benchmarks, and the fields that each of their results has.
 _SCORES = {"sql": ["accuracy"], "choices": ["accuracy"], "lm_eval": ["score", "metric"]}
 #: Other measurements.
-_PARTS = ("task", "data", "general", "candidates")
+_PARTS = ("data", "general", "candidates")
 _TEXTS = ("name", "path", "sha256", "key", "metric", "command", "config")
 _FLAGS = ("general", "share", "higher_is_better")
 _COUNTS = (
@@ -29,15 +29,15 @@ _NUMBERS = (
     "retention_percent", "seconds",
 )  # fmt: skip
 _OBJECTS = (*_SCORES, *_PARTS, "retention")
-#: lm-eval does not always tell.
+#: lm-eval does not always return these.
 _MAY_BE_NULL = ("standard_error", "questions")
-#: What is measured of a model that diverged can be beyond a float, for which JSON has no number.
+#: Measures of a model that diverged may be infinite or no number, which JSON cannot write.
 _BEYOND = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _NUMBER = "a number"
 
 
 def strict(value: Any) -> Any:
-    """``value`` for JSON: "NaN", "Infinity" in place of the numbers that JSON cannot write."""
+    """``value`` with the texts "NaN" and "Infinity" for numbers that JSON cannot write."""
     if isinstance(value, Mapping):
         return {name: strict(inside) for name, inside in value.items()}
     if isinstance(value, (list, tuple)):
@@ -48,18 +48,18 @@ def strict(value: Any) -> Any:
 
 
 def restored(value: Any, name: str = "") -> Any:
-    """An entry, or part of one, as it was before ``strict``."""
+    """The inverse of ``strict`` for an entry or part of one."""
     if isinstance(value, Mapping):
         return {key: restored(inside, key) for key, inside in value.items()}
     return _BEYOND.get(value, value) if name in _NUMBERS and isinstance(value, str) else value
 
 
 def require_entry(entry: Any, where: object, *, required: Iterable[str] = ()) -> None:
-    """Raise DataError unless ``entry`` is a model's results, as far as they are known here.
+    """Raise DataError unless the listed fields of a model's results have their types.
 
     Args:
-        where: the file, for the message, and where in it.
-        required: names beside those that every result has.
+        where: the file and the place in it, for the message.
+        required: further fields that must be there.
     """
     plain = {k: v for k, v in require_object(entry, where).items() if k not in _OBJECTS}
     require_fields(plain, where, required=required)
@@ -76,7 +76,7 @@ def require_entry(entry: Any, where: object, *, required: Iterable[str] = ()) ->
 
 
 def require_fields(value: Any, where: object, *, required: Iterable[str] = ()) -> None:
-    """Raise DataError unless ``value`` is an object whose known fields have their types."""
+    """Raise DataError unless ``value`` is an object whose listed fields have their types."""
     fields = require_object(value, where)
     for name in required:
         if name not in fields:
@@ -84,7 +84,7 @@ def require_fields(value: Any, where: object, *, required: Iterable[str] = ()) -
     for name, found in fields.items():
         expected = _type_of(name)
         if name == "failures":
-            continue  # looked into by `require_entry`
+            continue  # checked by `require_entry`
         if found is None and name in _MAY_BE_NULL:
             right = name not in required
         elif expected == _NUMBER and isinstance(found, str):

@@ -30,7 +30,6 @@ def method(name: str, accuracy: float, change: float, l2: float, **more: Any) ->
         "key": name,
         "sql": {"shop.v1": {"accuracy": accuracy, "standard_error": 0.03, "questions": 200}},
         "choices": {"cloze": {"accuracy": 0.5, "standard_error": 0.02, "general": True}},
-        "task": {"perplexity": 1.5, "loss": 0.4, "accuracy": 0.9, "tokens": 10},
         "general": {"perplexity": 20 + change, "delta_perplexity": change, "tokens": 10},
         "relative_l2_percent": l2,
         **more,
@@ -120,7 +119,10 @@ def evaluation_file(directory: Path) -> Path:
         (lambda d: d["models"][0]["general"].pop("perplexity"), "'perplexity' is missing"),
         (lambda d: d["models"][0].update(retention={"cloze": "x"}), "retention: 'cloze' is of"),
         (lambda d: d["models"][0].update(lm_eval={"t": {"score": 1}}), "t: 'metric' is missing"),
-        (lambda d: d["models"][0]["task"].update(loss=10**400), "task: 'loss' is of another type"),
+        (
+            lambda d: d["models"][0]["general"].update(loss=10**400),
+            "general: 'loss' is of another type",
+        ),
     ],
 )
 def test_a_damaged_evaluation_is_one_line(

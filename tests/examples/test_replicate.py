@@ -90,12 +90,10 @@ def test_joined_questions_are_answered_by_their_database(tmp_path: Path) -> None
 
 def test_choices_hold_the_right_answer_once() -> None:
     known = choices.facts(communication=True)[:40]
-    names = [fact["name"] for fact in known]
-    asked = choices.questions(known, names, seed=0)
-    assert any(row["answer"] != asked[0][0]["answer"] for row, _ in asked)
-    rows = [row for row, _ in asked]
-    for row, fact in asked:
-        assert row["options"][row["answer"]] == fact["name"]
+    rows = choices.questions(known, [name for name, _ in known], seed=0)
+    assert len({row["answer"] for row in rows}) > 1
+    for row, (name, _) in zip(rows, known, strict=True):
+        assert row["options"][row["answer"]] == name
     train, test = choices.recall(known, seed=0)
     answers = {row["completion"] for row in train}
     assert all(row["options"][row["answer"]] in answers for row in test)
@@ -115,7 +113,7 @@ def test_cloze_hides_the_next_word_of_the_text() -> None:
     text = "word " * 40 + "the quick brown fox jumps over lazy dogs while every single bird sings."
     (row,) = choices.cloze([text], 1, seed=0)
     assert row["prompt"] + row["options"][row["answer"]] in text
-    with pytest.raises(ValueError, match="2 texts asked for, 1 fit"):
+    with pytest.raises(ValueError, match="2 texts needed, 1 fit"):
         choices.cloze([text], 2, seed=0)
 
 
