@@ -22,8 +22,12 @@ from typing import Any
 import torch
 
 from megatron_replay import cli
-from megatron_replay.checkpoint.directories import LATEST, iteration_directory, latest_iteration
-from megatron_replay.checkpoint.retention import iterations
+from megatron_replay.checkpoint.directories import (
+    LATEST,
+    iteration_directory,
+    iterations,
+    latest_iteration,
+)
 from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.errors import CheckpointError, ConfigError, ReplayError
 from megatron_replay.files import read_json, require_apart

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_replay.checkpoint.export import export_hf
 from megatron_replay.checkpoint.hf import HFReader, same_bits
@@ -114,7 +113,7 @@ def require_logits(
 ) -> None:
     """Compare this model's logits with those transformers computes from ``hf_directory``.
 
-    ``dtype``: what the directory's weights were rounded to.
+    ``dtype`` is the one that the directory's weights were rounded to.
 
     Raises:
         CheckpointError: they differ by more than rounding.
@@ -130,35 +129,28 @@ def require_logits(
         model.module, [MicroBatch(batch, lambda hidden, weight: hidden.all() @ weight.T)]
     )
 
-    def compare() -> None:
-        if outputs and groups.tp_rank == 0 and groups.dp_rank == 0:
-            logits_TV = torch.cat(shards, 1).float().cpu()
-            _compare(logits_TV, tokens, hf_directory, outputs[0].dtype, dtype)
-
-    if outputs:
+    if outputs:  # the last pipeline stage
         shards = [torch.empty_like(outputs[0]) for _ in range(groups.tp_size)]
         dist.all_gather(shards, outputs[0].contiguous(), group=groups.tp_group)
+
+    def compare() -> None:
+        if not outputs or groups.tp_rank or groups.dp_rank:
+            return
+        from transformers import AutoModelForCausalLM
+
+        computed = outputs[0].dtype
+        reference = AutoModelForCausalLM.from_pretrained(hf_directory, dtype=computed).eval()
+        expected_TV = reference(tokens).logits[0].float()
+        difference_TV = torch.cat(shards, 1).float().cpu() - expected_TV
+        error = (difference_TV.abs().max() / expected_TV.abs().max()).item()
+        tolerance = max(_TOLERANCE[computed], _TOLERANCE[dtype])
+        if not error <= tolerance:
+            raise CheckpointError(
+                "the converted model's logits differ from transformers'",
+                where=hf_directory,
+                expected=f"a relative error of at most {tolerance}",
+                found=f"{error:.2e}",
+            )
+        print(f"verified: logits equal transformers' within {error:.1e} of the largest")
+
     groups.agreed(compare)
-
-
-def _compare(
-    logits_TV: Tensor,
-    tokens: Tensor,
-    directory: Path,
-    computed: torch.dtype,
-    stored: torch.dtype,
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=computed).eval()
-    expected_TV = reference(tokens).logits[0].float()
-    error = ((logits_TV - expected_TV).abs().max() / expected_TV.abs().max()).item()
-    tolerance = max(_TOLERANCE[computed], _TOLERANCE[stored])
-    if not error <= tolerance:
-        raise CheckpointError(
-            "the converted model's logits differ from transformers'",
-            where=directory,
-            expected=f"a relative error of at most {tolerance}",
-            found=f"{error:.2e}",
-        )
-    print(f"verified: logits equal transformers' within {error:.1e} of the largest")

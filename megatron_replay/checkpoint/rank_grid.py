@@ -12,6 +12,7 @@ Parameters have megatron-core's names; each stage counts its layers from 0.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass
@@ -106,28 +107,11 @@ def grid_for(
     ):
         if number < 1:
             raise ConfigError("not a positive number", where=flag, found=number)
-    for name, value in (
-        ("attention heads", config.num_attention_heads),
-        ("query groups", config.num_query_groups),
-        ("ffn_hidden_size", config.ffn_hidden_size),
-    ):
-        if value % tp:
-            raise ConfigError(
-                f"TP does not divide the model's {name}",
-                where="--target-tensor-parallel-size",
-                expected=f"a divisor of {value}",
-                found=tp,
-            )
-    if layers is None:
-        if config.num_layers % pp:
-            raise ConfigError(
-                "PP does not divide the model's layers",
-                where="--target-pipeline-parallel-size",
-                expected=f"a divisor of {config.num_layers}",
-                found=pp,
-                fix="Or give the layers of each stage with --num-layer-list",
-            )
-        layers = (config.num_layers // pp,) * pp
+    multiple = vocabulary_multiple * tp
+    vocabulary = -(-config.vocab_size // multiple) * multiple
+    padded = dataclasses.replace(config, vocab_size=vocabulary)
+    padded.check_layout(tp, pp if layers is None else 1, flag="--target-{}-parallel-size")
+    layers = layers or (config.num_layers // pp,) * pp
     if len(layers) != pp or sum(layers) != config.num_layers or min(layers) < 1:
         raise ConfigError(
             "the stages' layers do not make up the model",
@@ -135,8 +119,7 @@ def grid_for(
             expected=f"{pp} positive numbers, {config.num_layers} in all",
             found=",".join(map(str, layers)),
         )
-    multiple = vocabulary_multiple * tp
-    return Grid(tp, layers, -(-config.vocab_size // multiple) * multiple, transformer_engine)
+    return Grid(tp, layers, vocabulary, transformer_engine)
 
 
 def open_grid(iteration: Path, config: ModelConfig) -> tuple[Grid, dict[tuple[int, int], RankFile]]:

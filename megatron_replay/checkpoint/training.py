@@ -28,9 +28,15 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_replay.checkpoint.checksums import require_file, require_intact, write_checksums
-from megatron_replay.checkpoint.directories import LATEST, iteration_directory, latest_iteration
+from megatron_replay.checkpoint.directories import (
+    LATEST,
+    STATE,
+    clear_remains,
+    iteration_directory,
+    latest_iteration,
+    remove_iteration,
+)
 from megatron_replay.checkpoint.model_files import require_model_files
-from megatron_replay.checkpoint.retention import STATE, clear_remains, remove_iteration
 from megatron_replay.errors import CheckpointError, OutputError, TrainingError, few
 from megatron_replay.files import atomic_file, fsync_path, output_error, read_json, write_json
 from megatron_replay.model.gpt import ReplayGPTModel

@@ -99,8 +99,8 @@ class ModelConfig:
     def _norms_of_a_layer(self) -> int:
         return 2 * self.hidden_size + 2 * self.kv_channels * self.qk_layernorm
 
-    def check_layout(self, tp: int, pp: int) -> None:
-        """Raise ConfigError unless TP and PP divide what they split."""
+    def check_layout(self, tp: int, pp: int, *, flag: str = "--{}-model-parallel-size") -> None:
+        """Raise ConfigError unless TP and PP, given by ``flag``, divide what they split."""
         for name, value in (
             ("attention heads", self.num_attention_heads),
             ("query groups", self.num_query_groups),
@@ -110,14 +110,14 @@ class ModelConfig:
             if value % tp:
                 raise ConfigError(
                     f"TP does not divide the model's {name}",
-                    where="--tensor-model-parallel-size",
+                    where=flag.format("tensor"),
                     expected=f"a divisor of {value}",
                     found=tp,
                 )
         if self.num_layers % pp:
             raise ConfigError(
                 "PP does not divide the model's layers",
-                where="--pipeline-model-parallel-size",
+                where=flag.format("pipeline"),
                 expected=f"a divisor of {self.num_layers}",
                 found=pp,
             )

@@ -22,7 +22,7 @@ from megatron_replay.checkpoint.load import (
     load_model,
 )
 from megatron_replay.checkpoint.model_files import fingerprints, keep_model_files
-from megatron_replay.checkpoint.retention import keep_only, report_remains
+from megatron_replay.checkpoint.directories import keep_only, report_remains
 from megatron_replay.checkpoint.training import (
     TrainState,
     latest_iteration,

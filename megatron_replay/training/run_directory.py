@@ -12,9 +12,14 @@ import yaml
 
 from megatron_replay import flags
 from megatron_replay.checkpoint import model_files
-from megatron_replay.checkpoint.directories import LATEST, iteration_directory, latest_iteration
+from megatron_replay.checkpoint.directories import (
+    LATEST,
+    STATE,
+    iteration_directory,
+    iterations,
+    latest_iteration,
+)
 from megatron_replay.checkpoint.model_files import FOLDER, differing_files
-from megatron_replay.checkpoint.retention import STATE, iterations
 from megatron_replay.checkpoint.training import TrainState
 from megatron_replay.config import Stage1Config, flag_name
 from megatron_replay.data.corpus import Corpus

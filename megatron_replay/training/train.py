@@ -8,7 +8,7 @@ import time
 from torch.profiler import record_function
 
 from megatron_replay import cli
-from megatron_replay.checkpoint.retention import keep_only
+from megatron_replay.checkpoint.directories import keep_only
 from megatron_replay.checkpoint.training import TrainState, save_checkpoint
 from megatron_replay.optim.build import learning_rate
 from megatron_replay.progress import Progress

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_replay.checkpoint import retention
-from megatron_replay.checkpoint.directories import LATEST, iteration_directory
-from megatron_replay.checkpoint.retention import iterations, keep_only
+from megatron_replay.checkpoint import directories
+from megatron_replay.checkpoint.directories import (
+    LATEST,
+    iteration_directory,
+    iterations,
+    keep_only,
+)
 from megatron_replay.errors import OutputError
 from tests import processes
 
@@ -80,7 +84,7 @@ def test_killed_at_each_step(tmp_path):
             break
         assert code == -signal.SIGKILL
         keep_only(directory, last=2)
-        retention.clear_remains(directory)
+        directories.clear_remains(directory)
         held = {path.name for path in directory.iterdir()}
         assert held == {"iter_0000010", "iter_0000012", LATEST}
     assert step > 12

@@ -252,7 +252,7 @@ def test_an_unfinished_checkpoint_is_ignored_and_said(folder, tmp_path):
     for name, what in (
         (
             ".iter_0000005.0123abcd.incomplete",
-            "a save that was not finished: ignored, removed at the next",
+            "an unfinished save: ignored, removed at the next",
         ),
         ("iter_0000005", "newer than latest_checkpointed_iteration.txt says: ignored, replaced"),
     ):
