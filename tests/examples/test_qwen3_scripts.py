@@ -42,7 +42,7 @@ def run_script(name: str, run_dir: Path, *flags: str, code: int = 0, **variables
     """What a script prints, in an environment that holds nothing of this process's own."""
     environment = {
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "VIRTUAL_ENV": sys.prefix,
-        "HOME": run_dir, "RUN_DIR": run_dir, "PLATFORM": "cpu", **variables,
+        "PYTHONPATH": ROOT, "HOME": run_dir, "RUN_DIR": run_dir, "PLATFORM": "cpu", **variables,
     }  # fmt: skip
     done = subprocess.run(
         ["bash", SCRIPTS / f"{name}.sh", *flags],
