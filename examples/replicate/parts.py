@@ -68,12 +68,9 @@ def _export(run: Path, target: Path) -> None:
     groups = parallel.initialize(config, platform.select("cpu"))
     model = load_model(ModelConfigSource(load=str(run)), config, groups)
     export_hf(
-        model.module.named_parameters(),
-        model.shape,
+        model,
         target,
         groups,
-        layer_offset=model.layer_offset,
-        source=model.files,
         dtype=torch.float32,
         overwrite=True,
     )

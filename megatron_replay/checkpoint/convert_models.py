@@ -45,12 +45,9 @@ def write_hf(
         OutputError: ``target`` cannot be written.
     """
     export_hf(
-        model.module.named_parameters(),
-        model.shape,
+        model,
         target,
         groups,
-        layer_offset=model.layer_offset,
-        source=model.files,
         dtype=dtype,
         overwrite=overwrite,
         verify=(lambda staged: require_logits(model, staged, groups, dtype)) if verify else None,

@@ -123,13 +123,8 @@ def ranks_to_hf(
                 stage=stage,
                 max_shard_bytes=max_shard_bytes,
             )
-    export.write_model_files(
-        staged,
-        written,
-        read_json(side_files / "config.json", CheckpointError),
-        dtype=dtype or files[0, 0].dtypes[VOCABULARY[0]],
-        source=side_files,
-    )
+    stored = dtype or files[0, 0].dtypes[VOCABULARY[0]]
+    export.write_model_files(staged, written, side_files, dtype=stored)
     if verify:
         _require_hf_holds(HFReader(staged), files, grid, config, dtype)
     publish(staged, target, overwrite=overwrite)

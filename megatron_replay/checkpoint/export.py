@@ -28,28 +28,25 @@ from megatron_replay.files import output_error, read_json, write_json
 from megatron_replay.model.config import ModelConfig
 
 if TYPE_CHECKING:
+    from megatron_replay.checkpoint.load import LoadedModel
     from megatron_replay.parallel import Parallel
 
 
 def export_hf(
-    named_parameters: Iterable[tuple[str, Tensor]],
-    config: ModelConfig,
+    model: LoadedModel,
     directory: str | Path,
     parallel: Parallel,
     *,
-    layer_offset: int,
-    source: Path,
     dtype: torch.dtype,
     overwrite: bool = False,
     verify: Callable[[Path], None] | None = None,
     max_shard_bytes: int = 2 << 30,
 ) -> None:
-    """Export the model this world holds; collective over the world.
+    """Export ``model`` with its config.json and tokenizer; collective over the world.
 
     The first rank of each pipeline stage writes the stage's shards; rank 0 writes the index.
 
     Args:
-        source: directory with the config.json and tokenizer to copy.
         verify: called on every rank with the staged directory, after all weights have been compared
             bit for bit; an error of it prevents publishing. None: nothing is compared.
 
@@ -57,11 +54,14 @@ def export_hf(
         CheckpointError: a weight exceeds ``dtype``, or reads differently than it was written.
         OutputError: ``directory`` is not empty, or cannot be written; raised on every rank.
     """
-    final, named_parameters = Path(directory), list(named_parameters)
+    final = Path(directory)
     staged = staging_directory(final)
     parallel.on_rank_zero(lambda: start_directory(final, overwrite=overwrite))
     tensors = gathered_tensors(
-        named_parameters, config, layer_offset=layer_offset, tp_group=parallel.tp_group
+        model.module.named_parameters(),
+        model.shape,
+        layer_offset=model.layer_offset,
+        tp_group=parallel.tp_group,
     )
     written = parallel.agreed(
         lambda: write_weights(
@@ -74,44 +74,21 @@ def export_hf(
         )
     )
     merged = {name: entry for part in written for name, entry in part.items()}
-    if missing := sorted(hf_tensor_shapes(config).keys() - merged.keys()):
+    if missing := sorted(hf_tensor_shapes(model.shape).keys() - merged.keys()):
         raise CheckpointError(f"no parameter gave the tensor {missing[0]}", where=directory)
-    parallel.on_rank_zero(
-        lambda: write_model_files(
-            staged,
-            merged,
-            read_json(source / "config.json", CheckpointError),
-            dtype=dtype,
-            source=source,
-        )
-    )
+    parallel.on_rank_zero(lambda: write_model_files(staged, merged, model.files, dtype=dtype))
     if verify is not None:
-        parallel.agreed(
-            lambda: _require_written(
-                named_parameters,
-                HFReader(staged),
-                config,
-                parallel,
-                layer_offset=layer_offset,
-                dtype=dtype,
-            )
-        )
+        parallel.agreed(lambda: _require_written(model, HFReader(staged), parallel, dtype))
         verify(staged)
     parallel.on_rank_zero(lambda: publish(staged, final, overwrite=overwrite))
 
 
 def _require_written(
-    named_parameters: Iterable[tuple[str, Tensor]],
-    reader: HFReader,
-    config: ModelConfig,
-    parallel: Parallel,
-    *,
-    layer_offset: int,
-    dtype: torch.dtype,
+    model: LoadedModel, reader: HFReader, parallel: Parallel, dtype: torch.dtype
 ) -> None:
     """Raise CheckpointError unless the files hold this rank's parameters, rounded to ``dtype``."""
-    for name, parameter in named_parameters:
-        mapping = mapping_of(name, config, layer_offset)
+    for name, parameter in model.module.named_parameters():
+        mapping = mapping_of(name, model.shape, model.layer_offset)
         tensors = [reader.slice(hf_name) for hf_name in mapping.names]
         found = mapping.layout.split(tensors, parallel.tp_rank, parallel.tp_size)
         if not same_bits(parameter.detach().to("cpu", dtype), found):
@@ -208,17 +185,20 @@ class _ShardFiles:
 def write_model_files(
     staged: Path,
     written: dict[str, tuple[str, int]],
-    config: dict[str, Any],
+    source: Path,
     *,
     dtype: torch.dtype,
-    source: Path,
+    config: dict[str, Any] | None = None,
 ) -> None:
     """Write config.json and the index of all shards; copy tokenizer files from ``source``.
+
+    ``config``: content of config.json; None: that of ``source``.
 
     Raises:
         CheckpointError: ``source`` cannot be read.
         OutputError: ``staged`` cannot be written.
     """
+    config = config or read_json(source / "config.json", CheckpointError)
     for name, file in side_files(source).items():
         if name != "config.json":
             copy_side_file(file, staged / name)
@@ -251,7 +231,7 @@ def write_random(
         for name, shape in hf_tensor_shapes(config).items()
     )
     written = write_weights(staged, tensors, dtype=dtype)
-    write_model_files(staged, written, config.to_hf_dict(), dtype=dtype, source=Path(tokenizer))
+    write_model_files(staged, written, Path(tokenizer), dtype=dtype, config=config.to_hf_dict())
     publish(staged, final, overwrite=False)
 
 

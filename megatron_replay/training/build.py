@@ -15,6 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_replay import kernels
+from megatron_replay.checkpoint.directories import keep_only, report_remains
 from megatron_replay.checkpoint.load import (
     LoadedModel,
     base_fingerprint,
@@ -22,7 +23,6 @@ from megatron_replay.checkpoint.load import (
     load_model,
 )
 from megatron_replay.checkpoint.model_files import fingerprints, keep_model_files
-from megatron_replay.checkpoint.directories import keep_only, report_remains
 from megatron_replay.checkpoint.training import (
     TrainState,
     latest_iteration,

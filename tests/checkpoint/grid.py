@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -94,8 +93,7 @@ def save_grid(
         written |= write_weights(
             staged, tensors, dtype=dtype, stage=stage, max_shard_bytes=max_shard_bytes
         )
-    config_json = json.loads((source / "config.json").read_text())
-    write_model_files(staged, written, config_json, dtype=dtype, source=source)
+    write_model_files(staged, written, source, dtype=dtype)
     publish(staged, final, overwrite=overwrite)
 
 

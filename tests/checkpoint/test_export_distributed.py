@@ -40,12 +40,9 @@ def export_all(rank: int, world_size: int, cases: dict[bool, Path], folder: Path
 
 def export_model(model, groups, directory: Path) -> None:
     export_hf(
-        model.module.named_parameters(),
-        model.shape,
+        model,
         directory,
         groups,
-        layer_offset=model.layer_offset,
-        source=model.files,
         dtype=torch.float32,
         max_shard_bytes=150_000,
     )

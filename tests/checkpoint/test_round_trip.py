@@ -84,7 +84,7 @@ def test_transformers_loads_the_export(qwen3, tmp_path, tied):
     staged = start_directory(final)
     written = write_weights(staged, tensors, dtype=torch.float32)
     original = json.loads((source / "config.json").read_text())
-    write_model_files(staged, written, original, dtype=torch.float32, source=source)
+    write_model_files(staged, written, source, dtype=torch.float32)
     publish(staged, final, overwrite=False)
     tokens = torch.arange(20)[None]
     ours, theirs = (tiny.load_reference(path)(tokens).logits for path in (final, source))

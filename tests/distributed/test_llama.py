@@ -68,12 +68,9 @@ def compare_and_export(
         groups = layouts.join_groups(layout)
         model = layouts.build(layout, groups, cases[tied] / "model")
         export_hf(
-            model.module.named_parameters(),
-            model.shape,
+            model,
             exports / f"{layout}-{tied}",
             groups,
-            layer_offset=model.layer_offset,
-            source=model.files,
             dtype=torch.bfloat16 if layout.bf16 else torch.float32,
         )
     return reports
