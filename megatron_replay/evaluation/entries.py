@@ -18,7 +18,7 @@ _SCORES = {"sql": ["accuracy"], "choices": ["accuracy"], "lm_eval": ["score", "m
 #: Other measurements.
 _PARTS = ("data", "general", "candidates")
 _TEXTS = ("name", "path", "sha256", "key", "metric", "command", "config")
-_FLAGS = ("general", "share", "higher_is_better")
+_FLAGS = ("general",)
 _COUNTS = (
     "questions", "matches", "empty_gold", "unfinished", "correct", "correct_per_byte", "tokens",
     "positions", "documents",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.evaluation.scores import KINDS, is_share, value_at
+from megatron_replay.evaluation.scores import KINDS, value_at
 from megatron_replay.files import is_number, read_json
 from megatron_replay.run_log import RunSummary
 
@@ -85,21 +85,17 @@ def _number(title: str, path: str | tuple[str, ...], form: str, scale: float = 1
     return title, cell
 
 
-def _score(kind: str, name: str, result: Mapping[str, Any]) -> Column:
-    """Scores like ``result``: shares in per cent, or in their own unit."""
-    title, scale, form = f"{name} %", 100, ".1f"
-    if not is_share(result):
-        arrow = "↑" if result.get("higher_is_better", True) else "↓"
-        title, scale, form = f"{name} {result['metric'].partition(',')[0]} {arrow}", 1, ".3f"
+def _score(kind: str, name: str) -> Column:
+    """A benchmark's score and its standard error, in per cent."""
 
     def cell(model: Model) -> str | None:
         found = value_at(model, (kind, name))
-        if found is None or is_share(found) != is_share(result):
+        if found is None:
             return None
         numbers = [found[KINDS[kind]], found.get("standard_error")]
-        return " ± ".join(format(scale * number, form) for number in numbers if number is not None)
+        return " ± ".join(format(100 * number, ".1f") for number in numbers if number is not None)
 
-    return title, cell
+    return f"{name} %", cell
 
 
 def _failures(model: Model, name: str) -> str | None:
@@ -120,7 +116,7 @@ def _benchmarks(models: Sequence[Model], *, general: bool) -> list[Column]:
         for name, result in model.get(kind, {}).items():
             if bool(result.get("general")) is not general:
                 continue
-            columns = [_score(kind, name, result)]
+            columns = [_score(kind, name)]
             if "questions" in result:
                 columns.append(_number("questions", (kind, name, "questions"), "d"))
             if "failures" in result:

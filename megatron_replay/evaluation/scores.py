@@ -22,16 +22,8 @@ def value_at(evaluation: Mapping[str, Any], path: str | Sequence[str]) -> Any:
     return value
 
 
-def is_share(result: Mapping[str, Any]) -> bool:
-    """Whether a score is a share, and better when higher: only lm-eval has others.
-
-    Evaluations from before these two keys existed have shares only.
-    """
-    return bool(result.get("share", True) and result.get("higher_is_better", True))
-
-
 def domain_scores(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Score by task of the domain, in per cent; scores that are no shares are left out."""
+    """Score by task of the domain, in per cent."""
     return _scores(evaluation, general=False)
 
 
@@ -45,7 +37,7 @@ def _scores(evaluation: Mapping[str, Any], *, general: bool) -> dict[str, float]
         name: 100 * result[score]
         for kind, score in KINDS.items()
         for name, result in evaluation.get(kind, {}).items()
-        if bool(result.get("general")) is general and is_share(result)
+        if bool(result.get("general")) is general
     }
 
 

@@ -51,9 +51,3 @@ def restricted_cross_entropy_dense(
     if tail_logit_T is not None:
         lse_T = lse_T.logaddexp(tail_logit_T)
     return lse_T - logits_TV.gather(1, labels_T[:, None]).squeeze(1)
-
-
-def outside_mass_dense(logits_TV: Tensor, candidate_mask_TV: Tensor) -> Tensor:
-    """rho of each position, [T]; summed over the complement, which keeps a small rho exact."""
-    outside_T = logits_TV.masked_fill(candidate_mask_TV, -math.inf).logsumexp(1)
-    return (outside_T - logits_TV.logsumexp(1)).exp()

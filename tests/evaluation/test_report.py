@@ -41,21 +41,6 @@ def rendered(*models: dict[str, Any]) -> str:
     return render_markdown(build_report(evaluation, {}, timings={}, command="report"))
 
 
-def test_a_perplexity_of_a_task_keeps_its_unit() -> None:
-    wiki = {"score": 9.0, "metric": "word_perplexity,none", "standard_error": None,
-            "higher_is_better": False, "share": False, "general": False}  # fmt: skip
-    old = {"score": 0.25, "metric": "acc,none", "standard_error": 0.02, "general": False}
-    tuned = {"wiki": wiki | {"score": 30.0, "standard_error": 0.5}, "old": old}
-    text = rendered(
-        method("base", 0.02, 0.0, 0.0, lm_eval={"wiki": wiki, "old": old}),
-        method("tuned", 0.21, 0.6, 3.07, lm_eval=tuned),
-    )
-    of_base, of_tuned = table(text, "What it gained")
-    assert of_base["wiki word_perplexity ↓"] == "9.000"
-    assert of_tuned["wiki word_perplexity ↓"] == "30.000 ± 0.500"
-    assert of_base["old %"] == of_tuned["old %"] == "25.0 ± 2.0"
-
-
 @pytest.mark.parametrize(
     ("found", "reason"),
     [

@@ -20,7 +20,6 @@ RESULT = {
     "lm_eval": {
         "c": TASK | {"general": True},
         "d": TASK | {"general": False},
-        "perplexity": {"score": 9.0, "general": False, "share": False, "higher_is_better": False},
     },
 }
 
