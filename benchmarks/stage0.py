@@ -48,7 +48,7 @@ from megatron_replay.data.replay import eligible_rows  # noqa: E402
 from megatron_replay.forward import MicroBatch, forward_only  # noqa: E402
 from megatron_replay.model.config import ModelConfig  # noqa: E402
 from megatron_replay.model.gpt import build_model, transformer_config  # noqa: E402
-from megatron_replay.model.rows import HiddenStates  # noqa: E402
+from megatron_replay.model.selected_rows import HiddenStates  # noqa: E402
 
 #: name -> layers, vocabulary, standard deviation of the logits.
 MODELS = {"output": (2, 151_936, 5.6), "body": (16, 32_000, 4.6)}

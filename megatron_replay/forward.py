@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_replay.data.packing import PackedBatch
 from megatron_replay.model.attention import PackedDocuments
 from megatron_replay.model.gpt import Head
-from megatron_replay.model.rows import SelectedRows
+from megatron_replay.model.selected_rows import SelectedRows
 
 
 class MicroBatch(NamedTuple):

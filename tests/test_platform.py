@@ -26,11 +26,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_replay import platform
 from megatron_replay.errors import ConfigError
-from megatron_replay.platform import megatron_core
+from megatron_replay.platform import PLATFORMS, megatron_core
 from megatron_replay.platform.cpu import CPU
 from megatron_replay.platform.cuda import CUDA
 from megatron_replay.platform.npu import NPU
-from megatron_replay.platform.registry import PLATFORMS
 
 
 def has(monkeypatch, *present: type[platform.Platform]) -> None:

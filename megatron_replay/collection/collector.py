@@ -27,7 +27,7 @@ from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import Pack, PackedBatch, pack_batch, plan_packs
 from megatron_replay.data.replay import eligible_rows
 from megatron_replay.forward import MicroBatch, forward_only
-from megatron_replay.model.rows import HiddenStates, SelectedRows
+from megatron_replay.model.selected_rows import HiddenStates, SelectedRows
 from megatron_replay.parallel import Parallel
 from megatron_replay.selection.candidates import SelectedCandidates, select_candidates
 from megatron_replay.selection.positions import select_positions

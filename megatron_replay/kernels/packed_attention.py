@@ -224,7 +224,7 @@ def _attend(
 
 
 class PackedRows(Protocol):
-    """The positions that the last layer is asked for; ``model.rows.SelectedRows`` are such."""
+    """The positions that the last layer computes; ``model.selected_rows.SelectedRows`` are such."""
 
     @property
     def rows_N(self) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_replay import kernels
 from megatron_replay.kernels.packed_attention import Segments
-from megatron_replay.model.rows import SelectedRows
+from megatron_replay.model.selected_rows import SelectedRows
 
 
 class PackedDocuments(PackedSeqParams):

@@ -27,7 +27,7 @@ from megatron_replay.config import ParallelConfig
 from megatron_replay.model.attention import PackedAttention, PackedDocuments
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.model.layers import LastLayer, RMSNorm
-from megatron_replay.model.rows import HiddenStates, WordEmbeddings
+from megatron_replay.model.selected_rows import HiddenStates, WordEmbeddings
 from megatron_replay.parallel import Parallel
 
 #: (hidden states, of which the head takes the rows it wants; weight_VH, this rank's rows of the

@@ -2,7 +2,7 @@
 computes the positions somebody asked for.
 
 Shapes: S positions, B packs, H hidden channels, D channels of a head; R selected rows (see
-``model.rows.SelectedRows``), of which a rank holds M with sequence parallelism, else all.
+``model.selected_rows.SelectedRows``), of which a rank holds M with sequence parallelism, else all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_replay.model.attention import PackedDocuments
-from megatron_replay.model.rows import SelectedRows
+from megatron_replay.model.selected_rows import SelectedRows
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megatron_replay.optim.adamw import adamw_of
 from megatron_replay.optim.batch import Batch, Scalars
+from megatron_replay.optim.kth_largest import kth_largest_magnitudes
 from megatron_replay.optim.momentum_step import Coefficients, Scalar
 from megatron_replay.optim.rule import UpdateRule
-from megatron_replay.selection.kth_largest import kth_largest_magnitudes
 
 
 def filtered_update(

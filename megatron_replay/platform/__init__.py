@@ -4,7 +4,37 @@
 megatron-core run on the platform. Elsewhere the project uses ``platform.device``.
 """
 
-from megatron_replay.platform.base import Platform
-from megatron_replay.platform.registry import select
+from __future__ import annotations
 
-__all__ = ["Platform", "select"]
+from megatron_replay.errors import ConfigError
+from megatron_replay.platform.base import Platform
+from megatron_replay.platform.cpu import CPU
+from megatron_replay.platform.cuda import CUDA
+from megatron_replay.platform.npu import NPU
+
+__all__ = ["PLATFORMS", "Platform", "select"]
+
+#: In the order in which "auto" tries them.
+PLATFORMS: tuple[type[Platform], ...] = (NPU, CUDA, CPU)
+
+
+def select(name: str = "auto") -> Platform:
+    """The platform called ``name``, or for "auto" the first one this machine has.
+
+    Raises:
+        ConfigError: no such platform, or this machine does not have it. A platform chosen by name
+            is never replaced by another.
+    """
+    if name == "auto":
+        return next(platform for platform in PLATFORMS if platform.available())()
+    for platform in PLATFORMS:
+        if platform.name == name:
+            if not platform.available():
+                raise ConfigError(
+                    f"this machine has no usable {name} device",
+                    where="--platform",
+                    fix=platform.__doc__,
+                )
+            return platform()
+    names = ", ".join(["auto", *(platform.name for platform in PLATFORMS)])
+    raise ConfigError("no such platform", where="--platform", expected=names, found=repr(name))

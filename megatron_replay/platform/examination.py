@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_replay.errors import ReplayError
-from megatron_replay.platform import cann
+from megatron_replay.platform import cann, select
 from megatron_replay.platform.base import Platform
-from megatron_replay.platform.registry import select
 
 Status = Literal["ok", "warning", "error"]
 #: Recommended environment of runs on NPUs: value and reason. docker/ascend.Dockerfile sets it.

@@ -20,7 +20,7 @@ from megatron_replay.loss.backends import HeadBackend
 from megatron_replay.loss.divergence import SoftTargets
 from megatron_replay.model import heads
 from megatron_replay.model.gpt import Head
-from megatron_replay.model.rows import SelectedRows
+from megatron_replay.model.selected_rows import SelectedRows
 from megatron_replay.parallel import Parallel
 from megatron_replay.store import CandidateReader
 

@@ -22,7 +22,7 @@ from megatron_replay.data.replay import full_targets
 from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.forward import MicroBatch, forward_backward, forward_only
 from megatron_replay.model import heads
-from megatron_replay.model.rows import SelectedRows
+from megatron_replay.model.selected_rows import SelectedRows
 from megatron_replay.optim.build import build_optimizer
 from megatron_replay.training.step import train_step, wrap_for_training
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_replay import kernels
 from megatron_replay.model import heads
-from megatron_replay.model.rows import HiddenStates
+from megatron_replay.model.selected_rows import HiddenStates
 from tests import pool
 from tests.distributed.layouts import Layout, join_groups
 from tests.loss.references import HeadCase, error, head_case

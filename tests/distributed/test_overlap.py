@@ -22,7 +22,7 @@ from megatron_replay.data.packing import PackedBatch
 from megatron_replay.data.replay import full_targets
 from megatron_replay.forward import MicroBatch, forward_backward
 from megatron_replay.model import heads
-from megatron_replay.model.rows import SelectedRows
+from megatron_replay.model.selected_rows import SelectedRows
 from megatron_replay.training.metrics import read_metrics
 from megatron_replay.training.step import wrap_for_training
 from tests import pool, tiny

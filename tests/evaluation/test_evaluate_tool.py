@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_replay import platform
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.tokenizer import load_tokenizer
@@ -19,7 +20,6 @@ from megatron_replay.evaluation.candidate_mass import candidate_mass
 from megatron_replay.evaluation.language_model import load_model, score
 from megatron_replay.evaluation.measurements import read_documents
 from megatron_replay.files import sha256_of_files
-from megatron_replay.platform import registry
 from megatron_replay.platform.cpu import CPU
 from megatron_replay.store import CandidateReader
 from tests.evaluation.evaluation_site import SLOW_MACHINE, Measuring, flags, write_rows
@@ -191,11 +191,11 @@ def test_the_default_device_is_this_machine_s_and_part_of_the_key(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={tmp_path}/e"]
-    monkeypatch.setattr(registry, "PLATFORMS", (CPU,))
+    monkeypatch.setattr(platform, "PLATFORMS", (CPU,))
     assert evaluate.main(given) == evaluate.main([*given, "--device=cpu"]) == 0
     assert "models run on cpu, in float32" in capsys.readouterr().err
     assert measuring.measured == ["base"]
-    monkeypatch.setattr(registry, "PLATFORMS", (Accelerator, CPU))
+    monkeypatch.setattr(platform, "PLATFORMS", (Accelerator, CPU))
     monkeypatch.setattr(suite, "require_device", lambda _: None)
     assert evaluate.main(given) == 0
     assert "models run on meta, in float32" in capsys.readouterr().err
@@ -212,7 +212,7 @@ def test_an_accelerator_that_cannot_be_used_is_one_line(
         def available(cls) -> bool:
             raise ConfigError("broken", where="--platform", fix="Give --platform cpu")
 
-    monkeypatch.setattr(registry, "PLATFORMS", (Broken, CPU))
+    monkeypatch.setattr(platform, "PLATFORMS", (Broken, CPU))
     given = [f"--base={site}/base", f"--general-text={site}/text.jsonl", f"--output={tmp_path}/e"]
     assert evaluate.main(given) == 2
     assert "error: --device: broken. Give --device cpu\n" in capsys.readouterr().err

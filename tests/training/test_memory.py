@@ -20,7 +20,7 @@ from megatron_replay.forward import MicroBatch, forward_backward
 from megatron_replay.kernels import HEAD
 from megatron_replay.loss.sharded import cross_entropy_of_sets
 from megatron_replay.model import heads
-from megatron_replay.model.rows import HiddenStates
+from megatron_replay.model.selected_rows import HiddenStates
 from megatron_replay.store import CandidateBatch, DocumentCandidates
 from megatron_replay.training.step import wrap_for_training
 from tests import pool
