@@ -19,7 +19,7 @@ from megatron_replay.loss.full import vocab_parallel_cross_entropy
 from megatron_replay.selection import candidates
 from megatron_replay.selection.candidates import SelectedCandidates
 from megatron_replay.selection.positions import select_positions
-from megatron_replay.selection.shard_selection import SelectionKernel
+from megatron_replay.selection.shard_selection import SelectionBackend
 
 __all__ = [
     "SelectedCandidates",
@@ -67,14 +67,14 @@ def restricted_cross_entropy(
 
 
 def select_candidates(
-    logits_TV: Tensor, labels_T: Tensor, *, kernel: SelectionKernel | None = None, **options: Any
+    logits_TV: Tensor, labels_T: Tensor, *, backend: SelectionBackend | None = None, **options: Any
 ) -> SelectedCandidates:
     """Select S_t = {i_1, ..., i_K} + {x_t} with K = min(K*, max_candidates).
 
     As ``selection.candidates.select_candidates``, which has the arguments and the errors.
 
     Args:
-        kernel: None: the compiled one of the device, or else torch's; all give the same sets.
+        backend: None: the compiled one of the device, or else torch's; all give the same sets.
     """
-    kernel = SELECTION.choose("auto", logits_TV) if kernel is None else kernel
-    return candidates.select_candidates(logits_TV, labels_T, kernel=kernel, **options)
+    backend = SELECTION.choose("auto", logits_TV) if backend is None else backend
+    return candidates.select_candidates(logits_TV, labels_T, backend=backend, **options)

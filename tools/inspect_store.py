@@ -5,7 +5,7 @@
     python tools/inspect_store.py STORE --verify --data-path corpus
     python tools/inspect_store.py merge OUT STORE STORE ...
 
-The first form prints the sizes of the candidate sets, coverage and missed labels. --document shows
+The first command prints sizes of the candidate sets, coverage and missed labels. --document shows
 the candidates of each position: as text with --tokenizer, likeliest first where the store has
 logits (otherwise by id), and with the labels of --data-path, since a store holds no text. A store
 that is named merge is given as ./merge.
@@ -49,17 +49,17 @@ several parts have must be equal. An interrupted merge goes on with the same com
 """
 
 
-def _parser(form: str) -> argparse.ArgumentParser:
-    plain = form not in _COMMANDS
-    text = {"merge": _MERGE}.get(form, __doc__)
+def _parser(command: str) -> argparse.ArgumentParser:
+    plain = command not in _COMMANDS
+    text = {"merge": _MERGE}.get(command, __doc__)
     parser = argparse.ArgumentParser(
-        prog="inspect_store.py" + ("" if plain else f" {form}"),
+        prog="inspect_store.py" + ("" if plain else f" {command}"),
         description=text,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    if form == "merge":
+    if command == "merge":
         add("out", type=Path, metavar="OUT", help="directory to write")
         add("stores", type=Path, metavar="IN", nargs="+", help="candidate stores, in order")
     else:
@@ -264,11 +264,11 @@ _COMMANDS = {"merge": _merge}
 
 def run(arguments: Sequence[str]) -> str:
     """What the command prints."""
-    form = arguments[0] if arguments and arguments[0] in _COMMANDS else ""
-    options = _parser(form).parse_args(arguments[1:] if form else arguments)
+    command = arguments[0] if arguments and arguments[0] in _COMMANDS else ""
+    options = _parser(command).parse_args(arguments[1:] if command else arguments)
     if options.workers < 1:
         raise ConfigError("too few", where="--workers", expected="1 or more", found=options.workers)
-    return _COMMANDS.get(form, _show)(options)
+    return _COMMANDS.get(command, _show)(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

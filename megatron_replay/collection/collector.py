@@ -130,7 +130,7 @@ class Collector:
         self._corpus, self._lengths = corpus, lengths
         self._model, self._groups = model, groups
         like = torch.empty(0, dtype=model.config.params_dtype, device=groups.device)
-        self._kernel = kernels.SELECTION.choose("auto", like)
+        self._backend = kernels.SELECTION.choose("auto", like)
         self.backend = kernels.SELECTION.describe("auto", like)
         self.positions = 0
         self.writes = groups.last_stage and groups.tp_rank == 0
@@ -219,7 +219,7 @@ class Collector:
                 max_candidates=self._settings.max_candidates,
                 vocab_start=vocab_start,
                 tp_group=self._groups.tp_group,
-                kernel=self._kernel,
+                backend=self._backend,
             )
             sets.append(selected)
             if self._settings.store_logits != "none":

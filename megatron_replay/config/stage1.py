@@ -50,8 +50,8 @@ class LossConfig(Section):
         used_with={"loss": ("restricted",)},
     )
     head_backend: str = option(
-        "form of the restricted head: the device's compiled one, union (dense products over unions "
-        "of sets) or torch (the definition, as costly as full softmax)",
+        "restricted-head backend; auto: the fastest for this device, union: dense products over "
+        "unions of sets, torch: the definition, as costly as full softmax",
         "auto",
         ("auto", "torch", "union", "cpu", "triton", "ascend"),
         used_with={"loss": ("restricted",)},

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_replay.errors import ConfigError
 from megatron_replay.kernels.packed_attention import (
     TORCH_ATTENTION,
-    AttentionForm,
+    AttentionBackend,
     PackedRows,
     Segments,
     document_ends,
@@ -112,4 +112,4 @@ def row_attention(
     return torch.cat([out_TND[rows_N], rest])
 
 
-attention = AttentionForm("ascend", packed_attention, row_attention)
+attention = AttentionBackend("ascend", packed_attention, row_attention)

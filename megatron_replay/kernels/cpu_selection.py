@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.kernels import _cpu
-from megatron_replay.selection.shard_selection import Cut, SelectionKernel, ShardTokens
+from megatron_replay.selection.shard_selection import Cut, SelectionBackend, ShardTokens
 
 #: The order is csrc/cpu/select_candidates.h's.
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -116,4 +116,4 @@ def _rows(logits_TV: Tensor) -> tuple[int, int, int, int, int]:
     return address, type_, *logits_TV.shape, logits_TV.stride(0)
 
 
-selection = SelectionKernel("cpu", row_maxima, shard_tokens, cut_tokens)
+selection = SelectionBackend("cpu", row_maxima, shard_tokens, cut_tokens)

@@ -271,8 +271,8 @@ class RowsForm(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionForm:
-    """A form of attention at every position, and at those somebody asked for."""
+class AttentionBackend:
+    """Attention at every position, and at chosen positions only, on one kind of device."""
 
     name: str
     everywhere: PackedForm
@@ -291,4 +291,4 @@ def _at_rows(
     return row_attention(query_RND, key_SBGD, value_SBGD, rows.segments, scale=scale)
 
 
-TORCH_ATTENTION = AttentionForm("torch", packed_attention, _at_rows)
+TORCH_ATTENTION = AttentionBackend("torch", packed_attention, _at_rows)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.kernels.packed_attention import TORCH_ATTENTION, AttentionForm
+from megatron_replay.kernels.packed_attention import TORCH_ATTENTION, AttentionBackend
 from megatron_replay.loss.backends import HeadBackend
 from megatron_replay.loss.blocks import DENSE, UNION
-from megatron_replay.selection.shard_selection import TORCH_SELECTION, SelectionKernel
+from megatron_replay.selection.shard_selection import TORCH_SELECTION, SelectionBackend
 
 Backend = TypeVar("Backend")
 
@@ -135,13 +135,13 @@ HEAD = Backends[HeadBackend](
     module="head", bind=lambda _, module: module.BACKEND,
 )  # fmt: skip
 #: Candidate selection in Stage 0.
-SELECTION = Backends[SelectionKernel](
+SELECTION = Backends[SelectionBackend](
     what="candidate selection", anywhere={"torch": TORCH_SELECTION},
     compiled={"cpu": _ALL, "triton": _ALL}, module="selection",
     bind=lambda _, module: module.selection,
 )  # fmt: skip
 #: Attention inside documents.
-ATTENTION = Backends[AttentionForm](
+ATTENTION = Backends[AttentionBackend](
     what="attention", anywhere={"torch": TORCH_ATTENTION},
     compiled={"ascend": _ALL}, module="attention",
     bind=lambda _, module: module.attention,

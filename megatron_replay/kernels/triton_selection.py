@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_replay.kernels.triton_head import launch
 from megatron_replay.selection.shard_selection import (
     BLOCK,
-    SelectionKernel,
+    SelectionBackend,
     ShardTokens,
     first_tokens,
     row_maxima,
@@ -150,4 +150,4 @@ def _mass(z, largest):
     return (p.to(tl.int32, bitcast=True) + power).to(tl.float32, bitcast=True)
 
 
-selection = SelectionKernel("triton", row_maxima, shard_tokens)
+selection = SelectionBackend("triton", row_maxima, shard_tokens)

@@ -36,7 +36,7 @@ class PackedDocuments(PackedSeqParams):
 class PackedAttention(MegatronModule):
     """softmax(Q K^T / sqrt(D)) V inside each document (``kernels.packed_attention``).
 
-    By the form that is best for the queries' device and dtype (``kernels.ATTENTION``).
+    By the backend that is best for the queries' device and dtype (``kernels.ATTENTION``).
 
     Attributes:
         record_max_logits: whether to measure, at each pass with gradients, what QK-Clip needs. The
@@ -77,8 +77,8 @@ class PackedAttention(MegatronModule):
             seen_N = largest_logits(query_SBND, key_SBGD, segments, scale=self.scale)
             known_N = seen_N if self.max_logits is None else self.max_logits
             self.max_logits = torch.maximum(known_N, seen_N)
-        form = kernels.ATTENTION.choose("auto", query_SBND)
-        out_SBND = form.everywhere(query_SBND, key_SBGD, value_SBGD, segments, scale=self.scale)
+        backend = kernels.ATTENTION.choose("auto", query_SBND)
+        out_SBND = backend.everywhere(query_SBND, key_SBGD, value_SBGD, segments, scale=self.scale)
         return out_SBND.flatten(2)
 
     def at_rows(
@@ -87,8 +87,8 @@ class PackedAttention(MegatronModule):
         """[R, N * D]: what ``forward`` gives at the documents' rows; zeros behind the last."""
         segments, rows = documents.segments, documents.rows
         assert rows is not None
-        form = kernels.ATTENTION.choose("auto", query_RND)
-        out_RND = form.at_rows(query_RND, key_SBGD, value_SBGD, segments, rows, scale=self.scale)
+        backend = kernels.ATTENTION.choose("auto", query_RND)
+        out_RND = backend.at_rows(query_RND, key_SBGD, value_SBGD, segments, rows, scale=self.scale)
         return out_RND.flatten(1)
 
 

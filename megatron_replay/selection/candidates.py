@@ -32,7 +32,7 @@ from megatron_replay.errors import ConfigError, DataError, TrainingError
 from megatron_replay.selection.shard_selection import (
     MAX_VOCAB_SIZE,
     TORCH_SELECTION,
-    SelectionKernel,
+    SelectionBackend,
     token_keys,
 )
 from megatron_replay.selection.token_mass import MASS_BITS
@@ -75,7 +75,7 @@ def select_candidates(
     max_candidates: int = 200,
     vocab_start: int = 0,
     tp_group: dist.ProcessGroup | None = None,
-    kernel: SelectionKernel = TORCH_SELECTION,
+    backend: SelectionBackend = TORCH_SELECTION,
 ) -> SelectedCandidates:
     """Select S_t = {i_1, ..., i_K} + {x_t} with K = min(K*, max_candidates).
 
@@ -89,11 +89,12 @@ def select_candidates(
         coverage: tau in (0, 1].
         max_candidates: K_max, 1 to 255.
         tp_group: processes that hold the other shards; all get the same result.
-        kernel: what does this rank's part.
+        backend: what does this rank's part.
 
     Returns:
-        The sets; on equal logits, bitwise the same for every sharding and kernel. On another device
-        fp32 fields may round otherwise, for its fp64 logarithm may; sets, K and tails do not.
+        The sets; on equal logits, bitwise the same for every sharding and backend. On another
+        device, fp32 fields may round differently, as its fp64 logarithm does; sets, K and tails do
+        not.
 
     Raises:
         ConfigError: ``coverage`` or ``max_candidates`` is out of range.
@@ -107,18 +108,18 @@ def select_candidates(
     _check_arguments(logits_TV, labels_T, coverage, max_candidates, vocab_start)
     options = {"vocab_start": vocab_start, "count": max_candidates}
     if _is_shared(tp_group, labels_T):
-        local_max_T = kernel.row_maxima(logits_TV)
+        local_max_T = backend.row_maxima(logits_TV)
         label_logit_T, max_T = _label_and_max(
             logits_TV, labels_T, local_max_T, vocab_start, tp_group
         )
-        _, total_T, keys_TK = kernel.shard_tokens(logits_TV, max_T, **options)
+        _, total_T, keys_TK = backend.shard_tokens(logits_TV, max_T, **options)
         dist.all_reduce(total_T, group=tp_group)
         keys_TK = _merge(keys_TK, max_candidates, tp_group)
     else:
-        # No maxima to wait for: a kernel can do a row in one go, while it is in the cache.
-        max_T, total_T, keys_TK = kernel.shard_tokens(logits_TV, None, **options)
+        # No maxima to wait for: a backend can do a row in one go, while it is in the cache.
+        max_T, total_T, keys_TK = backend.shard_tokens(logits_TV, None, **options)
         label_logit_T, max_T = _label_and_max(logits_TV, labels_T, max_T, vocab_start, None)
-    cut = kernel.cut_tokens(keys_TK, total_T, max_T, labels_T, label_logit_T, coverage=coverage)
+    cut = backend.cut_tokens(keys_TK, total_T, max_T, labels_T, label_logit_T, coverage=coverage)
     total, outside = total_T.double(), (total_T - cut.inside_T).double()
     log_total_T = torch.log(total * 2.0**-MASS_BITS)  # the largest has 2^38: log >= 0
     return SelectedCandidates(

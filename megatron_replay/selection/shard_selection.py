@@ -1,4 +1,4 @@
-"""What a rank does for candidate selection, without communication, and its plain torch form.
+"""What a rank does for candidate selection, without communication, and its torch backend.
 
 Tokens are ordered by (logit descending, id ascending). A key is an int64 that holds both: keys sort
 as tokens do, and no two tokens share one, so every top-k over keys has one answer.
@@ -216,8 +216,8 @@ def _nan_as_inf(max_T: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class SelectionKernel:
-    """A form of this file's functions; all give the same bits."""
+class SelectionBackend:
+    """A backend of this file's functions; all give the same bits."""
 
     name: str
     row_maxima: Callable[[Tensor], Tensor]
@@ -225,4 +225,4 @@ class SelectionKernel:
     cut_tokens: CutTokens = cut_tokens
 
 
-TORCH_SELECTION = SelectionKernel("torch", row_maxima, shard_tokens)
+TORCH_SELECTION = SelectionBackend("torch", row_maxima, shard_tokens)

@@ -78,7 +78,7 @@ def select_on_shard(rank: int, world_size: int) -> list[str]:
                 labels_T,
                 vocab_start=ends[rank],
                 tp_group=dist.group.WORLD,
-                kernel=kernel,
+                backend=kernel,
                 **options,
             )
             for name in SelectedCandidates.__dataclass_fields__:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_replay.selection.shard_selection import TORCH_SELECTION, SelectionKernel
+from megatron_replay.selection.shard_selection import TORCH_SELECTION, SelectionBackend
 
 #: Around every size of a block, and a vocabulary of many blocks.
 SIZES = (1, 2, 63, 64, 65, 127, 128, 129, 511, 1000, 4097)
@@ -31,7 +31,7 @@ class Case:
     vocab_start: int
     count: int
 
-    def differences(self, kernel: SelectionKernel) -> list[str]:
+    def differences(self, kernel: SelectionBackend) -> list[str]:
         """What a form finds otherwise than the torch form."""
         arguments = self.logits_TV, self.max_T
         options = {"vocab_start": self.vocab_start, "count": self.count}

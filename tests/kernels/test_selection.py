@@ -16,7 +16,7 @@ import torch
 from megatron_replay.errors import ConfigError
 from megatron_replay.functional import SelectedCandidates, select_candidates
 from megatron_replay.kernels.cpu_selection import selection
-from megatron_replay.selection.shard_selection import TORCH_SELECTION, SelectionKernel
+from megatron_replay.selection.shard_selection import TORCH_SELECTION, SelectionBackend
 from tests.kernels.levels import LEVELS, at_level
 from tests.kernels.selection_cases import COUNTS, DTYPES, SIZES, Case, cases, logits, same
 from tests.kernels.threads import in_threads
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(params=TRITON if IN_TRITON else LEVELS)
 def kernel(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[SelectionKernel]:
+) -> Iterator[SelectionBackend]:
     if not IN_TRITON:
         with at_level(request.param):
             yield selection
@@ -116,7 +116,7 @@ def test_a_row_without_a_finite_maximum_leaves_the_others_right(kernel):
     assert same(found.total_T[2:], alone.total_T)
 
 
-def sets_differ(kernel: SelectionKernel, *, rows: int, kind: str, dtype: torch.dtype) -> list[str]:
+def sets_differ(kernel: SelectionBackend, *, rows: int, kind: str, dtype: torch.dtype) -> list[str]:
     """The fields in which a backend's sets differ from those of torch."""
     generator = torch.Generator().manual_seed(4)
     logits_TV = logits(kind, rows, 700, generator).to(dtype)
@@ -130,7 +130,7 @@ def sets_differ(kernel: SelectionKernel, *, rows: int, kind: str, dtype: torch.d
         for coverage in (1e-9, 0.5, 0.95, 1.0):
             options = {"coverage": coverage, "max_candidates": count}
             plain, compiled = (
-                select_candidates(logits_TV, labels_T, **options, kernel=form)
+                select_candidates(logits_TV, labels_T, **options, backend=form)
                 for form in (TORCH_SELECTION, kernel)
             )
             for name in SelectedCandidates.__dataclass_fields__:
@@ -158,7 +158,7 @@ def test_sets_do_not_depend_on_threads(threads):
 
 def test_no_positions_have_no_sets(kernel):
     none = torch.zeros(0, dtype=torch.int64)
-    sets = select_candidates(torch.zeros(0, 5), none, kernel=kernel)
+    sets = select_candidates(torch.zeros(0, 5), none, backend=kernel)
     assert sets.offsets.tolist() == [0]
     assert len(sets.ids) == 0
 
