@@ -43,8 +43,8 @@ def contenders(logits_nV: Tensor) -> dict[str, Callable[[], object]]:
     weight_HV, out_nV = weight_VH.to(dtype).T, torch.empty_like(logits_nV)
 
     def ours(name: str) -> Callable[[], object]:
-        kernel = SELECTION.choose(name, logits_nV)
-        options = {"coverage": COVERAGE, "max_candidates": MAX_CANDIDATES, "kernel": kernel}
+        backend = SELECTION.choose(name, logits_nV)
+        options = {"coverage": COVERAGE, "max_candidates": MAX_CANDIDATES, "backend": backend}
         return lambda: select_candidates(logits_nV, labels_n, **options)
 
     def both() -> None:
