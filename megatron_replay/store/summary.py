@@ -158,7 +158,7 @@ def _verdict(summary: dict[str, Any]) -> str:
     if covered < _ALL_COVERED:
         return (
             f"Perhaps, not with the paper's loss: {found}. With 0.2 % to 0.5 % missed it has "
-            "cost 6 to 47 points of accuracy (docs/when-to-use.md): sweep the learning rate of "
+            "cost 6 to 47 points of accuracy (docs/evidence.md): sweep the learning rate of "
             f"--loss full --optimizer adamw first, then compare {_RECIPE}."
         )
     return f"No evidence either way: {found}, so it equals --loss full."
