@@ -18,8 +18,8 @@ from megatron_replay.errors import EXIT_INTERRUPTED, ReplayError
 Config = TypeVar("Config")
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the run did as it was told
-    """The run was asked to stop, and stopped with its work saved."""
+class Interrupted(Exception):  # noqa: N818 - a requested stop is no error
+    """The run received SIGTERM or Ctrl-C, saved its work and stopped."""
 
 
 def launch(
@@ -32,7 +32,7 @@ def launch(
 ) -> int:
     """Parse, then print, estimate or run. Returns the exit code.
 
-    ``explain``: what an error that no line of ours describes was caused by, if it knows.
+    ``explain``: maps an unexpected exception to a one-line error that names its cause, or to None.
     """
     end_with_launcher()
     try:
@@ -47,7 +47,7 @@ def launch(
         report_error(str(error))
         return error.exit_code
     except (Interrupted, KeyboardInterrupt) as stop:
-        report_error(str(stop) or "interrupted; the same command goes on from here")
+        report_error(str(stop) or "interrupted; rerun the same command to continue from here")
         return EXIT_INTERRUPTED
     except Exception as error:
         details = traceback.format_exc()
@@ -60,16 +60,16 @@ def launch(
     return 0
 
 
-#: Seconds that torchrun, too, gives its workers between SIGTERM and SIGKILL.
+#: Seconds between SIGTERM and SIGKILL, as in torchrun.
 GRACE_SECONDS = 30.0
 
 
 def end_with_launcher() -> None:
-    """End this process when torchrun is gone; without torchrun, do nothing.
+    """End this process when its torchrun has exited; without torchrun, do nothing.
 
-    A torchrun that is killed leaves its workers behind, which would go on writing beside those of
-    the next one. They get the SIGTERM that torchrun would have sent, upon which Stage 1 saves, and
-    half a minute later an end that nothing can hold up.
+    The workers of a killed torchrun would keep writing while those of the next one run. This sends
+    the SIGTERM that torchrun would have sent, on which Stage 1 saves, and exits half a minute later
+    whatever the process is waiting for.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_watch, args=(os.getppid(),), name="launcher", daemon=True).start()
@@ -78,17 +78,17 @@ def end_with_launcher() -> None:
 def _watch(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(1.0)
-    print("torchrun is gone: stopping", file=sys.stderr, flush=True)
+    print("torchrun has exited: stopping", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
     os._exit(EXIT_INTERRUPTED)
 
 
 def exit_now(code: int) -> None:
-    """Leave without waiting for collectives that other ranks will never join.
+    """Exit without waiting for collectives that other ranks will never join.
 
     After an error, destroying process groups or running atexit handlers may block on peers; the
-    launcher ends the others once this process is gone.
+    launcher ends the others once this process has exited.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -101,7 +101,8 @@ def report_error(message: str, details: str = "") -> None:
     """Print an error once per launch: by the rank that met it first.
 
     When a rank dies its peers' collectives fail too, and a mistake in the flags is found by every
-    rank. torchrun gives its workers a common folder; who creates the marker in it, speaks.
+    rank. torchrun gives its workers a common directory: the rank that creates the marker in it
+    prints.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
@@ -112,7 +113,7 @@ def report_error(message: str, details: str = "") -> None:
         except FileExistsError:
             return
         except OSError:
-            pass  # no common folder: speak rather than stay silent
+            pass  # no common directory: print on every rank
     rank = os.environ.get("RANK")
     prefix = f"error (rank {rank}): " if rank not in (None, "0") else "error: "
     print(f"{details}{prefix}{message}", file=sys.stderr, flush=True)

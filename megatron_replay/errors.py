@@ -1,6 +1,6 @@
 """The errors a user can cause or meet: one line with what, where, expected, found, what to do.
 
-Every command line catches ``ReplayError``, prints that line to stderr and leaves with the class's
+Every command line catches ``ReplayError``, prints that line to stderr and exits with the class's
 ``exit_code``. The codes are part of the interface: scripts may branch on them.
 """
 
@@ -48,7 +48,7 @@ class ConfigError(ReplayError):
 
 
 class DataError(ReplayError):
-    """A row, document, corpus or tokenizer that cannot be used."""
+    """A row, document, corpus or tokenizer that is damaged or does not fit."""
 
     exit_code = 3
 
@@ -72,16 +72,16 @@ class OutputError(ReplayError):
 
 
 class TrainingError(ReplayError):
-    """Training that cannot go on: non-finite values beyond the limit, a rank that died."""
+    """Training that cannot continue: too many non-finite steps, or a rank that died."""
 
     exit_code = 7
 
 
-#: Left by a run that was asked to stop (SIGTERM or Ctrl-C) and saved its work first.
+#: Exit code of a run that saved its work and stopped on SIGTERM or Ctrl-C.
 EXIT_INTERRUPTED = 130
 
 
 def few(names: Sequence[str], most: int = 3) -> str:
-    """``a, b, c and 2 more``: as many names as a line can hold."""
+    """``a, b, c and 2 more``: the first ``most`` names, and the number of the others."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

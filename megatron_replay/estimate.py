@@ -1,7 +1,7 @@
-"""``--dry-run``: whether the layout fits the model, how long the run is, and the memory it needs.
+"""``--dry-run``: checks that the layout fits the model, and predicts length and memory.
 
-Needs no device and no other process. Documents and iterations are the run's own; parameters,
-gradients and optimizer state are counted; activations come from ``layer_activations``.
+It needs no device and no other process. Documents and iterations are computed as in the run,
+parameters, gradients and optimizer state are counted; activations come from ``layer_activations``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def stage1(config: Stage1Config) -> str:
     if store is not None and Path(store).exists():
         reader = CandidateReader(store)
     elif store is not None:
-        rows.append(("store", "missing: tokens behind the last recorded position are counted"))
+        rows.append(("store", "missing: counts the tokens after the last recorded position too"))
     fitted, lengths = usable_documents(config, Corpus(config.data.data_path), reader)
     batches = global_batches(config, lengths, dp_rank=0, dp_size=dp)
     train_iters = config.training.train_iters or batches.num_batches
@@ -90,8 +90,9 @@ def layer_activations(
 ) -> int:
     """Bytes that a layer keeps for the backward pass.
 
-    Counted, not derived: hidden states, query heads and ffn channels per token that autograd saved
-    on a CPU (tests/test_estimate.py). bf16 keeps parts of the norms and of the rotation in fp32.
+    The factors were counted, not derived: how many hidden states, query heads and ffn channels per
+    token autograd saves on a CPU (tests/test_estimate.py). In bf16, parts of the norms and of the
+    rotary embedding are kept in fp32.
     """
     tp = parallel.tensor_model_parallel_size
     hidden, heads = (7, 10) if width == 4 else (8, 15)
@@ -106,7 +107,7 @@ def layer_activations(
 def _layout(
     source: ModelConfigSource, parallel: ParallelConfig
 ) -> tuple[ModelConfig, int, int, Rows]:
-    """The model's shape, parameters per device, copies of the model, and rows about them."""
+    """The model's shape, parameters per device, number of replicas, and rows about them."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     load = Path(source.load)
     exported = load / "hf"  # of a training checkpoint

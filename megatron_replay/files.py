@@ -1,7 +1,7 @@
-"""Reading files that may be anything, and writing files that are either whole or not there.
+"""Reads files safely whatever they are, and writes files atomically.
 
 Reading: only regular files are opened (a FIFO would block for ever, a device has no end), and each
-kind of file is read and checked in one place, which raises one line. Writing: a temporary file,
+kind of file is read and checked in one place, whose errors are one line. Writing: a temporary file,
 fsync, rename, fsync of the directory.
 """
 
@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from megatron_replay.errors import ConfigError, DataError, OutputError, ReplayError
 
-#: The most that a JSON, YAML or marker file may hold: read whole, so a damaged one must not fill
+#: Largest JSON, YAML or marker file, in bytes: they are read whole, so a damaged one must not fill
 #: memory. The largest that we write, a manifest of a million shards, is a tenth of it.
 MAX_TEXT_BYTES = 512 << 20
 _KINDS = (
@@ -35,7 +35,7 @@ _KINDS = (
 def require_regular(path: str | os.PathLike[str], error: type[ReplayError]) -> int:
     """Raise ``error`` unless ``path`` is a readable regular file; returns its size in bytes.
 
-    To be called before a library opens the file by its name.
+    Call it before a library opens the file by its name.
     """
     with open_regular(path, error) as handle:
         return os.fstat(handle.fileno()).st_size
@@ -71,7 +71,7 @@ def read_text(
         size = os.fstat(handle.fileno()).st_size
         if size > MAX_TEXT_BYTES:
             raise error(
-                "too large to be what its name says",
+                "too large for a file of this name",
                 where=path,
                 expected=f"at most {MAX_TEXT_BYTES} bytes",
                 found=f"{size} bytes",
@@ -81,17 +81,17 @@ def read_text(
             return handle.read().decode("utf-8")
         except UnicodeDecodeError as reason:
             raise error(f"damaged: not UTF-8: {reason.reason}", where=path, fix=fix) from reason
-        except OSError as reason:  # a bad block, a server that has gone
+        except OSError as reason:  # a bad block, or a file server that is down
             raise error(f"cannot read: {reason.strerror or reason}", where=path) from reason
 
 
 def read_json(
     path: str | os.PathLike[str], error: type[ReplayError], *, fix: str | None = None
 ) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """The JSON object in a file.
 
     Raises:
-        ReplayError: of class ``error``: it cannot be read, is not JSON, or no object.
+        ReplayError: of class ``error``: it cannot be read, or is not a JSON object.
     """
     text = read_text(path, error, fix=fix)
     try:
@@ -118,7 +118,7 @@ def require_apart(
     *,
     flag: str,
 ) -> None:
-    """Raise ConfigError where ``output`` is one of ``inputs``, by whatever name.
+    """Raise ConfigError where ``output`` is one of ``inputs``, links resolved.
 
     Args:
         inputs: (flag, path) of each input.
@@ -130,28 +130,28 @@ def require_apart(
             raise ConfigError(
                 f"the output is also read, as {name}",
                 where=f"{flag} {output}",
-                expected=f"another place than {path}",
-                fix="Nothing was written: choose another output",
+                expected=f"a path other than {path}",
+                fix="Nothing was written. Choose another output",
             )
 
 
 def output_error(path: str | os.PathLike[str], error: OSError) -> OutputError:
-    """The one line a user reads when ``path`` could not be written."""
+    """The error for a ``path`` that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             "no space left on the device",
             where=path,
-            fix="Nothing was published: free some space and run the same command again",
+            fix="Nothing was published. Free some space or raise the quota, then rerun the command",
         )
     return OutputError(
         f"cannot write: {error.strerror or error}",
         where=path,
-        fix="Choose a directory you may write to",
+        fix="Choose a directory with write permission",
     )
 
 
 def fsync_path(path: str | os.PathLike[str]) -> None:
-    """Make a rename inside ``path``, or the content of a file, survive a power cut."""
+    """Sync ``path``: a file's content, or a rename in a directory, then survives a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -169,8 +169,8 @@ def temporary_path(path: str | os.PathLike[str]) -> Path:
 def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """Open ``path`` for writing, "w" or "wb"; it appears under its name complete, or not at all.
 
-    The temporary file beside it is removed when anything goes wrong. An OSError that the body
-    raises for reasons of its own, a file it reads being absent, say, passes through as it is.
+    The temporary file is in the same directory and is removed on any error. An OSError of the
+    body's own, such as a missing file that it reads, is not changed.
 
     Raises:
         OutputError: the file cannot be created, written, synced or renamed.
@@ -213,7 +213,7 @@ def _open(tmp: Path, path: Path, mode: str) -> IO[Any]:
 
 @contextmanager
 def _reported(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into the line for ``path``."""
+    """Turn an OSError of the block into the OutputError for ``path``."""
     try:
         yield
     except OSError as error:
@@ -240,7 +240,7 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
             path.mkdir(parents=True, exist_ok=True)
             fsync_path(path.parent)
         probe.touch()
-        probe.unlink(missing_ok=True)  # another rank's machine may share directory and number
+        probe.unlink(missing_ok=True)  # another node may share the directory and have this pid
     except OSError as error:
         raise output_error(path, error) from error
     return path
@@ -263,5 +263,5 @@ def sha256_of_files(paths: list[Path], *, error: type[ReplayError] = DataError) 
 
 
 def differing(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """Names that only one side has, or with another digest; ascending."""
+    """Names that are on one side only, or whose digests differ; ascending."""
     return sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))

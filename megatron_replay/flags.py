@@ -1,8 +1,8 @@
-"""From flags and YAML to the configuration tree, and back.
+"""Builds the configuration tree from flags and YAML, and prints it as YAML.
 
 Precedence: defaults < ``--config run.yaml`` < flags. The YAML has one mapping per section of the
-tree, with the same names as the flags (underscores for dashes); what ``--print-config`` prints can
-be given back as ``--config``.
+tree, with the same names as the flags (underscores for dashes); ``--config`` reads what
+``--print-config`` prints.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Config = TypeVar("Config")
 
 @dataclasses.dataclass(frozen=True)
 class Invocation(typing.Generic[Config]):
-    """A resolved configuration, and whether to run with it or only to show or estimate it."""
+    """A resolved configuration, and whether to run it, print it or estimate it."""
 
     config: Config
     print_config: bool
@@ -35,7 +35,7 @@ class Invocation(typing.Generic[Config]):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are ConfigErrors, so that main prints one line."""
+    """An ArgumentParser whose errors are ConfigErrors, so that main prints one line."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError; argparse would print its usage and exit."""
@@ -51,9 +51,11 @@ def parse(root: type[Config], argv: Sequence[str], *, program: str) -> Invocatio
     parser = Parser(prog=program, description=root.__doc__, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with one mapping per section")
     control = parser.add_mutually_exclusive_group()
-    control.add_argument("--print-config", action="store_true", help="print the result and leave")
     control.add_argument(
-        "--dry-run", action="store_true", help="check the layout, estimate memory, leave"
+        "--print-config", action="store_true", help="print the resolved configuration and exit"
+    )
+    control.add_argument(
+        "--dry-run", action="store_true", help="check the layout, predict memory, and exit"
     )
     sections = _sections(root)
     for name, section in sections.items():
@@ -130,7 +132,7 @@ def _require_all(section: type[Any], values: dict[str, Any]) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader keeps the last of two values under one key, without a word."""
+    """Refuses a key that is there twice; PyYAML would silently keep the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -171,9 +173,9 @@ def _read_yaml(path: Path, sections: dict[str, type[Any]]) -> dict[str, dict[str
 
 
 def _coerce(value: Any, kind: type[Any], where: str, *, may_be_null: bool) -> Any:
-    """YAML reads 1e-5 as a string and 1 as an int: accept both for a float, nothing else.
+    """``value`` as ``kind``. YAML reads 1e-5 as a string and 1 as an int: a float accepts both.
 
-    Null is the default of whatever may be left out altogether.
+    Null is accepted for a key whose default is None.
     """
     if type(value) is kind or (value is None and may_be_null):
         return value

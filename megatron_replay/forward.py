@@ -1,7 +1,7 @@
-"""One call of megatron-core's pipeline schedule: micro-batches in, what the heads returned out.
+"""Runs micro-batches through megatron-core's pipeline schedule and returns the heads' outputs.
 
-Both stages and the probe go through here, so that packing, masks and the pipeline are handled in
-one place. Shapes: B packs in a micro-batch, S positions in a pack.
+Both stages and the probe use it, so packing, masks and the pipeline are handled in one place.
+Shapes: B packs in a micro-batch, S positions in a pack.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from megatron_replay.model.selected_rows import SelectedRows
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch and what to do with its hidden states.
+    """A micro-batch and the head to apply to its hidden states.
 
-    ``rows``: the only positions the head asks for, so that the last layer computes no other; None
-    where it may ask for any.
+    ``rows``: the positions that the head uses, so the last layer computes no others; None: all.
     """
 
     batch: PackedBatch
@@ -33,7 +32,7 @@ class MicroBatch(NamedTuple):
 
 @torch.no_grad()
 def forward_only(model: torch.nn.Module, micro_batches: Sequence[MicroBatch]) -> list[Any]:
-    """What each micro-batch's head returned, on the last stage; [] on the others."""
+    """The output of each micro-batch's head, on the last stage; [] on the others."""
     model.eval()
     outputs = _run_schedule(
         model,
@@ -96,10 +95,10 @@ def _forward_step_with_loss(
 def _sum_of_losses(loss_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum, number, and both. A loss that is not finite makes its gradient NaN.
 
-    So the update rule's own check finds it before the step, on every rank, for nothing.
+    The update rule's own check then finds it before the step, on every rank, at no extra cost.
     """
     total = loss_N.sum()
     total = total * (1 + 0 * total.detach())  # 0 times NaN or infinity is NaN
-    # Filled on the device: a tensor of a number is copied there, and the host waits for copies.
+    # Filled on the device: making a tensor from a number would copy, and the host waits for copies.
     count = torch.full((), loss_N.numel(), dtype=torch.int32, device=loss_N.device)
     return total, count, torch.stack([total.detach(), count.to(total.dtype)])

@@ -1,7 +1,7 @@
-"""The loss and the candidate rule for a training loop of one's own: torch in, torch out.
+"""The loss and the candidate rule for a training loop of your own: torch in, torch out.
 
-A thin front of ``loss`` and ``selection``: the same functions with the fastest backend for their
-tensors. Works on one process without any group; a vocabulary shard enters as ``vocab_start`` and
+The functions of ``loss`` and ``selection`` with the fastest backend for their tensors. They work
+in one process without any group; a vocabulary shard enters as ``vocab_start`` and
 ``tp_group``.
 """
 
@@ -44,11 +44,11 @@ def restricted_cross_entropy(
 ) -> Tensor:
     """Loss of each position over its candidate set, without ever forming [T, V]: fp32 [T].
 
-    As ``loss.sharded.restricted_cross_entropy``, which has the arguments, the errors and the
-    communication, with the fast choices where nothing is given.
+    ``loss.sharded.restricted_cross_entropy`` documents the arguments, errors and communication;
+    this function chooses fast defaults.
 
     Args:
-        backend: None: the compiled one of the device, or else union-GEMM in torch.
+        backend: None: the one compiled for the device, or else union-GEMM in torch.
         weight_grad_out: "main_grad": the weight's own fp32 ``main_grad`` where Megatron has given
             it one, so that nothing of the weight's size is made. None: a gradient by autograd.
     """
@@ -71,7 +71,7 @@ def select_candidates(
 ) -> SelectedCandidates:
     """Select S_t = {i_1, ..., i_K} + {x_t} with K = min(K*, max_candidates).
 
-    As ``selection.candidates.select_candidates``, which has the arguments and the errors.
+    ``selection.candidates.select_candidates`` documents the arguments and errors.
 
     Args:
         backend: None: the compiled one of the device, or else torch's; all give the same sets.

@@ -1,11 +1,11 @@
-"""One writer a directory, on local disks, on NFS and on Lustre.
+"""Allows one writer per directory, on local disks, on NFS and on Lustre.
 
-A directory that this project writes to holds a ``.lock``: an flock keeps other processes out, and a
-record in it says whose it is. The kernel releases the flock when its owner dies, however it dies.
+A directory that this project writes to has a file ``.lock``: an flock on it keeps other processes
+out, and a record in it names the owner. The kernel releases the flock when the owner ends.
 
 An flock may not reach other machines: Lustre mounted with ``localflock`` and NFS with
-``local_lock`` keep it on one, and say nothing. So the owner also counts up a number in its record
-every few seconds, and whoever finds the record of another machine watches whether it still counts.
+``local_lock`` silently keep it on one. So the owner also increments a counter in its record every
+few seconds, and a process that finds the record of another machine watches whether it changes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ LOCK_FILE = ".lock"
 _PROGRAM = "megatron_replay"
 #: How each record begins.
 _BEGINNING = f'{{"program": "{_PROGRAM}"'.encode()
-#: Seconds between two beats of an owner; and how long a foreign record is watched for one. Opening
-#: a file makes NFS ask its server, so a beat shows at once; a busy owner may be late by some.
+#: Seconds between two increments by an owner, and how long another machine's record is watched for
+#: one. NFS reads from its server when a file is opened, so an increment shows at once; a busy owner
+#: may be late by a few.
 BEAT_SECONDS, WATCH_SECONDS = 5.0, 60.0
 
 
@@ -43,10 +44,10 @@ class DirectoryLock:
     files of one name. It also proves that the directory is this project's (``is_ours``).
 
     Args:
-        purpose: what is written here ("this store"), for the message of whoever is kept out.
+        purpose: what is written here ("this store"), for the error of a process that is kept out.
 
     Raises:
-        OutputError: another process holds it, the file is somebody else's, or it cannot be written.
+        OutputError: another process holds it, the file is not our lock, or it cannot be written.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, purpose: str) -> None:
@@ -74,7 +75,7 @@ class DirectoryLock:
                 raise output_error(path, error) from error
             raise
         stop = threading.Event()
-        # The thread has a descriptor of its own: it never writes to a number that was closed.
+        # The thread has its own descriptor, so it never writes to one that was closed and reused.
         thread = threading.Thread(
             target=_beat, args=(os.dup(fd), record, stop), name="lock", daemon=True
         )
@@ -83,19 +84,19 @@ class DirectoryLock:
 
 
 def is_ours(directory: str | os.PathLike[str], purpose: str | None = None) -> bool:
-    """Whether a lock of this project, for ``purpose`` or for any, was last taken here."""
+    """Whether the last lock taken here was one of this project, for ``purpose`` if given."""
     record = _read(Path(directory) / LOCK_FILE)
     return record.get("program") == _PROGRAM and purpose in (None, record.get("purpose"))
 
 
 def _require_ours(fd: int, path: Path) -> None:
-    """A record may be torn, by a kill, or all zero, by a power cut."""
+    """Refuse another program's file. A kill can truncate our record; a power cut can zero it."""
     content = os.pread(fd, 4096, 0).strip(b"\0 \n") if stat.S_ISREG(os.fstat(fd).st_mode) else b"?"
     if content[: len(_BEGINNING)] != _BEGINNING[: len(content)]:
         raise OutputError(
-            "this name is needed for a lock, and somebody else's file is there",
+            "this name is needed for a lock, but another program's file is there",
             where=path,
-            fix="Move it away, or give another directory",
+            fix="Move that file, or choose another directory",
         )
 
 
@@ -110,8 +111,8 @@ def _keep_others_out(fd: int, path: Path, purpose: str) -> None:
             raise
         is_certain = False
         print(
-            f"{path}: this file system has no locks ({error.strerror}). What this file records "
-            "keeps later runs out; two that start at the same moment are not kept apart",
+            f"{path}: this file system has no locks ({error.strerror}). The record in this file "
+            "keeps later runs out, but not two runs that start at the same moment",
             file=sys.stderr,
         )
     is_elsewhere = found.get("machine") != this_machine()
@@ -134,7 +135,7 @@ def _write(fd: int, record: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The record; {} where there is none, or none of ours."""
+    """The record; {} where there is none that can be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(fd, "rb") as handle:
@@ -147,10 +148,10 @@ def _read(path: Path) -> dict[str, Any]:
 def _beat(fd: int, record: dict[str, Any], stop: threading.Event) -> None:
     while not stop.wait(BEAT_SECONDS):
         record["beat"] += 1
-        with contextlib.suppress(OSError):  # a full disk is met by what is written beside it
+        with contextlib.suppress(OSError):  # a full disk also fails the files written here
             _write(fd, record)
     with contextlib.suppress(OSError):
-        # Signed off: nobody has to watch.
+        # Without a pid, no later process watches this record.
         _write(fd, {"program": _PROGRAM, "purpose": record["purpose"]})
     os.close(fd)
 
@@ -164,9 +165,9 @@ def _let_go(fd: int, stop: threading.Event, thread: threading.Thread) -> None:
 
 
 def _is_alive(path: Path, found: dict[str, Any]) -> bool:
-    """Whether the owner that the record names still counts in it."""
+    """Whether the owner that the record names still increments its counter."""
     print(
-        f"{path}: {_owner(found)}, wrote here last and has not signed off. Watching for "
+        f"{path}: {_owner(found)}, wrote here last and did not release its lock. Checking for "
         f"{WATCH_SECONDS:.0f} s whether it is alive",
         file=sys.stderr,
         flush=True,
@@ -192,5 +193,5 @@ def _is_taken(path: Path, purpose: str) -> OutputError:
         f"another run is writing {purpose}",
         where=path.parent,
         found=_owner(record) if "pid" in record else None,
-        fix="Wait until it has ended, end it, or give another directory",
+        fix="Wait until it has ended, stop it, or choose another directory",
     )

@@ -1,4 +1,4 @@
-"""The process groups of a run: asked of megatron-core once, then passed on explicitly."""
+"""The process groups of a run: built once by megatron-core, then passed explicitly."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ T = TypeVar("T")
 class Parallel:
     """This process's place in the TP x PP x DP grid, and its groups.
 
-    ``model_group`` spans TP x PP: one whole copy of the model; ``tp_dp_group`` all that hold one
-    stage. ``writer`` is the one process that
-    logs: last pipeline stage, where the loss is, tensor rank 0, data rank 0.
+    ``model_group`` spans TP x PP, one model replica; ``tp_dp_group`` spans all processes that hold
+    one pipeline stage. ``writer`` is the process that logs: last pipeline stage (which has the
+    loss), tensor rank 0, data rank 0.
     ``timeout`` is how long a collective of any group waits for a rank.
     """
 
@@ -54,33 +54,33 @@ class Parallel:
 
     @property
     def last_stage(self) -> bool:
-        """Whether this process holds the output layer and sees the loss."""
+        """Whether this process holds the output layer and computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def writer(self) -> bool:
-        """Whether this process writes logs and shows progress."""
+        """Whether this process writes logs and prints progress."""
         return self.last_stage and self.tp_rank == 0 and self.dp_rank == 0
 
     @property
     def store(self) -> dist.Store:  # type: ignore[name-defined]
-        """Keys and values that every process of this run sees; costs a message to its server."""
+        """The key-value store that this run's processes share; each access costs a message."""
         return dist.distributed_c10d._get_default_store()
 
     def broadcast(self, value: T) -> T:
-        """``value`` as rank 0 has it, on every process. One object broadcast over the world."""
+        """Rank 0's ``value``, on every process. One object broadcast over the world."""
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def agreed(self, work: Callable[[], T]) -> list[T]:
-        """What ``work()`` gave on each process; where it failed on any, all raise the error.
+        """The results of ``work()`` on each process; where it failed on any, all raise the error.
 
         Otherwise the others would wait for the failed one until the collectives time out. One
         all-gather of objects over the world.
 
         Raises:
-            ReplayError: the one of the lowest rank that has one.
+            ReplayError: that of the lowest rank that failed.
         """
         outcome: T | ReplayError
         try:
@@ -95,7 +95,7 @@ class Parallel:
         return outcomes
 
     def on_rank_zero(self, work: Callable[[], object]) -> None:
-        """Do ``work`` on rank 0; the others wait for it, and share its error."""
+        """Do ``work`` on rank 0; the others wait for it, and raise its error."""
 
         def quietly() -> None:
             if self.rank == 0:
@@ -104,7 +104,7 @@ class Parallel:
         self.agreed(quietly)
 
     def from_rank_zero(self, work: Callable[[], T]) -> T:
-        """What ``work()`` gives on rank 0, on every process; all share its error."""
+        """The result of ``work()`` on rank 0, on every process; all raise its error."""
         found = self.agreed(lambda: work() if self.rank == 0 else None)[0]
         return cast(T, found)
 
@@ -113,7 +113,7 @@ def environment_world_size() -> int:
     """How many processes were started for this run; 1 without a launcher.
 
     Raises:
-        ConfigError: a launcher started several and told them nothing of each other, or too little.
+        ConfigError: a launcher started several and did not set torchrun's variables, or not all.
     """
     text = os.environ.get("WORLD_SIZE")
     if text is None:
@@ -138,7 +138,7 @@ def environment_world_size() -> int:
 
 def _not_torchrun(found: str) -> ConfigError:
     return ConfigError(
-        "these processes do not know of each other",
+        "the variables that connect these processes are missing or unusable",
         where="environment",
         expected="RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them",
         found=found,
@@ -151,12 +151,12 @@ def data_parallel_size(config: ParallelConfig, world_size: int) -> int:
     """World size over TP x PP.
 
     Raises:
-        ConfigError: the processes do not make a whole number of model copies.
+        ConfigError: the processes do not make a whole number of model replicas.
     """
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     if world_size % (tp * pp):
         raise ConfigError(
-            "the processes do not make whole copies of the model",
+            "the processes do not make whole replicas of the model",
             where="torchrun --nproc_per_node x --nnodes",
             expected=f"a multiple of TP {tp} x PP {pp} = {tp * pp} processes",
             found=world_size,
@@ -168,13 +168,13 @@ def initialize(config: ParallelConfig, platform: Platform) -> Parallel:
     """Join the processes torchrun started and build the groups.
 
     Raises:
-        ConfigError: the world does not divide into TP x PP, or its processes know too little.
-        TrainingError: some of them do not come.
+        ConfigError: the world does not divide into TP x PP, or torchrun's variables are missing.
+        TrainingError: some of the processes did not connect in time.
     """
     world_size = environment_world_size()
     data_parallel_size(config, world_size)
     if world_size == 1:
-        # Alone, as under plain python: a rendezvous with ourselves.
+        # One process, as under plain python: a rendezvous of this process only.
         for name, value in {
             "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
@@ -195,23 +195,23 @@ def initialize(config: ParallelConfig, platform: Platform) -> Parallel:
 def _did_not_meet(world_size: int, error: Exception) -> TrainingError:
     environment = os.environ
     return TrainingError(
-        f"rank {environment['RANK']} of {world_size} did not meet the others within "
+        f"rank {environment['RANK']} of {world_size} did not connect to the others within "
         f"--distributed-timeout-minutes: {str(error).splitlines()[0]}",
         where=f"MASTER_ADDR={environment['MASTER_ADDR']} MASTER_PORT={environment['MASTER_PORT']}",
-        fix="Start every rank, and let all reach that address; or raise "
+        fix="Start every rank, and check that each can reach that address; or raise "
         "--distributed-timeout-minutes",
     )
 
 
 def _this_rounds_store(timeout: datetime.timedelta) -> dict[str, Any]:
-    """Where ranks find each other under ``torchrun --max-restarts``; {}: where torch does it.
+    """A store for this round of ``torchrun --max-restarts``; {} where torch makes its own.
 
     torchrun keeps one store for all rounds, and torch writes a rank's address under the same key in
-    each: ranks would call dead ones. So rank 0 makes up a name for the round, which it tells those
-    who ask with a name of their own: an answer to a dead rank is never read.
+    each, so ranks would connect to dead ones. So rank 0 draws a name for the round, and sends it to
+    each rank under a key that the rank drew: a reply to a dead rank is never read.
 
     Raises:
-        TimeoutError: a rank does not come.
+        TimeoutError: a rank did not connect in time.
     """
     environment = os.environ
     if (
@@ -241,7 +241,7 @@ def _this_rounds_store(timeout: datetime.timedelta) -> dict[str, Any]:
             elif store.check([f"asks/{other}"]):
                 store.set("answer/" + store.get(f"asks/{other}").decode(), name)
         if time.monotonic() > deadline:
-            raise TimeoutError(f"ranks {sorted(missing)} have not come")
+            raise TimeoutError(f"ranks {sorted(missing)} have not connected")
         time.sleep(0.01)
     found = dist.PrefixStore(f"round/{name}", store)  # type: ignore[attr-defined]
     return {"store": found, "rank": rank, "world_size": world_size}
@@ -281,17 +281,17 @@ def _timeout(config: ParallelConfig) -> datetime.timedelta:
     return datetime.timedelta(minutes=config.distributed_timeout_minutes)
 
 
-#: Seconds in which a rank that is alive tells the others that it has met an error, too.
+#: Seconds within which a rank that is alive has registered that it failed as well.
 ANSWER_SECONDS = 15.0
-#: How torch and its backends say that somebody did not come, or has gone.
+#: How torch and its backends report a rank that is late or has exited.
 _LOST = re.compile(r"timed? ?out|timeout|closed by peer|connection (reset|refused)", re.I)
 
 
 def explain(error: Exception) -> ReplayError | None:
-    """Which ranks an operation between processes waited for in vain; None: it is another error.
+    """An error that names the ranks that a collective waited for in vain; None: another error.
 
-    Every rank that meets such an error calls this, and says so in the run's store. Whoever has not
-    within some seconds is stuck or dead.
+    Every rank that gets such an error calls this and registers itself in the run's store. A rank
+    that has not done so within some seconds is stuck or dead.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1 or not _LOST.search(str(error)):
         return None
@@ -303,17 +303,17 @@ def explain(error: Exception) -> ReplayError | None:
         while others and time.monotonic() < deadline:
             others = {other for other in others if not store.check([f"met an error/{other}"])}
             time.sleep(0.1)
-    except RuntimeError:  # the store's server has gone
+    except RuntimeError:  # the store's server has exited
         return None
     if not others:
         return None
     ranks = ", ".join(map(str, sorted(others)))
     return TrainingError(
         f"rank {ranks} does not answer; the others waited for it as long as "
-        f"--distributed-timeout-minutes says: {str(error).splitlines()[0]}",
-        fix="Look at that process and its machine (stopped, out of memory, a device or disk that "
-        "hangs), or raise --distributed-timeout-minutes if it was only slow. The same command goes "
-        "on from the last checkpoint",
+        f"--distributed-timeout-minutes allows: {str(error).splitlines()[0]}",
+        fix="Check that process and its machine (stopped, out of memory, a device or disk that "
+        "hangs), or raise --distributed-timeout-minutes if it was only slow. Then rerun the same "
+        "command: it continues from the last checkpoint",
     )
 
 

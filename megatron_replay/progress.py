@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and ETA, or a plain line every ten seconds."""
+"""Prints the progress of long work: a bar with rate and ETA, or a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-#: Between lines where the output is not a terminal.
+#: Seconds between lines where the output is not a terminal.
 _LINE_SECONDS = 10.0
 
 
@@ -27,7 +27,7 @@ class Progress:
         total: units in all.
         unit: name of a unit, in the plural ("documents").
         initial: units that an earlier run has done; the rate leaves them out.
-        enabled: False on every rank but one, which stay silent.
+        enabled: False on all ranks but one, which print nothing.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Progress:
             )
 
     def advance(self, units: int = 1, note: str = "") -> None:
-        """Count ``units`` more, and show ``note`` (a loss, say) with them."""
+        """Count ``units`` more, and print ``note`` (such as a loss) with them."""
         self.done += units
         if not self._enabled:
             return

@@ -1,4 +1,4 @@
-"""What a training run logs, read again: the lines of ``metrics.jsonl``, and their summary."""
+"""Reads what a training run logged: the lines of ``metrics.jsonl``, and their summary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STABILITY = (
     "loss_std", "loss_variance", "gradient_norm_cv", "loss_spikes", "loss_spike_rate",
     "gradient_spikes", "gradient_spike_rate", "non_finite",
 )  # fmt: skip
-#: Readings beside the steps, and their numbers.
+#: Readings that are not steps, and their numbers.
 _READINGS = {
     "general": ("perplexity", "delta_ppl"), "probe": ("outside_mass",), "stability": _STABILITY,
     "update": (),
@@ -72,7 +72,7 @@ class RunSummary:
 
 
 def read_metrics(path: Path, error: type[ReplayError] = OutputError) -> list[Line]:
-    """The lines of a ``metrics.jsonl``; a last one that a kill left incomplete is dropped.
+    """The lines of a ``metrics.jsonl``; an incomplete last line, left by a kill, is dropped.
 
     Raises:
         ReplayError: of class ``error``: the file cannot be read, or a line is damaged.
@@ -81,7 +81,7 @@ def read_metrics(path: Path, error: type[ReplayError] = OutputError) -> list[Lin
 
 
 def read_raw_lines(path: Path, error: type[ReplayError] = OutputError) -> list[tuple[bytes, Line]]:
-    """Each line as it is in the file, and its object; otherwise as `read_metrics`."""
+    """Each line's bytes in the file, and its object; see `read_metrics`."""
     with open_regular(path, error) as handle:
         lines = handle.read().splitlines(keepends=True)
     found: list[tuple[bytes, Line]] = []
@@ -101,7 +101,7 @@ def read_raw_lines(path: Path, error: type[ReplayError] = OutputError) -> list[t
 
 
 def _parsed(line: bytes) -> Line | None:
-    """A line's object; None where it is none, or where a value is not of its type."""
+    """A line's object; None where the line has none, or a value of another type."""
     try:
         value = json.loads(line)
         is_sound = type(value["iteration"]) is int
@@ -130,15 +130,15 @@ def summarize_run(directory: Path) -> RunSummary:
     """
     path, config = directory / METRICS, directory / CONFIG
     if not config.exists():
-        raise DataError("no such file: is this a run's directory?", where=config)
+        raise DataError("no such file; this may not be a run's directory", where=config)
     lines = read_metrics(path, DataError)
     steps = [line for line in lines if "loss" in line]
     if not steps:
-        raise DataError("no training step is logged", where=path)
+        raise DataError("no training step was logged", where=path)
     # A step without a label has no loss.
     losses = [s["loss"] for s in steps if s["positions"] != 0 and s["loss"] is not None]
     if not losses:
-        raise DataError("no logged step is finite", where=path)
+        raise DataError("no logged step has a finite loss", where=path)
     last = losses[-max(1, len(losses) // 10) :]
     tokens, seconds = (_total(steps, name, path) for name in ("tokens", "seconds"))
     is_complete = steps[-1]["iteration"] == len(steps)
@@ -166,7 +166,7 @@ def _last(lines: list[Line], name: str) -> Any:
 
 
 def _total(steps: list[Line], name: str, path: Path) -> float:
-    """The sum over all steps, by which others are divided."""
+    """The sum of a number over all steps."""
     values: list[Any] = [step.get(name) for step in steps]
     if not all(is_number(value) and 0 <= value < math.inf for value in values) or not any(values):
         raise DataError(f"the lines' {name!r} have no sum", where=path, expected="positive numbers")

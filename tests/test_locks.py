@@ -117,7 +117,7 @@ def test_a_damaged_record_is_replaced(tmp_path, content):
 @pytest.mark.parametrize("content", [b"mine", b"[]", b"\xff", b'{"program": "another"}'])
 def test_another_programs_file_is_not_replaced(tmp_path, content):
     (tmp_path / LOCK_FILE).write_bytes(content)
-    with pytest.raises(OutputError, match="somebody else's file is there"):
+    with pytest.raises(OutputError, match="another program's file is there"):
         DirectoryLock(tmp_path, purpose="it")
     assert (tmp_path / LOCK_FILE).read_bytes() == content
 

@@ -1,7 +1,7 @@
 """The settings of both stages: one frozen tree of dataclasses, checked when it is built.
 
 A field is at once a YAML key (``optimizer: {lr: 1.0e-5}``), a flag (``--lr 1e-5``) and an attribute
-(``config.optimizer.lr``); ``flags.py`` derives the first two from the third. Training fields carry
+(``config.optimizer.lr``); ``flags.py`` derives the first two from the third. Training fields have
 Megatron's names. Nothing here needs torch, a device or a process group.
 """
 

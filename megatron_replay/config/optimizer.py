@@ -1,4 +1,4 @@
-"""Which update rule, and with what constants."""
+"""The settings of the optimizer."""
 
 from __future__ import annotations
 
@@ -23,32 +23,35 @@ class OptimizerConfig(Section):
     lr_decay_style: str = option("shape of the decay", "cosine", ("cosine", "linear", "constant"))
     lr_warmup_iters: int = option("iterations of linear warm-up", 0)
     weight_decay: float = option("decoupled weight decay", 0.1)
-    clip_grad: float = option("global gradient norm to clip at; 0: never", 1.0)
+    clip_grad: float = option("global gradient norm to clip at; 0: no clipping", 1.0)
     adam_beta1: float = option("decay of the first moment", 0.9)
     adam_beta2: float = option("decay of the second moment", 0.95)
     use_distributed_optimizer: bool = option(
         "shard the optimizer's state over data parallel ranks (ZeRO-1)", False
     )
     angle_scope: str = option(
-        "one angle for the whole model, or one for each parameter",
+        "compute one angle for the whole model, or one for each parameter",
         "model",
         ("model", "tensor"),
         used_with={"optimizer": ("moclip", "tam")},
     )
     max_angle: float = option(
-        "degrees between gradient and momentum", 45.0, used_with={"optimizer": ("moclip",)}
+        "largest angle between gradient and momentum, in degrees",
+        45.0,
+        used_with={"optimizer": ("moclip",)},
     )
     obtuse: str = option(
-        "gradient more than 90 degrees from the momentum: stay on its line, or drop it",
+        "a gradient more than 90 degrees from the momentum: keep it on the momentum's line, or "
+        "drop it",
         "line",
         ("line", "zero"),
         used_with={"optimizer": ("moclip",)},
     )
     mofo_fraction: float = option(
-        "share of each matrix that moves", 0.2, used_with={"optimizer": ("mofo",)}
+        "share of each matrix that is updated", 0.2, used_with={"optimizer": ("mofo",)}
     )
     qk_clip_threshold: float | None = option(
-        "largest attention logit (QK-Clip); for models without QK-norm",
+        "largest attention logit that QK-Clip leaves; for models without QK-norm",
         None,
         used_with={"optimizer": ("muonclip",)},
     )
@@ -57,7 +60,7 @@ class OptimizerConfig(Section):
         self.require_positive("lr")
         # A step moves a weight by up to the learning rate: above 1, nothing of the model is left.
         self.require(self.lr <= 1, "lr", "a number above 0, at most 1")
-        # It takes this share of a weight away.
+        # A step subtracts this share of a weight.
         self.require(self.lr * self.weight_decay <= 1, "weight_decay", "at most 1 / --lr")
         self.require(0 <= self.min_lr <= self.lr, "min_lr", "0 to --lr")
         for name in (
@@ -75,15 +78,15 @@ class OptimizerConfig(Section):
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        """Refuse what cannot be had together, with the reason."""
+        """Refuse settings that exclude each other, with the reason."""
         if self.angle_scope == "tensor":
             self.require(
-                self.obtuse != "zero", "obtuse", "another: zero counts obtuse steps of the model"
+                self.obtuse != "zero", "obtuse", "line: zero counts obtuse steps of the whole model"
             )
         if self.optimizer in ("adamuon", "muonclip"):
             self.require(
                 not self.use_distributed_optimizer,
                 "use_distributed_optimizer",
                 f"False under --optimizer {self.optimizer}, which orthogonalises whole matrices: "
-                "sharding over data parallel ranks cuts them anywhere",
+                "sharding over data parallel ranks cuts them at any row",
             )

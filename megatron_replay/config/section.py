@@ -1,4 +1,4 @@
-"""A branch of the settings: fields that carry their help and choices, checked when it is built."""
+"""A branch of the settings: fields with their help and choices, checked when it is built."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from megatron_replay.errors import ConfigError
 
-#: In ``used_with``: any value that is not nothing.
+#: In ``used_with``: any value but None, False and 0.
 SET: tuple[Any, ...] = ()
-#: The largest integer that JSON, YAML and floats agree on.
+#: The largest integer that JSON, YAML and floats all represent.
 _LARGEST = 2**53
-#: float32 holds it.
+#: float32 can represent it.
 _LARGEST_FLOAT = 1e30
 
 
@@ -38,10 +38,10 @@ def flag_name(field_name: str) -> str:
 
 
 class Section:
-    """Base of the tree's branches: checks every value, and offers ``require``."""
+    """Base of the tree's branches: checks every value; ``require`` raises the errors."""
 
     def __post_init__(self) -> None:
-        """Check every value by its kind, then what the branch itself demands."""
+        """Check every value by its type, then run the branch's own checks."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             choices, value = field.metadata.get("choices"), getattr(self, field.name)
             if choices is not None and value not in choices:
@@ -51,7 +51,7 @@ class Section:
                 self.require(abs(value) <= _LARGEST_FLOAT, field.name, "a number up to 1e30")
             elif isinstance(value, int):
                 self.require(abs(value) < _LARGEST, field.name, "a number below 2^53")
-            elif isinstance(value, str):  # an empty path would be the directory one stands in
+            elif isinstance(value, str):  # an empty path would be the current directory
                 self.require(
                     value != "" and "\0" not in value, field.name, "a text that is not empty"
                 )
@@ -59,7 +59,7 @@ class Section:
         self._check()
 
     def _check(self) -> None:
-        """Raise ConfigError where values cannot work; branches override it."""
+        """Raise ConfigError for values that cannot work; branches override it."""
 
     def require(self, condition: bool, field_name: str, expected: str) -> None:
         """Raise a ConfigError for ``field_name`` unless ``condition`` holds."""
@@ -84,9 +84,9 @@ class Section:
 
 
 def require_used(sections: Sequence[Section]) -> None:
-    """Raise a ConfigError for a field that was changed where nothing reads it.
+    """Raise a ConfigError for a field that was changed but has no effect with the other fields.
 
-    Conditions on fields of other branches than these are left alone.
+    Conditions on fields of branches that are not in ``sections`` are not checked.
     """
     values = {
         field.name: getattr(section, field.name)

@@ -63,7 +63,7 @@ class CandidatesConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage0Config:
-    """All settings of ``python -m megatron_replay.stage0``."""
+    """All settings of python -m megatron_replay.stage0."""
 
     parallel: ParallelConfig
     model: ModelConfigSource

@@ -1,4 +1,4 @@
-"""What Stage 1 can be told."""
+"""The settings of Stage 1."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from megatron_replay.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Section):
-    """What Stage 1 minimises."""
+    """The loss that Stage 1 minimises."""
 
     loss: str = option(
-        "over the candidates only, or full softmax", "restricted", ("restricted", "full")
+        "cross-entropy over the candidates only, or over the whole vocabulary",
+        "restricted",
+        ("restricted", "full"),
     )
     store: str | None = option(
-        "candidate store of this corpus; with --loss full, for the probe", None
+        "candidate store of this corpus; with --loss full, only the probe reads it", None
     )
     allow_other_store: bool = option(
         "accept a store that Stage 0 made with another base model than --load",
@@ -32,20 +34,20 @@ class LossConfig(Section):
         used_with={"store": SET},
     )
     candidate_scope: str = option(
-        "compete over a position's own set, or over the union of its document's sets",
+        "compute the softmax over a position's own set, or over the union of its document's sets",
         "position",
         ("position", "document"),
         used_with={"loss": ("restricted",)},
     )
     tail: str = option(
-        "ghost: one more term in the denominator, the base model's mass outside the set",
+        "ghost: add the base model's mass outside the set to the denominator, as one more term",
         "none",
         ("none", "ghost"),
         used_with={"loss": ("restricted",)},
     )
     kl_weight: float = option(
-        "add this times the divergence from the base model's stored logits (Stage 0 "
-        "--store-logits); the loss that is logged has it",
+        "weight of the KL divergence from the base model's stored logits (Stage 0 "
+        "--store-logits); the logged loss includes it",
         0.0,
         used_with={"loss": ("restricted",)},
     )
@@ -66,24 +68,26 @@ class LossConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Section):
-    """How long, in what batches, and what is kept."""
+    """The length of the run, its batches, and what is saved."""
 
     save: str = option("directory for checkpoints, metrics.jsonl and the resolved configuration")
     global_batch_size: int = option("packs in one optimizer step, over all devices", 16)
     train_epochs: int | None = option(
-        "passes over the corpus; default: 1, or what --train-iters takes", None
+        "passes over the corpus; by default 1, or as many as --train-iters needs", None
     )
     train_iters: int | None = option(
-        "iterations, over as many epochs as they take; default: what --train-epochs needs", None
+        "iterations, over as many epochs as they need; by default those of --train-epochs", None
     )
-    seed: int = option("seed of the order of documents", 1234)
+    seed: int = option("seed for the order of documents", 1234)
     save_interval: int = option("iterations between checkpoints; 0: at the end only", 0)
-    keep_last: int = option("checkpoints kept, the newest ones; 0: all", 0)
+    keep_last: int = option("how many checkpoints to keep, the newest; 0: all", 0)
     exit_interval: int | None = option(
-        "save and leave after each iteration that is a multiple of this (a time slice)", None
+        "save and exit after each iteration that is a multiple of this", None
     )
     recompute_granularity: str = option(
-        "full: keep only layer inputs and recompute in backward", "none", ("none", "full")
+        "full: keep only the inputs of layers, and recompute the rest in backward",
+        "none",
+        ("none", "full"),
     )
     profile: bool = option(
         "trace the 4th to 6th step of this process into --save/profile, one file per rank", False
@@ -101,7 +105,7 @@ class TrainingConfig(Section):
         self.require(
             self.train_iters is None or self.train_epochs is None,
             "train_epochs",
-            "nothing beside --train-iters, which sets the length too",
+            "no value together with --train-iters, which also sets the length",
         )
         for name in ("seed", "save_interval", "keep_last"):
             self.require(getattr(self, name) >= 0, name, "a number from 0")
@@ -109,7 +113,7 @@ class TrainingConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig(Section):
-    """The fixed samples that show mass outside the candidate sets, and forgetting."""
+    """The fixed samples that measure the mass outside the candidate sets, and forgetting."""
 
     probe_interval: int = option(
         "iterations between readings of the probes and of stability; 0: stability at the end only",
@@ -121,7 +125,7 @@ class ProbeConfig(Section):
         used_with={"probe_interval": SET},
     )
     general_data_path: str | None = option(
-        "prefix of a corpus of general text: logs its perplexity against that of --load",
+        "prefix of a corpus of general text, whose perplexity is compared with that of --load",
         None,
         used_with={"probe_interval": SET},
     )
@@ -133,7 +137,7 @@ class ProbeConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage1Config:
-    """Every setting of ``python -m megatron_replay.stage1``."""
+    """All settings of python -m megatron_replay.stage1."""
 
     parallel: ParallelConfig
     model: ModelConfigSource
@@ -144,7 +148,7 @@ class Stage1Config:
     probe: ProbeConfig
 
     def __post_init__(self) -> None:
-        """Check what two branches must agree on."""
+        """Check settings of different branches against each other."""
         branches = [getattr(self, field.name) for field in dataclasses.fields(self)]
         require_used(branches)
         require_even_sequence(self.parallel, self.data)
@@ -159,12 +163,12 @@ class Stage1Config:
             )
 
     def _check_observers(self) -> None:
-        """Refuse a store or a sample that nothing reads."""
+        """Refuse a store or a sample that the run does not read."""
         has_probe = self.loss.store is not None and self.probe.probe_interval > 0
         self.loss.require(
             self.loss.loss == "restricted" or self.loss.store is None or has_probe,
             "store",
-            "nothing under --loss full and --probe-interval 0, where nothing reads it",
+            "no store with --loss full and --probe-interval 0, which do not read it",
         )
         default = type(self.probe).__dataclass_fields__["probe_documents"].default
         has_sample = self.loss.store is not None or self.probe.general_data_path is not None

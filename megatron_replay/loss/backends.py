@@ -1,7 +1,7 @@
-"""What runs on one rank: the protocol of a restricted-head backend, and what backends share.
+"""Defines what runs on one rank: the protocol of a restricted-head backend, and shared parts.
 
 A backend does one rank's arithmetic over its rows of the output layer, without communication;
-``sharded`` puts the ranks together and is the same for all backends. ``kernels.HEAD`` chooses one:
+``sharded`` combines the ranks and is the same for all backends. ``kernels.HEAD`` chooses one:
 
     torch    blocks.py                 the definition, at the cost of full softmax
     union    blocks.py                 dense products over unions of neighbours' sets, any device
@@ -26,12 +26,12 @@ from megatron_replay.loss.candidate_sets import CandidateSets
 
 
 class Partials(NamedTuple):
-    """Of each position's candidates in this shard, fp32 [N] each.
+    """The partial sums over each position's candidates in this shard, fp32 [N] each.
 
     Attributes:
         max_N: the largest logit; -inf if there is none.
         sum_N: sum of exp(z - max); 0 if there is none.
-        label_logit_N: -inf if the label is not among them.
+        label_logit_N: the label's logit; -inf if the label is not among them.
     """
 
     max_N: Tensor
@@ -53,14 +53,14 @@ class ShardHead(Protocol):
     """A backend bound to one batch. ``forward`` comes first, ``backward`` once after it.
 
     Computes in fp32 whatever the operands' dtype. Equal input gives equal bits on every run: for
-    any number of threads where the arithmetic is the backend's own, for the same number of threads
-    where BLAS does it, which splits its sums by them.
+    any number of threads where the arithmetic is the backend's own; for the same number of threads
+    where BLAS computes it, because BLAS splits its sums over threads.
     """
 
     def forward(self, hidden_NH: Tensor, weight_VH: Tensor, *, hidden_grad: bool) -> Partials:
-        """z[p] = <hidden[n], weight[id]> of every pair, folded into each position's partials.
+        """z[p] = <hidden[n], weight[id]> of every pair, reduced to each position's partials.
 
-        ``hidden_grad``: whether ``backward`` will be asked for it, so that it may be begun.
+        ``hidden_grad``: whether ``backward`` will compute it, so that ``forward`` may prepare it.
         """
         ...
 
@@ -81,7 +81,7 @@ class ShardHead(Protocol):
             softmax: of every position, over all shards.
             grad_N: fp32, the upstream gradient of each position's loss.
             weight_grad_out: fp32 [V, H]; dW is added to the rows of candidates, others are not
-                touched. None where dW is not wanted.
+                changed. None: dW is not computed.
 
         Returns:
             dH of this shard's candidates, fp32 [N, H]; None unless ``hidden_grad``.
@@ -106,21 +106,21 @@ _LOWEST = torch.finfo(torch.float32).min
 
 
 def rescale(old_N: Tensor, new_N: Tensor) -> Tensor:
-    """exp(old - new), for a sum whose maximum goes from old to new; 0 where old is -inf."""
+    """exp(old - new), which rescales a sum from maximum old to new; 0 where old is -inf."""
     return torch.exp(old_N - finite(new_N))
 
 
 def finite(max_N: Tensor) -> Tensor:
-    """A maximum that can be subtracted: without a candidate it is -inf, and -inf - -inf is NaN."""
+    """Replaces -inf, the maximum without a candidate, because -inf - -inf is NaN."""
     return max_N.clamp(min=_LOWEST)
 
 
 def no_partials(like_NH: Tensor) -> Partials:
-    """Those of positions without a candidate."""
+    """The partials of positions without a candidate."""
     max_N, label_logit_N = like_NH.new_full((2, len(like_NH)), -math.inf, dtype=torch.float32)
     return Partials(max_N, torch.zeros_like(max_N), label_logit_N)
 
 
 def zeros(like: Tensor) -> Tensor:
-    """A gradient to sum into: fp32, contiguous, of the shape of ``like``."""
+    """A zero gradient to sum into: fp32, contiguous, of the shape of ``like``."""
     return like.new_zeros(like.shape, dtype=torch.float32)

@@ -1,11 +1,11 @@
-"""Backends of dense blocks of logits: any device, through torch's matrix product.
+"""Backends that multiply dense blocks of logits with torch, on any device.
 
 Shapes: N positions, V rows of this rank's shard of the output layer, H hidden channels, G candidate
 sets, P pairs; a tile has n positions and U rows.
 
-A tile's logits are computed, folded into each position's maximum and sum, and dropped. Backward
-computes them once more: a fourth product beside the three that a linear layer needs, for a memory
-that does not grow with the number of candidates.
+A tile's logits are computed, reduced to each position's maximum and sum, and dropped. Backward
+computes them again: a linear layer needs three products and this needs four, but its memory does
+not grow with the number of candidates.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Tile:
 
     Attributes:
         positions: the n positions.
-        rows: the U rows of the shard, ascending and distinct; those of a slice are not copied.
-        places: int64, places n * U + u of the candidates in the flat block; None if all are.
+        rows: the U rows of the shard, ascending and distinct; a slice is not copied.
+        places: int64, places n * U + u of the candidates in the flat block; None: all.
     """
 
     positions: slice
@@ -47,7 +47,7 @@ class Tile:
     places: Tensor | None = None
 
     def logits(self, hidden_nH: Tensor, weight_UH: Tensor) -> Tensor:
-        """fp32 [n, U] of the tile's own operands, fp32; -inf at places that are no candidates."""
+        """fp32 [n, U] from the tile's own fp32 operands; -inf at places that are not candidates."""
         logits_nU = hidden_nH @ weight_UH.T
         if self.places is None:
             return logits_nU
@@ -67,7 +67,7 @@ class Tile:
 
 
 class TiledHead:
-    """A ``ShardHead`` over tiles, taken in order; a row occurs once in a tile."""
+    """A ``ShardHead`` over tiles, in order; a row occurs once in a tile."""
 
     def __init__(self, tiles: Sequence[Tile], label_rows_N: Tensor) -> None:
         self._tiles, self._label_rows_N = tiles, label_rows_N
@@ -118,7 +118,7 @@ class TiledHead:
 def dense_head(sets: CandidateSets) -> TiledHead:
     """The definition: one tile of all positions and all rows, [N, V], with the sets marked in it.
 
-    For checking others: its memory and work are those of the full softmax.
+    It checks the other backends; its memory and work are those of the full softmax.
     """
     N, V = len(sets.label_rows_N), sets.num_rows
     rows, set_of = sets.ids.long(), sets.position_P
@@ -134,7 +134,7 @@ def dense_head(sets: CandidateSets) -> TiledHead:
 
 
 def union_head(sets: CandidateSets) -> TiledHead:
-    """Neighbouring positions times the union of their sets; of a shared set, times that set."""
+    """Multiplies neighbouring positions by the union of their sets, or by the set they share."""
     if sets.group_offsets is not None:
         return TiledHead(_group_tiles(sets), sets.label_rows_N)
     blocks = Blocks.of(sets).moved(lambda tensor: tensor.to(sets.ids.device, non_blocking=True))
@@ -146,7 +146,7 @@ def union_head(sets: CandidateSets) -> TiledHead:
 
 
 def _group_tiles(sets: CandidateSets) -> list[Tile]:
-    """A document's positions times its set: every product of such a block is used."""
+    """Tiles of a document's positions and its set; every product of such a block is used."""
     _, offsets, group_offsets = sets.host
     assert group_offsets is not None
     tiles = []

@@ -1,7 +1,7 @@
 """The candidate sets of some positions, from the store to the kernel that reads them.
 
-Sets are made and cut on the host, in numpy, beside the training step; then they move to the device
-once. Nothing here waits for a device, and a step never has to ask it how large a set is.
+Sets are built and cut on the host, in numpy, while a step runs; then they are copied to the device
+once. Nothing here waits for a device, and no step reads the size of a set from it.
 
 Shapes: N positions, G candidate sets, P pairs of a set and a candidate, V rows of a vocabulary (or
 of one tensor-parallel rank's shard of it), U distinct candidates.
@@ -38,10 +38,10 @@ class CandidateSets:
             ``group_offsets[g]`` to ``group_offsets[g + 1]`` share set g.
         labels_N: int64, ids of the whole vocabulary.
         num_rows, vocab_start: V and the first id; the whole vocabulary starts at 0.
-        values: float32 [P] beside ``ids``, such as the base model's logits; None for none.
+        values: float32 [P], one for each of ``ids``, such as the base model's logits; or None.
         label_rows_N: int64, the row of each label, -1 where this shard does not have it.
-        transpose: the pairs by id, where a backend reads them so.
-        host: what is read of the sets without waiting for a device.
+        transpose: the pairs sorted by id, for backends that read them so.
+        host: the arrays that the host reads, without waiting for a device.
     """
 
     ids: Tensor
@@ -65,7 +65,7 @@ class CandidateSets:
         vocab_size: int,
         values: npt.NDArray[np.float32] | None = None,
     ) -> CandidateSets:
-        """Sets of the whole vocabulary, which hold their labels; nothing is copied."""
+        """Sets of the whole vocabulary, with their labels in them; nothing is copied."""
         labels = torch.from_numpy(labels_N)
         return CandidateSets(
             ids=torch.from_numpy(ids),
@@ -80,12 +80,12 @@ class CandidateSets:
 
     @property
     def largest(self) -> int:
-        """Candidates of the largest set."""
+        """Number of candidates of the largest set."""
         return int(np.diff(self.host.offsets).max(initial=0))
 
     @functools.cached_property
     def position_P(self) -> Tensor:
-        """int64 [P], the set of each pair; where sets are not shared, its position."""
+        """int64 [P], the set of each pair, which is its position unless sets are shared."""
         sizes = self.offsets.diff()
         return torch.arange(len(sizes), device=sizes.device).repeat_interleave(
             sizes, output_size=len(self.ids)
@@ -119,7 +119,7 @@ class CandidateSets:
         return dataclasses.replace(self, transpose=transpose)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> CandidateSets:
-        """The same sets, each tensor put where ``move`` puts it."""
+        """The same sets, with ``move`` applied to each tensor."""
         tensors: dict[str, Any] = {
             field.name: move(value)
             for field in dataclasses.fields(self)
@@ -131,7 +131,7 @@ class CandidateSets:
 
 
 class HostArrays(NamedTuple):
-    """The arrays that say how large sets are, as in ``CandidateSets``."""
+    """The arrays that hold the sizes of sets, as in ``CandidateSets``."""
 
     ids: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]
@@ -139,7 +139,7 @@ class HostArrays(NamedTuple):
 
 
 class Transpose(NamedTuple):
-    """Pairs sorted by id, those of one id by position: CSC beside the sets' CSR.
+    """Pairs sorted by id, those of one id by position: CSC where the sets are CSR.
 
     Attributes:
         order: int64 [P], the pair at each place.
@@ -210,20 +210,20 @@ class Blocks:
     Attributes:
         rows: int64, the union of each span, ascending, one span after another.
         places: int64 [P], place of each pair in its span's flat block [n * U].
-        spans: positions with at least one candidate, as the host knows them.
+        spans: positions with at least one candidate, as slices on the host.
     """
 
     rows: Tensor
     places: Tensor
     spans: list[Span]
 
-    #: Positions of a block. More of them share more ids, and multiply more rows that are in the
-    #: set of one position only.
+    #: Positions of a block. A larger block shares more ids, but also multiplies more rows that are
+    #: in the set of one position only.
     POSITIONS = 128
 
     @staticmethod
     def of(sets: CandidateSets) -> Blocks:
-        """The blocks of sets that positions do not share; made on the host."""
+        """The blocks of sets that positions do not share; built on the host."""
         ids, offsets, group_offsets = sets.host
         assert group_offsets is None
         firsts = range(0, len(offsets) - 1, Blocks.POSITIONS)
@@ -246,7 +246,7 @@ class Blocks:
         return Blocks(torch.from_numpy(np.concatenate(rows)), torch.from_numpy(places), spans)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Blocks:
-        """The same blocks, each tensor put where ``move`` puts it."""
+        """The same blocks, with ``move`` applied to each tensor."""
         return Blocks(move(self.rows), move(self.places), self.spans)
 
 
@@ -306,7 +306,7 @@ def _sizes(offsets: npt.NDArray[np.int64], total: int, name: str) -> npt.NDArray
         raise DataError("offsets must not decrease", where=name, found=offsets.tolist()[:8])
     if int(offsets[0]) != 0 or int(offsets[-1]) != total:
         raise DataError(
-            "offsets do not span what they cut",
+            "offsets do not cover all ids or positions",
             where=name,
             expected=f"0 to {total}",
             found=f"{int(offsets[0])} to {int(offsets[-1])}",

@@ -1,4 +1,4 @@
-"""Cross-entropy over candidate sets (arXiv 2510.09152, Eq. 3), in its simplest form: the contract.
+"""Defines the loss: cross-entropy over candidate sets (arXiv 2510.09152, Eq. 3), in dense torch.
 
 For a position with hidden state h, logits z = W h over the vocabulary, label x and a candidate set
 S that holds x:
@@ -13,12 +13,12 @@ divergence from the base model's distribution q over the position's own set:
 
     L + beta KL(q || p~),                 d/dz[j] = (1 + beta) p~[j] - [j = x] - beta q[j]
 
-What the trained model moves out of S is the outside mass, rho = 1 - sum_{j in S} softmax(z)[j];
-with t = -inf, rho = 1 - exp(L - L_full).
+The probability that the trained model moves out of S is the outside mass,
+rho = 1 - sum_{j in S} softmax(z)[j]; with t = -inf, rho = 1 - exp(L - L_full).
 
 Everything else in this package computes the same numbers without forming [T, V]: ``candidate_sets``
-holds S, ``sharded`` sums over tensor-parallel ranks, ``backends`` says what runs on one rank.
-Tests compare it with these functions in float64.
+holds S, ``sharded`` sums over tensor-parallel ranks, ``backends`` defines what runs on one rank.
+Tests compare them with these functions in float64.
 
 Shapes: T positions, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""The divergence from a stored distribution, as what it adds to a cross-entropy (``--kl-weight``).
+"""The divergence from a stored distribution, added to a cross-entropy (``--kl-weight``).
 
 With q a distribution over a position's own set S, and p~ = exp(z) / Z the softmax of a loss
 L = log Z - z[x] over S or more,
@@ -6,8 +6,8 @@ L = log Z - z[x] over S or more,
     L + beta KL(q || p~) = (1 + beta) L + beta sum_{j in S} (c[j] z[j] + q[j] log q[j]),
     c[j] = [j = x] - q[j].
 
-L comes from any backend. What is new is linear in z: <h, sum_j c[j] w[j]> at each position, a sum
-over shards, computed in dense products over unions of neighbours' sets.
+L comes from any backend. The added term is linear in z: <h, sum_j c[j] w[j]> at each position, a
+sum over shards, computed in dense products over unions of neighbours' sets.
 
 Shapes: N positions, V rows of this rank's shard of the output layer, H hidden channels, P pairs of
 a position and a candidate of this shard; a block has n positions and U distinct candidates.
@@ -34,7 +34,7 @@ from megatron_replay.loss.sharded import is_shared
 
 @dataclass(frozen=True, eq=False)
 class SoftTargets:
-    """The base model's distributions q as one shard has them.
+    """The base model's distributions q, cut to one shard.
 
     Attributes:
         blocks: dense blocks of the sets.
@@ -68,7 +68,7 @@ class SoftTargets:
         return SoftTargets(Blocks.of(cut), cut.values, torch.from_numpy(negentropy_N))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> SoftTargets:
-        """The same targets, each tensor put where ``move`` puts it."""
+        """The same targets, with ``move`` applied to each tensor."""
         coefficients, negentropy_N = move(self.coefficients), move(self.negentropy_N)
         return SoftTargets(self.blocks.moved(move), coefficients, negentropy_N)
 
@@ -92,7 +92,7 @@ def with_divergence(
     reduce_hidden_grad: bool = True,
     weight_grad_out: Tensor | None = None,
 ) -> Tensor:
-    """L + beta KL(q || p~): fp32 [N], given L and the operands it came from.
+    """L + beta KL(q || p~): fp32 [N], from L and the operands it was computed from.
 
     Args:
         cross_entropy_N: L, whose softmax must span the targets' sets.
@@ -102,7 +102,7 @@ def with_divergence(
 
     Communication over ``tp_group``: all-reduce SUM fp32 [N]; in backward SUM fp32 [N, H] if
     ``reduce_hidden_grad``. Memory: fp32 [N, H] between forward and backward; fp32 [U, H] and [n, U]
-    while it works.
+    temporarily.
     """
     linear_N: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
         hidden_NH, weight_VH, targets, tp_group, reduce_hidden_grad, weight_grad_out
@@ -123,7 +123,7 @@ class _Linear(torch.autograd.Function):
         reduce_hidden_grad: bool,
         weight_grad_out: Tensor | None,
     ) -> Tensor:
-        """By a direction for each position, sum_j c[j] w[j], which backward needs as well."""
+        """Computes sum_j c[j] w[j] for each position, which backward needs as well."""
         shared = is_shared(tp_group, len(hidden_NH))
         direction_NH = zeros(hidden_NH)
         with torch.autocast(hidden_NH.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""The full softmax at selected positions only, block by block; and the mass outside the sets.
+"""The full softmax at selected positions, block by block; and the mass outside the sets.
 
 Shapes: N positions, V rows of this rank's output-layer shard, H hidden channels.
 """
@@ -41,7 +41,7 @@ def vocab_parallel_cross_entropy(
             Shards ascend with the rank.
         labels_N: int64 [N], ids of the whole vocabulary; one outside it gives a loss of +inf.
         reduce_hidden_grad: sum the gradient of ``hidden_NH`` over ``tp_group``; False where the
-            caller's region does.
+            caller's region does so.
         weight_grad_out: fp32 [V, H] to which the weight's gradient is added in place of autograd's.
         chunk_rows: positions whose logits exist at one time.
 
@@ -50,10 +50,10 @@ def vocab_parallel_cross_entropy(
 
     Raises:
         ConfigError: ``chunk_rows`` is not positive.
-        DataError: shapes do not fit.
+        DataError: the shapes do not fit together.
 
     Communication over ``tp_group``: all-reduce MAX fp32 [N], SUM fp32 [2, N]; in backward SUM fp32
-    [N, H] if ``reduce_hidden_grad``. Memory beside operands and gradients: logits fp32 [chunk_rows,
+    [N, H] if ``reduce_hidden_grad``. Memory beyond operands and gradients: logits fp32 [chunk_rows,
     16384], 64 MiB, computed again in backward, and, if the weight is not fp32, 16384 rows of it in
     fp32.
     """

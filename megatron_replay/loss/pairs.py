@@ -1,6 +1,6 @@
-"""A backend of two operators over pairs, and a softmax between them in torch.
+"""A backend of two operators over pairs, with torch's softmax between them.
 
-For sets that positions do not share.
+It is for sets that positions do not share.
 
 Shapes: N positions, V rows of the shard, H hidden channels, P pairs of a position and a candidate,
 K candidates of the largest set.
@@ -28,14 +28,14 @@ from megatron_replay.loss.candidate_sets import CandidateSets
 
 
 class PairOperators(Protocol):
-    """Two operators that are enough for a device; fp32 out, equal bits for equal input."""
+    """The two operators that a device must have; fp32 results, equal bits for equal input."""
 
     def gather_dot(
         self, hidden_NH: Tensor, weight_VH: Tensor, ids: Tensor, offsets: Tensor, /
     ) -> Tensor:
         """z[p] = <hidden[n], weight[ids[p]]> for offsets[n] <= p < offsets[n + 1]: fp32 [P].
 
-        ``ids`` int32 [P]; ``offsets`` int32 [N + 1].
+        ``ids`` is int32 [P], ``offsets`` int32 [N + 1].
         """
         ...
 
@@ -52,8 +52,8 @@ class PairOperators(Protocol):
     ) -> Tensor:
         """out[rows[s]] += sum of coefficients[p] * source[indices[p]] over segment s, in place.
 
-        ``indices`` int32 [P]; ``coefficients`` fp32 [P]; ``offsets`` int32 [S + 1]; ``rows`` int32
-        [S], none twice, None for 0 to S - 1. In the order of the pairs.
+        ``indices`` is int32 [P], ``coefficients`` fp32 [P], ``offsets`` int32 [S + 1]; ``rows`` is
+        int32 [S] without duplicates, None for 0 to S - 1. Sums in the order of the pairs.
         """
         ...
 
@@ -66,7 +66,7 @@ class PairHead:
         self._sets, self._operators = sets, operators
         self._offsets = sets.offsets.int()
         sizes_N = sets.offsets.diff()
-        # Position by position, padded to the largest set, whose end is the place behind all pairs.
+        # Pairs by position, padded to the largest set; padding points to the place after all pairs.
         within_K = torch.arange(sets.largest, device=sizes_N.device)
         self._pair_NK = torch.where(
             within_K < sizes_N[:, None], sets.offsets[:-1, None] + within_K, len(sets.ids)
@@ -130,7 +130,7 @@ class PairHead:
 
 
 def pair_backend(operators: PairOperators) -> HeadBackend:
-    """The two operators where each position has its own set; shared sets are dense products."""
+    """Uses the two operators for own sets, and dense products for sets that positions share."""
 
     def bind(sets: CandidateSets) -> ShardHead:
         if sets.group_offsets is None:

@@ -1,7 +1,7 @@
 """Cross-entropy of a vocabulary sharded over tensor-parallel ranks: autograd and communication.
 
-Each rank's backend folds its candidates into partial sums; two small all-reduces over TP make the
-softmax of them. The equation is in ``definition``.
+Each rank's backend reduces its candidates to partial sums; two small all-reduces over TP combine
+them into the softmax. The equation is in ``definition``.
 
 Shapes: T or N positions, V rows of this rank's shard of the output layer, H hidden channels, G
 candidate sets.
@@ -59,25 +59,25 @@ def restricted_cross_entropy(
         candidate_ids: int32 [nnz], ids of the whole vocabulary, ascending in each set.
         candidate_offsets: int64 [G + 1] into ``candidate_ids``.
         labels_T: int64 [T], each in its position's set.
-        backend: does a rank's arithmetic; ``kernels.HEAD.choose("auto", weight_VH)`` gives a
+        backend: computes a rank's part; ``kernels.HEAD.choose("auto", weight_VH)`` returns a
             compiled one.
         group_offsets: None: position t has set t (G = T). Otherwise int64 [G + 1]: positions
             ``group_offsets[g]`` to ``group_offsets[g + 1]`` share set g.
         tail_logit_T: logit of one more term of the denominator, a constant; -inf for none.
         weight_grad_out: fp32 [V, H] (Megatron's ``main_grad``), to which the candidates' rows of
-            the weight's gradient are added in backward; autograd then gets none, and nothing of
+            the weight's gradient are added in backward; autograd then has none, and nothing of
             the size of the weight is made. None: a dense gradient, through autograd.
         reduce_hidden_grad: sum the gradient of ``hidden_TH`` over ``tp_group``; False where the
-            caller's region does (Megatron's copy_to or gather_from).
-        validate: check sets and labels, at the cost of a pass over the ids. If False, sets must be
-            right; a label that is not a candidate gives a loss of +inf.
+            caller's region does so (Megatron's copy_to or gather_from).
+        validate: check sets and labels, at the cost of a pass over the ids. If False, the caller
+            guarantees them; a label that is not a candidate gives a loss of +inf.
 
     Returns:
         fp32 [T], nats, differentiable in ``hidden_TH`` and ``weight_VH``.
 
     Raises:
-        DataError: shapes or dtypes do not fit, or sets or labels make no sense.
-        ConfigError: ``backend`` is none.
+        DataError: shapes or dtypes do not fit, or sets or labels are invalid.
+        ConfigError: ``backend`` is not a HeadBackend.
 
     Communication over ``tp_group``: all-reduce MAX fp32 [T], SUM fp32 [2, T]; in backward SUM fp32
     [T, H] if ``reduce_hidden_grad``; MAX of one number if ``validate``. Sets and labels on a device
@@ -122,7 +122,7 @@ def cross_entropy_of_sets(
     reduce_hidden_grad: bool,
     weight_grad_out: Tensor | None,
 ) -> Tensor:
-    """``restricted_cross_entropy`` of sets already cut to this rank's rows; nothing is checked."""
+    """``restricted_cross_entropy`` over sets already cut to this rank's rows, without checks."""
     assert len(weight_VH) == sets.num_rows
     return ShardedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_NH,
@@ -138,7 +138,7 @@ def cross_entropy_of_sets(
 
 
 class ShardedCrossEntropy(torch.autograd.Function):
-    """Loss fp32 [N], by ``apply`` with the arguments of ``forward``.
+    """The loss, fp32 [N]: call ``apply`` with the arguments of ``forward``.
 
     Args:
         head: this rank's backend, bound to the batch.
@@ -146,8 +146,8 @@ class ShardedCrossEntropy(torch.autograd.Function):
         vocab_start: id of the weight's first row. Shards ascend with the rank.
         tail_logit_N: a constant, or None.
         reduce_hidden_grad: sum dH over ``tp_group``.
-        weight_grad_out: fp32 [V, H] to which dW is added, autograd getting none; or None for a
-            dense dW through autograd.
+        weight_grad_out: fp32 [V, H] to which dW is added instead of autograd's; None: a dense dW
+            through autograd.
 
     Communication: all-reduce MAX fp32 [N], SUM fp32 [2, N]; in backward SUM fp32 [N, H] if
     ``reduce_hidden_grad``.
@@ -169,7 +169,7 @@ class ShardedCrossEntropy(torch.autograd.Function):
         """L = log(sum over all shards of exp z + exp tail) - z[label]."""
         with _without_autocast(hidden_NH):
             partials = head.forward(hidden_NH, weight_VH, hidden_grad=ctx.needs_input_grad[0])
-        # Labels that no shard has are the first and the last rank's, where they are not found.
+        # The first or last rank counts a label that no shard has as its own, and does not find it.
         is_elsewhere = torch.zeros_like(labels_N, dtype=torch.bool)
         if tp_group is not None:
             rank, size = dist.get_rank(tp_group), dist.get_world_size(tp_group)
@@ -186,14 +186,14 @@ class ShardedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        """dH in the dtype of the hidden states; dW there or to ``weight_grad_out``."""
+        """dH in the dtype of the hidden states; dW likewise, or added to ``weight_grad_out``."""
         hidden_NH, weight_VH, top_N, total_N = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         weight_grad = None
         weight_grad_out = ctx.weight_grad_out if wants_weight else None
         if wants_weight and weight_grad_out is None:
             weight_grad = weight_grad_out = zeros(weight_VH)
-        # In a trace, backward is another place than the forward that a caller can name.
+        # A caller can name the region of forward in a trace, but not that of backward.
         with record_function("head"), _without_autocast(hidden_NH):
             hidden_grad = ctx.head.backward(
                 hidden_NH,
@@ -234,13 +234,13 @@ def _over_ranks(
         packed_2N = torch.stack([sum_N, label_logit_N])
         dist.all_reduce(packed_2N, group=tp_group)
         sum_N, label_logit_N = packed_2N
-    if tail_logit_N is not None:  # of no shard: added once, after the sum over shards
+    if tail_logit_N is not None:  # belongs to no shard: added once, after the sum over shards
         sum_N = sum_N + rescale(tail_logit_N, top_N)
     return label_logit_N, Softmax(top_N, sum_N)
 
 
 def is_shared(tp_group: dist.ProcessGroup | None, num_positions: int) -> bool:
-    """Whether there is anything to exchange, and another rank to exchange it with."""
+    """Whether ``tp_group`` has another rank, and there are positions to exchange."""
     return tp_group is not None and num_positions > 0 and dist.get_world_size(tp_group) > 1
 
 
@@ -285,7 +285,7 @@ def _require_types(
         ("labels_T", labels_T, torch.int64),
     ):
         if tensor.dtype is not dtype:
-            raise DataError("another dtype", where=name, expected=dtype, found=tensor.dtype)
+            raise DataError("unexpected dtype", where=name, expected=dtype, found=tensor.dtype)
     if not isinstance(backend, HeadBackend):
         raise ConfigError(
             "not a backend of the restricted head",
@@ -301,7 +301,7 @@ def _require_tail(tail_logit_T: Tensor | None) -> None:
 
 
 def _vocab_size(stop: int, device: torch.device, tp_group: dist.ProcessGroup | None) -> int:
-    """One past the last id of any shard, given this one's."""
+    """One past the last id of all shards, given ``stop`` of this one."""
     last = torch.tensor(stop, device=device)
     if tp_group is not None:
         dist.all_reduce(last, op=dist.ReduceOp.MAX, group=tp_group)

@@ -1,4 +1,4 @@
-"""Attention that keeps packed documents apart, and the largest logits that QK-Clip asks of it.
+"""Attention inside packed documents, and the largest logits, which QK-Clip needs.
 
 Shapes: S positions, B packs, D channels; on this rank N query heads and G key-value groups.
 """
@@ -21,11 +21,11 @@ from megatron_replay.model.selected_rows import SelectedRows
 
 
 class PackedDocuments(PackedSeqParams):
-    """Where documents lie, through megatron-core to where it is wanted; no format of its own.
+    """The documents of each pack, passed through megatron-core to attention and the last layer.
 
     Attributes:
         segments: of each pack, for attention.
-        rows: the positions that the head will ask for; None where it may ask for any.
+        rows: the positions that the head uses; None: any.
     """
 
     def __init__(self, segments: Segments, rows: SelectedRows | None, length: int) -> None:
@@ -39,8 +39,8 @@ class PackedAttention(MegatronModule):
     By the backend that is best for the queries' device and dtype (``kernels.ATTENTION``).
 
     Attributes:
-        record_max_logits: whether to measure, at each pass with gradients, what QK-Clip needs. The
-            kernel does not tell, so this computes Q K^T a second time, in fp32.
+        record_max_logits: whether to record, at each pass with gradients, the largest logits. The
+            kernel does not return them, so this computes Q K^T a second time, in fp32.
         max_logits: the largest logit of each of this rank's query heads since recording began or
             was last taken, fp32 [N]; None before the first pass.
     """
@@ -70,7 +70,7 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedDocuments,
         **_: Any,
     ) -> Tensor:
-        """[S, B, N * D]; of padding, anything finite."""
+        """[S, B, N * D]; any finite numbers at padding."""
         segments = packed_seq_params.segments
         # Under recomputation a layer runs twice, and with gradients once.
         if self.record_max_logits and torch.is_grad_enabled():
@@ -114,7 +114,7 @@ def largest_logits(
             for start in range(0, length, rows):
                 stop = min(start + rows, length)
                 query = query_SBND[segment.start + start : segment.start + stop, pack]
-                # The heads of a group are rows against the same keys: nothing is repeated.
+                # The heads of a group are rows that multiply the same keys: no key is copied.
                 query = query.permute(1, 0, 2).float().unflatten(0, (groups, -1)).flatten(1, 2)
                 logits = (query @ key_GDL[..., :stop]).view(heads, stop - start, stop)
                 if segment.mask is None:
@@ -127,7 +127,7 @@ def largest_logits(
 
 
 def record_max_logits(model: torch.nn.Module, record: bool = True) -> None:
-    """Begin, or end, to measure every layer's largest logits; what was measured is forgotten."""
+    """Start or stop recording every layer's largest logits; drops what was recorded."""
     for layer in _attention_layers(model):
         layer.core_attention.record_max_logits = record
         layer.core_attention.max_logits = None
@@ -136,7 +136,7 @@ def record_max_logits(model: torch.nn.Module, record: bool = True) -> None:
 def take_max_logits(model: torch.nn.Module) -> list[tuple[Tensor, Tensor]]:
     """For each layer of this stage, its ``linear_qkv.weight`` and its heads' largest logits [N].
 
-    Over all micro-batches since the last call. Reads nothing from the device.
+    Over all micro-batches since the last call; no copy to the host.
     """
     taken = []
     for layer in _attention_layers(model):

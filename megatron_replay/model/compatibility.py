@@ -1,4 +1,4 @@
-"""Are corpus, store and model made for each other?"""
+"""Checks that corpus, store and model fit each other."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from megatron_replay.store import CandidateReader
 def require_vocabulary(
     corpus: Corpus, model: ModelConfig, files: Path, *, flag: str = "--load"
 ) -> None:
-    """Raise unless the corpus holds tokens of the model's own tokenizer, and rows for all of them.
+    """Raise unless the corpus has tokens of the model's tokenizer, and the model a row for each.
 
     A tokenizer may have more tokens than the model has rows, as long as the corpus uses none of
     them; a model mostly has more rows than its tokenizer has tokens.
 
     Args:
         files: the directory of the model's config.json and tokenizer.
-        flag: which gives the model.
+        flag: the flag that names the model.
 
     Raises:
         ConfigError: a token has no row.
-        DataError: the tokenizer is another, file by file.
+        DataError: a file of the tokenizer differs.
     """
     largest = corpus.description.max_token_id
     if largest >= model.vocab_size:
         raise ConfigError(
-            "the corpus holds a token that the model has no row for",
+            "the corpus has a token that the model has no row for",
             where="--data-path",
             expected=f"tokens below {model.vocab_size}",
             found=largest,
@@ -42,7 +42,7 @@ def require_vocabulary(
             "one need a model whose embedding was resized",
         )
     ours, theirs = corpus.description.tokenizer_files, tokenizer_digests(files)
-    if len(ours) == 1:  # of a sentencepiece model alone; a directory may hold more beside it
+    if len(ours) == 1:  # a sentencepiece model alone; a directory may also hold other files
         theirs = {name: digest for name, digest in theirs.items() if name in ours} or theirs
     names = differing(ours, theirs)
     if ours and theirs and names:
@@ -50,15 +50,15 @@ def require_vocabulary(
             f"the corpus was made with another tokenizer than {flag} has, by {few(names)}",
             where=files,
             expected=f"the files of {corpus.description.tokenizer_path}",
-            fix=f"Run tools/preprocess_data.py with the tokenizer of {flag}, or put the one that "
-            f"is meant into {flag}, from where it goes along with the trained model",
+            fix=f"Run tools/preprocess_data.py with the tokenizer of {flag}, or copy the corpus's "
+            f"tokenizer into {flag}, from where the trained model gets it",
         )
 
 
 def require_context(lengths: npt.NDArray[np.int32], model: ModelConfig) -> None:
     """Raise ConfigError when a document is longer than the model's context.
 
-    A pack may be: attention stays inside a document, and rotary positions are relative.
+    A pack may be longer: attention stays inside a document, and rotary positions are relative.
     """
     longest = int(lengths.max()) - 1
     if longest > model.max_position_embeddings:
@@ -76,7 +76,7 @@ def require_store(
 ) -> None:
     """Raise StoreError unless the store is of this corpus, tokenizer and vocabulary.
 
-    ``logits``: it must have them.
+    ``logits``: whether the store must have logits.
     """
     reader.require(
         corpus_fingerprint=corpus.fingerprint,
@@ -85,7 +85,7 @@ def require_store(
     )
     if logits and reader.description.logits == "none":
         raise StoreError(
-            "the store has no logits, which --kl-weight is about",
+            "the store has no logits, which --kl-weight needs",
             where=reader.directory,
-            fix="Rerun Stage 0 with --store-logits fp16, or leave out --kl-weight",
+            fix="Rerun Stage 0 with --store-logits fp16, or omit --kl-weight",
         )

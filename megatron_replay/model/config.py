@@ -10,7 +10,7 @@ from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.files import read_json
 
 SUPPORTED_MODEL_TYPES = ("qwen3", "llama")
-#: The largest integer that every reader of JSON agrees on.
+#: The largest integer that every JSON parser reads exactly.
 _LARGEST = 2**53
 _KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}
 
@@ -21,7 +21,7 @@ T = TypeVar("T", int, float, bool)
 class ModelConfig:
     """A dense decoder with grouped-query attention, RMSNorm, SwiGLU, RoPE and no biases.
 
-    ``qk_layernorm``, a norm of each query and key head, tells Qwen3 from Llama, which has none.
+    ``qk_layernorm``, a norm of each query and key head: Qwen3 has it, Llama does not.
     """
 
     num_layers: int
@@ -52,7 +52,7 @@ class ModelConfig:
 
         Raises:
             CheckpointError: it is missing, not JSON, or lacks a key.
-            ConfigError: it asks for something this project would compute wrongly.
+            ConfigError: it has a feature that this project does not implement.
         """
         path = Path(directory) / "config.json"
         content = read_json(path, CheckpointError)
@@ -86,13 +86,13 @@ class ModelConfig:
         return self.num_layers * layer + embeddings + self.hidden_size
 
     def parameters_per_device(self, tp: int, pp: int) -> int:
-        """Parameters of the fullest device: norms are whole on every TP rank, the rest is split."""
+        """Parameters of the device with most: every TP rank has the norms, the rest is split."""
         heads, groups, channels = self.num_attention_heads, self.num_query_groups, self.kv_channels
         matrices = self.hidden_size * channels * (2 * heads + 2 * groups)
         matrices += 3 * self.hidden_size * self.ffn_hidden_size
         layer = matrices // tp + self._norms_of_a_layer()
         embedding = self.vocab_size * self.hidden_size // tp
-        # With PP, first and last stage hold an embedding each, tied or not; without, both or one.
+        # With PP, first and last stage have one each, tied or not; without PP, one stage has both.
         copies = 1 if pp > 1 or self.tie_embeddings else 2
         return self.num_layers // pp * layer + copies * embedding + self.hidden_size
 
@@ -186,7 +186,7 @@ def _refuse_unsupported_rope(rope: Any, key: str, path: Path) -> None:
 
 
 def _with_llama_defaults(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What LlamaConfig takes for a key that is absent or null: Llama 1 and 2 came without these."""
+    """Adds LlamaConfig's defaults for absent or null keys, which Llama 1 and 2 lack."""
     content = {key: value for key, value in content.items() if value is not None}
     hidden, heads = (
         _read(content, key, int, path) for key in ("hidden_size", "num_attention_heads")
@@ -208,7 +208,7 @@ def _with_llama_defaults(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _read(content: dict[str, Any], key: str, kind: type[T], path: Path) -> T:
-    """``content[key]``, which must be a ``kind``; numbers must be positive, and not absurd."""
+    """``content[key]``, which must be a ``kind``; numbers must be positive and at most 2^53."""
     if key not in content:
         raise CheckpointError(f"lacks the key {key}", where=path)
     value = content[key]

@@ -1,7 +1,7 @@
-"""Qwen3 or Llama as a megatron-core GPTModel whose output layer is any function the caller brings.
+"""Qwen3 or Llama as a megatron-core GPTModel whose head is a function that the caller passes.
 
-Stage 0 selects candidates there, Stage 1 computes a loss, the probe both; none of them wants the
-[S, B, V] logits that megatron-core would make.
+Stage 0 selects candidates in the head, Stage 1 computes a loss, the probe both; none of them needs
+the [S, B, V] logits that megatron-core would compute.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from megatron_replay.model.layers import LastLayer, RMSNorm
 from megatron_replay.model.selected_rows import HiddenStates, WordEmbeddings
 from megatron_replay.parallel import Parallel
 
-#: (hidden states, of which the head takes the rows it wants; weight_VH, this rank's rows of the
-#: output layer) -> whatever the caller wants. What a head adds to the gradient of the rows it took
-#: is summed over TP on the way back.
+#: (hidden states, which the head indexes; weight_VH, this rank's rows of the output layer) -> any
+#: result. In backward, the gradients of the indexed rows are summed over TP.
 Head = Callable[[HiddenStates, Tensor], Any]
 
 
@@ -45,7 +44,7 @@ class ReplayGPTModel(GPTModel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.pre_process:
-            # GPTModel names the class itself and asks for no other; ours adds no state.
+            # GPTModel has no parameter for this class; ours adds no state.
             self.embedding.word_embeddings.__class__ = WordEmbeddings
 
     def forward(
@@ -118,7 +117,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=bf16,
         # The loss is a sum over selected positions, divided by their number over the whole global
-        # batch: micro-batches and ranks with few or no positions weigh what they should.
+        # batch: micro-batches and ranks with few or no positions get their exact weight.
         calculate_per_token_loss=True,
         # False would silently leave `tensor_model_parallel` unset on the weights, and the
         # gradient norm wrong; the weights drawn are overwritten by the checkpoint.

@@ -1,4 +1,4 @@
-"""What Stage 1 does with the last hidden states: the losses, and the probe beside them.
+"""The heads of Stage 1, applied to the last hidden states: the losses and the probe.
 
 Each function binds a micro-batch's positions and sets, on the device, to a ``Head``.
 
@@ -35,7 +35,7 @@ def restricted_loss(
     Args:
         sets: cut to this rank's rows.
         tail_logit_N: the ghost term's logit, if there is one.
-        soft_targets: of the divergence that is added ``kl_weight`` times.
+        soft_targets: those of the divergence, which is added ``kl_weight`` times.
     """
 
     def head(hidden: HiddenStates, weight_VH: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def restricted_loss(
             backend=backend,
             tail_logit_N=tail_logit_N,
             tp_group=parallel.tp_group,
-            reduce_hidden_grad=False,  # done where the rows came from
+            reduce_hidden_grad=False,  # HiddenStates does it
             weight_grad_out=weight_grad_out,
         )
         if soft_targets is None:
@@ -94,7 +94,7 @@ def probe(rows_N: Tensor, sets: CandidateSets, parallel: Parallel) -> Head:
         outside_N, full_loss_N = outside_mass(
             hidden[rows_N], weight_VH, sets, tp_group=parallel.tp_group
         )
-        # Below one: where rounding puts all mass outside, the loss is large, not -inf.
+        # Clamped below one: where rounding puts all mass outside, the loss is large, not -inf.
         restricted_N = full_loss_N + torch.log1p(-outside_N.clamp(max=1 - 2**-24))
         count = torch.tensor(float(outside_N.numel()), device=outside_N.device)
         return torch.stack([outside_N.sum(), restricted_N.sum(), full_loss_N.sum(), count])
@@ -103,8 +103,8 @@ def probe(rows_N: Tensor, sets: CandidateSets, parallel: Parallel) -> Head:
 
 
 def _main_grad(weight_VH: Tensor) -> Tensor | None:
-    """Where the weight's gradient is summed in fp32 over micro-batches; None outside of training.
+    """The fp32 sum of the weight's gradient over micro-batches; None outside of training.
 
-    Tied embeddings add to the same rows.
+    A tied embedding adds to the same tensor.
     """
     return getattr(weight_VH, "main_grad", None)

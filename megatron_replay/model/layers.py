@@ -1,5 +1,5 @@
-"""The two layers megatron-core lacks: a norm that may be sequence parallel, and a last layer that
-computes the positions somebody asked for.
+"""The two layers megatron-core lacks: a norm under sequence parallelism, and a last layer that
+computes only the selected positions.
 
 Shapes: S positions, B packs, H hidden channels, D channels of a head; R selected rows (see
 ``model.selected_rows.SelectedRows``), of which a rank holds M with sequence parallelism, else all.
@@ -28,8 +28,8 @@ from megatron_replay.model.selected_rows import SelectedRows
 class RMSNorm(torch.nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, with the constructor megatron-core's layer specs expect.
 
-    megatron-core's own wrapper refuses sequence parallelism. All a norm needs there is that its
-    weight says so: ``finalize_model_grads`` then sums the weight's gradient over TP.
+    megatron-core's own wrapper refuses sequence parallelism. A norm needs only the attribute
+    ``sequence_parallel`` on its weight: ``finalize_model_grads`` then sums its gradient over TP.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class LastLayer(TransformerLayer):
-    """The last layer of the model: keys and values everywhere, all else at the selected rows.
+    """The last layer: keys and values at all positions, everything else at the selected rows.
 
-    Nothing reads the last hidden state of another position, so queries, attention, its projection
-    and the MLP need not be computed there: exact, gradients included.
+    No head reads the last hidden state of another position, so queries, attention, its projection
+    and the MLP are not computed there. Results and gradients are exact.
     """
 
     def _forward_attention(
@@ -90,7 +90,7 @@ def _attend_at_rows(
     else:
         normed_SBH = copy_to_tensor_model_parallel_region(normed_SBH, group=group)
     groups, channels = attention.num_query_groups_per_partition, attention.config.kv_channels
-    # Rows of the weight lie group by group: its queries, its key, its value.
+    # The weight has its rows by group: the group's queries, its key, its value.
     weight = attention.linear_qkv.weight.unflatten(0, (groups, -1, channels))
     query_weight, pair_weight = weight[:, :-2].flatten(0, 2), weight[:, -2:].flatten(0, 2)
     pairs = F.linear(normed_SBH, pair_weight).unflatten(-1, (groups, 2, channels))

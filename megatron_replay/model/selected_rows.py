@@ -1,4 +1,4 @@
-"""Rows in and out of the model without a copy of everything: selected positions, looked-up tokens.
+"""Selects hidden states and looks up embeddings without copying whole tensors.
 
 Shapes: S positions of a pack, B packs, H hidden channels, N selected positions, V rows of a shard;
 with sequence parallelism a rank holds S/TP positions.
@@ -27,17 +27,17 @@ from megatron_replay.kernels.packed_attention import RowSegment, Segments, row_s
 
 @dataclass(frozen=True, eq=False)
 class SelectedRows:
-    """The positions ``b * S + s`` that a head will ask for, padded to R, a multiple of TP.
+    """The positions ``b * S + s`` that a head uses, padded to R, a multiple of TP.
 
-    Built on the host, from what the loader knows: nothing is read back from the device.
+    The loader builds it on the host, so nothing is read back from the device.
 
     Attributes:
         rows_N: int64, ascending.
-        flat_R: int64, where they lie in [S * B]; padded by position 0 of pack 0.
+        flat_R: int64, their places in [S * B]; padded by position 0 of pack 0.
         position_R: int64, s of each.
-        segments: of attention, for the first N of them; the others attend to nothing.
+        segments: attention segments of the first N; the padding attends to nothing.
         counts: with sequence parallelism, how many of the R each TP rank's hidden states hold.
-        tp_group, sequence_parallel: of the layout.
+        tp_group, sequence_parallel: as in the layout.
     """
 
     rows_N: Tensor
@@ -57,7 +57,7 @@ class SelectedRows:
         *,
         sequence_parallel: bool,
     ) -> SelectedRows:
-        """From rows on the host, and packs of ``length`` positions."""
+        """Built from rows on the host, and packs of ``length`` positions."""
         ranks, packs = dist.get_world_size(tp_group), len(segments)
         padding = -len(rows_N) % ranks if len(rows_N) else ranks
         rows_R = torch.nn.functional.pad(rows_N, (0, padding))
@@ -122,13 +122,13 @@ class SelectedRows:
 
 
 class HiddenStates:
-    """The last hidden states, of which a head takes the positions it wants, whole on every TP rank.
+    """The last hidden states, which a head indexes by position, whole on every TP rank.
 
     Args:
-        hidden_SBH: of all positions, or with ``sequence_parallel`` of this rank's [S/TP, B, H]; of
-            ``selected`` rows where they are given, [M, 1, H].
-        tp_group: over which what heads add to a row's gradient is summed.
-        selected: the only rows there are.
+        hidden_SBH: [S, B, H] of all positions, or with ``sequence_parallel`` [S/TP, B, H] of this
+            rank's; [M, 1, H] of the ``selected`` rows where they are given.
+        tp_group: the gradients of rows are summed over it.
+        selected: the only rows that were computed; None: all were.
     """
 
     def __init__(
@@ -144,11 +144,12 @@ class HiddenStates:
         self._whole_NH: Tensor | None = None
 
     def __getitem__(self, rows_N: Tensor) -> Tensor:
-        """Hidden states [N, H] of the positions ``rows_N``, int64, ``b * S + s``, none twice.
+        """Hidden states [N, H] of the positions ``rows_N``: int64, ``b * S + s``, distinct.
 
         Communication: in backward an all-reduce SUM of [N, H]; with sequence parallelism an
-        all-gather of [M, H] from each rank, M the most of any, and in backward a reduce-scatter
-        of as much. Of ``selected`` rows once for all of them, see ``SelectedRows.whole``.
+        all-gather of [M, H] from each rank, M the largest number on a rank, and in backward a
+        reduce-scatter of as much. ``selected`` rows are exchanged once, see
+        ``SelectedRows.whole``.
         """
         if self._selected is not None:
             if self._whole_NH is None:
@@ -166,12 +167,12 @@ class HiddenStates:
                 flat_TH, local_N, position_N // length, self._tp_group, None
             )
         pack_N, position_N = rows_N // length, rows_N % length
-        # Of the rows alone, and contiguous: megatron-core all-reduces a contiguous copy of the
-        # gradient, so that of another layout would be lost.
+        # The rows alone, which are contiguous: megatron-core all-reduces a contiguous copy of the
+        # gradient, so the sum for another layout would be lost.
         return copy_to_tensor_model_parallel_region(flat_TH[position_N * packs + pack_N])
 
     def all(self) -> Tensor:
-        """Those of every position, [B * S, H]."""
+        """The hidden states of every position, [B * S, H]."""
         assert self._selected is None, "only selected rows were computed"
         length, packs = self._hidden_SBH.shape[:2]
         if self._sequence_parallel:
@@ -180,10 +181,10 @@ class HiddenStates:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows that lie on different ranks, to all of them; their gradients summed, back to their rank.
+    """Gathers rows from all ranks to all; backward sums their gradients on their own rank.
 
     ``apply(local_TH, local_N, rank_N, group, counts)``: row n is row ``local_N[n]`` of
-    ``rank_N[n]``; ``counts``, rows of each rank, are read from the device where they are None.
+    ``rank_N[n]``; ``counts``, rows per rank, are read from the device where they are None.
     """
 
     @staticmethod
@@ -197,11 +198,11 @@ class _GatherRows(torch.autograd.Function):
     ) -> Tensor:
         if counts is None:
             counts = torch.bincount(rank_N, minlength=dist.get_world_size(group)).tolist()
-        # The rows as they come, rank after rank. By fp32 keys: NPUs sort no integers well.
+        # Rows ordered by rank. Keys are fp32, since NPUs sort integers on a scalar processor.
         order = rank_N.float().argsort(stable=True)
         start, most = sum(counts[: dist.get_rank(group)]), max(counts)
         own = order[start : start + counts[dist.get_rank(group)]]
-        # Ranks hold different numbers, and a collective wants equal ones.
+        # Ranks have different numbers of rows, and a collective needs equal ones.
         places = [(rank * most, rank * most + count) for rank, count in enumerate(counts)]
         places_N = torch.cat([torch.arange(*place, device=order.device) for place in places])
         ctx.group, ctx.most, ctx.local_shape = group, most, local_TH.shape
@@ -232,18 +233,18 @@ class _GatherRows(torch.autograd.Function):
 class WordEmbeddings(VocabParallelEmbedding):
     """The input embeddings; rows of their gradient are added to ``main_grad`` where there is one.
 
-    Autograd's would be a dense [V, H], as large as the weight, for a few thousand rows. A row's
-    terms are added in the order of the tokens: bits repeat.
+    Autograd's gradient would be a dense [V, H], as large as the weight, for a few thousand rows. A
+    row's terms are added in the order of the tokens, so results are repeatable bit for bit.
     """
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """[S, B, H] or [B, S, H] of ids [B, S], as megatron-core's."""
+        """Embeddings [S, B, H] or [B, S, H] of ids [B, S], as in megatron-core."""
         rows = input_ids - self.vocab_start_index
         inside = (rows >= 0) & (rows < self.num_embeddings_per_partition)
         rows = rows.clamp(0, self.num_embeddings_per_partition - 1)
         main_grad = getattr(self.weight, "main_grad", None)
         embedded = _LookUp.apply(self.weight, rows, main_grad)  # type: ignore[no-untyped-call]
-        if self.tp_group.size() > 1:  # by a product: boolean assignment is slow on NPUs
+        if self.tp_group.size() > 1:  # a product, since boolean assignment is slow on NPUs
             embedded = embedded * inside[..., None]
         if self.reduce_scatter_embeddings:
             embedded = embedded.transpose(0, 1).contiguous()

@@ -1,10 +1,10 @@
-"""The exact k-th largest magnitude of tensors that processes hold in parts.
+"""Finds the exact k-th largest magnitude of tensors that are sharded over processes.
 
-Magnitudes order as their bit patterns do, read as integers. So the answer is found digit by digit
+Magnitudes sort as their bit patterns do, as integers. So the answer is found digit by digit
 from the top: a histogram of the next digit over the elements that agree with it so far, summed over
-the processes, says which digit the k-th largest has.
+the processes, gives the digit of the k-th largest.
 
-On an accelerator the histogram is a scatter, whose integers an NPU may leave to its slow scalar
+On an accelerator the histogram is a scatter of integers, which an NPU may run on its slow scalar
 processor (not run on one).
 """
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _DIGIT_BITS = 11
-#: Bits below the sign, and the integers that hold them.
+#: Number of bits below the sign, and the integer type of that width.
 _PATTERNS = {torch.float32: (31, torch.int32), torch.float64: (63, torch.int64)}
 
 
@@ -34,9 +34,9 @@ def kth_largest_magnitudes(
 
     Args:
         parts: the flat pieces of each tensor that this process holds, in one precision; every
-            element is held by one process. A tensor of which nothing is here has no pieces.
+            element is held by one process. A tensor that is elsewhere has no pieces here.
         ranks: at most the number of the whole tensor's elements.
-        device: where to reduce, for a process that holds nothing.
+        device: where to reduce, for a process without pieces.
     """
     pieces = [piece for tensor in parts for piece in tensor]
     device = pieces[0].device if pieces else device
@@ -56,7 +56,7 @@ def kth_largest_magnitudes(
                 counts[i] += _histogram(digit, agrees, 1 << width)
         if group is not None:
             dist.all_reduce(counts, group=group)
-        # From the top: as many bins as do not reach the rank wanted lie above the digit.
+        # The bins from the top that together do not reach the wanted rank are above the digit.
         reached = counts.flip(1).cumsum(1)
         above = (reached < wanted[:, None]).sum(1)
         passed = torch.where(
@@ -68,7 +68,7 @@ def kth_largest_magnitudes(
 
 
 def _histogram(digit: Tensor, agrees: Tensor, bins: int) -> Tensor:
-    """How often each digit occurs where it ``agrees``, int32 [bins]; reads nothing back."""
+    """How often each digit occurs where it ``agrees``, int32 [bins]; no copy to the host."""
     if digit.is_cpu:
         return torch.bincount(digit[agrees], minlength=bins).int()
     counts = torch.zeros(bins, dtype=torch.int32, device=digit.device)

@@ -1,22 +1,21 @@
-"""Dynamic Top-K candidate sets (Eq. 1 and 2), exact and alike for every vocabulary sharding.
+"""Selects dynamic Top-K candidate sets (Eq. 1 and 2), the same for every vocabulary sharding.
 
 Shapes: T positions, V ids of this rank's shard, K = min(max_candidates, V) or, over all shards,
 max_candidates.
 
-The cut asks whether a sum of probabilities reaches the coverage. Floating-point sums depend on
-their order, and the order on the sharding, so a cut near the threshold would move with TP. Here a
-token's mass exp(z - max) is counted in units of 2^-38, as an int64 (token_mass.py): integer sums do
-not depend on order, and a mass not on the device, so equal logits give bitwise equal sets on one
-process and on many, whatever they run on.
+A set ends where a sum of probabilities reaches the coverage. Floating-point sums depend on their
+order, and the order on the sharding, so a cut near the threshold would move with TP. Here a token's
+mass exp(z - max) is an int64 in units of 2^-38 (token_mass.py). Integer sums do not depend on the
+order, nor a mass on the device, so equal logits give bitwise equal sets for any number of processes
+and on any device.
 
-What that costs in accuracy, against real arithmetic on the fp32 logits: the exponential and the
-fp32 difference z - max err by less than 2^-18 of a mass (2^-19.05, and the difference rounds by
-half a unit of its last place, 2^-20 where it is below 32). Where the masses before and behind a cut
-err by e of themselves, the share of one errs by at most e / 2, 2^-19. Rounding to units errs by at
-most 2^-39 a token, V * 2^-39 in all: 2.8e-7 for V = 151,936, where the largest mass is one. So a
-cut may differ from that of real arithmetic only where a cumulative probability lies within
-2^-19 + V * 2^-39 of the coverage. Tokens below e^-27.1 of the largest count as nothing. The total
-is below 2^63 for V <= 2^24.
+The error against real arithmetic on the fp32 logits: the exponential and the fp32 difference
+z - max err by less than 2^-18 of a mass (2^-19.05, and the difference rounds by half a unit of its
+last place, 2^-20 where it is below 32). Where the masses before and after a cut have a relative
+error e, the share of one errs by at most e / 2, 2^-19. Rounding to units errs by at most 2^-39 a
+token, V * 2^-39 in all: 2.8e-7 for V = 151,936, where the largest mass is one. So a cut may differ
+from that of real arithmetic only where a cumulative probability is within 2^-19 + V * 2^-39 of the
+coverage. Tokens below e^-27.1 of the largest have mass 0. The total is below 2^63 for V <= 2^24.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from megatron_replay.selection.shard_selection import (
 )
 from megatron_replay.selection.token_mass import MASS_BITS
 
-#: The store counts a set's other members in one byte.
+#: The store has one byte for the number of a set's other members.
 MAX_CANDIDATES = 255
 
 
@@ -99,10 +98,10 @@ def select_candidates(
     Raises:
         ConfigError: ``coverage`` or ``max_candidates`` is out of range.
         DataError: shapes do not fit, or a label is outside the vocabulary.
-        TrainingError: a row holds NaN or +inf, or nothing but -inf, or its label has -inf.
+        TrainingError: a row has NaN or +inf, or only -inf, or its label has -inf.
 
     Communication over ``tp_group``, whatever T is: all-reduce MAX fp32 [T, 3], all-reduce SUM
-    int64 [T], all-gather int64 [T, max_candidates]. Memory beside the logits: a chunk's
+    int64 [T], all-gather int64 [T, max_candidates]. Memory beyond the logits: a chunk's
     temporaries, and the gathered keys, 8 bytes * T * K_max * TP.
     """
     _check_arguments(logits_TV, labels_T, coverage, max_candidates, vocab_start)
@@ -143,8 +142,8 @@ def _label_and_max(
 ) -> tuple[Tensor, Tensor]:
     """The labels' logits and the rows' maxima over the whole vocabulary: fp32 [T] each.
 
-    Of the maxima ``max_T`` of the shard, in which NaN is +inf: MAX drops NaN on some backends.
-    Checked after the all-reduce, so that every rank raises when one has to.
+    ``max_T`` has the shard's maxima, with +inf for NaN, since MAX drops NaN on some backends.
+    Values are checked after the all-reduce, so that all ranks raise if one does.
     """
     V = logits_TV.shape[1]
     local_T = labels_T - vocab_start
@@ -164,7 +163,7 @@ def _label_and_max(
         )
     if (row := _first(~max_T.isfinite())) is not None:
         raise TrainingError(
-            "the logits hold NaN or infinity, or nothing above -infinity",
+            "the logits have NaN or infinity, or only -infinity",
             where=f"row {row}",
             found=f"{int((~max_T.isfinite()).sum())} such rows of {len(max_T)}",
         )
@@ -179,7 +178,7 @@ def _label_and_max(
 
 def _merge(keys_TK: Tensor, count: int, tp_group: dist.ProcessGroup | None) -> Tensor:
     """Keys of the first ``count`` tokens of all shards, descending. One all-gather."""
-    # A shard with fewer sends absent ones: they lose against every token and have mass 0.
+    # A shard with fewer tokens sends absent ones, which sort after every token and have mass 0.
     missing = count - keys_TK.shape[1]
     absent = torch.tensor(-math.inf), torch.tensor(MAX_VOCAB_SIZE)
     keys_TK = torch.nn.functional.pad(keys_TK, (0, missing), value=int(token_keys(*absent)))
@@ -191,7 +190,7 @@ def _merge(keys_TK: Tensor, count: int, tp_group: dist.ProcessGroup | None) -> T
 
 
 def _is_shared(tp_group: dist.ProcessGroup | None, labels_T: Tensor) -> bool:
-    """Whether there is anything to exchange, and anyone to exchange it with."""
+    """Whether ``tp_group`` has another rank, and there are rows to exchange."""
     return tp_group is not None and len(labels_T) > 0 and dist.get_world_size(tp_group) > 1
 
 

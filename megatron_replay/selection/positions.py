@@ -1,7 +1,7 @@
-"""Which positions of a document Stage 0 records: all, random, the last ones, or by confidence.
+"""Selects the positions of a document that Stage 0 records: all, random, the last, by confidence.
 
 Draws are a pure function of (seed, document): independent of layout, order and packing. They use
-only what numpy keeps the same between releases: SeedSequence, Philox and its raw 64-bit numbers.
+only what numpy keeps stable between releases: SeedSequence, Philox and its raw 64-bit numbers.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def select_positions(
     """Choose from a document's eligible positions. Ascending; empty only when ``eligible`` is.
 
     random, bucket: n = max(1, round half up of fraction * len(eligible)) positions. Each eligible
-    position gets a random number, and the smallest win.
-    bucket: sort by confidence (ties by position), cut into ``num_buckets`` runs of as equal size as
-    can be (the first ones are longer by one), take the same number from each. What does not divide
-    goes one each to buckets drawn at random; what a bucket cannot give, the others do.
+    position gets a random number, and the smallest are taken.
+    bucket: sort by confidence (ties by position), cut into ``num_buckets`` runs whose sizes
+    differ by at most one (the longer ones first), take the same number from each. A remainder is
+    taken one each from buckets drawn at random; what a bucket lacks is taken from the others.
 
     Args:
         strategy: one of ``STRATEGIES``.
         eligible: int32 [E], positions whose label carries loss, ascending.
-        document_id, seed: what the draw depends on, and nothing else does; not negative.
-        confidence: fp32 [E], for bucket: log-probabilities do as well, only their order counts.
+        document_id, seed: the draw depends on these only; not negative.
+        confidence: fp32 [E], for bucket; log-probabilities serve as well, since only order matters.
         fraction: of the eligible positions, in (0, 1]; for random and bucket.
         num_buckets: B, 1 or more.
         last_n: for last-token, how many from the end, 1 or more.
@@ -79,7 +79,7 @@ def _smallest(numbers: _Numbers, count: int) -> _Places:
 
 
 def _shares(sizes: list[int], count: int, numbers: _Numbers) -> list[int]:
-    """How many to take from each bucket: in turns, one from every bucket that has any left."""
+    """How many to take from each bucket: repeatedly one from every bucket that has any left."""
     shares = np.zeros(len(sizes), np.int64)
     while (left := count - int(shares.sum())) > 0:
         open_buckets = np.flatnonzero(shares < sizes)

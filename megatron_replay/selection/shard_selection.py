@@ -1,7 +1,7 @@
 """What a rank does for candidate selection, without communication, and its torch backend.
 
 Tokens are ordered by (logit descending, id ascending). A key is an int64 that holds both: keys sort
-as tokens do, and no two tokens share one, so every top-k over keys has one answer.
+as tokens do, and each token has its own, so a top-k over keys has one answer.
 
 Shapes: T positions, n of a chunk, V ids of this rank's shard, B blocks of 64 ids (the last may be
 short), C ids of a row's chosen blocks, K = min(count, V).
@@ -20,20 +20,20 @@ from torch import Tensor
 from megatron_replay.selection.token_mass import token_masses
 
 MAX_VOCAB_SIZE = 1 << 24
-#: Ids of a block: few block maxima and few tokens in the chosen blocks, B + 64 K, are both wanted.
+#: Ids of a block: it minimises about B + 64 K, block maxima plus tokens in the chosen blocks.
 BLOCK = 64
-#: Logits handled at a time; temporaries are 24 bytes for each, 96 MiB. On the host those of a row
-#: of 152k should stay in the cache: chunks of 2^22 take three times as long.
+#: Logits per chunk; temporaries are 24 bytes for each, 96 MiB. On the host those of a row of 152k
+#: should stay in the cache: chunks of 2^22 take three times as long.
 _CHUNK_ENTRIES = 1 << 22
 _CHUNK_ENTRIES_HOST = 1 << 17
 _ID_BITS = 32
 
 
 class ShardTokens(NamedTuple):
-    """What a rank knows of its shard.
+    """The mass and first tokens of a rank's shard.
 
     Attributes:
-        max_T: fp32, the maxima that masses refer to.
+        max_T: fp32, the maxima that masses are relative to.
         total_T: int64, sum of the shard's masses.
         keys_TK: int64, the shard's first K tokens, descending.
     """
@@ -44,7 +44,7 @@ class ShardTokens(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """The candidate sets of T positions, as their keys give them.
+    """The candidate sets of T positions, cut from their keys.
 
     Attributes:
         ids: int32 [nnz], the sets one after another, each ascending.
@@ -89,7 +89,7 @@ class CutTokens(Protocol):
 
 
 def row_maxima(logits_TV: Tensor) -> Tensor:
-    """Each row's largest logit, fp32 [T]; +inf where it holds a NaN."""
+    """Each row's largest logit, fp32 [T]; +inf where the row has a NaN."""
     return _nan_as_inf(logits_TV.amax(1).float())
 
 
@@ -100,9 +100,9 @@ def shard_tokens(
 
     Args:
         logits_TV: [T, V] logits of ids ``vocab_start`` to ``vocab_start + V``, decided on in fp32.
-        max_T: fp32 [T], maxima over all shards. None: this shard is all there is, and each row's
-            is found on the way, as ``row_maxima`` would. The tokens and the mass of a row whose
-            maximum is not finite are left open.
+        max_T: fp32 [T], maxima over all shards. None: this is the only shard, and the
+            maxima are computed as by ``row_maxima``. Tokens and mass of a row whose maximum is not
+            finite are undefined.
     """
     entries = _CHUNK_ENTRIES_HOST if logits_TV.is_cpu else _CHUNK_ENTRIES
     rows = max(1, entries // logits_TV.shape[1])
@@ -134,10 +134,10 @@ def _block_maxima(logits_nV: Tensor) -> Tensor:
 def first_tokens(logits_nV: Tensor, maxima_nB: Tensor, vocab_start: int, count: int) -> Tensor:
     """Keys of the first ``count`` tokens (all, if there are fewer), descending.
 
-    They lie in the first ``count`` blocks by (maximum descending, block ascending). Else let t be
-    one of them in a block b that ``count`` blocks come before. The first token of each that has its
-    block's maximum comes before t: its logit is larger than b's maximum, or equal to it with a
-    smaller id than any in b. So ``count`` tokens come before t.
+    They are in the first ``count`` blocks by (maximum descending, block ascending). Suppose one of
+    them, t, is in a block b that ``count`` blocks come before. In each of these, the first token
+    with the block's maximum comes before t: its logit is larger than b's maximum, or equal to it
+    with a smaller id than any in b. So ``count`` tokens come before t, a contradiction.
     """
     V, B = logits_nV.shape[1], maxima_nB.shape[1]
     count = min(count, V)
@@ -149,7 +149,7 @@ def first_tokens(logits_nV: Tensor, maxima_nB: Tensor, vocab_start: int, count: 
         ids_nC = (blocks_nK[:, :, None] * BLOCK + ids[:BLOCK]).flatten(1)
         values_nC = logits_nV.gather(1, ids_nC.clamp(max=V - 1)).float()
         if len(ids) > V:
-            # What a short block lacks comes after every token, and every block holds a token.
+            # Absent ids of a short block sort after every token; every block has a token.
             values_nC.masked_fill_(ids_nC >= V, -math.inf)
         keys = token_keys(values_nC, ids_nC + vocab_start)
     return keys.topk(count, dim=1).values
@@ -164,25 +164,25 @@ def cut_tokens(
     *,
     coverage: float,
 ) -> Cut:
-    """Cut the ordered tokens where the mass behind is at most 1 - coverage, and add the labels.
+    """Cut the ordered tokens where the mass after the cut is at most 1 - coverage; add the labels.
 
     Args:
         keys_TK: the first K tokens of all shards, descending.
         total_T, max_T: mass and maxima over all shards.
-        labels_T, label_logit_T: int64 ids of the labels, fp32 logits of theirs.
+        labels_T, label_logit_T: int64 ids of the labels, and their fp32 logits.
     """
     values_TK, ids_TK = values_and_ids(keys_TK)
     masses_TK = token_masses(values_TK, max_T)
-    # Asked of the mass behind the cut, an integer: rho <= 1 - coverage then holds as computed, and
-    # a coverage of 1 asks for all of the mass rather than for a rounding of it.
+    # The condition is on the mass after the cut, an integer: rho <= 1 - coverage then holds as
+    # computed, and a coverage of 1 takes all of the mass rather than a rounding of it.
     allowed_T = (total_T.double() * (1.0 - coverage)).long()
     behind_TK = total_T[:, None] - masses_TK.cumsum(1)
     num_T = ((behind_TK > allowed_T[:, None]).sum(1) + 1).clamp_(max=keys_TK.shape[1])
     chosen_TK = torch.arange(keys_TK.shape[1], device=ids_TK.device) < num_T[:, None]
     appended_T = ~(chosen_TK & (ids_TK == labels_T[:, None])).any(1)
 
-    # One column more for the label; tokens left out sort behind every id. As fp32, which holds ids
-    # exactly: NPUs sort integers on a scalar processor.
+    # One column more for the label; tokens left out sort after every id. Sorted as fp32, which
+    # represents ids exactly: NPUs sort integers on a scalar processor.
     with_label = torch.cat([ids_TK, labels_T[:, None].int()], 1)
     keep = torch.cat([chosen_TK, appended_T[:, None]], 1)
     ordered = with_label.masked_fill(~keep, MAX_VOCAB_SIZE).float().sort(1).values.int()
@@ -204,7 +204,7 @@ def token_keys(values: Tensor, ids: Tensor) -> Tensor:
 
 
 def values_and_ids(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 values and int32 ids: ``token_keys`` undone."""
+    """fp32 values and int32 ids, the inverse of ``token_keys``."""
     ordered = (keys >> _ID_BITS).int()
     bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
     ids = MAX_VOCAB_SIZE - (keys & ((1 << _ID_BITS) - 1))

@@ -1,15 +1,15 @@
 """The mass of a token, exp(z - max) in units of 2^-38: an integer with the same bits everywhere.
 
-``torch.exp`` differs by its last bit between processors, and between the places of one vector
+``torch.exp`` differs in its last bit between processors, and between the lanes of one vector
 register. This exponential consists of fp32 operations that IEEE 754 rounds alike on every device,
-each rounded on its own (none fused into another):
+each rounded separately (none is fused with another):
 
     t = log2(e) max(z - max, -28)     k = round(t)     mass = round(2^(k + 38) p(t - k))
     p(f) = ((c5 f + c4) f^2 + (c3 f + c2)) f^2 + (c1 f + 1)
 
-with halves rounded to even; t - k is exact. Over all fp32 differences in [-28, 0] the power errs by
-at most 2^-19.05 of itself, nearly all of it from rounding t, and never exceeds 2^38, which 0 gives.
-At -28 it is 0.19: what lies below is nothing. Whether denormals are flushed to zero makes no
+with halves rounded to even; t - k is exact. Over all fp32 differences in [-28, 0] the relative
+error is at most 2^-19.05, nearly all of it from rounding t; the largest mass is 2^38, at 0. At -28
+the power is 0.19, so a mass below that is 0. Whether denormals are flushed to zero makes no
 difference.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 MASS_BITS = 38
-#: Below, a mass is 0.
+#: Logit differences below this have mass 0.
 LOWEST = -28.0
 # All constants are fp32 numbers.
 LOG2_E = float.fromhex("0x1.715476p+0")
