@@ -6,7 +6,7 @@
 
 corpus joined with the store -> packs -> hidden states -> loss at the selected positions -> one step
 of the update rule. Stopping (SIGTERM, Ctrl-C, a crash) loses at most the steps since the last
-checkpoint; the same command goes on from there, in the same order of data.
+checkpoint; the same command continues from there, in the same order of data.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A step's batch: this rank's micro-batches of a global batch, each with its loss."""
+"""Builds a step's batch: this rank's micro-batches of a global batch, each with its head."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class StepBatch(NamedTuple):
     """This rank's share of a global batch, on its device.
 
     Attributes:
-        packs: of the whole global batch.
-        tokens: in them.
+        packs: those of the whole global batch.
+        tokens: their number of tokens.
     """
 
     micro_batches: list[MicroBatch]
@@ -40,7 +40,7 @@ class StepBatch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BatchBuilder:
-    """``make_batch(iteration)``, called from the loader's thread, which alone uses ``batches``.
+    """``make_batch(iteration)``, called by the loader's thread, which alone uses ``batches``.
 
     Attributes:
         lengths: usable tokens of each document of ``corpus``.
@@ -61,7 +61,7 @@ class BatchBuilder:
         """The batch of the step after ``iteration`` steps.
 
         Raises:
-            StoreError: a record is damaged, or of another corpus.
+            StoreError: a record is damaged, or belongs to another corpus.
         """
         packs = self.batches.global_batch(iteration)
         tokens = sum(int((self.lengths[pack] - 1).sum()) for pack in packs)
@@ -69,7 +69,7 @@ class BatchBuilder:
         return StepBatch(made, packs, tokens)
 
     def _micro_batch(self, packs: list[Pack]) -> MicroBatch:
-        """A micro-batch and the loss to compute on it."""
+        """A micro-batch with the head that computes its loss."""
         batch = pack_batch(self.corpus, packs, self.config.data.seq_length, self.lengths)
         if self.config.loss.loss == "full":
             rows_N, labels_N = full_targets(batch)
@@ -93,7 +93,7 @@ class BatchBuilder:
         return MicroBatch(batch.to(self.groups.device), head, None if is_every else rows)
 
     def _restricted_loss(self, targets: ReplayTargets, rows_N: torch.Tensor) -> Head:
-        """Of sets cut here, so that a step need not ask the device how large the cuts are."""
+        """Cuts the sets to this rank's shard on the host, so a step never waits for the device."""
         groups, loss = self.groups, self.config.loss
         num_rows = self.vocab_size // groups.tp_size
         sets = targets.sets.shard(groups.tp_rank * num_rows, num_rows)

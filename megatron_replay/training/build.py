@@ -1,4 +1,4 @@
-"""Builds a run of Stage 1: what can be refused is refused before a weight is loaded."""
+"""Builds a run of Stage 1, and refuses what does not fit before a weight is loaded."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ from megatron_replay.training.monitor import Monitor
 from megatron_replay.training.profile import StepTrace
 from megatron_replay.training.step import wrap_for_training
 
-#: Global batches made ahead of the step.
+#: Global batches prepared ahead of the step.
 PREFETCHED_BATCHES = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingData:
-    """What a run reads.
+    """The inputs of a run.
 
     Attributes:
         reader: the candidate store, if the run has one.
         lengths: usable tokens of each document of the corpus.
-        batches: which documents make up each step.
+        batches: the documents of each step.
         train_iters: steps of the whole run.
     """
 
@@ -74,14 +74,14 @@ class TrainingData:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingRun:
-    """A run, ready to take the steps that are left.
+    """A run, ready to take its remaining steps.
 
     Attributes:
         directory: --save.
         model, wrapped: this rank's part of the model, plain and as it is trained.
-        state: where the run stands.
+        state: steps, tokens and skipped steps so far, and the run's identity.
         make_batch: builds a step's batch on this rank's device.
-        lock: of rank 0, on the directory, for as long as this process lives.
+        lock: rank 0's lock on the directory, held until this process ends.
     """
 
     config: Stage1Config
@@ -98,15 +98,15 @@ class TrainingRun:
     lock: DirectoryLock | None
 
     def start_loader(self) -> Loader[StepBatch]:
-        """Makes the batches of the steps that are left, on a thread."""
+        """Start a thread that prepares the batches of the remaining steps."""
         steps = range(self.state.iteration, self.train_iters)
         return Loader(self.make_batch, steps, depth=PREFETCHED_BATCHES)
 
 
 def build_run(config: Stage1Config, groups: Parallel) -> TrainingRun:
-    """Directory, data, model, optimizer, monitor, in this order. Collective over the world.
+    """Build directory, data, model, optimizer, monitor, in this order. Collective over the world.
 
-    Nothing but the lock is written before everything is accepted.
+    Only the lock is written before everything has been accepted.
 
     Raises:
         ReplayError: the settings, the files or the checkpoint do not fit; the same on all ranks.
@@ -147,7 +147,7 @@ def build_run(config: Stage1Config, groups: Parallel) -> TrainingRun:
         groups.on_rank_zero(lambda: keep_only(directory, last=last))  # if a kill prevented it
         if groups.writer:
             _print_resumption(config, state.iteration, data.train_iters)
-    if state.iteration < data.train_iters:  # what is refused or finished records nothing
+    if state.iteration < data.train_iters:  # a refused or finished run records nothing
         groups.on_rank_zero(lambda: run_directory.record(directory, config))
         groups.on_rank_zero(lambda: keep_model_files(files, directory))
     return TrainingRun(
@@ -187,7 +187,7 @@ def build_run(config: Stage1Config, groups: Parallel) -> TrainingRun:
 
 
 def prepare_data(config: Stage1Config, groups: Parallel) -> TrainingData:
-    """Corpus, store, and which documents make up a step."""
+    """Read corpus and store, and plan the documents of each step."""
     corpus = Corpus(config.data.data_path)
     reader = None
     if config.loss.store is not None:
@@ -207,7 +207,7 @@ def prepare_data(config: Stage1Config, groups: Parallel) -> TrainingData:
 def _find_state(
     config: Stage1Config, groups: Parallel, data: TrainingData, model_files: dict[str, str]
 ) -> tuple[TrainState, bool]:
-    """Where the run stands, and whether that is a checkpoint."""
+    """The run's state, and whether it comes from a checkpoint."""
     directory = Path(config.training.save)
     own = Path(config.model.load).resolve() == directory.resolve()
     base = groups.from_rank_zero(lambda: base_fingerprint(config.model.load))
@@ -241,12 +241,11 @@ def _print_resumption(config: Stage1Config, iteration: int, train_iters: int) ->
     directory = Path(config.training.save)
     if iteration >= train_iters:
         print(
-            f"{directory} is finished: {iteration} of {train_iters} iterations are done, nothing "
-            "is left to do",
+            f"{directory} is finished: {iteration} of {train_iters} iterations are done",
             file=sys.stderr,
         )
         return
     print(f"resuming {directory} after iteration {iteration}", file=sys.stderr)
     changed = run_directory.changes(directory, config)
     if changed:
-        print(f"changed since it last ran: {', '.join(changed)}", file=sys.stderr)
+        print(f"settings changed since the last run: {', '.join(changed)}", file=sys.stderr)

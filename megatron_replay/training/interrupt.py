@@ -1,4 +1,4 @@
-"""Stop between two steps on SIGTERM (a scheduler) or Ctrl-C."""
+"""Stops between two steps on SIGTERM (from a scheduler) or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _KEY = "stop after iteration"
 
 
 class StopRequest:
-    """Remembers that a signal came. The loop checks it between steps, so that it can save first.
+    """Records a signal. The loop checks it between steps, so that it can save first.
 
     torchrun passes SIGTERM on to its workers and kills them 30 s later; Ctrl-C reaches them
     directly and through torchrun, so a second signal must not interrupt the saving.
 
     Args:
-        store: of the run; a rank that got a signal writes the last step into it for all ranks.
+        store: the run's; a rank that got a signal writes the last step into it for all ranks.
     """
 
     def __init__(self, store: Store) -> None:
@@ -38,9 +38,10 @@ class StopRequest:
     def after(self, iteration: int) -> bool:
         """Whether the run ends with step ``iteration``; the same on every rank.
 
-        The first rank that gets a signal makes the next step the last one. Every rank sees that in
-        time: it is written before that rank takes part in the step, which no rank can end without
-        it. Costs one request to the store per step, no collective, and no wait for the device.
+        The first rank that gets a signal makes the next step the last one. Every rank reads that in
+        time: it is written before that rank takes part in the step, which no rank can complete
+        without it. Costs one request to the store per step, no collective, and no wait for the
+        device.
         """
         if self._last is None:
             if self.received is not None:

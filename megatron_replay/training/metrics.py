@@ -1,4 +1,4 @@
-"""What a run logs, in ``metrics.jsonl`` and TensorBoard, and what the logged steps show."""
+"""Logs a run in ``metrics.jsonl`` and TensorBoard, and computes stability and warnings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_replay.run_log import METRICS, read_metrics, read_raw_lines
 
 #: A spike is a value above mean + SIGMAS · std of the SPIKE_WINDOW logged steps before it.
 SPIKE_WINDOW, SPIKE_SIGMAS = 128, 6.0
-#: docs/method.md: logged steps that a warning about updates averages over, and its two limits.
+#: Logged steps that a warning about updates averages over, and its limits (docs/method.md).
 WATCHED_STEPS, OBTUSE_LIMIT, UPDATE_LIMIT = 50, 0.5, 0.02
 
 
@@ -26,7 +26,7 @@ class MetricsLog:
     """Appends to ``metrics.jsonl`` and to ``tensorboard/`` in a run's directory, on one rank.
 
     A run that resumes at iteration k first drops the lines after k: their steps are repeated. A run
-    that starts anew (k = 0) drops all lines.
+    from the start (k = 0) drops all lines.
 
     Attributes:
         kept: the lines up to k.
@@ -44,7 +44,7 @@ class MetricsLog:
     def write(self, iteration: int, values: dict[str, Any]) -> None:
         """Log ``values`` (numbers, texts, or one level of named ones) under ``iteration``.
 
-        ``metrics.jsonl`` gets null for a number that is not finite; TensorBoard gets no texts.
+        ``metrics.jsonl`` has null for a number that is not finite; TensorBoard has no texts.
 
         Raises:
             OutputError: the disk is full.
@@ -85,7 +85,7 @@ def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for each number that JSON cannot hold."""
+    """The same with None for each number that JSON cannot represent."""
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -94,7 +94,7 @@ def _finite(value: Any) -> Any:
 class Stability:
     """How stable the loss and the gradient norm of a run are, over its logged steps.
 
-    Takes the steps one at a time, as they come or from ``metrics.jsonl``, with the same result.
+    Steps are added one at a time, during training or from ``metrics.jsonl``, with the same result.
     Memory: two numbers per step.
 
     Args:
@@ -109,7 +109,7 @@ class Stability:
         self._is_above = {"loss": False, "gradient": False}
 
     def add(self, step: Mapping[str, Any]) -> dict[str, float]:
-        """Take the next logged step.
+        """Add the next logged step.
 
         Returns:
             Where the loss or the gradient norm begins to spike, the limit that it exceeds, by
@@ -137,9 +137,9 @@ class Stability:
         """The numbers of all steps so far, for the log; None where a number is undefined.
 
         - steps, non_finite: logged steps with a finite loss and gradient norm, and the others,
-          which count nowhere else.
+          which no other number counts.
         - loss_variance: mean (L - a - b·t)² over the last half of the steps t, with a and b by
-          least squares, so that progress is not counted as noise; in nats².
+          least squares, so that progress does not count as noise; in nats².
         - loss_std: its square root. The paper (arXiv 2510.09152) uses both names for one number.
         - gradient_norm_cv: std / mean of the norm before clipping, after the warm-up.
         - loss_spikes, gradient_spikes: how many there were; loss_spike_rate, gradient_spike_rate:
@@ -163,11 +163,11 @@ class Stability:
 
     @property
     def judged(self) -> int:
-        """Steps that had ``SPIKE_WINDOW`` steps before them, so that they could be a spike."""
+        """The number of steps that could be a spike: those after the first ``SPIKE_WINDOW``."""
         return max(0, len(self._series["loss"]) - SPIKE_WINDOW)
 
     def final_loss(self) -> float:
-        """Mean loss over the last tenth of the steps; at least one step is needed."""
+        """Mean loss over the last tenth of the steps; needs at least one step."""
         losses = self._series["loss"]
         return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
@@ -184,10 +184,10 @@ def detrended_variance(values_N: list[float]) -> float:
 
 
 class UpdateWarnings:
-    """Warns once of gradients that oppose the momentum, and once of weights that hardly move.
+    """Warns once about gradients that oppose the momentum, and once about tiny updates.
 
-    Takes ``StepResult.update`` of each logged step. Judges a number by its mean over the last
-    ``WATCHED_STEPS`` steps that had it, never by fewer.
+    Reads ``StepResult.update`` of each logged step. It compares the mean of a number over the last
+    ``WATCHED_STEPS`` steps that had it, never over fewer, with its limit.
     """
 
     def __init__(self) -> None:
@@ -197,7 +197,7 @@ class UpdateWarnings:
         self._warned: set[str] = set()
 
     def add(self, update: Mapping[str, float | None]) -> list[str]:
-        """Take the next logged step; the warnings it is the first to call for."""
+        """Add the next logged step; returns the warnings that it causes for the first time."""
         warnings = []
         for name, recent in self._recent.items():
             value = update.get(name)
@@ -221,7 +221,7 @@ _UPDATE_WARNINGS = {
     "update_rms_over_lr": lambda mean: (
         f"the weights hardly move: the RMS of an update was {mean:.2g} x lr over the last "
         f"{WATCHED_STEPS} logged steps, where AdamW's is about 0.2 to 1. The gradient is mostly "
-        "noise, or is turned away. Raise --global-batch-size, --max-angle or --lr, and compare "
-        "with an AdamW whose learning rate moves the weights as far"
+        "noise, or most of it is clipped away. Raise --global-batch-size, --max-angle or --lr, and "
+        "compare with an AdamW whose learning rate moves the weights as far"
     ),
 }

@@ -1,4 +1,4 @@
-"""What a run observes about itself: its log, readings, warnings, skipped steps, and a summary.
+"""Watches a run: writes its log and readings, warns, records skipped steps, and sums up.
 
 Every rank has a ``Monitor``, because probes and the distance are collective; only the writer rank
 logs and prints. A resumed run refills it from ``metrics.jsonl``, so that its numbers and warnings
@@ -42,7 +42,7 @@ from megatron_replay.training.step import StepResult
 
 #: One line per skipped step: the documents of its batch, and the rank whose loss was not finite.
 SKIPPED = "skipped_batches.jsonl"
-#: A run ends with the next one: its data or its learning rate needs a look.
+#: One more skipped step ends the run, since its data or learning rate must be at fault.
 MAX_SKIPPED_STEPS = 10
 
 
@@ -57,8 +57,8 @@ class Monitor:
         train_iters: steps of the whole run.
 
     Raises:
-        ConfigError: the general text is of another tokenizer, or its base is not known.
-        DataError: a sample has nothing to measure.
+        ConfigError: the general text is of another tokenizer, or its base reading is missing.
+        DataError: a sample has no label or recorded position.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class Monitor:
             self._log = MetricsLog(directory, resume_iteration=iteration)
         self._stability = Stability(warmup_iters=config.optimizer.lr_warmup_iters)
         self._updates = UpdateWarnings()
-        self._seconds = self._waited = 0.0  # of the logged steps; waited: for data
+        self._seconds = self._waited = 0.0  # over logged steps; waited: for data
         for line in self._log.kept if self._log else []:
             if "loss" in line:
-                self._notice(line)  # its warnings have been printed
+                self._notice(line)  # its warnings were printed before
         self._probe: Probe | None = None
         if reader is not None and config.probe.probe_interval > 0:
             self._probe = Probe(config, groups, corpus, reader, lengths)
@@ -104,7 +104,7 @@ class Monitor:
         self._summary = ""
 
     def start(self) -> None:
-        """Before the first step of a new run: measure what it starts from. Collective."""
+        """Measure the starting model, before the first step of a new run. Collective."""
         if self._first_iteration == 0:
             self._measure(0)
 
@@ -122,10 +122,10 @@ class Monitor:
         """Record a skipped step, log, warn, and measure what is due. Collective over the world.
 
         Args:
-            state: of the run, after the step.
+            state: the run's, after the step.
             packs: the step's global batch.
-            tokens: in that batch.
-            seconds, waited: the step took, and waited for its batch.
+            tokens: number of tokens in that batch.
+            seconds, waited: the time of the step, and its wait for the batch.
 
         Raises:
             TrainingError: too many steps were skipped.
@@ -154,7 +154,7 @@ class Monitor:
         self._measure(iteration)
 
     def nothing_learnt(self, state: TrainState, *, is_over: bool = False) -> str:
-        """Why the run has nothing worth saving yet: most steps skipped, or no label; "" otherwise.
+        """Why the run has nothing to save yet (most steps skipped, or no label); "" otherwise.
 
         Collective over the world.
 
@@ -165,11 +165,11 @@ class Monitor:
         if 2 * skipped > steps:
             what = f"{skipped} of {steps} steps were skipped for a loss or gradient that was not "
             nothing = f"{what}finite: not saved"
-            fix = f"Look at the batches in {SKIPPED}, or lower --lr"
+            fix = f"Check the batches in {SKIPPED}, or lower --lr"
         elif not self._first_iteration and not any(self._groups.agreed(lambda: self._num_labels)):
-            nothing = f"none of {steps} steps had a label: nothing was learnt, and nothing saved"
+            nothing = f"none of {steps} steps had a label: nothing was learned or saved"
             fix = (
-                "Raise --seq-length to that of Stage 0, or look at the corpus "
+                "Raise --seq-length to that of Stage 0, or check the corpus "
                 "(tools/preprocess_data.py --show 3)"
             )
         else:
@@ -179,14 +179,14 @@ class Monitor:
         return nothing
 
     def finish(self) -> None:
-        """Close the log; print the summary of a run that has come to its end."""
+        """Close the log; print the summary of a finished run."""
         if self._log is not None:
             self._log.close()
             if self._summary:
                 print(self._summary, flush=True)
 
     def _notice(self, line: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
-        """Take a logged step: the limits exceeded where spikes begin, and the warnings due."""
+        """Add a logged step; returns the limits exceeded where spikes begin, and new warnings."""
         if not line["positions"]:  # a step without a label has no loss
             return {}, []
         self._seconds += line["seconds"]
@@ -203,7 +203,7 @@ class Monitor:
         return spikes, warnings + self._updates.add(line.get("update") or {})
 
     def _measure(self, iteration: int) -> None:
-        """Take and log the readings that are due after ``iteration``. Collective."""
+        """Take and log the readings due after ``iteration``. Collective."""
         interval, is_last = self._config.probe.probe_interval, iteration == self._train_iters
         readings: dict[str, Any] = {}
         if is_last or (interval and iteration % interval == 0):
@@ -225,16 +225,16 @@ class Monitor:
             self._summary = self._summarize(iteration, readings)
 
     def _read_distance(self, iteration: int) -> dict[str, float]:
-        """Nothing where it fails: the weights are not saved yet, and worth more."""
+        """The distance; only a warning where it fails, since the weights are not saved yet."""
         try:
             return {"relative_l2": self._distance.read()}
         except CheckpointError as error:
             if self._log is not None:
-                _warn(iteration, f"relative L2 is not measured: {error}")
+                _warn(iteration, f"relative L2 was not measured: {error}")
             return {}
 
     def _summarize(self, iteration: int, readings: Mapping[str, Any]) -> str:
-        """The readings after the last step, in sentences."""
+        """The readings after the last step, as sentences."""
         values, judged = readings["stability"], self._stability.judged
         if not values["steps"]:
             return f"{iteration} iterations: no logged step was finite."
@@ -285,7 +285,7 @@ class Monitor:
             raise TrainingError(
                 f"{count} steps were skipped for losses or gradients that were not finite",
                 expected=f"at most {MAX_SKIPPED_STEPS}",
-                fix=f"Look at the batches in {SKIPPED}, or lower --lr; the last good checkpoint is "
+                fix=f"Check the batches in {SKIPPED}, or lower --lr; the last good checkpoint is "
                 + ("none" if last is None else str(iteration_directory(self._directory, last))),
             )
 
@@ -299,7 +299,7 @@ class Monitor:
         return {"rank": self._groups.rank, "dp_rank": self._groups.dp_rank, "loss": loss}
 
     def _describe(self, packs: Sequence[Pack]) -> list[dict[str, Any]]:
-        """Of each pack, the DP rank that had it, and [first, last + 1] of each document in it."""
+        """The DP rank of each pack, and [first, last + 1] of each document in it."""
         described = []
         for number, pack in enumerate(packs):
             stops = np.cumsum(self._lengths[pack].astype(np.int64) - 1).tolist()

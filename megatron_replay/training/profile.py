@@ -1,4 +1,4 @@
-"""``--profile``: traces of a few steps, one file per rank.
+"""``--profile``: traces a few steps into one file per rank.
 
 A trace names "step" and, within it, "data" (the wait for the batch), "head" (forward and backward)
 and "optimizer". torch itself names every collective "c10d::...".
@@ -61,7 +61,7 @@ class StepTrace:
             self._profiler = None
         elif self._is_enabled and self._taken <= TRACED.start and self._rank == 0:
             print(
-                f"--profile has traced nothing: {self._taken} steps were taken, and the first "
-                f"traced is step {TRACED.start + 1}",
+                f"--profile traced nothing: the run took {self._taken} steps, and the first traced "
+                f"step is {TRACED.start + 1}",
                 file=sys.stderr,
             )

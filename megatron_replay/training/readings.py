@@ -1,8 +1,8 @@
-"""What a run measures now and then: two samples of text, and the distance of its weights.
+"""The readings that a run takes at intervals: two samples of text, and the weights' distance.
 
-``Probe`` shows whether probability moves to tokens outside the candidate sets, which the restricted
-loss does not push down: then it still falls while generation breaks. ``GeneralText`` shows what is
-forgotten, and ``Distance`` how far the weights have moved.
+``Probe`` measures whether probability moves to tokens outside the candidate sets. The restricted
+loss does not push those down, so it can fall while generation breaks. ``GeneralText`` measures
+forgetting, and ``Distance`` how far the weights have moved.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_replay.optim.model_placement import counts_once
 from megatron_replay.parallel import Parallel
 from megatron_replay.store import CandidateReader
 
-#: The mass outside the sets is reported above this factor and this much more than the base's.
+#: Mass outside the sets causes a warning above this factor of, and this much over, the base's.
 _DRIFT_FACTOR, _DRIFT_MASS = 2.0, 0.02
 
 
@@ -44,7 +44,7 @@ def _micro_batches(
     lengths: npt.NDArray[np.int32],
     data: DataConfig,
 ) -> list[PackedBatch]:
-    """``documents`` in whole micro-batches; packs of padding fill up the last one."""
+    """``documents`` in whole micro-batches; packs of padding complete the last one."""
     size = data.micro_batch_size
     packs = plan_packs(lengths, documents, data.seq_length)
     packs += [np.empty(0, np.int64)] * (-len(packs) % size)
@@ -92,7 +92,7 @@ class Probe:
                 "the store records no position of the probe's sample",
                 where=reader.directory,
                 found=f"{len(sample)} documents",
-                fix="Raise --probe-documents, or give --probe-interval 0",
+                fix="Raise --probe-documents, or set --probe-interval 0",
             )
         self._base_outside_mass = base_mass / count
 
@@ -114,12 +114,12 @@ class Probe:
 
 
 def drift_warning(reading: Mapping[str, float]) -> str:
-    """The warning that a probe's reading calls for; "" for none."""
+    """The warning for a probe's reading; "" for none."""
     outside, base = reading["outside_mass"], reading["base_outside_mass"]
     if outside <= max(_DRIFT_FACTOR * base, base + _DRIFT_MASS):
         return ""
     return (
-        f"{100 * outside:.1f} % of the probability lies outside the candidate sets "
+        f"{100 * outside:.1f} % of the probability is outside the candidate sets "
         f"({100 * base:.1f} % in the base model): the restricted loss "
         f"{reading['restricted_loss']:.3f} hides a full-softmax loss of "
         f"{reading['full_loss']:.3f}. "
@@ -133,9 +133,9 @@ class GeneralText:
     CE_base is the run's own reading before its first step. A resumed run takes it from its log.
 
     Args:
-        prefix: of the general text.
+        prefix: the general text's.
         corpus: the training corpus.
-        context: positions that the model can read; of longer documents the first ones are scored.
+        context: the model's context; only the first ``context`` positions of a document are scored.
 
     Raises:
         ConfigError: the two corpora are of different tokenizers.
@@ -153,8 +153,8 @@ class GeneralText:
         num_truncated = int((text.lengths[sample] > lengths[sample]).sum())
         if num_truncated and parallel.rank == 0:
             print(
-                f"--general-data-path: of {num_truncated} longer documents of the sample the first "
-                f"{longest} positions are scored",
+                f"--general-data-path: only the first {longest} positions are scored of "
+                f"{num_truncated} longer documents in the sample",
                 file=sys.stderr,
             )
         content = f"{text.fingerprint} {sample.tolist()} {longest}"
@@ -188,24 +188,24 @@ class GeneralText:
         """Take the base from the log's line of iteration 0.
 
         Raises:
-            ConfigError: there is none, or it is of another sample.
+            ConfigError: the line is missing, or is of another sample.
         """
         readings = [line["general"] for line in lines if "general" in line]
         if not readings or lines[0]["iteration"] != 0 or readings[0]["perplexity"] is None:
             raise ConfigError(
-                "the perplexity of the general text before the first step is not known",
+                "the run has no perplexity of the general text before its first step",
                 where=where,
                 expected='a line of iteration 0 with "general"',
                 found=f"{len(lines)} lines without it",
-                fix="Leave out --general-data-path, or start the run anew with it",
+                fix="Omit --general-data-path, or start a new run with it",
             )
         if readings[0]["sample"] != self._fingerprint:
             raise ConfigError(
-                "this run was begun with another sample of general text",
+                "this run was started with another sample of general text",
                 where=where,
                 expected=readings[0]["sample"],
                 found=self._fingerprint,
-                fix="Give the --general-data-path and --probe-documents it was started with",
+                fix="Use the --general-data-path and --probe-documents it was started with",
             )
         self._base = readings[0]["perplexity"]
 
@@ -256,19 +256,19 @@ class Distance:
         """Relative L2, the same number on every rank. One all-gather of objects over the world.
 
         Raises:
-            CheckpointError: θ₀ is not known, or cannot be read on a rank.
+            CheckpointError: --load no longer has θ₀, or a rank cannot read it.
         """
         if self._load.resolve() == self._directory.resolve():
             raise CheckpointError(
-                "the run goes on from its own directory: its first weights are not known",
+                "the run was resumed from its own directory, which no longer has its first weights",
                 where=self._load,
-                fix="Give the --load it was started with",
+                fix="Use the --load it was started with",
             )
         sums = self._parallel.agreed(self._sums)
         return relative_distance((pair for pairs in sums for pair in pairs), self._load)
 
     def _sums(self) -> list[tuple[float, float]]:
-        """(Σ‖θ - θ₀‖², Σ‖θ₀‖²) of each of this rank's masters."""
+        """(Σ‖θ - θ₀‖², Σ‖θ₀‖²) for each of this rank's masters."""
         try:
             read = weight_reader(self._load, self._iteration, self._model, self._parallel)
             return [
@@ -282,10 +282,10 @@ class Distance:
             raise CheckpointError(f"cannot read again: {reason}", where=self._load) from error
 
     def _masters(self) -> Iterator[tuple[str, Tensor, slice]]:
-        """Name, fp32 master, and the part of the flattened parameter that it is.
+        """Name, fp32 master, and its part of the flattened parameter.
 
-        Over all ranks, each weight of the model is there once. Under the distributed optimizer each
-        replica holds a part of the masters; otherwise the replicas share the parameters.
+        Each weight of the model occurs once over all ranks. Under the distributed optimizer each
+        replica holds a part of the masters; otherwise the replicas divide the parameters.
         """
         parallel = self._parallel
         for number, (name, parameter) in enumerate(self._model.module.named_parameters()):

@@ -1,4 +1,4 @@
-"""A run's directory: whose it is, and what a resumed run may and may not change."""
+"""Protects a run's directory, and checks what a resumed run may change."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from megatron_replay.store import CandidateReader, StoreDescription
 from megatron_replay.store.manifest import DESCRIPTION_FILE
 
 FILE = "resolved_config.yaml"
-#: What a run writes into its directory: files of these names that are not a run's are kept.
+#: What a run writes into its directory; a directory where another program wrote one is refused.
 _OURS = (FILE, LATEST, FOLDER, "metrics.jsonl", "skipped_batches.jsonl")
-#: Files that mark a model or a store: a run is not mixed with one.
+#: Files of a model or a store; a run is not written into its directory.
 _OTHERS = ("config.json", DESCRIPTION_FILE)
 _PURPOSE = "this run"
 #: Keys of a run's identity.
@@ -55,7 +55,7 @@ def claim(config: Stage1Config) -> DirectoryLock:
 
     Raises:
         ConfigError: it is also an input.
-        OutputError: another run is writing it, or it holds files that no run wrote.
+        OutputError: another run is writing it, or it has files that no run wrote.
     """
     directory, load = Path(config.training.save), Path(config.model.load)
     inputs = [] if latest_iteration(load) is not None else [("--load", load)]
@@ -67,19 +67,19 @@ def claim(config: Stage1Config) -> DirectoryLock:
         held += [f"iter_{number:07d}" for number in iterations(directory)]
         if held:
             raise OutputError(
-                "the directory holds files that no run of Stage 1 wrote here",
+                "the directory has files that no run of Stage 1 wrote",
                 where=directory,
-                expected="an empty directory, or one that --save named before",
+                expected="an empty directory, or one of an earlier --save",
                 found=", ".join(held[:4]),
-                fix="Give another --save; a converted checkpoint is given as --load",
+                fix="Choose another --save; a converted checkpoint belongs to --load",
             )
     return DirectoryLock(make_directory(directory), purpose=_PURPOSE)
 
 
 def _is_run(directory: Path) -> bool:
-    """Whether a run wrote it: its first file is there, with its lock or with a checkpoint.
+    """Whether a run wrote it: a run's first file is there, and its lock or a checkpoint.
 
-    A copy may lack the lock. The lock alone proves nothing: a run that was refused leaves it too.
+    A copy may lack the lock. The lock alone is no proof, since a refused run leaves it too.
     """
     if not (directory / FILE).is_file():
         return False
@@ -89,7 +89,7 @@ def _is_run(directory: Path) -> bool:
 
 
 def changes(directory: Path, config: Stage1Config) -> list[str]:
-    """``--lr 0.0002 -> 0.009`` of every setting that the run in ``directory`` had otherwise.
+    """``--lr 0.0002 -> 0.009`` for each setting that differs from the run in ``directory``.
 
     Raises:
         CheckpointError: its file is damaged.
@@ -110,7 +110,7 @@ def changes(directory: Path, config: Stage1Config) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    fix = "Remove it: it only serves to report changed settings, and is written again"
+    fix = "Remove it: it only serves to report changed settings, and the run rewrites it"
     text = read_text(path, CheckpointError, fix=fix)
     try:
         content = yaml.safe_load(text)
@@ -118,7 +118,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"damaged: {error}", where=path, fix=fix) from error
     sections = content.values() if isinstance(content, dict) else [None]
     if not all(isinstance(section, dict) for section in sections):
-        raise CheckpointError("damaged: no mapping of sections", where=path, fix=fix)
+        raise CheckpointError("damaged: not a mapping of sections", where=path, fix=fix)
     return dict(content)
 
 
@@ -131,7 +131,7 @@ def record(directory: Path, config: Stage1Config) -> None:
 def identity(
     config: Stage1Config, corpus: Corpus, reader: CandidateReader | None, base: str
 ) -> dict[str, Any]:
-    """What a resumed run must agree on, by the flag that sets it.
+    """The values that a resumed run must keep, by flag.
 
     Args:
         base: ``base_fingerprint`` of --load; empty if that is the run's own directory.
@@ -158,7 +158,7 @@ def identity(
 
 
 def _recorded(description: StoreDescription) -> bytes:
-    """What decides the ids and positions in a store, whatever its format."""
+    """The inputs that determine the ids and positions in a store of any format."""
     made_of = [
         description.corpus_fingerprint,
         description.checkpoint_fingerprint,
@@ -170,11 +170,11 @@ def _recorded(description: StoreDescription) -> bytes:
 def require_same(
     state: TrainState, agreed: dict[str, Any], model_files: dict[str, str], directory: Path
 ) -> None:
-    """Raise ConfigError, naming the flag, unless a run is resumed with what it was started with.
+    """Raise ConfigError with the flag's name unless a run resumes with what it was started with.
 
     Args:
         agreed: ``identity`` of the run as it is started now.
-        model_files: of its --load, SHA-256 by name.
+        model_files: SHA-256 of the files of its --load, by name.
     """
     for name, value in agreed.items():
         before = state.identity.get(name, value)
@@ -183,11 +183,11 @@ def require_same(
         if name == BASE:
             raise _other_base(differing_files(before, value), directory)
         raise ConfigError(
-            f"this directory holds a run with another {name}",
+            f"this directory has a run with another {name}",
             where=directory,
             expected=before,
             found=value,
-            fix="Give the value it was started with, or another --save",
+            fix="Use the value it was started with, or choose another --save",
         )
     names = differing(state.model_files, model_files)
     if names:
@@ -196,9 +196,9 @@ def require_same(
 
 def _other_base(names: str, directory: Path) -> ConfigError:
     return ConfigError(
-        f"this directory holds a run from another --load: {names} is not what it was",
+        f"this directory has a run from another --load: {names} has changed",
         where=directory,
-        fix="Give the --load it was started with, or another --save",
+        fix="Use the --load it was started with, or choose another --save",
     )
 
 
@@ -212,6 +212,6 @@ def require_store_of_base(reader: CandidateReader, base: str) -> None:
         reader,
         base,
         flag=BASE,
-        fix="Give the --load that Stage 0 had, rerun Stage 0 with this one, or choose "
-        "--allow-other-store to train on the candidates of another model",
+        fix="Use the --load of Stage 0, rerun Stage 0 with this one, or add --allow-other-store "
+        "to train on the candidates of another model",
     )

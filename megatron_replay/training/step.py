@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches, gradients, the update, and what it did."""
+"""Takes one optimizer step: micro-batches, gradients, update, and its result."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from megatron_replay.parallel import Parallel
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did.
+    """The result of a step.
 
     Attributes:
         loss: mean over the global batch's positions; None before the last pipeline stage, and where
             the batch has no label.
         positions: their number.
         grad_norm: of the whole gradient before clipping.
-        skipped: a loss or gradient was not finite and nothing moved.
-        update: ``UpdateRule.report``, where it was asked for.
+        skipped: a loss or gradient was not finite, and nothing was updated.
+        update: ``UpdateRule.report``, or {} if ``report`` was False.
         own_sums: sum of losses and positions of this rank's share, on the device; None before the
             last pipeline stage.
     """
@@ -49,11 +49,11 @@ class StepResult:
 
 
 class GradientBuffers(DistributedDataParallel):  # type: ignore[misc]
-    """megatron-core's, also for weights whose gradient goes row by row into ``main_grad``.
+    """megatron-core's buffers, also for weights whose gradient is added to ``main_grad`` by rows.
 
-    Those are the head's and the embeddings'. They get no ``grad`` from autograd, without which
-    megatron-core's hook refuses to overlap; yet autograd calls it once all uses of the weight,
-    tied or not, have been through backward.
+    These are the head's and the embeddings'. Autograd gives them no ``grad``, without which
+    megatron-core's hook refuses to overlap; but it still calls the hook once backward has passed
+    all uses of the weight, tied or not.
     """
 
     def _make_backward_post_hook(self, param: torch.nn.Parameter) -> Callable[..., None]:
@@ -81,8 +81,8 @@ def wrap_for_training(
     """Give the model fp32 main gradients, summed over DP when a step's last micro-batch is done.
 
     ``overlap_grad_reduce``: in buckets of ``bucket_size`` numbers or more (None: megatron-core's
-    40 million), each as soon as backward has been through its weights, on the first stage; the
-    others have one bucket. Not in a run's first step, which counts the weights' uses.
+    40 million), each as soon as backward has passed its weights, on the first stage; the other
+    stages have one bucket. A run's first step does not overlap: it counts the weights' uses.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -92,7 +92,7 @@ def wrap_for_training(
     )
     wrapped = GradientBuffers(model.config, config, model.module)
     model.config.finalize_model_grads_func = finalize_model_grads
-    # Which micro-batch is the last: the schedule tells by leaving this context.
+    # The schedule leaves this context before the last micro-batch.
     model.config.no_sync_func = wrapped.no_sync if overlap_grad_reduce else None
     return wrapped
 
@@ -109,23 +109,23 @@ def train_step(
 ) -> StepResult:
     """Take one step on the global batch of which ``micro_batches`` is this rank's share.
 
-    ``qk_clip_threshold`` asks for QK-Clip after the step, from logits that ``record_max_logits``
-    has had measured.
+    ``qk_clip_threshold``: apply QK-Clip after the step, from the logits that ``record_max_logits``
+    recorded; None: no QK-Clip.
     """
     rule: UpdateRule = optimizer.optimizer
     set_learning_rate(optimizer, lr)
     model.zero_grad_buffer()
     optimizer.zero_grad()
     sums = forward_backward(model, micro_batches)
-    # Clipping and the finite check are the rule's. Its sums are the whole model's, and gradients
-    # are reduced over DP, so every rank takes the same branch.
+    # The rule clips and checks for non-finite values, over the whole model's sums and with
+    # gradients reduced over DP, so every rank takes the same branch.
     skipped_before = rule.skipped_steps
     with record_function("optimizer"):
         optimizer.prepare_grads()
         optimizer.step_with_ready_grads()
     skipped = rule.skipped_steps > skipped_before
     if qk_clip_threshold is not None:
-        # Taken from a skipped step as well: what it measured must not enter the next.
+        # Taken after a skipped step too, so that its logits do not count for the next one.
         measured = take_max_logits(model)
         if not skipped:
             _clip_attention(measured, model, parallel, threshold=qk_clip_threshold)

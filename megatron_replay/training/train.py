@@ -18,11 +18,11 @@ from megatron_replay.training.step import StepResult, train_step
 
 
 def train(run: TrainingRun, stop: StopRequest) -> None:
-    """Take the steps that are left: batch, forward and backward, update, watch, save, stop.
+    """Take the remaining steps: batch, forward and backward, update, watch, save, stop.
 
     Raises:
-        Interrupted: a signal ended the run early; what it had learnt is saved.
-        TrainingError: too many steps were skipped, or nothing was learnt.
+        Interrupted: a signal ended the run early, after a checkpoint was saved.
+        TrainingError: too many steps were skipped, or no step had a label.
     """
     config, groups, state = run.config, run.groups, run.state
     save_interval = config.training.save_interval
@@ -73,7 +73,7 @@ def train(run: TrainingRun, stop: StopRequest) -> None:
 
 
 def _finish(run: TrainingRun, state: TrainState, stop: StopRequest) -> None:
-    """Save, write the summary, and say why the run ends here if it is not finished."""
+    """Save, write the summary, and report why the run ends here if it is not finished."""
     is_finished = state.iteration >= run.train_iters
     is_planned = is_finished or _slice_is_over(run, state)
     nothing = run.monitor.nothing_learnt(state, is_over=is_planned)
@@ -84,7 +84,7 @@ def _finish(run: TrainingRun, state: TrainState, stop: StopRequest) -> None:
         return
     why = stop.received or ("--exit-interval" if is_planned else "another rank")
     message = f"stopped after iteration {state.iteration} of {run.train_iters} ({why}); " + (
-        nothing or "saved, the same command goes on from here"
+        nothing or "saved; rerun the same command to continue"
     )
     if not is_planned:
         raise cli.Interrupted(message)

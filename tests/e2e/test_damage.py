@@ -207,7 +207,7 @@ def test_a_pipe_or_a_device_in_place_of_a_file_is_not_waited_for(folder, run, tm
 
 def test_other_precision_than_the_run_had_is_refused_in_a_word(folder, run):
     message = stages.fail("stage1", *argv(folder, run, "--bf16"), code=2)
-    assert "this directory holds a run with another --bf16 (expected False; found True)" in message
+    assert "this directory has a run with another --bf16 (expected False; found True)" in message
     assert len(message) < 400
     message = stages.fail("stage1", *argv(folder, run, "--loss", "full"), code=2)
     assert "a run with another --loss (expected restricted; found full)" in message

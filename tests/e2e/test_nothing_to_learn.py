@@ -106,7 +106,7 @@ def test_a_run_that_has_learnt_nothing_yet_saves_nothing(folder, tmp_path):
         message = stages.fail(
             "stage1", *flags, *training(run, "--train-iters", steps, "--seed", late), code=7
         )
-        assert f"none of {steps} steps had a label: nothing was learnt, and nothing" in message
+        assert f"none of {steps} steps had a label: nothing was learned" in message
         assert not (run / "latest_checkpointed_iteration.txt").exists()
         assert not list(run.glob("*iter_*"))
     said = stages.succeed("stage1", *flags, *training(one, "--train-iters", 3, "--seed", early))

@@ -238,7 +238,7 @@ def test_drifting_mass_is_warned_of(folder, tmp_path):
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     last = [line["probe"] for line in lines if "probe" in line][-1]
     drifted = last["outside_mass"] > 2 * last["base_outside_mass"]
-    assert ("lies outside the candidate sets" in said) == drifted
+    assert ("is outside the candidate sets" in said) == drifted
 
 
 def test_an_unfinished_checkpoint_is_ignored_and_said(folder, tmp_path):

@@ -174,7 +174,7 @@ def test_the_base_is_no_place_to_save(folder, tmp_path):
     full = stages.fail("stage1", *argv(folder, store, *inputs(folder), "--loss", "full"), code=6)
     assert "found store.json" in full
     other = stages.fail("stage1", *argv(folder, model), code=6)
-    assert "files that no run of Stage 1 wrote here" in other
+    assert "files that no run of Stage 1 wrote" in other
     assert sorted(path.name for path in model.iterdir()) == before
 
 

@@ -26,9 +26,9 @@ def test_a_changed_setting_is_reported_and_a_run_without_steps_records_nothing(t
     first = stages.succeed("stage1", *common, "--lr", 1e-3, "--exit-interval", 1)
     assert "changed" not in first
     said = stages.succeed("stage1", *common, "--lr", 2e-3, "--optimizer", "adamw")
-    assert "changed since it last ran: --optimizer moclip -> adamw, --lr 0.001 -> 0.002\n" in said
+    assert "since the last run: --optimizer moclip -> adamw, --lr 0.001 -> 0.002\n" in said
     assert recorded()["lr"] == 2e-3
     said = stages.succeed("stage1", *common, "--lr", 3e-3)
-    assert "nothing is left to do" in said
+    assert "iterations are done" in said
     stages.fail("stage1", *common, "--lr", 3e-3, "--seed", 5, code=2)
     assert recorded()["lr"] == 2e-3

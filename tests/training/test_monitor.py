@@ -136,7 +136,7 @@ def test_a_training_checkpoint_may_be_the_start(folder, tmp_path):
     # A run goes on from its own directory, but the weights it started from are not there.
     extra = ["--train-iters", 5, "--load", tmp_path / "first"]
     said = stages.succeed("stage1", *argv(folder, tmp_path / "first", *extra))
-    assert "warning: iteration 5: relative L2 is not measured" in said
+    assert "warning: iteration 5: relative L2 was not measured" in said
     last = read_metrics(tmp_path / "first" / "metrics.jsonl")[-1]
     assert last["stability"]["steps"] == 5
     assert "relative_l2" not in last
@@ -202,7 +202,7 @@ class TestMistakes:
         stages.succeed("stage1", *argv(folder, tmp_path / "run", "--exit-interval", 2), tp=2)
         more = general(folder)
         message = stages.fail("stage1", *argv(folder, tmp_path / "run", *more), tp=2, code=2)
-        assert "before the first step is not known" in message
+        assert "general text before its first step" in message
 
     def test_another_sample_than_at_the_start(self, folder, tmp_path):
         flags = general(folder, "--exit-interval", 2)
