@@ -89,7 +89,7 @@ def test_boolean_flags_can_be_negated():
             "--general-data-path: unusable value (expected None, as only --probe-interval uses",
         ),
         (["--probe-interval", "0", "--probe-documents", "9"], "as only --probe-interval uses it"),
-        (["--loss", "full", "--probe-interval", "0"], "--store: unusable value (expected nothing"),
+        (["--loss", "full", "--probe-interval", "0"], "--store: unusable value (expected no store"),
         (["--print-config", "--dry-run"], "not allowed with argument"),
         (
             ["--sequence-parallel", "--tensor-model-parallel-size", "3"],
