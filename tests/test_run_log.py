@@ -118,8 +118,8 @@ def test_a_line_that_a_kill_left_incomplete_is_dropped(tmp_path: Path) -> None:
 def test_a_directory_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"resolved_config\.yaml: no such file"):
         summarize_run(tmp_path)
-    with pytest.raises(DataError, match=r"metrics\.jsonl: no training step is logged"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl: no training step was logged"):
         summarize_run(write_run(tmp_path / "empty", []))
     without = [line | {"loss": None} for line in steps()]
-    with pytest.raises(DataError, match="no logged step is finite"):
+    with pytest.raises(DataError, match="no logged step has a finite loss"):
         summarize_run(write_run(tmp_path / "nan", without))

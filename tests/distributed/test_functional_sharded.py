@@ -106,7 +106,7 @@ def refuse_on(rank: int, world_size: int) -> list[str]:
 def test_every_rank_refuses_what_one_rank_sees() -> None:
     first, second = pool.run(2, refuse_on)
     assert first == second
-    assert all("row 1: the logits hold NaN" in message for message in first[:2])
+    assert all("row 1: the logits have NaN" in message for message in first[:2])
     assert "label is outside the vocabulary (found 16)" in first[2]
 
 

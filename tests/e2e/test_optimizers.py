@@ -130,7 +130,7 @@ class TestMistakes:
             (
                 "moclip",
                 ["--angle-scope", "tensor", "--obtuse", "zero"],
-                "obtuse steps of the model",
+                "obtuse steps of the whole model",
             ),
             ("sgd", [], "one of moclip, adamw, mofo, tam, adamuon, muonclip"),
         ],

@@ -224,7 +224,7 @@ def test_a_copied_run_goes_on_without_its_lock(folder, run, tmp_path, lock):
     if lock:
         message = stages.fail("stage1", *argv(folder, save), code=6)
         assert "run/.lock: this name is needed for a lock" in message
-        assert "Move it away" in message
+        assert "Move that file" in message
     else:
         assert "resuming" in stages.succeed("stage1", *argv(folder, save))
 
@@ -232,7 +232,7 @@ def test_a_copied_run_goes_on_without_its_lock(folder, run, tmp_path, lock):
 def test_a_run_never_starts_in_a_conversion(folder, tmp_path):
     stages.convert(folder / "model", tmp_path / "mcore", "--save-model-type", "mcore")
     message = stages.fail("stage1", *argv(folder, tmp_path / "mcore"), code=6)
-    assert "a converted checkpoint is given as --load" in message
+    assert "a converted checkpoint belongs to --load" in message
     load = ["--load", tmp_path / "mcore", "--train-iters", 1]  # the store's base, bit for bit
     stages.succeed("stage1", *argv(folder, tmp_path / "run", *load))
     stages.convert(

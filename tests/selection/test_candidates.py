@@ -179,7 +179,7 @@ def test_minus_infinity_is_probability_zero_but_not_for_a_label() -> None:
     assert select_candidates(logits_TV, torch.tensor([0])).ids.tolist() == [0, 2]
     with pytest.raises(TrainingError, match=r"row 0: the label's logit is -infinity.*label 1"):
         select_candidates(logits_TV, torch.tensor([1]))
-    with pytest.raises(TrainingError, match=r"row 0: .*nothing above -infinity"):
+    with pytest.raises(TrainingError, match=r"row 0: .*only -infinity"):
         select_candidates(torch.full((1, 3), -math.inf), torch.tensor([1]))
 
 

@@ -209,7 +209,7 @@ class TestMistakes:
         stages.succeed("stage1", *argv(folder, tmp_path / "run", *flags))
         more = general(folder, "--probe-documents", 29)
         message = stages.fail("stage1", *argv(folder, tmp_path / "run", *more), code=2)
-        assert "begun with another sample" in message
+        assert "started with another sample" in message
 
     def test_text_of_another_tokenizer(self, folder, tmp_path):
         for suffix in ("bin", "idx", "loss_mask", "json"):
