@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: Stage1Config) -> None:
-    """Join the launched processes and train to the end, or until told to stop."""
+    """Join the launched processes and train to the end, or until a signal stops the run."""
     groups = parallel.initialize(config.parallel, platform.select(config.parallel.platform))
     # Only now: megatron-core may be imported once the platform is prepared, not before.
     from megatron_replay.training.build import build_run

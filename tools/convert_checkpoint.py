@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "--params-dtype",
         choices=("auto", *_DTYPES),
         default="auto",
-        help="auto: as stored, tensor by tensor (mg), or as config.json says (mcore)",
+        help="auto: as stored, tensor by tensor (mg), or as in config.json (mcore)",
     )
     add("--overwrite", action="store_true", help="replace an earlier conversion")
     add("--verify", action=argparse.BooleanOptionalAction, default=True)
@@ -109,7 +109,7 @@ def find_type(options: argparse.Namespace) -> str:
     """The type of checkpoint in ``--load-dir``.
 
     Raises:
-        ConfigError: it is not what ``--load-model-type`` says, or there is no such conversion.
+        ConfigError: it is not of ``--load-model-type``, or there is no such conversion.
         CheckpointError: it holds no checkpoint.
     """
     directory, target = Path(options.load_dir), options.save_model_type
@@ -219,7 +219,7 @@ def convert_models(options: argparse.Namespace) -> None:
 
 
 def _dtype(name: str, files: Path) -> torch.dtype:
-    """The dtype asked for, or the one config.json names (float32 when it names none).
+    """The requested dtype, or the one in config.json (float32 where it has none).
 
     Raises:
         ConfigError: config.json names another.

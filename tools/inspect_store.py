@@ -45,7 +45,7 @@ _SHOWN = 8
 _MERGE = """Merge the parts of one store.
 
 Parts come from Stage 0, run with the same settings in several places (--shards). Shards that
-several parts have must be equal. An interrupted merge goes on with the same command.
+several parts have must be equal. Rerun the same command to continue an interrupted merge.
 """
 
 
@@ -278,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ReplayError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # the reader of a pipe, head say, has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -1,6 +1,6 @@
 """Write Hugging Face directories, streamed out of any TP x PP layout or from random weights.
 
-A directory is staged beside its final name and renamed once it is complete on disk. One that it
+A directory is staged next to its final name and renamed once it is complete on disk. One that it
 replaces is moved aside just before, and removed after, so a killed process leaves no half of either
 under the name.
 """

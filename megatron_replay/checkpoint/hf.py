@@ -21,7 +21,7 @@ from megatron_replay.files import read_json, require_regular
 from megatron_replay.model.config import ModelConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-#: Dtypes of stored weights; another dtype, an integer say, would be cast silently.
+#: Dtypes of stored weights; another dtype, such as an integer, would be cast silently.
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip

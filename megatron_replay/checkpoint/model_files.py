@@ -1,4 +1,4 @@
-"""The files beside the weights (config.json, tokenizer, generation settings), and fingerprints.
+"""The files next to the weights (config.json, tokenizer, generation settings), and fingerprints.
 
 A directory of checkpoints keeps these files in ``hf/``, for export. Each checkpoint records their
 SHA-256 in its train_state.json and is not loaded with others: weights under another ``rope_theta``

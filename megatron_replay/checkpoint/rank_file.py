@@ -3,7 +3,7 @@
 A file holds {"model": {parameter: tensor}, "checkpoint_version": 3.0, "iteration": 1}, and what
 training adds. ``torch.load(weights_only=True)`` does not read such files: it implements pickle
 protocol 2 only (MindSpeed-LLM writes 4), and refuses the numpy states, enumerations and namespaces
-that Megatron stores beside the weights. The reader here builds tensors and plain containers;
+that Megatron stores with the weights. The reader here builds tensors and plain containers;
 everything else that a file names becomes an object that does nothing, so no code of the file runs.
 """
 

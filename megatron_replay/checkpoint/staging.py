@@ -1,4 +1,4 @@
-"""Directories that appear under their names complete: staged beside, synced, renamed."""
+"""Directories that appear under their names complete: staged next to them, synced, renamed."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _remove(ours: Path) -> None:
 
 
 def staging_directory(final: Path) -> Path:
-    """The directory in which ``final`` is built: beside it, or beside the target of a link."""
+    """The directory in which ``final`` is built: next to it, or next to the target of a link."""
     final = final.resolve()
     return final.with_name(f".{final.name}.incomplete")
 
@@ -111,7 +111,7 @@ def publish(staged: Path, final: Path, *, overwrite: bool) -> None:
     """Rename ``staged``, synced, to ``final``; what it replaces is moved aside, then removed.
 
     Raises:
-        OutputError: it cannot be renamed; ``final`` has been filled meanwhile, say.
+        OutputError: it cannot be renamed, for example because ``final`` is no longer empty.
     """
     final = final.resolve()
     retired = final.with_name(f".{final.name}.replaced")

@@ -59,7 +59,7 @@ class SelectedBatch:
     """A micro-batch after selection, on the host: the sets of whole documents.
 
     The bucket strategy draws positions by confidence, so it holds every eligible position;
-    ``records`` draws, while the device goes on.
+    ``records`` draws, while the device continues.
     """
 
     documents: npt.NDArray[np.int64]

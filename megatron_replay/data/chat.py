@@ -222,7 +222,7 @@ class _Rendering:
             return False
 
     def _until(self, stop: int, *, header: bool = False) -> str:
-        """The rendering of the turns before ``stop``, with the header for an answer if asked."""
+        """The rendering of the turns before ``stop``, with an answer's header if requested."""
         if not stop:
             raise self._error(
                 "the conversation starts with an answer", expected="a user or system message first"

@@ -52,7 +52,7 @@ class Document:
 
     Attributes:
         tokens: int32 [n].
-        loss_mask: bool [n]; ``loss_mask[i]`` says whether token i carries loss as a label.
+        loss_mask: bool [n]; ``loss_mask[i]``: whether token i carries loss as a label.
             ``loss_mask[0]`` has no effect, because nothing predicts the first token.
     """
 
@@ -106,7 +106,7 @@ class Corpus:
             where none does.
 
     Raises:
-        DataError: a file is missing, damaged, or not as long as PREFIX.json says.
+        DataError: a file is missing, damaged, or not as long as PREFIX.json records.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:

@@ -1,6 +1,6 @@
 """Makes batches in a thread, ahead of the step that uses them: in the same order, a few at most.
 
-Memory: ``depth`` batches at most, beside the one in use. Of a global batch of T positions, N of
+Memory: at most ``depth`` batches besides the one in use. Of a global batch of T positions, N of
 them selected with C candidates in all, a data-parallel rank holds its share of 25 T + 40 N + 4 C
 bytes: 7.4 MB for 16 packs of 4,096 positions of which one in five has a set of 100.
 """

@@ -1,8 +1,8 @@
 """A packed batch joined with the candidate store: what the restricted loss is computed over.
 
-The store knows (document, position); a batch knows rows. Joining is numpy over a whole batch: no
+The store is keyed by (document, position), a batch by rows. Joining is numpy over a whole batch: no
 Python runs per token, and under scope "position" none per document. It uses no torch kernel, whose
-threads would compete with those of a training step beside which it runs.
+threads would compete with those of the training step that runs at the same time.
 
 Shape suffixes: B packs, S positions of a pack, D documents of the batch, P recorded positions of
 those documents, N selected positions of the batch (P without those that truncation cut off), G
@@ -46,7 +46,7 @@ class ReplayTargets:
         tail_logit_N: float32, logit of one pseudo-token with the base model's mass outside the
             position's stored set: lse + log(tail_mass); -inf where that mass is 0.
         own_sets: the recorded set of each position, whatever the scope, with the base model's
-            logits as values; None where they were not asked for.
+            logits as values; None where they were not requested.
     """
 
     rows_N: torch.Tensor

@@ -40,7 +40,7 @@ _ALPACA_WITH_INPUT = (
     "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-#: Keys of a message that say whether an answer carries loss: OpenAI's, axolotl's, ms-swift's.
+#: Keys of a message that set whether an answer carries loss: OpenAI's, axolotl's, ms-swift's.
 _LOSS_KEYS = ("weight", "train", "loss")
 _SYSTEM_KEYS = ("system", "system_prompt")
 _SHAREGPT_ROLES = {

@@ -150,7 +150,7 @@ class Row:
         return value
 
     def refuse_unread(self, row_format: str, read: Sequence[str]) -> None:
-        """Raise DataError if fields beside ``read`` have content that would be lost.
+        """Raise DataError if fields other than ``read`` have content that would be lost.
 
         All content of a row is trained on, is ``METADATA``, or was left out with --ignore-fields.
         """

@@ -89,7 +89,7 @@ class GlobalBatches:
         self._first_pack.append(self._first_pack[-1] + len(self._plan(len(self._first_pack) - 1)))
 
     def _plan(self, epoch: int) -> list[Pack]:
-        """The packs of ``epoch``; only the last one asked for is kept."""
+        """The packs of ``epoch``; only the last one requested is kept."""
         if self._planned[0] != epoch:
             order = document_order(len(self._lengths), seed=self._seed, epoch=epoch)
             self._planned = (

@@ -36,7 +36,7 @@ _TOKENIZER_FILES = (
     "*.tiktoken",
     "additional_chat_templates/*.jinja",
 )
-# What transformers may open beside them: model configurations, other vocabularies.
+# Other files that transformers may open: model configurations, other vocabularies.
 _OTHER_FILES = ("*.json", "*.txt", "*.jinja")
 _MAX_TEMPLATE_BYTES = 4 << 20  # published ones have up to 50,000
 _MAX_ID = np.iinfo(np.int32).max - 1  # so that the size of the vocabulary fits, too

@@ -1,5 +1,5 @@
 """What a fine-tuned model gained, what it kept, what it cost.
 
-Evaluation sits beside the stages: it reads Hugging Face directories, corpora and stores, and never
-imports megatron.
+Evaluation is separate from the stages: it reads Hugging Face directories, corpora and stores, and
+never imports megatron.
 """

@@ -1,4 +1,4 @@
-"""Probability that a model puts outside the stored candidate sets, and the losses beside it.
+"""Measures the probability outside the stored candidate sets, and the losses.
 
 The restricted loss pushes nothing down outside S, so a model may leak probability there while its
 training loss looks fine. Stage 1's probe reads the same numbers, over the same documents, with the

@@ -76,7 +76,7 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
 
 
 def require_model(directory: Path) -> None:
-    """Check a Hugging Face directory before transformers allocates what its config.json says.
+    """Check a Hugging Face directory before transformers allocates the sizes in its config.json.
 
     The directory is untrusted: its files may be pipes, and its sizes anything. Reads headers only.
 
@@ -119,7 +119,7 @@ def require_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).item()
     except (AssertionError, RuntimeError) as error:  # torch without a backend asserts
-        reason = str(error).partition("\n")[0]  # CUDA's goes on about debugging
+        reason = str(error).partition("\n")[0]  # CUDA's has further lines about debugging
         raise ConfigError(
             f"torch cannot use this device: {reason}",
             where="--device",
@@ -237,7 +237,7 @@ def greedy_answers(
     """The most probable continuation of each prompt, token by token, in the order of ``prompts``.
 
     Prompts of similar length form a batch, padded on the left; the other prompts of a batch change
-    an answer only by rounding. What generation_config.json says is ignored.
+    an answer only by rounding. generation_config.json is ignored.
     """
     answers: dict[int, Answer] = {}
     ordered = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))

@@ -4,7 +4,7 @@ Scores are compared as percentages of the base's, so a score must be a share fro
 is better. That is decided from the task's configuration before a model is loaded, never from a
 score: 0.8 may be 80 % or 0.8 %. A metric is known to be a share where the harness itself computes
 it (no ``process_results``, no function or hf_evaluate in ``metric_list``) and it is one of
-``_SHARES``; of any other, the task's YAML file must say so: ``metadata: {share: true}``.
+``_SHARES``; of any other, the task's YAML file must declare it: ``metadata: {share: true}``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from megatron_replay.errors import DataError
 
 _MEANS = ("mean", "nanmean", "median")
-#: The harness's own metrics that lie in [0, 1], with the aggregations that keep them there
+#: The harness's own metrics in [0, 1], with the aggregations that keep them there
 #: (lm_eval/api/metrics.py and ConfigurableTask.process_results of 0.4.13): a question is right or
 #: wrong, and sklearn's f1.
 _SHARES = {
@@ -83,7 +83,7 @@ def metric_of_group(
 
 
 def _is_declared(config: Mapping[str, Any], where: str) -> bool:
-    """Whether the metadata says that the score is a share."""
+    """Whether the metadata declares the score to be a share."""
     metadata = config.get("metadata")
     share = metadata.get("share", False) if isinstance(metadata, Mapping) else False
     if not isinstance(share, bool):

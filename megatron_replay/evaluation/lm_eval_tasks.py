@@ -180,7 +180,7 @@ def run_tasks(
 
         backend = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
         if model.generation_config.eos_token_id is None:
-            # The harness would go on behind the answer, as far as its batch's longest.
+            # The harness would generate beyond the answer, up to its batch's longest.
             model.generation_config.eos_token_id = backend.eos_token_id
         results = simple_evaluate(
             HFLM(pretrained=model, tokenizer=backend, batch_size=batch_size),

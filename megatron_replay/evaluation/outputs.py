@@ -11,7 +11,7 @@ from megatron_replay.files import read_text, require_apart
 
 
 def printable(text: str) -> str:
-    """``text`` with bytes of file names that are not UTF-8 as escapes, ``\\udce9`` say."""
+    """``text`` with bytes of file names that are not UTF-8 as escapes such as ``\\udce9``."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -179,7 +179,7 @@ def _table(models: Sequence[Model], columns: Sequence[Column]) -> list[str]:
 
 
 def render_markdown(report: Report) -> str:
-    """The report as Markdown; ``report.png`` is expected beside it."""
+    """The report as Markdown; ``report.png`` is expected in the same directory."""
     methods = report["methods"]
     lines = ["# Report", "", "![gain against forgetting](report.png)", ""]
     for title, columns in (

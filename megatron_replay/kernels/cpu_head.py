@@ -33,7 +33,7 @@ def why_not(hidden_NH: Tensor, weight_VH: Tensor) -> str | None:
 class CpuHead:
     """A ``ShardHead`` of position scope.
 
-    Memory: 20 bytes a pair between forward and backward, 8 more while it works; beside them 512
+    Memory: 20 bytes a pair between forward and backward, 8 more while it runs; besides, 512
     bytes a position in forward, 256 a position and 256 a distinct candidate in backward. Operands
     whose channels are not consecutive are copied.
     """

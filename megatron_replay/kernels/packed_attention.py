@@ -7,7 +7,7 @@ where a segment is one document, under a small mask where short ones share it. T
 computes sum L^2 over segments instead of S^2.
 
 Shapes: S positions of a pack, B packs, N query heads, G key-value groups, D channels; a segment has
-L positions, of which R are asked for.
+L positions, of which R are selected.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Segment:
     Attributes:
         stops: where each of its documents ends, the last at ``stop``; padding counts as one.
         mask: bool [L, L], may position s look at r; None where the segment is one document.
-        is_padding: no document; what comes out is nobody's.
+        is_padding: no document; its output is not used.
     """
 
     start: int
@@ -133,7 +133,7 @@ def packed_attention(
 
 @dataclass(frozen=True, eq=False)
 class RowSegment:
-    """Rows ``first_row`` to ``stop_row`` of those asked for lie in positions of one segment.
+    """Selected rows ``first_row`` to ``stop_row`` are positions of one segment.
 
     Attributes:
         pack, start, stop: the segment, its keys cut behind the last of the rows.
@@ -157,7 +157,7 @@ def row_segments_of(segments: Segments, rows_N: Tensor, length: int) -> list[Row
             first, stop = torch.searchsorted(rows_N, bounds).tolist()
             if first == stop:
                 continue
-            assert not segment.is_padding, "padding was asked for"
+            assert not segment.is_padding, "padding was selected"
             place_R = rows_N[first:stop] - pack * length - segment.start
             seen = int(place_R[-1]) + 1
             if segment.mask is None:

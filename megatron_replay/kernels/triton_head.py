@@ -12,7 +12,7 @@ The shared sets of document scope use every product: they are left to torch, in 
 Compiled for sm_90 and run in Triton's interpreter on a CPU; not run on a GPU yet.
 """
 
-# What Triton compiles is Python in form only: it has no types that mypy knows.
+# Triton compiles Python syntax whose types mypy cannot check.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ parameter, then 28, and 2 for the bf16 copy. Compiled for sm_90 and run in Trito
 a CPU; not run on a GPU yet.
 """
 
-# What Triton compiles is Python in form only: it has no types that mypy knows.
+# Triton compiles Python syntax whose types mypy cannot check.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_replay.errors import ConfigError
 
 #: Elements a program holds at once. To keep an H100's 3.35 TB/s busy over a latency of some 700 ns,
-#: each of its 132 multiprocessors needs 18 KB under way; a program asks for 8 KB (pass 1) or 16 KB
+#: each of its 132 multiprocessors needs 18 KB under way; a program loads 8 KB (pass 1) or 16 KB
 #: (pass 2), eight elements of each array a thread, and several programs fit.
 BLOCK, WARPS = 1024, 4
 #: Blocks a program takes one after the other: its task and its sums cost next to nothing, while

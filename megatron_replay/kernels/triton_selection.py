@@ -11,7 +11,7 @@ GPU yet.
 Shapes: T positions, V ids of this rank's shard, B blocks of ids.
 """
 
-# What Triton compiles is Python in form only: it has no types that mypy knows.
+# Triton compiles Python syntax whose types mypy cannot check.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations

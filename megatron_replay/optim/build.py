@@ -73,7 +73,7 @@ class Sharded(DistributedOptimizer):
                 param.grad = None
 
     def state_dict(self) -> Any:
-        """As megatron-core's, with our rules' state, which is torch's, also beside apex."""
+        """As megatron-core's, with our rules' state, which is torch's, even with apex installed."""
         with torch_optimizer_state():
             return super().state_dict()
 

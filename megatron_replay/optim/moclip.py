@@ -6,8 +6,8 @@
     p  <- (1 - lr wd) p - lr atan2(m_hat, sqrt(v_hat))
 
 phi is the angle between the momentum m before the step and the gradient g. Eq. 5 is a pair (a, b),
-so one pass over memory computes three dot products and one pass updates. docs/method.md says why
-``line`` is the default beyond 90 degrees.
+so one pass over memory computes three dot products and one pass updates. docs/method.md has the
+reason why ``line`` is the default beyond 90 degrees.
 """
 
 from __future__ import annotations

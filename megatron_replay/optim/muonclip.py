@@ -44,8 +44,9 @@ _RMS = 0.2
 class MuonClip(MatrixRule):
     """Muon with a clip for attention.
 
-    Attention is clipped where the model was placed (``distribute``): a list of tensors does not say
-    which of them are a layer's attention. The layers' norms travel in the all-reduce of the step.
+    Attention is clipped where the model was placed (``distribute``): a list of tensors does not
+    show which of them are a layer's attention. The layers' norms travel in the all-reduce of the
+    step.
     """
 
     #: Norm to clip each attention layer's gradient at, after the whole gradient's clipping.

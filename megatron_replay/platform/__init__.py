@@ -1,4 +1,4 @@
-"""The only place that tells cpu, cuda and npu apart: device, collectives, patches of megatron-core.
+"""The only place with code for cpu, cuda or npu: device, collectives, megatron-core patches.
 
 ``select("auto").prepare()`` must come before the first import of ``megatron``: it makes
 megatron-core run on the platform. Elsewhere the project uses ``platform.device``.

@@ -37,5 +37,5 @@ class CUDA(Platform):
         return torch.cuda.max_memory_allocated(self.device)
 
     def profiler(self) -> Any:
-        """Records kernels and copies beside the host's calls."""
+        """Records kernels and copies as well as the host's calls."""
         return torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])

@@ -29,7 +29,7 @@ VARIABLES = {
     "TASK_QUEUE_ENABLE": ("2", "the host launches ahead of the device"),
     "CPU_AFFINITY_CONF": ("1", "ranks keep to their own cores"),
 }
-#: Device files that a container needs beside /dev/davinci0 and so on.
+#: Device files that a container needs in addition to /dev/davinci0 and so on.
 _SHARED_DEVICES = ("davinci_manager", "devmm_svm", "hisi_hdc")
 _SMI = tuple(f"{place}/npu-smi" for place in ("usr/local/bin", "usr/local/sbin", "usr/bin"))
 

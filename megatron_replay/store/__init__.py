@@ -1,7 +1,7 @@
 """The candidate store: what Stage 0 writes and Stage 1 reads. Numpy only; never torch.
 
-A store is a directory: ``store.json`` says what it is, ``NNNN/shard-NNNNNNN.bin`` and ``.idx``
-hold the candidate sets, ``manifest.json`` says that it is whole. ``docs/store_format.md`` has every
+A store is a directory: ``store.json`` describes it, ``NNNN/shard-NNNNNNN.bin`` and ``.idx``
+hold the candidate sets, ``manifest.json`` marks it complete. ``docs/store_format.md`` has every
 byte.
 """
 

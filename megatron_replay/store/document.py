@@ -55,7 +55,7 @@ class DocumentCandidates:
     tail_mass: npt.NDArray[np.float32]
     """float32 [P]: the base model's probability outside the set (rho)."""
     logits: npt.NDArray[np.float32] | None
-    """float32 [C] beside ``ids``, when the store has logits; stored as fp16 or bf16."""
+    """float32 [C], one for each of ``ids``, if the store has logits; stored as fp16 or bf16."""
 
     def at(self, position: int) -> npt.NDArray[np.int32]:
         """The candidate set of ``position``, int32 [|S|].

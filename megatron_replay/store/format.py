@@ -119,7 +119,7 @@ def decode_record(record: memoryview, *, vocab_size: int, logits: str) -> Docume
     """Inverse of ``encode_record``; sizes are checked here, contents by ``require_valid``.
 
     Raises:
-        StoreError: the record is shorter or longer than its own counts say.
+        StoreError: the record is shorter or longer than its own counts.
     """
     require(len(record) >= NUM_POSITIONS.size, "a record is cut off")
     (num_positions,) = NUM_POSITIONS.unpack_from(record)
@@ -170,7 +170,7 @@ def require_likely(record: memoryview | bytes, size: int) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ShardIndex:
-    """What an ``.idx`` says about its ``.bin``."""
+    """The index of a ``.bin``, read from its ``.idx``."""
 
     first_document: int
     offsets: npt.NDArray[np.int64]
@@ -204,7 +204,7 @@ def encode_index(index: ShardIndex) -> bytes:
 
 
 def require_header(magic: bytes, expected_magic: bytes, version: int) -> None:
-    """Raise StoreError unless a file is what its name says, in a version this code reads."""
+    """Raise StoreError unless a file is of the expected kind, in a version this code reads."""
     require(magic == expected_magic, "not a file of a candidate store", expected_magic, magic)
     require(version == FORMAT_VERSION, "another version of the format", FORMAT_VERSION, version)
 

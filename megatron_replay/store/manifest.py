@@ -44,12 +44,12 @@ SHARDS_PER_DIRECTORY = 1000
 
 
 def bin_path(directory: Path, shard: int) -> Path:
-    """Where the records of ``shard`` lie."""
+    """The file with the records of ``shard``."""
     return directory / f"{shard // SHARDS_PER_DIRECTORY:04d}" / f"shard-{shard:07d}.bin"
 
 
 def index_path(directory: Path, shard: int) -> Path:
-    """Where the index of ``shard`` lies; the shard is there if and only if this file is."""
+    """The file with the index of ``shard``; the shard is there if and only if this file is."""
     return bin_path(directory, shard).with_suffix(".idx")
 
 
@@ -73,7 +73,7 @@ class StoreDescription:
     """
 
     vocab_size: int
-    """Ids lie in ``0 <= id < vocab_size``."""
+    """Ids are in ``0 <= id < vocab_size``."""
     num_documents: int
     documents_per_shard: int
     """Shard s holds documents ``s * documents_per_shard`` and on; the last may hold fewer."""
@@ -156,7 +156,7 @@ def refuse_differences(
 
 
 def _read_object(path: Path, keys: set[str], *, most: int) -> dict[str, Any]:
-    """The JSON object in ``path``, of our format and version, with exactly ``keys`` beside."""
+    """The JSON object in ``path``, of our format and version, with exactly ``keys`` in addition."""
     size = require_regular(path, StoreError)
     with located(path):
         require(size <= most, "damaged: too large", f"at most {most} bytes", size)
@@ -203,7 +203,7 @@ def read_description(directory: Path) -> StoreDescription:
 
 
 class ShardRow(NamedTuple):
-    """What the manifest says of a shard."""
+    """A shard's row in the manifest."""
 
     bin_bytes: int
     bin_crc32: int
@@ -217,7 +217,7 @@ def read_index(
     """Read the index of ``shard`` and check that its ``.bin`` is there in full size.
 
     Args:
-        row: what the manifest says; None while there is no manifest.
+        row: the shard's row in the manifest; None while there is none.
 
     Raises:
         StoreError: either file is missing, cut off, damaged, of other documents, or not what
@@ -267,7 +267,7 @@ def write_manifest(directory: Path, description: StoreDescription) -> None:
 
 
 def read_manifest(directory: Path, description: StoreDescription) -> list[ShardRow]:
-    """What ``manifest.json`` says of each shard of a finished store.
+    """The row of each shard in the ``manifest.json`` of a finished store.
 
     Raises:
         StoreError: unfinished, or the manifest is damaged or of another description.

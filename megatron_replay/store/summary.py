@@ -165,7 +165,7 @@ def _verdict(summary: dict[str, Any]) -> str:
 
 
 def _advice(summary: dict[str, Any]) -> list[str]:
-    """The options that help where the numbers say that restricting the loss will hurt."""
+    """The options that help where the numbers show that restricting the loss will hurt."""
     advice, cap = [], summary["cap"]
     at_cap = cap is not None and cap["share_at_or_above"] > _MANY_AT_CAP
     hopeless = summary["coverage"]["mean"] < _LITTLE_COVERAGE

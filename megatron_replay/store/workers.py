@@ -25,7 +25,7 @@ def each_shard(
     """``(shard, work(shard))`` of every shard as each is done, in no fixed order.
 
     Raises:
-        Exception: what ``work`` raises, once the shards in progress are done; no other is begun.
+        Exception: what ``work`` raises, once the shards in progress are done; no other is started.
     """
     waiting = iter(shards)
     running: dict[Future[T], int] = {}

@@ -101,7 +101,7 @@ class ShardWriter:
 
 
 class CandidateWriter:
-    """Creates the store in ``directory``, or goes on with one of the same description.
+    """Creates the store in ``directory``, or continues one of the same description.
 
     Of the processes that write one store together, one passes ``lock=True``: it creates the
     directory before the others open it, keeps other runs out as long as it lives, and removes what

@@ -170,7 +170,7 @@ class QueryProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return child.wait(seconds)
             child.kill()
-        return None  # stuck in the kernel, on a dead disk, say
+        return None  # stuck in the kernel, for example on a dead disk
 
 
 def serve(parent: str, limits: str) -> None:

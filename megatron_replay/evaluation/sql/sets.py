@@ -135,10 +135,10 @@ def _read_plain(directory: Path) -> Iterator[SqlQuestion]:
 
 
 def read_questions(file: Path, layout: str) -> Iterator[SqlQuestion]:
-    """The questions of one file of Spider or BIRD, ``train_spider.json``, say.
+    """The questions of one file of Spider or BIRD, such as ``train_spider.json``.
 
     Args:
-        file: a JSON list; the databases are in a folder beside it.
+        file: a JSON list; the databases are in a folder next to it.
         layout: a key of ``LAYOUTS``.
 
     Raises:
