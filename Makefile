@@ -1,4 +1,4 @@
-# The doors of the house. Each one sets up what it needs.
+# The commands of this project. Each one sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
