@@ -1,4 +1,4 @@
-"""What several modules train on: made once."""
+"""What several modules train on, made once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,24 @@ from tests.e2e import stages
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint, corpus of 17 packs, or 5 iterations, and its store."""
-    folder = tmp_path_factory.mktemp("stage1")
-    tiny.save_corpus(folder / "corpus", num_documents=70)
+    """Checkpoint, corpus of 17 packs (5 iterations) and its store, and another corpus."""
+    folder = stages.prepare(tmp_path_factory.mktemp("stage1"))
     tiny.save_corpus(folder / "other", num_documents=10, seed=5)
-    tiny.save_qwen3(folder / "model", tied=True, num_hidden_layers=2)
-    stages.succeed("stage0", *stages.inputs(folder), "--store", folder / "store")
     return folder
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of ``folder``'s shapes and vocabulary, with other weights and rope_theta."""
+    model = tmp_path_factory.mktemp("other") / "model"
+    tiny.save_qwen3(model, tied=True, num_hidden_layers=2, seed=3, rope_theta=500.0)
+    (model / "generation_config.json").write_text('{"temperature": 0.6}')
+    return model
+
+
+@pytest.fixture(scope="session")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has taken two of its five steps; tests that change it copy it first."""
+    save = tmp_path_factory.mktemp("run") / "run"
+    stages.succeed("stage1", *stages.argv(folder, save, "--exit-interval", 2))
+    return save

@@ -10,33 +10,40 @@ import dataclasses
 import hashlib
 import json
 import re
+import typing
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_replay import flags
+from megatron_replay import parallel
+from megatron_replay.collection import collector
 from megatron_replay.config import Stage0Config, Stage1Config, flag_name
+from megatron_replay.training import batches, build
 from tests import pool, tiny
 from tests.e2e import stages
 
 pytestmark = pytest.mark.distributed
 
-#: Of each flag of Stage 1: what to give it, and what goes along in both runs that are compared.
-STAGE1: dict[str, list[str]] = {
+#: Of each flag: its value, and what goes along in both runs that are compared.
+BOTH: dict[str, list[str]] = {
     "tensor_model_parallel_size": ["2"],
     "pipeline_model_parallel_size": ["2"],
-    "sequence_parallel": ["", "--tensor-model-parallel-size", "1"],
     "platform": ["nonsense"],
     "distributed_timeout_minutes": ["3"],
-    "load": ["OTHER", "--allow-other-store"],
     "bf16": [""],
-    "data_path": ["TEXT", "--loss", "full"],
     "seq_length": ["32"],
     "long_documents": ["truncate", "--seq-length", "12"],
     "micro_batch_size": ["2"],
     "pack_documents": ["no"],
+    "seed": ["5"],
+}
+STAGE1: dict[str, list[str]] = {
+    **BOTH,
+    "sequence_parallel": ["", "--tensor-model-parallel-size", "1"],
+    "load": ["OTHER", "--allow-other-store"],
+    "data_path": ["TEXT", "--loss", "full"],
     "loss": ["full"],
     "store": ["LOGITS", "--candidate-scope", "document"],
     "allow_other_store": ["", "--load", "OTHER"],
@@ -58,19 +65,11 @@ STAGE1: dict[str, list[str]] = {
     "max_angle": ["1"],
     "obtuse": ["zero", "--lr", "1"],
     "mofo_fraction": ["0.5", "--optimizer", "mofo"],
-    "qk_clip_threshold": [
-        "0.01",
-        "--optimizer",
-        "muonclip",
-        "--load",
-        "LLAMA",
-        "--allow-other-store",
-    ],
+    "qk_clip_threshold": ["0.01", *"--optimizer muonclip --load LLAMA --allow-other-store".split()],
     "save": ["ELSEWHERE"],
     "global_batch_size": ["1"],
     "train_epochs": ["2"],
     "train_iters": ["1"],
-    "seed": ["5"],
     "save_interval": ["1"],
     "keep_last": ["1", "--save-interval", "1"],
     "exit_interval": ["1"],
@@ -82,66 +81,40 @@ STAGE1: dict[str, list[str]] = {
     "general_data_path": ["TEXT"],
 }
 STAGE0: dict[str, list[str]] = {
-    "tensor_model_parallel_size": ["2"],
-    "pipeline_model_parallel_size": ["2"],
+    **BOTH,
     "sequence_parallel": [""],
-    "platform": ["nonsense"],
-    "distributed_timeout_minutes": ["3"],
     "load": ["OTHER"],
-    "bf16": [""],
     "data_path": ["TEXT"],
-    "seq_length": ["32"],
-    "long_documents": ["truncate", "--seq-length", "12"],
-    "micro_batch_size": ["2"],
-    "pack_documents": ["no"],
     "store": ["ELSEWHERE"],
     "coverage": ["0.5"],
     "max_candidates": ["9"],
     "position_strategy": ["all"],
     "position_fraction": ["1"],
     "last_n": ["2", "--position-strategy", "last-token"],
-    "seed": ["5"],
     "store_logits": ["bf16"],
     "documents_per_shard": ["5"],
     "shards": ["0:1", "--documents-per-shard", "5"],
 }
-#: What is read nowhere, and so is refused.
-REFUSED = [
-    ("stage1", ["--mofo-fraction", "0.5"]),
-    ("stage1", ["--probe-interval", "0", "--probe-documents", "9"]),
-    ("stage1", ["--min-lr", "1e-4", "--lr-decay-style", "constant"]),
-    ("stage0", ["--position-strategy", "all", "--position-fraction", "0.9"]),
-    ("stage0", ["--position-strategy", "all", "--seed", "9"]),
-    ("stage0", ["--last-n", "9"]),
-]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("flags")
-    tiny.save_corpus(folder / "corpus", num_documents=12)
-    tiny.save_corpus(folder / "text", num_documents=12, seed=4)
     small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
-    tiny.save_qwen3(folder / "model", tied=True, **small)
+    folder = stages.prepare(tmp_path_factory.mktemp("flags"), documents=12, **small)
+    tiny.save_corpus(folder / "text", num_documents=12, seed=4)
     tiny.save_qwen3(folder / "other", tied=True, seed=7, **small)
     tiny.save_llama(folder / "llama", tied=True, num_hidden_layers=1)
-    common = stages.inputs(folder)
-    stages.succeed("stage0", *common, "--store", folder / "store")
-    stages.succeed("stage0", *common, "--store", folder / "logits", "--store-logits", "fp16",
-                   "--position-strategy", "random", "--coverage", 0.6)  # fmt: skip
+    logits = ["--store-logits", "fp16", "--position-strategy", "random", "--coverage", 0.6]
+    stages.succeed("stage0", *stages.inputs(folder), "--store", folder / "logits", *logits)
     return folder
 
 
-def _observe(rank: int, world_size: int, stage: str, argvs: list[list[str]]) -> list[Any]:
+def observe(rank: int, world_size: int, stage: str, argvs: list[list[str]]) -> list[Any]:
     """Each of several runs in this process, from outside and by what it was built with."""
-    return [_observed(stage, argv) for argv in argvs]
+    return [observe_one(stage, argv) for argv in argvs]
 
 
-def _observed(stage: str, argv: list[str]) -> Any:
-    from megatron_replay import parallel
-    from megatron_replay.collection import collector
-    from megatron_replay.training import batches, build
-
+def observe_one(stage: str, argv: list[str]) -> Any:
     built: list[Any] = []
 
     def noting(owner, name, note):
@@ -165,37 +138,32 @@ def _observed(stage: str, argv: list[str]) -> Any:
         noting(collector, "select_candidates", lambda _, labels, **__: len(labels)),
     ]
     try:
-        code, out, err = stages._main(0, 1, stage, argv, None)
+        code, out, err = stages.main(0, 1, stage, argv, None)
     finally:
         for owner, name, call in reversed(patches):
             setattr(owner, name, call)
         parallel_state.destroy_model_parallel()  # what a refused run has left
         if dist.is_initialized():
             dist.destroy_process_group()
-    return [
-        code,
-        *(re.sub(r"[\d.,]+", "#", text) for text in (out, err)),
-        repr(sorted(map(repr, built))),
-    ]
+    printed = (re.sub(r"[\d.,]+", "#", text) for text in (out, err))
+    return [code, *printed, repr(sorted(map(repr, built)))]
 
 
-def _held(directory) -> dict[str, Any]:
-    """Files by name, and what those hold that do not tell the time."""
+def held(directory) -> dict[str, Any]:
+    """Files by name, and of what they hold what does not depend on time."""
     held = {}
     for path in directory.rglob("*"):
         name = re.sub(r"events\.out.*", "events", str(path.relative_to(directory)))
         if path.name == "metrics.jsonl":
-            lines = path.read_text().splitlines()
-            held[name] = [_without_time(json.loads(line)) for line in lines]
+            held[name] = [
+                {k: v for k, v in json.loads(line).items() if not k.endswith("seconds")}
+                for line in path.read_text().splitlines()
+            ]
         elif path.suffix in (".distcp", ".bin", ".idx"):
             held[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.is_file():
             held[name] = None
     return held
-
-
-def _without_time(line: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in line.items() if k not in ("seconds", "data_wait_seconds")}
 
 
 def command(stage: str, folder, place, name: str, value: list[str]) -> list[str]:
@@ -218,7 +186,16 @@ def command(stage: str, folder, place, name: str, value: list[str]) -> list[str]
     return [str(places.get(x, x)) for x in map(str, [*argv, *context, *extra])]
 
 
-def _alone(name: str, value: list[str]) -> tuple[str, ...]:
+def observed(stage: str, runs: dict[Any, tuple[Any, list[str]]]) -> dict[Any, list[Any]]:
+    """By key: what a run printed and was built with, the files it left, and its exit code."""
+    [seen] = pool.run(1, observe, stage, [argv for _, argv in runs.values()])
+    return {
+        key: [[x.replace(str(place), "PLACE") for x in outside], held(place), code]
+        for (key, (place, _)), (code, *outside) in zip(runs.items(), seen, strict=True)
+    }
+
+
+def alone(name: str, value: list[str]) -> tuple[str, ...]:
     """What the run without a flag depends on: flags that share it are compared with one run."""
     return (name if name.startswith("train_") else "", *value[1:])
 
@@ -226,39 +203,20 @@ def _alone(name: str, value: list[str]) -> tuple[str, ...]:
 @pytest.mark.parametrize(("stage", "table"), [("stage1", STAGE1), ("stage0", STAGE0)])
 def test_every_flag_changes_something_or_is_refused(folder, tmp_path, stage, table):
     root = {"stage0": Stage0Config, "stage1": Stage1Config}[stage]
-    fields = [f.name for s in flags._sections(root).values() for f in dataclasses.fields(s)]
-    assert sorted(table) == sorted(fields), "a flag that this table does not know"
-    runs: dict[Any, tuple[Any, list[str]]] = {}  # what several flags are compared with, once
+    sections = typing.get_type_hints(root).values()
+    fields = [field.name for section in sections for field in dataclasses.fields(section)]
+    assert sorted(table) == sorted(fields), "the table lacks a flag, or has one too many"
+    runs: dict[Any, tuple[Any, list[str]]] = {}
     for name, value in table.items():
-        for key, given in ((_alone(name, value), [None, *value[1:]]), (name, value)):
+        for key, given in ((alone(name, value), [None, *value[1:]]), (name, value)):
             place = tmp_path / f"{len(runs):04d}"
             runs.setdefault(key, (place, command(stage, folder, place, name, given)))
-    [seen] = pool.run(1, _observe, stage, [argv for _, argv in runs.values()])
-    found = {
-        key: [[x.replace(str(place), "PLACE") for x in outside], _held(place), code]
-        for (key, (place, _)), (code, *outside) in zip(runs.items(), seen, strict=True)
-    }
+    again = tmp_path / "again"  # a run that is observed twice is the same: else nothing would show
+    runs["again"] = again, command(stage, folder, again, "load", [None])
+    found = observed(stage, runs)
+    assert found["again"] == found[alone("load", [""])]
     for name, value in table.items():
-        plain, changed = found[_alone(name, value)], found[name]
+        plain, changed = found[alone(name, value)], found[name]
         assert plain[2] == 0 or name in ("long_documents", "allow_other_store"), (name, plain)
         assert "Traceback" not in changed[0][1], (name, changed)
         assert plain != changed, f"{flag_name(name)} changes nothing"
-
-
-def test_a_run_observed_twice_is_the_same(folder, tmp_path):
-    """Without which the test above would show nothing."""
-    for stage in ("stage0", "stage1"):
-        places = [tmp_path / stage / "one", tmp_path / stage / "two"]
-        argvs = [command(stage, folder, place, "load", [None]) for place in places]
-        [seen] = pool.run(1, _observe, stage, argvs)
-        one, two = (
-            [[x.replace(str(place), "PLACE") for x in outside], _held(place), code]
-            for place, (code, *outside) in zip(places, seen, strict=True)
-        )
-        assert one == two
-
-
-@pytest.mark.parametrize(("stage", "extra"), REFUSED)
-def test_what_nothing_reads_is_refused(folder, tmp_path, stage, extra):
-    argv = command(stage, folder, tmp_path, "load", [None])
-    assert "uses it" in stages.fail(stage, *argv, *extra, code=2)

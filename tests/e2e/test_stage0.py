@@ -28,14 +28,8 @@ from megatron_replay.store.merge import merge_parts
 from tests import tiny
 from tests.e2e import stages
 
-SIZES = ["--seq-length", 64, "--documents-per-shard", 16]
-LAYOUTS = [
-    {"tp": 1},
-    {"tp": 2},
-    {"tp": 4},
-    {"tp": 4, "pp": 2},
-    {"tp": 2, "dp": 2},
-]
+pytestmark = pytest.mark.distributed
+LAYOUTS = [{"tp": 2}, {"tp": 4}, {"tp": 4, "pp": 2}, {"tp": 2, "dp": 2}]
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +63,22 @@ def _make_exact(weights) -> None:
     save_file(tensors, weights, {"format": "pt"})
 
 
+def argv(folder, store, *extra, model="exact") -> list[object]:
+    """Flags that make 3 shards."""
+    return [
+        "--load", folder / model, "--data-path", folder / "corpus", "--seq-length", 64,
+        "--store", store, "--documents-per-shard", 16, *extra,
+    ]  # fmt: skip
+
+
 def collect(folder, store, *extra, model="exact", **layout) -> str:
-    return stages.succeed(
-        "stage0",
-        "--load", folder / model, "--data-path", folder / "corpus", "--store", store,
-        *SIZES, *extra, **layout,
-    )  # fmt: skip
+    return stages.succeed("stage0", *argv(folder, store, *extra, model=model), **layout)
 
 
 def _cut_logits_into_small_chunks(rank: int) -> None:
     collector.LOGITS_CHUNK_SIZE = 7
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["bucket", "random"])
 def test_stores_are_byte_identical_for_equal_logits(folder, tmp_path, strategy):
     reference = tmp_path / "reference"
@@ -90,7 +87,7 @@ def test_stores_are_byte_identical_for_equal_logits(folder, tmp_path, strategy):
     reader = CandidateReader(reference)
     sizes = np.concatenate([np.diff(reader[i].offsets) for i in range(len(reader))])
     assert len(np.unique(sizes)) > 20  # the sets are worth comparing
-    for layout in LAYOUTS[1:] if strategy == "bucket" else LAYOUTS[3:4]:
+    for layout in LAYOUTS if strategy == "bucket" else LAYOUTS[2:3]:
         store = tmp_path / "-".join(f"{k}{v}" for k, v in layout.items())
         said = collect(folder, store, *flags, **layout)
         stages.same_tree(store, reference)
@@ -102,7 +99,6 @@ def test_stores_are_byte_identical_for_equal_logits(folder, tmp_path, strategy):
     stages.same_tree(tmp_path / "chunks", reference)
 
 
-@pytest.mark.distributed
 def test_sets_of_a_real_model_differ_only_by_rounding(folder, tmp_path):
     """Where a layout rounds logits otherwise, a set may gain or lose a token at the very cut."""
     flags = ["--position-strategy", "all", "--coverage", 0.4]
@@ -148,7 +144,6 @@ class Mortal:
         CandidateWriter.shard = logged
 
 
-@pytest.mark.distributed
 def test_killed_again_and_again_under_changing_layouts(folder, tmp_path):
     """One rank dies, the others are killed for it. At most one shard a rank is done twice."""
     small = ["--documents-per-shard", 1]
@@ -170,11 +165,9 @@ def test_killed_again_and_again_under_changing_layouts(folder, tmp_path):
     stages.same_tree(store, tmp_path / "whole")
 
 
-@pytest.mark.distributed
 def test_a_second_run_into_the_directory_is_refused_on_every_rank(folder, tmp_path):
-    argv = ["--load", folder / "exact", "--data-path", folder / "corpus", "--store", tmp_path]
     lock = DirectoryLock(tmp_path, purpose="this store")
-    message = stages.fail("stage0", *argv, *SIZES, code=6, tp=2)
+    message = stages.fail("stage0", *argv(folder, tmp_path), code=6, tp=2)
     lock.release()
     assert "another run is writing this store" in message
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -191,23 +184,21 @@ def _limit(size: int, rank: int) -> None:
     CandidateWriter.shard = begin_limited
 
 
-@pytest.mark.distributed
-def test_a_full_disk_is_told_and_the_rerun_goes_on(folder, tmp_path):
+def test_a_full_disk_is_reported_and_the_rerun_goes_on(folder, tmp_path):
     """The kernel refuses to let a file grow: shards 0 and 1 are larger than shard 2."""
     collect(folder, tmp_path / "whole")
     sizes = [path.stat().st_size for path in sorted((tmp_path / "whole").rglob("*.bin"))]
     assert sizes[2] < min(sizes[:2])
 
     store = tmp_path / "store"
-    argv = ["--load", folder / "exact", "--data-path", folder / "corpus", "--store", store]
-    message = stages.fail("stage0", *argv, *SIZES, code=6, before=partial(_limit, sizes[2] + 100))
+    limit = partial(_limit, sizes[2] + 100)
+    message = stages.fail("stage0", *argv(folder, store), code=6, before=limit)
     assert "shard-0000000.bin: cannot write: File too large" in message
     assert {path.name for path in store.rglob("*") if path.is_file()} == {".lock", "store.json"}
     collect(folder, store)
     stages.same_tree(store, tmp_path / "whole")
 
 
-@pytest.mark.distributed
 def test_stored_logits_are_the_model_s(folder, tmp_path):
     stored = {}
     for kind in ("fp16", "bf16"):
@@ -223,7 +214,6 @@ def test_stored_logits_are_the_model_s(folder, tmp_path):
     assert not np.array_equal(stored["bf16"].logits, document.logits)
 
 
-@pytest.mark.distributed
 def test_the_report_is_of_the_whole_store_and_the_cost_of_this_run(folder, tmp_path):
     """Tallied by two model copies, printed by the last stage; one shard was there already."""
     store = tmp_path / "store"
@@ -252,7 +242,6 @@ def test_the_report_is_of_the_whole_store_and_the_cost_of_this_run(folder, tmp_p
     assert json.loads((store / "cost.json").read_text()) == cost
 
 
-@pytest.mark.distributed
 def test_parts_written_in_two_places_merge_into_the_whole(folder, tmp_path):
     collect(folder, tmp_path / "whole", dp=2)
     said = collect(folder, tmp_path / "one", "--shards", "0:1", dp=2)
@@ -266,37 +255,26 @@ def test_parts_written_in_two_places_merge_into_the_whole(folder, tmp_path):
             relative = path.relative_to(tmp_path / "merged")
             assert path.read_bytes() == (tmp_path / "whole" / relative).read_bytes(), relative
     for shards in ("3:4", "1:1", "2", "a:b"):
-        message = stages.fail(
-            "stage0", "--load", folder / "exact", "--data-path", folder / "corpus",
-            "--store", tmp_path / "x", *SIZES, "--shards", shards, code=2,
-        )  # fmt: skip
+        message = stages.fail("stage0", *argv(folder, tmp_path / "x", "--shards", shards), code=2)
         assert f"expected FIRST:STOP within 0:3; found {shards}" in message
 
 
-@pytest.mark.distributed
 def test_other_settings_are_refused_by_name(folder, tmp_path):
     collect(folder, tmp_path / "store")
-    message = stages.fail(
-        "stage0",
-        "--load", folder / "exact", "--data-path", folder / "corpus", "--store", tmp_path / "store",
-        *SIZES, "--coverage", 0.9, code=5,
-    )  # fmt: skip
-    assert "coverage" in message
-    assert "0.95" in message
-    assert "0.9" in message
+    message = stages.fail("stage0", *argv(folder, tmp_path / "store", "--coverage", 0.9), code=5)
+    for expected in ("coverage", "0.95", "0.9"):
+        assert expected in message
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("policy", "said"), [("drop", "--long-documents drop"), ("truncate", "--long-documents trunc")]
-)
-def test_long_documents_are_counted(folder, tmp_path, policy, said):
-    argv = ["--load", folder / "exact", "--data-path", folder / "corpus", "--seq-length", 16]
-    message = stages.fail("stage0", *argv, "--store", tmp_path / "store", code=3)
+@pytest.mark.parametrize("policy", ["drop", "truncate"])
+def test_long_documents_are_counted(folder, tmp_path, policy):
+    # Documents without a position have no logits either.
+    short = ["--seq-length", 16, "--store-logits", "fp16"]
+    message = stages.fail("stage0", *argv(folder, tmp_path / "store", *short), code=3)
     assert "--long-documents" in message
-    argv += ["--store-logits", "fp16"]  # documents without a position have no logits either
     store = tmp_path / policy
-    assert said in stages.succeed("stage0", *argv, "--long-documents", policy, "--store", store)
+    out = collect(folder, store, *short, "--long-documents", policy)
+    assert f"--long-documents {policy}" in out
     counts = [len(document.positions) for document in CandidateReader(store)]
     assert len(counts) == 40
     assert 0 in counts

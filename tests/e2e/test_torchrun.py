@@ -16,6 +16,7 @@ from tests import processes, tiny
 from tests.e2e import stages
 from tests.same_weights import require_equal
 
+pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
 FAILING_RANK = ROOT / "tests" / "e2e" / "failing_rank.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -43,29 +44,18 @@ def start(command: list[str], said: Path, **environment: str) -> subprocess.Pope
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("torchrun")
-    tiny.save_corpus(folder / "corpus", num_documents=70)
-    tiny.save_qwen3(folder / "model", tied=True, num_hidden_layers=2)
-    return folder
+    return stages.prepare(tmp_path_factory.mktemp("torchrun"), store=False)
 
 
 def stage1_argv(folder: Path, save: Path, *extra: object) -> list[object]:
-    return [
-        "--load", folder / "model", "--data-path", folder / "corpus", "--seq-length", 64,
-        "--save", save, "--lr", 1e-3, "--global-batch-size", 4,
-        "--tensor-model-parallel-size", 2, *extra,
-    ]  # fmt: skip
+    return [*stages.argv(folder, save, *extra), "--tensor-model-parallel-size", 2]
 
 
-@pytest.mark.distributed
 def test_from_checkpoint_to_export_with_a_killed_rank_between(folder, tmp_path):
     """Its death ends all; by --max-restarts the second round goes on where the first had saved."""
     store, save, hung = (tmp_path / name for name in ("store", "run", "hung"))
-    common = ["--load", folder / "model", "--data-path", folder / "corpus", "--seq-length", 64]
-    done = run(
-        torchrun(2, "-m", "megatron_replay.stage0", *common, "--store", store,
-                 "--tensor-model-parallel-size", 2)
-    )  # fmt: skip
+    stage0 = ["-m", "megatron_replay.stage0", *stages.inputs(folder), "--store", store]
+    done = run(torchrun(2, *stage0, "--tensor-model-parallel-size", 2))
     assert done.returncode == 0, done.stderr
     assert "coverage" in done.stdout
     assert "Warning" not in done.stderr
@@ -93,7 +83,6 @@ def test_from_checkpoint_to_export_with_a_killed_rank_between(folder, tmp_path):
     require_equal(tmp_path / "back", tmp_path / "export")
 
 
-@pytest.mark.distributed
 def test_workers_end_with_a_torchrun_that_was_killed(folder, tmp_path):
     """They would write beside those of the next one. One waits for something, the other for it."""
     argv, hung = stage1_argv(folder, tmp_path / "run", "--loss", "full"), tmp_path / "hung"
@@ -108,8 +97,7 @@ def test_workers_end_with_a_torchrun_that_was_killed(folder, tmp_path):
     assert all(processes.wait(pid) for pid in workers)
 
 
-@pytest.mark.distributed
-def test_a_failing_rank_speaks_first_and_all_end(folder, tmp_path):
+def test_the_error_of_a_failing_rank_comes_first_and_all_end(folder, tmp_path):
     argv = stage1_argv(folder, tmp_path / "run", "--loss", "full")
     done = run(torchrun(2, FAILING_RANK, *argv), FAULT="raise")
     assert done.returncode != 0
@@ -117,7 +105,6 @@ def test_a_failing_rank_speaks_first_and_all_end(folder, tmp_path):
     assert errors == ["error (rank 1): RuntimeError: the device of this rank is broken"]
 
 
-@pytest.mark.distributed
 def test_ctrl_c_saves_and_the_rerun_finishes(folder, tmp_path):
     """A terminal sends SIGINT to the launcher and to every rank at once."""
     argv = stage1_argv(folder, tmp_path / "run", "--loss", "full", "--train-epochs", 400)

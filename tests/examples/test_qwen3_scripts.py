@@ -88,7 +88,7 @@ def execute(words: list[str]) -> None:
     module = words.index("-m") + 1
     ranks = int(words[words.index("--nproc_per_node") + 1])
     stage = words[module].removeprefix("megatron_replay.")
-    results = pool.run(ranks, stages._main, stage, words[module + 1 :], None)
+    results = pool.run(ranks, stages.main, stage, words[module + 1 :], None)
     assert [code for code, _, _ in results] == [0] * ranks, results
 
 

@@ -82,7 +82,7 @@ def _dies(
         ):
             for name in names:
                 setattr(module, name, mortal(getattr(module, name)))
-    return stages._main(rank, world_size, "stage1", command, None)[0]
+    return stages.main(rank, world_size, "stage1", command, None)[0]
 
 
 def live(victim: int, moment: int, seconds: float, command: list[str]) -> list[int | None]:

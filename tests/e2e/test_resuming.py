@@ -1,0 +1,136 @@
+"""A run that stops and goes on, on the same layout or another, is the run that never stopped."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import yaml
+
+from megatron_replay.checkpoint import training
+from megatron_replay.training import train
+from tests.e2e import stages
+from tests.e2e.stages import argv
+
+pytestmark = pytest.mark.distributed
+SHARDED = "--use-distributed-optimizer"
+
+#: Flags and layout. Runs of two epochs stop in the second.
+RESUMED = [
+    ("--candidate-scope document --tail ghost --train-epochs 2", {"tp": 2}),
+    ("--save-interval 2 --train-epochs 2", {}),
+    ("--bf16 --train-epochs 2", {"tp": 2}),
+    ("--loss full --save-interval 2 --train-epochs 2", {}),
+    ("--loss full --optimizer adamw", {"tp": 2}),
+    ("--loss full --obtuse zero", {"tp": 2}),
+    ("--loss full --optimizer mofo", {"tp": 2}),
+    ("--loss full --optimizer tam", {"tp": 2}),
+    ("--loss full --optimizer adamuon", {"tp": 2}),
+    ("--loss full --optimizer muonclip", {"tp": 2}),
+    (f"--loss full {SHARDED}", {"dp": 2}),
+    (f"--loss full --optimizer mofo --bf16 {SHARDED}", {"dp": 2}),
+]
+
+
+def print_loaders(rank: int) -> None:
+    """Print the loader's threads that are left when training has ended."""
+    original = train.train
+
+    def printing(run, stop):
+        original(run, stop)
+        print("loaders:", [t.name for t in threading.enumerate() if t.name.startswith("loader")])
+
+    train.train = printing
+
+
+@pytest.mark.parametrize(("flags", "layout"), RESUMED)
+def test_resuming_is_bitwise(folder, tmp_path, flags, layout):
+    """A planned stop is a success, and batches made ahead of it are made again."""
+    whole, parts, flags = tmp_path / "whole", tmp_path / "parts", flags.split()
+    stages.succeed("stage1", *argv(folder, whole, *flags), **layout)
+    losses = stages.losses(whole)
+    assert len(losses) > (5 if "--train-epochs" in flags else 4)
+    stop = len(losses) * 2 // 3
+    stages.succeed("stage1", *argv(folder, parts, *flags, "--exit-interval", stop), **layout)
+    assert stages.losses(parts) == losses[:stop]
+    out = stages.succeed("stage1", *argv(folder, parts, *flags), before=print_loaders, **layout)
+    assert f"resuming {parts} after iteration {stop}" in out
+    assert "loaders: []" in out
+    assert stages.losses(parts) == losses
+    assert stages.weights(parts) == stages.weights(whole)
+    if flags[0] == "--bf16":
+        assert losses[-1] < losses[0]  # fp32 masters move at rates below bf16's resolution
+
+
+#: Flags, layouts of the first three iterations and of the rest.
+MOVED = [
+    ("", {"tp": 4, "pp": 2}, {"tp": 2}),
+    ("--optimizer adamw", {"tp": 4, "pp": 2}, {"tp": 2}),
+    ("", {}, {"dp": 4}),
+    ("--no-pack-documents", {}, {"dp": 4}),
+    *(
+        (f"--loss full --optimizer {rule} {SHARDED}", {"tp": 4, "pp": 2}, {"tp": 2, "dp": 2})
+        for rule in ("moclip", "mofo", "tam", "adamw")
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "first", "then"), MOVED)
+def test_a_checkpoint_moves_to_another_layout(folder, tmp_path, flags, first, then):
+    """Every batch has the same documents, and the losses are those of one process."""
+    one, many, flags = tmp_path / "one", tmp_path / "many", flags.split()
+    stages.succeed("stage1", *argv(folder, one, *(flag for flag in flags if flag != SHARDED)))
+    stages.succeed("stage1", *argv(folder, many, *flags, "--exit-interval", 3), **first)
+    stages.succeed("stage1", *argv(folder, many, *flags), **then)
+    ours, expected = (
+        [(x["tokens"], x["positions"], x["loss"]) for x in stages.steps(save)]
+        for save in (many, one)
+    )
+    assert [x[:2] for x in ours] == [x[:2] for x in expected]
+    assert [x[2] for x in ours] == pytest.approx([x[2] for x in expected], abs=2e-5)
+
+
+def test_exit_interval_stops_at_its_multiples(folder, tmp_path):
+    """As Megatron's does, wherever the run was resumed: after 3 of 5, every 2 is after 4."""
+    for interval, reached in ((3, 3), (2, 4), (2, 5)):
+        stages.succeed("stage1", *argv(folder, tmp_path / "run", "--exit-interval", interval))
+        assert training.latest_iteration(tmp_path / "run") == reached
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert "is finished" in stages.succeed("stage1", *argv(folder, tmp_path / "run"), tp=2)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize("extra", [[], [SHARDED]])
+def test_adamws_checkpoint_continues_under_moclip_and_back(folder, tmp_path, extra):
+    save, flags = tmp_path / "run", ["--loss", "full", *extra]
+    for rule, stop in (("adamw", 2), ("moclip", 4), ("adamw", 5)):
+        rule_flags = ["--optimizer", rule, "--exit-interval", stop]
+        stages.succeed("stage1", *argv(folder, save, *flags, *rule_flags))
+    assert [line["iteration"] for line in stages.steps(save)] == [1, 2, 3, 4, 5]
+    ratios = [line["update"].get("momentum_over_grad_norm") for line in stages.steps(save)]
+    assert [ratio is None for ratio in ratios] == [True, True, False, False, True]
+    assert min(ratios[2:4]) > 0  # MoClip's first step finds AdamW's momentum: at a start it is 0
+    stages.succeed("stage1", *argv(folder, tmp_path / "alone", *flags, "--optimizer", "adamw"))
+    assert stages.losses(tmp_path / "alone")[:2] == stages.losses(save)[:2]
+
+
+def test_a_changed_setting_is_used_and_reported(folder, tmp_path):
+    """resolved_config.yaml holds what the steps were taken with; a run without steps keeps it."""
+    save, flags = tmp_path / "run", ["--loss", "full", "--train-iters", 4]
+
+    def recorded() -> float:
+        return yaml.safe_load((save / "resolved_config.yaml").read_text())["optimizer"]["lr"]
+
+    first = stages.succeed("stage1", *argv(folder, save, *flags, "--exit-interval", 3))
+    assert "changed" not in first
+    changed = ["--lr", 1e-5, "--max-angle", 90, "--lr-decay-style", "constant"]
+    out = stages.succeed("stage1", *argv(folder, save, *flags, *changed))
+    assert "--lr 0.001 -> 1e-05" in out
+    assert "--max-angle 45.0 -> 90.0" in out
+    last = stages.steps(save)[-1]
+    assert (last["lr"], recorded()) == (1e-5, 1e-5)
+    if last["update"]["degrees"] < 90:
+        assert last["update"]["clipped"] == 0
+    assert "nothing is left to do" in stages.succeed("stage1", *argv(folder, save, *flags))
+    stages.fail("stage1", *argv(folder, save, *flags, "--seed", 5), code=2)
+    assert recorded() == 1e-5
