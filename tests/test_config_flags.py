@@ -81,16 +81,16 @@ def test_boolean_flags_can_be_negated():
         ),
         (["--min-lr", "1e-4", "--lr-decay-style", "constant"], "as only --lr-decay-style cosine"),
         (
-            ["--mofo-fraction", "0.5"],
-            "--mofo-fraction: unusable value (expected 0.2, as only --opt",
-        ),
-        (
             ["--probe-interval", "0", "--general-data-path", "g"],
             "--general-data-path: unusable value (expected None, as only --probe-interval uses",
         ),
         (["--probe-interval", "0", "--probe-documents", "9"], "as only --probe-interval uses it"),
         (["--loss", "full", "--probe-interval", "0"], "--store: unusable value (expected no store"),
         (["--print-config", "--dry-run"], "not allowed with argument"),
+        (["--loss", "full", "--head-backend", "cpu"], "--head-backend: unusable value"),
+        (["--optimizer", "adamw", "--max-angle", "30"], "--max-angle: unusable value (expected 45"),
+        (["--optimizer", "sgd"], "expected one of moclip, adamw, mofo, tam, adamuon, muonclip"),
+        (["--angle-scope", "tensor", "--obtuse", "zero"], "--obtuse"),
         (
             ["--sequence-parallel", "--tensor-model-parallel-size", "3"],
             "--seq-length: unusable value (expected a multiple of --tensor-model-parallel-size 3",
@@ -118,17 +118,21 @@ def test_a_missing_flag_is_named():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    "argv",
     [
-        ("--coverage", "0"),
-        ("--coverage", "1.5"),
-        ("--max-candidates", "256"),
-        ("--seed", "-1"),
+        "--coverage 0",
+        "--coverage 1.5",
+        "--max-candidates 256",
+        "--seed -1",
+        "--last-n 9",
+        "--seed 9 --position-strategy all",
+        "--position-fraction 0.9 --position-strategy all",
     ],
 )
-def test_stage0_ranges(option, value):
-    with pytest.raises(ConfigError, match=f"{option}: unusable value .expected .*; found"):
-        parse([*STAGE0, option, value], Stage0Config)
+def test_a_mistake_of_stage_0_names_its_flag(argv):
+    """A value out of range, or one that nothing would use."""
+    with pytest.raises(ConfigError, match=f"{argv.split()[0]}: unusable value .expected .*; found"):
+        parse([*STAGE0, *argv.split()], Stage0Config)
 
 
 @pytest.mark.parametrize(
