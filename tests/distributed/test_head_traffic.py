@@ -60,14 +60,10 @@ class Traffic(TorchDispatchMode):
         super().__exit__(*args)
 
 
-def selected() -> tuple[HeadCase, Tensor]:
+def case_of(scope: str) -> tuple[HeadCase, Tensor]:
     """Eleven positions, most of them at the beginning: some sequence shards have none."""
     rows_N = torch.tensor([0, 1, 2, 3, 5, 9, 16, 17, 18, 24, 25])
-    return head_case(T=len(rows_N), V=V, H=H, seed=3, scale=0.4), rows_N
-
-
-def case_of(scope: str) -> tuple[HeadCase, Tensor]:
-    case, rows_N = selected()
+    case = head_case(T=len(rows_N), V=V, H=H, seed=3, scale=0.4)
     if scope == "document":
         case.group_offsets, case.mask_GV = torch.tensor([0, 6, 11]), case.mask_GV[:2].clone()
         case.mask_GV[torch.tensor([0] * 6 + [1] * 5), case.labels_T] = True
@@ -140,35 +136,24 @@ def test_three_small_collectives_and_the_right_numbers(
     assert error(weight_grad, dense_weight_grad) < 1e-6
 
 
-def nothing_selected_on(rank: int, world_size: int, layout: Layout) -> list[Any]:
-    """A micro-batch without a position: no rank may wait for another."""
-    groups = join_groups(layout)
-    shards = layout.tp if layout.sequence_parallel else 1
-    hidden_SBH = torch.randn(S // shards, B, H, requires_grad=True)
-    hidden = HiddenStates(hidden_SBH, groups.tp_group, sequence_parallel=layout.sequence_parallel)
-    rows_NH = hidden[torch.empty(0, dtype=torch.int64)]
-    rows_NH.sum().backward()
-    assert hidden_SBH.grad is not None
-    return [list(rows_NH.shape), bool(hidden_SBH.grad.any())]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS[::2], ids=str)
-def test_no_position_at_all(layout: Layout) -> None:
-    assert pool.run(layout.tp, nothing_selected_on, layout) == [[[0, H], False]] * layout.tp
-
-
-def all_rows_on(rank: int, world_size: int, layout: Layout) -> Tensor:
+def rows_on(rank: int, world_size: int, layout: Layout) -> tuple[Tensor, list[int], Tensor]:
+    """All rows; and of a micro-batch without a position, the shape of its rows and the gradient."""
     groups = join_groups(layout)
     hidden_SBH = torch.arange(S * B * H).view(S, B, H).float()
     if layout.sequence_parallel:
         hidden_SBH = hidden_SBH.chunk(layout.tp)[groups.tp_rank]
-    return HiddenStates(
-        hidden_SBH, groups.tp_group, sequence_parallel=layout.sequence_parallel
-    ).all()
+    hidden_SBH.requires_grad_()
+    hidden = HiddenStates(hidden_SBH, groups.tp_group, sequence_parallel=layout.sequence_parallel)
+    none_NH = hidden[torch.empty(0, dtype=torch.int64)]
+    none_NH.sum().backward()  # no rank may wait for another
+    assert hidden_SBH.grad is not None
+    return hidden.all().detach(), list(none_NH.shape), hidden_SBH.grad
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_all_rows_are_pack_after_pack(layout: Layout) -> None:
+def test_all_rows_are_pack_after_pack_and_no_position_gets_no_gradient(layout: Layout) -> None:
     expected = torch.arange(S * B * H).view(S, B, H).float().transpose(0, 1).flatten(0, 1)
-    for found in pool.run(layout.tp, all_rows_on, layout):
+    for found, shape, gradient in pool.run(layout.tp, rows_on, layout):
         assert torch.equal(found, expected)
+        assert shape == [0, H]
+        assert not gradient.any()

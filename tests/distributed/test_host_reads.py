@@ -15,7 +15,6 @@ from torch import Tensor
 import megatron_replay.training.build as build
 import megatron_replay.training.train as train
 from megatron_replay.loss.pairs import pair_backend
-from tests import tiny
 from tests.distributed import host_reads
 from tests.e2e import stages
 
@@ -35,10 +34,7 @@ MEGATRON = {
 #: Adam's count of steps, which is a tensor on the host.
 ON_HOST = {"__int__ in optim/groups.py CheckedAdamW._batches"}
 CASES: dict[str, tuple[list[object], dict[str, int]]] = {
-    "TP2 SP": (
-        ["--sequence-parallel", "--bf16", "--tail", "ghost"],
-        {"tp": 2},
-    ),
+    "TP2 SP": (["--sequence-parallel", "--bf16", "--tail", "ghost"], {"tp": 2}),
     "DP2 ZeRO-1": (["--use-distributed-optimizer", "--bf16"], {"dp": 2}),
     "PP2": ([], {"pp": 2}),
     "TP2 document": (
@@ -93,12 +89,7 @@ def count(rank: int, directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reads")
-    tiny.save_corpus(folder / "corpus", num_documents=40)
-    tiny.save_qwen3(folder / "model", tied=True, num_hidden_layers=2)
-    with_logits = ["--store", folder / "store", "--store-logits", "fp16"]
-    stages.succeed("stage0", *stages.inputs(folder), *with_logits)
-    return folder
+    return stages.prepare(tmp_path_factory.mktemp("reads"), "--store-logits", "fp16", documents=40)
 
 
 @pytest.mark.parametrize("case", CASES)

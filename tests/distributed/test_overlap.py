@@ -18,14 +18,9 @@ from megatron.core.distributed.param_and_grad_buffer import (
 )
 
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.packing import PackedBatch
-from megatron_replay.data.replay import full_targets
-from megatron_replay.forward import MicroBatch, forward_backward
-from megatron_replay.model import heads
-from megatron_replay.model.selected_rows import SelectedRows
-from megatron_replay.training.metrics import read_metrics
+from megatron_replay.forward import forward_backward
 from megatron_replay.training.step import wrap_for_training
-from tests import pool, tiny
+from tests import pool
 from tests.distributed import layouts
 from tests.distributed.layouts import Layout
 from tests.e2e import stages
@@ -37,23 +32,6 @@ GRIDS = {
     2: [Layout(dp=2), Layout(dp=2, bf16=True)],
     4: [Layout(tp=2, dp=2, sequence_parallel=True), Layout(pp=2, dp=2)],
 }
-
-
-def work(
-    groups: Any, layout: Layout, batches: list[PackedBatch], *, empty: int
-) -> list[MicroBatch]:
-    """``empty``: the micro-batch whose positions are left out, on the second DP rank."""
-    made = []
-    for number, batch in enumerate(batches):
-        rows_N, labels_N = full_targets(batch)
-        if number == empty and groups.dp_rank == 1:
-            rows_N, labels_N = rows_N[:0], labels_N[:0]
-        rows = SelectedRows.of(
-            rows_N, batch.segments, layouts.SEQ_LENGTH, groups.tp_group,
-            sequence_parallel=layout.sequence_parallel,
-        )  # fmt: skip
-        made.append(MicroBatch(batch, heads.full_loss(rows.rows_N, labels_N, groups), rows))
-    return made
 
 
 def train(
@@ -77,7 +55,8 @@ def train(
         for k in range(STEPS):
             wrapped.zero_grad_buffer()
             batches = layouts.micro_batches(groups, corpus, k)
-            forward_backward(wrapped, work(groups, layout, batches, empty=len(batches) - k % 3))
+            empty = len(batches) - k % 3 if groups.dp_rank == 1 else None
+            forward_backward(wrapped, layouts.full_loss_work(layout, groups, batches, empty=empty))
             steps.append(summed_gradients(wrapped, groups, zero=zero))
     return steps, begun
 
@@ -107,12 +86,12 @@ def compare(_: int, world_size: int, folders: dict[bool, Path]) -> dict[str, tup
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    made = {}
-    for tied in (True, False):
-        made[tied] = tmp_path_factory.mktemp("tied" if tied else "untied")
-        tiny.save_qwen3(made[tied] / "model", tied=tied, num_hidden_layers=2)
-        tiny.save_corpus(made[tied] / "corpus", num_documents=60)
-    return made
+    return {
+        tied: stages.prepare(
+            tmp_path_factory.mktemp("overlap"), documents=60, store=not tied, tied=tied
+        )
+        for tied in (True, False)
+    }
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -126,17 +105,14 @@ def test_overlapped_gradients_equal_those_summed_afterwards(world_size, folders)
 
 def test_everything_together_in_bf16_equals_one_process(folders, tmp_path):
     """TP2 PP2 DP2, sequence parallel, ZeRO-1, restricted: loss and gradient norm."""
-    folder, shards = folders[False], ["--sequence-parallel", "--use-distributed-optimizer"]
-    stages.succeed("stage0", *stages.inputs(folder), "--store", folder / "store")
-    flags = ["--bf16", "--exit-interval", 3]
+    folder, flags = folders[False], ["--bf16", "--exit-interval", 3]
     stages.succeed("stage1", *stages.argv(folder, tmp_path / "alone", *flags))
-    flags += shards
+    flags += ["--sequence-parallel", "--use-distributed-optimizer"]
     stages.succeed("stage1", *stages.argv(folder, tmp_path / "all", *flags), tp=2, pp=2, dp=2)
     alone, together = (
-        [(line["loss"], line["grad_norm"]) for line in read_metrics(save / "metrics.jsonl")
-         if "loss" in line]
-        for save in (tmp_path / "alone", tmp_path / "all")
-    )  # fmt: skip
+        [(line["loss"], line["grad_norm"]) for line in stages.steps(tmp_path / name)]
+        for name in ("alone", "all")
+    )
     assert len(alone) == 3
     for ours, expected in zip(together, alone, strict=True):
         assert ours == pytest.approx(expected, rel=2e-3)  # measured: 4e-4

@@ -12,8 +12,8 @@ from tests.e2e import stages
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint, corpus of 17 packs (5 iterations) and its store, and another corpus."""
-    folder = stages.prepare(tmp_path_factory.mktemp("stage1"))
+    """Checkpoint, corpus of 17 packs (5 iterations), a store with logits, and another corpus."""
+    folder = stages.prepare(tmp_path_factory.mktemp("stage1"), "--store-logits", "fp16")
     tiny.save_corpus(folder / "other", num_documents=10, seed=5)
     return folder
 

@@ -47,7 +47,7 @@ REFUSED = [
     ("--lr-warmup-iters 1000", 2, "--lr-warmup-iters"),
     ("--head-backend triton", 2, "the triton backend cannot run"),
     ("--head-backend ascend", 2, "the ascend backend cannot run"),
-    ("--kl-weight 0.5", 5, "the store has no logits"),
+    ("--kl-weight 0.5 --store {wrong}/again", 5, "the store has no logits"),
     ("--optimizer muonclip --qk-clip-threshold 100", 2, "QK-norm"),
     ("--optimizer adamuon --use-distributed-optimizer", 2, "whole matrices"),
     ("--optimizer muonclip --use-distributed-optimizer", 2, "whole matrices"),

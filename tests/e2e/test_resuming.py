@@ -68,6 +68,7 @@ MOVED = [
     ("--optimizer adamw", {"tp": 4, "pp": 2}, {"tp": 2}),
     ("", {}, {"dp": 4}),
     ("--no-pack-documents", {}, {"dp": 4}),
+    ("--tail ghost --kl-weight 0.5", {"tp": 2}, {"dp": 2}),
     *(
         (f"--loss full --optimizer {rule} {SHARDED}", {"tp": 4, "pp": 2}, {"tp": 2, "dp": 2})
         for rule in ("moclip", "mofo", "tam", "adamw")

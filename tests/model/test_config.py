@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from megatron_replay import parallel
+from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.config import ParallelConfig
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.model.config import ModelConfig
@@ -167,6 +170,24 @@ def test_what_old_llama_files_leave_out(tmp_path):
         assert (theirs.head_dim, theirs.num_key_value_heads) == (12, 4)
         assert config.rotary_base == theirs.rope_parameters["rope_theta"] == 1e4
         assert config.tie_embeddings is theirs.tie_word_embeddings is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_stored_rotary_frequencies_must_be_those_of_rope_theta(tmp_path, dtype):
+    """Llama 2's files hold them; transformers makes its own, and so do we."""
+    tiny.save_llama(tmp_path, tied=True)
+    config, weights = ModelConfig.from_hf(tmp_path), load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    right = tiny.load_reference(tmp_path).model.rotary_emb.inv_freq
+    for stored, name_stored, error in (
+        (right, name, None),
+        (right / 2, name, f"{name} differs"),
+        (right[:-1], name, f"{name} differs"),
+        (right, name + "s", "not part of the model"),
+    ):
+        save_file({**weights, name_stored: stored.to(dtype)}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=error) if error else contextlib.nullcontext():
+            HFReader(tmp_path).check(config)
 
 
 def write(directory: Path, **changes: Any) -> Path:
