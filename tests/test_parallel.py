@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_replay import cli, parallel, platform
-from megatron_replay.config import ParallelConfig
+from megatron_replay.config import ParallelConfig, Stage0Config
 from megatron_replay.errors import ConfigError, TrainingError
 from megatron_replay.parallel import environment_world_size
 from megatron_replay.training.interrupt import StopRequest
@@ -52,40 +52,34 @@ def test_the_variables_that_a_launcher_must_set(monkeypatch, environment, found)
     if isinstance(found, int):
         assert environment_world_size() == found
     else:
-        with pytest.raises(ConfigError, match=r"environment: .*torchrun") as caught:
+        with pytest.raises(ConfigError, match=r"do not know of each other.*torchrun") as caught:
             environment_world_size()
         assert found in str(caught.value)
 
 
-def alone(rank: int) -> str:
+def meet_alone(found: Path, rank: int) -> None:
+    """Rank ``rank`` of 2, without the other; its error goes to a file."""
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"
     )
     if rank == 0:  # it listens: any free port
         os.environ["MASTER_PORT"] = "0"
     try:
-        parallel.initialize(
-            ParallelConfig(distributed_timeout_minutes=0.02), platform.select("cpu")
-        )
+        brief = ParallelConfig(distributed_timeout_minutes=0.02)
+        parallel.initialize(brief, platform.select("cpu"))
     except TrainingError as error:
-        return str(error)
-    return "all came"
+        found.write_text(str(error))
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_without_the_others_ends_with_one_line(tmp_path, rank):
-    said = tmp_path / "said"
-    assert processes.wait(processes.fork(write_answer, said, rank)) == 0
-    assert (
-        f"rank {rank} of 2 did not connect to the others within --distributed" in said.read_text()
-    )
-    assert "MASTER_ADDR=127.0.0.1 MASTER_PORT=" in said.read_text()
-    assert "\n" not in said.read_text()
-
-
-def write_answer(said: Path, rank: int) -> None:
-    said.write_text(alone(rank))
+    found = tmp_path / "found"
+    assert processes.wait(processes.fork(meet_alone, found, rank)) == 0
+    message = found.read_text()
+    assert f"rank {rank} of 2 did not meet the others within --distributed" in message
+    assert "MASTER_ADDR=127.0.0.1 MASTER_PORT=" in message
+    assert "\n" not in message
 
 
 def timeouts(rank: int, world_size: int) -> set[datetime.timedelta]:
@@ -146,8 +140,6 @@ def test_the_error_names_the_missing_rank_and_the_flag():
 def test_an_explained_error_is_one_line(capsys, tmp_path):
     def fail(_) -> None:
         raise RuntimeError("Timed out")
-
-    from megatron_replay.config import Stage0Config
 
     argv = ["--load", "m", "--data-path", "d", "--store", "s"]
     code = cli.launch("x", Stage0Config, fail, str, lambda _: TrainingError("rank 1"), argv)

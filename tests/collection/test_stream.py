@@ -34,9 +34,8 @@ class Part:
     ids: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ids = np.tile(
-            np.arange(SET_SIZE, dtype=np.int32), (self.stop - self.start) * POSITIONS
-        )
+        count = (self.stop - self.start) * POSITIONS
+        self.ids = np.tile(np.arange(SET_SIZE, dtype=np.int32), count)
 
     @property
     def nbytes(self) -> int:

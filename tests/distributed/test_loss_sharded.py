@@ -104,14 +104,10 @@ def heads_on(rank: int, world_size: int, reduce_hidden_grad: bool) -> list[list[
 def dense_heads() -> list[list[Tensor]]:
     expected = []
     for case, tail_logit_T, stored in head_cases():
-        every = torch.ones(140, 64, dtype=torch.bool)
-        full = HeadCase(
-            case.hidden_TH, case.weight_VH, case.labels_T, case.upstream_T, every, None
-        ).dense()
         p_TV = (case.hidden_TH.double() @ case.weight_VH.double().T).softmax(1)
         outside_T = (p_TV * ~case.mask_TV).sum(1)
         divergence = tails.dense(case, own=stored, kl_weight=0.5)
-        expected.append([*case.dense(tail_logit_T), *full, outside_T, *divergence])
+        expected.append([*case.dense(tail_logit_T), *case.dense_full(), outside_T, *divergence])
     return expected
 
 

@@ -6,10 +6,12 @@ Shapes: T positions, V vocabulary, H hidden channels, G candidate sets.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from megatron_replay.loss.candidate_sets import CandidateSets
@@ -76,18 +78,27 @@ class HeadCase:
         )
         return whole.shard(start, (V if stop is None else stop) - start).with_transpose()
 
-    def dense(self, tail_logit_T: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def dense(self, tail_logit_T: Tensor | None = None) -> list[Tensor]:
         """Loss and the gradients in hidden and weight, by autograd through [T, V] in float64."""
+        tail_logit_T = None if tail_logit_T is None else tail_logit_T.double()
+        return self.through(
+            lambda z_TV: restricted_cross_entropy_dense(
+                z_TV, self.mask_TV, self.labels_T, tail_logit_T
+            )
+        )
+
+    def dense_full(self) -> list[Tensor]:
+        """The same of cross-entropy over the whole vocabulary."""
+        return self.through(lambda z_TV: F.cross_entropy(z_TV, self.labels_T, reduction="none"))
+
+    def through(self, loss: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """``loss`` of the float64 logits [T, V], and its gradients in hidden and weight."""
         hidden_TH = self.hidden_TH.double().requires_grad_()
         weight_VH = self.weight_VH.double().requires_grad_()
-        tail_logit_T = None if tail_logit_T is None else tail_logit_T.double()
-        loss_T = restricted_cross_entropy_dense(
-            hidden_TH @ weight_VH.T, self.mask_TV, self.labels_T, tail_logit_T
-        )
-        (loss_T * self.upstream_T.double()).sum().backward()
-        assert hidden_TH.grad is not None
-        assert weight_VH.grad is not None
-        return loss_T.detach(), hidden_TH.grad, weight_VH.grad
+        loss_T = loss(hidden_TH @ weight_VH.T)
+        operands = [hidden_TH, weight_VH]
+        upstream_T = self.upstream_T.double()
+        return [loss_T.detach(), *torch.autograd.grad((loss_T * upstream_T).sum(), operands)]
 
 
 def head_case(

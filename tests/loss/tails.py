@@ -81,20 +81,18 @@ def dense(
     kl_weight: float = 0.0,
 ) -> list[Tensor]:
     """The same through [T, V]: log p~ of every id that counts."""
-    hidden_TH = case.hidden_TH.double().requires_grad_()
-    weight_VH = case.weight_VH.double().requires_grad_()
-    z_TV = hidden_TH @ weight_VH.T
-    log_p_TV = z_TV - z_TV.masked_fill(~case.mask_TV, -math.inf).logsumexp(1, keepdim=True)
-    loss_T = -log_p_TV.gather(1, case.labels_T[:, None]).squeeze(1)
-    if own is not None:
+
+    def loss(z_TV: Tensor) -> Tensor:
+        log_p_TV = z_TV - z_TV.masked_fill(~case.mask_TV, -math.inf).logsumexp(1, keepdim=True)
+        loss_T = -log_p_TV.gather(1, case.labels_T[:, None]).squeeze(1)
+        if own is None:
+            return loss_T
         ids, offsets, logits = own
         divergences = []
         for t in range(len(loss_T)):
             span = slice(int(offsets[t]), int(offsets[t + 1]))
             log_q = logits[span].double().log_softmax(0)
             divergences.append((log_q.exp() * (log_q - log_p_TV[t, ids[span].long()])).sum())
-        loss_T = loss_T + kl_weight * torch.stack(divergences)
-    (loss_T * case.upstream_T.double()).sum().backward()
-    assert hidden_TH.grad is not None
-    assert weight_VH.grad is not None
-    return [loss_T.detach(), hidden_TH.grad, weight_VH.grad]
+        return loss_T + kl_weight * torch.stack(divergences)
+
+    return case.through(loss)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,16 +28,6 @@ def run(case: HeadCase, **options: Any) -> list[Tensor]:
     return [loss_N.detach(), hidden_NH.grad, weight_VH.grad]
 
 
-def full(case: HeadCase) -> list[Tensor]:
-    hidden_NH = case.hidden_TH.double().requires_grad_()
-    weight_VH = case.weight_VH.double().requires_grad_()
-    loss_N = F.cross_entropy(hidden_NH @ weight_VH.T, case.labels_T, reduction="none")
-    (loss_N * case.upstream_T).sum().backward()
-    assert hidden_NH.grad is not None
-    assert weight_VH.grad is not None
-    return [loss_N.detach(), hidden_NH.grad, weight_VH.grad]
-
-
 @given(seed=seeds, N=st.integers(1, 60), V=st.integers(1, 80), chunk_rows=st.integers(1, 70))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_against_float64_autograd(seed: int, N: int, V: int, chunk_rows: int) -> None:
@@ -47,7 +36,7 @@ def test_against_float64_autograd(seed: int, N: int, V: int, chunk_rows: int) ->
         patch.setattr(full_loss, "BLOCK_ROWS", 17)  # several blocks of a small vocabulary
         found = run(case, chunk_rows=chunk_rows)
     floors = (1.0, *case.terms)
-    for ours, dense, floor in zip(found, full(case), floors, strict=True):
+    for ours, dense, floor in zip(found, case.dense_full(), floors, strict=True):
         assert error(ours, dense, floor=floor) < 1e-6
 
 

@@ -91,15 +91,7 @@ def test_corollary_1_bias_is_bounded_by_coverage(seed: int, coverage: float) -> 
 def test_the_whole_vocabulary_gives_full_cross_entropy(groups: int) -> None:
     case = head_case(T=9, V=33, H=8, seed=0, share=1.0, groups=groups)
     case.mask_GV[:] = True
-    loss_T, hidden_grad, weight_grad = run(case)
-    hidden_TH = case.hidden_TH.double().requires_grad_()
-    weight_VH = case.weight_VH.double().requires_grad_()
-    full_T = F.cross_entropy(hidden_TH @ weight_VH.T, case.labels_T, reduction="none")
-    (full_T * case.upstream_T).sum().backward()
-    for found, expected in zip(
-        (loss_T, hidden_grad, weight_grad), (full_T, hidden_TH.grad, weight_VH.grad), strict=True
-    ):
-        assert expected is not None
+    for found, expected in zip(run(case), case.dense_full(), strict=True):
         assert error(found, expected) < 1e-6
 
 
@@ -161,13 +153,6 @@ def test_rows_outside_every_set_get_no_gradient() -> None:
     untouched = ~case.mask_TV.any(0)
     assert untouched.any()
     assert (weight_grad[untouched] == 0).all()
-
-
-def test_a_ghost_of_minus_infinity_is_none() -> None:
-    case = head_case(T=12, V=30, H=4, seed=2)
-    ghost = run(case, tail_logit_T=torch.full((12,), -math.inf))
-    for found, expected in zip(ghost, run(case), strict=True):
-        assert torch.equal(found, expected)
 
 
 def test_large_tiles_and_small_ones_agree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,40 +35,31 @@ TINY: dict[str, Any] = {
     "layernorm_epsilon": 1e-6,
 }
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-#: From the config.json each is published with.
-QWEN3_4B = ModelConfig(
-    num_layers=36, hidden_size=2560, ffn_hidden_size=9728, num_attention_heads=32,
-    num_query_groups=8, kv_channels=128, vocab_size=151936, max_position_embeddings=40960,
-    rotary_base=1e6, layernorm_epsilon=1e-6, tie_embeddings=True,
-)  # fmt: skip
-QWEN3_8B = ModelConfig(
-    num_layers=36, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32,
-    num_query_groups=8, kv_channels=128, vocab_size=151936, max_position_embeddings=40960,
-    rotary_base=1e6, layernorm_epsilon=1e-6, tie_embeddings=False,
-)  # fmt: skip
-LLAMA_2_7B = ModelConfig(
-    num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32,
-    num_query_groups=32, kv_channels=128, vocab_size=32000, max_position_embeddings=4096,
-    rotary_base=1e4, layernorm_epsilon=1e-5, tie_embeddings=False, qk_layernorm=False,
-)  # fmt: skip
-LLAMA_3_8B = ModelConfig(
-    num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32,
-    num_query_groups=8, kv_channels=128, vocab_size=128256, max_position_embeddings=8192,
-    rotary_base=5e5, layernorm_epsilon=1e-5, tie_embeddings=False, qk_layernorm=False,
-)  # fmt: skip
+#: From the config.json each is published with: layers, hidden and FFN size, heads, groups,
+#: vocabulary, positions, theta, epsilon, tied, QK-norm; and its number of parameters.
+PUBLISHED = {
+    "Qwen3 4B": (36, 2560, 9728, 32, 8, 151936, 40960, 1e6, 1e-6, True, True, 4_022_468_096),
+    "Qwen3 8B": (36, 4096, 12288, 32, 8, 151936, 40960, 1e6, 1e-6, False, True, 8_190_735_360),
+    "Llama 2 7B": (32, 4096, 11008, 32, 32, 32000, 4096, 1e4, 1e-5, False, False, 6_738_415_616),
+    "Llama 3 8B": (32, 4096, 14336, 32, 8, 128256, 8192, 5e5, 1e-5, False, False, 8_030_261_248),
+}
 QK_NORMS = ("q_layernorm.weight", "k_layernorm.weight")
 #: What is told apart: (tied, QK-norm).
 KINDS = [(True, True), (False, True), (True, False)]
 GRIDS = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2), (1, 4)]}
 
 
-def test_published_totals():
-    assert QWEN3_4B.num_parameters() == 4_022_468_096
-    assert QWEN3_8B.num_parameters() == 8_190_735_360
-    assert LLAMA_2_7B.num_parameters() == 6_738_415_616
-    assert LLAMA_3_8B.num_parameters() == 8_030_261_248
-    for model in (QWEN3_4B, QWEN3_8B, LLAMA_2_7B, LLAMA_3_8B):
-        assert model.parameters_per_device(1, 1) == model.num_parameters()
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_totals(name):
+    *sizes, tied, qk_layernorm, parameters = PUBLISHED[name]
+    layers, hidden, ffn, heads, groups, vocab, positions, theta, epsilon = sizes
+    model = ModelConfig(
+        num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=heads,
+        num_query_groups=groups, kv_channels=128, vocab_size=vocab,
+        max_position_embeddings=positions, rotary_base=theta, layernorm_epsilon=epsilon,
+        tie_embeddings=tied, qk_layernorm=qk_layernorm,
+    )  # fmt: skip
+    assert model.num_parameters() == model.parameters_per_device(1, 1) == parameters
 
 
 def real_shapes(rank: int, world_size: int) -> dict[tuple, tuple[int, dict[str, tuple[int, ...]]]]:
@@ -109,48 +100,25 @@ def test_counts_are_those_of_megatron_core(world_size):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_reads_what_transformers_writes_and_back(tmp_path, tied):
-    tiny.save_qwen3(
-        tmp_path, tied=tied, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}
-    )
-    config = ModelConfig.from_hf(tmp_path)
-    model = tiny.load_reference(tmp_path)
+@pytest.mark.parametrize(
+    ("save", "groups"), [(tiny.save_qwen3, (4, 16)), (tiny.save_llama, (2, 8))]
+)
+def test_reads_what_transformers_writes_and_back(tmp_path, save, groups, tied):
+    save(tmp_path, tied=tied, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    config, model = ModelConfig.from_hf(tmp_path), tiny.load_reference(tmp_path)
     assert config.num_parameters() == model.num_parameters()
     assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (4, 64, 96)
-    assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (8, 4, 16)
+    assert config.num_attention_heads == 8
+    assert (config.num_query_groups, config.kv_channels) == groups
     assert (config.rotary_base, config.layernorm_epsilon) == (5e5, 1e-6)
     assert (config.vocab_size, config.max_position_embeddings) == (512, 512)
     assert config.tie_embeddings is tied
+    assert config.qk_layernorm == (save is tiny.save_qwen3)
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf_dict()))
     assert ModelConfig.from_hf(tmp_path) == config
     again = type(model.config).from_pretrained(tmp_path)
-    for key in (
-        "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "head_dim",
-        "num_key_value_heads", "vocab_size", "rms_norm_eps", "tie_word_embeddings",
-        "max_position_embeddings", "rope_parameters", "layer_types", "hidden_act", "attention_bias",
-    ):  # fmt: skip
+    for key in {*config.to_hf_dict(), "rope_parameters", "hidden_act"} - {"rope_theta"}:
         assert getattr(again, key) == getattr(model.config, key), key
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_llama_is_read_and_written_as_transformers_does(tmp_path, tied):
-    tiny.save_llama(
-        tmp_path, tied=tied, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}
-    )
-    config, model = ModelConfig.from_hf(tmp_path), tiny.load_reference(tmp_path)
-    assert not config.qk_layernorm
-    assert config.num_parameters() == model.num_parameters()
-    assert (config.num_attention_heads, config.num_query_groups, config.kv_channels) == (8, 2, 8)
-    assert (config.rotary_base, config.tie_embeddings) == (5e5, tied)
-    (tmp_path / "config.json").write_text(json.dumps(config.to_hf_dict()))
-    assert ModelConfig.from_hf(tmp_path) == config
-    again = tiny.load_reference(tmp_path).config
-    assert type(again) is type(model.config)
-    written = (*config.to_hf_dict(), "mlp_bias")
-    for key in written:
-        if key not in ("rope_theta", "architectures"):
-            assert getattr(again, key) == getattr(model.config, key), key
-    assert again.architectures == model.config.architectures == ["LlamaForCausalLM"]
 
 
 def test_what_old_llama_files_leave_out(tmp_path):
@@ -274,17 +242,11 @@ def test_unusable_keys(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": 1' + b"0" * 5000 + b"}"]
+    "text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": 1' + b"0" * 5000 + b"}", b"[]"]
 )
-def test_not_json(tmp_path, text):
+def test_a_damaged_or_missing_file_is_named(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text)
-    with pytest.raises(CheckpointError, match=r"config\.json: damaged: not (JSON|UTF-8): "):
-        ModelConfig.from_hf(tmp_path)
-
-
-def test_not_a_mapping_and_not_there(tmp_path):
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="damaged: no JSON object"):
+    with pytest.raises(CheckpointError, match=r"config\.json: damaged: n(ot|o) (JSON|UTF-8)"):
         ModelConfig.from_hf(tmp_path)
     with pytest.raises(CheckpointError, match="cannot read: No such file or directory"):
         ModelConfig.from_hf(tmp_path / "nowhere")
@@ -304,8 +266,5 @@ def test_layouts_that_cannot_be(changes, tp, pp, message):
     config = ModelConfig(**{**TINY, **changes}, tie_embeddings=True)
     with pytest.raises(ConfigError, match=message):
         config.check_layout(tp, pp)
-
-
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (4, 4)])
-def test_layouts_that_can_be(tp, pp):
-    ModelConfig(**TINY, tie_embeddings=True).check_layout(tp, pp)
+    for tp, pp in ((1, 1), (2, 1), (4, 1), (1, 2), (1, 4), (4, 4)):
+        ModelConfig(**TINY, tie_embeddings=True).check_layout(tp, pp)

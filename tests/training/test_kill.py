@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_replay.checkpoint import directories, training
-from tests import pool, processes, tiny
+from megatron_replay.checkpoint import retention, training
+from megatron_replay.training import train
+from tests import pool, processes
 from tests.e2e import stages
 
 pytestmark = pytest.mark.distributed
@@ -28,44 +29,31 @@ LAST_EVENTS = 6
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model and a corpus of some 15 packs."""
-    folder = tmp_path_factory.mktemp("kill")
-    tiny.save_corpus(folder / "corpus", num_documents=60)
-    tiny.save_qwen3(
-        folder / "model", tied=True, num_hidden_layers=1, hidden_size=16, intermediate_size=32
-    )
-    return folder
+    small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
+    return stages.prepare(tmp_path_factory.mktemp("kill"), documents=60, store=False, **small)
 
 
 def argv(folder: Path, save: Path) -> list[object]:
     """Five epochs, a checkpoint every second step."""
-    return [
-        *stages.inputs(folder), "--loss", "full", "--probe-interval", 0, "--save", save,
-        "--lr", 1e-3, "--global-batch-size", 2, "--train-epochs", 5, "--save-interval", 2,
-        "--keep-last", 2,
-    ]  # fmt: skip
+    flags = "--loss full --global-batch-size 2 --train-epochs 5 --save-interval 2 --keep-last 2"
+    return stages.argv(folder, save, *flags.split())
 
 
-def _dies(
+def dies(
     rank: int, world_size: int, victim: int, moment: int, seconds: float, command: list[str]
 ) -> int:
-    """Run; rank ``victim`` is killed in place of its ``moment``-th event, or that long after it."""
-    from megatron_replay.training import train
+    """Run; rank ``victim`` is killed in place of its ``moment``-th event, or that long after it.
 
+    A negative moment counts from the first publishing of a checkpoint on.
+    """
     if rank == victim:
-        # A negative moment counts from the first publishing of a checkpoint on.
         passed = -math.inf if moment < 0 else 0
-        publish = training._publish
 
-        def start_counting(*arguments):
-            nonlocal passed
-            passed = max(passed, 0)
-            publish(*arguments)
-
-        training._publish = start_counting
-
-        def mortal(call):
+        def mortal(name, call):
             def counted(*arguments, **options):
                 nonlocal passed
+                if name == "replace" and str(arguments[1]).endswith("train_state.json"):
+                    passed = max(passed, 0)
                 passed += 1
                 if passed == abs(moment):
                     threading.Timer(seconds, os.kill, [os.getpid(), signal.SIGKILL]).start()
@@ -81,14 +69,14 @@ def _dies(
             (train, ("train_step",)),
         ):
             for name in names:
-                setattr(module, name, mortal(getattr(module, name)))
+                setattr(module, name, mortal(name, getattr(module, name)))
     return stages.main(rank, world_size, "stage1", command, None)[0]
 
 
 def live(victim: int, moment: int, seconds: float, command: list[str]) -> list[int | None]:
     """One life of two ranks, ended as torchrun ends one; their exit codes, the victim's first."""
     with tempfile.TemporaryDirectory() as place, processes.ended():
-        ranks = pool.start(2, Path(place), _dies, victim, moment, seconds, command)
+        ranks = pool.start(2, Path(place), dies, victim, moment, seconds, command)
         codes = [processes.wait(ranks[victim])]
         if codes == [-signal.SIGKILL]:
             os.kill(ranks[1 - victim], signal.SIGTERM)
@@ -104,14 +92,14 @@ def test_killed_twenty_times(folder, tmp_path):
     for life in range(KILLS):
         victim, moment, seconds = draw.randint(0, 1), draw.randint(1, EVENTS), 0.0
         if life % 4 == 2:  # rank 0 publishes
-            victim, moment = 0, -draw.randint(8, 17)
+            victim, moment = 0, -draw.randint(7, 16)
         if life % 4 == 3:
             seconds = draw.uniform(0, 0.05)
         codes = live(victim, moment, seconds, command)
         assert codes[0] == -signal.SIGKILL, f"life {life} came to its end: {reached}"
         reached.append(training.latest_iteration(save) or 0)
-        saving += bool(directories.unfinished(save))
-        unnamed += any(number > reached[-1] for number in directories.iterations(save))
+        saving += bool(retention.unfinished(save))
+        unnamed += any(number > reached[-1] for number in retention.iterations(save))
     assert reached == sorted(reached)
     assert saving > 2
     assert unnamed > 0
@@ -120,5 +108,5 @@ def test_killed_twenty_times(folder, tmp_path):
     stages.succeed("stage1", *argv(folder, save), dp=2)
     assert stages.losses(save) == stages.losses(whole)
     assert stages.weights(save) == stages.weights(whole)
-    assert directories.iterations(save) == directories.iterations(whole)
+    assert retention.iterations(save) == retention.iterations(whole)
     assert not list(save.glob(".iter_*"))

@@ -8,17 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests import tiny
 from tests.e2e import stages
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("profile")
-    tiny.save_corpus(folder / "corpus", num_documents=40)
-    tiny.save_qwen3(folder / "model", tied=True, num_hidden_layers=1)
-    stages.succeed("stage0", *stages.inputs(folder), "--store", folder / "store")
-    return folder
+    return stages.prepare(tmp_path_factory.mktemp("profile"), documents=40, num_hidden_layers=1)
 
 
 def regions(path: Path) -> list[dict[str, Any]]:
