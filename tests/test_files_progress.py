@@ -105,9 +105,14 @@ def test_the_file_is_synced_before_and_its_directory_after_the_rename(tmp_path, 
 def test_a_failing_body_leaves_nothing(tmp_path, error):
     """And its error is its own, even where that is the system's: it is no error of writing."""
     (tmp_path / "file").write_bytes(b"old")
-    with pytest.raises(type(error), match="x"), atomic_file(tmp_path / "file") as handle:
-        handle.write(b"half")
-        raise error
+
+    def write_half():
+        with atomic_file(tmp_path / "file") as handle:
+            handle.write(b"half")
+            raise error
+
+    with pytest.raises(type(error), match="x"):
+        write_half()
     assert names(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"old"
 
@@ -260,10 +265,14 @@ def test_disabled_counts_and_is_silent(stream):
 def test_a_bar_on_a_terminal_is_closed_also_when_the_work_fails():
     """So that the prompt starts on its own line."""
     terminal = Terminal()
-    bar = Progress("read", 4, "documents", stream=terminal, initial=1)
-    with pytest.raises(ValueError, match="work"), bar:
-        bar.advance(3, "loss 2.0")
-        raise ValueError("work")
+
+    def work():
+        with Progress("read", 4, "documents", stream=terminal, initial=1) as bar:
+            bar.advance(3, "loss 2.0")
+            raise ValueError("work")
+
+    with pytest.raises(ValueError, match="work"):
+        work()
     text = terminal.getvalue()
     for part in ("\r", "read: 100%", "4/4", "documents"):
         assert part in text
