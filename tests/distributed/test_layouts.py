@@ -91,10 +91,7 @@ def compare_all(
         if "llama" in kind and not layout.bf16:
             groups = layouts.join_groups(layout)
             model = layouts.build(layout, groups, models[kind] / "model")
-            export_hf(
-                model.module.named_parameters(), model.shape, exports / str(number), groups,
-                layer_offset=model.layer_offset, source=model.files, dtype=torch.float32,
-            )  # fmt: skip
+            export_hf(model, exports / str(number), groups, dtype=torch.float32)
     return reports
 
 

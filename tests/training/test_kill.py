@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_replay.checkpoint import retention, training
+from megatron_replay.checkpoint import directories, training
 from megatron_replay.training import train
 from tests import pool, processes
 from tests.e2e import stages
@@ -98,8 +98,8 @@ def test_killed_twenty_times(folder, tmp_path):
         codes = live(victim, moment, seconds, command)
         assert codes[0] == -signal.SIGKILL, f"life {life} came to its end: {reached}"
         reached.append(training.latest_iteration(save) or 0)
-        saving += bool(retention.unfinished(save))
-        unnamed += any(number > reached[-1] for number in retention.iterations(save))
+        saving += bool(directories.unfinished(save))
+        unnamed += any(number > reached[-1] for number in directories.iterations(save))
     assert reached == sorted(reached)
     assert saving > 2
     assert unnamed > 0
@@ -108,5 +108,5 @@ def test_killed_twenty_times(folder, tmp_path):
     stages.succeed("stage1", *argv(folder, save), dp=2)
     assert stages.losses(save) == stages.losses(whole)
     assert stages.weights(save) == stages.weights(whole)
-    assert retention.iterations(save) == retention.iterations(whole)
+    assert directories.iterations(save) == directories.iterations(whole)
     assert not list(save.glob(".iter_*"))
