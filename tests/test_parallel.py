@@ -182,25 +182,22 @@ def test_all_ranks_stop_after_the_same_step(asked, last):
 
 
 WORKER = """
-import os, sys, time
+import os, signal, sys, time
 from megatron_replay import cli
 cli.GRACE_SECONDS = float(sys.argv[1])
 cli.end_with_launcher()
-if sys.argv[2] == "deaf":
-    import signal
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print(os.getpid(), flush=True)
 time.sleep(3600)
 """
 LAUNCHER = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(3600)"
 
 
-@pytest.mark.parametrize("kind", ["plain", "deaf"])
-def test_a_worker_ends_with_its_torchrun(kind):
-    """Also one that ignores SIGTERM; both would write into the next run's directory."""
+def test_a_worker_that_ignores_sigterm_ends_with_its_torchrun():
+    """It would write into the next run's directory. tests/e2e/test_torchrun.py has plain ones."""
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "1",
                    "PYTHONPATH": str(Path(__file__).parents[1])}  # fmt: skip
-    worker = [sys.executable, "-c", WORKER, "0.2", kind]
+    worker = [sys.executable, "-c", WORKER, "0.2"]
     with subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, *worker], stdout=subprocess.PIPE, env=environment,
         start_new_session=True,

@@ -1,12 +1,9 @@
-"""Every rule on every layout: given gradients against float64 references; real training against
-one process; what a step sends and reads.
+"""Every rule on every layout: given gradients against float64 references, and what a step sends.
 
 Measured (2026-11-24): with given gradients, whose sums no rounding of the model's disturbs, weights
 of size 0.3 are within 2.4e-7 of float64 after 5 steps. AdaMuon's are within 1e-5, and equal bit for
 bit on all layouts: what Newton-Schulz leaves near 0 is rounding, and division by its own root mean
-square makes it large. In real training two layouts' gradients differ by rounding, and a weight
-whose gradient is nothing but rounding may move by lr either way, or pass MoFO's threshold or not:
-the root mean square over the weights says what that amounts to.
+square makes it large. Real training on several layouts is in tests/e2e/test_resuming.py.
 """
 
 from __future__ import annotations
@@ -18,23 +15,27 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import Tensor
 
+from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.config import OptimizerConfig
-from megatron_replay.optim.build import build_optimizer
+from megatron_replay.optim.build import build_optimizer, set_learning_rate
 from megatron_replay.optim.model_placement import counts_once
 from megatron_replay.training.step import wrap_for_training
 from tests import pool, tiny
 from tests.distributed import layouts
-from tests.distributed import optimizer_layouts as runs
 from tests.distributed.layouts import Layout
+from tests.optim import reference_rules
 from tests.optim.reference_rules import RULES
 
 pytestmark = pytest.mark.distributed
 
+STEPS, LR, WEIGHT_DECAY, CLIP = 5, 0.01, 0.1, 1.0
 #: (layout, settings beside the rule's own).
 Case = tuple[Layout, dict[str, Any]]
 SHARDED = {"use_distributed_optimizer": True}
@@ -57,6 +58,78 @@ def applies(rule: str, changes: dict[str, Any]) -> bool:
     return not (rule in ("adamuon", "muonclip") and changes.get("use_distributed_optimizer"))
 
 
+def save_gradients(checkpoint: Path, folder: Path) -> None:
+    """A gradient for each step, in Hugging Face's names: a drift that turns, and noise."""
+    start = load_file(checkpoint / "model.safetensors")
+    for step in range(1, STEPS + 1):
+        rng = np.random.default_rng(step)
+        gradients = {}
+        for number, (name, tensor) in enumerate(start.items()):
+            drift = np.random.default_rng(1000 + number).standard_normal(tensor.shape)
+            noise = rng.standard_normal(tensor.shape)
+            # What TP ranks hold whole weighs much, so that counting it twice shows.
+            size = 0.05 if tensor.dim() > 1 else 1.0
+            values = size * (np.cos(1.1 * step) * drift + 0.7 * noise)
+            gradients[name] = torch.from_numpy(values.astype(np.float32))
+        layouts.save_tensors(gradients, checkpoint, folder / str(step))
+
+
+def save_expected(checkpoint: Path, gradients: Path, folder: Path) -> None:
+    """Where the float64 reference of each rule ends, as a Hugging Face directory of float64."""
+    start = {n: t.numpy() for n, t in load_file(checkpoint / "model.safetensors").items()}
+    gradients_by_step = [
+        {n: t.numpy() for n, t in load_file(gradients / str(s) / "model.safetensors").items()}
+        for s in range(1, STEPS + 1)
+    ]
+    for rule in RULES:
+        theta = reference_rules.run(
+            rule, start, gradients_by_step, lr=LR, weight_decay=WEIGHT_DECAY, clip=CLIP
+        )
+        ends = {n: torch.from_numpy(p.astype(np.float32)) for n, p in theta.items()}
+        layouts.save_tensors(ends, checkpoint, folder / rule)
+
+
+def weights(model: LoadedModel) -> dict[str, Tensor]:
+    return dict(model.module.named_parameters())
+
+
+def prepare(
+    rule: str, model: LoadedModel, groups: Any, folder: Path, lr: float, **changes: Any
+) -> tuple[Any, Any]:
+    """The model, at its first weights again, wrapped, and an optimizer for it."""
+    settings = {**RULES[rule][0], **changes}
+    config = OptimizerConfig(lr=lr, weight_decay=WEIGHT_DECAY, clip_grad=CLIP, **settings)
+    with torch.no_grad():
+        layouts.fill(weights(model), model, groups, folder / "model")
+    wrapped = wrap_for_training(model, use_distributed_optimizer=config.use_distributed_optimizer)
+    return wrapped, build_optimizer(config, model, wrapped, groups)
+
+
+def step_on_given_gradients(
+    rule: str, model: LoadedModel, groups: Any, folder: Path, **changes: Any
+) -> float:
+    """Largest error of any of this rank's weights after STEPS steps."""
+    _, optimizer = prepare(rule, model, groups, folder, LR, **changes)
+    if rule == "muonclip":  # low enough to clip gradients whose norm is at most 1
+        optimizer.optimizer.attention_clip_grad = reference_rules.Muon.attention_clip
+    set_learning_rate(optimizer, LR)
+    for step in range(1, STEPS + 1):
+        optimizer.zero_grad()
+        gradients = {name: p.main_grad for name, p in weights(model).items()}
+        layouts.fill(gradients, model, groups, folder / "gradients" / str(step))
+        optimizer.prepare_grads()
+        optimizer.step_with_ready_grads()
+    expected = {n: torch.empty_like(p, dtype=torch.float32) for n, p in weights(model).items()}
+    layouts.fill(expected, model, groups, folder / "expected" / rule)
+    errors = []
+    for name, param in weights(model).items():
+        found = getattr(param, "main_param", None)
+        if found is None or found.shape != param.shape:
+            found = param
+        errors.append((found.detach().float() - expected[name]).abs().max().item())
+    return max(errors)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[bool, Path]:
     """For tied and untied embeddings: checkpoint, corpus, gradients and where they must lead."""
@@ -65,8 +138,8 @@ def folders(tmp_path_factory) -> dict[bool, Path]:
         folder = tmp_path_factory.mktemp("tied" if tied else "untied")
         tiny.save_qwen3(folder / "model", tied=tied, intermediate_size=80, num_hidden_layers=2)
         tiny.save_corpus(folder / "corpus", num_documents=40)
-        runs.save_gradients(folder / "model", folder / "gradients")
-        runs.save_expected(folder / "model", folder / "gradients", folder / "expected")
+        save_gradients(folder / "model", folder / "gradients")
+        save_expected(folder / "model", folder / "gradients", folder / "expected")
         result[tied] = folder
     return result
 
@@ -79,7 +152,7 @@ def step_everywhere(_: int, world_size: int, folders: dict[bool, Path]) -> dict[
             model = layouts.build(layout, groups, folder / "model")
             for rule in RULES:
                 if applies(rule, changes):
-                    errors[str(layout), str(changes), tied, rule] = runs.step_on_given_gradients(
+                    errors[str(layout), str(changes), tied, rule] = step_on_given_gradients(
                         rule, model, groups, folder, **changes
                     )
     return errors
@@ -93,49 +166,13 @@ def test_every_layout_equals_the_float64_reference(world_size, folders):
         assert worst <= BOUND.get(case[-1], 5e-7), case
 
 
-#: By whether embeddings are tied.
-TRAINED = {
-    True: (Layout(tp=2, pp=2), {}),
-    False: (Layout(tp=2, dp=2, sequence_parallel=True), SHARDED),
-}
-
-
-def train_rules(
-    _: int, world_size: int, folder: Path, layout: Layout, changes: dict[str, Any]
-) -> dict[str, Any]:
-    groups = layouts.join_groups(layout)
-    model = layouts.build(layout, groups, folder / "model")
-    results = {}
-    for rule in ("adamw", "moclip", "mofo", "tam", "adamuon", "muonclip"):
-        if not applies(rule, changes):
-            continue
-        losses, weights = runs.train(rule, model, groups, folder, layout, **changes)
-        reference = folder / "trained" / rule
-        if world_size == 1:
-            runs.save_hf(model, weights, folder / "model", reference)
-        results[rule] = losses, runs.distance(model, weights, groups, reference)
-    return results
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_real_training_agrees_with_one_process(folders, tied):
-    [alone] = pool.run(1, train_rules, folders[tied], Layout(), {})
-    per_rank = pool.run(4, train_rules, folders[tied], *TRAINED[tied])
-    for rule in per_rank[0]:
-        loose = 10 if rule == "adamuon" else 1
-        losses = per_rank[-1][rule][0]  # of the last stage
-        assert losses == pytest.approx(alone[rule][0], abs=loose * 1e-5), rule
-        worst = max(results[rule][1] for results in per_rank)
-        assert worst < loose * 1e-2 * runs.TRAINING_LR, rule
-
-
 def sent_by_a_step(rank: int, __: int, folder: Path) -> dict[str, list[Any]]:
     """The collectives of the third of three steps: name, shape and type of their tensors."""
     groups = layouts.join_groups(Layout(tp=2, pp=2))
     model = layouts.build(Layout(tp=2, pp=2), groups, folder / "model")
     seen = {}
     for rule in RULES:
-        _, optimizer = runs.prepare(rule, model, groups, folder, 1e-3)
+        _, optimizer = prepare(rule, model, groups, folder, 1e-3)
         generator = torch.Generator().manual_seed(rank)
         for param in model.module.parameters():
             param.main_grad.copy_(torch.randn(param.shape, generator=generator))
@@ -153,7 +190,7 @@ def sent_by_a_step(rank: int, __: int, folder: Path) -> dict[str, list[Any]]:
 def recording_collective(name: str, sent: list[Any]) -> Any:
     original: Callable[..., Any] = getattr(dist, name)
 
-    def recorded(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def recorded(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         sent.append((name, tuple(tensor.shape), str(tensor.dtype)))
         return original(tensor, *args, **kwargs)
 
@@ -212,7 +249,7 @@ def skip_on_one_rank(rank: int, _: int, folder: Path) -> dict[str, Any]:
     model = layouts.build(Layout(tp=2, pp=2), groups, folder / "model")
     results = {}
     for rule in RULES:
-        _, optimizer = runs.prepare(rule, model, groups, folder, 1e-3)
+        _, optimizer = prepare(rule, model, groups, folder, 1e-3)
         inner = optimizer.optimizer
         for param in model.module.parameters():
             param.main_grad.fill_(0.01)

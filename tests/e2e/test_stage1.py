@@ -95,18 +95,6 @@ def test_a_store_serves_any_packing(folder, tmp_path):
     assert [line["loss"] for line in starts] == pytest.approx([starts[0]["loss"]] * 3, abs=2e-6)
 
 
-def test_layouts_and_recomputation_change_nothing(folder, tmp_path):
-    flags = ["--candidate-scope", "document", "--micro-batch-size", 2]
-    stages.succeed("stage1", *argv(folder, tmp_path / "one", *flags))
-    reference = stages.losses(tmp_path / "one")
-    for name, extra, layout in [
-        ("sp", ["--sequence-parallel"], {"tp": 2, "dp": 2}),
-        ("pp", ["--recompute-granularity", "full"], {"pp": 2}),
-    ]:
-        stages.succeed("stage1", *argv(folder, tmp_path / name, *flags, *extra), **layout)
-        assert stages.losses(tmp_path / name) == pytest.approx(reference, abs=1e-5), name
-
-
 @pytest.mark.parametrize("scope", ["position", "document"])
 def test_every_head_backend_trains_alike(folder, tmp_path, scope):
     """The same losses, and one line that names the backend."""

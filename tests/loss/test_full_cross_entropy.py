@@ -40,6 +40,18 @@ def test_against_float64_autograd(seed: int, N: int, V: int, chunk_rows: int) ->
         assert error(ours, dense, floor=floor) < 1e-6
 
 
+def test_strided_operands_and_labels() -> None:
+    """Hidden states arrive as a view of [S, B, H], tied weights as a part of a larger buffer."""
+    case = head_case(T=40, V=50, H=8, seed=1)
+    hidden_TH = torch.empty(8, 40).T.copy_(case.hidden_TH).requires_grad_()
+    weight_VH = torch.empty(100, 16)[::2, ::2].copy_(case.weight_VH).requires_grad_()
+    case.labels_T = torch.stack([case.labels_T, case.labels_T], 1)[:, 0]
+    loss_T = vocab_parallel_cross_entropy(hidden_TH, weight_VH, case.labels_T, chunk_rows=16)
+    gradients = torch.autograd.grad((loss_T * case.upstream_T).sum(), [hidden_TH, weight_VH])
+    for ours, expected in zip([loss_T, *gradients], case.dense_full(), strict=True):
+        assert error(ours, expected) < 1e-6
+
+
 def test_no_more_logits_exist_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(full_loss, "BLOCK_ROWS", 16)
     sizes = []

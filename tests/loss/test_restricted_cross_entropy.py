@@ -1,5 +1,7 @@
 """The restricted loss: the paper's Appendix C.2 as properties, and float64 autograd as the oracle.
 
+tests/kernels/test_head.py runs every backend on operands and sets of unusual kinds.
+
 Shapes: T positions, V vocabulary, H hidden channels.
 """
 
@@ -147,14 +149,6 @@ def test_gradients_are_within_a_millionth_of_their_largest_entry(groups: int, gh
             assert error(ours, dense) < 1e-6
 
 
-def test_rows_outside_every_set_get_no_gradient() -> None:
-    case = head_case(T=12, V=60, H=4, seed=1, share=0.05)
-    weight_grad = run(case)[2]
-    untouched = ~case.mask_TV.any(0)
-    assert untouched.any()
-    assert (weight_grad[untouched] == 0).all()
-
-
 def test_large_tiles_and_small_ones_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     for groups in (0, 2):
         case = head_case(T=40, V=50, H=4, seed=3, groups=groups)
@@ -167,57 +161,16 @@ def test_large_tiles_and_small_ones_agree(monkeypatch: pytest.MonkeyPatch) -> No
             assert error(found, expected.double()) < 1e-6
 
 
-@pytest.mark.parametrize("groups", [0, 4])
-def test_bitwise_repeatable(groups: int) -> None:
-    case = head_case(T=150, V=80, H=16, seed=4, groups=groups)
-    for first, second in zip(run(case), run(case), strict=True):
-        assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_bf16_operands_are_multiplied_in_fp32(autocast: bool) -> None:
+def test_bf16_operands_are_multiplied_in_fp32_also_under_autocast() -> None:
     """Equal to the fp32 result on the rounded operands, up to the rounding of the gradients."""
     case = head_case(T=20, V=40, H=64, seed=5)
     case.hidden_TH, case.weight_VH = case.hidden_TH.bfloat16(), case.weight_VH.bfloat16()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         loss_T, hidden_grad, weight_grad = run(case, dtype=torch.bfloat16)
     exact_T, exact_hidden_grad, exact_weight_grad = run(case, dtype=torch.float32)
     assert torch.equal(loss_T, exact_T)
     assert torch.equal(hidden_grad, exact_hidden_grad.bfloat16())
     assert torch.equal(weight_grad, exact_weight_grad.bfloat16())
-
-
-def test_only_what_is_asked_for_is_computed() -> None:
-    case = head_case(T=5, V=10, H=3, seed=6)
-    for frozen in ("hidden_TH", "weight_VH"):
-        operands = {"hidden_TH": case.hidden_TH.clone(), "weight_VH": case.weight_VH.clone()}
-        for name, operand in operands.items():
-            operand.requires_grad_(name != frozen)
-        restricted_cross_entropy(
-            operands["hidden_TH"], operands["weight_VH"], case.ids, case.offsets, case.labels_T
-        ).sum().backward()
-        assert operands.pop(frozen).grad is None
-        assert all(operand.grad is not None for operand in operands.values())
-
-
-@pytest.mark.parametrize("group_offsets", [None, torch.tensor([0]), torch.tensor([0, 0, 0])])
-def test_no_positions_give_no_loss_and_zero_gradients(group_offsets: Tensor | None) -> None:
-    hidden_TH, weight_VH = torch.randn(0, 4).requires_grad_(), torch.randn(9, 4).requires_grad_()
-    sets = 0 if group_offsets is None else len(group_offsets) - 1
-    loss_T = restricted_cross_entropy(
-        hidden_TH,
-        weight_VH,
-        torch.zeros(0, dtype=torch.int32),
-        torch.zeros(sets + 1, dtype=torch.int64),
-        torch.zeros(0, dtype=torch.int64),
-        group_offsets=group_offsets,
-    )
-    assert loss_T.shape == (0,)
-    loss_T.sum().backward()
-    assert hidden_TH.grad is not None
-    assert hidden_TH.grad.shape == (0, 4)
-    assert weight_VH.grad is not None
-    assert (weight_VH.grad == 0).all()
 
 
 def call(**changes: Any) -> Tensor:
@@ -272,15 +225,13 @@ def test_a_backend_by_its_name_only_is_refused() -> None:
         call(backend="cpu")
 
 
-def test_a_label_without_logit_is_loud_even_unvalidated() -> None:
-    loss_T = call(labels_T=torch.tensor([2, 2]), validate=False)
-    assert loss_T.isinf().tolist() == [False, True]
-
-
-def test_a_constant_in_the_logits_changes_nothing_however_large() -> None:
-    """Stable where exp alone overflows."""
-    case = head_case(T=6, V=20, H=4, seed=7)
-    case.hidden_TH[:, 0], case.weight_VH[:, 0] = 64.0, 64.0
-    loss_T = run(case)[0]
-    assert loss_T.isfinite().all()
-    assert (loss_T - case.dense()[0]).abs().max() < 1e-3  # one unit of a logit of 4096 is 2.4e-4
+def test_second_derivatives_are_refused() -> None:
+    """Backward recomputes in place: a second derivative through it would be silently wrong."""
+    case = head_case(T=4, V=9, H=3, seed=5)
+    hidden_TH = case.hidden_TH.clone().requires_grad_()
+    loss_T = restricted_cross_entropy(
+        hidden_TH, case.weight_VH, case.ids, case.offsets, case.labels_T
+    )
+    (gradient,) = torch.autograd.grad((loss_T**2).sum(), hidden_TH, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
