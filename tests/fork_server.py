@@ -2,7 +2,7 @@
 
 python -m tests.fork_server SOCKET, where SOCKET is an inherited file descriptor. For each request
 it imports what the function needs, so that later requests find it loaded, and forks twice: the
-process between ends at once, so that the child becomes one of the process that asked.
+process between ends at once, so that the child becomes one of the requesting process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _serve(requests: socket.socket) -> None:
     connection = Connection(requests.fileno())
     while True:
         _, outputs, _, _ = socket.recv_fds(requests, 1, 2)
-        if not outputs:  # whoever asked has gone
+        if not outputs:  # the requesting process has gone
             os._exit(0)
         request = pickle.loads(connection.recv_bytes())
         try:
@@ -63,7 +63,7 @@ def _serve(requests: socket.socket) -> None:
 
 
 def _be(request: dict[str, Any], *, between: int) -> None:
-    """Become a child of whoever asked, with its variables, directory and warning filters."""
+    """Become a child of the requesting process: its variables, directory and warning filters."""
     os.setsid()
     while os.getppid() == between:
         os.sched_yield()

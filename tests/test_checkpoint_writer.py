@@ -163,13 +163,13 @@ def refused(rank: int, world_size: int, folder, fault: str) -> str:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "printed"),
     [
         ("full", "No space left"), ("hangs", "the disk accepted nothing"), ("dies", "SystemExit"),
         ("common", "No space left"), ("metadata", "No space left"), ("config", "No space left"),
     ],
 )  # fmt: skip
-def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path, fault, said):
+def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path, fault, printed):
     first, second = pool.run(2, refused, tmp_path / "it", fault)
-    assert said in first  # rank 0 reports the details of all ranks
+    assert printed in first  # rank 0 reports the details of all ranks
     assert second.startswith("saved" if fault in ("metadata", "config") else "Checkpoint")

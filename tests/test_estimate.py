@@ -1,4 +1,4 @@
-"""What --dry-run says a layer keeps for backward, against what autograd keeps."""
+"""What --dry-run predicts that a layer keeps for backward, against what autograd keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figure of docs/method.md is drawn by its script, and says what the page says."""
+"""The figure of docs/method.md is drawn by its script, and agrees with the page's numbers."""
 
 from __future__ import annotations
 

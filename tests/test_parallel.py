@@ -128,9 +128,9 @@ def lost(rank: int, world_size: int, silent: tuple[int, ...], message: str) -> s
 
 @pytest.mark.distributed
 def test_the_error_names_the_missing_rank_and_the_flag():
-    said = pool.run(3, lost, (1,), "[gloo/...] Timed out waiting 600000ms for recv operation")
-    assert said[1] is None
-    for line in (said[0], said[2]):
+    printed = pool.run(3, lost, (1,), "[gloo/...] Timed out waiting 600000ms for recv operation")
+    assert printed[1] is None
+    for line in (printed[0], printed[2]):
         assert line.startswith("TrainingError rank 1 does not answer; the others waited for it as")
         assert "--distributed-timeout-minutes" in line
     assert pool.run(2, lost, (), "Connection closed by peer") == [None, None]
@@ -147,13 +147,13 @@ def test_an_explained_error_is_one_line(capsys, tmp_path):
     assert capsys.readouterr().err == "error: rank 1\n"
 
 
-def stops(rank: int, world_size: int, asked: dict[int, int]) -> int:
-    """The iteration after which this rank stops; ``asked``: the iteration of a rank's signal."""
+def stops(rank: int, world_size: int, signals: dict[int, int]) -> int:
+    """The iteration after which this rank stops; ``signals``: the iteration of a rank's signal."""
     request = StopRequest(dist.distributed_c10d._get_default_store())
     with request:
         for iteration in range(1, 20):
             dist.barrier()  # a step, in which all take part
-            if asked.get(rank) == iteration:
+            if signals.get(rank) == iteration:
                 os.kill(os.getpid(), signal.SIGTERM)
             if request.after(iteration):
                 return iteration
@@ -164,20 +164,21 @@ def test_a_stop_request_needs_no_collective():
     """There is no process group in this process."""
     assert not dist.is_initialized()
     store = dist.HashStore()
-    with StopRequest(store) as asked, StopRequest(store) as other:
-        assert not asked.after(1)
+    with StopRequest(store) as signals, StopRequest(store) as other:
+        assert not signals.after(1)
         assert not other.after(1)
-        asked.received = "SIGTERM"
-        assert (asked.after(2), other.after(2)) == (False, False)
-        assert (asked.after(3), other.after(3)) == (True, True)
+        signals.received = "SIGTERM"
+        assert (signals.after(2), other.after(2)) == (False, False)
+        assert (signals.after(3), other.after(3)) == (True, True)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("asked", "last"), [({}, 0), ({1: 3}, (4,)), ({0: 3, 1: 3, 2: 3}, (4,)), ({0: 5, 2: 4}, (5,))]
+    ("signals", "last"),
+    [({}, 0), ({1: 3}, (4,)), ({0: 3, 1: 3, 2: 3}, (4,)), ({0: 5, 2: 4}, (5,))],
 )
-def test_all_ranks_stop_after_the_same_step(asked, last):
-    [stopped] = set(pool.run(3, stops, asked))
+def test_all_ranks_stop_after_the_same_step(signals, last):
+    [stopped] = set(pool.run(3, stops, signals))
     assert stopped == last if last == 0 else stopped in last
 
 

@@ -18,7 +18,7 @@ from tests import pool, processes
 def look_around(found: Path) -> None:
     threads = len(os.listdir("/proc/self/task"))
     found.write_text(f"{threads} {os.getcwd()} {os.environ['GIVEN']} {os.getsid(0) == os.getpid()}")
-    print("said")
+    print("printed")
     warnings.warn("an error here too", UserWarning, stacklevel=1)
 
 
@@ -34,9 +34,9 @@ def test_a_fork_copies_everything_but_the_threads(tmp_path, monkeypatch, capfd):
         done.set()
         thread.join()
     assert (tmp_path / "found").read_text() == f"1 {tmp_path} there True"
-    said = capfd.readouterr()
-    assert said.out == "said\n"
-    assert "UserWarning: an error here too" in said.err
+    printed = capfd.readouterr()
+    assert printed.out == "printed\n"
+    assert "UserWarning: an error here too" in printed.err
 
 
 def test_exit_codes(tmp_path):

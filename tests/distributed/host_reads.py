@@ -1,7 +1,7 @@
 """Counts what makes the host wait for the device within a training step, and where it is called.
 
 A CPU waits for nothing; what would make it wait on a device is known by name: methods of a tensor
-that hand its numbers to Python, operators whose result has a size that only the numbers tell, and
+that hand its numbers to Python, operators whose result has a size that depends on the numbers, and
 tensors made of Python's numbers, which are copied from memory that is not pinned.
 """
 

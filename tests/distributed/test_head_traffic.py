@@ -45,7 +45,7 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> Traffic:
-        """As of the mode, which does not see what an all-reduce computes: its caller says."""
+        """As of the mode, which does not see the reduction of an all-reduce: the call has it."""
         self._all_reduce = dist.all_reduce
 
         def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, **options: Any) -> Any:

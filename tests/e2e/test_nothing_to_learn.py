@@ -72,8 +72,8 @@ def test_steps_without_a_label_are_no_loss_of_zero(folder, tmp_path, capsys):
     """They are counted, reported, and left out of means and spikes."""
     save, some = tmp_path / "run", data(folder / "model", folder / "some")
     flags = training(save, "--loss", "full", "--no-pack-documents")
-    said = stages.succeed("stage1", *some, *flags)
-    assert "warning: 3 of them have lost every answer token" in said
+    printed = stages.succeed("stage1", *some, *flags)
+    assert "warning: 3 of them have lost every answer token" in printed
     lines = stages.steps(save)
     empty = [x for x in lines if x["positions"] == 0]
     assert len(lines) == 6
@@ -86,8 +86,8 @@ def test_steps_without_a_label_are_no_loss_of_zero(folder, tmp_path, capsys):
     assert summary.final_loss > 1
     plan = [*some, *training(save, "--loss", "full"), "--dry-run"]
     assert stage1.main(list(map(str, plan))) == 0
-    said = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["without", "a", "label", "left", "3"] in said
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["without", "a", "label", "left", "3"] in printed
 
 
 def test_a_run_that_has_learnt_nothing_yet_saves_nothing(folder, tmp_path):
@@ -104,8 +104,8 @@ def test_a_run_that_has_learnt_nothing_yet_saves_nothing(folder, tmp_path):
         assert f"none of {steps} steps had a label" in message
         assert not (run / "latest_checkpointed_iteration.txt").exists()
         assert not list(run.glob("*iter_*"))
-    said = stages.succeed("stage1", *flags, *training(one, "--train-iters", 3, "--seed", early))
-    assert "iteration 1: none of 1 steps had a label" in said
+    printed = stages.succeed("stage1", *flags, *training(one, "--train-iters", 3, "--seed", early))
+    assert "iteration 1: none of 1 steps had a label" in printed
     assert sorted(path.name for path in one.glob("iter_*")) == ["iter_0000002", "iter_0000003"]
 
 

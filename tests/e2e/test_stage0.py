@@ -89,10 +89,10 @@ def test_stores_are_byte_identical_for_equal_logits(folder, tmp_path, strategy):
     assert len(np.unique(sizes)) > 20  # the sets are worth comparing
     for layout in LAYOUTS if strategy == "bucket" else LAYOUTS[2:3]:
         store = tmp_path / "-".join(f"{k}{v}" for k, v in layout.items())
-        said = collect(folder, store, *flags, **layout)
+        printed = collect(folder, store, *flags, **layout)
         stages.same_tree(store, reference)
         if "dp" in layout:  # replicas share the work: shards 0 and 2 of 16, 16 and 8 documents
-            assert "24/24 documents (1 of 2 replicas)" in said
+            assert "24/24 documents (1 of 2 replicas)" in printed
     collect(folder, tmp_path / "batches", *flags, "--micro-batch-size", 3)
     stages.same_tree(tmp_path / "batches", reference)
     collect(folder, tmp_path / "chunks", *flags, before=_cut_logits_into_small_chunks)
@@ -221,7 +221,7 @@ def test_the_report_is_of_the_whole_store_and_the_cost_of_this_run(folder, tmp_p
     shutil.copytree(tmp_path / "whole", store)
     for path in (store / "manifest.json", index_path(store, 1), store / "report.json"):
         path.unlink()
-    said = collect(folder, store, pp=2, dp=2)
+    printed = collect(folder, store, pp=2, dp=2)
     facts = json.loads((store / "report.json").read_text())
     reader = CandidateReader(store)
     sizes = np.concatenate([np.diff(document.offsets) for document in reader])
@@ -230,7 +230,7 @@ def test_the_report_is_of_the_whole_store_and_the_cost_of_this_run(folder, tmp_p
     assert facts["positions"] == len(sizes)
     assert facts["set_size"]["mean"] == pytest.approx(sizes.mean())
     assert facts["coverage"]["mean"] == pytest.approx(1 - tails.mean(dtype=np.float64))
-    assert said.count("|S|: mean") == said.count("cost: ") == 1
+    assert printed.count("|S|: mean") == printed.count("cost: ") == 1
     cost = json.loads((store / "cost.json").read_text())
     lengths = Corpus(folder / "corpus").lengths[16:32]
     assert (cost["shards"], cost["documents"], cost["replicas"]) == (1, 16, 2)
@@ -244,8 +244,8 @@ def test_the_report_is_of_the_whole_store_and_the_cost_of_this_run(folder, tmp_p
 
 def test_parts_written_in_two_places_merge_into_the_whole(folder, tmp_path):
     collect(folder, tmp_path / "whole", dp=2)
-    said = collect(folder, tmp_path / "one", "--shards", "0:1", dp=2)
-    assert "--shards 0:1 is done; others are missing" in said
+    printed = collect(folder, tmp_path / "one", "--shards", "0:1", dp=2)
+    assert "--shards 0:1 is done; others are missing" in printed
     collect(folder, tmp_path / "two", "--shards", "1:3")
     with pytest.raises(StoreError, match="unfinished: 2 of 3 shards"):
         CandidateReader(tmp_path / "two")

@@ -34,9 +34,9 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
     )  # fmt: skip
 
 
-def start(command: list[str], said: Path, **environment: str) -> subprocess.Popen[bytes]:
-    """What it writes goes to a file: a pipe that nobody reads would stop it once it is full."""
-    with open(said, "wb") as stderr:
+def start(command: list[str], printed: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """What it writes goes to a file: a pipe that is not read would stop it once it is full."""
+    with open(printed, "wb") as stderr:
         return subprocess.Popen(
             command, env={**ENVIRONMENT, **environment}, stderr=stderr, start_new_session=True
         )
@@ -62,13 +62,13 @@ def test_from_checkpoint_to_export_with_a_killed_rank_between(folder, tmp_path):
 
     argv = stage1_argv(folder, save, "--store", store, "--save-interval", 2)
     command = torchrun(2, "--max-restarts", 1, FAILING_RANK, *argv)
-    process = start(command, tmp_path / "said", FAULT="hang", HUNG=str(hung))
+    process = start(command, tmp_path / "printed", FAULT="hang", HUNG=str(hung))
     processes.until(lambda: hung.exists() and hung.read_text(), process.pid)
     os.kill(int(hung.read_text()), signal.SIGKILL)
-    code, said = process.wait(processes.HANG_SECONDS), (tmp_path / "said").read_text()
-    assert code == 0, said
-    assert "Warning" not in said
-    assert f"resuming {save} after iteration 2" in said
+    code, printed = process.wait(processes.HANG_SECONDS), (tmp_path / "printed").read_text()
+    assert code == 0, printed
+    assert "Warning" not in printed
+    assert f"resuming {save} after iteration 2" in printed
     undisturbed = tmp_path / "undisturbed"
     stages.succeed("stage1", *stage1_argv(folder, undisturbed, "--store", store), tp=2)
     assert stages.losses(save) == stages.losses(undisturbed)
@@ -87,7 +87,7 @@ def test_workers_end_with_a_torchrun_that_was_killed(folder, tmp_path):
     """They would write beside those of the next one. One waits for something, the other for it."""
     argv, hung = stage1_argv(folder, tmp_path / "run", "--loss", "full"), tmp_path / "hung"
     command = torchrun(2, FAILING_RANK, *argv)
-    process = start(command, tmp_path / "said", FAULT="hang", HUNG=str(hung))
+    process = start(command, tmp_path / "printed", FAULT="hang", HUNG=str(hung))
     processes.until(lambda: hung.exists() and hung.read_text(), process.pid)
     lists = Path(f"/proc/{process.pid}/task").glob("*/children")
     workers = [int(pid) for path in lists for pid in path.read_text().split()]
@@ -108,17 +108,17 @@ def test_the_error_of_a_failing_rank_comes_first_and_all_end(folder, tmp_path):
 def test_ctrl_c_saves_and_the_rerun_finishes(folder, tmp_path):
     """A terminal sends SIGINT to the launcher and to every rank at once."""
     argv = stage1_argv(folder, tmp_path / "run", "--loss", "full", "--train-epochs", 400)
-    process = start(torchrun(2, "-m", "megatron_replay.stage1", *argv), tmp_path / "said")
+    process = start(torchrun(2, "-m", "megatron_replay.stage1", *argv), tmp_path / "printed")
     metrics = tmp_path / "run" / "metrics.jsonl"
     processes.until(
         lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, process.pid
     )
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(processes.HANG_SECONDS) != 0
-    assert "saved; rerun the same command to continue" in (tmp_path / "said").read_text()
+    assert "saved, the same command goes on from here" in (tmp_path / "printed").read_text()
     reached = training.latest_iteration(tmp_path / "run")
     assert reached is not None
     assert reached == len(stages.losses(tmp_path / "run"))
-    said = stages.succeed("stage1", *argv, "--exit-interval", reached + 2, tp=2)
-    assert f"resuming {tmp_path / 'run'} after iteration {reached}" in said
+    printed = stages.succeed("stage1", *argv, "--exit-interval", reached + 2, tp=2)
+    assert f"resuming {tmp_path / 'run'} after iteration {reached}" in printed
     assert len(stages.losses(tmp_path / "run")) == reached + 2

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_replay.loss.candidate_sets import CandidateSets
 from megatron_replay.loss.definition import restricted_cross_entropy_dense
 
-#: A cut may differ from real arithmetic's only this close to the coverage (candidates.py says why).
+#: A cut may differ from real arithmetic's only this close to the coverage (see candidates.py).
 CUT_MARGIN = 2.0**-19
 
 

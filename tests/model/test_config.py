@@ -44,7 +44,7 @@ PUBLISHED = {
     "Llama 3 8B": (32, 4096, 14336, 32, 8, 128256, 8192, 5e5, 1e-5, False, False, 8_030_261_248),
 }
 QK_NORMS = ("q_layernorm.weight", "k_layernorm.weight")
-#: What is told apart: (tied, QK-norm).
+#: Kinds of models: (tied, QK-norm).
 KINDS = [(True, True), (False, True), (True, False)]
 GRIDS = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2), (1, 4)]}
 

@@ -22,7 +22,7 @@ def set_of(sets: SelectedCandidates, t: int) -> list[int]:
 
 
 def check(logits_TV: torch.Tensor, labels_T: torch.Tensor, **options: Any) -> None:
-    """Every field against float64. K may differ only where a sum lies on the coverage."""
+    """Every field against float64. K may differ only where a sum is at the coverage."""
     sets = select_candidates(logits_TV, labels_T, **options)
     tau, cap = options.get("coverage", 0.95), options.get("max_candidates", 200)
     for t, logits_V in enumerate(logits_TV.double().numpy()):

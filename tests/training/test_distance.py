@@ -98,14 +98,14 @@ def refusals(rank: int, world_size: int, checkpoint: Path) -> list[str]:
     layout = Layout(tp=2)
     groups = join_groups(layout)
     model = build(layout, groups, checkpoint)
-    said = []
+    printed = []
     for save in (checkpoint, checkpoint.parent / "run"):
         if rank == 1 and save != checkpoint:  # a disk that only one rank cannot read
             readings.weight_reader = _stale
         with pytest.raises(CheckpointError) as caught:
             Distance(str(checkpoint), save, model, None, groups).read()
-        said.append(str(caught.value))
-    return said
+        printed.append(str(caught.value))
+    return printed
 
 
 @pytest.mark.distributed
@@ -125,23 +125,23 @@ def unusable_starts(rank: int, world_size: int, zeros: Path, folder: Path) -> li
     mcore = folder / "mcore"
     saved = save_checkpoint(mcore, TrainState(0, 0, 0, {}, {}), model.module, optimizer, groups)
 
-    def said(load: Path) -> str:
+    def printed(load: Path) -> str:
         with pytest.raises(CheckpointError) as caught:
             Distance(str(load), folder / "run", model, optimizer, groups).read()
         return str(caught.value)
 
-    messages = [said(zeros)]
+    messages = [printed(zeros)]
     described = model.module.sharded_state_dict
     model.module.sharded_state_dict = lambda metadata: {
         name: dataclasses.replace(entry, key="other." + entry.key)
         for name, entry in described(metadata=metadata).items()
         if isinstance(entry, ShardedTensor)
     }
-    messages.append(said(mcore))
+    messages.append(printed(mcore))
     model.module.sharded_state_dict = described
     for file in saved.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:1000])
-    return [*messages, said(mcore)]
+    return [*messages, printed(mcore)]
 
 
 @pytest.mark.distributed

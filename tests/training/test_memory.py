@@ -75,7 +75,7 @@ def step_on(
     rank: int, world_size: int, layout: Layout, checkpoint: Path, prefix: Path, scope: str,
     dense: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """MiB that the second step's peak lies above where it began; the first one warms up."""
+    """MiB that the second step's peak is above where it began; the first one warms up."""
     groups = join_groups(layout)
     model = build(layout, groups, checkpoint)
     ddp = wrap_for_training(model)

@@ -78,8 +78,8 @@ def relative_l2(tuned, base) -> float:
 def test_distance_and_forgetting_are_those_of_the_exported_model(folder, tmp_path, extra, layout):
     run, tuned = tmp_path / "run", tmp_path / "tuned"
     flags = ["--train-iters", 6, *general(folder), *extra]
-    said = stages.succeed("stage1", *argv(folder, run, *flags), **layout)
-    assert "longer documents of the sample the first 20 positions are scored" in said
+    printed = stages.succeed("stage1", *argv(folder, run, *flags), **layout)
+    assert "longer documents of the sample the first 20 positions are scored" in printed
     stages.convert(run, tuned, "--no-verify")
     lines = stages.metrics(run)
     readings = {line["iteration"]: line["general"] for line in lines if "general" in line}
@@ -94,7 +94,7 @@ def test_distance_and_forgetting_are_those_of_the_exported_model(folder, tmp_pat
     assert found == pytest.approx(relative_l2(tuned, folder / "model"), rel=1e-6)
     stability = lines[-1]["stability"]
     assert (stability["steps"], stability["non_finite"]) == (6, 0)
-    assert f"The weights moved by {100 * found:.3g} %." in said
+    assert f"The weights moved by {100 * found:.3g} %." in printed
     summary = summarize_run(run)
     assert summary.relative_l2 == found
     assert (summary.general_perplexity, summary.delta_ppl) == (
@@ -102,7 +102,7 @@ def test_distance_and_forgetting_are_those_of_the_exported_model(folder, tmp_pat
     )  # fmt: skip
     for name in ("loss_std", "loss_variance", "gradient_norm_cv"):
         assert getattr(summary, name) == stability[name]
-    assert "loss_spikes" not in said  # nothing but sentences is printed
+    assert "loss_spikes" not in printed  # nothing but sentences is printed
 
 
 def test_a_resumed_run_logs_what_an_uninterrupted_one_does(folder, tmp_path):
@@ -129,8 +129,8 @@ def test_a_training_checkpoint_may_be_the_start(folder, tmp_path):
     assert 0.001 < last["relative_l2"] < 0.5
     # A run goes on from its own directory, but the weights it started from are not there.
     extra = ["--train-iters", 5, "--load", tmp_path / "first"]
-    said = stages.succeed("stage1", *argv(folder, tmp_path / "first", *extra))
-    assert "warning: iteration 5: relative L2 is not measured" in said
+    printed = stages.succeed("stage1", *argv(folder, tmp_path / "first", *extra))
+    assert "warning: iteration 5: relative L2 is not measured" in printed
     last = stages.metrics(tmp_path / "first")[-1]
     assert last["stability"]["steps"] == 5
     assert "relative_l2" not in last
@@ -151,14 +151,14 @@ def spike_at_step_135(rank: int) -> None:
 def test_warnings_come_when_their_cause_does(folder, tmp_path):
     flags = ["--train-iters", 140, "--lr", 1e-4, "--global-batch-size", 2]
     command = argv(folder, tmp_path / "run", *flags)
-    said = stages.succeed("stage1", *command, before=spike_at_step_135)
-    warned = [line for line in said.splitlines() if line.startswith("warning:")]
+    printed = stages.succeed("stage1", *command, before=spike_at_step_135)
+    warned = [line for line in printed.splitlines() if line.startswith("warning:")]
     assert [" ".join(line.split()[1:6]) for line in warned] == [
         "iteration 50: the weights hardly",
         "iteration 135: loss spikes to",
         "iteration 135: gradient norm spikes",
     ]
-    assert "1 loss and 1 gradient-norm spikes in 12 steps judged" in said
+    assert "1 loss and 1 gradient-norm spikes in 12 steps judged" in printed
     lines = stages.metrics(tmp_path / "run")
     [marked] = [line for line in lines if "spike_above" in line]
     assert marked["iteration"] == 135
