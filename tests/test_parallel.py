@@ -52,7 +52,7 @@ def test_the_variables_that_a_launcher_must_set(monkeypatch, environment, found)
     if isinstance(found, int):
         assert environment_world_size() == found
     else:
-        with pytest.raises(ConfigError, match=r"do not know of each other.*torchrun") as caught:
+        with pytest.raises(ConfigError, match=r"environment: .*torchrun") as caught:
             environment_world_size()
         assert found in str(caught.value)
 
@@ -77,7 +77,7 @@ def test_a_rank_without_the_others_ends_with_one_line(tmp_path, rank):
     found = tmp_path / "found"
     assert processes.wait(processes.fork(meet_alone, found, rank)) == 0
     message = found.read_text()
-    assert f"rank {rank} of 2 did not meet the others within --distributed" in message
+    assert f"rank {rank} of 2 did not connect to the others within --distributed" in message
     assert "MASTER_ADDR=127.0.0.1 MASTER_PORT=" in message
     assert "\n" not in message
 

@@ -54,8 +54,8 @@ def test_every_rank_refuses_what_one_rank_sees() -> None:
     first, second = pool.run(2, refuse_on)
     assert first == second
     nan, infinite, label, outside = first
-    assert "row 1: the logits hold NaN" in nan
-    assert "row 1: the logits hold NaN" in infinite
+    assert "row 1: the logits have NaN" in nan
+    assert "row 1: the logits have NaN" in infinite
     assert "label is outside the vocabulary (found 16)" in label
     assert "outside the vocabulary (expected ids 0 to 15; found 16)" in outside
 

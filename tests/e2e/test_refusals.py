@@ -76,7 +76,7 @@ CHANGED = [
     ("--load {other} --allow-other-store", "another --load: config.json, model.safetensors"),
     ("--optimizer muonclip", "--optimizer (expected adam; found muonclip)"),
     ("--use-distributed-optimizer", "--use-distributed-optimizer (expected False; found True)"),
-    ("--general-data-path {folder}/other", "before the first step is not known"),
+    ("--general-data-path {folder}/other", "general text before its first step"),
 ]
 
 

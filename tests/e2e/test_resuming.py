@@ -132,6 +132,6 @@ def test_a_changed_setting_is_used_and_reported(folder, tmp_path):
     assert (last["lr"], recorded()) == (1e-5, 1e-5)
     if last["update"]["degrees"] < 90:
         assert last["update"]["clipped"] == 0
-    assert "nothing is left to do" in stages.succeed("stage1", *argv(folder, save, *flags))
+    assert "iterations are done" in stages.succeed("stage1", *argv(folder, save, *flags))
     stages.fail("stage1", *argv(folder, save, *flags, "--seed", 5), code=2)
     assert recorded() == 1e-5

@@ -115,7 +115,7 @@ def test_ctrl_c_saves_and_the_rerun_finishes(folder, tmp_path):
     )
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(processes.HANG_SECONDS) != 0
-    assert "saved, the same command goes on from here" in (tmp_path / "printed").read_text()
+    assert "saved; rerun the same command to continue" in (tmp_path / "printed").read_text()
     reached = training.latest_iteration(tmp_path / "run")
     assert reached is not None
     assert reached == len(stages.losses(tmp_path / "run"))
