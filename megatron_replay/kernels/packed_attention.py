@@ -237,7 +237,7 @@ class PackedRows(Protocol):
         ...
 
 
-class PackedForm(Protocol):
+class AttentionEverywhere(Protocol):
     """See ``__call__``."""
 
     def __call__(
@@ -253,7 +253,7 @@ class PackedForm(Protocol):
         ...
 
 
-class RowsForm(Protocol):
+class AttentionAtRows(Protocol):
     """See ``__call__``."""
 
     def __call__(
@@ -275,8 +275,8 @@ class AttentionBackend:
     """Attention at every position, and at chosen positions only, on one kind of device."""
 
     name: str
-    everywhere: PackedForm
-    at_rows: RowsForm
+    everywhere: AttentionEverywhere
+    at_rows: AttentionAtRows
 
 
 def _at_rows(
