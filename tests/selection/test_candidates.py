@@ -114,13 +114,14 @@ def test_a_coverage_of_one_takes_all_that_has_mass() -> None:
 
 
 def test_chunks_change_nothing() -> None:
-    """More logits than are handled at a time, against halves that are not cut."""
+    """More logits than torch's backend handles at a time, against halves that it does not cut."""
     generator = torch.Generator().manual_seed(0)
     logits_TV = torch.randn(400, 500, generator=generator).bfloat16()
     labels_T = torch.randint(500, (400,), generator=generator)
-    whole = select_candidates(logits_TV, labels_T, max_candidates=30)
+    options = {"max_candidates": 30, "backend": shard_selection.TORCH_SELECTION}
+    whole = select_candidates(logits_TV, labels_T, **options)
     halves = [
-        select_candidates(logits, labels, max_candidates=30)
+        select_candidates(logits, labels, **options)
         for logits, labels in zip(logits_TV.split(200), labels_T.split(200), strict=True)
     ]
     for name in set(SelectedCandidates.__dataclass_fields__) - {"offsets"}:
