@@ -68,7 +68,7 @@ from megatron_replay.collection.collector import Collector  # noqa: E402
 from megatron_replay.collection.stream import ShardStream  # noqa: E402
 from megatron_replay.data.packing import without_unread  # noqa: E402
 from megatron_replay.optim.build import build_optimizer  # noqa: E402
-from megatron_replay.training.batches import BatchBuilder  # noqa: E402
+from megatron_replay.training.batches import BatchBuilder, TrainingData  # noqa: E402
 from megatron_replay.training.step import train_step, wrap_for_training  # noqa: E402
 
 #: name of a store -> how its positions are chosen.
@@ -199,9 +199,14 @@ class Ours:
             probe=ProbeConfig(probe_interval=0),
         )
         vocab_size = self.model.shape.vocab_size
-        return BatchBuilder(
-            config, self.groups, self.corpus, lengths, batches(size), reader, self._head, vocab_size
+        data = TrainingData(
+            corpus=self.corpus,
+            reader=reader,
+            lengths=lengths,
+            batches=batches(size),
+            train_iters=1,
         )
+        return BatchBuilder(config, self.groups, data, self._head, vocab_size)
 
 
 def ratio(ours: list[float], others: list[float]) -> float:

@@ -33,8 +33,8 @@ def names(directory: Path) -> list[str]:
 
 
 def test_an_error_is_one_line_and_keeps_the_blanks_of_a_path():
-    error = ReplayError("broken:\n  twice", where="a  b\nc", found="x  y", fix="Mend\r\nit ")
-    assert str(error) == "a  b\\nc: broken: twice (found x  y). Mend it"
+    error = ReplayError("broken:\n  twice", where="a  b\nc", found="x  y", fix="Repair\r\nit ")
+    assert str(error) == "a  b\\nc: broken: twice (found x  y). Repair it"
 
 
 @pytest.mark.parametrize("kind", ["missing", "fifo", "device", "directory"])

@@ -38,6 +38,24 @@ class StepBatch(NamedTuple):
     tokens: int
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingData:
+    """The inputs of a run.
+
+    Attributes:
+        reader: the candidate store, if the run has one.
+        lengths: usable tokens of each document of the corpus.
+        batches: the documents of each step.
+        train_iters: steps of the whole run.
+    """
+
+    corpus: Corpus
+    reader: CandidateReader | None
+    lengths: npt.NDArray[np.int32]
+    batches: GlobalBatches
+    train_iters: int
+
+
 @dataclass(frozen=True, eq=False)
 class BatchBuilder:
     """``make_batch(iteration)``, called by the loader's thread, which alone uses ``batches``.
@@ -50,10 +68,7 @@ class BatchBuilder:
 
     config: Stage1Config
     groups: Parallel
-    corpus: Corpus
-    lengths: npt.NDArray[np.int32]
-    batches: GlobalBatches
-    reader: CandidateReader | None
+    data: TrainingData
     backend: HeadBackend
     vocab_size: int
 
@@ -63,25 +78,26 @@ class BatchBuilder:
         Raises:
             StoreError: a record is damaged, or belongs to another corpus.
         """
-        packs = self.batches.global_batch(iteration)
-        tokens = sum(int((self.lengths[pack] - 1).sum()) for pack in packs)
-        made = [self._micro_batch(packs) for packs in self.batches.micro_batches(iteration)]
+        data = self.data
+        packs = data.batches.global_batch(iteration)
+        tokens = sum(int((data.lengths[pack] - 1).sum()) for pack in packs)
+        made = [self._micro_batch(packs) for packs in data.batches.micro_batches(iteration)]
         return StepBatch(made, packs, tokens)
 
     def _micro_batch(self, packs: list[Pack]) -> MicroBatch:
         """A micro-batch with the head that computes its loss."""
-        batch = pack_batch(self.corpus, packs, self.config.data.seq_length, self.lengths)
+        batch = pack_batch(self.data.corpus, packs, self.config.data.seq_length, self.data.lengths)
         if self.config.loss.loss == "full":
             rows_N, labels_N = full_targets(batch)
             rows = self._rows(rows_N, batch)
             labels_N = to_device(labels_N, self.groups.device)
             head = heads.full_loss(rows.rows_N, labels_N, self.groups)
         else:
-            assert self.reader is not None
+            assert self.data.reader is not None
             loss = self.config.loss
             targets = join_candidates(
                 batch,
-                self.reader,
+                self.data.reader,
                 vocab_size=self.vocab_size,
                 scope=loss.candidate_scope,
                 logits=loss.kl_weight > 0,

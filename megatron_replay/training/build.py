@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -33,7 +31,7 @@ from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import Loader
 from megatron_replay.data.packing import report_long_documents, usable_documents
-from megatron_replay.data.sampler import GlobalBatches, global_batches, require_iterations
+from megatron_replay.data.sampler import global_batches, require_iterations
 from megatron_replay.locks import DirectoryLock
 from megatron_replay.model.attention import record_max_logits
 from megatron_replay.model.compatibility import (
@@ -45,31 +43,13 @@ from megatron_replay.optim.build import apply_hyperparameters, build_optimizer, 
 from megatron_replay.parallel import Parallel
 from megatron_replay.store import CandidateReader
 from megatron_replay.training import run_directory
-from megatron_replay.training.batches import BatchBuilder, StepBatch
+from megatron_replay.training.batches import BatchBuilder, StepBatch, TrainingData
 from megatron_replay.training.monitor import Monitor
 from megatron_replay.training.profile import StepTrace
 from megatron_replay.training.step import wrap_for_training
 
 #: Global batches prepared ahead of the step.
 PREFETCHED_BATCHES = 2
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TrainingData:
-    """The inputs of a run.
-
-    Attributes:
-        reader: the candidate store, if the run has one.
-        lengths: usable tokens of each document of the corpus.
-        batches: the documents of each step.
-        train_iters: steps of the whole run.
-    """
-
-    corpus: Corpus
-    reader: CandidateReader | None
-    lengths: npt.NDArray[np.int32]
-    batches: GlobalBatches
-    train_iters: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -159,28 +139,16 @@ def build_run(config: Stage1Config, groups: Parallel) -> TrainingRun:
         wrapped=wrapped,
         optimizer=optimizer,
         state=state,
-        make_batch=BatchBuilder(
-            config,
-            groups,
-            data.corpus,
-            data.lengths,
-            data.batches,
-            data.reader,
-            backend,
-            shape.vocab_size,
-        ),
+        make_batch=BatchBuilder(config, groups, data, backend, shape.vocab_size),
         trace=StepTrace(config, groups.rank),
         monitor=Monitor(
             config,
             groups,
+            data,
             model=model,
             wrapped=wrapped,
             optimizer=optimizer,
-            corpus=data.corpus,
-            reader=data.reader,
-            lengths=data.lengths,
             iteration=state.iteration,
-            train_iters=data.train_iters,
         ),
         lock=locks[0] if locks else None,
     )

@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.checkpoint.training import TrainState, iteration_directory, latest_iteration
 from megatron_replay.config import Stage1Config
-from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import Pack
 from megatron_replay.errors import CheckpointError, TrainingError
 from megatron_replay.files import output_error
 from megatron_replay.parallel import Parallel
-from megatron_replay.store import CandidateReader
+from megatron_replay.training.batches import TrainingData
 from megatron_replay.training.metrics import (
     SPIKE_SIGMAS,
     SPIKE_WINDOW,
@@ -51,10 +49,7 @@ class Monitor:
 
     Args:
         model, wrapped: this rank's part of the model, plain and as it is trained.
-        reader: the candidate store, if the run has one.
-        lengths: usable tokens of each document of ``corpus``.
         iteration: steps taken before this process.
-        train_iters: steps of the whole run.
 
     Raises:
         ConfigError: the general text is of another tokenizer, or its base reading is missing.
@@ -65,18 +60,15 @@ class Monitor:
         self,
         config: Stage1Config,
         groups: Parallel,
+        data: TrainingData,
         *,
         model: LoadedModel,
         wrapped: torch.nn.Module,
         optimizer: MegatronOptimizer,
-        corpus: Corpus,
-        reader: CandidateReader | None,
-        lengths: npt.NDArray[np.int32],
         iteration: int,
-        train_iters: int,
     ) -> None:
         self._config, self._groups, self._wrapped = config, groups, wrapped
-        self._lengths, self._train_iters = lengths, train_iters
+        self._lengths, self._train_iters = data.lengths, data.train_iters
         self._directory = directory = Path(config.training.save)
         self._log: MetricsLog | None = None
         if groups.writer:
@@ -89,13 +81,13 @@ class Monitor:
             if "loss" in line:
                 self._notice(line)  # its warnings were printed before
         self._probe: Probe | None = None
-        if reader is not None and config.probe.probe_interval > 0:
-            self._probe = Probe(config, groups, corpus, reader, lengths)
+        if data.reader is not None and config.probe.probe_interval > 0:
+            self._probe = Probe(config, groups, data.corpus, data.reader, data.lengths)
         self._is_drifting = False
         self._general: GeneralText | None = None
         if (prefix := config.probe.general_data_path) is not None:
             context = model.shape.max_position_embeddings
-            self._general = general = GeneralText(config, groups, prefix, corpus, context)
+            self._general = general = GeneralText(config, groups, prefix, data.corpus, context)
             if iteration > 0:
                 log = self._log
                 groups.agreed(lambda: general.resume(log.kept, directory) if log else None)

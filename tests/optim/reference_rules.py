@@ -204,7 +204,7 @@ class AdaMuon(Muon):
         return 0.2 * np.sqrt(u.size) * u / np.linalg.norm(u)
 
 
-#: Name of the rule, what build_optimizer is told beside --optimizer, and the reference.
+#: By name: the settings that build_optimizer takes, and the reference.
 RULES: dict[str, tuple[dict[str, Any], Callable[..., Adam]]] = {
     "adamw": ({"optimizer": "adamw"}, Adam),
     "moclip": ({"optimizer": "moclip"}, MoClip),

@@ -95,7 +95,7 @@ def test_what_a_part_cannot_tell_the_whole_cannot(reader: CandidateReader) -> No
     assert (tally(reader, [0]) + Tally()).label_appended is None
 
 
-def told(found: dict[str, Any], **changes: float) -> tuple[str, str]:
+def verdict_of(found: dict[str, Any], **changes: float) -> tuple[str, str]:
     """The verdict and the advice for these numbers."""
     found = copy.deepcopy(found)
     found["share_label_appended"] = changes["missed"]
@@ -114,28 +114,28 @@ def told(found: dict[str, Any], **changes: float) -> tuple[str, str]:
 
 def test_the_verdict_is_always_told_with_what_helps(reader: CandidateReader) -> None:
     found = summary(reader.description, tally(reader, range(7)))
-    verdict, hints = told(found, missed=0.0, coverage=1.0, at_cap=0.0)
+    verdict, hints = verdict_of(found, missed=0.0, coverage=1.0, at_cap=0.0)
     assert "No evidence either way" in verdict
     assert hints == ""
-    verdict, hints = told(found, missed=0.0, coverage=0.99, at_cap=0.0)  # it has leaked there
+    verdict, hints = verdict_of(found, missed=0.0, coverage=0.99, at_cap=0.0)  # it has leaked there
     assert "Perhaps, not with the paper's loss" in verdict
     assert hints == ""
-    verdict, hints = told(found, missed=0.013, coverage=0.966, at_cap=0.02)
+    verdict, hints = verdict_of(found, missed=0.013, coverage=0.966, at_cap=0.02)
     assert "Perhaps" in verdict
     assert "--candidate-scope document --tail ghost" in verdict
-    verdict, hints = told(found, missed=0.2, coverage=0.95, at_cap=0.0)
+    verdict, hints = verdict_of(found, missed=0.2, coverage=0.95, at_cap=0.0)
     assert "Not with the paper's loss: the base model missed 20.0% of labels" in verdict
     assert "--loss full" in hints
     assert "--coverage in Stage 0" in hints
     # At the cap a higher coverage changes nothing, and no cap helps such a model.
-    verdict, hints = told(found, missed=0.5, coverage=0.25, at_cap=1.0)
+    verdict, hints = verdict_of(found, missed=0.5, coverage=0.25, at_cap=1.0)
     assert "Not with" in verdict
     assert "--loss full" in hints
     assert "--coverage" not in hints.replace("--candidate-scope", "")
     assert "--max-candidates" not in hints
-    _, hints = told(found, missed=0.0, coverage=0.93, at_cap=0.3)
+    _, hints = verdict_of(found, missed=0.0, coverage=0.93, at_cap=0.3)
     assert "raise --max-candidates (at most 255)" in hints
-    _, hints = told(found, missed=0.0, coverage=0.93, at_cap=0.3, cap=255)
+    _, hints = verdict_of(found, missed=0.0, coverage=0.93, at_cap=0.3, cap=255)
     assert "--max-candidates" not in hints
 
 
