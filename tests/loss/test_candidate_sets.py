@@ -24,10 +24,13 @@ def random_sets(
     """
     rng = np.random.default_rng(num_sets)
     sets = [np.unique(rng.integers(0, V, rng.integers(0, largest))) for _ in range(num_sets)]
+    borders = [0, V // 4 - 1, V // 4, V // 2 - 1, V // 2, V - 1]
+    sets = [np.union1d(s, borders) if number % 3 == 1 else s for number, s in enumerate(sets)]
     positions = 2 * num_sets if groups else num_sets
     ids = np.concatenate([np.empty(0, np.int64), *sets]).astype(np.int32)
     offsets = np.concatenate(([0], np.cumsum([len(s) for s in sets]))).astype(np.int64)
     labels_N = rng.integers(0, V, positions)
+    labels_N[: len(borders)] = borders[:positions]
     made = CandidateSets.of(
         ids, offsets, labels_N, np.arange(0, positions + 1, 2) if groups else None,
         vocab_size=V, values=ids.astype(np.float32),
@@ -41,7 +44,7 @@ def as_lists(sets: CandidateSets) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("groups", [False, True])
-@pytest.mark.parametrize(("start", "rows"), [(0, V), (V // 2, V // 2)])
+@pytest.mark.parametrize(("start", "rows"), [(0, V), (V // 2, V // 2), (V // 4, V // 4)])
 @pytest.mark.parametrize(("num_sets", "largest"), [(200, 300), (40, 1), (0, 1)])
 def test_a_cut_keeps_the_rows_of_the_shard(num_sets, largest, start, rows, groups):
     sets, labels, whole = random_sets(num_sets, largest, groups=groups)
