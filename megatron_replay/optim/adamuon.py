@@ -23,11 +23,6 @@ from megatron_replay.optim.muon import Matrix, MatrixRule
 _RMS = 0.2
 
 
-def rescaled(orthogonal: Tensor, variance: Tensor, *, eps: float) -> Tensor:
-    """U = O / (sqrt(V) + eps), elementwise."""
-    return orthogonal / variance.sqrt().add_(eps)
-
-
 class AdaMuon(MatrixRule):
     """A step adds to MatrixRule's communication one all-reduce of [matrices] fp32 over TP."""
 
@@ -40,7 +35,7 @@ class AdaMuon(MatrixRule):
             weight = scalars.if_proceeding(1 - self.momentum).to(variance)
             variance = torch.lerp(variance, orthogonal.square(), weight)
             piece.scatter(variance, stored)
-            updates.append(rescaled(orthogonal, variance, eps=batch.group["eps"]))
+            updates.append(orthogonal / variance.sqrt().add_(batch.group["eps"]))
         if not updates:
             return []
         # Each rank has its part of |U|^2 of the whole matrix.

@@ -1,17 +1,107 @@
-"""What an update rule works on: scalars of the whole model, and parameters that step alike."""
+"""What an update rule works on: a model's tensors, where they are over processes, and scalars."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.optim.momentum_step import Coefficients, OptimizerKernels
-from megatron_replay.optim.placement import Place
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A matrix of the model, as far as this process holds it: q, k and v share one parameter.
+
+    Attributes:
+        index: its number among the matrices of this pipeline stage, equal on all ranks that hold
+            a part of it.
+        numel: elements of the whole matrix.
+        columns: of the part held here, before a distributed optimizer cuts it.
+        ranges: its place in the flattened tensor, half-open, ascending.
+        split_dim: the dimension cut over tensor parallel ranks; None where each holds it whole.
+    """
+
+    index: int
+    numel: int
+    columns: int
+    ranges: tuple[tuple[int, int], ...]
+    split_dim: int | None
+
+    def views(self, tensor: Tensor) -> list[Tensor]:
+        """The piece's ranges of a tensor laid out as the parameter is, flat."""
+        flat = tensor.view(-1)
+        return [flat[start:stop] for start, stop in self.ranges]
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The part held here, as a matrix [rows, columns]; a copy unless it is contiguous."""
+        views = self.views(tensor)
+        return (views[0] if len(views) == 1 else torch.cat(views)).view(-1, self.columns)
+
+    def scatter(self, matrix: Tensor, tensor: Tensor) -> None:
+        """Write ``matrix`` back to where ``gather`` found it."""
+        views = self.views(tensor)
+        parts = matrix.reshape(-1).split([len(view) for view in views])
+        for view, part in zip(views, parts, strict=True):
+            view.copy_(part)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one of an optimizer's tensors is of the model.
+
+    Attributes:
+        row: its number among the model's parameters; both copies of a tied weight have one number.
+        counts: whether it enters this rank's sums. A tensor that several ranks hold whole (a norm)
+            counts on the first of them only, and a tied embedding counts once.
+        pieces: its matrices; none for vectors.
+        orthogonal: whether AdaMuon and MuonClip orthogonalise it: a matrix inside a layer.
+        attention_layer: number of the layer whose attention it belongs to, if any.
+    """
+
+    row: int
+    counts: bool
+    pieces: tuple[Piece, ...]
+    orthogonal: bool
+    attention_layer: int | None = None
+
+
+def place_alone(param: Tensor, row: int, *, orthogonal: bool) -> Place:
+    """The place of a parameter that is whole, in a model that is on one process."""
+    if param.dim() < 2:
+        return Place(row, counts=True, pieces=(), orthogonal=False)
+    columns = param.numel() // len(param) if len(param) else 1
+    piece = Piece(row, param.numel(), columns, ((0, param.numel()),), split_dim=None)
+    return Place(row, counts=True, pieces=(piece,), orthogonal=orthogonal and param.dim() == 2)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One model over processes.
+
+    Attributes:
+        places: of each tensor in the optimizer's groups.
+        model_group: the processes that share one model; with a distributed optimizer, all that
+            share its state.
+        tensor_group: the processes that share a parameter: TP, or TP x DP if distributed.
+        tp_group: the processes that share a matrix.
+        num_tensors: parameters of the whole model.
+        piece_sizes: elements of each matrix of this stage, by ``Piece.index``.
+        num_layers: layers of the whole model.
+    """
+
+    places: Mapping[Tensor, Place]
+    model_group: dist.ProcessGroup
+    tensor_group: dist.ProcessGroup
+    tp_group: dist.ProcessGroup
+    num_tensors: int
+    piece_sizes: tuple[int, ...]
+    num_layers: int
 
 
 @dataclass(frozen=True)
@@ -59,13 +149,8 @@ class Batch:
     items: list[Item]
 
     @property
-    def params(self) -> list[Tensor]:
-        """The parameters."""
-        return [item.param for item in self.items]
-
-    @property
     def grads(self) -> list[Tensor]:
-        """Their gradients."""
+        """The gradients of the parameters."""
         return [item.grad for item in self.items]
 
     def state(self, key: str) -> list[Tensor]:
@@ -79,18 +164,6 @@ class Batch:
     def rows(self, values: Tensor) -> Tensor:
         """The entries of [tensors] that belong to these parameters; [] belongs to all."""
         return values if values.dim() == 0 else values[[item.place.row for item in self.items]]
-
-    def settings(self, scalars: Scalars) -> dict[str, Any]:
-        """The scalars that every rule's coefficients depend on."""
-        return {
-            "step": self.step,
-            "lr": self.group["lr"],
-            "beta1": self.group["betas"][0],
-            "beta2": self.group["betas"][1],
-            "weight_decay": self.group["weight_decay"],
-            "clip": scalars.clip,
-            "proceed": scalars.proceed,
-        }
 
     def take_step(
         self,
@@ -107,17 +180,18 @@ class Batch:
         """
         if not self.items:
             return torch.zeros(())
+        params = [item.param for item in self.items]
         if self.kernels.name != "torch":
             # Autograd does not see what compiled code writes: a backward pass through weights that
             # have changed since its forward pass must fail, as it does after torch's optimizers.
-            torch.autograd.graph.increment_version(self.params)
+            torch.autograd.graph.increment_version(params)
         copies = [item.copy for item in self.items if copy and item.copy is not None]
         sums = self.kernels.momentum_step(
-            self.params,
+            params,
             self.grads,
             self.state("exp_avg"),
             self.state("exp_avg_sq"),
-            coefficients.pack(self.params[0]),
+            coefficients.pack(params[0]),
             bounded=bounded,
             copies=copies or None,
         )
@@ -162,11 +236,6 @@ class Angle:
         """cos phi; 1 where there is no angle, as in the first step."""
         return cosine(self.dot, self.momentum_sq, self.grad_sq)
 
-    @property
-    def clipped(self) -> Tensor:
-        """Whether the gradient was turned."""
-        return (self.a != 1) | (self.b != 0)
-
     def scalars(self) -> dict[str, Tensor]:
         """Numbers for a log, [] each: means over tensors; ratios of norms are the whole model's.
 
@@ -174,15 +243,13 @@ class Angle:
         momentum_over_grad_norm |m| / |g|, and snr = D / (n^2 - D) with D = <m, g> and n = |g|, an
         estimate of |signal|^2 / |noise|^2: the gradients of two batches share only the signal.
         """
-        dot, momentum_sq, grad_sq = (x.sum() for x in (self.dot, self.momentum_sq, self.grad_sq))
-        turned_sq = (
-            self.a**2 * self.grad_sq + 2 * self.a * self.b * self.dot + self.b**2 * self.momentum_sq
-        )
-        cos = self.cosine
+        a, b, cos = self.a, self.b, self.cosine
+        turned_sq = a**2 * self.grad_sq + 2 * a * b * self.dot + b**2 * self.momentum_sq
         values = {
-            "degrees": cos.acos().rad2deg(), "cosine": cos, "a": self.a, "b": self.b,
-            "clipped": self.clipped, "obtuse": cos < 0,
+            "degrees": cos.acos().rad2deg(), "cosine": cos, "a": a, "b": b,
+            "clipped": (a != 1) | (b != 0), "obtuse": cos < 0,
         }  # fmt: skip
+        dot, momentum_sq, grad_sq = (x.sum() for x in (self.dot, self.momentum_sq, self.grad_sq))
         return {name: value.to(dot.dtype).mean() for name, value in values.items()} | {
             "turned_over_grad_norm": (turned_sq.clamp(min=0).sum() / grad_sq).sqrt(),
             "momentum_over_grad_norm": (momentum_sq / grad_sq).sqrt(),

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError, few
-from megatron_replay.optim.batch import Batch, Item
+from megatron_replay.optim.batch import Batch, Item, Place, Placement, place_alone
 from megatron_replay.optim.momentum_step import OPTIMIZER
-from megatron_replay.optim.placement import Place, Placement, place_alone
 
 #: Steps are computed in float32, where larger numbers are infinite.
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def require_usable_numbers(group: Mapping[str, Any]) -> None:
+def _require_usable_numbers(group: Mapping[str, Any]) -> None:
     """Raise ValueError, as AdamW does, for a number of a group that is infinite in float32."""
     numbers = {name: float(group[name]) for name in ("lr", "eps", "weight_decay")}
     numbers["lr * weight_decay"] = numbers["lr"] * numbers["weight_decay"]
@@ -38,18 +37,11 @@ class CheckedAdamW(torch.optim.AdamW):
 
     backend: str
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:
         self._placement: Placement | None = None
         self._copies: dict[Tensor, Tensor] = {}
         self._own = (*vars(self), "_own")
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(*args, **options)
 
     def distribute(self, placement: Placement, copies: dict[Tensor, Tensor]) -> None:
         """Set how the model is spread over processes, and where its bf16 weights are.
@@ -62,8 +54,14 @@ class CheckedAdamW(torch.optim.AdamW):
         """
         self._placement, self._copies = placement, copies
 
-    def create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """A parameter's state before its first step: zeros, each of the parameter's shape."""
+    def create_states(self) -> None:
+        """Create every parameter's missing state, so that a checkpoint can be loaded into it."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if not self.state[param]:
+                    self._create_state(param, group)
+
+    def _create_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[param]
         state["step"] = torch.tensor(0.0, dtype=torch.float32)
         for key in self._state_keys(self._place(param, group, 0)):
@@ -88,7 +86,7 @@ class CheckedAdamW(torch.optim.AdamW):
                 if param.grad is None:
                     continue
                 self._require_usable(param, param.grad)
-                state = self.state[param] or self.create_state(param, group)
+                state = self.state[param] or self._create_state(param, group)
                 step = int(state["step"]) + 1
                 kernels = OPTIMIZER.choose(self.backend, param)
                 grad = param.grad.contiguous() if param.is_contiguous() else param.grad
@@ -107,7 +105,7 @@ class CheckedAdamW(torch.optim.AdamW):
             ValueError: a number with which no step can be taken.
         """
         self._require_no_variant(param_group)
-        require_usable_numbers(self.defaults | param_group)
+        _require_usable_numbers(self.defaults | param_group)
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -161,22 +159,17 @@ class CheckedAdamW(torch.optim.AdamW):
             self._require(f"option {name} of a group", False, expected, group[name])
 
     def _require_usable(self, param: Tensor, grad: Tensor) -> None:
-        if param.dtype not in (torch.float32, torch.float64):
-            raise ConfigError(
-                "unusable parameter",
-                where=type(self).__name__,
-                expected="float32 or float64",
-                found=param.dtype,
-                fix="Give the optimizer fp32 masters of the model's weights",
-            )
+        fix = "Give the optimizer fp32 masters of the model's weights"
+        usable = param.dtype in (torch.float32, torch.float64)
+        self._require("parameter", usable, "float32 or float64", param.dtype, fix)
         self._require("gradient", grad.layout == torch.strided, "a dense one", grad.layout)
 
-    def _require(self, name: str, condition: bool, expected: str, found: object) -> None:
+    def _require(
+        self, name: str, condition: bool, expected: str, found: object, fix: str | None = None
+    ) -> None:
         """Raise ConfigError for an unusable setting unless ``condition`` holds."""
         if not condition:
+            where = type(self).__name__
             raise ConfigError(
-                f"unusable {name}",
-                where=type(self).__name__,
-                expected=expected,
-                found=repr(found),
+                f"unusable {name}", where=where, expected=expected, found=repr(found), fix=fix
             )

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from megatron_replay.optim.adamw import adamw_coefficients
 from megatron_replay.optim.batch import Angle, Batch, Scalars, cosine
-from megatron_replay.optim.momentum_step import Coefficients, Scalar
 from megatron_replay.optim.rule import UpdateRule
 
 #: What becomes of a gradient more than 90 degrees from the momentum: ``rotation_coefficients``.
@@ -67,18 +66,6 @@ def rotation_coefficients(
     a = torch.where(clipped, across, 1.0)
     b = torch.where(clipped, (grad_sq.sqrt() / momentum_sq.sqrt()) * (along - across * c), 0.0)
     return a, b
-
-
-def moclip_coefficients(
-    a: Scalar, b: Scalar, *, beta1: float, clip: Scalar = 1.0, **settings: Any
-) -> Coefficients:
-    """The step above on ``clip`` g; u is the arctangent, ``settings`` as in ``adamw_coefficients``.
-
-    beta1 m + (1 - beta1)(a g + b m) needs no g' in memory. atan2 does not change when both sides
-    are scaled, so both bias corrections are in scale_v, as in AdamW.
-    """
-    adamw = adamw_coefficients(beta1=beta1, clip=clip, eps=0.0, **settings)
-    return adamw._replace(keep_m=beta1 + (1 - beta1) * b, take_g=(1 - beta1) * a * clip)
 
 
 class MoClip(UpdateRule):
@@ -139,10 +126,15 @@ class MoClip(UpdateRule):
             a, b = torch.where(passes, 1.0, a), torch.where(passes, 0.0, b)
             self._memory = {"obtuse_streak": torch.where(passes, 0.0, streak)}
         self.last_angle = Angle(dot, momentum_sq, grad_sq, a, b)
-        return [
-            batch.take_step(
-                moclip_coefficients(batch.rows(a), batch.rows(b), **batch.settings(scalars)),
-                bounded=True,
+        parts = []
+        for batch in batches:
+            adamw, beta1 = adamw_coefficients(batch, scalars), batch.group["betas"][0]
+            # beta1 m + (1 - beta1)(a g + b m) needs no g' in memory. atan2 does not change when
+            # both sides are scaled, so scale_v has both bias corrections, as in AdamW.
+            coefficients = adamw._replace(
+                keep_m=beta1 + (1 - beta1) * batch.rows(b),
+                take_g=(1 - beta1) * batch.rows(a) * scalars.clip,
+                eps=0.0,
             )
-            for batch in batches
-        ]
+            parts.append(batch.take_step(coefficients, bounded=True))
+        return parts

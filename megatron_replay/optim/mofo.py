@@ -13,21 +13,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megatron_replay.optim.adamw import adamw_of
+from megatron_replay.optim.adamw import adamw_coefficients
 from megatron_replay.optim.batch import Batch, Scalars
-from megatron_replay.optim.kth_largest import kth_largest_magnitudes
-from megatron_replay.optim.momentum_step import Coefficients, Scalar
+from megatron_replay.optim.momentum_step import Coefficients
 from megatron_replay.optim.rule import UpdateRule
 
-
-def filtered_update(
-    exp_avg: Tensor, exp_avg_sq: Tensor, threshold: Tensor, *, scale_v: Scalar, eps: Scalar
-) -> Tensor:
-    """[|m| >= threshold] m / (scale_v sqrt(v) + eps), elementwise."""
-    update = exp_avg / exp_avg_sq.sqrt().mul_(scale_v).add_(eps)
-    return update.mul_(exp_avg.abs() >= threshold)
+_DIGIT_BITS = 11
+#: Number of bits below the sign, and the integer type of that width.
+_PATTERNS = {torch.float32: (31, torch.int32), torch.float64: (63, torch.int64)}
 
 
 class MoFO(UpdateRule):
@@ -55,10 +51,10 @@ class MoFO(UpdateRule):
     def _update(self, batches: Sequence[Batch], scalars: Scalars) -> list[Tensor]:
         vectors = [batch.only(lambda place: not place.pieces) for batch in batches]
         matrices = [batch.only(lambda place: place.pieces) for batch in batches]
-        parts = [batch.take_step(adamw_of(batch, scalars)) for batch in vectors]
+        parts = [batch.take_step(adamw_coefficients(batch, scalars)) for batch in vectors]
         # Moments and decay now; the update once every matrix's threshold is known.
         for batch in matrices:
-            batch.take_step(adamw_of(batch, scalars)._replace(move=0.0), copy=False)
+            batch.take_step(adamw_coefficients(batch, scalars)._replace(move=0.0), copy=False)
         thresholds = self._thresholds(matrices, scalars.grad_sq.device)
         for batch in matrices:
             parts += self._filtered(batch, scalars, thresholds)
@@ -69,12 +65,12 @@ class MoFO(UpdateRule):
         """Update the matrices of a batch; the sums of squares of what counts."""
         parts = []
         for item in batch.items:
-            c = Coefficients(*adamw_of(batch, scalars).pack(item.param).unbind())
+            c = Coefficients(*adamw_coefficients(batch, scalars).pack(item.param).unbind())
             for piece in item.place.pieces:
                 tensors = (item.param, item.state["exp_avg"], item.state["exp_avg_sq"])
                 for p, m, v in zip(*(piece.views(tensor) for tensor in tensors), strict=True):
-                    threshold = thresholds[piece.index]
-                    u = filtered_update(m, v, threshold, scale_v=c.scale_v, eps=c.eps)
+                    u = m / v.sqrt().mul_(c.scale_v).add_(c.eps)
+                    u.mul_(m.abs() >= thresholds[piece.index])
                     parts.append(u.square().sum() * item.place.counts)
                     p.sub_(u.mul_(scalars.if_proceeding(c.move)))
         return parts
@@ -97,3 +93,62 @@ class MoFO(UpdateRule):
             group=placement.tensor_group if placement is not None else None,
             device=device,
         )
+
+
+def kth_largest_magnitudes(
+    parts: Sequence[Sequence[Tensor]],
+    ranks: Sequence[int],
+    *,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """The exact ``ranks[i]``-th largest |x| (from 1) of tensor i, for all at once: [tensors].
+
+    Magnitudes sort as their bit patterns do, as integers. So the answer is found digit by digit
+    from the top: a histogram of the next digit over the elements that agree with it so far, summed
+    over the processes, gives the digit of the k-th largest.
+
+    Communication: one all-reduce of [tensors, 2048] int32 for each of 3 digits (fp64: 6).
+
+    Args:
+        parts: the flat pieces of each tensor that this process holds, in one precision; every
+            element is held by one process. A tensor that is elsewhere has no pieces here.
+        ranks: at most the number of the whole tensor's elements.
+        device: where to reduce, for a process without pieces.
+    """
+    pieces = [piece for tensor in parts for piece in tensor]
+    device = pieces[0].device if pieces else device
+    dtype = pieces[0].dtype if pieces else torch.float32
+    bits, integers = _PATTERNS[dtype]
+    found = torch.zeros(len(parts), dtype=integers, device=device)
+    wanted = torch.tensor(list(ranks), dtype=torch.int64, device=device)
+    while bits > 0:
+        width = min(_DIGIT_BITS, bits)
+        bits -= width
+        counts = torch.zeros(len(parts), 1 << width, dtype=torch.int32, device=device)
+        for i, tensor in enumerate(parts):
+            for piece in tensor:
+                pattern = piece.abs().view(integers)
+                digit = (pattern >> bits) & ((1 << width) - 1)
+                agrees = (pattern >> (bits + width)) == found[i]
+                counts[i] += _histogram(digit, agrees, 1 << width)
+        if group is not None:
+            dist.all_reduce(counts, group=group)
+        # The bins from the top that together do not reach the wanted rank are above the digit.
+        reached = counts.flip(1).cumsum(1)
+        above = (reached < wanted[:, None]).sum(1)
+        passed = torch.where(
+            above > 0, reached.gather(1, (above - 1).clamp(min=0)[:, None])[:, 0], 0
+        )
+        wanted = wanted - passed
+        found = (found << width) | ((1 << width) - 1 - above).to(integers)
+    return found.view(dtype)
+
+
+def _histogram(digit: Tensor, agrees: Tensor, bins: int) -> Tensor:
+    """How often each digit occurs where it ``agrees``, int32 [bins]; no copy to the host."""
+    if digit.is_cpu:
+        return torch.bincount(digit[agrees], minlength=bins).int()
+    # A scatter of integers, which an NPU may run on its slow scalar processor (not run on one).
+    counts = torch.zeros(bins, dtype=torch.int32, device=digit.device)
+    return counts.scatter_add_(0, digit.flatten().long(), agrees.flatten().int())

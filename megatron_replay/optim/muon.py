@@ -17,9 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_replay.optim.adamw import adamw_of
-from megatron_replay.optim.batch import Batch, Item, Scalars
-from megatron_replay.optim.placement import Piece, Place
+from megatron_replay.optim.adamw import adamw_coefficients
+from megatron_replay.optim.batch import Batch, Item, Piece, Place, Scalars
 from megatron_replay.optim.rule import UpdateRule
 
 #: The quintic's coefficients of Muon: steep at 0, so that five steps do; they end in [0.7, 1.2].
@@ -115,7 +114,7 @@ class MatrixRule(UpdateRule):
     def _update(self, batches: Sequence[Batch], scalars: Scalars) -> list[Tensor]:
         others = [batch.only(lambda place: not place.orthogonal) for batch in batches]
         batches = [batch.only(lambda place: place.orthogonal) for batch in batches]
-        parts = [batch.take_step(adamw_of(batch, scalars)) for batch in others]
+        parts = [batch.take_step(adamw_coefficients(batch, scalars)) for batch in others]
         for item in (item for batch in batches for item in batch.items):
             clipped = scalars.if_proceeding(item.grad) * self._clip(item.place, scalars)
             weight = scalars.if_proceeding(1 - self.momentum).to(item.grad)

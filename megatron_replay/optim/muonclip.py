@@ -34,9 +34,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_replay.optim.batch import Scalars
+from megatron_replay.optim.batch import Place, Scalars
 from megatron_replay.optim.muon import Matrix, MatrixRule
-from megatron_replay.optim.placement import Piece, Place
 
 _RMS = 0.2
 
@@ -78,17 +77,13 @@ class MuonClip(MatrixRule):
         return clip * (self.attention_clip_grad / (norm + 1e-6)).clamp(max=1.0)
 
     def _matrix_updates(self, matrices: Sequence[Matrix], scalars: Scalars) -> list[Tensor]:
-        return [
-            orthogonal * (_RMS * math.sqrt(max(_whole_shape(matrix.piece, orthogonal))))
-            for matrix, orthogonal in zip(matrices, self._orthogonalized(matrices), strict=True)
-        ]
-
-
-def _whole_shape(piece: Piece, part: Tensor) -> tuple[int, int]:
-    """(rows, columns) of the whole matrix of which ``part`` is held here."""
-    if piece.split_dim == 1:
-        return part.shape[0], piece.numel // part.shape[0]
-    return piece.numel // part.shape[1], part.shape[1]
+        updates = []
+        for matrix, orthogonal in zip(matrices, self._orthogonalized(matrices), strict=True):
+            rows, columns = orthogonal.shape
+            numel, split_dim = matrix.piece.numel, matrix.piece.split_dim
+            longer = max(rows, numel // rows) if split_dim == 1 else max(numel // columns, columns)
+            updates.append(orthogonal * (_RMS * math.sqrt(longer)))
+        return updates
 
 
 def qk_clip_factors(

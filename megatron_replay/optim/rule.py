@@ -10,7 +10,6 @@ A rule implements ``_update``, step 3. Gradients are never rewritten: clipping i
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -21,9 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from megatron_replay.optim.batch import Angle, Batch, Scalars
+from megatron_replay.optim.batch import Angle, Batch, Place, Scalars
 from megatron_replay.optim.groups import CheckedAdamW
-from megatron_replay.optim.placement import Place
 
 
 class UpdateRule(CheckedAdamW):
@@ -119,8 +117,7 @@ class UpdateRule(CheckedAdamW):
             else:
                 rows.append(counted.kernels.square_sums(counted.grads)[:, None])
             places += [item.place for item in counted.items]
-        dtype = functools.reduce(torch.promote_types, [row.dtype for row in rows])
-        return torch.cat([row.to(device, dtype) for row in rows]), places
+        return torch.cat([row.to(device) for row in rows]), places
 
     def _sums(self, values: Tensor, places: Sequence[Place]) -> Tensor:
         """This process's part of the sums to reduce: [3] or [1], or [tensors, 3]."""

@@ -14,15 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megatron_replay.optim.adamw import adamw_of
+from megatron_replay.optim.adamw import adamw_coefficients
 from megatron_replay.optim.batch import Angle, Batch, Scalars
-from megatron_replay.optim.momentum_step import Coefficients
 from megatron_replay.optim.rule import UpdateRule
-
-
-def damped(adamw: Coefficients, share: Tensor) -> Coefficients:
-    """The step times ``share``; momentum and decay as they were."""
-    return adamw._replace(move=adamw.move * share)
 
 
 class TAM(UpdateRule):
@@ -34,10 +28,9 @@ class TAM(UpdateRule):
         dot, momentum_sq, grad_sq = scalars.sums.unbind(-1)
         unturned = torch.ones_like(dot), torch.zeros_like(dot)
         self.last_angle = Angle(dot, momentum_sq, grad_sq, *unturned)
-        share = self.last_angle.cosine.clamp(min=0.0)
-        return [
-            batch.take_step(
-                damped(adamw_of(batch, scalars), batch.rows(share)), share=batch.rows(share)
-            )
-            for batch in batches
-        ]
+        damping = self.last_angle.cosine.clamp(min=0.0)
+        parts = []
+        for batch in batches:
+            adamw, share = adamw_coefficients(batch, scalars), batch.rows(damping)
+            parts.append(batch.take_step(adamw._replace(move=adamw.move * share), share=share))
+        return parts

@@ -30,7 +30,7 @@ from megatron_replay.data.replay import full_targets, join_candidates
 from megatron_replay.errors import CheckpointError, ConfigError, DataError, ReplayError
 from megatron_replay.forward import MicroBatch, forward_only
 from megatron_replay.model import heads
-from megatron_replay.optim.model_placement import counts_once
+from megatron_replay.optim.build import counts_once
 from megatron_replay.parallel import Parallel
 from megatron_replay.store import CandidateReader
 

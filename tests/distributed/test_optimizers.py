@@ -24,8 +24,7 @@ from torch import Tensor
 
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.config import OptimizerConfig
-from megatron_replay.optim.build import build_optimizer, set_learning_rate
-from megatron_replay.optim.model_placement import counts_once
+from megatron_replay.optim.build import build_optimizer, counts_once, set_learning_rate
 from megatron_replay.training.step import wrap_for_training
 from tests import pool, tiny
 from tests.distributed import layouts

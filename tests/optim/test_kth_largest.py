@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_replay.optim.kth_largest import kth_largest_magnitudes
+from megatron_replay.optim.mofo import kth_largest_magnitudes
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
