@@ -27,9 +27,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_replay import platform
 from megatron_replay.errors import ConfigError
 from megatron_replay.platform import PLATFORMS, megatron_core
-from megatron_replay.platform.cpu import CPU
-from megatron_replay.platform.cuda import CUDA
-from megatron_replay.platform.npu import NPU
+from megatron_replay.platform.devices import CPU, CUDA, NPU
 
 
 def has(monkeypatch, *present: type[platform.Platform]) -> None:

@@ -245,11 +245,15 @@ def examine(machine: Machine, platform_name: str, folder: Path) -> Iterator[Find
     """All findings, cheap ones first; a check that fails itself is an error."""
     first, platform = examination.chosen_platform(platform_name)
     yield first
-    of_machine = (versions, megatron, optional_packages, *examination.CHECKS)
     checks: list[Callable[[], Finding | Iterator[Finding]]] = [
-        functools.partial(check, machine) for check in of_machine
+        functools.partial(check, machine)
+        for check in (versions, megatron, optional_packages, examination.memory)
     ]
     checks.append(functools.partial(examination.space, folder))
+    if machine.is_ascend():
+        checks += (functools.partial(check, machine) for check in examination.ASCEND_CHECKS)
+    else:
+        yield Finding("Ascend", "ok", "no Ascend device, CANN or torch_npu here")
     if platform is not None:
         for of_platform in (compiled_kernels, collective, head_smoke):
             checks.append(functools.partial(of_platform, platform))

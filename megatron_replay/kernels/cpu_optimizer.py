@@ -16,8 +16,17 @@ from megatron_replay.errors import ConfigError
 from megatron_replay.kernels import _cpu
 
 
+def why_not(tensor: Tensor, dtype: torch.dtype = torch.float32) -> str | None:
+    """What keeps these kernels from ``tensor``; None where nothing does."""
+    if not tensor.is_cpu:
+        return f"a tensor on {tensor.device}"
+    if tensor.dtype is not dtype:
+        return f"a tensor of {tensor.dtype}"
+    return None if tensor.is_contiguous() else "a tensor that is not contiguous"
+
+
 def dot_products(exp_avgs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """(<m, g>, |m|^2, |g|^2) of each pair: [tensors, 3], fp64. Raises ConfigError: ``_pointers``."""
+    """(<m, g>, |m|^2, |g|^2) of each pair: [tensors, 3], fp64. Raises ConfigError: ``why_not``."""
     sizes = [grad.numel() for grad in grads]
     sums = torch.empty(len(sizes), 3, dtype=torch.float64)
     _cpu.dot_products(
@@ -31,7 +40,7 @@ def dot_products(exp_avgs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
 
 
 def square_sums(grads: Sequence[Tensor]) -> Tensor:
-    """|g|^2 of each: [tensors], fp64. Raises ConfigError: ``_pointers``."""
+    """|g|^2 of each: [tensors], fp64. Raises ConfigError: ``why_not``."""
     sizes = [grad.numel() for grad in grads]
     sums = torch.empty(len(sizes), dtype=torch.float64)
     pointers = _pointers("grads", grads, sizes)
@@ -51,7 +60,7 @@ def momentum_step(
 ) -> Tensor:
     """``optim.momentum_step``: the step in place, sum of u^2 of each tensor: [tensors], fp64.
 
-    Where a step does not proceed nothing is read or written. Raises ConfigError: ``_pointers``.
+    Where a step does not proceed nothing is read or written. Raises ConfigError: ``why_not``.
     """
     sizes = [param.numel() for param in params]
     sums = torch.empty(len(sizes), dtype=torch.float64)
@@ -81,12 +90,12 @@ def _pointers(
     """Where the compiled code finds them; it checks nothing itself."""
     assert [tensor.numel() for tensor in tensors] == sizes, f"{name}: other sizes than the first"
     for tensor in tensors:
-        if not (tensor.is_cpu and tensor.dtype is dtype and tensor.is_contiguous()):
+        if found := why_not(tensor, dtype):
             raise ConfigError(
                 f"unusable {name}",
                 where="the optimizer's cpu kernels",
                 expected=f"contiguous tensors of {dtype} on the CPU",
-                found=f"{tensor.dtype} on {tensor.device}, strides {tensor.stride()}",
+                found=found,
                 fix='Use "auto" or "torch"',
             )
     return [tensor.data_ptr() for tensor in tensors]

@@ -7,10 +7,7 @@ megatron-core run on the platform. Elsewhere the project uses ``platform.device`
 from __future__ import annotations
 
 from megatron_replay.errors import ConfigError
-from megatron_replay.platform.base import Platform
-from megatron_replay.platform.cpu import CPU
-from megatron_replay.platform.cuda import CUDA
-from megatron_replay.platform.npu import NPU
+from megatron_replay.platform.devices import CPU, CUDA, NPU, Platform
 
 __all__ = ["PLATFORMS", "Platform", "select"]
 

@@ -19,7 +19,6 @@ from megatron_replay.errors import ReplayError
 from megatron_replay.platform import cann, select
 from megatron_replay.platform.base import Platform
 
-Status = Literal["ok", "warning", "error"]
 #: Recommended environment of runs on NPUs: value and reason. docker/ascend.Dockerfile sets it.
 VARIABLES = {
     "HCCL_CONNECT_TIMEOUT": ("3600", "ranks load for minutes; 120 s is the default"),
@@ -36,17 +35,13 @@ _SMI = tuple(f"{place}/npu-smi" for place in ("usr/local/bin", "usr/local/sbin",
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of a check.
+    """The result of a check: what was found of ``subject``, and what to do about it.
 
-    Attributes:
-        subject: what was checked.
-        status: an error prevents runs; a warning may slow or break them.
-        found: what is there.
-        advice: what to do; empty where nothing is.
+    An error prevents runs; a warning may slow or break them.
     """
 
     subject: str
-    status: Status
+    status: Literal["ok", "warning", "error"]
     found: str
     advice: str = ""
 
@@ -93,8 +88,6 @@ def ascend_versions(machine: Machine) -> Finding:
     subject = "CANN and torch_npu"
     torch_npu = machine.distribution("torch_npu")
     place = cann.home(machine.root, machine.environment)
-    if not machine.is_ascend():
-        return Finding(subject, "ok", "no Ascend device, CANN or torch_npu here")
     if place is None:
         advice = "Install CANN, or start the container from a CANN image (docker/run.sh)"
         return Finding(subject, "error", f"torch_npu {torch_npu}, no CANN", advice)
@@ -123,8 +116,6 @@ def ascend_devices(machine: Machine) -> Finding:
     """Device files, driver and npu-smi, which a container needs from its host."""
     subject = "Ascend devices"
     devices = machine.devices()
-    if not machine.is_ascend():
-        return Finding(subject, "ok", "none, and nothing that needs one")
     if not devices:
         advice = "In a container: start it by docker/run.sh. On the host: install the driver"
         return Finding(subject, "error", "no /dev/davinci*", advice)
@@ -146,8 +137,6 @@ def ascend_devices(machine: Machine) -> Finding:
 def ascend_environment(machine: Machine) -> Finding:
     """The variables that ``VARIABLES`` lists."""
     subject = "Ascend environment"
-    if not machine.is_ascend():
-        return Finding(subject, "ok", "not needed here")
     other = [
         f"{name}={value} ({why}; now {machine.environment.get(name, 'unset')})"
         for name, (value, why) in VARIABLES.items()
@@ -179,5 +168,5 @@ def space(folder: Path) -> Finding:
     return Finding("disk", "ok", found)
 
 
-#: The checks of a machine, in the doctor's order.
-CHECKS = (ascend_versions, ascend_devices, ascend_environment, memory)
+#: The checks of a machine with anything of Ascend, in the doctor's order.
+ASCEND_CHECKS = (ascend_versions, ascend_devices, ascend_environment)

@@ -75,8 +75,7 @@ def install(
     stand_in = _torch_stand_in(device_module, device, extra)
     sys.meta_path.insert(0, _ImportHook(lambda module: _rebind(module, stand_in)))
     _patch_tensor(stand_in, device)
-    _import_without_compiling()
-    _quiet()
+    _import_quietly()
     _installed = True
 
 
@@ -146,23 +145,18 @@ def _rebind(module: types.ModuleType, stand_in: _Module) -> None:
     if getattr(module, "torch", None) is torch:
         module.torch = stand_in  # type: ignore[attr-defined]
     if module.__name__ == f"{_PACKAGE}.tensor_parallel.random":
-        _replace_rng_functions(module, stand_in.cuda)
+        # Same signatures, without torch.cuda.default_generators and the CUDA graph API.
+        def get_state(
+            device: int | str | torch.device = "cuda", clone: bool = False, graph_safe: bool = False
+        ) -> torch.Tensor:
+            state: torch.Tensor = stand_in.cuda.get_rng_state()
+            return state
 
+        def set_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+            stand_in.cuda.set_rng_state(new_state)
 
-def _replace_rng_functions(module: types.ModuleType, device_module: types.ModuleType) -> None:
-    """Same signatures, without torch.cuda.default_generators and the CUDA graph API."""
-
-    def get_state(
-        device: int | str | torch.device = "cuda", clone: bool = False, graph_safe: bool = False
-    ) -> torch.Tensor:
-        state: torch.Tensor = device_module.get_rng_state()
-        return state
-
-    def set_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
-        device_module.set_rng_state(new_state)
-
-    module._get_cuda_rng_state = get_state  # type: ignore[attr-defined]
-    module._set_cuda_rng_state = set_state  # type: ignore[attr-defined]
+        module._get_cuda_rng_state = get_state  # type: ignore[attr-defined]
+        module._set_cuda_rng_state = set_state  # type: ignore[attr-defined]
 
 
 def _patch_tensor(stand_in: _Module, device: torch.device) -> None:
@@ -186,14 +180,18 @@ def _patch_tensor(stand_in: _Module, device: torch.device) -> None:
     torch.Tensor.cuda = tensor_cuda  # type: ignore[method-assign, assignment]
 
 
-def _import_without_compiling() -> None:
-    """Import the parts that we use while ``torch.compile`` does nothing.
+def _import_quietly() -> None:
+    """Import the parts that we use, while ``torch.compile`` does nothing, without warnings.
 
     megatron-core decorates helpers with ``jit_fuser = torch.compile`` at import: on a CPU that
     loads inductor for nothing (3 s of import), on an NPU it fails. Its modules also warn that
     Transformer Engine and apex are absent, which is intended here.
     """
-    compile_, torch.compile = torch.compile, _no_compile  # type: ignore[assignment]
+
+    def no_compile(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+        return function if function is not None else (lambda f: f)
+
+    compile_, torch.compile = torch.compile, no_compile  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -201,21 +199,11 @@ def _import_without_compiling() -> None:
                 importlib.import_module(f"{_PACKAGE}.{part}")
     finally:
         torch.compile = compile_
-
-
-def _quiet() -> None:
-    """Silence two warnings that do not apply here.
-
-    The RNG tracker warns when the CPU's generator is used inside a "GPU" context: on the CPU they
-    are the same. The linear layers require one CUDA queue, so that a collective starts before the
-    matmul it overlaps with; elsewhere the variable has no effect.
-    """
+    # The RNG tracker warns when the CPU's generator is used inside a "GPU" context: on the CPU they
+    # are the same. The linear layers require one CUDA queue, so that a collective starts before the
+    # matmul it overlaps with; elsewhere the variable has no effect.
     logging.getLogger(f"{_PACKAGE}.tensor_parallel.random").setLevel(logging.ERROR)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-
-
-def _no_compile(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    return function if function is not None else (lambda f: f)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from megatron_replay.evaluation.candidate_mass import candidate_mass
 from megatron_replay.evaluation.language_model import load_model, score
 from megatron_replay.evaluation.measurements import read_documents
 from megatron_replay.files import sha256_of_files
-from megatron_replay.platform.cpu import CPU
+from megatron_replay.platform.devices import CPU
 from megatron_replay.store import CandidateReader
 from tests.evaluation.evaluation_site import SLOW_MACHINE, Measuring, flags, write_rows
 from tests.evaluation.models import random_documents, save_model
