@@ -17,7 +17,7 @@ from typing import Literal
 
 from megatron_replay.errors import ReplayError
 from megatron_replay.platform import cann, select
-from megatron_replay.platform.base import Platform
+from megatron_replay.platform.devices import Platform
 
 #: Recommended environment of runs on NPUs: value and reason. docker/ascend.Dockerfile sets it.
 VARIABLES = {
