@@ -253,7 +253,7 @@ def examine(machine: Machine, platform_name: str, folder: Path) -> Iterator[Find
     if machine.is_ascend():
         checks += (functools.partial(check, machine) for check in examination.ASCEND_CHECKS)
     else:
-        yield Finding("Ascend", "ok", "no Ascend device, CANN or torch_npu here")
+        yield examination.NO_ASCEND
     if platform is not None:
         for of_platform in (compiled_kernels, collective, head_smoke):
             checks.append(functools.partial(of_platform, platform))

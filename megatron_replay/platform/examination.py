@@ -168,5 +168,7 @@ def space(folder: Path) -> Finding:
     return Finding("disk", "ok", found)
 
 
-#: The checks of a machine with anything of Ascend, in the doctor's order.
+#: The finding on a machine with nothing of Ascend.
+NO_ASCEND = Finding("Ascend", "ok", "no Ascend device, CANN or torch_npu here")
+#: The checks of one with anything of it, in the doctor's order.
 ASCEND_CHECKS = (ascend_versions, ascend_devices, ascend_environment)
