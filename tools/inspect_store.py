@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,8 @@ from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError, S
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader, DocumentCandidates
 from megatron_replay.store.merge import merge_parts
-from megatron_replay.store.summary import summary, summary_text
-from megatron_replay.store.tally import Tally, tally
+from megatron_replay.store.summary import Tally, summary, summary_text, tally
 from megatron_replay.store.verify import verify
-from megatron_replay.store.workers import each_shard, usable_cores
 
 if TYPE_CHECKING:
     from megatron_replay.data.corpus import Corpus
@@ -70,7 +69,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
             "check that positions carry loss and that labels are in their sets")  # fmt: skip
         add("--verify", action="store_true", help="first check every byte, crc32 and bound")
         add("--json", action="store_true", help="print JSON, with all candidates")
-    add("--workers", type=int, default=usable_cores(), metavar="N",
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
         help="threads that share the shards (default: %(default)s, the cores)")  # fmt: skip
     return parser
 
@@ -132,8 +131,11 @@ def _verify(reader: CandidateReader, corpus: Corpus | None, workers: int) -> Non
 def _tally(reader: CandidateReader, workers: int) -> Tally:
     shards = range(reader.description.num_shards)
     counted = tally(reader, [])
-    with Progress("read", len(reader), "documents") as progress:
-        for _, part in each_shard(lambda shard: tally(reader, [shard]), shards, workers=workers):
+    with (
+        Progress("read", len(reader), "documents") as progress,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        for part in pool.map(lambda shard: tally(reader, [shard]), shards):
             counted += part
             progress.advance(part.documents)
     return counted

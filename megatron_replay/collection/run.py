@@ -27,8 +27,7 @@ from megatron_replay.model.config import ModelConfig
 from megatron_replay.parallel import Parallel
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader, CandidateWriter, StoreDescription
-from megatron_replay.store.summary import summary, summary_text
-from megatron_replay.store.tally import Tally, tally
+from megatron_replay.store.summary import Tally, summary, summary_text, tally
 
 REPORT_FILE, COST_FILE = "report.json", "cost.json"
 #: Seconds between two listings of the shards: every rank lists them, on a shared file system.

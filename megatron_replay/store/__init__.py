@@ -14,16 +14,9 @@ from megatron_replay.store.document import (
 )
 from megatron_replay.store.manifest import StoreDescription
 from megatron_replay.store.reader import CandidateReader
-from megatron_replay.store.writer import CandidateWriter, ShardWriter
+from megatron_replay.store.writer import CandidateWriter
 
 __all__ = [
-    "CandidateBatch",
-    "CandidateReader",
-    "CandidateWriter",
-    "DocumentCandidates",
-    "ShardWriter",
-    "StoreDescription",
-    "missing_label",
-    "no_candidates",
-    "offsets_of_counts",
-]
+    "CandidateBatch", "CandidateReader", "CandidateWriter", "DocumentCandidates",
+    "StoreDescription", "missing_label", "no_candidates", "offsets_of_counts",
+]  # fmt: skip

@@ -57,31 +57,12 @@ class DocumentCandidates:
     logits: npt.NDArray[np.float32] | None
     """float32 [C], one for each of ``ids``, if the store has logits; stored as fp16 or bf16."""
 
-    def at(self, position: int) -> npt.NDArray[np.int32]:
-        """The candidate set of ``position``, int32 [|S|].
-
-        Raises:
-            KeyError: nothing is recorded there.
-        """
-        i = int(np.searchsorted(self.positions, position))
-        if i == len(self.positions) or self.positions[i] != position:
-            raise KeyError(f"position {position} is not recorded")
-        return self.ids[self.offsets[i] : self.offsets[i + 1]]
-
     def take(self, rows: npt.NDArray[np.int64]) -> DocumentCandidates:
         """The sets of some positions, by their place in ``positions``, ascending."""
         starts, sizes = self.offsets[rows], np.diff(self.offsets)[rows]
         offsets = offsets_of_counts(sizes)
         kept = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], sizes)
-        return DocumentCandidates(
-            positions=self.positions[rows],
-            offsets=offsets,
-            ids=self.ids[kept],
-            lse=self.lse[rows],
-            label_logprob=self.label_logprob[rows],
-            tail_mass=self.tail_mass[rows],
-            logits=None if self.logits is None else self.logits[kept],
-        )
+        return DocumentCandidates(offsets=offsets, **_cut(self, rows, kept))
 
     @property
     def stop(self) -> int:
@@ -127,14 +108,9 @@ class CandidateBatch:
         """Each document alone, as views of these arrays."""
         for first, last in pairwise(self.document_offsets.tolist()):
             start, stop = self.offsets[first], self.offsets[last]
+            offsets = self.offsets[first : last + 1] - start
             yield DocumentCandidates(
-                positions=self.positions[first:last],
-                offsets=self.offsets[first : last + 1] - start,
-                ids=self.ids[start:stop],
-                lse=self.lse[first:last],
-                label_logprob=self.label_logprob[first:last],
-                tail_mass=self.tail_mass[first:last],
-                logits=None if self.logits is None else self.logits[start:stop],
+                offsets=offsets, **_cut(self, slice(first, last), slice(start, stop))
             )
 
     @staticmethod
@@ -146,10 +122,9 @@ class CandidateBatch:
 
         sizes = [np.empty(0, np.int64), *(np.diff(document.offsets) for document in documents)]
         has_logits = any(document.logits is not None for document in documents)
+        counts_D = np.array([len(document.positions) for document in documents], np.int64)
         return CandidateBatch(
-            document_offsets=offsets_of_counts(
-                np.array([len(d.positions) for d in documents], np.int64)
-            ),
+            document_offsets=offsets_of_counts(counts_D),
             positions=joined("positions", np.int32),
             offsets=offsets_of_counts(np.concatenate(sizes)),
             ids=joined("ids", np.int32),
@@ -160,12 +135,27 @@ class CandidateBatch:
         )
 
 
+def _cut(sets: DocumentCandidates | CandidateBatch, positions: Any, candidates: Any) -> Any:
+    """The fields of some positions and of their candidates, all but the offsets."""
+    names = ("positions", "lse", "label_logprob", "tail_mass")
+    return {name: getattr(sets, name)[positions] for name in names} | {
+        "ids": sets.ids[candidates],
+        "logits": None if sets.logits is None else sets.logits[candidates],
+    }
+
+
 def require(
-    condition: bool | np.bool_, what: str, expected: object = None, found: object = None
+    condition: bool | np.bool_,
+    what: str,
+    expected: object = None,
+    found: object = None,
+    *,
+    where: object = None,
+    fix: str | None = None,
 ) -> None:
     """Raise StoreError unless ``condition`` holds."""
     if not condition:
-        raise StoreError(what, expected=expected, found=found)
+        raise StoreError(what, where=where, expected=expected, found=found, fix=fix)
 
 
 @contextmanager
@@ -201,44 +191,36 @@ def decode_logits(content: bytes | memoryview, kind: str) -> npt.NDArray[np.floa
 
 def _require_arrays(document: DocumentCandidates, has_logits: bool) -> None:
     """Every field is a vector of the right kind and length."""
-    num_positions, num_ids = len(document.positions), len(document.ids)
-    fields: list[tuple[str, Array | None, str, int]] = [
-        ("positions", document.positions, "iu", num_positions),
-        ("offsets", document.offsets, "iu", num_positions + 1),
-        ("ids", document.ids, "iu", num_ids),
-        ("lse", document.lse, "f", num_positions),
-        ("label_logprob", document.label_logprob, "f", num_positions),
-        ("tail_mass", document.tail_mass, "f", num_positions),
-    ]
     require(
         has_logits == (document.logits is not None),
         "logits differ from the store's description",
         "logits" if has_logits else "no logits",
         "no logits" if has_logits else "logits",
     )
-    if has_logits:
-        fields.append(("logits", document.logits, "f", num_ids))
-    for name, array, kinds, length in fields:
-        assert array is not None
-        found = f"{array.dtype} {list(array.shape)}"
-        expected = f"{'integers' if kinds == 'iu' else 'floats'} [{length}]"
+    lengths = {"offsets": len(document.positions) + 1, "ids": len(document.ids)}
+    for name, array in vars(document).items():
+        if array is None:
+            continue
+        kinds = "iu" if name in ("positions", "offsets", "ids") else "f"
+        length = lengths.get("ids" if name == "logits" else name, len(document.positions))
         require(
-            array.dtype.kind in kinds and array.shape == (length,), f"wrong {name}", expected, found
+            array.dtype.kind in kinds and array.shape == (length,),
+            f"wrong {name}",
+            f"{'integers' if kinds == 'iu' else 'floats'} [{length}]",
+            f"{array.dtype} {list(array.shape)}",
         )
 
 
 def _require_sets(document: DocumentCandidates, vocab_size: int) -> None:
     """Positions ascend; sets hold 1 to 256 ascending ids of the vocabulary."""
     positions_P, offsets, ids_C = document.positions, document.offsets, document.ids
-    require(
-        offsets[0] == 0 and offsets[-1] == len(ids_C), "offsets do not span the ids", len(ids_C)
-    )
+    spans = offsets[0] == 0 and offsets[-1] == len(ids_C)
+    require(spans, "offsets do not span the ids", len(ids_C))
     if len(positions_P) == 0:
         return
+    ascends = (positions_P[1:] > positions_P[:-1]).all()
     require(
-        positions_P[0] >= 0
-        and positions_P[-1] < 2**31
-        and (positions_P[1:] > positions_P[:-1]).all(),
+        ascends and positions_P[0] >= 0 and positions_P[-1] < 2**31,
         "positions do not ascend from 0 or above",
     )
     set_sizes = np.diff(offsets)
@@ -248,9 +230,9 @@ def _require_sets(document: DocumentCandidates, vocab_size: int) -> None:
         f"1 to {MAX_SET_SIZE}",
         f"{set_sizes.min()} to {set_sizes.max()}",
     )
-    ascends = ids_C[1:] > ids_C[:-1]
-    ascends[offsets[1:-1] - 1] = True  # from one position to the next, ids may fall
-    require(ascends.all(), "candidate ids do not ascend inside each position")
+    ascends_C = ids_C[1:] > ids_C[:-1]
+    ascends_C[offsets[1:-1] - 1] = True  # from one position to the next, ids may fall
+    require(ascends_C.all(), "candidate ids do not ascend inside each position")
     # Ids ascend, so the ends of the sets bound them all.
     least, most = ids_C[offsets[:-1]].min(), ids_C[offsets[1:] - 1].max()
     require(
@@ -264,23 +246,11 @@ def _require_sets(document: DocumentCandidates, vocab_size: int) -> None:
 def missing_label(
     ids_C: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], labels_P: Array
 ) -> int:
-    """The first position whose label is not in its set, or -1: a binary search in all sets at once.
-
-    Args:
-        ids_C, offsets: valid sets, as ``require_valid`` leaves them: none is empty, ids ascend.
-        labels_P: integers.
-    """
+    """The first position whose label is not in its set, or -1; every set has at least one id."""
     if len(labels_P) == 0:
         return -1
-    at_P, stop_P = offsets[:-1].copy(), offsets[1:]
-    most = int((stop_P - at_P).max())
-    for step in (1 << bit for bit in reversed(range(most.bit_length()))):
-        # at + step where that is still in the set and no greater than the label.
-        next_P = at_P + step
-        goes_on_P = next_P < stop_P
-        goes_on_P &= ids_C.take(next_P, mode="clip") <= labels_P
-        at_P[goes_on_P] += step
-    missing_P = ids_C[at_P] != labels_P
+    is_label_C = ids_C == np.repeat(labels_P, np.diff(offsets))
+    missing_P = ~np.logical_or.reduceat(is_label_C, offsets[:-1])
     return int(np.argmax(missing_P)) if missing_P.any() else -1
 
 
@@ -294,25 +264,18 @@ def require_numbers(document: DocumentCandidates | CandidateBatch, *, logits: st
         array = getattr(document, name)
         if array is None:
             continue
-        stored = decode_logits(encode_logits(array, kind), kind)
-        lost = ~np.isfinite(stored)
+        lost = ~np.isfinite(decode_logits(encode_logits(array, kind), kind))
         if lost.any():
-            raise StoreError(
-                f"{name} does not fit {kind}",
-                expected=f"at most {_LARGEST[kind]:g} in size",
-                found=array[lost][0],
-            )
+            most = f"at most {_LARGEST[kind]:g} in size"
+            raise StoreError(f"{name} does not fit {kind}", expected=most, found=array[lost][0])
     tail_mass_P = document.tail_mass
     if not ((tail_mass_P >= 0) & (tail_mass_P <= 1)).all():
-        raise StoreError(
-            "tail_mass is no probability",
-            expected="0 to 1",
-            found=f"{tail_mass_P.min()} to {tail_mass_P.max()}",
-        )
+        found = f"{tail_mass_P.min()} to {tail_mass_P.max()}"
+        raise StoreError("tail_mass is no probability", expected="0 to 1", found=found)
 
 
 def require_valid(document: DocumentCandidates, *, vocab_size: int, logits: str) -> None:
-    """Raise StoreError unless ``document`` can be in a store; said once, for writing and reading.
+    """The rules that every document of a store obeys, when it is written and when it is read.
 
     Raises:
         StoreError: a field is missing, of another length or kind, out of order or out of range.

@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_replay.errors import StoreError
 from megatron_replay.store.document import (
     MAX_SET_SIZE,
-    Array,
     DocumentCandidates,
     decode_logits,
     encode_logits,
     offsets_of_counts,
     require,
+    require_valid,
     to_half,
 )
 
@@ -80,11 +78,10 @@ def encode_ids(ids_C: npt.NDArray[np.int32], vocab_size: int) -> bytes:
 def decode_ids(payload: memoryview, num_ids: int, vocab_size: int) -> npt.NDArray[np.int32]:
     """Inverse of ``encode_ids``; the padding of the last byte must be zero."""
     bits = high_bits(vocab_size)
-    expected_bytes = 2 * num_ids + -(-num_ids * bits // 8)
-    if len(payload) != expected_bytes:
-        raise StoreError(
-            f"{num_ids} planar ids have another size", expected=expected_bytes, found=len(payload)
-        )
+    expected_bytes, found = 2 * num_ids + -(-num_ids * bits // 8), len(payload)
+    require(
+        found == expected_bytes, f"{num_ids} planar ids have another size", expected_bytes, found
+    )
     ids_C = np.frombuffer(payload, "<u2", num_ids).astype(np.int32)
     if bits == 0:
         return ids_C
@@ -93,8 +90,7 @@ def decode_ids(payload: memoryview, num_ids: int, vocab_size: int) -> npt.NDArra
     for field in range(fields_per_byte):
         high = (packed >> np.uint8(field * bits)) & field_mask
         room = len(ids_C[field::fields_per_byte])
-        if high[room:].any():
-            raise StoreError("the padding after the last planar id is not zero")
+        require(not high[room:].any(), "the padding after the last planar id is not zero")
         ids_C[field::fields_per_byte] |= high[:room].astype(np.int32) << 16
     return ids_C
 
@@ -116,33 +112,26 @@ def encode_record(document: DocumentCandidates, *, vocab_size: int, logits: str)
 
 
 def decode_record(record: memoryview, *, vocab_size: int, logits: str) -> DocumentCandidates:
-    """Inverse of ``encode_record``; sizes are checked here, contents by ``require_valid``.
+    """Inverse of ``encode_record``.
 
     Raises:
-        StoreError: the record is shorter or longer than its own counts.
+        StoreError: the record is shorter or longer than its own counts, or breaks a rule of
+            ``require_valid``.
     """
     require(len(record) >= NUM_POSITIONS.size, "a record is cut off")
     (num_positions,) = NUM_POSITIONS.unpack_from(record)
     ids_start = NUM_POSITIONS.size + num_positions * BYTES_PER_POSITION
     require(ids_start <= len(record), "a record is cut off", f"{ids_start} bytes", len(record))
-
-    cursor = NUM_POSITIONS.size
-
-    def take(dtype: str) -> Array:
-        nonlocal cursor
-        column = np.frombuffer(record, dtype, num_positions, cursor)
-        cursor += column.nbytes
-        return column
-
-    positions_P = take("<i4").astype(np.int32)
-    offsets = offsets_of_counts(take("u1").astype(np.int64) + 1)
-    lse_P, label_logprob_P, tail_mass_P = (take("<f2").astype(np.float32) for _ in range(3))
-
+    sizes_start = NUM_POSITIONS.size + 4 * num_positions
+    sizes_P = np.frombuffer(record, "u1", num_positions, sizes_start)
+    halves = np.frombuffer(record, "<f2", 3 * num_positions, sizes_start + num_positions)
+    lse_P, label_logprob_P, tail_mass_P = halves.reshape(3, -1).astype(np.float32)
+    offsets = offsets_of_counts(sizes_P.astype(np.int64) + 1)
     num_ids = int(offsets[-1])
     ids_stop = len(record) - (0 if logits == "none" else 2 * num_ids)
     require(ids_start <= ids_stop, "a record is too short for its logits")
-    return DocumentCandidates(
-        positions=positions_P,
+    document = DocumentCandidates(
+        positions=np.frombuffer(record, "<i4", num_positions, NUM_POSITIONS.size).astype(np.int32),
         offsets=offsets,
         ids=decode_ids(record[ids_start:ids_stop], num_ids, vocab_size),
         lse=lse_P,
@@ -150,6 +139,8 @@ def decode_record(record: memoryview, *, vocab_size: int, logits: str) -> Docume
         tail_mass=tail_mass_P,
         logits=None if logits == "none" else decode_logits(record[ids_stop:], logits),
     )
+    require_valid(document, vocab_size=vocab_size, logits=logits)
+    return document
 
 
 def require_likely(record: memoryview | bytes, size: int) -> None:
@@ -186,17 +177,12 @@ class ShardIndex:
         """Size of the ``.bin``."""
         return int(self.offsets[-1])
 
-    @property
-    def num_documents(self) -> int:
-        """Documents of the shard."""
-        return len(self.record_crcs)
-
 
 def encode_index(index: ShardIndex) -> bytes:
     """The bytes of an ``.idx``; its last four are the crc32 of all before them."""
     body = INDEX_HEADER.pack(
         INDEX_MAGIC, FORMAT_VERSION, CODEC_NUMBER, bytes(3), index.first_document,
-        index.num_documents, index.bin_bytes, index.bin_crc,
+        len(index.stops), index.bin_bytes, index.bin_crc,
     )  # fmt: skip
     body += index.offsets.astype("<i8").tobytes() + index.record_crcs.astype("<u4").tobytes()
     body += index.stops.astype("<i4").tobytes()
@@ -209,10 +195,8 @@ def require_header(magic: bytes, expected_magic: bytes, version: int) -> None:
     require(version == FORMAT_VERSION, "another version of the format", FORMAT_VERSION, version)
 
 
-def decode_index(
-    handle: IO[bytes], size: int, *, first_document: int, num_documents: int
-) -> tuple[ShardIndex, int]:
-    """The index of the shard that holds the given documents, and the crc32 that it ends with.
+def decode_index(handle: IO[bytes], size: int, documents: range) -> tuple[ShardIndex, int]:
+    """The index of the shard that holds ``documents``, and the crc32 that it ends with.
 
     Inverse of ``encode_index``. Reads block by block and stops at the first block that is damaged:
     a sparse file may be far larger than what was written to it.
@@ -224,32 +208,23 @@ def decode_index(
     require(len(header) == INDEX_HEADER.size, "the index is cut off")
     magic, version, codec, zeros, first, count, bin_bytes, bin_crc = INDEX_HEADER.unpack(header)
     require_header(magic, INDEX_MAGIC, version)
+    num_documents = len(documents)
     expected_bytes = INDEX_HEADER.size + 8 * (num_documents + 1) + 8 * num_documents + CRC.size
     require(size == expected_bytes, "the index is cut off", expected_bytes, size)
-    crc, parts = zlib.crc32(header), [np.empty(0, np.int64)]
-    for block in _blocks(handle, 8 * (num_documents + 1)):
-        crc = zlib.crc32(block, crc)
-        part = np.frombuffer(block, "<i8").astype(np.int64)
-        joined = np.concatenate([parts[-1][-1:], part])
-        require(
-            bool(joined.min() >= 0 and (np.diff(joined) >= NUM_POSITIONS.size).all()),
-            "the index is damaged: its offsets do not ascend",
-        )
-        parts.append(part)
-    offsets = np.concatenate(parts)
-    columns = b"".join(_blocks(handle, 8 * num_documents))
-    crc = zlib.crc32(columns, crc)
+    offsets = _read_offsets(handle, num_documents + 1)
+    columns = handle.read(8 * num_documents)
+    crc = zlib.crc32(header + offsets.astype("<i8").tobytes() + columns)
     require(handle.read(CRC.size) == CRC.pack(crc), "the index is damaged: its crc32 differs")
     require(zeros == bytes(3), "reserved bytes of the index are not zero")
     require(codec == CODEC_NUMBER, "unknown codec", CODEC_NUMBER, codec)
     require(
-        (first, count) == (first_document, num_documents),
+        (first, count) == (documents.start, num_documents),
         "the index of other documents",
-        f"{num_documents} from {first_document}",
+        f"{num_documents} from {documents.start}",
         f"{count} from {first}",
     )
     require(
-        bool(offsets[0] == BIN_HEADER.size and offsets[-1] == bin_bytes),
+        offsets[0] == BIN_HEADER.size and offsets[-1] == bin_bytes,
         "the records of the index do not fill the .bin",
     )
     index = ShardIndex(
@@ -262,11 +237,17 @@ def decode_index(
     return index, crc
 
 
-def _blocks(handle: IO[bytes], size: int) -> Iterator[bytes]:
-    """The next ``size`` bytes, at most ``_BLOCK_BYTES`` at a time."""
-    while size:
-        block = handle.read(min(size, _BLOCK_BYTES))
+def _read_offsets(handle: IO[bytes], count: int) -> npt.NDArray[np.int64]:
+    parts, left = [np.empty(0, np.int64)], 8 * count
+    while left:
+        block = handle.read(min(left, _BLOCK_BYTES))
         # Shorter where the file was cut off after its size was taken.
-        require(len(block) == min(size, _BLOCK_BYTES), "the index is cut off")
-        yield block
-        size -= len(block)
+        require(len(block) == min(left, _BLOCK_BYTES), "the index is cut off")
+        parts.append(np.frombuffer(block, "<i8").astype(np.int64))
+        joined = np.concatenate([parts[-2][-1:], parts[-1]])
+        require(
+            joined.min() >= 0 and (np.diff(joined) >= NUM_POSITIONS.size).all(),
+            "the index is damaged: its offsets do not ascend",
+        )
+        left -= len(block)
+    return np.concatenate(parts)

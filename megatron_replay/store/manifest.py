@@ -10,18 +10,12 @@ import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from megatron_replay.errors import StoreError
-from megatron_replay.files import (
-    atomic_file,
-    open_regular,
-    read_json,
-    require_regular,
-    write_json,
-)
+from megatron_replay.files import atomic_file, open_regular, read_json, require_regular, write_json
 from megatron_replay.store.document import LOGITS, located, require
 from megatron_replay.store.format import (
     CODEC,
@@ -32,9 +26,8 @@ from megatron_replay.store.format import (
 )
 
 FORMAT_NAME = "megatron_replay candidate store"
-DESCRIPTION_FILE = "store.json"
-MANIFEST_FILE = "manifest.json"
-
+_HEADER = {"format": FORMAT_NAME, "version": FORMAT_VERSION}
+DESCRIPTION_FILE, MANIFEST_FILE = "store.json", "manifest.json"
 
 #: A store.json takes some kilobytes, a row of a manifest some thirty bytes, and whoever else writes
 #: one fewer than this; seven digits number the shards.
@@ -90,32 +83,28 @@ class StoreDescription:
     def __post_init__(self) -> None:
         """Check types and ranges: a description may come from an untrusted file."""
         for field in dataclasses.fields(self):
-            kind = {"int": int, "bool": bool, "str": str}.get(str(field.type), dict)
+            kind = {"int": int, "str": str}.get(str(field.type), dict)
             value = getattr(self, field.name)
-            if type(value) is not kind:  # not isinstance: True is no number of documents
-                self._refuse(field.name, kind.__name__, repr(value))
-        for name, most in (
-            ("vocab_size", MAX_VOCAB_SIZE),
-            ("num_documents", 2**63 - 1),
-            ("documents_per_shard", 2**63 - 1),
-        ):
-            if not 1 <= getattr(self, name) <= most:
-                self._refuse(name, f"1 to {most}", getattr(self, name))
-        if self.num_shards > MAX_SHARDS:
-            least = -(-self.num_documents // MAX_SHARDS)
-            self._refuse("documents_per_shard", f"{least} or more", self.documents_per_shard)
-        for name, choices in (("codec", (CODEC,)), ("logits", LOGITS)):
-            if getattr(self, name) not in choices:
-                self._refuse(name, f"one of {', '.join(choices)}", getattr(self, name))
+            what = f"unusable {field.name} of a store"
+            # Not isinstance: True is no number of documents.
+            require(type(value) is kind, what, kind.__name__, repr(value))
+            if kind is int:
+                most = MAX_VOCAB_SIZE if field.name == "vocab_size" else 2**63 - 1
+                require(1 <= value <= most, what, f"1 to {most}", value)
+            choices = {"codec": (CODEC,), "logits": LOGITS}.get(field.name, (value,))
+            require(value in choices, what, f"one of {', '.join(map(str, choices))}", value)
+        require(
+            self.num_shards <= MAX_SHARDS,
+            "unusable documents_per_shard of a store",
+            f"{-(-self.num_documents // MAX_SHARDS)} or more",
+            self.documents_per_shard,
+        )
         try:
             same = json.loads(json.dumps(self.selection, allow_nan=False)) == self.selection
         except (TypeError, ValueError, RecursionError):
             same = False
-        if not same:
-            self._refuse("selection", "plain JSON values (no tuples, no NaN)", self.selection)
-
-    def _refuse(self, name: str, expected: object, found: object) -> NoReturn:
-        raise StoreError(f"unusable {name} of a store", expected=expected, found=found)
+        expected = "plain JSON values (no tuples, no NaN)"
+        require(same, "unusable selection of a store", expected, self.selection)
 
     @property
     def num_shards(self) -> int:
@@ -125,7 +114,7 @@ class StoreDescription:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the description's canonical JSON (sorted keys, no spaces)."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def documents(self, shard: int) -> range:
@@ -135,7 +124,7 @@ class StoreDescription:
 
     def flat(self) -> dict[str, Any]:
         """Every field under its name, those of ``selection`` as ``selection.NAME``."""
-        fields = dataclasses.asdict(self)
+        fields = asdict(self)
         selection = fields.pop("selection")
         return fields | {f"selection.{name}": value for name, value in selection.items()}
 
@@ -145,60 +134,50 @@ def refuse_differences(
 ) -> None:
     """Raise StoreError naming each field in which two descriptions differ, with both values."""
     names = [name for name in expected | found if expected.get(name) != found.get(name)]
-    if names:
-        raise StoreError(
-            f"the store was made with another {', '.join(names)}",
-            where=where,
-            expected=", ".join(f"{name} = {expected.get(name, 'absent')}" for name in names),
-            found=", ".join(f"{name} = {found.get(name, 'absent')}" for name in names),
-            fix=fix,
-        )
+    require(
+        not names,
+        f"the store was made with another {', '.join(names)}",
+        ", ".join(f"{name} = {expected.get(name, 'absent')}" for name in names),
+        ", ".join(f"{name} = {found.get(name, 'absent')}" for name in names),
+        where=where,
+        fix=fix,
+    )
 
 
 def _read_object(path: Path, keys: set[str], *, most: int) -> dict[str, Any]:
     """The JSON object in ``path``, of our format and version, with exactly ``keys`` in addition."""
     size = require_regular(path, StoreError)
-    with located(path):
-        require(size <= most, "damaged: too large", f"at most {most} bytes", size)
+    require(size <= most, "damaged: too large", f"at most {most} bytes", size, where=path)
     value = read_json(path, StoreError)
-    if value.pop("format", None) != FORMAT_NAME:
-        raise StoreError("not a file of a candidate store", where=path, expected=FORMAT_NAME)
-    version = value.pop("version", None)
-    if version != FORMAT_VERSION:
-        raise StoreError(
-            "another version of the format", where=path, expected=FORMAT_VERSION, found=version
-        )
-    if value.keys() != keys:
-        raise StoreError(
-            "damaged: other keys", where=path, expected=sorted(keys), found=sorted(value)
-        )
+    with located(path):
+        is_ours = value.pop("format", None) == FORMAT_NAME
+        require(is_ours, "not a file of a candidate store", FORMAT_NAME)
+        version = value.pop("version", None)
+        require(version == FORMAT_VERSION, "another version of the format", FORMAT_VERSION, version)
+        require(value.keys() == keys, "damaged: other keys", sorted(keys), sorted(value))
     return value
 
 
 def write_description(directory: Path, description: StoreDescription) -> None:
     """Write ``store.json``."""
-    header = {"format": FORMAT_NAME, "version": FORMAT_VERSION}
-    write_json(
-        directory / DESCRIPTION_FILE, header | {"description": dataclasses.asdict(description)}
-    )
+    write_json(directory / DESCRIPTION_FILE, _HEADER | {"description": asdict(description)})
 
 
 def read_description(directory: Path) -> StoreDescription:
     """Read ``store.json``; StoreError when it is missing, damaged or of another version."""
     path = directory / DESCRIPTION_FILE
-    if not os.path.exists(path):
-        raise StoreError(
-            "no candidate store here",
-            where=directory,
-            expected=DESCRIPTION_FILE,
-            fix="Give the directory that Stage 0 wrote with --store",
-        )
-    content = _read_object(path, {"description"}, most=_MOST_DESCRIPTION_BYTES)
-    fields = content["description"]
+    require(
+        os.path.exists(path),
+        "no candidate store here",
+        DESCRIPTION_FILE,
+        where=directory,
+        fix="Give the directory that Stage 0 wrote with --store",
+    )
+    fields = _read_object(path, {"description"}, most=_MOST_DESCRIPTION_BYTES)["description"]
     names = {field.name for field in dataclasses.fields(StoreDescription)}
-    if not isinstance(fields, dict) or fields.keys() != names:
-        raise StoreError("damaged: other fields in the description", where=path)
     with located(path):
+        is_whole = isinstance(fields, dict) and fields.keys() == names
+        require(is_whole, "damaged: other fields in the description")
         return StoreDescription(**fields)
 
 
@@ -212,55 +191,33 @@ class ShardRow(NamedTuple):
 
 
 def read_index(
-    directory: Path, description: StoreDescription, shard: int, row: ShardRow | None = None
-) -> ShardIndex:
-    """Read the index of ``shard`` and check that its ``.bin`` is there in full size.
-
-    Args:
-        row: the shard's row in the manifest; None while there is none.
-
-    Raises:
-        StoreError: either file is missing, cut off, damaged, of other documents, or not what
-            the manifest was written for.
-    """
-    index, found = _read_index(directory, description, shard)
-    if row is not None and row != found:
-        raise StoreError(
-            f"shard {shard} is not the one the manifest was written for",
-            where=index_path(directory, shard),
-            expected=row,
-            found=found,
-        )
-    return index
-
-
-def _read_index(
     directory: Path, description: StoreDescription, shard: int
 ) -> tuple[ShardIndex, ShardRow]:
-    path, documents = index_path(directory, shard), description.documents(shard)
+    """Read the index of ``shard`` and check that its ``.bin`` is there in full size.
+
+    Raises:
+        StoreError: either file is missing, cut off, damaged or of other documents.
+    """
+    path, records = index_path(directory, shard), bin_path(directory, shard)
     with open_regular(path, StoreError) as handle, located(path):
         size = os.fstat(handle.fileno()).st_size
-        index, crc = decode_index(
-            handle, size, first_document=documents.start, num_documents=len(documents)
-        )
-    records = bin_path(directory, shard)
+        index, crc = decode_index(handle, size, description.documents(shard))
     size = require_regular(records, StoreError)
-    if size != index.bin_bytes:
-        raise StoreError(
-            "damaged: another size",
-            where=records,
-            expected=f"{index.bin_bytes} bytes",
-            found=size,
-            fix=f"Delete {path.name} and rerun Stage 0: it writes this shard anew",
-        )
+    require(
+        size == index.bin_bytes,
+        "damaged: another size",
+        f"{index.bin_bytes} bytes",
+        size,
+        where=records,
+        fix=f"Delete {path.name} and rerun Stage 0: it writes this shard anew",
+    )
     return index, ShardRow(index.bin_bytes, index.bin_crc, crc)
 
 
 def write_manifest(directory: Path, description: StoreDescription) -> None:
     """Check every shard's index and size, then write ``manifest.json``: the store is whole."""
-    rows = [_read_index(directory, description, s)[1] for s in range(description.num_shards)]
-    header = {"format": FORMAT_NAME, "version": FORMAT_VERSION}
-    manifest = header | {"description_sha256": description.fingerprint, "shards": rows}
+    rows = [read_index(directory, description, s)[1] for s in range(description.num_shards)]
+    manifest = _HEADER | {"description_sha256": description.fingerprint, "shards": rows}
     with atomic_file(directory / MANIFEST_FILE, "w") as handle:
         # One line: indented, every number would have its own.
         handle.write(json.dumps(manifest, sort_keys=True, separators=(",", ":")) + "\n")
@@ -281,23 +238,22 @@ def read_manifest(directory: Path, description: StoreDescription) -> list[ShardR
         )
     most = _MOST_ROW_BYTES * (description.num_shards + 8)
     found = _read_object(path, {"description_sha256", "shards"}, most=most)
-    rows = found["shards"]
-    if not isinstance(rows, list) or len(rows) != description.num_shards:
-        raise StoreError("damaged: another number of shards", where=path)
-    for shard, row in enumerate(rows):
-        numbers = isinstance(row, list) and [type(number) for number in row] == [int] * 3
-        if not numbers or min(row) < 0 or row[0] >= 2**63 or max(row[1:]) >= 2**32:
-            raise StoreError(
+    rows, made_for = found["shards"], found["description_sha256"]
+    with located(path):
+        is_whole = isinstance(rows, list) and len(rows) == description.num_shards
+        require(is_whole, "damaged: another number of shards")
+        for shard, row in enumerate(rows):
+            numbers = isinstance(row, list) and [type(number) for number in row] == [int] * 3
+            require(
+                numbers and min(row) >= 0 and row[0] < 2**63 and max(row[1:]) < 2**32,
                 f"damaged: the row of shard {shard}",
-                where=path,
-                expected="[bytes of the .bin, its crc32, crc32 of the .idx]",
-                found=row,
+                "[bytes of the .bin, its crc32, crc32 of the .idx]",
+                row,
             )
-    if found["description_sha256"] != description.fingerprint:
-        raise StoreError(
+        require(
+            made_for == description.fingerprint,
             f"{DESCRIPTION_FILE} is not what the manifest was written for",
-            where=path,
-            expected=found["description_sha256"],
-            found=description.fingerprint,
+            made_for,
+            description.fingerprint,
         )
     return [ShardRow(*row) for row in rows]

@@ -5,21 +5,16 @@ from __future__ import annotations
 import filecmp
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
 
 from megatron_replay.errors import StoreError
 from megatron_replay.files import atomic_file, make_directory, open_regular, require_apart
 from megatron_replay.progress import Progress
 from megatron_replay.store.document import located, require
-from megatron_replay.store.format import (
-    NUM_POSITIONS,
-    ShardIndex,
-    encode_index,
-    require_likely,
-)
+from megatron_replay.store.format import NUM_POSITIONS, ShardIndex, encode_index, require_likely
 from megatron_replay.store.manifest import (
     StoreDescription,
     bin_path,
@@ -29,7 +24,6 @@ from megatron_replay.store.manifest import (
     read_index,
     refuse_differences,
 )
-from megatron_replay.store.workers import each_shard
 from megatron_replay.store.writer import CandidateWriter
 
 _BLOCK_BYTES = 1 << 22
@@ -58,9 +52,11 @@ def merge_parts(parts: Sequence[Path], out: Path, *, workers: int = 1) -> StoreD
     with CandidateWriter(out, description, lock=True) as writer:
         there = set().union(*map(present_shards, (*parts, writer.directory)))
         shards = sorted(shard for shard in there if shard < description.num_shards)
-        take = partial(_take, parts, writer)
-        with Progress("merge", len(shards), "shards") as progress:
-            for _ in each_shard(take, shards, workers=workers):
+        with (
+            Progress("merge", len(shards), "shards") as progress,
+            ThreadPoolExecutor(workers) as pool,
+        ):
+            for _ in pool.map(partial(_take, parts, writer), shards):
                 progress.advance()
         missing = writer.missing_shards()
         if missing:
@@ -75,35 +71,33 @@ def merge_parts(parts: Sequence[Path], out: Path, *, workers: int = 1) -> StoreD
 
 
 def _take(parts: Sequence[Path], writer: CandidateWriter, shard: int) -> None:
+    """Check that a shard is the same in all that have it; copy it where ``writer`` lacks it."""
     out, description = writer.directory, writer.description
-    holders = [part for part in (*parts, out) if index_path(part, shard).exists()]
-    _require_same(holders, description, shard)
-    if holders[-1] != out:
-        _copy(holders[0], out, description, shard)
-
-
-def _require_same(holders: Sequence[Path], description: StoreDescription, shard: int) -> None:
-    for holder in holders:
-        read_index(holder, description, shard)
-    first = holders[0]
-    for other in holders[1:]:
+    first, *others = [part for part in (*parts, out) if index_path(part, shard).exists()]
+    index, _ = read_index(first, description, shard)
+    for other in others:
+        read_index(other, description, shard)
         for path in (index_path, bin_path):
-            if not filecmp.cmp(path(first, shard), path(other, shard), shallow=False):
-                raise StoreError(
-                    f"shard {shard} is not the same in two parts",
-                    where=path(other, shard),
-                    expected=f"the content of {path(first, shard)}",
-                    fix="Delete that shard's .idx where it is damaged, and merge again",
-                )
+            require(
+                filecmp.cmp(path(first, shard), path(other, shard), shallow=False),
+                f"shard {shard} is not the same in two parts",
+                f"the content of {path(first, shard)}",
+                where=path(other, shard),
+                fix="Delete that shard's .idx where it is damaged, and merge again",
+            )
+    if out not in (first, *others):
+        _copy(bin_path(first, shard), index, out, shard)
 
 
-def _copy(source: Path, out: Path, description: StoreDescription, shard: int) -> None:
+def _copy(source: Path, index: ShardIndex, out: Path, shard: int) -> None:
     """Publish a shard as ``CandidateWriter`` does: ``.bin``, its crc32 checked, then ``.idx``."""
-    index = read_index(source, description, shard)
-    path = bin_path(source, shard)
     make_directory(bin_path(out, shard).parent)
-    with open_regular(path, StoreError) as content, located(path):
-        _require_likely_records(content, index)
+    with open_regular(source, StoreError) as content, located(source):
+        # A record that cannot be as large as it claims may be a hole of a terabyte.
+        for start, stop in pairwise(index.offsets.tolist()):
+            content.seek(start)
+            require_likely(content.read(NUM_POSITIONS.size), stop - start)
+        content.seek(0)
         with atomic_file(bin_path(out, shard)) as handle:
             crc = 0
             while block := content.read(_BLOCK_BYTES):
@@ -112,11 +106,3 @@ def _copy(source: Path, out: Path, description: StoreDescription, shard: int) ->
             require(crc == index.bin_crc, "damaged: crc32 differs")
     with atomic_file(index_path(out, shard)) as handle:
         handle.write(encode_index(index))
-
-
-def _require_likely_records(content: IO[bytes], index: ShardIndex) -> None:
-    """Refuse a record that cannot be as large as it claims, before a sparse terabyte is copied."""
-    for start, stop in pairwise(index.offsets.tolist()):
-        content.seek(start)
-        require_likely(content.read(NUM_POSITIONS.size), stop - start)
-    content.seek(0)

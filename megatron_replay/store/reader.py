@@ -12,7 +12,8 @@ import resource
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import replace
 from operator import index as as_int
 from pathlib import Path
 
@@ -28,7 +29,6 @@ from megatron_replay.store.document import (
     located,
     require,
     require_numbers,
-    require_valid,
 )
 from megatron_replay.store.format import (
     BIN_HEADER,
@@ -40,7 +40,9 @@ from megatron_replay.store.format import (
     require_likely,
 )
 from megatron_replay.store.manifest import (
+    StoreDescription,
     bin_path,
+    index_path,
     read_description,
     read_index,
     read_manifest,
@@ -58,17 +60,6 @@ MAX_MAPPED_SHARDS = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 DOCUMENTS_AT_ONCE = 64
 
 
-@dataclass(eq=False)
-class _Shard:
-    """A shard in use: its index, and which of its records have passed their crc32."""
-
-    index: ShardIndex
-    checked: npt.NDArray[np.bool_] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.checked = np.zeros(self.index.num_documents, np.bool_)
-
-
 class CandidateReader:
     """The candidate sets of a corpus: ``reader[document_id]``, ``len(reader)``.
 
@@ -83,7 +74,8 @@ class CandidateReader:
         self.directory = Path(directory)
         self.description = read_description(self.directory)
         self.rows = read_manifest(self.directory, self.description)
-        self._shards: dict[int, _Shard] = {}
+        self._indexes: dict[int, ShardIndex] = {}
+        self._checked: dict[int, npt.NDArray[np.bool_]] = {}  # records that passed their crc32
         self._mapped: dict[int, memoryview] = {}
         self._lock = threading.Lock()
 
@@ -100,8 +92,8 @@ class CandidateReader:
             IndexError: no such document.
             StoreError: the record is damaged.
         """
-        document_id = self._require_document(document_id)
-        return self._decode(document_id, self._record(document_id))
+        [document] = self.read([document_id]).documents()
+        return document
 
     def __iter__(self) -> Iterator[DocumentCandidates]:
         return (self[document_id] for document_id in range(len(self)))
@@ -118,54 +110,53 @@ class CandidateReader:
         document_ids = [self._require_document(document_id) for document_id in document_ids]
         records = [self._record(document_id) for document_id in document_ids]
         batch = decode_batch(
-            records,
-            vocab_size=self.description.vocab_size,
-            logits=self.description.logits,
-            one=lambda i: self._decode(document_ids[i], records[i]),
-            keep_logits=logits,
+            records, self.description, lambda i: self._where(document_ids[i]), logits=logits
         )
         for document_id, stop in zip(document_ids, batch.stops.tolist(), strict=True):
-            self._require_stop(document_id, stop)
+            number, row = divmod(document_id, self.description.documents_per_shard)
+            expected = int(self.index(number).stops[row])
+            if stop != expected:
+                raise StoreError(
+                    "the index has another last position",
+                    where=self._where(document_id),
+                    expected=expected - 1,
+                    found=stop - 1,
+                )
         return batch
 
     def batches(self, shard: int, *, logits: bool = True) -> Iterator[tuple[range, CandidateBatch]]:
-        """All documents of a shard, some at a time, with their candidates as ``read`` gives them.
-
-        Raises:
-            StoreError: as ``read``.
-        """
+        """All documents of a shard, some at a time, with their candidates, as by ``read``."""
         documents = self.description.documents(shard)
         for first in range(documents.start, documents.stop, DOCUMENTS_AT_ONCE):
             some = range(first, min(first + DOCUMENTS_AT_ONCE, documents.stop))
             yield some, self.read(some, logits=logits)
 
     def stops(self) -> npt.NDArray[np.int32]:
-        """int32 [D]: last recorded position of each document, plus one; 0 where none is recorded.
-
-        Reads every index, and no record.
-        """
+        """int32 [D]: each document's last recorded position plus one; 0 where none is recorded."""
         shards = range(self.description.num_shards)
         return np.concatenate([self.index(shard).stops for shard in shards])
 
     def index(self, shard: int) -> ShardIndex:
-        """The index of a shard, checked.
-
-        Raises:
-            StoreError: a file of the shard is missing, damaged or another store's.
-        """
-        return self._shard(shard).index
+        """The index of a shard; StoreError where a file is missing, damaged or another store's."""
+        with self._lock:
+            if shard not in self._indexes:
+                index, row = read_index(self.directory, self.description, shard)
+                require(
+                    row == self.rows[shard],
+                    f"shard {shard} is not the one the manifest was written for",
+                    self.rows[shard],
+                    row,
+                    where=index_path(self.directory, shard),
+                )
+                self._checked[shard] = np.zeros(len(index.stops), np.bool_)
+                self._indexes[shard] = index
+            return self._indexes[shard]
 
     def shard_bytes(self, shard: int) -> memoryview:
-        """The whole ``.bin`` of a shard, memory-mapped; only its header and size are checked.
-
-        Beyond ``MAX_MAPPED_SHARDS`` the oldest mapping is dropped.
-
-        Raises:
-            StoreError: the file is missing, of another size or no file of a store.
-        """
+        """The whole ``.bin`` of a shard, memory-mapped; only its header and size are checked."""
         with self._lock:
             if shard not in self._mapped:
-                if len(self._mapped) >= MAX_MAPPED_SHARDS:
+                if len(self._mapped) >= MAX_MAPPED_SHARDS:  # drop the oldest
                     del self._mapped[next(iter(self._mapped))]
                 self._mapped[shard] = self._map(shard)
             return self._mapped[shard]
@@ -173,18 +164,14 @@ class CandidateReader:
     def require(
         self,
         *,
-        corpus_fingerprint: str | None = None,
-        tokenizer_fingerprint: str | None = None,
-        vocab_size: int | None = None,
         fix: str = "Give the store of this corpus, or rerun Stage 0 on it",
+        **expected: object,
     ) -> None:
-        """Raise StoreError, naming each difference, unless the store was made for what is given."""
-        given = {
-            "corpus_fingerprint": corpus_fingerprint,
-            "tokenizer_fingerprint": tokenizer_fingerprint,
-            "vocab_size": vocab_size,
-        }
-        expected = {name: value for name, value in given.items() if value is not None}
+        """Raise StoreError, naming each difference, unless the description has these fields.
+
+        Args:
+            expected: such as ``corpus_fingerprint``, ``tokenizer_fingerprint``, ``vocab_size``.
+        """
         found = {name: getattr(self.description, name) for name in expected}
         refuse_differences(expected, found, where=self.directory, fix=fix)
 
@@ -197,43 +184,20 @@ class CandidateReader:
     def _record(self, document_id: int) -> memoryview:
         """The bytes of a document; the first time, its crc32 is checked."""
         number, row = divmod(document_id, self.description.documents_per_shard)
-        shard = self._shard(number)
-        start, stop = shard.index.offsets[row : row + 2].tolist()
+        index = self.index(number)
+        start, stop = index.offsets[row : row + 2].tolist()
         record = self.shard_bytes(number)[start:stop]
-        if not shard.checked[row]:
+        if not self._checked[number][row]:
             with located(self._where(document_id)):
                 require_likely(record, len(record))
-                crc = int(shard.index.record_crcs[row])
-                require(zlib.crc32(record) == crc, "damaged: the crc32 differs")
-            shard.checked[row] = True
+                is_same = zlib.crc32(record) == int(index.record_crcs[row])
+                require(is_same, "damaged: the crc32 differs")
+            self._checked[number][row] = True
         return record
-
-    def _decode(self, document_id: int, record: memoryview) -> DocumentCandidates:
-        about = self.description
-        with located(self._where(document_id)):
-            document = decode_record(record, vocab_size=about.vocab_size, logits=about.logits)
-            require_valid(document, vocab_size=about.vocab_size, logits=about.logits)
-        self._require_stop(document_id, document.stop)
-        return document
-
-    def _require_stop(self, document_id: int, found: int) -> None:
-        number, row = divmod(document_id, self.description.documents_per_shard)
-        stop = int(self.index(number).stops[row])
-        if stop != found:
-            with located(self._where(document_id)):
-                require(False, "the index has another last position", stop - 1, found - 1)
 
     def _where(self, document_id: int) -> str:
         path = bin_path(self.directory, document_id // self.description.documents_per_shard)
         return f"{path}, document {document_id}"
-
-    def _shard(self, number: int) -> _Shard:
-        with self._lock:
-            if number not in self._shards:
-                row = self.rows[number]
-                index = read_index(self.directory, self.description, number, row)
-                self._shards[number] = _Shard(index)
-            return self._shards[number]
 
     def _map(self, number: int) -> memoryview:
         path = bin_path(self.directory, number)
@@ -251,37 +215,40 @@ class CandidateReader:
 
 def decode_batch(
     records: Sequence[memoryview],
+    description: StoreDescription,
+    where: Callable[[int], object],
     *,
-    vocab_size: int,
-    logits: str,
-    one: Callable[[int], DocumentCandidates],
-    keep_logits: bool = True,
+    logits: bool = True,
 ) -> CandidateBatch:
     """``records`` end to end, every rule of the format checked.
 
-    The compiled decoder checks what ``require_valid`` checks, but only names the record that breaks
-    a rule; ``one``, which decodes and checks the i-th record alone, then says which rule.
+    The compiled decoder checks what ``decode_record`` checks, but only names the record that breaks
+    a rule; ``decode_record`` then says which rule.
 
     Args:
-        logits: how they are stored; without ``keep_logits`` they are not decoded.
+        where: the place of the i-th record, for an error.
+        logits: whether stored logits are decoded.
 
     Raises:
-        StoreError: from ``one``, for the first record that breaks a rule.
+        StoreError: the first record that breaks a rule.
     """
-    kept = logits if keep_logits else "none"
+    kind, vocab_size = description.logits, description.vocab_size
+
+    def one(i: int) -> DocumentCandidates:
+        with located(where(i)):
+            return decode_record(records[i], vocab_size=vocab_size, logits=kind)
+
     if decode_records is None:
         batch = CandidateBatch.of([one(i) for i in range(len(records))])
-        return batch if keep_logits else replace(batch, logits=None)
+        return batch if logits else replace(batch, logits=None)
     found = decode_records(
-        records,
-        vocab_size=vocab_size,
-        high_bits=high_bits(vocab_size),
-        has_logits=logits != "none",
+        records, vocab_size=vocab_size, high_bits=high_bits(vocab_size), has_logits=kind != "none"
     )
     first_bad = found if isinstance(found, int) else 0
     if not isinstance(found, int):
         document_offsets, positions, offsets, halves, ids, stored_logits = found
         lse, label_logprob, tail_mass = halves.view("<f2").reshape(3, -1).astype(np.float32)
+        has_logits = logits and kind != "none"
         batch = CandidateBatch(
             document_offsets=document_offsets,
             positions=positions,
@@ -290,13 +257,10 @@ def decode_batch(
             lse=lse,
             label_logprob=label_logprob,
             tail_mass=tail_mass,
-            logits=None if kept == "none" else decode_logits(stored_logits.data, kept),
+            logits=decode_logits(stored_logits.data, kind) if has_logits else None,
         )
-        try:
-            require_numbers(batch, logits=kept)
-        except StoreError:
-            pass  # of some record: ``one`` finds it
-        else:
+        with suppress(StoreError):  # of some record: ``one`` finds it
+            require_numbers(batch, logits=kind)
             return batch
     for i in range(first_bad, len(records)):
         one(i)

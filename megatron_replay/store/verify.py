@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,10 +17,9 @@ import numpy.typing as npt
 from megatron_replay.errors import StoreError
 from megatron_replay.progress import Progress
 from megatron_replay.store.document import CandidateBatch, located, missing_label, require
-from megatron_replay.store.format import BIN_HEADER, ShardIndex
+from megatron_replay.store.format import BIN_HEADER
 from megatron_replay.store.manifest import bin_path
 from megatron_replay.store.reader import CandidateReader
-from megatron_replay.store.workers import each_shard
 
 try:
     from megatron_replay.store._records import joined_crc
@@ -43,15 +43,21 @@ class Labels(Protocol):
 def verify(
     reader: CandidateReader, *, corpus: Labels | None = None, workers: int = 1
 ) -> list[StoreError]:
-    """The first damage of each damaged shard, in the order of shards; empty for a sound store."""
-    check, found = partial(_damage, reader, corpus), {}
-    shards = range(reader.description.num_shards)
-    with Progress("verify", len(reader), "documents") as progress:
-        for shard, error in each_shard(check, shards, workers=workers):
+    """The first damage of each damaged shard, in the order of shards; empty for a sound store.
+
+    ``workers`` threads share the shards: decoding, crc32 and reading run outside Python's lock.
+    """
+    shards, found = range(reader.description.num_shards), []
+    with (
+        Progress("verify", len(reader), "documents") as progress,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        damages = pool.map(partial(_damage, reader, corpus), shards)
+        for shard, error in zip(shards, damages, strict=True):
             progress.advance(len(reader.description.documents(shard)))
             if error is not None:
-                found[shard] = error
-    return [found[shard] for shard in sorted(found)]
+                found.append(error)
+    return found
 
 
 def _damage(reader: CandidateReader, corpus: Labels | None, shard: int) -> StoreError | None:
@@ -75,16 +81,12 @@ def verify_shard(reader: CandidateReader, shard: int, corpus: Labels | None = No
         if corpus is not None:
             with located(path):
                 require_labels(documents, batch, corpus)
-    with located(path):
-        require(_crc_of(content, index) == index.bin_crc, "damaged: crc32 differs")
-
-
-def _crc_of(content: memoryview, index: ShardIndex) -> int:
-    """crc32 of a ``.bin``, from the checked crc32s of its records: no byte is read twice."""
     if joined_crc is None:
-        return zlib.crc32(content)
-    header = zlib.crc32(content[: BIN_HEADER.size])
-    return joined_crc(header, index.record_crcs, np.diff(index.offsets))
+        crc = zlib.crc32(content)
+    else:  # of the checked crc32s of the records: no byte is read twice
+        header = zlib.crc32(content[: BIN_HEADER.size])
+        crc = joined_crc(header, index.record_crcs, np.diff(index.offsets))
+    require(crc == index.bin_crc, "damaged: crc32 differs", where=path)
 
 
 def require_labels(documents: Sequence[int], batch: CandidateBatch, corpus: Labels) -> None:

@@ -13,12 +13,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import IO
+from typing import IO, NoReturn
 
 import numpy as np
 
-from megatron_replay.errors import OutputError, StoreError
+from megatron_replay.errors import OutputError, StoreError, few
 from megatron_replay.files import atomic_file, make_directory, output_error
 from megatron_replay.locks import LOCK_FILE, DirectoryLock, is_ours
 from megatron_replay.store.document import DocumentCandidates, located, require, require_valid
@@ -62,14 +61,11 @@ class ShardWriter:
             StoreError: not the next document, or not valid candidates (a field of another length,
                 ids out of order or vocabulary, a number that does not fit fp16, ...).
         """
-        done = len(self._record_crcs)
+        left = self._documents[len(self._stops) :]
+        expected = left[0] if left else "no more"
         with located(f"document {document_id}"):
-            require(
-                done < len(self._documents) and document_id == self._documents[done],
-                "documents of a shard come once each, ascending",
-                self._documents[done] if done < len(self._documents) else "no more",
-                document_id,
-            )
+            what = "documents of a shard come once each, ascending"
+            require(document_id == expected, what, expected, document_id)
             vocab_size, logits = self._description.vocab_size, self._description.logits
             require_valid(candidates, vocab_size=vocab_size, logits=logits)
         record = encode_record(candidates, vocab_size=vocab_size, logits=logits)
@@ -80,17 +76,10 @@ class ShardWriter:
         self._offsets.append(self._offsets[-1] + len(record))
 
     def index(self) -> ShardIndex:
-        """The index of the shard, once all its documents are added.
-
-        Raises:
-            StoreError: documents are still to come.
-        """
-        require(
-            len(self._record_crcs) == len(self._documents),
-            "a shard was closed before all its documents were added",
-            f"{len(self._documents)} documents",
-            len(self._record_crcs),
-        )
+        """The index of the shard; StoreError where documents are still to come."""
+        added, expected = len(self._stops), len(self._documents)
+        what = "a shard was closed before all its documents were added"
+        require(added == expected, what, f"{expected} documents", added)
         return ShardIndex(
             first_document=self._documents.start,
             offsets=np.array(self._offsets, np.int64),
@@ -147,13 +136,10 @@ class CandidateWriter:
             StoreError: no such shard, or the block ended before its last document.
             OutputError: no space, no permission; nothing was published.
         """
-        if not 0 <= number < self.description.num_shards:
-            raise StoreError(
-                "no such shard",
-                where=self.directory,
-                expected=f"0 to {self.description.num_shards - 1}",
-                found=number,
-            )
+        most = self.description.num_shards - 1
+        if not 0 <= number <= most:
+            what = "no such shard"
+            raise StoreError(what, where=self.directory, expected=f"0 to {most}", found=number)
         records = bin_path(self.directory, number)
         if not records.parent.is_dir():
             make_directory(records.parent)
@@ -171,9 +157,8 @@ class CandidateWriter:
         Raises:
             StoreError: shards are missing or damaged.
         """
-        missing = self.missing_shards()
+        missing, total = self.missing_shards(), self.description.num_shards
         if missing:
-            total = self.description.num_shards
             raise StoreError(
                 f"unfinished: {total - len(missing)} of {total} shards; the first missing is "
                 f"{missing[0]}",
@@ -190,32 +175,22 @@ class CandidateWriter:
     def __enter__(self) -> CandidateWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 
-#: Names that ``files.make_directory`` and ``files.atomic_file`` leave behind when they are killed.
+#: Names that ``files.make_directory`` and ``files.atomic_file`` leave behind when they are killed:
+#: in the first files of a store, and at their paths in a store.
 _TRIED = r"\.write-test\.\d+"
 _BEGINNING = re.compile(rf"\.store\.json\.tmp\.\d+|{_TRIED}")
-_LEFT_AT_THE_TOP = re.compile(rf"\.(store|manifest|report|cost)\.json\.tmp\.\d+|{_TRIED}")
-_SHARDS = re.compile(r"\d{4,}")
-_LEFT_BESIDE_SHARDS = re.compile(rf"\.shard-\d{{7,}}\.(bin|idx)\.tmp\.\d+|{_TRIED}")
-#: Names shown in the error for a directory that holds other files.
-_SHOWN = 3
+_LEFTOVER = re.compile(
+    r"\.(store|manifest|report|cost)\.json\.tmp\.\d+"
+    rf"|(\d{{4,}}/)?{_TRIED}|\d{{4,}}/\.shard-\d{{7,}}\.(bin|idx)\.tmp\.\d+"
+)
 
 
 def require_free(directory: Path) -> None:
-    """Raise unless ``directory`` is missing, empty, a store, or what a killed run began one with.
-
-    Raises:
-        OutputError: it holds anything else, or cannot be listed.
-        StoreError: its store.json is damaged, of another version, or not a store's.
-    """
+    """Raise unless ``directory`` is missing, empty, a store, or what a killed run left of one."""
     try:
         names = sorted(os.listdir(directory))
     except FileNotFoundError:
@@ -225,42 +200,31 @@ def require_free(directory: Path) -> None:
     if DESCRIPTION_FILE in names:
         read_description(directory)
         return
-    others = [name for name in names if not _is_beginning(directory, name)]
+    # An empty lock is of a run that was killed before it wrote its name.
+    if LOCK_FILE in names and (is_ours(directory) or (directory / LOCK_FILE).lstat().st_size == 0):
+        names.remove(LOCK_FILE)
+    others = [name for name in names if not _BEGINNING.fullmatch(name)]
     if others:
-        more = len(others) - _SHOWN
         raise OutputError(
             "the directory holds files that are not a store's",
             where=directory,
             expected="a new or empty directory, or a store",
-            found=", ".join(others[:_SHOWN]) + (f" and {more} more" if more > 0 else ""),
+            found=few(others),
             fix="Nothing was written: give another directory",
         )
 
 
-def _is_beginning(directory: Path, name: str) -> bool:
-    if name == LOCK_FILE:  # empty: of a run that was killed before it wrote its name
-        return is_ours(directory) or (directory / name).lstat().st_size == 0
-    return _BEGINNING.fullmatch(name) is not None
-
-
 def remove_leftovers(directory: Path) -> None:
-    """Remove the temporary files of killed runs from a store whose lock is held.
+    """Remove the temporary files of killed runs from a store whose lock is held."""
 
-    Raises:
-        OutputError: one cannot be removed.
-    """
-    try:
-        _remove(directory, _LEFT_AT_THE_TOP)
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if _SHARDS.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                    _remove(entry.path, _LEFT_BESIDE_SHARDS)
-    except OSError as error:
+    def fail(error: OSError) -> NoReturn:
         raise output_error(error.filename or directory, error) from error
 
-
-def _remove(folder: str | Path, names: re.Pattern[str]) -> None:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if names.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                Path(entry.path).unlink(missing_ok=True)
+    for folder, _, names in os.walk(directory, onerror=fail):
+        for path in (Path(folder, name) for name in names if name.startswith(".")):
+            leftover = _LEFTOVER.fullmatch(path.relative_to(directory).as_posix())
+            if leftover and path.is_file() and not path.is_symlink():
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    fail(error)
