@@ -16,20 +16,20 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from megatron_replay.errors import ConfigError, DataError, OutputError, ReplayError
 
 #: Largest JSON, YAML or marker file, in bytes: they are read whole, so a damaged one must not fill
 #: memory. The largest that we write, a manifest of a million shards, is a tenth of it.
 MAX_TEXT_BYTES = 512 << 20
-_KINDS = (
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISFIFO, "a pipe (FIFO)"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISSOCK, "a socket"),
-)
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe (FIFO)",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def require_regular(path: str | os.PathLike[str], error: type[ReplayError]) -> int:
@@ -54,7 +54,7 @@ def open_regular(path: str | os.PathLike[str], error: type[ReplayError]) -> IO[b
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
-        found = next((name for test, name in _KINDS if test(mode)), "something else")
+        found = _KINDS.get(stat.S_IFMT(mode), "something else")
         raise error("cannot read", where=path, expected="a regular file", found=found)
     return os.fdopen(fd, "rb")
 
@@ -68,15 +68,10 @@ def read_text(
         ReplayError: of class ``error``: it cannot be read, is too large, or is not UTF-8.
     """
     with open_regular(path, error) as handle:
-        size = os.fstat(handle.fileno()).st_size
+        size, most = os.fstat(handle.fileno()).st_size, f"at most {MAX_TEXT_BYTES} bytes"
         if size > MAX_TEXT_BYTES:
-            raise error(
-                "too large for a file of this name",
-                where=path,
-                expected=f"at most {MAX_TEXT_BYTES} bytes",
-                found=f"{size} bytes",
-                fix=fix,
-            )
+            what = "too large for a file of this name"
+            raise error(what, where=path, expected=most, found=f"{size} bytes", fix=fix)
         try:
             return handle.read().decode("utf-8")
         except UnicodeDecodeError as reason:
@@ -99,9 +94,8 @@ def read_json(
     except (ValueError, RecursionError) as reason:
         raise error(f"damaged: not JSON: {reason}", where=path, fix=fix) from reason
     if not isinstance(value, dict):
-        raise error(
-            "damaged: no JSON object", where=path, expected="{...}", found=text[:40], fix=fix
-        )
+        what = "damaged: no JSON object"
+        raise error(what, where=path, expected="{...}", found=text[:40], fix=fix)
     return value
 
 
@@ -118,11 +112,9 @@ def require_apart(
     *,
     flag: str,
 ) -> None:
-    """Raise ConfigError where ``output`` is one of ``inputs``, links resolved.
+    """Raise ConfigError where ``output``, of ``flag``, is one of ``inputs``, links resolved.
 
-    Args:
-        inputs: (flag, path) of each input.
-        flag: of the output.
+    ``inputs``: (flag, path) of each.
     """
     written = Path(output).resolve()
     for name, path in inputs:
@@ -150,6 +142,15 @@ def output_error(path: str | os.PathLike[str], error: OSError) -> OutputError:
     )
 
 
+@contextmanager
+def reported(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError of the block into the OutputError for ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
 def fsync_path(path: str | os.PathLike[str]) -> None:
     """Sync ``path``: a file's content, or a rename in a directory, then survives a power cut."""
     fd = os.open(path, os.O_RDONLY)
@@ -166,8 +167,8 @@ def temporary_path(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open ``path`` for writing, "w" or "wb"; it appears under its name complete, or not at all.
+def atomic_file(path: str | os.PathLike[str], mode: Literal["w", "wb"] = "wb") -> Iterator[IO[Any]]:
+    """Open ``path`` for writing; it appears under its name complete, or not at all.
 
     The temporary file is in the same directory and is removed on any error. An OSError of the
     body's own, such as a missing file that it reads, is not changed.
@@ -178,12 +179,13 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
     path = Path(path)
     tmp = temporary_path(path)
     try:
-        with _open(tmp, path, mode) as handle:
+        binary = io.BufferedWriter(_Output(tmp, path))
+        with binary if mode == "wb" else io.TextIOWrapper(binary, encoding="utf-8") as handle:
             yield handle
             handle.flush()
-            with _reported(path):
+            with reported(path):
                 os.fsync(handle.fileno())
-        with _reported(path):
+        with reported(path):
             os.replace(tmp, path)
             fsync_path(path.parent)
     except BaseException:
@@ -196,28 +198,12 @@ class _Output(io.FileIO):
 
     def __init__(self, tmp: Path, path: Path) -> None:
         self._path = path
-        with _reported(path):
+        with reported(path):
             super().__init__(tmp, "w")
 
     def write(self, data: Any, /) -> int:
-        with _reported(self._path):
+        with reported(self._path):
             return super().write(data)
-
-
-def _open(tmp: Path, path: Path, mode: str) -> IO[Any]:
-    if mode not in ("w", "wb"):
-        raise ValueError(f"atomic_file writes with mode 'w' or 'wb', not {mode!r}")
-    binary = io.BufferedWriter(_Output(tmp, path))
-    return binary if mode == "wb" else io.TextIOWrapper(binary, encoding="utf-8")
-
-
-@contextmanager
-def _reported(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into the OutputError for ``path``."""
-    try:
-        yield
-    except OSError as error:
-        raise output_error(path, error) from error
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -235,14 +221,12 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     probe = path / f".write-test.{os.getpid()}"
-    try:
+    with reported(path):
         if not path.is_dir():
             path.mkdir(parents=True, exist_ok=True)
             fsync_path(path.parent)
         probe.touch()
         probe.unlink(missing_ok=True)  # another node may share the directory and have this pid
-    except OSError as error:
-        raise output_error(path, error) from error
     return path
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import OutputError
-from megatron_replay.files import output_error
+from megatron_replay.files import reported
 
 LOCK_FILE = ".lock"
 _PROGRAM = "megatron_replay"
@@ -61,19 +61,13 @@ class DirectoryLock:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "beat": 0,
         }
-        try:
+        with reported(path), contextlib.ExitStack() as undo:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
-        except OSError as error:
-            raise output_error(path, error) from error
-        try:
+            undo.callback(os.close, fd)
             _require_ours(fd, path)
             _keep_others_out(fd, path, purpose)
             _write(fd, record)
-        except BaseException as error:
-            os.close(fd)
-            if isinstance(error, OSError):
-                raise output_error(path, error) from error
-            raise
+            undo.pop_all()
         stop = threading.Event()
         # The thread has its own descriptor, so it never writes to one that was closed and reused.
         thread = threading.Thread(
@@ -181,10 +175,8 @@ def _is_alive(path: Path, found: dict[str, Any]) -> bool:
 
 
 def _owner(record: dict[str, Any]) -> str:
-    return (
-        f"process {record.get('pid', '?')} on {record.get('host', '?')}, "
-        f"since {record.get('since', '?')}"
-    )
+    pid, host, since = (record.get(name, "?") for name in ("pid", "host", "since"))
+    return f"process {pid} on {host}, since {since}"
 
 
 def _is_taken(path: Path, purpose: str) -> OutputError:

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 from typing import IO
 
 from tqdm import tqdm
 
 #: Seconds between lines where the output is not a terminal.
 _LINE_SECONDS = 10.0
-
-
-def _clock(seconds: float) -> str:
-    minutes, secs = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes:02d}:{secs:02d}"
 
 
 class Progress:
@@ -48,13 +41,9 @@ class Progress:
         self._bar = None
         if enabled and self._stream.isatty():
             self._bar = tqdm(
-                total=total,
-                initial=initial,
-                desc=description,
-                unit=f" {unit}",
-                file=self._stream,
-                dynamic_ncols=True,
-            )
+                total=total, initial=initial, desc=description, unit=f" {unit}",
+                file=self._stream, dynamic_ncols=True,
+            )  # fmt: skip
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Count ``units`` more, and print ``note`` (such as a loss) with them."""
@@ -71,25 +60,21 @@ class Progress:
 
     def line(self, note: str = "") -> str:
         """The plain line: done/total, percentage, rate, time so far, time to go."""
+        clock = tqdm.format_interval
         elapsed = max(time.monotonic() - self._start, 1e-9)
         rate = (self.done - self._initial) / elapsed
         left = max(self.total - self.done, 0)
-        eta = _clock(left / rate) if rate > 0 else "?" if left else _clock(0)
+        eta = clock(left / rate) if rate > 0 else "?" if left else clock(0)
         share = 100 * self.done / self.total if self.total else 100.0
         text = (
             f"{self.description}: {self.done}/{self.total} {self.unit} ({share:.0f} %), "
-            f"{rate:.{1 if rate >= 1 else 3}f}/s, elapsed {_clock(elapsed)}, ETA {eta}"
+            f"{rate:.{1 if rate >= 1 else 3}f}/s, elapsed {clock(elapsed)}, ETA {eta}"
         )
         return f"{text}, {note}" if note else text
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -27,35 +27,16 @@ _READINGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """The cost and the steadiness of one run.
+    """The cost and the steadiness of one run; None for what was not logged."""
 
-    Attributes:
-        iterations: the last one logged.
-        logged: iterations that have a line; totals are None unless all have one.
-        tokens: trained tokens, or None.
-        seconds: time in training steps, or None.
-        tokens_per_second: over the logged iterations.
-        data_wait_share: the share of the steps' time in which they waited for data; None where a
-            line lacks it.
-        final_loss: mean over the last tenth of the logged losses.
-        loss_std, loss_variance, gradient_norm_cv, loss_spikes, loss_spike_rate, gradient_spikes,
-            gradient_spike_rate, non_finite: from the run's last ``stability`` reading, which covers
-            all steps before it; None without one, or where the run was too short.
-        relative_l2: the distance of the weights from their start, at the last reading; None
-            without one, here and below.
-        general_perplexity: of the run's sample of general text, at the last reading.
-        delta_ppl: the same less that of the weights the run started from.
-        probes: the lines of the run's own probe, in order.
-        config: the file of the run's resolved configuration.
-    """
-
-    iterations: int
-    logged: int
+    iterations: int  # the last one logged
+    logged: int  # iterations that have a line: tokens and seconds are None unless all have one
     tokens: int | None
-    seconds: float | None
-    tokens_per_second: float
-    data_wait_share: float | None
-    final_loss: float
+    seconds: float | None  # in training steps
+    tokens_per_second: float  # over the logged iterations
+    data_wait_share: float | None  # of the steps' time
+    final_loss: float  # the mean of the last tenth of the logged losses
+    # Of the last ``stability`` reading, which covers all steps before it.
     loss_std: float | None
     loss_variance: float | None
     gradient_norm_cv: float | None
@@ -64,11 +45,11 @@ class RunSummary:
     gradient_spikes: int | None
     gradient_spike_rate: float | None
     non_finite: int | None
-    relative_l2: float | None
-    general_perplexity: float | None
-    delta_ppl: float | None
-    probes: list[Line]
-    config: str
+    relative_l2: float | None  # the weights' distance from their start, at the last reading
+    general_perplexity: float | None  # of the run's sample of general text, at the last reading
+    delta_ppl: float | None  # the same less that of the weights the run started from
+    probes: list[Line]  # the lines of the run's own probe, in order
+    config: str  # the file of the run's resolved configuration
 
 
 def read_metrics(path: Path, error: type[ReplayError] = OutputError) -> list[Line]:

@@ -18,7 +18,7 @@ from typing import IO, NoReturn
 import numpy as np
 
 from megatron_replay.errors import OutputError, StoreError, few
-from megatron_replay.files import atomic_file, make_directory, output_error
+from megatron_replay.files import atomic_file, make_directory, reported
 from megatron_replay.locks import LOCK_FILE, DirectoryLock, is_ours
 from megatron_replay.store.document import DocumentCandidates, located, require, require_valid
 from megatron_replay.store.format import (
@@ -191,12 +191,8 @@ _LEFTOVER = re.compile(
 
 def require_free(directory: Path) -> None:
     """Raise unless ``directory`` is missing, empty, a store, or what a killed run left of one."""
-    try:
-        names = sorted(os.listdir(directory))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise output_error(directory, error) from error
+    with reported(directory):
+        names = sorted(os.listdir(directory)) if directory.exists() else []
     if DESCRIPTION_FILE in names:
         read_description(directory)
         return
@@ -218,13 +214,11 @@ def remove_leftovers(directory: Path) -> None:
     """Remove the temporary files of killed runs from a store whose lock is held."""
 
     def fail(error: OSError) -> NoReturn:
-        raise output_error(error.filename or directory, error) from error
+        raise error
 
-    for folder, _, names in os.walk(directory, onerror=fail):
-        for path in (Path(folder, name) for name in names if name.startswith(".")):
-            leftover = _LEFTOVER.fullmatch(path.relative_to(directory).as_posix())
-            if leftover and path.is_file() and not path.is_symlink():
-                try:
+    with reported(directory):
+        for folder, _, names in os.walk(directory, onerror=fail):
+            for path in (Path(folder, name) for name in names if name.startswith(".")):
+                leftover = _LEFTOVER.fullmatch(path.relative_to(directory).as_posix())
+                if leftover and path.is_file() and not path.is_symlink():
                     path.unlink(missing_ok=True)
-                except OSError as error:
-                    fail(error)
