@@ -14,7 +14,6 @@ import pytest
 from megatron_replay.errors import StoreError
 from megatron_replay.store import CandidateReader, CandidateWriter, DocumentCandidates
 from megatron_replay.store.summary import QUANTILES, Tally, summary, summary_text, tally
-
 from tests.store.examples import describe, draw_document, write_store
 
 CAP, COVERAGE = 20, 0.9
