@@ -99,7 +99,7 @@ class Case:
         with CandidateWriter(settings.store, description(self.corpus), lock=True) as writer:
             with ShardStream(writer, 0) as stream:
                 for part in collector.collect(np.arange(len(self.corpus))):
-                    stream.put(part)
+                    stream.put(part.records(), part.nbytes)
             writer.finish()
         return writer.directory
 

@@ -9,9 +9,8 @@ Shapes: N wanted positions of a micro-batch, D documents that have any, V vocabu
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.collection import LOGITS_CHUNK_SIZE
 from megatron_replay.config import CandidatesConfig, DataConfig
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.packing import Pack, PackedBatch, pack_batch, plan_packs
+from megatron_replay.data.packing import PackedBatch, pack_batch, plan_packs, split_packs
 from megatron_replay.data.replay import eligible_rows
 from megatron_replay.forward import MicroBatch, forward_only
 from megatron_replay.model.selected_rows import HiddenStates, SelectedRows
@@ -40,32 +39,36 @@ NUM_BUCKETS = 5
 _MICRO_BATCHES_PER_STAGE = 16
 
 
-@dataclass(frozen=True, eq=False)
-class Wanted:
-    """The positions of a micro-batch whose logits are wanted, document after document."""
+class Wanted(NamedTuple):
+    """The positions of a micro-batch whose logits are wanted, document after document.
+
+    Attributes:
+        documents: int64 [D], numbers in the corpus.
+        offsets: int64 [D + 1]; document d has positions ``[offsets[d]:offsets[d + 1]]``.
+        positions: int32 [N], ascending inside a document.
+        rows: int64 [N], their rows ``b * S + s`` in the micro-batch.
+    """
 
     documents: npt.NDArray[np.int64]
-    """int64 [D]: numbers in the corpus."""
     offsets: npt.NDArray[np.int64]
-    """int64 [D + 1]: document d has positions ``[offsets[d]:offsets[d + 1]]``."""
     positions: npt.NDArray[np.int32]
-    """int32 [N], ascending inside a document."""
     rows: npt.NDArray[np.int64]
-    """int64 [N]: their rows ``b * S + s`` in the micro-batch."""
 
 
-@dataclass(frozen=True, eq=False)
-class SelectedBatch:
+class SelectedBatch(NamedTuple):
     """A micro-batch after selection, on the host: the sets of whole documents.
 
     The bucket strategy draws positions by confidence, so it holds every eligible position;
     ``records`` draws, while the device continues.
+
+    Attributes:
+        documents: int64 [D], numbers in the corpus.
+        confidence: fp32 [N], log-probability of the likeliest token.
     """
 
     documents: npt.NDArray[np.int64]
     sets: CandidateBatch
     confidence: npt.NDArray[np.float32]
-    """fp32 [N]: log-probability of the likeliest token."""
     settings: CandidatesConfig
 
     @property
@@ -141,13 +144,16 @@ class Collector:
         The work is done as the iterator advances. It yields on the rank that writes, and nothing on
         the other ranks of a model copy.
         """
-        together = self._data.pack_documents
-        packs = plan_packs(self._lengths, documents, self._data.seq_length, together=together)
+        data = self._data
+        packs = plan_packs(self._lengths, documents, data.seq_length, together=data.pack_documents)
+        planned = split_packs(packs, data.micro_batch_size)
         stages = self._groups.pp_size
         per_call = _MICRO_BATCHES_PER_STAGE * stages if stages > 1 else 1
-        per_call *= self._data.micro_batch_size
-        for first in range(0, len(packs), per_call):
-            batches = list(self._micro_batches(packs[first : first + per_call]))
+        for first in range(0, len(planned), per_call):
+            batches = [
+                pack_batch(self._corpus, some, data.seq_length, self._lengths)
+                for some in planned[first : first + per_call]
+            ]
             wanted = [self._wanted(batch) for batch in batches]
             work = [self._work(batch, some) for batch, some in zip(batches, wanted, strict=True)]
             outputs = forward_only(self._model.module, work)
@@ -157,13 +163,6 @@ class Collector:
             for some, selection in zip(wanted, outputs, strict=True):
                 if len(some.documents):
                     yield self._to_host(some, *selection)
-
-    def _micro_batches(self, packs: list[Pack]) -> Iterator[PackedBatch]:
-        size = self._data.micro_batch_size
-        for first in range(0, len(packs), size):
-            group = packs[first : first + size]
-            group += [np.empty(0, np.int64)] * (size - len(group))
-            yield pack_batch(self._corpus, group, self._data.seq_length, self._lengths)
 
     def _wanted(self, batch: PackedBatch) -> Wanted:
         """Every eligible position for the bucket strategy, which draws by confidence afterwards.
@@ -175,8 +174,7 @@ class Collector:
         positions_N = batch.position_BS.flatten().numpy()[rows_N]
         starts = np.flatnonzero(np.diff(owners_N, prepend=-1))
         documents = owners_N[starts].astype(np.int64)
-        stops = np.append(starts[1:], len(rows_N))
-        kept = [np.arange(start, stop) for start, stop in zip(starts, stops, strict=False)]
+        kept = np.split(np.arange(len(rows_N)), starts[1:]) if len(starts) else []
         if self._settings.position_strategy != "bucket":
             for d, number in enumerate(documents.tolist()):
                 eligible = positions_N[kept[d]]
@@ -243,17 +241,16 @@ class Collector:
         batch = CandidateBatch(
             document_offsets=wanted.offsets,
             positions=wanted.positions,
-            offsets=offsets_of_counts(_host([chunk.offsets.diff() for chunk in sets])),
-            ids=_host([chunk.ids for chunk in sets]),
-            lse=_host([chunk.lse_T for chunk in sets]),
-            label_logprob=_host([chunk.label_logprob_T for chunk in sets]),
-            tail_mass=_host([chunk.tail_mass_T for chunk in sets]),
+            offsets=offsets_of_counts(_host(chunk.offsets.diff() for chunk in sets)),
+            ids=_host(chunk.ids for chunk in sets),
+            lse=_host(chunk.lse_T for chunk in sets),
+            label_logprob=_host(chunk.label_logprob_T for chunk in sets),
+            tail_mass=_host(chunk.tail_mass_T for chunk in sets),
             logits=_host(logits) if logits else None,
         )
-        confidence = _host([chunk.max_logprob_T for chunk in sets])
+        confidence = _host(chunk.max_logprob_T for chunk in sets)
         return SelectedBatch(wanted.documents, batch, confidence, self._settings)
 
 
-def _host(chunks: Sequence[Tensor]) -> npt.NDArray[Any]:
-    joined = chunks[0] if len(chunks) == 1 else torch.cat(list(chunks))
-    return joined.cpu().numpy()
+def _host(chunks: Iterable[Tensor]) -> npt.NDArray[Any]:
+    return torch.cat(list(chunks)).cpu().numpy()

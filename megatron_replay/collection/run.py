@@ -36,15 +36,18 @@ _LONGEST_PAUSE = 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one model copy spent on its shards."""
+    """What one model copy spent on its shards.
+
+    Attributes:
+        positions: how many went through the model, padding left out.
+        waited: of the ``seconds``, those for which the device waited for the disk.
+    """
 
     shards: int
     documents: int
     positions: int
-    """Through the model, padding left out."""
     seconds: float
     waited: float
-    """Seconds, of these, for which the device waited for the disk."""
 
 
 def collect(config: Stage0Config, groups: Parallel) -> None:
@@ -161,7 +164,7 @@ def _write_shards(
             if collector.writes:
                 with ShardStream(writer, shard) as stream:
                     for batch in batches:
-                        stream.put(batch)
+                        stream.put(batch.records(), batch.nbytes)
                 waited += stream.waited
             else:
                 for _ in batches:  # takes part in the forward passes and yields nothing

@@ -9,9 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Protocol
 
 from megatron_replay.errors import OutputError
 from megatron_replay.store import CandidateWriter, DocumentCandidates, no_candidates
@@ -23,16 +22,8 @@ ABORT_SECONDS = 5.0
 #: Seconds within which a disk must take a part: a longer wait is an error.
 STALL_SECONDS = 600.0
 
-
-class Part(Protocol):
-    """Some documents of a shard, in order."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it keeps in memory."""
-
-    def records(self) -> Iterator[tuple[int, DocumentCandidates]]:
-        """Its documents and their records."""
+#: Documents and their records, in order.
+Records = Iterable[tuple[int, DocumentCandidates]]
 
 
 class _AbortedError(Exception):
@@ -40,7 +31,7 @@ class _AbortedError(Exception):
 
 
 class ShardStream:
-    """Write one shard: ``with ShardStream(...) as stream: stream.put(part)``, parts in order.
+    """Write one shard: ``with ShardStream(...) as stream: stream.put(records, nbytes)``, in order.
 
     The parts that wait and the one being written hold at most ``max_bytes``; a larger part is
     admitted alone. Documents in no part are written without candidates. The shard is published when
@@ -60,7 +51,7 @@ class ShardStream:
         self, writer: CandidateWriter, number: int, *, max_bytes: int = QUEUE_BYTES
     ) -> None:
         self._writer, self._number, self._max_bytes = writer, number, max_bytes
-        self._parts: deque[Part] = deque()
+        self._parts: deque[tuple[Records, int]] = deque()
         self._held = 0
         self._closed = self._aborted = False
         self._error: BaseException | None = None
@@ -68,17 +59,20 @@ class ShardStream:
         self._thread = threading.Thread(target=self._write, name=f"shard {number}", daemon=True)
         self.waited = 0.0
 
-    def put(self, part: Part) -> None:
-        """Take over ``part`` as soon as there is room for it."""
+    def put(self, records: Records, nbytes: int) -> None:
+        """Take over a part of ``nbytes`` as soon as there is room for it.
+
+        The writing thread iterates over ``records``, so a generator does its work there.
+        """
         start = time.perf_counter()
         with self._changed:
-            while self._held and self._held + part.nbytes > self._max_bytes and not self._error:
+            while self._held and self._held + nbytes > self._max_bytes and not self._error:
                 self._require_motion(self._changed.wait)
             self.waited += time.perf_counter() - start
             if self._error is not None:
                 raise self._error
-            self._parts.append(part)
-            self._held += part.nbytes
+            self._parts.append((records, nbytes))
+            self._held += nbytes
             self._changed.notify_all()
 
     def __enter__(self) -> ShardStream:
@@ -138,19 +132,20 @@ class ShardStream:
                 self._changed.notify_all()
 
     def _records(self) -> Iterator[tuple[int, DocumentCandidates]]:
-        while (part := self._next()) is not None:
-            for record in part.records():
+        """The records of every part, until the block ends."""
+        while True:
+            with self._changed:
+                while not self._parts and not self._closed:
+                    self._changed.wait()
+                if self._aborted:
+                    raise _AbortedError
+                if not self._parts:
+                    return
+                records, nbytes = self._parts.popleft()
+            for record in records:
                 if self._aborted:
                     raise _AbortedError
                 yield record
             with self._changed:
-                self._held -= part.nbytes
+                self._held -= nbytes
                 self._changed.notify_all()
-
-    def _next(self) -> Part | None:
-        with self._changed:
-            while not self._parts and not self._closed:
-                self._changed.wait()
-            if self._aborted:
-                raise _AbortedError
-            return self._parts.popleft() if self._parts else None

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import pytest
 
 from megatron_replay.collection.run import Cost, rates_of, wait_for
 
 
-def listing(*looks: list[int]) -> Callable[[], list[int]]:
-    """What each look at the store finds missing; the last one is repeated."""
-    left = list(looks)
-    return lambda: left.pop(0) if len(left) > 1 else left[0]
-
-
 def test_the_last_copy_is_waited_for_as_long_as_shards_come():
-    missing = listing([1, 2], [1, 2], [2], [2], [2], [])
-    wait_for(missing, minutes=10)
-    assert missing() == []
-
-
-def test_a_copy_of_which_nothing_comes_is_given_up():
+    looks = [[1, 2], [1, 2], [2], [2], [2], []]  # what each look at the store finds missing
+    wait_for(lambda: looks.pop(0), minutes=10)
+    assert not looks
     start = time.monotonic()
-    wait_for(listing([1, 2], [1]), minutes=0.1 / 60)
+    wait_for(lambda: [1], minutes=0.1 / 60)  # nothing comes: it is given up
     assert time.monotonic() - start >= 0.1
 
 

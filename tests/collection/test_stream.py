@@ -8,7 +8,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,55 +19,40 @@ from megatron_replay.collection.stream import ShardStream
 from megatron_replay.errors import OutputError, StoreError
 from megatron_replay.store import CandidateReader, CandidateWriter, DocumentCandidates
 from megatron_replay.store.writer import ShardWriter
-from tests.store.examples import contents, describe, document_of
+from tests.store.examples import contents, describe, document_of, draw_document
 
 SET_SIZE, POSITIONS = 100, 160
 BOUND = 1 << 19
 
 
-@dataclass
-class Part:
-    """Documents ``start`` to ``stop``, each of 160 positions with 100 candidates."""
-
-    start: int
-    stop: int
-    ids: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        count = (self.stop - self.start) * POSITIONS
-        self.ids = np.tile(np.arange(SET_SIZE, dtype=np.int32), count)
-
-    @property
-    def nbytes(self) -> int:
-        return self.ids.nbytes
-
-    def records(self) -> Iterator[tuple[int, DocumentCandidates]]:
-        size, zeros = SET_SIZE * POSITIONS, np.zeros(POSITIONS, np.float32)
-        for i, document in enumerate(range(self.start, self.stop)):
-            yield (
-                document,
-                DocumentCandidates(
-                    positions=np.arange(POSITIONS, dtype=np.int32),
-                    offsets=np.arange(POSITIONS + 1, dtype=np.int64) * SET_SIZE,
-                    ids=self.ids[i * size : (i + 1) * size],
-                    lse=zeros,
-                    label_logprob=zeros,
-                    tail_mass=zeros,
-                    logits=None,
-                ),
-            )
+#: 160 positions with 100 candidates each.
+DOCUMENT = draw_document(
+    np.random.default_rng(0), vocab_size=1000, set_sizes=[SET_SIZE] * POSITIONS
+)
 
 
-@dataclass
-class Documents:
-    """The documents of ``tests.store.examples``, as a part that takes no room worth counting."""
+def part(start: int, stop: int) -> tuple[Iterator[tuple[int, DocumentCandidates]], int]:
+    """Documents ``start`` to ``stop``, cut when they are read; and their bytes."""
+    ids = np.tile(DOCUMENT.ids, stop - start)
+    cuts = enumerate(np.split(ids, stop - start), start)
+    return ((number, replace(DOCUMENT, ids=own)) for number, own in cuts), ids.nbytes
 
-    writer: CandidateWriter
-    documents: list[int]
-    nbytes: int = 1
 
-    def records(self) -> Iterator[tuple[int, DocumentCandidates]]:
-        return ((d, document_of(self.writer.description, d)) for d in self.documents)
+def writer_of(directory: Path, num_documents: int) -> CandidateWriter:
+    """Of a store of one shard."""
+    description = describe(num_documents=num_documents, documents_per_shard=num_documents)
+    return CandidateWriter(directory, description)
+
+
+def write(writer: CandidateWriter, *parts: list[int], max_bytes: int = 100) -> None:
+    """Parts of a byte each, with the documents of ``tests.store.examples``."""
+    with ShardStream(writer, 0, max_bytes=max_bytes) as stream:
+        for numbers in parts:
+            stream.put([(d, document_of(writer.description, d)) for d in numbers], 1)
+
+
+def published(directory: Path) -> list[str]:
+    return [name for name in contents(directory) if name != "store.json"]
 
 
 @pytest.fixture
@@ -87,13 +72,12 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def peak_while_writing(directory: Path, max_bytes: int, disk: threading.Event) -> tuple[int, int]:
     """(bytes of the store, most bytes that Python and numpy held at once)."""
     num_documents = 50 * BOUND // (2 * SET_SIZE * POSITIONS) // 2 * 2  # 2 bytes an id, and more
-    description = describe(num_documents=num_documents, documents_per_shard=num_documents)
-    writer = CandidateWriter(directory, description)
+    writer = writer_of(directory, num_documents)
     tracemalloc.start()
     try:
         with ShardStream(writer, 0, max_bytes=max_bytes) as stream:
             for start in range(0, num_documents, 2):
-                stream.put(Part(start, start + 2))
+                stream.put(*part(start, start + 2))
             disk.set()
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -117,19 +101,17 @@ def test_memory_stays_within_the_bound_before_a_slow_disk(tmp_path, disk):
 
 
 def test_a_part_beyond_the_bound_is_let_in_alone(tmp_path):
-    writer = CandidateWriter(tmp_path, describe(num_documents=4, documents_per_shard=4))
+    writer = writer_of(tmp_path, 4)
     with ShardStream(writer, 0, max_bytes=1) as stream:
-        stream.put(Part(0, 3))
-        stream.put(Part(3, 4))
+        stream.put(*part(0, 3))
+        stream.put(*part(3, 4))
     writer.finish()
     assert len(CandidateReader(tmp_path)[3].positions) == POSITIONS
 
 
 def test_documents_in_no_part_are_written_without_candidates(tmp_path):
-    writer = CandidateWriter(tmp_path, describe(num_documents=8, documents_per_shard=8))
-    with ShardStream(writer, 0, max_bytes=100) as stream:
-        stream.put(Documents(writer, [1]))
-        stream.put(Documents(writer, [2, 5]))
+    writer = writer_of(tmp_path, 8)
+    write(writer, [1], [2, 5])
     writer.finish()
     sizes = [len(document.positions) for document in CandidateReader(tmp_path)]
     assert sizes == [0, 1, 2, 0, 0, 1, 0, 0]
@@ -137,20 +119,14 @@ def test_documents_in_no_part_are_written_without_candidates(tmp_path):
 
 @pytest.mark.parametrize("documents", [[2, 1], [1, 1], [8]])
 def test_documents_out_of_order_are_refused(tmp_path, documents):
-    writer = CandidateWriter(tmp_path, describe(num_documents=8, documents_per_shard=8))
-
-    def work() -> None:
-        with ShardStream(writer, 0, max_bytes=100) as stream:
-            stream.put(Documents(writer, documents))
-
+    writer = writer_of(tmp_path, 8)
     with pytest.raises(StoreError, match="come once each, ascending"):
-        work()
+        write(writer, documents)
     assert writer.missing_shards() == [0]
 
 
 def test_an_error_of_the_disk_ends_the_work_at_once(tmp_path, monkeypatch):
     """With its own message, from a ``put`` long before the shard's end; nothing is published."""
-    writer = CandidateWriter(tmp_path, describe(num_documents=1000, documents_per_shard=1000))
     refusal, put = OutputError("no space left on the device"), []
 
     def refuse(self: ShardWriter, document_id: int, candidates: DocumentCandidates) -> None:
@@ -158,9 +134,9 @@ def test_an_error_of_the_disk_ends_the_work_at_once(tmp_path, monkeypatch):
             raise refusal
 
     def work() -> None:
-        with ShardStream(writer, 0, max_bytes=4) as stream:
+        with ShardStream(writer_of(tmp_path, 1000), 0, max_bytes=4) as stream:
             for document in range(1000):
-                stream.put(Documents(writer, [document]))
+                stream.put([(document, None)], 1)
                 put.append(document)
 
     monkeypatch.setattr(ShardWriter, "add", refuse)
@@ -172,29 +148,22 @@ def test_an_error_of_the_disk_ends_the_work_at_once(tmp_path, monkeypatch):
 
 
 def test_an_error_at_the_very_end_is_not_lost(tmp_path, monkeypatch):
-    writer = CandidateWriter(tmp_path, describe())
-
     def fail(*_: object) -> None:
         raise OutputError("no space left on the device")
 
-    def work() -> None:
-        with ShardStream(writer, 0, max_bytes=9) as stream:
-            stream.put(Documents(writer, [0, 1]))
-
     monkeypatch.setattr(ShardWriter, "index", fail)
     with pytest.raises(OutputError, match="no space"):
-        work()
+        write(writer_of(tmp_path, 2), [0, 1])
     assert published(tmp_path) == []
 
 
 @pytest.mark.parametrize("documents", [[0], [0, 1]])
 def test_an_error_of_the_work_publishes_nothing(tmp_path, documents):
-    writer = CandidateWriter(tmp_path, describe(num_documents=2))
-    before = threading.active_count()
+    writer, before = writer_of(tmp_path, 2), threading.active_count()
 
     def work() -> None:
-        with ShardStream(writer, 0, max_bytes=100) as stream:
-            stream.put(Documents(writer, documents))
+        with ShardStream(writer, 0) as stream:
+            stream.put([(d, document_of(writer.description, d)) for d in documents], 1)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -204,14 +173,12 @@ def test_an_error_of_the_work_publishes_nothing(tmp_path, documents):
 
 
 def test_ctrl_c_ends_a_wait_for_the_disk(tmp_path, disk):
-    writer = CandidateWriter(tmp_path, describe(num_documents=2))
-
     def work() -> None:
-        with ShardStream(writer, 0, max_bytes=1) as stream:
-            stream.put(Documents(writer, [0]))
+        with ShardStream(writer_of(tmp_path, 2), 0, max_bytes=1) as stream:
+            stream.put(*part(0, 1))
             threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
             try:
-                stream.put(Documents(writer, [1]))  # waits for a disk that takes nothing
+                stream.put(*part(1, 2))  # waits for a disk that takes nothing
             finally:
                 disk.set()
 
@@ -225,27 +192,16 @@ def test_ctrl_c_ends_a_wait_for_the_disk(tmp_path, disk):
     assert published(tmp_path) == []
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [[[0]], [[0], [1]]])
 def test_a_disk_that_hangs_is_an_error(tmp_path, disk, monkeypatch, parts):
     """Where a part is to be let in, and at the end."""
     monkeypatch.setattr(collection_stream, "STALL_SECONDS", 0.05)
     monkeypatch.setattr(collection_stream, "ABORT_SECONDS", 0.05)
-    writer = CandidateWriter(tmp_path, describe(num_documents=2))
-
-    def work() -> None:
-        with ShardStream(writer, 0, max_bytes=1) as stream:
-            for document in range(parts):
-                stream.put(Documents(writer, [document]))
-
     try:
         with pytest.raises(OutputError, match="the disk has taken nothing for 0 s"):
-            work()
+            write(writer_of(tmp_path, 2), *parts, max_bytes=1)
     finally:
         disk.set()
         for thread in threading.enumerate():
             if thread.name.startswith("shard"):
                 thread.join()
-
-
-def published(directory: Path) -> list[str]:
-    return [name for name in contents(directory) if name != "store.json"]
