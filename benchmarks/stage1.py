@@ -47,7 +47,7 @@ from megatron_replay.config import (
     TrainingConfig,
 )
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.sampler import GlobalBatches
+from megatron_replay.data.loader import GlobalBatches
 from megatron_replay.store import CandidateReader, CandidateWriter
 
 CPU = torch.device("cpu")
@@ -149,7 +149,7 @@ class Ours:
         with CandidateWriter(store, description(self.corpus), lock=True) as writer:
             with ShardStream(writer, 0) as stream:
                 for part in collector.collect(np.arange(len(self.corpus))):
-                    stream.put(part)
+                    stream.put(part.records(), part.nbytes)
             writer.finish()
 
     def step(self, arm: Arm) -> float:

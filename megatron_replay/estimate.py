@@ -21,8 +21,8 @@ from megatron_replay.config import (
     Stage1Config,
 )
 from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.loader import global_batches, require_iterations
 from megatron_replay.data.packing import FittedDocuments, fit_documents, usable_documents
-from megatron_replay.data.sampler import global_batches, require_iterations
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.parallel import data_parallel_size
 from megatron_replay.store import CandidateReader

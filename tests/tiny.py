@@ -19,8 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_replay.data.corpus import Corpus, Document
-from megatron_replay.data.corpus_format import checksum, corpus_file
+from megatron_replay.data.corpus import Corpus, Document, checksum, corpus_file
 from megatron_replay.data.corpus_writer import CorpusWriter
 
 VOCAB_SIZE = 512

@@ -17,8 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megatron_replay.data.corpus import Corpus, Document
-from megatron_replay.data.corpus_format import corpus_file
+from megatron_replay.data.corpus import Corpus, Document, corpus_file
 from megatron_replay.data.corpus_writer import CorpusWriter, require_ours, written_files
 from megatron_replay.data.row_formats import CHAT_FORMATS, FORMATS, detect_format, tokenize_row
 from megatron_replay.data.rows import parse_row, read_lines

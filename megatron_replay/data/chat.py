@@ -1,5 +1,10 @@
 """A conversation to tokens and loss mask, by the text the chat template adds at each answer.
 
+With R(t, g) the template's text of turns t, with (g = 1) or without (g = 0) the header that prompts
+for an answer, answer i is what R(turns[:i+1], 0) adds to R(turns[:i], 1). That is right only if
+each of these is a prefix of the whole rendering, which is checked. The end-of-turn token carries
+loss; the separator after it does not.
+
 ``return_assistant_tokens_mask`` of transformers is not used: it is silently all zero when a
 template lacks ``{% generation %}``, and most templates do.
 """
@@ -15,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from megatron_replay.data.corpus import Document
-from megatron_replay.data.rows import is_empty
-from megatron_replay.data.tokenizer import Tokenizer
+from megatron_replay.data.rows import Row, is_empty
+from megatron_replay.data.tokenizer import TextError, Tokenizer
 from megatron_replay.errors import DataError
 
 #: Around the number of a word: a character for private use; tojson escapes it.
@@ -43,19 +48,15 @@ class Turn:
     has_loss: bool
 
 
-def tokenize_conversation(turns: Sequence[Turn], tokenizer: Tokenizer, *, where: str) -> Document:
-    """Render ``turns``; the tokens of those with loss carry it.
-
-    With R(t, g) the template's text of turns t, with (g = 1) or without (g = 0) the header that
-    prompts for an answer, answer i is what R(turns[:i+1], 0) adds to R(turns[:i], 1). That is right
-    only if each of these is a prefix of the whole rendering, which is checked. The end-of-turn
-    token carries loss; the separator after it does not.
+def tokenize_conversation(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer) -> Document:
+    """Render the ``turns`` of ``row``; the tokens of those with loss carry it.
 
     Raises:
-        DataError: the template fails on the conversation, does not write all of it, or is not
-            prefix-stable on it.
+        DataError: the template does not write all of the conversation, or is not prefix-stable on
+            it.
+        TextError: the template fails on the conversation.
     """
-    rendering = _Rendering(turns, tokenizer, where)
+    rendering = _Rendering(row, turns, tokenizer)
     document = rendering.tokenize()
     rendering.require_contents_written()
     rendering.require_fields_written()
@@ -65,41 +66,43 @@ def tokenize_conversation(turns: Sequence[Turn], tokenizer: Tokenizer, *, where:
 class _Rendering:
     """The text a template writes for a conversation, whole and up to each answer."""
 
-    def __init__(self, turns: Sequence[Turn], tokenizer: Tokenizer, where: str) -> None:
-        self._turns, self._tokenizer, self._where = turns, tokenizer, where
-        self._text = self._render([turn.message for turn in turns])
+    def __init__(self, row: Row, turns: Sequence[Turn], tokenizer: Tokenizer) -> None:
+        self._row, self._turns, self._tokenizer = row, turns, tokenizer
+        self._messages = [turn.message for turn in turns]
+        self._answers = [i for i, turn in enumerate(turns) if turn.has_loss]
+        self._text = tokenizer.render_chat(self._messages, False)
 
     def tokenize(self) -> Document:
-        ids = self._encode(self._text)
+        encode = self._tokenizer.encode
+        ids = encode(self._text)
         loss_mask = np.zeros(len(ids), dtype=np.bool_)
-        answers = [i for i, turn in enumerate(self._turns) if turn.has_loss]
-        for i in answers:
-            start_ids = self._encode(self._until(i, header=True))
+        for i in self._answers:
+            start_ids = encode(self._until(i, header=True))
             # The last answer ends where the conversation does.
-            is_last = i + 1 == len(self._turns)
-            stop_ids = ids if is_last else self._encode(self._until(i + 1))
+            stop_ids = ids if i + 1 == len(self._turns) else encode(self._until(i + 1))
             start = len(start_ids)
             if ids[:start] != start_ids or ids[: len(stop_ids)] != stop_ids:
-                return self._tokenize_apart(answers)
+                return self._tokenize_apart()
             loss_mask[start : start + self._answer_tokens(stop_ids[start:])] = True
         return Document(np.array(ids, dtype=np.int32), loss_mask)
 
-    def _tokenize_apart(self, answers: Sequence[int]) -> Document:
+    def _tokenize_apart(self) -> Document:
         """Encode each answer apart from what is around it, as a model meets it when it generates.
 
         Needed where the text is stable, and a token reaches across the border of an answer: a
         header that ends in a newline before an answer that begins with one.
         """
-        pieces, ids, loss_mask = self._pieces(answers), list[int](), list[bool]()
-        for text, has_loss in pieces:
-            piece_ids = self._encode(text)
+        ids, loss_mask = list[int](), list[bool]()
+        for text, has_loss in self._pieces():
+            piece_ids = self._tokenizer.encode(text)
             num_loss = self._answer_tokens(piece_ids) if has_loss else 0
             ids += piece_ids
             loss_mask += [True] * num_loss + [False] * (len(piece_ids) - num_loss)
-        found, expected = (self._tokenizer.decode(i) for i in (ids, self._encode(self._text)))
+        whole = self._tokenizer.encode(self._text)
+        found, expected = self._tokenizer.decode(ids), self._tokenizer.decode(whole)
         if found != expected:  # sentencepiece writes a blank before each text
             at = _num_shared(found, expected)
-            raise self._error(
+            raise self._row.error(
                 "a token reaches across the border between an answer and what is around it, and "
                 "this tokenizer writes other text when the answer is encoded apart",
                 expected=repr(expected[at : at + 20]),
@@ -108,14 +111,14 @@ class _Rendering:
             )
         return Document(np.array(ids, dtype=np.int32), np.array(loss_mask, dtype=np.bool_))
 
-    def _pieces(self, answers: Sequence[int]) -> list[tuple[str, bool]]:
+    def _pieces(self) -> list[tuple[str, bool]]:
         """The rendering cut at each answer's borders: (text, carries loss).
 
         Raises:
             DataError: the template does not write an answer behind the header that prompts for it.
         """
         pieces, done = [], 0
-        for i in answers:
+        for i in self._answers:
             start, stop = self._until(i, header=True), self._until(i + 1)
             if not self._text.startswith(stop) or not stop.startswith(start):
                 raise self._unstable(i, start, stop)
@@ -127,7 +130,7 @@ class _Rendering:
         """Why ``start``, ``stop`` and the whole text are not each a prefix of the next."""
         name = self._turns[i].name
         if not self._text.startswith(stop):
-            return self._error(
+            return self._row.error(
                 f"the chat template writes {name} differently once more messages follow, so its "
                 "tokens cannot be separated from the rest",
                 fix="Give each answer its own row, with the conversation up to it, or mark all "
@@ -135,12 +138,12 @@ class _Rendering:
                 "conversation's beginning stays as it was",
             )
         if not stop.startswith(self._until(i)):
-            return self._error(
+            return self._row.error(
                 f"the chat template writes what is before {name} differently once it follows",
                 fix="Use a template under which a conversation's beginning stays as it was",
             )
         at = _num_shared(start, stop)
-        return self._error(
+        return self._row.error(
             f"the chat template prompts for {name} with a header that it does not write before the "
             "answer, so the model would be trained on another text than it generates from",
             expected=repr(start[at:][:60]),
@@ -158,19 +161,20 @@ class _Rendering:
         """
         number = itertools.count()
         marked, ends = [], []
-        for turn in self._turns:
-            content, pieces, done = turn.message["content"], [], 0
+        for message in self._messages:
+            content, pieces, done = message["content"], [], 0
             ends.append([(next(number), end) for end in _word_ends(content)])
             for n, end in ends[-1]:
                 pieces += [content[done:end], f"{_MARK}{n}{_MARK}"]
                 done = end
-            marked.append({**turn.message, "content": "".join([*pieces, content[done:]])})
+            marked.append({**message, "content": "".join([*pieces, content[done:]])})
         try:
-            found = {int(n) for n in _MARKED.findall(self._render(marked))}
-        except DataError:
-            found = set()
+            text = self._tokenizer.render_chat(marked, False)
+        except TextError:
+            text = ""
+        found = {int(n) for n in _MARKED.findall(text)}
         for i, words in enumerate(ends):
-            content, start = self._turns[i].message["content"], 0
+            content, start = self._messages[i]["content"], 0
             for at, (n, end) in enumerate(words):
                 if n not in found:
                     if at + 1 < len(words) and n + 1 not in found:
@@ -181,16 +185,13 @@ class _Rendering:
 
     def _lost_content(self, i: int, lost: str) -> DataError:
         turn = self._turns[i]
-        what = f"the content of {turn.name} (role {turn.message['role']!r}) would be lost: "
-        if lost == turn.message["content"].strip():
-            return self._error(
-                f"{what}the chat template does not write it",
-                fix="Fold it into another message, or use a template that writes it",
-            )
-        return self._error(
-            f"part of {what}the chat template does not write it",
-            found=repr(lost[:60]),
-            fix="Remove it from the row, or use a template that writes it",
+        is_all = lost == turn.message["content"].strip()
+        return self._row.error(
+            f"{'' if is_all else 'part of '}the content of {turn.name} (role "
+            f"{turn.message['role']!r}) would be lost: the chat template does not write it",
+            found=None if is_all else repr(lost[:60]),
+            fix=f"{'Fold it into another message' if is_all else 'Remove it from the row'}, or use "
+            "a template that writes it",
         )
 
     def require_fields_written(self) -> None:
@@ -199,49 +200,37 @@ class _Rendering:
         for i, turn in enumerate(self._turns):
             for key in [key for key in turn.message if key not in ("role", "content")]:
                 if self._is_same_with(i, {key: _REMOVED}):
-                    raise self._error(
+                    raise self._row.error(
                         f"{key!r} of {turn.name} {reason}",
                         fix="Fold it into the content, or leave it out on purpose with "
                         f"--ignore-fields {key}",
                     )
                 for path, without in _without_each_leaf(turn.message[key]):
                     if self._is_same_with(i, {key: without}):
-                        raise self._error(
+                        raise self._row.error(
                             f"{key}{path} of {turn.name} {reason}",
                             fix="Remove it from the row, or use a template that writes it",
                         )
 
     def _is_same_with(self, i: int, changes: dict[str, Any]) -> bool:
         """Whether the rendering stays as it is with ``changes`` in message ``i``."""
-        messages = [turn.message for turn in self._turns]
+        messages = self._messages.copy()
         changed = {**messages[i], **changes}
         messages[i] = {key: value for key, value in changed.items() if value is not _REMOVED}
         try:
-            return self._render(messages) == self._text
-        except DataError:
+            return self._tokenizer.render_chat(messages, False) == self._text
+        except TextError:
             return False
 
     def _until(self, stop: int, *, header: bool = False) -> str:
         """The rendering of the turns before ``stop``, with an answer's header if requested."""
         if not stop:
-            raise self._error(
+            raise self._row.error(
                 "the conversation starts with an answer", expected="a user or system message first"
             )
         if stop == len(self._turns) and not header:
             return self._text
-        return self._render([turn.message for turn in self._turns[:stop]], header=header)
-
-    def _render(self, messages: Sequence[dict[str, Any]], *, header: bool = False) -> str:
-        try:
-            return self._tokenizer.render_chat(messages, header)
-        except DataError as error:
-            raise self._error(str(error)) from error
-
-    def _encode(self, text: str) -> list[int]:
-        try:
-            return self._tokenizer.encode(text)
-        except DataError as error:
-            raise self._error(str(error)) from error
+        return self._tokenizer.render_chat(self._messages[:stop], header)
 
     def _answer_tokens(self, ids: Sequence[int]) -> int:
         """How many of ``ids``, which start with an answer, are its own: up to a special token.
@@ -255,9 +244,6 @@ class _Rendering:
             stop -= 1
         is_separator = not self._tokenizer.decode(ids[stop:]).strip()
         return stop if stop and is_separator else len(ids)
-
-    def _error(self, what: str, **facts: Any) -> DataError:
-        return DataError(what, where=self._where, **facts)
 
 
 def _word_ends(content: str) -> list[int]:

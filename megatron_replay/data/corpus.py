@@ -18,29 +18,31 @@ length. All numbers are little-endian. The pair .bin/.idx can be opened by
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import struct
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_replay.data.corpus_format import (
-    CORPUS_VERSION,
-    IDX_HEADER,
-    MASK_HEADER,
-    MASK_MAGIC,
-    TOKEN_BYTES,
-    ContentFingerprint,
-    corpus_error,
-    corpus_file,
-    document_crc,
-    read_description,
-    read_lengths,
-)
 from megatron_replay.errors import DataError
-from megatron_replay.files import open_regular
+from megatron_replay.files import open_regular, read_json
+
+CORPUS_VERSION = 2
+MASK_HEADER = struct.Struct("<8sQQ")  # magic, version, number of tokens
+MASK_MAGIC = b"MRLOSSMK"
+# megatron/core/datasets/indexed_dataset.py, _IndexWriter: magic, version, type code (4 = int32),
+# number of sequences, number of document boundaries.
+_IDX_HEADER = struct.Struct("<9sQBQQ")
+_IDX_START = (b"MMIDIDX\0\0", 1, 4)
+_LENGTHS_AT_ONCE = 1 << 20  # so that a false count costs no memory
+MAX_INT32 = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +79,9 @@ class Document:
             return [self]
         pieces = []
         for start in range(0, len(self) - 1, max_tokens - 1):
-            stop = start + max_tokens
-            loss_mask = self.loss_mask[start:stop].copy()
+            loss_mask = self.loss_mask[start : start + max_tokens].copy()
             loss_mask[0] &= start == 0
-            pieces.append(Document(self.tokens[start:stop], loss_mask))
+            pieces.append(Document(self.tokens[start : start + max_tokens], loss_mask))
         return pieces
 
 
@@ -92,15 +93,47 @@ def pick_documents(lengths: npt.NDArray[np.int32], number: int) -> npt.NDArray[n
     return usable[picks]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CorpusDescription:
+    """The content of PREFIX.json.
+
+    Attributes:
+        num_loss_tokens: labels that carry loss, over all documents.
+        max_token_id: the largest token that occurs.
+        tokenizer_files: SHA-256 by name of each file that decided the ids.
+        source: what it was made from; an equal ``source`` means that the corpus can be reused.
+        fingerprint: SHA-256 of the three SHA-256 digests of tokens, loss mask and lengths.
+    """
+
+    version: int
+    num_documents: int
+    num_tokens: int
+    num_loss_tokens: int
+    vocab_size: int
+    max_token_id: int
+    tokenizer_path: str
+    tokenizer_fingerprint: str
+    tokenizer_files: dict[str, str]
+    eos_id: int
+    pad_id: int
+    format: str
+    source: dict[str, Any]
+    fingerprint: str
+
+
 class Corpus:
     """A frozen corpus, memory-mapped: ``corpus[i]`` is document i.
 
-    Opening reads PREFIX.json, the index and the numbers behind the masks; a document is checked
+    Opening reads PREFIX.json, the index and the numbers after the masks; a document is checked
     when it is first read; ``verify`` reads everything. May be used by several threads, and be sent
     to another process, which opens it again.
 
     Attributes:
         description: what PREFIX.json holds.
+        fingerprint: SHA-256 of the content; stores made from this corpus carry it.
+        tokenizer_fingerprint: SHA-256 of the files of the tokenizer that made it.
+        vocab_size: all tokens are in [0, vocab_size).
+        pad_id: the token at empty positions of a batch.
         lengths: int32 [D], tokens of each document.
         first_labels: int32 [D], the first token, from 1 on, that carries loss; a document's length
             where none does.
@@ -111,14 +144,17 @@ class Corpus:
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)
-        self.description = read_description(corpus_file(prefix, "json"))
-        about, trailer = self.description, 8 * self.description.num_documents + 4
+        self.description = about = _read_description(corpus_file(prefix, "json"))
+        self.fingerprint = about.fingerprint
+        self.tokenizer_fingerprint = about.tokenizer_fingerprint
+        self.vocab_size, self.pad_id = about.vocab_size, about.pad_id
+        trailer = 8 * about.num_documents + 4
         with (
-            self._open("idx", IDX_HEADER.size + 20 * about.num_documents + 8) as idx,
-            self._open("bin", TOKEN_BYTES * about.num_tokens) as tokens,
+            self._open("idx", _IDX_HEADER.size + 20 * about.num_documents + 8) as idx,
+            self._open("bin", 4 * about.num_tokens) as tokens,
             self._open("loss_mask", MASK_HEADER.size + about.num_tokens + trailer) as loss_mask,
         ):
-            self.lengths = read_lengths(idx, about, corpus_file(prefix, "idx"))
+            self.lengths = self._read_lengths(idx)
             self._starts = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
             self._crcs, self.first_labels = self._read_trailer(loss_mask)
             # An ndarray over the mapping: indexing a memmap itself costs microseconds a time.
@@ -129,26 +165,6 @@ class Corpus:
 
     def __reduce__(self) -> tuple[type[Corpus], tuple[str]]:
         return Corpus, (os.path.abspath(self.prefix),)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the content; stores made from this corpus carry it."""
-        return self.description.fingerprint
-
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        """SHA-256 of the files of the tokenizer that made it."""
-        return self.description.tokenizer_fingerprint
-
-    @property
-    def vocab_size(self) -> int:
-        """All tokens are in [0, vocab_size)."""
-        return self.description.vocab_size
-
-    @property
-    def pad_id(self) -> int:
-        """The token at empty positions of a batch."""
-        return self.description.pad_id
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -188,13 +204,13 @@ class Corpus:
         Raises:
             DataError: the content is not what was written.
         """
-        fingerprint = ContentFingerprint()
+        tokens, loss_mask = hashlib.sha256(), hashlib.sha256()
         for start in range(0, len(self._tokens), 1 << 22):  # 16 MiB of tokens at a time
-            fingerprint.tokens.update(self._tokens[start : start + (1 << 22)].data)
-            fingerprint.loss_mask.update(self._loss_mask[start : start + (1 << 22)].data)
-        found = fingerprint.hexdigest(self.lengths)
+            tokens.update(self._tokens[start : start + (1 << 22)].data)
+            loss_mask.update(self._loss_mask[start : start + (1 << 22)].data)
+        found = content_fingerprint(tokens.digest(), loss_mask.digest(), self.lengths)
         if found != self.fingerprint:
-            raise corpus_error(
+            raise _damaged(
                 "the corpus is damaged: its content has another fingerprint",
                 self.prefix,
                 expected=self.fingerprint,
@@ -207,14 +223,14 @@ class Corpus:
         tokens, loss_mask = self._tokens[start:stop], self._loss_mask[start:stop]
         if tokens.view(np.uint32).max() >= self.vocab_size:  # a negative one is large as well
             position = int(np.argmax((tokens < 0) | (tokens >= self.vocab_size)))
-            raise corpus_error(
+            raise _damaged(
                 f"document {document}, position {position}: token {tokens[position]} is outside "
                 "the vocabulary",
                 corpus_file(self.prefix, "bin"),
                 expected=f"0 to {self.vocab_size - 1}",
             )
         if document_crc(tokens, loss_mask) != self._crcs[document]:
-            raise corpus_error(
+            raise _damaged(
                 f"document {document} is damaged: the crc32 of its tokens and loss mask differs",
                 self.prefix,
             )
@@ -226,27 +242,120 @@ class Corpus:
         try:
             handle = open_regular(path, DataError)
         except DataError as error:
-            raise corpus_error(str(error), None) from error
+            raise _damaged(str(error), None) from error
         found = os.fstat(handle.fileno()).st_size
         if found != expected:
             handle.close()
             what = "truncated" if found < expected else "longer than its corpus"
-            raise corpus_error(what, path, expected=f"{expected} bytes", found=f"{found} bytes")
+            raise _damaged(what, path, expected=f"{expected} bytes", found=f"{found} bytes")
         return handle
 
+    def _read_lengths(self, idx: IO[bytes]) -> npt.NDArray[np.int32]:
+        """The lengths, int32 [D]; the rest of the index, which follows from them, is compared.
+
+        A sparse file that claims a terabyte fails at its first lengths.
+        """
+
+        def require(is_right: bool) -> None:
+            if not is_right:
+                raise _damaged("the index is damaged", corpus_file(self.prefix, "idx"))
+
+        num_documents, pieces = self.description.num_documents, []
+        idx.seek(_IDX_HEADER.size)
+        for start in range(0, num_documents, _LENGTHS_AT_ONCE):
+            count = min(_LENGTHS_AT_ONCE, num_documents - start)
+            pieces.append(np.frombuffer(idx.read(4 * count), "<i4"))
+            require(pieces[-1].min() >= 2)
+        lengths_D = np.concatenate(pieces).astype(np.int32)
+        require(lengths_D.sum(dtype=np.int64) == self.description.num_tokens)
+        idx.seek(0)
+        for part in index_parts(lengths_D):
+            require(idx.read(len(part)) == part)
+        return lengths_D
+
     def _read_trailer(
-        self, handle: IO[bytes]
+        self, loss_mask: IO[bytes]
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int32]]:
         """crc32 and first label of each document, from behind the masks."""
         path, about = corpus_file(self.prefix, "loss_mask"), self.description
-        header = handle.read(MASK_HEADER.size)
+        header = loss_mask.read(MASK_HEADER.size)
         found, expected = MASK_HEADER.unpack(header), (MASK_MAGIC, CORPUS_VERSION, about.num_tokens)
         if found != expected:
-            raise corpus_error("the header is damaged", path, expected=expected, found=found)
-        handle.seek(about.num_tokens, os.SEEK_CUR)
-        trailer = handle.read(8 * about.num_documents)
-        if handle.read() != zlib.crc32(header + trailer).to_bytes(4, "little"):
-            raise corpus_error("damaged: the crc32 of its checksums and first labels differs", path)
-        crcs = np.frombuffer(trailer, "<u4", about.num_documents).astype(np.uint32)
-        first_labels = np.frombuffer(trailer, "<i4", offset=4 * about.num_documents)
-        return crcs, first_labels.astype(np.int32)
+            raise _damaged("the header is damaged", path, expected=expected, found=found)
+        loss_mask.seek(about.num_tokens, os.SEEK_CUR)
+        trailer = loss_mask.read(8 * about.num_documents)
+        if loss_mask.read() != zlib.crc32(header + trailer).to_bytes(4, "little"):
+            raise _damaged("damaged: the crc32 of its checksums and first labels differs", path)
+        crcs, first_labels = np.split(np.frombuffer(trailer, "<u4"), 2)
+        return crcs.astype(np.uint32), first_labels.view("<i4").astype(np.int32)
+
+
+def corpus_file(prefix: str | os.PathLike[str], suffix: str) -> Path:
+    """``PREFIX`` + ``.suffix``; a dot in the prefix stays."""
+    return Path(f"{os.fspath(prefix)}.{suffix}")
+
+
+def checksum(description: Mapping[str, Any]) -> str:
+    """SHA-256 of everything in PREFIX.json but its ``checksum``."""
+    content = {name: value for name, value in description.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def document_crc(tokens: npt.NDArray[np.int32], loss_mask: npt.NDArray[np.uint8]) -> int:
+    """crc32 of a document: its tokens as they are stored, then its mask."""
+    return zlib.crc32(loss_mask.data, zlib.crc32(tokens.data))
+
+
+def content_fingerprint(tokens: bytes, loss_mask: bytes, lengths_D: npt.NDArray[np.int32]) -> str:
+    """A corpus's fingerprint, from the SHA-256 digests of all its tokens and all its masks."""
+    lengths = hashlib.sha256(lengths_D.astype("<i4").tobytes()).digest()
+    return hashlib.sha256(tokens + loss_mask + lengths).hexdigest()
+
+
+def index_parts(lengths_D: npt.NDArray[np.int32]) -> tuple[bytes, bytes, bytes, bytes]:
+    """PREFIX.idx: header, lengths, the byte where each document begins, and document numbers."""
+    num_documents = len(lengths_D)
+    starts_D = np.cumsum(lengths_D, dtype=np.int64) - lengths_D
+    return (
+        _IDX_HEADER.pack(*_IDX_START, num_documents, num_documents + 1),
+        lengths_D.astype("<i4").tobytes(),
+        (4 * starts_D).astype("<i8").tobytes(),
+        np.arange(num_documents + 1, dtype="<i8").tobytes(),
+    )
+
+
+def _damaged(what: str, where: object, **facts: Any) -> DataError:
+    """The error of a damaged corpus, which the user can only write again."""
+    fix = "Write the corpus again with tools/preprocess_data.py"
+    return DataError(what, where=where, fix=fix, **facts)
+
+
+def _read_description(path: Path) -> CorpusDescription:
+    try:
+        content = read_json(path, DataError)
+    except DataError as error:
+        if isinstance(error.__cause__, OSError):
+            fix = "Give the prefix that tools/preprocess_data.py wrote, let it finish"
+            raise DataError(str(error), fix=fix) from error
+        raise _damaged(str(error), None) from error
+    version = content.get("version")
+    if version != CORPUS_VERSION:
+        what = "an older corpus, without checksums" if version == 1 else "unknown corpus version"
+        raise _damaged(what, path, expected=CORPUS_VERSION, found=version)
+    if content.pop("checksum", None) != checksum(content):
+        raise _damaged("damaged: its own checksum differs", path)
+    values: dict[str, Any] = {}
+    for field in fields(CorpusDescription):
+        value = values[field.name] = content.get(field.name)
+        kind = str(field.type)  # such as "dict[str, str]"
+        if type(value).__name__ != kind.partition("[")[0]:
+            raise _damaged(f"{field.name!r} is damaged", path, expected=kind, found=repr(value))
+    about = CorpusDescription(**values)
+    if not (
+        1 <= about.num_documents <= MAX_INT32
+        and 2 * about.num_documents <= about.num_tokens <= MAX_INT32 * about.num_documents
+        and 0 <= about.num_loss_tokens < about.num_tokens
+        and 0 <= about.max_token_id < about.vocab_size <= MAX_INT32
+    ):
+        raise _damaged("the counts are damaged", path)
+    return about

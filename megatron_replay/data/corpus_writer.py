@@ -1,8 +1,9 @@
-"""Writing a frozen corpus, document by document; ``corpus.py`` describes the files."""
+"""Writes a frozen corpus, document by document; ``corpus.py`` describes the files."""
 
 from __future__ import annotations
 
 import array
+import hashlib
 import os
 import zlib
 from contextlib import ExitStack
@@ -13,18 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from megatron_replay.data.corpus import Document
-from megatron_replay.data.corpus_format import (
+from megatron_replay.data.corpus import (
     CORPUS_VERSION,
     MASK_HEADER,
     MASK_MAGIC,
     MAX_INT32,
-    ContentFingerprint,
     CorpusDescription,
+    Document,
     checksum,
+    content_fingerprint,
     corpus_file,
     document_crc,
-    idx_bytes,
+    index_parts,
 )
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError, OutputError
@@ -107,16 +108,16 @@ class CorpusWriter:
         self._lengths, self._first_labels = array.array("i"), array.array("i")
         self._crcs = array.array("I")
         self._num_loss_tokens = self._max_token_id = 0
-        self._fingerprint = ContentFingerprint()
+        self._tokens_sha256, self._loss_mask_sha256 = hashlib.sha256(), hashlib.sha256()
 
     def __enter__(self) -> CorpusWriter:
         require_ours(self._prefix)
         self._replaces = self._present()
         make_directory(corpus_file(self._prefix, "json").parent)
         with ExitStack() as opened:
-            self._tokens = opened.enter_context(atomic_file(corpus_file(self._prefix, "bin")))
-            self._loss_mask = opened.enter_context(
-                atomic_file(corpus_file(self._prefix, "loss_mask"))
+            self._tokens, self._loss_mask = (
+                opened.enter_context(atomic_file(corpus_file(self._prefix, suffix)))
+                for suffix in ("bin", "loss_mask")
             )
             self._loss_mask.write(bytes(MASK_HEADER.size))  # the count is known at the end
             self._files = opened.pop_all()
@@ -127,12 +128,10 @@ class CorpusWriter:
         self._require_writable(document)
         tokens, loss_mask = document.tokens.astype("<i4"), document.loss_mask.astype(np.uint8)
         assert loss_mask.shape == tokens.shape, (loss_mask.shape, tokens.shape)
-        for stream, digest, data in (
-            (self._tokens, self._fingerprint.tokens, tokens.tobytes()),
-            (self._loss_mask, self._fingerprint.loss_mask, loss_mask.tobytes()),
-        ):
-            stream.write(data)
-            digest.update(data)
+        self._tokens.write(tokens.data)
+        self._tokens_sha256.update(tokens.data)
+        self._loss_mask.write(loss_mask.data)
+        self._loss_mask_sha256.update(loss_mask.data)
         num_loss_tokens = int(np.count_nonzero(loss_mask[1:]))
         first = int(np.argmax(loss_mask[1:])) + 1 if num_loss_tokens else len(tokens)
         self._lengths.append(len(tokens))
@@ -172,7 +171,12 @@ class CorpusWriter:
                 raise DataError("no document to write", where=self._prefix)
             lengths_D = np.array(self._lengths, dtype=np.int32)
             num_tokens = int(lengths_D.sum(dtype=np.int64))
-            self._finish_loss_mask(num_tokens)
+            header = MASK_HEADER.pack(MASK_MAGIC, CORPUS_VERSION, num_tokens)
+            trailer = np.array(self._crcs, "<u4").tobytes()
+            trailer += np.array(self._first_labels, "<i4").tobytes()
+            self._loss_mask.write(trailer + zlib.crc32(header + trailer).to_bytes(4, "little"))
+            self._loss_mask.seek(0)
+            self._loss_mask.write(header)
             if self._present() != self._replaces:
                 raise OutputError(
                     "another process has written a corpus under this prefix meanwhile",
@@ -181,7 +185,7 @@ class CorpusWriter:
                 )
             corpus_file(self._prefix, "json").unlink(missing_ok=True)
         with atomic_file(corpus_file(self._prefix, "idx")) as handle:
-            handle.write(idx_bytes(lengths_D))
+            handle.writelines(index_parts(lengths_D))
         tokenizer = self._tokenizer
         about = CorpusDescription(
             version=CORPUS_VERSION,
@@ -197,19 +201,12 @@ class CorpusWriter:
             pad_id=tokenizer.pad_id,
             format=self._row_format,
             source=self._source,
-            fingerprint=self._fingerprint.hexdigest(lengths_D),
+            fingerprint=content_fingerprint(
+                self._tokens_sha256.digest(), self._loss_mask_sha256.digest(), lengths_D
+            ),
         )
-        description = asdict(about)
-        description["checksum"] = checksum(description)
-        write_json(corpus_file(self._prefix, "json"), description)
-
-    def _finish_loss_mask(self, num_tokens: int) -> None:
-        header = MASK_HEADER.pack(MASK_MAGIC, CORPUS_VERSION, num_tokens)
-        trailer = np.array(self._crcs, dtype="<u4").tobytes()
-        trailer += np.array(self._first_labels, dtype="<i4").tobytes()
-        self._loss_mask.write(trailer + zlib.crc32(header + trailer).to_bytes(4, "little"))
-        self._loss_mask.seek(0)
-        self._loss_mask.write(header)
+        content = asdict(about)
+        write_json(corpus_file(self._prefix, "json"), {**content, "checksum": checksum(content)})
 
     def _present(self) -> list[tuple[int, int] | None]:
         """Inode and time of each file under the prefix: another process's writing changes them."""

@@ -1,34 +1,148 @@
-"""Makes batches in a thread, ahead of the step that uses them: in the same order, a few at most.
+"""The batches of a run: which packs make up each, and a thread that makes them ahead of the step.
 
-Memory: at most ``depth`` batches besides the one in use. Of a global batch of T positions, N of
-them selected with C candidates in all, a data-parallel rank holds its share of 25 T + 40 N + 4 C
-bytes: 7.4 MB for 16 packs of 4,096 positions of which one in five has a set of 100.
+``GlobalBatches`` is the sampler: global batch k, and the share of a data-parallel rank.
 """
 
 from __future__ import annotations
 
-import threading
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-import torch
+import numpy as np
+import numpy.typing as npt
+
+from megatron_replay.config import Stage1Config
+from megatron_replay.data.packing import Pack, document_order, plan_packs, split_packs
+from megatron_replay.errors import ConfigError
 
 T = TypeVar("T")
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``tensor`` on ``device``, by a copy from pinned memory that the host does not wait for.
+class GlobalBatches:
+    """The packs of ``epochs`` passes, each in its own order, cut into global batches.
 
-    The copy is queued where the kernels of a step are, so they find it done.
+    Global batch k holds packs ``k * global_batch_size`` up to ``(k + 1) * global_batch_size`` of
+    the epochs laid end to end: a pure function of (seed, epochs before, k), the same for any number
+    of ranks. Empty packs fill up the last one.
+
+    Sample i of a global batch belongs to micro-batch ``i // micro_batch_size`` of the whole, and
+    these go to the ranks in turn, as in Megatron's pretraining sampler: rank r computes r,
+    r + dp_size, … So changing ``dp_size`` changes who computes a micro-batch, never what is in it.
+
+    Args:
+        lengths: int32 [D], tokens used of each document (``fit_documents``).
+        seq_length: positions of a pack.
+        epochs: passes over the documents; None: without an end, so no batch is padded.
+        pack_documents: False gives each document a pack of its own.
+
+    Raises:
+        ConfigError: ``global_batch_size`` is no multiple of ``micro_batch_size * dp_size``.
     """
-    if device.type == "cpu":
-        return tensor.to(device)
-    # A thread starts on the first device; pinning without this would open a context there.
-    torch.get_device_module(device).set_device(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+
+    def __init__(
+        self,
+        lengths: npt.NDArray[np.int32],
+        *,
+        seq_length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        epochs: int | None,
+        pack_documents: bool = True,
+        dp_rank: int,
+        dp_size: int,
+    ) -> None:
+        if global_batch_size <= 0 or global_batch_size % (micro_batch_size * dp_size):
+            raise ConfigError(
+                "the global batch cannot be shared out evenly",
+                where="--global-batch-size",
+                expected=f"a multiple of {micro_batch_size * dp_size} "
+                f"(--micro-batch-size {micro_batch_size} x {dp_size} data-parallel ranks)",
+                found=global_batch_size,
+            )
+        assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
+        assert (lengths > 0).any(), "fit_documents refuses what leaves nothing"
+        self._lengths, self._seq_length, self._together = lengths, seq_length, pack_documents
+        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
+        self._seed, self._epochs, self._dp_rank, self._dp_size = seed, epochs, dp_rank, dp_size
+        self._planned: tuple[int, list[Pack]] = (-1, [])
+        # The number of packs before each epoch known so far: epochs differ in theirs.
+        self._first_pack = [0]
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches in all epochs, of which there must be a number."""
+        assert self._epochs is not None
+        while len(self._first_pack) <= self._epochs:
+            self._count_epoch()
+        return -(-self._first_pack[-1] // self._global_batch_size)
+
+    def global_batch(self, k: int) -> list[Pack]:
+        """All ``global_batch_size`` packs of global batch ``k``, empty ones included."""
+        if k < 0 or (self._epochs is not None and k >= self.num_batches):
+            raise IndexError(f"global batch {k} of {self.num_batches}")
+        first = k * self._global_batch_size
+        return [self._pack(i) for i in range(first, first + self._global_batch_size)]
+
+    def micro_batches(self, k: int) -> list[list[Pack]]:
+        """This rank's micro-batches of global batch ``k``, in the order to compute them."""
+        micro_batches = split_packs(self.global_batch(k), self._micro_batch_size)
+        return micro_batches[self._dp_rank :: self._dp_size]
+
+    def _pack(self, i: int) -> Pack:
+        """Pack ``i`` of all epochs laid end to end; an empty one after the last."""
+        while i >= self._first_pack[-1]:
+            if self._epochs is not None and len(self._first_pack) > self._epochs:
+                return np.empty(0, dtype=np.int64)
+            self._count_epoch()
+        epoch = bisect_right(self._first_pack, i) - 1
+        return self._plan(epoch)[i - self._first_pack[epoch]]
+
+    def _count_epoch(self) -> None:
+        self._first_pack.append(self._first_pack[-1] + len(self._plan(len(self._first_pack) - 1)))
+
+    def _plan(self, epoch: int) -> list[Pack]:
+        """The packs of ``epoch``; only the last one requested is kept."""
+        if self._planned[0] != epoch:
+            order = document_order(len(self._lengths), seed=self._seed, epoch=epoch)
+            packs = plan_packs(self._lengths, order, self._seq_length, together=self._together)
+            self._planned = (epoch, packs)
+        return self._planned[1]
+
+
+def global_batches(
+    config: Stage1Config, lengths: npt.NDArray[np.int32], *, dp_rank: int, dp_size: int
+) -> GlobalBatches:
+    """The batches of a whole run: of --train-epochs, or without an end under --train-iters."""
+    training = config.training
+    return GlobalBatches(
+        lengths,
+        seq_length=config.data.seq_length,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=config.data.micro_batch_size,
+        seed=training.seed,
+        epochs=None if training.train_iters is not None else training.train_epochs or 1,
+        pack_documents=config.data.pack_documents,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    )
+
+
+def require_iterations(config: Stage1Config, train_iters: int) -> None:
+    """Raise ConfigError unless the run continues after its warm-up."""
+    warmup = config.optimizer.lr_warmup_iters
+    if warmup >= train_iters:
+        raise ConfigError(
+            "the warm-up is as long as the run",
+            where="--lr-warmup-iters",
+            expected=f"below the run's {train_iters} iterations",
+            found=warmup,
+            fix="Shorten it, or lower --global-batch-size or --seq-length for more iterations",
+        )
 
 
 class Loader(Generic[T]):
@@ -37,6 +151,11 @@ class Loader(Generic[T]):
     ``next(loader)`` waits for the next one and raises the error of its ``make``, so an error comes
     up at the step it belongs to. Batches made ahead and never used are dropped, errors included.
     Use it as a context manager: leaving the block ends the thread.
+
+    Memory: at most ``depth`` batches besides the one in use. Of a global batch of T positions, N of
+    them selected with C candidates in all, a data-parallel rank holds its share of
+    25 T + 40 N + 4 C bytes: 7.4 MB for 16 packs of 4,096 positions of which one in five has a set
+    of 100.
 
     Args:
         make: runs in the loader's thread, one call at a time.
@@ -51,7 +170,6 @@ class Loader(Generic[T]):
         assert depth > 0, depth
         self.waited = 0.0
         self._make, self._steps = make, iter(steps)
-        self._making = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: deque[Future[T]] = deque()
         for _ in range(depth):
@@ -70,26 +188,15 @@ class Loader(Generic[T]):
         self.waited = time.perf_counter() - start
         return made
 
-    def still(self) -> threading.Lock:
-        """No ``make`` runs while this lock is held: for forks, which copy locks as they are."""
-        return self._making
-
-    def close(self) -> None:
-        """End the thread: wait for the ``make`` it is in, drop what was made."""
-        self._thread.shutdown(cancel_futures=True)
-        self._ahead.clear()
-
     def __enter__(self) -> Loader[T]:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        """End the thread: wait for the ``make`` it is in, drop what was made."""
+        self._thread.shutdown(cancel_futures=True)
+        self._ahead.clear()
 
     def _make_another(self) -> None:
         step = next(self._steps, None)
         if step is not None:
-            self._ahead.append(self._thread.submit(self._make_one, step))
-
-    def _make_one(self, step: int) -> T:
-        with self._making:
-            return self._make(step)
+            self._ahead.append(self._thread.submit(self._make, step))

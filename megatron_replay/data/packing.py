@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +23,11 @@ import torch
 
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.loader import to_device
 from megatron_replay.errors import DataError
 from megatron_replay.kernels.packed_attention import Segments, segments_of, segments_to
 from megatron_replay.store import CandidateReader
 
 Pack = npt.NDArray[np.int64]  # ids of the documents of a pack, in order
-
-LONG_DOCUMENTS = ("error", "drop", "truncate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,19 +53,18 @@ def fit_documents(
     lengths: npt.NDArray[np.int32],
     seq_length: int,
     policy: str,
-    first_labels: npt.NDArray[np.int32] | None = None,
+    first_labels: npt.NDArray[np.int32],
 ) -> FittedDocuments:
     """Apply ``--long-documents`` to documents that need more than ``seq_length`` positions.
 
     Args:
         lengths: int32 [D], tokens of each document.
-        policy: one of ``LONG_DOCUMENTS``.
-        first_labels: int32 [D], each document's first token that carries loss; None: the second.
+        policy: error, drop or truncate.
+        first_labels: int32 [D], each document's first token that carries loss.
 
     Raises:
         DataError: policy "error" and a document is too long; or nothing is left to learn.
     """
-    assert policy in LONG_DOCUMENTS, policy
     too_long = lengths > seq_length + 1
     num_too_long = int(too_long.sum())
     if num_too_long and policy == "error":
@@ -90,22 +85,19 @@ def fit_documents(
         )
     kept = 0 if policy == "drop" else seq_length + 1
     fitted = np.where(too_long, kept, lengths).astype(np.int32)
-    first_labels = np.ones_like(lengths) if first_labels is None else first_labels
     has_label = first_labels < fitted
     if not has_label.any():
-        longest = int(first_labels.min())
         raise DataError(
             "no answer token is left: every document's prompt is as long as a pack",
             expected=f"prompts below {seq_length} tokens for --seq-length {seq_length}",
-            found=f"at least {longest} tokens",
+            found=f"at least {first_labels.min()} tokens",
             fix="Raise --seq-length: nothing could be learnt",
         )
-    num_unlabelled = int(((fitted > 0) & ~has_label & (first_labels < lengths)).sum())
     return FittedDocuments(
         lengths=fitted,
         num_dropped=num_too_long if policy == "drop" else 0,
         num_truncated=num_too_long if policy == "truncate" else 0,
-        num_unlabelled=num_unlabelled,
+        num_unlabelled=int(((fitted > 0) & ~has_label & (first_labels < lengths)).sum()),
         num_tokens_lost=int((lengths - fitted).sum(dtype=np.int64)),
     )
 
@@ -130,7 +122,7 @@ def report_long_documents(fitted: FittedDocuments, policy: str) -> None:
 def without_unread(
     lengths: npt.NDArray[np.int32], stops: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.int32]:
-    """``lengths`` without the tokens behind each document's last recorded position: int32 [D].
+    """``lengths`` without the tokens after each document's last recorded position: int32 [D].
 
     Exact, since attention is causal: no recorded position looks at them. A document of which
     nothing is recorded gets 0.
@@ -160,8 +152,14 @@ def usable_documents(
     )
     if config.loss.loss != "restricted" or reader is None:
         return fitted, fitted.lengths
-    recorded = reader.stops() > 0
-    stops = _stops_within(fitted.lengths, reader)
+    lengths, stops = fitted.lengths, reader.stops()
+    recorded = stops > 0
+    stops[lengths == 0] = 0
+    # Only records of which less is used than Stage 0 recorded are read.
+    for document in np.flatnonzero((stops >= lengths) & (stops > 0)).tolist():
+        positions = reader[document].positions
+        left = positions[positions + 1 < lengths[document]]
+        stops[document] = left[-1] + 1 if len(left) else 0
     if not stops.any():
         raise DataError(
             "the store records no position of what is trained on: nothing is left to learn",
@@ -170,22 +168,8 @@ def usable_documents(
             f"none before --seq-length {config.data.seq_length}",
             fix="Raise --seq-length to that of Stage 0, or rerun Stage 0 with this run's",
         )
-    num_unlabelled = int((recorded & (fitted.lengths > 0) & (stops == 0)).sum())
-    return replace(fitted, num_unlabelled=num_unlabelled), without_unread(fitted.lengths, stops)
-
-
-def _stops_within(lengths: npt.NDArray[np.int32], reader: CandidateReader) -> npt.NDArray[np.int32]:
-    """Last recorded position that predicts one of the tokens used, plus one; 0 where none does.
-
-    Reads the records of those documents only of which less is used than Stage 0 recorded.
-    """
-    stops = reader.stops()
-    stops[lengths == 0] = 0
-    for document in np.flatnonzero((stops >= lengths) & (stops > 0)).tolist():
-        positions = reader[document].positions
-        left = positions[positions + 1 < lengths[document]]
-        stops[document] = left[-1] + 1 if len(left) else 0
-    return stops
+    num_unlabelled = int((recorded & (lengths > 0) & (stops == 0)).sum())
+    return replace(fitted, num_unlabelled=num_unlabelled), without_unread(lengths, stops)
 
 
 def document_order(num_documents: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -220,7 +204,7 @@ def plan_packs(
     if not together:
         return list(order[:, None])
     positions = lengths[order].astype(np.int64) - 1
-    assert not len(positions) or positions.max() <= seq_length, "fit_documents comes first"
+    assert positions.max(initial=0) <= seq_length, "fit_documents comes first"
     stops = np.cumsum(positions)
     packs, first, used = [], 0, 0
     while first < len(order):
@@ -228,6 +212,12 @@ def plan_packs(
         packs.append(order[first:last])
         first, used = last, int(stops[last - 1])
     return packs
+
+
+def split_packs(packs: list[Pack], size: int) -> list[list[Pack]]:
+    """Micro-batches of ``size`` packs, in order; empty packs complete the last one."""
+    whole = packs + [np.empty(0, np.int64)] * (-len(packs) % size)
+    return [whole[first : first + size] for first in range(0, len(whole), size)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,12 +242,14 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on ``device``."""
-        moved: dict[str, Any] = {
-            f.name: to_device(getattr(self, f.name), device)
-            for f in fields(self)
-            if f.name != "segments"
-        }
-        return PackedBatch(**moved, segments=segments_to(self.segments, device))
+        return PackedBatch(
+            tokens_BS=to_device(self.tokens_BS, device),
+            labels_BS=to_device(self.labels_BS, device),
+            loss_mask_BS=to_device(self.loss_mask_BS, device),
+            document_BS=to_device(self.document_BS, device),
+            position_BS=to_device(self.position_BS, device),
+            segments=segments_to(self.segments, device),
+        )
 
 
 def pack_batch(
@@ -296,3 +288,15 @@ def pack_batch(
         torch.from_numpy(position_BS),
         segments_of(boundaries, seq_length),
     )
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on ``device``, by a copy from pinned memory that the host does not wait for.
+
+    The copy is queued where the kernels of a step are, so they find it done.
+    """
+    if device.type == "cpu":
+        return tensor.to(device)
+    # A thread starts on the first device; pinning without this would open a context there.
+    torch.get_device_module(device).set_device(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

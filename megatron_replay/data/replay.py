@@ -11,9 +11,8 @@ candidate sets: N under scope "position", documents with a selected position und
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,17 +21,14 @@ import torch
 from megatron_replay.data.packing import PackedBatch
 from megatron_replay.errors import StoreError
 from megatron_replay.loss.candidate_sets import CandidateSets, unions
-from megatron_replay.store import CandidateBatch, missing_label, offsets_of_counts
+from megatron_replay.store import (
+    CandidateBatch,
+    CandidateReader,
+    missing_label,
+    offsets_of_counts,
+)
 
-SCOPES = ("position", "document")
-
-
-class CandidateSource(Protocol):
-    """What a join needs of ``store.CandidateReader``."""
-
-    def read(self, document_ids: Sequence[int], *, logits: bool) -> CandidateBatch:
-        """Those documents end to end, in this order, with stored logits or without."""
-        ...
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,40 +52,6 @@ class ReplayTargets:
     own_sets: CandidateSets | None
 
 
-class _Segments(NamedTuple):
-    """The documents of a batch in the order of their rows, int64 [D] each.
-
-    Attributes:
-        document_D: their ids.
-        first_row_D: the row of position 0.
-        num_positions_D: how many positions truncation left of each.
-    """
-
-    document_D: npt.NDArray[np.int64]
-    first_row_D: npt.NDArray[np.int64]
-    num_positions_D: npt.NDArray[np.int64]
-
-
-class _Selected(NamedTuple):
-    """Of the recorded positions, those that the batch has.
-
-    Attributes:
-        segment_N: which document of the batch, int64.
-        position_N: position in it, int32.
-        ids, offsets: their sets, int32 [nnz] and int64 [N + 1].
-        lse_N, tail_mass_N: float32.
-        logits: float32 [nnz] or None.
-    """
-
-    segment_N: npt.NDArray[np.int64]
-    position_N: npt.NDArray[np.int32]
-    ids: npt.NDArray[np.int32]
-    offsets: npt.NDArray[np.int64]
-    lse_N: npt.NDArray[np.float32]
-    tail_mass_N: npt.NDArray[np.float32]
-    logits: npt.NDArray[np.float32] | None
-
-
 def eligible_rows(batch: PackedBatch) -> torch.Tensor:
     """Index ``b * S + s`` of every position whose label carries loss: int64 [N], ascending."""
     return torch.from_numpy(np.flatnonzero(batch.loss_mask_BS.numpy()))
@@ -98,12 +60,12 @@ def eligible_rows(batch: PackedBatch) -> torch.Tensor:
 def full_targets(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """``(rows_N, labels_N)``, both int64: every eligible position, for the full-softmax loss."""
     rows_N = eligible_rows(batch)
-    return rows_N, torch.from_numpy(batch.labels_BS.numpy().reshape(-1)[rows_N.numpy()])
+    return rows_N, torch.from_numpy(_flat(batch.labels_BS)[rows_N.numpy()])
 
 
 def join_candidates(
     batch: PackedBatch,
-    reader: CandidateSource,
+    reader: CandidateReader,
     *,
     vocab_size: int,
     scope: str,
@@ -127,26 +89,18 @@ def join_candidates(
         StoreError: a recorded position carries no loss in the corpus, or its label is not in its
             set: the store was made from other data.
     """
-    assert scope in SCOPES, scope
-    segments = _segments(batch)
-    recorded = reader.read(segments.document_D.tolist(), logits=logits)
-    selected = _select(recorded, segments)
-    rows_N = segments.first_row_D[selected.segment_N] + selected.position_N
-    labels_N = batch.labels_BS.numpy().reshape(-1)[rows_N]
-    _require_loss(selected, segments, batch.loss_mask_BS.numpy().reshape(-1)[rows_N])
-    _require_label(selected, segments, labels_N)
+    document_D, first_row_D, num_positions_D = _documents(batch)
+    recorded = reader.read(document_D.tolist(), logits=logits)
+    place_P = np.repeat(np.arange(len(document_D)), np.diff(recorded.document_offsets))
+    is_here_P = recorded.positions < num_positions_D[place_P]
+    selected = recorded if is_here_P.all() else _keep(recorded, is_here_P)
+    place_N = place_P[is_here_P]
+    rows_N = first_row_D[place_N] + selected.positions
+    labels_N = _flat(batch.labels_BS)[rows_N]
+    _require_same_corpus(selected, document_D[place_N], labels_N, _flat(batch.loss_mask_BS)[rows_N])
     ids, offsets, group_offsets = selected.ids, selected.offsets, None
-    if scope != "position":
-        bounds = recorded.document_offsets
-        places = offsets_of_counts(_is_here(recorded, segments))[bounds]
-        has_any = places[1:] > places[:-1]
-        spans = recorded.offsets[bounds[:-1][has_any]], recorded.offsets[bounds[1:][has_any]]
-        found = list(unions(recorded.ids, zip(*spans, strict=True)))
-        ids = np.concatenate([np.empty(0, np.int32), *found]).astype(np.int32)
-        offsets = offsets_of_counts(np.array([len(union) for union in found], np.int64))
-        group_offsets = np.append(0, places[1:][has_any])
-    with np.errstate(divide="ignore"):  # log 0 = -inf is meant: no tail
-        tail_logit_N = selected.lse_N + np.log(selected.tail_mass_N)
+    if scope == "document":
+        ids, offsets, group_offsets = _unions(recorded, selected)
     own_sets = None
     if logits:
         own_sets = CandidateSets.of(
@@ -156,87 +110,83 @@ def join_candidates(
             vocab_size=vocab_size,
             values=selected.logits,
         )
+    with np.errstate(divide="ignore"):  # log 0 = -inf is meant: no tail
+        tail_logit_N = selected.lse + np.log(selected.tail_mass)
     return ReplayTargets(
         rows_N=torch.from_numpy(rows_N),
         sets=CandidateSets.of(ids, offsets, labels_N, group_offsets, vocab_size=vocab_size),
-        lse_N=torch.from_numpy(selected.lse_N),
+        lse_N=torch.from_numpy(selected.lse),
         tail_logit_N=torch.from_numpy(tail_logit_N),
         own_sets=own_sets,
     )
 
 
-def _segments(batch: PackedBatch) -> _Segments:
-    """A document starts where its position is 0; padding has position 0 too and ends the last."""
-    document = batch.document_BS.numpy().reshape(-1)
-    boundaries = np.flatnonzero(batch.position_BS.numpy().reshape(-1) == 0)
+def _flat(tensor_BS: torch.Tensor) -> npt.NDArray[Any]:
+    return tensor_BS.numpy().reshape(-1)
+
+
+def _documents(batch: PackedBatch) -> tuple[Ints, Ints, Ints]:
+    """Of each document, in the order of its rows: id, row of position 0, number of positions.
+
+    A document starts where its position is 0; padding has position 0 too and ends the last.
+    """
+    document = _flat(batch.document_BS)
+    boundaries = np.flatnonzero(_flat(batch.position_BS) == 0)
     sizes = np.diff(boundaries, append=len(document))
     is_document = document[boundaries] >= 0
-    starts = boundaries[is_document]
-    return _Segments(document[starts].astype(np.int64), starts, sizes[is_document])
+    starts_D = boundaries[is_document]
+    return document[starts_D].astype(np.int64), starts_D, sizes[is_document]
 
 
-def _select(recorded: CandidateBatch, segments: _Segments) -> _Selected:
-    """Nothing is copied unless a position is left out."""
-    segment_P = _segment_of(recorded)
-    every = _Selected(
-        segment_P,
-        recorded.positions,
-        recorded.ids,
-        recorded.offsets,
-        recorded.lse,
-        recorded.tail_mass,
-        recorded.logits,
-    )
-    is_here_P = _is_here(recorded, segments)
-    if is_here_P.all():
-        return every
-    set_sizes_P = np.diff(recorded.offsets)
-    is_here = np.repeat(is_here_P, set_sizes_P)
-    return _Selected(
-        segment_P[is_here_P],
-        recorded.positions[is_here_P],
-        recorded.ids[is_here],
-        offsets_of_counts(set_sizes_P[is_here_P]),
-        recorded.lse[is_here_P],
-        recorded.tail_mass[is_here_P],
-        None if recorded.logits is None else recorded.logits[is_here],
+def _keep(recorded: CandidateBatch, is_kept_P: npt.NDArray[np.bool_]) -> CandidateBatch:
+    """The recorded positions of ``is_kept_P``, of the same documents."""
+    sizes_P = np.diff(recorded.offsets)
+    is_kept = np.repeat(is_kept_P, sizes_P)
+    return CandidateBatch(
+        document_offsets=offsets_of_counts(is_kept_P)[recorded.document_offsets],
+        positions=recorded.positions[is_kept_P],
+        offsets=offsets_of_counts(sizes_P[is_kept_P]),
+        ids=recorded.ids[is_kept],
+        lse=recorded.lse[is_kept_P],
+        label_logprob=recorded.label_logprob[is_kept_P],
+        tail_mass=recorded.tail_mass[is_kept_P],
+        logits=None if recorded.logits is None else recorded.logits[is_kept],
     )
 
 
-def _require_loss(
-    selected: _Selected, segments: _Segments, carries_loss_N: npt.NDArray[np.bool_]
+def _unions(
+    recorded: CandidateBatch, selected: CandidateBatch
+) -> tuple[npt.NDArray[np.int32], Ints, Ints]:
+    """Ids and offsets of one union per document with a selected position; offsets of positions."""
+    has_any_D = np.diff(selected.document_offsets) > 0
+    bounds = recorded.offsets[recorded.document_offsets]
+    spans = zip(bounds[:-1][has_any_D], bounds[1:][has_any_D], strict=True)
+    found = list(unions(recorded.ids, spans))
+    ids = np.concatenate([np.empty(0, np.int32), *found]).astype(np.int32)
+    offsets = offsets_of_counts(np.array([len(union) for union in found], np.int64))
+    return ids, offsets, np.append(0, selected.document_offsets[1:][has_any_D])
+
+
+def _require_same_corpus(
+    selected: CandidateBatch,
+    document_N: Ints,
+    labels_N: Ints,
+    carries_loss_N: npt.NDArray[np.bool_],
 ) -> None:
+    """Raise StoreError unless every label carries loss and is in its recorded set."""
+
+    def place(n: int | np.integer[Any]) -> str:
+        return f"document {document_N[n]}, position {selected.positions[n]}"
+
     if not carries_loss_N.all():
         raise StoreError(
-            f"{_place(selected, segments, int(np.argmin(carries_loss_N)))} is recorded, but its "
-            "label carries no loss in the corpus",
+            f"{place(np.argmin(carries_loss_N))} is recorded, but its label carries no loss in "
+            "the corpus",
             fix="Use the corpus that the store was made from",
         )
-
-
-def _require_label(
-    selected: _Selected, segments: _Segments, labels_N: npt.NDArray[np.int64]
-) -> None:
     first = missing_label(selected.ids, selected.offsets, labels_N)
     if first >= 0:
         raise StoreError(
-            f"{_place(selected, segments, first)}: the label {labels_N[first]} is not in its "
-            "candidate set",
+            f"{place(first)}: the label {labels_N[first]} is not in its candidate set",
             fix="Use the corpus that the store was made from, or run Stage 0 again",
         )
-
-
-def _place(selected: _Selected, segments: _Segments, n: int) -> str:
-    document = segments.document_D[selected.segment_N[n]]
-    return f"document {document}, position {selected.position_N[n]}"
-
-
-def _segment_of(recorded: CandidateBatch) -> npt.NDArray[np.int64]:
-    """The document of each recorded position, counted in the batch: int64 [P]."""
-    recorded_D = np.diff(recorded.document_offsets)
-    return np.repeat(np.arange(len(recorded_D)), recorded_D)
-
-
-def _is_here(recorded: CandidateBatch, segments: _Segments) -> npt.NDArray[np.bool_]:
-    """Which of the recorded positions truncation left: [P]."""
-    return recorded.positions < segments.num_positions_D[_segment_of(recorded)]

@@ -19,16 +19,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_replay.data.chat import Turn, tokenize_conversation
 from megatron_replay.data.corpus import Document
 from megatron_replay.data.rows import Row, is_empty
-from megatron_replay.data.tokenizer import Tokenizer
-from megatron_replay.errors import DataError
+from megatron_replay.data.tokenizer import TextError, Tokenizer
 
 # github.com/tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT.
 _ALPACA = (
@@ -52,8 +51,7 @@ _SHAREGPT_ROLES = {
 }
 
 
-@dataclass(frozen=True)
-class RowFormat:
+class RowFormat(NamedTuple):
     """How a format is recognised (the keys it must have) and read (with what else it carries)."""
 
     keys: tuple[str, ...]
@@ -67,9 +65,7 @@ def detect_format(row: Row) -> str:
     Raises:
         DataError: no format fits, or more than one.
     """
-    fitting = [
-        name for name, form in FORMATS.items() if all(key in row.fields for key in form.keys)
-    ]
+    fitting = [name for name, form in FORMATS.items() if row.fields.keys() >= set(form.keys)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -90,9 +86,12 @@ def tokenize_row(row: Row, row_format: str, tokenizer: Tokenizer) -> Document:
             to learn.
     """
     form = FORMATS[row_format]
-    if all(key in row.fields for key in form.keys):
+    if row.fields.keys() >= set(form.keys):
         row.refuse_unread(row_format, (*form.keys, *form.also))
-    document = form.read(row, tokenizer)
+    try:
+        document = form.read(row, tokenizer)
+    except TextError as error:
+        raise row.error(str(error)) from error
     if not document.loss_mask[1:].any():
         raise row.error("no answer token after the first token")
     return document
@@ -102,7 +101,7 @@ def _from_prompt(row: Row, tokenizer: Tokenizer) -> Document:
     prompt, completion = row.text("prompt"), _answer(row, "completion")
     if not prompt:
         raise row.error("'prompt' is empty", fix='Write raw text as {"text": …} rows')
-    return _document(row, prompt, completion, tokenizer)
+    return _document(prompt, completion, tokenizer)
 
 
 def _from_alpaca(row: Row, tokenizer: Tokenizer) -> Document:
@@ -112,14 +111,14 @@ def _from_alpaca(row: Row, tokenizer: Tokenizer) -> Document:
         raise row.error("'instruction' is empty")
     template = _ALPACA_WITH_INPUT if context else _ALPACA
     prompt = template.format(instruction=instruction, input=context)
-    return _document(row, prompt, _answer(row, "output"), tokenizer)
+    return _document(prompt, _answer(row, "output"), tokenizer)
 
 
 def _from_text(row: Row, tokenizer: Tokenizer) -> Document:
     text = row.text("text")
     if not text:
         raise row.error("'text' is empty")
-    return _document(row, "", text, tokenizer)
+    return _document("", text, tokenizer)
 
 
 def _answer(row: Row, name: str) -> str:
@@ -129,40 +128,21 @@ def _answer(row: Row, name: str) -> str:
     return answer
 
 
-def _document(row: Row, prompt: str, answer: str, tokenizer: Tokenizer) -> Document:
+def _document(prompt: str, answer: str, tokenizer: Tokenizer) -> Document:
     """Prompt tokens without loss, then answer tokens and EOS with loss."""
-    try:
-        prompt_ids = tokenizer.encode(prompt) if prompt else []
-        answer_ids = [*tokenizer.encode(answer), tokenizer.eos_id]
-    except DataError as error:
-        raise row.error(str(error)) from error
-    tokens = np.array(prompt_ids + answer_ids, dtype=np.int32)
+    prompt_ids = tokenizer.encode(prompt) if prompt else []
+    tokens = np.array([*prompt_ids, *tokenizer.encode(answer), tokenizer.eos_id], dtype=np.int32)
     return Document(tokens, np.arange(len(tokens)) >= len(prompt_ids))
 
 
-def _from_sharegpt(row: Row, tokenizer: Tokenizer) -> Document:
-    return _conversation(row, "conversations", ("from", "value"), tokenizer)
-
-
-def _from_messages(row: Row, tokenizer: Tokenizer) -> Document:
-    return _conversation(row, "messages", ("role", "content"), tokenizer)
-
-
-FORMATS = {
-    "prompt": RowFormat(("prompt", "completion"), _from_prompt),
-    "alpaca": RowFormat(("instruction", "output"), _from_alpaca, ("input",)),
-    "sharegpt": RowFormat(("conversations",), _from_sharegpt, _SYSTEM_KEYS),
-    "messages": RowFormat(("messages",), _from_messages, _SYSTEM_KEYS),
-    "text": RowFormat(("text",), _from_text),
-}
-#: The formats that the tokenizer's chat template writes.
-CHAT_FORMATS = ("sharegpt", "messages")
-
-
-def _conversation(row: Row, name: str, keys: tuple[str, str], tokenizer: Tokenizer) -> Document:
-    """The document of the messages under ``name``, whose role and content have these ``keys``."""
-    messages = row.checked(row.fields, name, list)
-    turns = [_turn(row, message, f"{name}[{i}].", keys, i) for i, message in enumerate(messages)]
+def _from_conversation(
+    row: Row, tokenizer: Tokenizer, *, name: str, role_key: str, content_key: str
+) -> Document:
+    """The document of the messages under ``name``, whose role and content have these keys."""
+    turns = [
+        _turn(row, message, f"{name}[{i}].", f"message {i}", role_key, content_key)
+        for i, message in enumerate(row.checked(row.fields, name, list))
+    ]
     if not turns:
         raise row.error("the conversation is empty")
     answers = [turn for turn in turns if turn.message["role"] == "assistant"]
@@ -177,12 +157,30 @@ def _conversation(row: Row, name: str, keys: tuple[str, str], tokenizer: Tokeniz
             )
     if not any(answer.has_loss for answer in answers):
         raise row.error("no answer token: every answer is marked to carry no loss")
-    return tokenize_conversation(_with_system(row, turns), tokenizer, where=row.where)
+    return tokenize_conversation(row, _with_system(row, turns), tokenizer)
 
 
-def _turn(row: Row, message: Any, inside: str, keys: tuple[str, str], number: int) -> Turn:
-    """The turn of one message; ``inside`` is its path in the row."""
-    role_key, content_key = keys
+FORMATS = {
+    "prompt": RowFormat(("prompt", "completion"), _from_prompt),
+    "alpaca": RowFormat(("instruction", "output"), _from_alpaca, ("input",)),
+    "sharegpt": RowFormat(
+        ("conversations",),
+        partial(_from_conversation, name="conversations", role_key="from", content_key="value"),
+        _SYSTEM_KEYS,
+    ),
+    "messages": RowFormat(
+        ("messages",),
+        partial(_from_conversation, name="messages", role_key="role", content_key="content"),
+        _SYSTEM_KEYS,
+    ),
+    "text": RowFormat(("text",), _from_text),
+}
+#: The formats that the tokenizer's chat template writes.
+CHAT_FORMATS = ("sharegpt", "messages")
+
+
+def _turn(row: Row, message: Any, inside: str, name: str, role_key: str, content_key: str) -> Turn:
+    """The turn of one message; ``inside`` is its path in the row, ``name`` for errors."""
     role = row.checked(message, role_key, str, inside)
     if role_key == "from":
         if role not in _SHAREGPT_ROLES:
@@ -192,12 +190,8 @@ def _turn(row: Row, message: Any, inside: str, keys: tuple[str, str], number: in
                 found=repr(role),
             )
         role = _SHAREGPT_ROLES[role]
-    others = {
-        key: value
-        for key, value in message.items()
-        if key not in (*keys, *_LOSS_KEYS, *row.ignored) and not is_empty(value)
-    }
-    name = f"message {number}"
+    read = {role_key, content_key, *_LOSS_KEYS, *row.ignored}
+    others = {key: v for key, v in message.items() if key not in read and not is_empty(v)}
     for key in ("role", "content"):
         if key in others:  # in a sharegpt turn, which has them under its own keys
             raise row.error(f"{key!r} of {name} would be lost beside {role_key!r}, {content_key!r}")

@@ -126,8 +126,7 @@ class Row:
         Raises:
             DataError: it is missing, no string, or no valid Unicode.
         """
-        value: str = self.checked(self.fields, name, str)
-        return value
+        return str(self.checked(self.fields, name, str))
 
     def checked(self, fields: Any, name: str, kind: type[Any], inside: str = "") -> Any:
         """``fields[name]``, checked to be a ``kind``; ``inside`` is the path of ``fields``."""
@@ -183,17 +182,14 @@ def parse_row(where: str, line: bytes, ignored: frozenset[str] = frozenset()) ->
     is_array = line.lstrip().startswith(b"[")  # on one line, or on many
     try:
         fields = None if is_array else _DECODER.decode(line.decode())
+    except _DuplicateKeyError as error:
+        raise DataError(str(error), where=where, expected=_EXPECTED) from error
     except (ValueError, RecursionError) as error:
-        what = str(error) if isinstance(error, _DuplicateKeyError) else f"not JSON: {error}"
-        raise DataError(what, where=where, expected=_EXPECTED) from error
+        raise DataError(f"not JSON: {error}", where=where, expected=_EXPECTED) from error
     if not isinstance(fields, dict):
-        raise DataError(
-            "not a row",
-            where=where,
-            expected=_EXPECTED,
-            found="a JSON array" if is_array else _json_type(fields),
-            fix=_CONVERT if is_array else None,
-        )
+        found = "a JSON array" if is_array else _json_type(fields)
+        fix = _CONVERT if is_array else None
+        raise DataError("not a row", where=where, expected=_EXPECTED, found=found, fix=fix)
     return Row(where, {k: v for k, v in fields.items() if k not in ignored}, ignored)
 
 

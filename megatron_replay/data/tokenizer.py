@@ -20,15 +20,19 @@ from megatron_replay.data.tokenizer_limits import (
     render_limits,
     require_declared_ids,
     require_ids,
-    require_regular_beside,
     tokenizer_files,
 )
 from megatron_replay.errors import DataError
-from megatron_replay.files import open_regular, sha256_of_files
+from megatron_replay.files import open_regular, require_regular, sha256_of_files
 
+# What transformers may open: a tokenizer's files, model configurations, other vocabularies.
+_OPENED_FILES = ("*.json", "*.txt", "*.jinja")
 _MAX_TEMPLATE = 1 << 20  # characters; published ones have up to 50,000
-
 Message = Mapping[str, Any]
+
+
+class TextError(DataError):
+    """The tokenizer, or its chat template, fails on a text. It does not know where that is."""
 
 
 class Tokenizer(ABC):
@@ -52,10 +56,10 @@ class Tokenizer(ABC):
     special_ids: frozenset[int]
     chat_template: str | None = None
 
-    def __init__(self, path: Path, files: list[Path]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.files = tokenizer_digests(path)
-        self.fingerprint = sha256_of_files(files)
+        self.fingerprint = sha256_of_files(tokenizer_files(path))
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -64,7 +68,7 @@ class Tokenizer(ABC):
         A Hugging Face tokenizer reads a special token spelled out in ``text`` as that token.
 
         Raises:
-            DataError: the tokenizer fails on it.
+            TextError: the tokenizer fails on it.
         """
 
     @abstractmethod
@@ -79,9 +83,9 @@ class Tokenizer(ABC):
         """A conversation as the tokenizer's own template writes it, within ``render_limits``.
 
         Raises:
-            DataError: there is no template, it fails on the conversation, or writes too much.
+            TextError: there is no template, it fails on the conversation, or writes too much.
         """
-        raise DataError(
+        raise TextError(
             "the tokenizer has no chat template",
             where=self.path,
             fix="Use an instruction-tuned model's directory, or prompt/completion rows",
@@ -97,8 +101,7 @@ def tokenizer_digests(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         DataError: nothing is there, or a file is no regular file, too large or not readable.
     """
-    path = Path(path)
-    digests = {}
+    path, digests = Path(path), {}
     for file in tokenizer_files(path):
         with open_regular(file, DataError) as handle:
             name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
@@ -113,23 +116,22 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         DataError: nothing is there, it cannot be read, is damaged, or has no EOS token.
     """
     path = Path(path)
-    files = tokenizer_files(path)
-    if path.is_dir():
-        return _HuggingFaceTokenizer(path, files)
-    return _SentencePieceTokenizer(path, files)
+    return _HuggingFaceTokenizer(path) if path.is_dir() else _SentencePieceTokenizer(path)
 
 
 class _HuggingFaceTokenizer(Tokenizer):
-    def __init__(self, path: Path, files: list[Path]) -> None:
-        if not files:
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        if not self.files:
             raise DataError(
                 "no tokenizer files in this directory",
                 where=path,
                 expected="tokenizer.json, or a vocabulary with tokenizer_config.json",
             )
-        require_regular_beside(path)
-        super().__init__(path, files)
-        with _failing("cannot load the tokenizer", where=path):
+        for file in (file for pattern in _OPENED_FILES for file in path.glob(pattern)):
+            if os.path.exists(file) and not (file.is_file() or file.is_dir()):  # such as a pipe
+                require_regular(file, DataError)
+        with _failing("cannot load the tokenizer", DataError, where=path):
             self._load()
 
     def _load(self) -> None:
@@ -149,17 +151,23 @@ class _HuggingFaceTokenizer(Tokenizer):
         pad_id = backend.pad_token_id
         self.pad_id = self.eos_id if pad_id is None else pad_id
         added = backend.added_tokens_decoder
-        self.special_ids = frozenset(
-            {id_ for id_, token in added.items() if token.special} | {self.eos_id, self.pad_id}
-        )
+        special = {id_ for id_, token in added.items() if token.special}
+        self.special_ids = frozenset(special | {self.eos_id, self.pad_id})
         template = backend.chat_template
         if isinstance(template, dict):  # several by name
             template = template.get("default")
-        if template:
-            self.chat_template = _require_template(template, self.path)
+        if template and not (isinstance(template, str) and len(template) <= _MAX_TEMPLATE):
+            is_text = isinstance(template, str)
+            raise DataError(
+                f"the chat template is {'too large' if is_text else 'no text'}",
+                where=self.path,
+                expected=f"at most {_MAX_TEMPLATE} characters",
+                found=len(template) if is_text else type(template).__name__,
+            )
+        self.chat_template = template or None
 
     def encode(self, text: str) -> list[int]:
-        with _failing("the tokenizer cannot encode the text"):
+        with _failing("the tokenizer cannot encode the text", TextError):
             return list(self._backend.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -179,14 +187,17 @@ class _HuggingFaceTokenizer(Tokenizer):
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         if self.chat_template is None:
             return super().render_chat(messages, add_generation_prompt)
-        with _failing("the chat template refuses the conversation"), render_limits():
+        with (
+            _failing("the chat template refuses the conversation", TextError),
+            render_limits(),
+        ):
             text = self._backend.apply_chat_template(
                 [dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
         if len(text) > MAX_TEXT:
-            raise DataError(
+            raise TextError(
                 "the chat template writes too much",
                 expected=f"at most {MAX_TEXT} characters",
                 found=len(text),
@@ -195,7 +206,8 @@ class _HuggingFaceTokenizer(Tokenizer):
 
 
 class _SentencePieceTokenizer(Tokenizer):
-    def __init__(self, path: Path, files: list[Path]) -> None:
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
@@ -205,19 +217,16 @@ class _SentencePieceTokenizer(Tokenizer):
                 fix="Run: pip install sentencepiece",
             ) from error
         self._backend = SentencePieceProcessor()
-        with _failing("not a sentencepiece model", where=path):
+        with _failing("not a sentencepiece model", DataError, where=path):
             self._backend.LoadFromFile(str(path))
-        super().__init__(path, files)
         self.vocab_size = self._backend.vocab_size()
         eos_id, pad_id = self._backend.eos_id(), self._backend.pad_id()  # -1: there is none
         self.eos_id = _require_eos(None if eos_id < 0 else eos_id, path)
         self.pad_id = self.eos_id if pad_id < 0 else pad_id
-        self.special_ids = frozenset(
-            id_ for id_ in range(self.vocab_size) if self._backend.IsControl(id_)
-        )
+        self.special_ids = frozenset(filter(self._backend.IsControl, range(self.vocab_size)))
 
     def encode(self, text: str) -> list[int]:
-        with _failing("the tokenizer cannot encode the text"):
+        with _failing("the tokenizer cannot encode the text", TextError):
             return list(self._backend.encode(text, out_type=int))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -225,8 +234,8 @@ class _SentencePieceTokenizer(Tokenizer):
 
 
 @contextmanager
-def _failing(what: str, **facts: Any) -> Iterator[None]:
-    """Raise any error of the block as a DataError.
+def _failing(what: str, kind: type[DataError], **facts: Any) -> Iterator[None]:
+    """Raise any error of the block as a ``kind``.
 
     Neither the libraries nor a chat template promise a type, and a Rust panic is no Exception.
     """
@@ -236,20 +245,7 @@ def _failing(what: str, **facts: Any) -> Iterator[None]:
         raise
     except BaseException as error:
         reason = str(error) or type(error).__name__
-        raise DataError(f"{what}: {reason[:500]}", **facts) from error
-
-
-def _require_template(template: object, path: Path) -> str:
-    if not isinstance(template, str):
-        raise DataError("the chat template is no text", where=path, found=type(template).__name__)
-    if len(template) > _MAX_TEMPLATE:
-        raise DataError(
-            "the chat template is too large",
-            where=path,
-            expected=f"at most {_MAX_TEMPLATE} characters",
-            found=len(template),
-        )
-    return template
+        raise kind(f"{what}: {reason[:500]}", **facts) from error
 
 
 def _require_eos(eos_id: int | None, path: Path) -> int:

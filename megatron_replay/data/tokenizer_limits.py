@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 
@@ -36,17 +35,16 @@ _TOKENIZER_FILES = (
     "*.tiktoken",
     "additional_chat_templates/*.jinja",
 )
-# Other files that transformers may open: model configurations, other vocabularies.
-_OTHER_FILES = ("*.json", "*.txt", "*.jinja")
 _MAX_TEMPLATE_BYTES = 4 << 20  # published ones have up to 50,000
+_FILES_WITH_IDS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json")
 _MAX_ID = np.iinfo(np.int32).max - 1  # so that the size of the vocabulary fits, too
 #: Seconds of CPU time for one rendering: a busy machine cannot use them up. A rendering of a
 #: thousand messages takes some milliseconds.
 SECONDS = 10.0
-#: Bytes that a rendering may add to the process's address space: several texts of ``MAX_TEXT``.
-_MAX_BYTES = 2 << 30
 #: Characters of one rendered conversation: some ten million tokens.
 MAX_TEXT = 64 << 20
+#: Bytes that a rendering may add to the process's address space: several such texts.
+_MAX_BYTES = 2 << 30
 
 
 def tokenizer_files(path: Path) -> list[Path]:
@@ -75,32 +73,26 @@ def tokenizer_files(path: Path) -> list[Path]:
     return files
 
 
-def require_regular_beside(path: Path) -> None:
-    """Raise DataError where transformers could open a pipe or a device in directory ``path``."""
-    for file in (file for pattern in _OTHER_FILES for file in path.glob(pattern)):
-        if os.path.exists(file) and not (file.is_file() or file.is_dir()):
-            require_regular(file, DataError)
-
-
 def require_declared_ids(file: Path) -> None:
     """Raise DataError where a file of a tokenizer declares an id that does not fit into int32.
 
     The tokenizers library silently gives an added token of such an id another one.
     """
-    if file.name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json"):
-        content = json.loads(file.read_bytes())
-        require_ids(_declared_ids(file.name, content if isinstance(content, dict) else {}), file)
-
-
-def _declared_ids(name: str, content: dict[str, Any]) -> list[int]:
-    if name == "tokenizer_config.json":
-        return [int(id_) for id_ in content.get("added_tokens_decoder") or ()]
-    if name != "tokenizer.json":
-        return [id_ for id_ in content.values() if type(id_) is int]
-    model, added = content.get("model"), content.get("added_tokens") or ()
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    ids = list(vocab.values()) if isinstance(vocab, dict) else []  # a unigram model has a list
-    return ids + [token["id"] for token in added]
+    if file.name not in _FILES_WITH_IDS:
+        return
+    content = json.loads(file.read_bytes())
+    if not isinstance(content, dict):
+        return
+    if file.name == "tokenizer_config.json":
+        ids = [int(id_) for id_ in content.get("added_tokens_decoder") or ()]
+    elif file.name == "tokenizer.json":
+        model = content.get("model")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        ids = list(vocab.values()) if isinstance(vocab, dict) else []  # a unigram model has a list
+        ids += [token["id"] for token in content.get("added_tokens") or ()]
+    else:
+        ids = [id_ for id_ in content.values() if type(id_) is int]
+    require_ids(ids, file)
 
 
 def require_ids(ids: Sequence[int], where: Path) -> None:

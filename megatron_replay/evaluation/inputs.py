@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from megatron_replay.data.corpus_format import corpus_file
+from megatron_replay.data.corpus import corpus_file
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, task_files
 from megatron_replay.evaluation.sql.sets import sql_set_files

@@ -11,10 +11,9 @@ import torch
 
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.loader import to_device
-from megatron_replay.data.packing import Pack, PackedBatch, pack_batch
+from megatron_replay.data.loader import GlobalBatches
+from megatron_replay.data.packing import Pack, PackedBatch, pack_batch, to_device
 from megatron_replay.data.replay import ReplayTargets, full_targets, join_candidates
-from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.forward import MicroBatch
 from megatron_replay.loss.backends import HeadBackend
 from megatron_replay.loss.divergence import SoftTargets

@@ -29,9 +29,8 @@ from megatron_replay.checkpoint.training import (
 )
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.loader import Loader
+from megatron_replay.data.loader import Loader, global_batches, require_iterations
 from megatron_replay.data.packing import report_long_documents, usable_documents
-from megatron_replay.data.sampler import global_batches, require_iterations
 from megatron_replay.locks import DirectoryLock
 from megatron_replay.model.attention import record_max_logits
 from megatron_replay.model.compatibility import (

@@ -61,3 +61,7 @@ def spans(document, tokenizer):
         (tokenizer.decode(document.tokens[a:b].tolist()), bool(document.loss_mask[a]))
         for a, b in pairwise(cuts)
     ]
+
+
+def as_lists(packs):
+    return [pack.tolist() for pack in packs]

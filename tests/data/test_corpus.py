@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_replay.data.corpus import Corpus, Document
-from megatron_replay.data.corpus_format import idx_bytes
+from megatron_replay.data.corpus import Corpus, Document, index_parts
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.errors import DataError, OutputError
 from tests import processes, tiny
@@ -323,7 +322,9 @@ def test_an_index_that_lies_about_its_counts(corpus, prefix):
     path.write_bytes(content)
     with pytest.raises(DataError, match="the index is damaged"):
         Corpus(prefix)
-    path.write_bytes(idx_bytes(np.array([1, 10, 5, 130, 3], dtype=np.int32)))  # consistent
+    path.write_bytes(
+        b"".join(index_parts(np.array([1, 10, 5, 130, 3], dtype=np.int32)))
+    )  # consistent
     with pytest.raises(DataError, match="the index is damaged"):
         Corpus(prefix)
 

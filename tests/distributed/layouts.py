@@ -19,9 +19,9 @@ from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
 from megatron_replay.checkpoint.load import LoadedModel, load_model
 from megatron_replay.config import ModelConfigSource, OptimizerConfig, ParallelConfig
 from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.loader import GlobalBatches
 from megatron_replay.data.packing import PackedBatch, pack_batch
 from megatron_replay.data.replay import full_targets
-from megatron_replay.data.sampler import GlobalBatches
 from megatron_replay.forward import MicroBatch, forward_backward, forward_only
 from megatron_replay.model import heads
 from megatron_replay.model.selected_rows import SelectedRows

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from megatron_replay import parallel
 from megatron_replay.checkpoint import training
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.sampler import GlobalBatches
+from megatron_replay.data.loader import GlobalBatches
 from megatron_replay.errors import CheckpointError
 from tests import pool
 from tests.e2e import stages
