@@ -15,6 +15,7 @@ and compared with the source, unless --no-verify is given.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,7 @@ from typing import Any
 import torch
 
 from megatron_replay import cli
-from megatron_replay.checkpoint.directories import (
-    LATEST,
-    iteration_directory,
-    iterations,
-    latest_iteration,
-)
+from megatron_replay.checkpoint.directories import checkpoint_type, iterations
 from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.errors import CheckpointError, ConfigError, ReplayError
 from megatron_replay.files import read_json, require_apart
@@ -85,13 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--platform", default="auto")
     add("--iteration", type=int, help="of an mcore checkpoint; default: the newest")
     add = parser.add_argument_group("mg").add_argument
-    add("--target-tensor-parallel-size", type=int, default=1, metavar="TP")
-    add("--target-pipeline-parallel-size", type=int, default=1, metavar="PP")
+    add("--target-tensor-parallel-size", type=_positive, default=1, metavar="TP")
+    add("--target-pipeline-parallel-size", type=_positive, default=1, metavar="PP")
     add("--num-layer-list", type=_numbers, help="layers of each stage, e.g. 17,19; default: equal")
     add("--transformer-impl", choices=("local", "transformer_engine"), default="local")
     add(
         "--make-vocab-size-divisible-by",
-        type=int,
+        type=_positive,
         default=1,
         metavar="N",
         help="pad the vocabulary with zeros to a multiple of N x TP",
@@ -99,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--hf-cfg-dir", help="config.json and tokenizer of an mg checkpoint without hf/")
     add("--trust-pickle", action="store_true", help="read mg files, which are pickles")
     return parser
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -113,19 +115,7 @@ def find_type(options: argparse.Namespace) -> str:
         CheckpointError: it holds no checkpoint.
     """
     directory, target = Path(options.load_dir), options.save_model_type
-    number = latest_iteration(directory)
-    if number is not None:
-        iteration = iteration_directory(directory, number)
-        found = "mg" if any(iteration.glob("mp_rank_*")) else "mcore"
-    elif (directory / "config.json").exists():
-        found = "hf"
-    else:
-        raise CheckpointError(
-            "no checkpoint here",
-            where=directory,
-            expected=f"config.json (Hugging Face) or {LATEST}",
-            found="neither" if directory.is_dir() else "no such directory",
-        )
+    found = checkpoint_type(directory)
     if options.load_model_type not in (None, found):
         raise ConfigError(
             "the directory holds another type of checkpoint",
@@ -202,17 +192,22 @@ def convert_models(options: argparse.Namespace) -> None:
     )
     groups = parallel.initialize(config, platform.select(config.platform))
     # These import megatron.core, which the platform must be prepared for.
-    from megatron_replay.checkpoint.convert_models import write_hf, write_mcore
+    from megatron_replay.checkpoint.convert_models import require_logits, write_mcore
+    from megatron_replay.checkpoint.export import export_hf
     from megatron_replay.checkpoint.load import load_model, model_files
 
     dtype = _dtype(options.params_dtype, model_files(options.load_dir))
     source = ModelConfigSource(load=options.load_dir, bf16=dtype is torch.bfloat16)
     model = load_model(source, config, groups, iteration=options.iteration)
-    common = {"overwrite": options.overwrite, "verify": options.verify}
-    if options.save_model_type == "hf":
-        write_hf(model, Path(options.save_dir), groups, dtype, **common)
+    target, overwrite = Path(options.save_dir), options.overwrite
+    if options.save_model_type == "mcore":
+        write_mcore(
+            model, target, groups, source, config, overwrite=overwrite, verify=options.verify
+        )
     else:
-        write_mcore(model, Path(options.save_dir), groups, source, config, **common)
+        compare = functools.partial(require_logits, model, groups=groups, dtype=dtype)
+        verify = compare if options.verify else None
+        export_hf(model, target, groups, dtype=dtype, overwrite=overwrite, verify=verify)
     if groups.rank == 0:
         print(f"wrote {options.save_dir} ({options.save_model_type}, {dtype})")
     parallel.shutdown()
@@ -240,8 +235,7 @@ def _dtype(name: str, files: Path) -> torch.dtype:
 
 def convert_ranks(options: argparse.Namespace, found: str) -> None:
     """Convert from or to files of ranks, in this process, without a model."""
-    from megatron_replay.checkpoint.convert_ranks import hf_to_ranks, ranks_to_hf
-    from megatron_replay.checkpoint.rank_grid import grid_for
+    from megatron_replay.checkpoint.convert_ranks import grid_for, hf_to_ranks, ranks_to_hf
 
     source, target = Path(options.load_dir), Path(options.save_dir)
     common: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Between Hugging Face directories and training checkpoints, through a model in a real layout."""
+"""Hugging Face directory -> training checkpoint, and the comparison of logits for both ways."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_replay.checkpoint.export import export_hf
-from megatron_replay.checkpoint.hf import HFReader, same_bits
+from megatron_replay.checkpoint.hf import HFReader, require_same
 from megatron_replay.checkpoint.load import LoadedModel, base_fingerprint, load_model
 from megatron_replay.checkpoint.model_files import fingerprints, keep_model_files
 from megatron_replay.checkpoint.names import hf_tensor_shapes
@@ -25,33 +24,6 @@ from megatron_replay.parallel import Parallel
 #: Largest difference of logits, relative to the largest one: rounding, by a wide margin.
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _VERIFIED_TOKENS = 32
-
-
-def write_hf(
-    model: LoadedModel,
-    target: Path,
-    groups: Parallel,
-    dtype: torch.dtype,
-    *,
-    overwrite: bool,
-    verify: bool,
-) -> None:
-    """Export the model; ``verify`` first compares its logits with those of transformers.
-
-    Collective over the world.
-
-    Raises:
-        CheckpointError: a weight or the logits differ from the model's.
-        OutputError: ``target`` cannot be written.
-    """
-    export_hf(
-        model,
-        target,
-        groups,
-        dtype=dtype,
-        overwrite=overwrite,
-        verify=(lambda staged: require_logits(model, staged, groups, dtype)) if verify else None,
-    )
 
 
 def write_mcore(
@@ -90,18 +62,14 @@ def write_mcore(
 def _held_exactly(model: LoadedModel, dtype: torch.dtype) -> bool:
     """Whether no weight of the Hugging Face directory is rounded by ``dtype``, as it is stored."""
     reader = HFReader(model.files)
-    stored = {reader.slice(name).torch_dtype() for name in hf_tensor_shapes(model.shape)}
+    stored = {reader.stored[name].torch_dtype() for name in hf_tensor_shapes(model.shape)}
     return all(torch.promote_types(one, dtype) is dtype for one in stored)
 
 
 def _require_same_weights(written: LoadedModel, model: LoadedModel) -> None:
-    """Raise CheckpointError unless both hold the same bits on this rank."""
     expected = dict(model.module.named_parameters())
-    for name, parameter in written.module.named_parameters():
-        if not same_bits(parameter.detach(), expected[name].detach()):
-            raise CheckpointError(
-                f"{name} was written, and reads differently", where=written.files.parent
-            )
+    for name, found in written.module.named_parameters():
+        require_same(name, found.detach(), expected[name].detach(), written.files.parent)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Hugging Face directory <-> files of ranks: one process, one parameter at a time, no model.
 
-Memory: writing ranks takes one rank's weights and one tensor; writing Hugging Face shards takes one
-shard and one parameter. What is read is mapped, and released after use.
+Memory: writing ranks takes one rank's weights and one parameter; writing Hugging Face shards takes
+one shard and one parameter. What is read is mapped, and released after use.
 
 Verification reads what was written and converts it back: ``Layout.join`` checks what
 ``Layout.fill`` wrote, and the other way round.
@@ -9,33 +9,70 @@ Verification reads what was written and converts it back: ``Layout.join`` checks
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_replay.checkpoint import export
+from megatron_replay.checkpoint import export, names
 from megatron_replay.checkpoint.directories import LATEST, iteration_directory, latest_iteration
-from megatron_replay.checkpoint.hf import HFReader, same_bits
+from megatron_replay.checkpoint.hf import HFReader, require_same, same_bits
 from megatron_replay.checkpoint.model_files import (
     FOLDER,
     fingerprints,
     keep_model_files,
     require_model_files,
 )
-from megatron_replay.checkpoint.names import EMBEDDING, mapping_of
-from megatron_replay.checkpoint.rank_file import RankFile, write_rank
-from megatron_replay.checkpoint.rank_grid import VOCABULARY, Grid, open_grid
+from megatron_replay.checkpoint.rank_files import (
+    EMBEDDING,
+    HEAD,
+    Grid,
+    RankFile,
+    first_line,
+    open_ranks,
+    rank_path,
+)
 from megatron_replay.checkpoint.staging import publish, start_directory
-from megatron_replay.errors import CheckpointError
-from megatron_replay.files import atomic_file, fsync_path, read_json, write_json
+from megatron_replay.errors import CheckpointError, ConfigError, OutputError
+from megatron_replay.files import atomic_file, fsync_path, output_error, read_json, write_json
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.progress import Progress
 
 _ITERATION = 1
 #: The SHA-256 of each file in hf/, by name.
 _MODEL_FILES = "model_files.json"
+
+
+def grid_for(
+    config: ModelConfig,
+    *,
+    tp: int,
+    pp: int,
+    layers: tuple[int, ...] | None = None,
+    transformer_engine: bool = False,
+    vocabulary_multiple: int = 1,
+) -> Grid:
+    """The layout to write; the vocabulary is padded to a multiple of ``vocabulary_multiple`` x TP.
+
+    Raises:
+        ConfigError: TP or PP do not divide the model, or ``layers`` do not add up to it.
+    """
+    multiple = vocabulary_multiple * tp
+    vocabulary = -(-config.vocab_size // multiple) * multiple
+    padded = dataclasses.replace(config, vocab_size=vocabulary)
+    padded.check_layout(tp, pp if layers is None else 1, flag="--target-{}-parallel-size")
+    layers = layers or (config.num_layers // pp,) * pp
+    if len(layers) != pp or sum(layers) != config.num_layers or min(layers) < 1:
+        raise ConfigError(
+            "the stages' layers do not make up the model",
+            where="--num-layer-list",
+            expected=f"{pp} positive numbers, {config.num_layers} in all",
+            found=",".join(map(str, layers)),
+        )
+    return Grid(config, tp, layers, vocabulary, transformer_engine)
 
 
 def hf_to_ranks(
@@ -53,26 +90,30 @@ def hf_to_ranks(
         CheckpointError: ``source`` does not fit its config.json, or what was written differs.
         OutputError: ``target`` is not empty or cannot be written; nothing is published then.
     """
-    config, reader = ModelConfig.from_hf(source), HFReader(source)
-    reader.check(config)
+    reader = HFReader(source)
+    reader.check(grid.config)
     staged = start_directory(target, overwrite=overwrite)
     iteration = iteration_directory(staged, _ITERATION)
-    names = [grid.parameters(config, stage) for stage in range(grid.pp)]
-    with Progress("Convert", grid.tp * sum(map(len, names)), "parameters") as progress:
+    with Progress("Convert", grid.tp * grid.num_parameters, "parameters") as progress:
         for stage in range(grid.pp):
             for rank in range(grid.tp):
                 shards = {}
-                for name in names[stage]:
-                    shards[name] = _shard(name, reader, config, grid, stage, rank, dtype)
+                for name in grid.parameters(stage):
+                    shards[name] = _shard(name, reader, grid, stage, rank, dtype)
                     progress.advance()
-                write_rank(iteration / grid.file(stage, rank), shards, _ITERATION)
+                write_rank(iteration / rank_path(stage, rank, grid.pp), shards, _ITERATION)
                 del shards
     keep_model_files(source, staged)
     write_json(staged / _MODEL_FILES, fingerprints(staged / FOLDER))
     with atomic_file(staged / LATEST, "w") as handle:
         handle.write(f"{_ITERATION}\n")
     if verify:
-        _require_ranks_hold(reader, iteration, config, dtype)
+        written, files = open_ranks(iteration, grid.config)
+        with Progress("Verify", grid.num_parameters, "parameters") as progress:
+            for stage in range(grid.pp):
+                for name, tensor in _joined(files, written, stage, progress):
+                    expected = reader.tensor(name)
+                    require_same(name, tensor, expected.to(dtype or expected.dtype), iteration)
     for folder in (*iteration.iterdir(), iteration):
         fsync_path(folder)
     publish(staged, target, overwrite=overwrite)
@@ -86,7 +127,6 @@ def ranks_to_hf(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     verify: bool = True,
-    max_shard_bytes: int = 2 << 30,
 ) -> Grid:
     """Write files of ranks as a Hugging Face directory; returns their layout.
 
@@ -106,146 +146,130 @@ def ranks_to_hf(
     made_with = source / _MODEL_FILES
     if config_directory is None and made_with.exists():
         require_model_files(source, read_json(made_with, CheckpointError))
-    config = ModelConfig.from_hf(side_files)
     number = latest_iteration(source)
-    if number is None:
-        raise CheckpointError("no checkpoint here", where=source, expected=LATEST)
-    grid, files = open_grid(iteration_directory(source, number), config)
+    assert number is not None
+    grid, files = open_ranks(iteration_directory(source, number), ModelConfig.from_hf(side_files))
     staged = start_directory(target, overwrite=overwrite)
     written: dict[str, tuple[str, int]] = {}
-    total = sum(len(grid.parameters(config, stage)) for stage in range(grid.pp))
-    with Progress("Convert", total, "parameters") as progress:
+    with Progress("Convert", grid.num_parameters, "parameters") as progress:
         for stage in range(grid.pp):
             written |= export.write_weights(
                 staged,
-                _joined(files, grid, config, stage, progress),
+                _joined(files, grid, stage, progress),
                 dtype=dtype,
                 stage=stage,
-                max_shard_bytes=max_shard_bytes,
             )
-    stored = dtype or files[0, 0].dtypes[VOCABULARY[0]]
-    export.write_model_files(staged, written, side_files, dtype=stored)
+    export.write_model_files(
+        staged, written, side_files, dtype=dtype or files[0, 0].dtypes[EMBEDDING]
+    )
     if verify:
-        _require_hf_holds(HFReader(staged), files, grid, config, dtype)
+        _require_hf_holds(HFReader(staged), files, grid, dtype)
     publish(staged, target, overwrite=overwrite)
     return grid
+
+
+def write_rank(path: Path, parameters: dict[str, Tensor], iteration: int = 1) -> None:
+    """Write one rank's file and sync it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    content = {"model": parameters, "checkpoint_version": 3.0, "iteration": iteration}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as handle:
+            torch.save(content, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise output_error(path, error) from error
+    except RuntimeError as error:  # the zip writer, after a write that failed
+        cause = error.__context__
+        if isinstance(cause, OSError):
+            raise output_error(path, cause) from error
+        raise OutputError(
+            f"a file could not be written whole: {first_line(error)}",
+            where=path,
+            fix="Is the disk full? Nothing was published",
+        ) from error
 
 
 def _shard(
     name: str,
     reader: HFReader,
-    config: ModelConfig,
     grid: Grid,
     stage: int,
     rank: int,
     dtype: torch.dtype | None,
 ) -> Tensor:
     """One rank's part of one parameter, copied from the Hugging Face tensors."""
-    mapping = mapping_of(name, config, grid.offset(stage))
-    whole = [reader.slice(hf_name) for hf_name in mapping.names]
-    if dtype is None:
-        dtype = whole[0].torch_dtype()
-        for hf_name, tensor in zip(mapping.names, whole, strict=True):
-            if tensor.torch_dtype() != dtype:
-                raise CheckpointError(
-                    f"{hf_name} and {mapping.names[0]} form one parameter and need one dtype",
-                    where=reader.directory,
-                    expected=dtype,
-                    found=tensor.torch_dtype(),
-                    fix="Give --params-dtype",
-                )
-    shard = torch.empty(grid.shard_shape(name, config), dtype=dtype)
-    if name in VOCABULARY:  # zeros beyond the vocabulary
-        first = rank * len(shard)
-        held = min(max(config.vocab_size - first, 0), len(shard))
-        shard[:held].copy_(whole[0][first : first + held])
-        shard[held:].zero_()
+    mapping = grid.mapping(name, stage)
+    whole = [reader.tensor(hf_name) for hf_name in mapping.names]
+    for hf_name, tensor in zip(mapping.names, whole, strict=True):
+        if dtype is None and tensor.dtype != whole[0].dtype:
+            raise CheckpointError(
+                f"{hf_name} and {mapping.names[0]} form one parameter and need one dtype",
+                where=reader.directory,
+                expected=whole[0].dtype,
+                found=tensor.dtype,
+                fix="Give --params-dtype",
+            )
+    shard = torch.empty(grid.shard_shape(name), dtype=dtype or whole[0].dtype)
+    if name in (EMBEDDING, HEAD):  # zeros beyond the vocabulary
+        held = whole[0][rank * len(shard) : (rank + 1) * len(shard)]
+        shard[: len(held)].copy_(held)
+        shard[len(held) :].zero_()
     else:
         mapping.layout.fill(shard, whole, rank, grid.tp)
     return shard
 
 
 def _joined(
-    files: dict[tuple[int, int], RankFile],
-    grid: Grid,
-    config: ModelConfig,
-    stage: int,
-    progress: Progress,
+    files: dict[tuple[int, int], RankFile], grid: Grid, stage: int, progress: Progress
 ) -> Iterator[tuple[str, Tensor]]:
     """A stage's Hugging Face tensors.
 
     Raises:
         CheckpointError: copies of one weight on several ranks differ.
     """
-    ranks = [files[stage, rank] for rank in range(grid.tp)]
-    for name in grid.parameters(config, stage):
-        mapping = mapping_of(name, config, grid.offset(stage))
-        if name == VOCABULARY[1] and config.tie_embeddings:
-            pass
-        elif name in VOCABULARY:
-            yield mapping.names[0], torch.cat([file[name] for file in ranks])[: config.vocab_size]
-        else:
-            if mapping.layout.dim is None:
-                for file in ranks[1:]:
-                    _require_copy(file, name, ranks[0], name)
-            joined = mapping.layout.join([file[name] for file in ranks])
-            yield from zip(mapping.names, joined, strict=True)
+    config, ranks = grid.config, [files[stage, rank] for rank in range(grid.tp)]
+    for name in grid.parameters(stage):
         progress.advance()
+        if name == HEAD and config.tie_embeddings:
+            continue
+        mapping = grid.mapping(name, stage)
+        if mapping.layout.dim is None:
+            for file in ranks[1:]:
+                if not same_bits(file[name], ranks[0][name]):
+                    raise CheckpointError(
+                        f"{name} differs from its copy in {ranks[0].path}", where=file.path
+                    )
+        joined = mapping.layout.join([file[name] for file in ranks])
+        if name in (EMBEDDING, HEAD):
+            joined = [joined[0][: config.vocab_size]]
+        yield from zip(mapping.names, joined, strict=True)
     if config.tie_embeddings and stage == grid.pp - 1:
         for rank, file in enumerate(ranks):
-            if VOCABULARY[1] in file.shapes:
-                _require_copy(file, VOCABULARY[1], files[0, rank], VOCABULARY[0])
-
-
-def _require_copy(file: RankFile, name: str, original: RankFile, original_name: str) -> None:
-    if not same_bits(file[name], original[original_name]):
-        is_head = name == VOCABULARY[1]
-        raise CheckpointError(
-            f"config.json ties {EMBEDDING} and the head, yet {name} differs"
-            if is_head
-            else f"{name} differs from its copy in {original.path}",
-            where=file.path,
-            fix="Correct config.json, or train with tied embeddings" if is_head else None,
-        )
-
-
-def _require_ranks_hold(
-    reader: HFReader, iteration: Path, config: ModelConfig, dtype: torch.dtype | None
-) -> None:
-    """Raise CheckpointError unless the files of ranks, read from disk, make up ``reader``'s."""
-    grid, files = open_grid(iteration, config)
-    total = sum(len(grid.parameters(config, stage)) for stage in range(grid.pp))
-    with Progress("Verify", total, "parameters") as progress:
-        for stage in range(grid.pp):
-            for name, tensor in _joined(files, grid, config, stage, progress):
-                expected = reader.slice(name)[:]
-                if not same_bits(expected.to(dtype or expected.dtype), tensor):
-                    raise CheckpointError(
-                        f"{name} reads differently than it was written", where=iteration
-                    )
+            if HEAD in file.shapes and not same_bits(file[HEAD], files[0, rank][EMBEDDING]):
+                raise CheckpointError(
+                    f"config.json ties {names.EMBEDDING} and the head, yet {HEAD} differs",
+                    where=file.path,
+                    fix="Correct config.json, or train with tied embeddings",
+                )
 
 
 def _require_hf_holds(
-    reader: HFReader,
-    files: dict[tuple[int, int], RankFile],
-    grid: Grid,
-    config: ModelConfig,
-    dtype: torch.dtype | None,
+    reader: HFReader, files: dict[tuple[int, int], RankFile], grid: Grid, dtype: torch.dtype | None
 ) -> None:
     """Raise CheckpointError unless ``reader``'s tensors, cut anew, are those of each rank."""
-    reader.check(config)
-    total = sum(len(grid.parameters(config, stage)) for stage, _ in files)
-    with Progress("Verify", total, "parameters") as progress:
+    reader.check(grid.config)
+    with Progress("Verify", grid.tp * grid.num_parameters, "parameters") as progress:
         for (stage, rank), file in files.items():
-            for name in grid.parameters(config, stage):
-                found, expected = _shard(name, reader, config, grid, stage, rank, None), file[name]
-                if name in VOCABULARY:
-                    held = max(config.vocab_size - rank * len(found), 0)
+            for name in grid.parameters(stage):
+                found, expected = _shard(name, reader, grid, stage, rank, None), file[name]
+                if name in (EMBEDDING, HEAD):  # the padding is not written
+                    held = max(grid.config.vocab_size - rank * len(found), 0)
                     found, expected = found[:held], expected[:held]
-                if not same_bits(expected.to(dtype or expected.dtype), found):
-                    raise CheckpointError(
-                        f"{mapping_of(name, config, grid.offset(stage)).names[0]} reads "
-                        "differently than it was written",
-                        where=reader.directory,
-                    )
+                expected = expected.to(dtype or expected.dtype)
+                require_same(grid.mapping(name, stage).names[0], found, expected, reader.directory)
                 progress.advance()

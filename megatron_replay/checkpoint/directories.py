@@ -1,7 +1,10 @@
-"""The layout of a directory of training checkpoints, and which iterations are kept.
+"""A directory of training checkpoints: its iterations, their checksums, and which are kept.
 
 Everything is derived from the directory's content, after the newest iteration and its marker are on
 disk. If a run is killed in any function here, the next run completes the same work.
+
+``checksums.json`` has the size and crc32 of each other file of an iteration, checked before
+loading: torch would load a file with a flipped bit, which may change a weight slightly or by 10^30.
 """
 
 from __future__ import annotations
@@ -10,15 +13,26 @@ import os
 import re
 import shutil
 import sys
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_replay.errors import CheckpointError
-from megatron_replay.files import fsync_path, output_error, read_text
+from megatron_replay.files import (
+    fsync_path,
+    open_regular,
+    output_error,
+    read_json,
+    read_text,
+    write_json,
+)
 
 #: Megatron's file with the number of the newest complete iteration.
 LATEST = "latest_checkpointed_iteration.txt"
 #: In each iteration, its ``TrainState``.
 STATE = "train_state.json"
+CHECKSUMS = "checksums.json"
+_BLOCK = 1 << 22
 #: The names that saves and removals use: no other temporary directory is ever removed.
 _UNFINISHED = re.compile(r"\.iter_\d{7,}\.[0-9a-f]{8}\.incomplete")
 _REMOVED = re.compile(r"\.iter_\d{7,}\.removed")
@@ -53,6 +67,26 @@ def latest_iteration(directory: Path) -> int | None:
     return int(text)
 
 
+def checkpoint_type(directory: Path) -> str:
+    """ "hf", "mcore" (a run's checkpoints) or "mg" (one pickle a rank).
+
+    Raises:
+        CheckpointError: there is no checkpoint in ``directory``.
+    """
+    number = latest_iteration(directory)
+    if number is not None:
+        is_mg = any(iteration_directory(directory, number).glob("mp_rank_*"))
+        return "mg" if is_mg else "mcore"
+    if (directory / "config.json").exists():
+        return "hf"
+    raise CheckpointError(
+        "no checkpoint here",
+        where=directory,
+        expected=f"config.json (Hugging Face) or {LATEST}",
+        found="neither" if directory.is_dir() else "no such directory",
+    )
+
+
 def iteration_directory(directory: Path, iteration: int) -> Path:
     """``directory/iter_0000100``."""
     return directory / f"iter_{iteration:07d}"
@@ -66,11 +100,7 @@ def iterations(directory: Path) -> list[int]:
 
 def unfinished(directory: Path) -> list[Path]:
     """The directories that killed saves left in ``directory``."""
-    return _named(directory, _UNFINISHED)
-
-
-def _named(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
-    return sorted(path for path in directory.glob(".iter_*") if pattern.fullmatch(path.name))
+    return sorted(path for path in directory.glob(".iter_*") if _UNFINISHED.fullmatch(path.name))
 
 
 def report_remains(directory: Path, newest: int | None) -> None:
@@ -88,8 +118,9 @@ def report_remains(directory: Path, newest: int | None) -> None:
 
 def clear_remains(directory: Path) -> None:
     """Remove what killed saves and removals left. The directory must be locked."""
-    for path in [*unfinished(directory), *_named(directory, _REMOVED)]:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in directory.glob(".iter_*"):
+        if _UNFINISHED.fullmatch(path.name) or _REMOVED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
     for path in directory.glob(f".{LATEST}.tmp.*"):
         if path.name.rpartition(".")[2].isdecimal():
             path.unlink(missing_ok=True)
@@ -107,10 +138,8 @@ def keep_only(directory: Path, *, last: int) -> None:
     newest = latest_iteration(directory)
     if newest is None or not last:
         return
-    present = [number for number in iterations(directory) if number <= newest]
-    for number in present[:-last]:
-        if number != newest:
-            remove_iteration(directory, number)
+    for number in [number for number in iterations(directory) if number <= newest][:-last]:
+        remove_iteration(directory, number)
 
 
 def remove_iteration(directory: Path, iteration: int) -> None:
@@ -129,3 +158,59 @@ def remove_iteration(directory: Path, iteration: int) -> None:
         shutil.rmtree(remains)
     except OSError as error:
         raise output_error(path, error) from error
+
+
+def write_checksums(directory: Path, known: Mapping[str, tuple[int, int]]) -> None:
+    """Write the sums of all files of an iteration.
+
+    Args:
+        known: (bytes, crc32) by name, computed while writing; the other files are read again.
+    """
+    names = sorted(path.name for path in directory.iterdir() if path.name != CHECKSUMS)
+    sums = {name: known.get(name) or _sums(directory / name) for name in names}
+    files = {name: {"bytes": size, "crc32": crc} for name, (size, crc) in sums.items()}
+    write_json(directory / CHECKSUMS, {"files": files})
+
+
+def require_intact(directory: Path, *, name: str | None = None, rank: int = 0, of: int = 1) -> None:
+    """Read files of an iteration and compare them with their checksums.
+
+    Args:
+        name: the only file to read; None: rank ``rank``'s share of all files, ``of`` ranks in all.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
+    path = directory / CHECKSUMS
+    files = read_json(path, CheckpointError).get("files")
+    try:
+        expected = {
+            str(name): (int(about["bytes"]), int(about["crc32"]))
+            for name, about in files.items()  # type: ignore[union-attr]
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError("damaged", where=path) from error
+    if name is not None and name not in expected:
+        raise CheckpointError(f"does not list {name}", where=path)
+    # Every of-th file, the largest first, gives the ranks similar shares.
+    share = sorted(expected, key=lambda name: (-expected[name][0], name))[rank::of]
+    for each in share if name is None else [name]:
+        file = directory / os.path.basename(each)
+        found = _sums(file)
+        if found != expected[each]:
+            raise CheckpointError(
+                "damaged: the file differs from what was written",
+                where=file,
+                expected="{} bytes, crc32 {}".format(*expected[each]),
+                found="{} bytes, crc32 {}".format(*found),
+                fix="Copy it again from an intact copy, or use another iteration",
+            )
+
+
+def _sums(path: Path) -> tuple[int, int]:
+    """(bytes, crc32) of a file."""
+    size = crc = 0
+    with open_regular(path, CheckpointError) as handle:
+        while block := handle.read(_BLOCK):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc

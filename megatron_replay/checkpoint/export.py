@@ -19,17 +19,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_replay.checkpoint.hf import INDEX, HFReader, same_bits
+from megatron_replay.checkpoint.hf import INDEX, HFReader, require_same
 from megatron_replay.checkpoint.model_files import copy_side_file, side_files
 from megatron_replay.checkpoint.names import hf_tensor_shapes, mapping_of
 from megatron_replay.checkpoint.staging import publish, staging_directory, start_directory
-from megatron_replay.errors import CheckpointError, ReplayError
+from megatron_replay.errors import CheckpointError
 from megatron_replay.files import output_error, read_json, write_json
 from megatron_replay.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from megatron_replay.checkpoint.load import LoadedModel
     from megatron_replay.parallel import Parallel
+
+#: Of a file of weights; a larger tensor has a file of its own.
+MAX_SHARD_BYTES = 2 << 30
 
 
 def export_hf(
@@ -40,7 +43,6 @@ def export_hf(
     dtype: torch.dtype,
     overwrite: bool = False,
     verify: Callable[[Path], None] | None = None,
-    max_shard_bytes: int = 2 << 30,
 ) -> None:
     """Export ``model`` with its config.json and tokenizer; collective over the world.
 
@@ -57,25 +59,17 @@ def export_hf(
     final = Path(directory)
     staged = staging_directory(final)
     parallel.on_rank_zero(lambda: start_directory(final, overwrite=overwrite))
-    tensors = gathered_tensors(
-        model.module.named_parameters(),
-        model.shape,
-        layer_offset=model.layer_offset,
-        tp_group=parallel.tp_group,
-    )
     written = parallel.agreed(
         lambda: write_weights(
             staged,
-            tensors,
+            _gathered(model, parallel),
             dtype=dtype,
             stage=parallel.pp_rank,
             writes=parallel.tp_rank == 0 and parallel.dp_rank == 0,
-            max_shard_bytes=max_shard_bytes,
         )
     )
     merged = {name: entry for part in written for name, entry in part.items()}
-    if missing := sorted(hf_tensor_shapes(model.shape).keys() - merged.keys()):
-        raise CheckpointError(f"no parameter gave the tensor {missing[0]}", where=directory)
+    assert merged.keys() == hf_tensor_shapes(model.shape).keys()
     parallel.on_rank_zero(lambda: write_model_files(staged, merged, model.files, dtype=dtype))
     if verify is not None:
         parallel.agreed(lambda: _require_written(model, HFReader(staged), parallel, dtype))
@@ -89,31 +83,24 @@ def _require_written(
     """Raise CheckpointError unless the files hold this rank's parameters, rounded to ``dtype``."""
     for name, parameter in model.module.named_parameters():
         mapping = mapping_of(name, model.shape, model.layer_offset)
-        tensors = [reader.slice(hf_name) for hf_name in mapping.names]
-        found = mapping.layout.split(tensors, parallel.tp_rank, parallel.tp_size)
-        if not same_bits(parameter.detach().to("cpu", dtype), found):
-            raise CheckpointError(
-                f"{mapping.names[0]} reads differently than it was written", where=reader.directory
-            )
+        tensors = [reader.tensor(hf_name) for hf_name in mapping.names]
+        expected = parameter.detach().to("cpu", dtype)
+        found = torch.empty(expected.shape, dtype=tensors[0].dtype)
+        mapping.layout.fill(found, tensors, parallel.tp_rank, parallel.tp_size)
+        require_same(mapping.names[0], found, expected, reader.directory)
 
 
-def gathered_tensors(
-    named_parameters: Iterable[tuple[str, Tensor]],
-    config: ModelConfig,
-    *,
-    layer_offset: int,
-    tp_group: dist.ProcessGroup | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """This stage's Hugging Face tensors, one parameter at a time. Collective over ``tp_group``."""
-    for name, parameter in named_parameters:
-        if name == "output_layer.weight" and config.tie_embeddings:
+def _gathered(model: LoadedModel, parallel: Parallel) -> Iterator[tuple[str, Tensor]]:
+    """This stage's Hugging Face tensors, one parameter at a time. Collective over TP."""
+    for name, parameter in model.module.named_parameters():
+        if name == "output_layer.weight" and model.shape.tie_embeddings:
             continue  # the first stage's embedding is exported
-        mapping = mapping_of(name, config, layer_offset)
+        mapping = mapping_of(name, model.shape, model.layer_offset)
         local = parameter.detach().contiguous()
         shards = [local]
-        if tp_group is not None and dist.get_world_size(tp_group) > 1:
-            shards = [torch.empty_like(local) for _ in range(dist.get_world_size(tp_group))]
-            dist.all_gather(shards, local, group=tp_group)
+        if parallel.tp_size > 1:
+            shards = [torch.empty_like(local) for _ in range(parallel.tp_size)]
+            dist.all_gather(shards, local, group=parallel.tp_group)
         yield from zip(mapping.names, mapping.layout.join(shards), strict=True)
 
 
@@ -124,7 +111,6 @@ def write_weights(
     dtype: torch.dtype | None,
     stage: int = 0,
     writes: bool = True,
-    max_shard_bytes: int = 2 << 30,
 ) -> dict[str, tuple[str, int]]:
     """Write ``tensors`` into numbered shards of ``directory``; {name: (file, bytes)}.
 
@@ -136,50 +122,42 @@ def write_weights(
         CheckpointError: a weight exceeds the range of ``dtype``.
         OutputError: a shard cannot be written.
     """
-    shards = _ShardFiles(directory, stage, max_shard_bytes)
-    failure: ReplayError | None = None
+    tensors, written = iter(tensors), dict[str, tuple[str, int]]()
+    try:
+        rounded = ((name, _rounded(name, tensor, dtype)) for name, tensor in tensors if writes)
+        for number, shard in enumerate(_shards(rounded)):
+            file = f"model-{stage:03d}-{number:05d}.safetensors"
+            _save(shard, directory / file)
+            written |= {name: (file, tensor.nbytes) for name, tensor in shard.items()}
+            shard.clear()  # before the next one is filled
+    finally:
+        for _ in tensors:  # after a failure
+            pass
+    return written
+
+
+def _rounded(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    rounded = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
+    if rounded.dtype is torch.float16 and not rounded.isfinite().all():
+        raise CheckpointError(
+            f"a weight of {name} exceeds the range of float16",
+            expected="-65504 to 65504",
+            fix="Give --params-dtype bfloat16 or float32",
+        )
+    return rounded
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """``tensors`` in groups of at most MAX_SHARD_BYTES, or of one tensor larger than that."""
+    shard, size = dict[str, Tensor](), 0
     for name, tensor in tensors:
-        if writes and failure is None:
-            try:
-                rounded = tensor.to("cpu", dtype or tensor.dtype, copy=True).contiguous()
-                if rounded.dtype is torch.float16 and not rounded.isfinite().all():
-                    raise CheckpointError(
-                        f"a weight of {name} exceeds the range of float16",
-                        expected="-65504 to 65504",
-                        fix="Give --params-dtype bfloat16 or float32",
-                    )
-                shards.add(name, rounded)
-            except ReplayError as error:
-                failure = error
-    if failure is not None:
-        raise failure
-    shards.flush()
-    return shards.written
-
-
-class _ShardFiles:
-    """Collects tensors into files of at most ``max_bytes``, or of one tensor larger than that."""
-
-    def __init__(self, directory: Path, stage: int, max_bytes: int) -> None:
-        self.written: dict[str, tuple[str, int]] = {}
-        self._directory, self._stage, self._max_bytes = directory, stage, max_bytes
-        self._shard: dict[str, Tensor] = {}
-        self._num_files = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor; writes the current shard first if it would grow too large."""
-        if sum(held.nbytes for held in self._shard.values()) + tensor.nbytes > self._max_bytes:
-            self.flush()
-        self._shard[name] = tensor
-
-    def flush(self) -> None:
-        """Write the current shard."""
-        if self._shard:
-            file = f"model-{self._stage:03d}-{self._num_files:05d}.safetensors"
-            _save(self._shard, self._directory / file)
-            self.written |= {name: (file, held.nbytes) for name, held in self._shard.items()}
-            self._num_files += 1
-            self._shard = {}
+        if shard and size + tensor.nbytes > MAX_SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    if shard:
+        yield shard
 
 
 def write_model_files(
@@ -199,9 +177,9 @@ def write_model_files(
         OutputError: ``staged`` cannot be written.
     """
     config = config or read_json(source / "config.json", CheckpointError)
-    for name, file in side_files(source).items():
+    for name in side_files(source):
         if name != "config.json":
-            copy_side_file(file, staged / name)
+            copy_side_file(source / name, staged / name)
     stored = str(dtype).removeprefix("torch.")
     write_json(staged / "config.json", {**config, "dtype": stored, "torch_dtype": stored})
     index = {

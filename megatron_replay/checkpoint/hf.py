@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,31 +26,18 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
-#: What reading untrusted JSON, and looking into it, may raise.
-_MALFORMED = (
-    ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError,
-)  # fmt: skip
 #: Llama 1 and 2 were published with these; transformers computes them from config.json.
 _ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
+@dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file.
+    """What the header of a safetensors file says about a tensor; ``dtype``: "BF16" and the like."""
 
-    Indexing maps the file anew and returns a view: its pages are released together with it. A file
-    that stays mapped would keep every page that was read counted as this process's memory.
-    """
-
-    def __init__(self, path: Path, name: str, shape: list[int], dtype: str) -> None:
-        self._path, self._name, self._shape, self._dtype = path, name, shape, dtype
-
-    def get_shape(self) -> list[int]:
-        """The shape; reads nothing."""
-        return list(self._shape)
-
-    def get_dtype(self) -> str:
-        """The dtype as safetensors names it ("BF16"); reads nothing."""
-        return self._dtype
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch names it.
@@ -57,23 +45,27 @@ class StoredTensor:
         Raises:
             CheckpointError: the dtype is not one of a weight.
         """
-        if self._dtype not in DTYPES:
+        if self.dtype not in DTYPES:
             raise CheckpointError(
-                f"wrong dtype of {self._name}",
-                where=self._path,
+                f"wrong dtype of {self.name}",
+                where=self.path,
                 expected=", ".join(DTYPES),
-                found=self._dtype,
+                found=self.dtype,
             )
-        return DTYPES[self._dtype]
+        return DTYPES[self.dtype]
 
-    def __getitem__(self, index: object) -> Tensor:
-        """A part of the tensor; reads only its pages."""
+    def mapped(self) -> Tensor:
+        """The tensor, mapped from the file: a page is read when it is used.
+
+        The pages are released together with the tensor. A file that stayed open would keep every
+        page that was read counted as this process's memory.
+        """
         try:
-            with safe_open(self._path, "pt") as file:
-                whole: Tensor = file.get_tensor(self._name)
+            with safe_open(self.path, "pt") as file:
+                tensor: Tensor = file.get_tensor(self.name)
+                return tensor
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read: {error}", where=self._path) from error
-        return whole[index]  # type: ignore[index]
+            raise CheckpointError(f"cannot read: {error}", where=self.path) from error
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -87,7 +79,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, "pt") as file:  # checks the header against the file's length
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dict
             return {
-                name: StoredTensor(path, name, list(part.get_shape()), part.get_dtype())
+                name: StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
@@ -100,7 +92,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 class HFReader:
-    """The tensors of a Hugging Face directory, by name.
+    """The tensors of a Hugging Face directory: ``stored`` describes each, by name.
 
     Raises:
         CheckpointError: no weights, a missing or truncated shard, an unusable index.
@@ -108,22 +100,18 @@ class HFReader:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self._files = self._tensor_files()
-        self._open = {file: self._open_shard(file) for file in sorted(set(self._files.values()))}
+        self.stored = self._headers()
 
-    def names(self) -> set[str]:
-        """All tensors."""
-        return set(self._files)
-
-    def slice(self, name: str) -> StoredTensor:
-        """A tensor that is read when indexed; ``get_shape()`` reads nothing."""
-        if name not in self._files:
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, mapped from its file."""
+        if name not in self.stored:
             raise CheckpointError(f"no tensor {name}", where=self.directory)
-        return self._open[self._files[name]][name]
+        return self.stored[name].mapped()
 
     def files(self) -> list[Path]:
         """config.json and the files of weights, by name."""
-        return [self.directory / "config.json", *(self.directory / file for file in self._open)]
+        shards = sorted({tensor.path for tensor in self.stored.values()})
+        return [self.directory / "config.json", *shards]
 
     def check(self, config: ModelConfig) -> None:
         """Raise CheckpointError unless the tensors are exactly those of ``config``.
@@ -131,99 +119,108 @@ class HFReader:
         A tied checkpoint may also hold ``lm_head.weight``, equal to the embedding, and an old one
         its rotary frequencies, equal to those of ``rope_theta``.
         """
-        found = self.names()
-        if config.num_layers > len(found):  # before making a table of that many names
+        if config.num_layers > len(self.stored):  # before making a table of that many names
             raise CheckpointError(
                 "config.json has more layers than there are tensors",
                 where=self.directory,
                 expected=f"{config.num_layers} layers",
-                found=f"{len(found)} tensors",
+                found=f"{len(self.stored)} tensors",
             )
         expected = hf_tensor_shapes(config)
-        self._report_difference("missing", sorted(expected.keys() - found))
+        refuse_tensors("missing", expected.keys() - self.stored.keys(), self.directory)
         for name, shape in expected.items():
-            tensor, where = self.slice(name), self.directory / self._files[name]
-            if (actual := tuple(tensor.get_shape())) != shape:
+            tensor = self.stored[name]
+            if tensor.shape != shape:
                 raise CheckpointError(
-                    f"wrong shape of {name}", where=where, expected=shape, found=actual
+                    f"wrong shape of {name}", where=tensor.path, expected=shape, found=tensor.shape
                 )
             tensor.torch_dtype()
-        if config.tie_embeddings and HEAD in found:
-            if not same_bits(self.slice(HEAD)[:], self.slice(EMBEDDING)[:]):
-                raise CheckpointError(
-                    "tie_word_embeddings is set, yet lm_head.weight differs from the embedding",
-                    where=self.directory,
-                    fix="Correct config.json, or remove one of the two",
-                )
-            found = found - {HEAD}
-        found = found - self._rotary_frequencies(config)
-        self._report_difference("not part of the model", sorted(found - expected.keys()))
+        extra = self.parameters(tied=config.tie_embeddings) - expected.keys()
+        extra -= self._rotary_frequencies(config)
+        refuse_tensors("not part of the model", extra, self.directory)
+
+    def parameters(self, *, tied: bool) -> set[str]:
+        """All tensors, without a tied head, which must equal the embedding."""
+        if not tied or not {HEAD, EMBEDDING} <= self.stored.keys():
+            return set(self.stored)
+        if not same_bits(self.tensor(HEAD), self.tensor(EMBEDDING)):
+            raise CheckpointError(
+                "tie_word_embeddings is set, yet lm_head.weight differs from the embedding",
+                where=self.directory,
+                fix="Correct config.json, or remove one of the two",
+            )
+        return self.stored.keys() - {HEAD}
 
     def _rotary_frequencies(self, config: ModelConfig) -> set[str]:
         """Names of stored rotary frequencies; rope_theta^(-2i / D) for channel pair i of D / 2."""
         channels = config.kv_channels
         expected = config.rotary_base ** -(torch.arange(0, channels, 2).double() / channels)
-        names = {name for name in self.names() if _ROTARY.fullmatch(name)}
+        names = {name for name in self.stored if _ROTARY.fullmatch(name)}
         for name in sorted(names):
-            tensor, where = self.slice(name), self.directory / self._files[name]
+            tensor = self.stored[name]
             # Half precision keeps 3 digits, and fewer of the smallest.
             if (
-                tensor.get_dtype() not in DTYPES
-                or tuple(tensor.get_shape()) != tuple(expected.shape)
-                or not torch.allclose(tensor[:].double(), expected, rtol=1e-2, atol=1e-6)
+                tensor.dtype not in DTYPES
+                or tensor.shape != tuple(expected.shape)
+                or not torch.allclose(tensor.mapped().double(), expected, rtol=1e-2, atol=1e-6)
             ):
                 raise CheckpointError(
                     f"{name} differs from the frequencies of config.json's rope_theta",
-                    where=where,
+                    where=tensor.path,
                     expected=f"{config.rotary_base} ** -(2i / {channels})",
                 )
         return names
 
-    def _report_difference(self, what: str, names: list[str]) -> None:
-        if names:
-            raise CheckpointError(f"tensors {what}: {few(names)}", where=self.directory)
-
-    def _tensor_files(self) -> dict[str, str]:
+    def _headers(self) -> dict[str, StoredTensor]:
         index, single = self.directory / INDEX, self.directory / SINGLE
         if not index.exists():
             if not single.exists():
                 raise CheckpointError(
                     "no weights here", where=self.directory, expected=f"{SINGLE} or {INDEX}"
                 )
-            return dict.fromkeys(stored_tensors(single), SINGLE)
-        try:
-            files = read_json(index, CheckpointError)["weight_map"]
-            pairs = {str(name): str(file) for name, file in files.items()}
-        except _MALFORMED as error:
-            raise CheckpointError("not an index of weights", where=index) from error
-        for file in set(pairs.values()):
-            if Path(file).name != file or file in ("", ".", ".."):
-                raise CheckpointError("unsafe shard name", where=index, found=repr(file))
-            if file not in os.listdir(self.directory):
-                raise CheckpointError(
-                    "the index names a file that is not there", where=index, found=file
-                )
-        if single.exists() and SINGLE not in pairs.values():
+            return stored_tensors(single)
+        listed = self._listed(index)
+        if single.exists() and SINGLE not in listed.values():
             # transformers would load the single file, others the index.
             raise CheckpointError(
                 f"{SINGLE} is beside an index that does not name it",
                 where=self.directory,
                 fix="Remove the one that you do not want",
             )
-        return pairs
+        stored = dict[str, StoredTensor]()
+        for file in sorted(set(listed.values())):
+            tensors = stored_tensors(self.directory / file)
+            expected = {name for name, place in listed.items() if place == file}
+            for what, names in (
+                ("holds a tensor that the index does not list for it", tensors.keys() - expected),
+                ("lacks a tensor that the index lists for it", expected - tensors.keys()),
+            ):
+                if names:
+                    raise CheckpointError(f"{what}: {min(names)}", where=self.directory / file)
+            stored |= tensors
+        return stored
 
-    def _open_shard(self, file: str) -> dict[str, StoredTensor]:
-        """A shard's tensors, which must be those that the index lists for it."""
-        path = self.directory / file
-        tensors = stored_tensors(path)
-        listed = {name for name, place in self._files.items() if place == file}
-        for what, names in (
-            ("holds a tensor that the index does not list for it", tensors.keys() - listed),
-            ("lacks a tensor that the index lists for it", listed - tensors.keys()),
-        ):
-            if names:
-                raise CheckpointError(f"{what}: {min(names)}", where=path)
-        return tensors
+    def _listed(self, index: Path) -> dict[str, str]:
+        """The file of each tensor, as the index lists it; all of them in this directory."""
+        try:
+            files = read_json(index, CheckpointError)["weight_map"]
+            listed = {str(name): str(file) for name, file in files.items()}
+        except (KeyError, AttributeError) as error:
+            raise CheckpointError("not an index of weights", where=index) from error
+        for file in set(listed.values()):
+            if Path(file).name != file or file in ("", ".", ".."):
+                raise CheckpointError("unsafe shard name", where=index, found=repr(file))
+            if file not in os.listdir(self.directory):
+                raise CheckpointError(
+                    "the index names a file that is not there", where=index, found=file
+                )
+        return listed
+
+
+def refuse_tensors(what: str, names: Iterable[str], where: Path) -> None:
+    """Raise CheckpointError if there are ``names``: tensors that are missing, or left over."""
+    if names := sorted(names):
+        raise CheckpointError(f"tensors {what}: {few(names)}", where=where)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -233,6 +230,12 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(
         one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8)
     )
+
+
+def require_same(name: str, found: Tensor, expected: Tensor, where: Path) -> None:
+    """Raise CheckpointError unless what was written reads back with all its bits."""
+    if not same_bits(found, expected):
+        raise CheckpointError(f"{name} reads differently than it was written", where=where)
 
 
 def load_hf_weights(
@@ -259,8 +262,8 @@ def load_hf_weights(
     with torch.no_grad():
         for name, parameter in named_parameters:
             mapping = mapping_of(name, config, layer_offset)
-            tensors = [reader.slice(hf_name) for hf_name in mapping.names]
-            shape = mapping.layout.shard_shape([t.get_shape() for t in tensors], tp_size)
+            tensors = [reader.tensor(hf_name) for hf_name in mapping.names]
+            shape = mapping.layout.shard_shape([t.shape for t in tensors], tp_size)
             if shape != tuple(parameter.shape):
                 raise CheckpointError(
                     f"wrong shape for {name}",

@@ -1,25 +1,41 @@
-"""Load a model from ``--load``: a Hugging Face directory or a training checkpoint."""
+"""Load a model from ``--load``: a Hugging Face directory or a training checkpoint.
+
+A run may later read its starting weights again, one parameter at a time: ``weight_reader``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_replay.checkpoint import checksums
-from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
-from megatron_replay.checkpoint.model_files import FOLDER, digests_of
-from megatron_replay.checkpoint.training import (
-    CONVERTED_FROM,
+from megatron_replay.checkpoint.directories import (
+    CHECKSUMS,
+    checkpoint_type,
     iteration_directory,
     latest_iteration,
+)
+from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
+from megatron_replay.checkpoint.model_files import FOLDER, digests_of
+from megatron_replay.checkpoint.names import mapping_of
+from megatron_replay.checkpoint.training import (
+    CONVERTED_FROM,
     load_checkpoint,
     read_state,
     require_finite,
 )
 from megatron_replay.config import ModelConfigSource, ParallelConfig
-from megatron_replay.errors import CheckpointError, TrainingError
+from megatron_replay.errors import CheckpointError
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.model.gpt import (
     ReplayGPTModel,
@@ -49,24 +65,15 @@ def model_files(load: str | Path) -> Path:
         CheckpointError: ``load`` is neither a Hugging Face directory nor a training checkpoint.
     """
     directory = Path(load)
-    iteration = latest_iteration(directory)
-    if iteration is not None:
-        if any(iteration_directory(directory, iteration).glob("mp_rank_*")):
-            raise CheckpointError(
-                "files of ranks (mg) cannot be loaded directly",
-                where=directory,
-                fix="Convert them: tools/convert_checkpoint.py --load-model-type mg "
-                "--save-model-type hf",
-            )
-        return directory / FOLDER
-    if (directory / "config.json").exists():
-        return directory
-    raise CheckpointError(
-        "no checkpoint here",
-        where=directory,
-        expected="config.json (Hugging Face) or latest_checkpointed_iteration.txt",
-        found="neither" if directory.is_dir() else "no such directory",
-    )
+    kind = checkpoint_type(directory)
+    if kind == "mg":
+        raise CheckpointError(
+            "files of ranks (mg) cannot be loaded directly",
+            where=directory,
+            fix="Convert them: tools/convert_checkpoint.py --load-model-type mg "
+            "--save-model-type hf",
+        )
+    return directory / FOLDER if kind == "mcore" else directory
 
 
 def describe_model(load: str | Path, iteration: int | None = None) -> tuple[Path, ModelConfig]:
@@ -126,19 +133,12 @@ def load_model(
         )
     else:
         load_checkpoint(directory, chosen, module, None, parallel)
-    parallel.agreed(lambda: _require_numbers(module, directory))
+    parallel.agreed(
+        lambda: require_finite(
+            module, CheckpointError, where=directory, fix="Give another checkpoint"
+        )
+    )
     return LoadedModel(shape, config, module, files, offset)
-
-
-def _require_numbers(module: ReplayGPTModel, directory: Path) -> None:
-    try:
-        require_finite(module)
-    except TrainingError as error:
-        raise CheckpointError(
-            str(error).partition(". ")[0],
-            where=directory,
-            fix="Give another checkpoint",
-        ) from error
 
 
 def base_fingerprint(load: str | Path) -> str:
@@ -159,5 +159,77 @@ def base_fingerprint(load: str | Path) -> str:
         converted_from = read_state(directory, iteration).identity.get(CONVERTED_FROM)
         if isinstance(converted_from, str):
             return converted_from
-        paths = [iteration_directory(directory, iteration) / checksums.FILE]
+        paths = [iteration_directory(directory, iteration) / CHECKSUMS]
     return digests_of(paths)
+
+
+def weight_reader(
+    load: Path, iteration: int | None, model: LoadedModel, parallel: Parallel
+) -> Callable[[str], Tensor]:
+    """A function from a parameter's name to this rank's shard of it in ``load``, on the host.
+
+    Reads one parameter at a time, without communication, while a run holds its model. The shard is
+    rounded to the dtype of the model's parameter, as loading rounds it.
+
+    Args:
+        iteration: of the training checkpoint in ``load``; None for a Hugging Face directory.
+
+    Raises:
+        CheckpointError: a tensor is missing; raised by the function too.
+    """
+    if iteration is None:
+        return _from_hf(load, model, parallel)
+    return _from_checkpoint(iteration_directory(load, iteration), model, parallel)
+
+
+def _from_hf(load: Path, model: LoadedModel, parallel: Parallel) -> Callable[[str], Tensor]:
+    reader, parameters = HFReader(load), dict(model.module.named_parameters())
+
+    def read(name: str) -> Tensor:
+        mapping = mapping_of(name, model.shape, model.layer_offset)
+        tensors = [reader.tensor(hf_name) for hf_name in mapping.names]
+        shard = torch.empty_like(parameters[name], device="cpu")
+        mapping.layout.fill(shard, tensors, parallel.tp_rank, parallel.tp_size)
+        return shard
+
+    return read
+
+
+def _from_checkpoint(path: Path, model: LoadedModel, parallel: Parallel) -> Callable[[str], Tensor]:
+    reader = FileSystemReader(path)
+    stored = reader.read_metadata()
+    reader.set_up_storage_reader(stored, is_coordinator=False)
+    described = model.module.sharded_state_dict(metadata={"dp_cp_group": parallel.dp_group})
+
+    def read(name: str) -> Tensor:
+        # Its data are the weights as they are now: read into a copy.
+        entry = described[name]
+        entry = dataclasses.replace(entry, data=torch.empty_like(entry.data, device="cpu"))
+        # A factory describes parts that are stored apart: the halves of SwiGLU.
+        is_joint = isinstance(entry, ShardedTensorFactory)
+        parts: list[ShardedTensor] = entry.build() if is_joint else [entry]
+        for part in parts:
+            file = stored.state_dict_metadata.get(part.key)
+            if not isinstance(file, TensorStorageMetadata) or file.size != part.global_shape:
+                raise CheckpointError(f"no tensor {part.key} of the model's shape", where=path)
+            target = part.data.view((1,) * part.prepend_axis_num + tuple(part.local_shape))
+            chunk = ChunkStorageMetadata(torch.Size(part.global_offset), target.shape)
+            items = create_read_items_for_chunk_list(part.key, file, [chunk])
+            reader.read_data(LoadPlan(items), _Into(target)).wait()
+        shard: Tensor = entry.merge_fn([part.data for part in parts]) if is_joint else entry.data
+        return shard
+
+    return read
+
+
+class _Into(DefaultLoadPlanner):
+    """Writes what is read, from one or several chunks of the file, into ``target``."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """The part of the target that ``read_item`` fills."""
+        place = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self._target[tuple(slice(start, start + length) for start, length in place)]

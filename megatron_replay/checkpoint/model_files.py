@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,22 +30,22 @@ _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 _MOST_BYTES = 1 << 30
 
 
-def side_files(source: Path) -> dict[str, Path]:
-    """The files of a Hugging Face directory except weights and their index, by name.
+def side_files(source: Path) -> list[str]:
+    """Names of the files of a Hugging Face directory except weights and their index.
 
     Raises:
         CheckpointError: the directory cannot be read.
     """
     try:
-        found = sorted(path for path in source.iterdir() if path.suffix in _SUFFIXES)
+        found = [path for path in source.iterdir() if path.suffix in _SUFFIXES]
     except OSError as error:
         raise CheckpointError(f"cannot read: {error.strerror}", where=source) from error
-    found += sorted(source.glob("additional_chat_templates/*.jinja"))
-    return {
-        path.relative_to(source).as_posix(): path
+    found += source.glob("additional_chat_templates/*.jinja")
+    return sorted(
+        path.relative_to(source).as_posix()
         for path in found
         if not path.name.endswith(".index.json") and not path.is_dir()
-    }
+    )
 
 
 def copy_side_file(path: Path, target: Path) -> None:
@@ -67,46 +66,38 @@ def copy_side_file(path: Path, target: Path) -> None:
                 fix="Move it out of the model's directory",
             )
         content = handle.read()
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(target) as handle:
         handle.write(content)
 
 
 def fingerprints(source: Path) -> dict[str, str]:
     """The SHA-256 of each of ``side_files``, by name."""
-    files = side_files(source).items()
-    return {name: sha256_of_files([path], error=CheckpointError) for name, path in files}
+    return {
+        name: sha256_of_files([source / name], error=CheckpointError) for name in side_files(source)
+    }
 
 
 def keep_model_files(source: Path, directory: Path) -> None:
-    """Copy the side files of ``source`` into ``directory``/hf, all of them or none.
+    """Make ``directory``/hf hold the side files of ``source``, and no others.
 
-    Replaces what an earlier attempt left there, so no checkpoint may depend on it.
+    No checkpoint may depend on other files there: those are of an attempt that saved none, killed
+    perhaps between two files.
 
     Raises:
         CheckpointError: a file cannot be read.
         OutputError: a file cannot be written.
     """
     target = directory / FOLDER
-    if source.resolve() == target.resolve() or (
-        target.is_dir() and not differing(fingerprints(source), fingerprints(target))
-    ):
-        return
-    staged, retired = directory / f".{FOLDER}.incomplete", directory / f".{FOLDER}.removed"
     try:
-        for path in (staged, retired):
-            if path.exists():
-                shutil.rmtree(path)
-        staged.mkdir(parents=True)
-        for name, file in side_files(source).items():
-            copy_side_file(file, staged / name)
-        fsync_path(staged)
-        if target.exists():
-            os.replace(target, retired)
-        os.replace(staged, target)
+        target.mkdir(parents=True, exist_ok=True)
+        wanted, held = fingerprints(source), fingerprints(target)
+        for name in differing(wanted, held):
+            if name in wanted:
+                copy_side_file(source / name, target / name)
+            else:
+                (target / name).unlink()
         fsync_path(directory)
-        if retired.exists():
-            shutil.rmtree(retired)
     except OSError as error:
         raise output_error(target, error) from error
 

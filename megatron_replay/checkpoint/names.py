@@ -6,11 +6,10 @@ of one or more Hugging Face tensors; a ``Layout`` splits them over the TP ranks 
 
 from __future__ import annotations
 
-import functools
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,16 +18,6 @@ from megatron_replay.errors import CheckpointError
 from megatron_replay.model.config import ModelConfig
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-
-
-class TensorSlice(Protocol):
-    """A tensor on disk; indexing reads the rows and columns."""
-
-    def get_shape(self) -> list[int]:
-        """The shape; reads no data."""
-        ...
-
-    def __getitem__(self, index: object) -> Tensor: ...
 
 
 class Layout:
@@ -40,14 +29,6 @@ class Layout:
 
     dim: int | None
 
-    def split(self, whole: Sequence[TensorSlice], rank: int, size: int) -> Tensor:
-        """This rank's shard, reading no more than it needs."""
-        dtype = functools.reduce(torch.promote_types, [tensor[:0].dtype for tensor in whole])
-        shape = self.shard_shape([tensor.get_shape() for tensor in whole], size)
-        shard = torch.empty(shape, dtype=dtype)
-        self.fill(shard, whole, rank, size)
-        return shard
-
     def shard_shape(self, shapes: Sequence[Sequence[int]], size: int) -> tuple[int, ...]:
         """The shape of each rank's shard of tensors with ``shapes``."""
         shape = list(shapes[0])
@@ -55,11 +36,18 @@ class Layout:
             shape[self.dim] = sum(each[self.dim] // size for each in shapes)
         return tuple(shape)
 
-    def fill(self, shard: Tensor, whole: Sequence[TensorSlice], rank: int, size: int) -> None:
-        """Write this rank's shard into ``shard``, cast to its dtype, straight from disk."""
+    def fill(self, shard: Tensor, whole: Sequence[Tensor], rank: int, size: int) -> None:
+        """Write this rank's shard into ``shard``, cast to its dtype; reads no more than that."""
         for place, tensor in zip(self.places(shard, size), whole, strict=True):
-            part = tensor[:] if self.dim is None else _part(tensor, self.dim, rank, size)
-            place.copy_(part.view(place.shape))
+            if self.dim is not None:
+                length = tensor.shape[self.dim] // size
+                tensor = tensor.narrow(self.dim, rank * length, length)
+            place.copy_(tensor.view(place.shape))
+
+    def rows(self, num_rows: int, size: int) -> list[list[range]]:
+        """For each Hugging Face tensor, its ranges of rows in a shard of ``num_rows`` rows."""
+        numbers = torch.arange(num_rows)[:, None]
+        return [_runs(place.flatten().tolist()) for place in self.places(numbers, size)]
 
     def places(self, shard: Tensor, size: int) -> Sequence[Tensor]:
         """For each Hugging Face tensor, a view of its part of ``shard``."""
@@ -68,10 +56,6 @@ class Layout:
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         """The Hugging Face tensors from all ranks' shards, in rank order."""
         raise NotImplementedError
-
-    def rows(self, num_rows: int, size: int) -> list[list[range]]:
-        """For each Hugging Face tensor, its ranges of rows in a shard of ``num_rows`` rows."""
-        return [[range(num_rows)]]
 
 
 class Replicated(Layout):
@@ -109,10 +93,6 @@ class GateUp(Layout):
         halves = [shard.chunk(2) for shard in shards]
         return [torch.cat([half[i] for half in halves]) for i in (0, 1)]
 
-    def rows(self, num_rows: int, size: int) -> list[list[range]]:
-        """The first half, the second half."""
-        return [[range(num_rows // 2)], [range(num_rows // 2, num_rows)]]
-
 
 @dataclass(frozen=True)
 class QueryKeyValue(Layout):
@@ -133,13 +113,6 @@ class QueryKeyValue(Layout):
         grouped = torch.cat(list(shards)).view(self.groups, -1, self.channels, hidden)
         queries, keys, values = grouped[:, :-2], grouped[:, -2], grouped[:, -1]
         return [part.reshape(-1, hidden) for part in (queries, keys, values)]
-
-    def rows(self, num_rows: int, size: int) -> list[list[range]]:
-        """In each group its query heads, then its key head, then its value head."""
-        stride = num_rows // (self.groups // size)
-        cuts = (0, stride - 2 * self.channels, stride - self.channels, stride)
-        starts = range(0, num_rows, stride)
-        return [[range(s + cuts[i], s + cuts[i + 1]) for s in starts] for i in range(3)]
 
 
 @dataclass(frozen=True)
@@ -163,31 +136,34 @@ def mapping_of(parameter: str, config: ModelConfig, layer_offset: int) -> Mappin
     if parameter == "decoder.final_layernorm.weight":
         return Mapping((FINAL_NORM,), Replicated())
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter)
-    layer = _layer_table(config).get(match[2]) if match else None
+    layer = layer_mappings(config).get(match[2]) if match else None
     if match is None or layer is None:
         raise CheckpointError(f"no mapping for the parameter {parameter}")
     prefix = f"model.layers.{int(match[1]) + layer_offset}."
     return Mapping(tuple(prefix + name for name in layer.names), layer.layout)
 
 
-def _layer_table(config: ModelConfig) -> dict[str, Mapping]:
-    attention = [f"self_attn.{x}_proj.weight" for x in "qkv"]
-    norms = {
-        "input_layernorm.weight": "input_layernorm.weight",
-        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",  # TE
-        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-        "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",  # TE
+def layer_mappings(config: ModelConfig) -> dict[str, Mapping]:
+    """The mappings of a layer's parameters in the model's order, norms under both their names."""
+    before = Mapping(("input_layernorm.weight",), Replicated())
+    after = Mapping(("post_attention_layernorm.weight",), Replicated())
+    qkv = tuple(f"self_attn.{x}_proj.weight" for x in "qkv")
+    qk_norms = {
+        f"self_attention.{x}_layernorm.weight": Mapping(
+            (f"self_attn.{x}_norm.weight",), Replicated()
+        )
+        for x in ("qk" if config.qk_layernorm else "")
     }
-    if config.qk_layernorm:
-        norms |= {
-            f"self_attention.{x}_layernorm.weight": f"self_attn.{x}_norm.weight" for x in "qk"
-        }
     return {
-        **{ours: Mapping((theirs,), Replicated()) for ours, theirs in norms.items()},
-        "self_attention.linear_qkv.weight": Mapping(
-            tuple(attention), QueryKeyValue(config.kv_channels, config.num_query_groups)
-        ),
+        "input_layernorm.weight": before,
+        "self_attention.linear_qkv.layer_norm_weight": before,  # TransformerEngine's name
         "self_attention.linear_proj.weight": Mapping(("self_attn.o_proj.weight",), Split(1)),
+        "self_attention.linear_qkv.weight": Mapping(
+            qkv, QueryKeyValue(config.kv_channels, config.num_query_groups)
+        ),
+        **qk_norms,
+        "pre_mlp_layernorm.weight": after,
+        "mlp.linear_fc1.layer_norm_weight": after,  # TransformerEngine's name
         "mlp.linear_fc1.weight": Mapping(("mlp.gate_proj.weight", "mlp.up_proj.weight"), GateUp()),
         "mlp.linear_fc2.weight": Mapping(("mlp.down_proj.weight",), Split(1)),
     }
@@ -219,7 +195,10 @@ def hf_tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _part(tensor: TensorSlice, dim: int, rank: int, size: int) -> Tensor:
-    length = tensor.get_shape()[dim] // size
-    part = slice(rank * length, (rank + 1) * length)
-    return tensor[part] if dim == 0 else tensor[:, part]
+def _runs(numbers: Sequence[int]) -> list[range]:
+    """Ascending numbers as ranges."""
+    cuts = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
+    return [
+        range(numbers[a], numbers[b - 1] + 1)
+        for a, b in itertools.pairwise([0, *cuts, len(numbers)])
+    ]

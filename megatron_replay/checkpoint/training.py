@@ -18,7 +18,6 @@ import dataclasses
 import errno
 import os
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +26,21 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_replay.checkpoint.checksums import require_file, require_intact, write_checksums
 from megatron_replay.checkpoint.directories import (
     LATEST,
     STATE,
     clear_remains,
     iteration_directory,
-    latest_iteration,
     remove_iteration,
+    require_intact,
+    write_checksums,
 )
 from megatron_replay.checkpoint.model_files import require_model_files
-from megatron_replay.errors import CheckpointError, OutputError, TrainingError, few
+from megatron_replay.errors import CheckpointError, OutputError, ReplayError, TrainingError, few
 from megatron_replay.files import atomic_file, fsync_path, output_error, read_json, write_json
 from megatron_replay.model.gpt import ReplayGPTModel
 from megatron_replay.parallel import Parallel
 from megatron_replay.platform.checkpoint_writer import Written, checkpointing
-
-__all__ = [
-    "CONVERTED_FROM",
-    "TrainState",
-    "iteration_directory",
-    "latest_iteration",
-    "load_checkpoint",
-    "read_state",
-    "save_checkpoint",
-]
-
 
 #: Key in the identity of a conversion without rounding: ``base_fingerprint`` of its source.
 CONVERTED_FROM = "converted from"
@@ -125,7 +113,9 @@ def save_checkpoint(
     is_saved, name = parallel.broadcast((_is_newest(directory, final), name))
     if is_saved:
         return final
-    parallel.agreed(lambda: require_finite(model))
+    fix = "Nothing was saved, and earlier checkpoints are unchanged. Lower --lr, or check the data"
+    fix += " of the last steps"
+    parallel.agreed(lambda: require_finite(model, TrainingError, fix=fix))
     staged = directory / name
     parallel.on_rank_zero(lambda: _start_staging(directory, staged))
     content = _sharded_state(model, optimizer, parallel, is_loading=False)
@@ -135,26 +125,19 @@ def save_checkpoint(
     return final
 
 
-def require_finite(model: torch.nn.Module) -> None:
-    """Raise TrainingError unless all weights and fp32 masters of this rank are finite."""
-    tensors = dict(_weights(model))
+def require_finite(
+    model: torch.nn.Module, error: type[ReplayError], *, where: Path | None = None, fix: str
+) -> None:
+    """Raise ``error`` unless all weights and fp32 masters of this rank are finite."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[name] = parameter.detach()
+        if (master := getattr(parameter, "main_param", None)) is not None:
+            tensors[f"{name} (fp32 master)"] = master.detach()
     # One read for all tensors: each read waits for the device.
     finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()]).tolist()
-    bad = [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]
-    if bad:
-        raise TrainingError(
-            f"the weights are not finite: {few(bad)}",
-            fix="Nothing was saved, and earlier checkpoints are unchanged. Lower --lr, or check "
-            "the data of the last steps",
-        )
-
-
-def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in model.named_parameters():
-        yield name, parameter.detach()
-        master = getattr(parameter, "main_param", None)
-        if master is not None:
-            yield f"{name} (fp32 master)", master.detach()
+    if bad := [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]:
+        raise error(f"the weights are not finite: {few(bad)}", where=where, fix=fix)
 
 
 def read_state(directory: Path, iteration: int) -> TrainState:
@@ -164,7 +147,7 @@ def read_state(directory: Path, iteration: int) -> TrainState:
         CheckpointError: it is missing or damaged, or hf/ belongs to another model.
     """
     path = iteration_directory(directory, iteration) / STATE
-    require_file(path.parent, STATE)
+    require_intact(path.parent, name=STATE)
     content = read_json(path, CheckpointError, fix=_OTHER_ITERATION)
     try:
         content.pop("scores", None)  # in checkpoints made before --keep-best was removed
@@ -192,7 +175,7 @@ def load_checkpoint(
         CheckpointError: files are missing or damaged, or belong to another model.
     """
     path = iteration_directory(directory, iteration)
-    require_intact(path, parallel)
+    parallel.agreed(lambda: require_intact(path, rank=parallel.rank, of=parallel.world_size))
     content = _sharded_state(model, optimizer, parallel, is_loading=True)
     try:
         with checkpointing():

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_replay.checkpoint.hf import HFReader, same_bits
-from megatron_replay.checkpoint.names import EMBEDDING, HEAD
+from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.errors import CheckpointError, few
 from megatron_replay.files import read_json
 
@@ -50,7 +49,7 @@ def relative_l2(model: Path, base: Path) -> float:
     Raises:
         CheckpointError: the two do not hold the same tensors in the same shapes.
     """
-    (ours, names), (theirs, base_names) = _weights(model), _weights(base)
+    (ours, names), (theirs, base_names) = _parameters(model), _parameters(base)
     if different := sorted(names ^ base_names):
         raise CheckpointError(
             "the tensors differ from the base's",
@@ -59,7 +58,7 @@ def relative_l2(model: Path, base: Path) -> float:
             found=f"only one of the two has {few(different)}",
         )
     for name in sorted(names):
-        expected, found = theirs.slice(name).get_shape(), ours.slice(name).get_shape()
+        expected, found = theirs.stored[name].shape, ours.stored[name].shape
         if expected != found:
             raise CheckpointError(
                 f"{name} has another shape than the base's",
@@ -67,19 +66,12 @@ def relative_l2(model: Path, base: Path) -> float:
                 expected=expected,
                 found=found,
             )
-    sums = (squared_sums(ours.slice(name)[:], theirs.slice(name)[:]) for name in sorted(names))
+    sums = (squared_sums(ours.tensor(name), theirs.tensor(name)) for name in sorted(names))
     return relative_distance(sums, base)
 
 
-def _weights(directory: Path) -> tuple[HFReader, set[str]]:
+def _parameters(directory: Path) -> tuple[HFReader, set[str]]:
     """The tensors of a directory, and their names without that of a tied head."""
     reader = HFReader(directory)
-    names = reader.names()
-    tied = read_json(directory / "config.json", CheckpointError).get("tie_word_embeddings", False)
-    if tied and {HEAD, EMBEDDING} <= names:
-        if not same_bits(reader.slice(HEAD)[:], reader.slice(EMBEDDING)[:]):
-            raise CheckpointError(
-                f"config.json ties {HEAD} to {EMBEDDING}, but they differ", where=directory
-            )
-        names = names - {HEAD}
-    return reader, names
+    config = read_json(directory / "config.json", CheckpointError)
+    return reader, reader.parameters(tied=bool(config.get("tie_word_embeddings")))

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_replay import kernels
-from megatron_replay.checkpoint.directories import keep_only, report_remains
+from megatron_replay.checkpoint.directories import keep_only, latest_iteration, report_remains
 from megatron_replay.checkpoint.load import (
     LoadedModel,
     base_fingerprint,
@@ -21,12 +21,7 @@ from megatron_replay.checkpoint.load import (
     load_model,
 )
 from megatron_replay.checkpoint.model_files import fingerprints, keep_model_files
-from megatron_replay.checkpoint.training import (
-    TrainState,
-    latest_iteration,
-    load_checkpoint,
-    read_state,
-)
+from megatron_replay.checkpoint.training import TrainState, load_checkpoint, read_state
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import Loader, global_batches, require_iterations

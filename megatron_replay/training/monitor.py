@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from megatron_replay.checkpoint.directories import iteration_directory, latest_iteration
 from megatron_replay.checkpoint.load import LoadedModel
-from megatron_replay.checkpoint.training import TrainState, iteration_directory, latest_iteration
+from megatron_replay.checkpoint.training import TrainState
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.packing import Pack
 from megatron_replay.errors import CheckpointError, TrainingError

@@ -19,9 +19,8 @@ import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from megatron_replay.checkpoint.load import LoadedModel
-from megatron_replay.checkpoint.starting_weights import weight_reader
-from megatron_replay.checkpoint.training import latest_iteration
+from megatron_replay.checkpoint.directories import latest_iteration
+from megatron_replay.checkpoint.load import LoadedModel, weight_reader
 from megatron_replay.checkpoint.weight_distance import relative_distance, squared_sums
 from megatron_replay.config import DataConfig, Stage1Config
 from megatron_replay.data.corpus import Corpus, pick_documents

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_replay.checkpoint.convert_ranks import hf_to_ranks
+from megatron_replay.checkpoint.convert_ranks import grid_for, hf_to_ranks
 from megatron_replay.checkpoint.export import write_model_files, write_weights
 from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
 from megatron_replay.checkpoint.names import mapping_of
-from megatron_replay.checkpoint.rank_grid import grid_for
 from megatron_replay.checkpoint.staging import publish
 from megatron_replay.model.config import ModelConfig
 
@@ -76,7 +75,6 @@ def save_grid(
     final: Path,
     *,
     dtype: torch.dtype = torch.float32,
-    max_shard_bytes: int = 2 << 30,
     overwrite: bool = False,
 ) -> None:
     """Join the ranks' shards and write them as the stages do."""
@@ -90,9 +88,7 @@ def save_grid(
             mapping = mapping_of(name, config, stage * config.num_layers // len(grid))
             joined = mapping.layout.join([rank[name] for rank in ranks])
             tensors += zip(mapping.names, joined, strict=True)
-        written |= write_weights(
-            staged, tensors, dtype=dtype, stage=stage, max_shard_bytes=max_shard_bytes
-        )
+        written |= write_weights(staged, tensors, dtype=dtype, stage=stage)
     write_model_files(staged, written, source, dtype=dtype)
     publish(staged, final, overwrite=overwrite)
 

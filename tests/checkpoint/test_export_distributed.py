@@ -39,13 +39,8 @@ def export_all(rank: int, world_size: int, cases: dict[bool, Path], folder: Path
 
 
 def export_model(model, groups, directory: Path) -> None:
-    export_hf(
-        model,
-        directory,
-        groups,
-        dtype=torch.float32,
-        max_shard_bytes=150_000,
-    )
+    export.MAX_SHARD_BYTES = 150_000
+    export_hf(model, directory, groups, dtype=torch.float32)
 
 
 def refusal(model, groups, directory: Path) -> str:

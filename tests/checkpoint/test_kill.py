@@ -42,9 +42,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 def export_model(source: Path, final: Path, *, overwrite: bool = False) -> None:
     staged = start_directory(final, overwrite=overwrite)
-    save_grid(
-        load_grid(source, 1, 1), source, staged, final, max_shard_bytes=SHARD, overwrite=overwrite
-    )
+    export.MAX_SHARD_BYTES = SHARD
+    save_grid(load_grid(source, 1, 1), source, staged, final, overwrite=overwrite)
 
 
 CHANGES_OF_FILES = (  # pwrite writes a lock
@@ -171,10 +170,11 @@ def test_disk_full(models, tmp_path, monkeypatch, error, failing):
     monkeypatch.setattr(export, "save_file", fill)
     produced = []
     tensors = ((str(i), (produced.append(i), torch.ones(10_000))[1]) for i in range(5))
+    monkeypatch.setattr(export, "MAX_SHARD_BYTES", SHARD)
     with pytest.raises(
         OutputError, match=r"safetensors: no space left on the device\. Nothing was"
     ):
-        export.write_weights(tmp_path, tensors, dtype=torch.float32, max_shard_bytes=SHARD)
+        export.write_weights(tmp_path, tensors, dtype=torch.float32)
     assert produced == [0, 1, 2, 3, 4]
     assert len(calls) == failing
     calls.clear()

@@ -8,15 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_replay.checkpoint.export import (
-    gathered_tensors,
-    write_model_files,
-    write_random,
-    write_weights,
-)
+from megatron_replay.checkpoint import export
+from megatron_replay.checkpoint.export import write_random, write_weights
 from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.checkpoint.names import hf_tensor_shapes, mapping_of
-from megatron_replay.checkpoint.staging import publish, start_directory
+from megatron_replay.checkpoint.staging import start_directory
 from megatron_replay.errors import CheckpointError, OutputError
 from megatron_replay.model.config import ModelConfig
 from tests import tiny
@@ -28,12 +24,15 @@ from tests.same_weights import require_equal
 @pytest.mark.parametrize("te", [False, True], ids=["local", "te"])
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (2, 2), (1, 4)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_load_then_export_is_the_identity(sharded_qwen3, qwen3, tmp_path, tied, tp, pp, te):
+def test_load_then_export_is_the_identity(
+    sharded_qwen3, qwen3, tmp_path, monkeypatch, tied, tp, pp, te
+):
     source, final = sharded_qwen3[tied], tmp_path / "exported"
     grid = load_grid(source, tp, pp, te=te)
     for ranks in grid.values():
         assert not any(tensor.isnan().any() for rank in ranks for tensor in rank.values())
-    save_grid(grid, source, start_directory(final), final, max_shard_bytes=150_000)
+    monkeypatch.setattr(export, "MAX_SHARD_BYTES", 150_000)
+    save_grid(grid, source, start_directory(final), final)
     require_equal(final, qwen3[tied])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported"]
 
@@ -79,13 +78,8 @@ def test_each_rank_holds_its_heads_and_columns(qwen3, tp):
 def test_transformers_loads_the_export(qwen3, tmp_path, tied):
     source, final = qwen3[tied], tmp_path / "exported"
     config = ModelConfig.from_hf(source)
-    [[parameters]] = load_grid(source, 1, 1).values()
-    tensors = gathered_tensors(parameters.items(), config, layer_offset=0)
-    staged = start_directory(final)
-    written = write_weights(staged, tensors, dtype=torch.float32)
     original = json.loads((source / "config.json").read_text())
-    write_model_files(staged, written, source, dtype=torch.float32)
-    publish(staged, final, overwrite=False)
+    save_grid(load_grid(source, 1, 1), source, start_directory(final), final)
     tokens = torch.arange(20)[None]
     ours, theirs = (tiny.load_reference(path)(tokens).logits for path in (final, source))
     assert torch.equal(ours, theirs)
@@ -108,19 +102,18 @@ def test_bf16_is_rounded_once_and_said(qwen3, tmp_path):
         dtype=torch.bfloat16,
     )
     reader, weights = HFReader(tmp_path / "half"), load_file(qwen3[True] / "model.safetensors")
-    for name in reader.names():
-        assert torch.equal(reader.slice(name)[:], weights[name].bfloat16()), name
+    for name in reader.stored:
+        assert torch.equal(reader.tensor(name), weights[name].bfloat16()), name
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     [ranks] = load_grid(tmp_path / "half", 2, 1).values()  # a bf16 checkpoint fills fp32 weights
     assert all(t.dtype == torch.float32 for rank in ranks for t in rank.values())
 
 
 @pytest.mark.parametrize("limit", [1, 50_000, 2 << 30])
-def test_shards_keep_to_the_limit(tmp_path, limit):
+def test_shards_keep_to_the_limit(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(export, "MAX_SHARD_BYTES", limit)
     tensors = {f"t{i}": torch.full((10 + i, 100), float(i)) for i in range(30)}
-    written = write_weights(
-        tmp_path, tensors.items(), dtype=torch.float32, stage=3, max_shard_bytes=limit
-    )
+    written = write_weights(tmp_path, tensors.items(), dtype=torch.float32, stage=3)
     files = sorted({file for file, _ in written.values()})
     assert files == [f"model-003-{i:05d}.safetensors" for i in range(len(files))]
     assert len(files) == {1: 30, 50_000: 7, 2 << 30: 1}[limit]

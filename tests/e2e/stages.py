@@ -19,7 +19,7 @@ import numpy.ma  # noqa: F401
 import torch._dynamo  # noqa: F401 - by the first optimizer: a second
 
 from megatron_replay import stage0, stage1
-from megatron_replay.checkpoint import training
+from megatron_replay.checkpoint import directories
 from megatron_replay.collection.run import COST_FILE
 from megatron_replay.locks import LOCK_FILE
 from megatron_replay.run_log import read_metrics
@@ -168,9 +168,9 @@ def poison(rank: int, first: int, last: int = 999, what: str = "both", on: int =
 
 def weights(save: Path) -> dict[str, bytes]:
     """Files of the newest checkpoint that hold tensors, by name."""
-    iteration = training.latest_iteration(save)
+    iteration = directories.latest_iteration(save)
     assert iteration is not None
-    newest = training.iteration_directory(save, iteration)
+    newest = directories.iteration_directory(save, iteration)
     return {p.name: p.read_bytes() for p in newest.iterdir() if p.suffix == ".distcp"}
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megatron_replay import parallel
-from megatron_replay.checkpoint import training
+from megatron_replay.checkpoint import directories, training
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import GlobalBatches
 from megatron_replay.errors import CheckpointError
@@ -45,7 +45,7 @@ def flipped(content: bytes, place: float, bit: int) -> bytes:
 
 def test_damage_in_any_file_of_a_checkpoint_is_refused(folder, save):
     """torch alone would load every one with a flipped bit."""
-    iteration = training.iteration_directory(save, 2)
+    iteration = directories.iteration_directory(save, 2)
     names = sorted(path.name for path in iteration.iterdir())
     shards = [name for name in names if name.endswith(".distcp")]
     assert "checksums.json" in names
@@ -122,7 +122,7 @@ def test_a_pipe_or_a_device_in_place_of_a_file_of_the_base(folder, tmp_path, nam
 
 
 def test_a_pipe_or_a_device_in_place_of_a_file_of_the_run(folder, save):
-    iteration = training.iteration_directory(save, 2)
+    iteration = directories.iteration_directory(save, 2)
     shard = next(iteration.glob("*.distcp")).relative_to(save)
     for name in (f"{iteration.name}/train_state.json", shard, "hf/config.json", "metrics.jsonl"):
         path, content = save / name, (save / name).read_bytes()
@@ -238,7 +238,7 @@ def test_a_run_with_ruined_weights_publishes_nothing_and_fails(folder, tmp_path)
     flags = argv(folder, tmp_path / "run", "--save-interval", 1, "--probe-interval", 0)
     message = stages.fail("stage1", *flags, tp=2, before=ruin, code=7)
     assert "not finite: embedding.word_embeddings.weight" in message
-    assert training.latest_iteration(tmp_path / "run") == 1
+    assert directories.latest_iteration(tmp_path / "run") == 1
     stages.succeed("stage1", *flags, tp=2)
 
 

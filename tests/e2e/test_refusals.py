@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from megatron_replay.checkpoint import training
+from megatron_replay.checkpoint import directories
 from tests import tiny
 from tests.e2e import stages
 from tests.e2e.stages import argv, inputs
@@ -108,7 +108,7 @@ def test_a_full_disk_publishes_nothing(folder, tmp_path):
     message = stages.fail("stage1", *command, tp=2, before=limit_file_size, code=6)
     assert "nothing was published" in message
     assert "Errno 27" in message  # what a file size limit gives in place of a full disk's 28
-    assert training.latest_iteration(tmp_path / "run") is None
+    assert directories.latest_iteration(tmp_path / "run") is None
     stages.succeed("stage1", *command, tp=2)
 
 
@@ -139,4 +139,4 @@ def test_a_run_of_which_most_steps_were_skipped_fails(folder, tmp_path, first, s
     else:
         message = stages.fail("stage1", *command, before=poison, code=7)
         assert f"{skipped} of 5 steps were skipped" in message
-    assert training.latest_iteration(tmp_path / "run") == saved
+    assert directories.latest_iteration(tmp_path / "run") == saved

@@ -7,7 +7,7 @@ import threading
 import pytest
 import yaml
 
-from megatron_replay.checkpoint import training
+from megatron_replay.checkpoint import directories
 from megatron_replay.training import train
 from tests.e2e import stages
 from tests.e2e.stages import argv
@@ -95,7 +95,7 @@ def test_exit_interval_stops_at_its_multiples(folder, tmp_path):
     """As Megatron's does, wherever the run was resumed: after 3 of 5, every 2 is after 4."""
     for interval, reached in ((3, 3), (2, 4), (2, 5)):
         stages.succeed("stage1", *argv(folder, tmp_path / "run", "--exit-interval", interval))
-        assert training.latest_iteration(tmp_path / "run") == reached
+        assert directories.latest_iteration(tmp_path / "run") == reached
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert "is finished" in stages.succeed("stage1", *argv(folder, tmp_path / "run"), tp=2)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics

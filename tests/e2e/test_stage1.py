@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_replay import stage0, stage1
-from megatron_replay.checkpoint import training
+from megatron_replay.checkpoint import directories
 from megatron_replay.run_log import read_metrics, summarize_run
 from megatron_replay.store import CandidateReader
 from tests import tiny
@@ -150,7 +150,8 @@ def test_sigterm_saves_and_the_rerun_loses_nothing(folder, finished, tmp_path):
     results = stages.run("stage1", *command, tp=2, before=before)
     assert [code for code, _, _ in results] == [130, 130]
     assert "SIGTERM" in results[0][2]
-    assert training.latest_iteration(tmp_path / "run") == 4  # the step after the signal is the last
+    # The step after the signal is the last.
+    assert directories.latest_iteration(tmp_path / "run") == 4
     stages.succeed("stage1", *command, tp=2)
     assert weights(tmp_path / "run") == weights(finished[0])
 
@@ -185,7 +186,7 @@ def test_an_unfinished_checkpoint_is_ignored_and_reported(folder, run, tmp_path)
     out = stages.succeed("stage1", *argv(folder, save), tp=2)
     assert out.count(f"{unfinished}: ") == out.count(f"{unnamed}: ") == 1
     assert not list(save.glob(".iter_*"))
-    assert training.latest_iteration(save) == 5
+    assert directories.latest_iteration(save) == 5
     assert not (unnamed / "junk").exists()
 
 

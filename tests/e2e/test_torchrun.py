@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_replay.checkpoint import training
+from megatron_replay.checkpoint import directories
 from tests import processes, tiny
 from tests.e2e import stages
 from tests.same_weights import require_equal
@@ -116,7 +116,7 @@ def test_ctrl_c_saves_and_the_rerun_finishes(folder, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(processes.HANG_SECONDS) != 0
     assert "saved; rerun the same command to continue" in (tmp_path / "printed").read_text()
-    reached = training.latest_iteration(tmp_path / "run")
+    reached = directories.latest_iteration(tmp_path / "run")
     assert reached is not None
     assert reached == len(stages.losses(tmp_path / "run"))
     printed = stages.succeed("stage1", *argv, "--exit-interval", reached + 2, tp=2)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from megatron_replay.checkpoint import export, training
+from megatron_replay.checkpoint import directories, export
 from megatron_replay.locks import DirectoryLock
 from tests import tiny
 from tests.e2e import stages
@@ -75,7 +75,7 @@ def test_two_conversions_never_share_a_directory(folder, other, run, tmp_path):
         for overwrite in ([], ["--overwrite"]):
             line = refused_conversion(other, save, *flags, *overwrite)
             assert ("did not write" if overwrite else "not empty") in line
-    assert training.latest_iteration(save) == 2
+    assert directories.latest_iteration(save) == 2
     for output in (save / "hf", save.parent):  # the run's own files; what holds the run
         before = sorted(output.rglob("*"))
         assert "did not write" in refused_conversion(save, output, "--overwrite")

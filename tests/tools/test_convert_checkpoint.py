@@ -13,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_replay.checkpoint.convert_ranks import hf_to_ranks
-from megatron_replay.checkpoint.rank_file import RankFile
-from megatron_replay.checkpoint.rank_grid import grid_for
+from megatron_replay.checkpoint.convert_ranks import grid_for, hf_to_ranks
+from megatron_replay.checkpoint.rank_files import RankFile
 from megatron_replay.config import ParallelConfig
 from megatron_replay.model.config import ModelConfig
 from tests import pool, tiny
@@ -105,6 +104,7 @@ def test_flags_of_mindspeed_llm(model, tmp_path, capfd):
         (["--save-model-type", "mcore", "--trust-pickle"], "--trust-pickle: .*reading mg"),
         (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size: .*hf <-> mcore"),
         (["--load", "/nowhere"], r"/nowhere: no checkpoint here .*found no such directory"),
+        (["--target-tensor-parallel-size", "0"], "--target-tensor-parallel-size: invalid .*'0'"),
         (["--num-layer-list", "a"], "--num-layer-list: invalid"),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_replay.checkpoint import directories, training
+from megatron_replay.checkpoint import directories
 from megatron_replay.training import train
 from tests import pool, processes
 from tests.e2e import stages
@@ -97,7 +97,7 @@ def test_killed_twenty_times(folder, tmp_path):
             seconds = draw.uniform(0, 0.05)
         codes = live(victim, moment, seconds, command)
         assert codes[0] == -signal.SIGKILL, f"life {life} came to its end: {reached}"
-        reached.append(training.latest_iteration(save) or 0)
+        reached.append(directories.latest_iteration(save) or 0)
         saving += bool(directories.unfinished(save))
         unnamed += any(number > reached[-1] for number in directories.iterations(save))
     assert reached == sorted(reached)
