@@ -15,43 +15,20 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from megatron_replay.config import flag_name
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
-from megatron_replay.evaluation.inputs import Inputs, Settings, flag_of, named_paths
-from megatron_replay.evaluation.outputs import printable
-from megatron_replay.evaluation.scores import domain_scores, value_at
-from megatron_replay.evaluation.suite import BASE, evaluate
+from megatron_replay.evaluation.inputs import FLAGS, Inputs, Settings, named_paths
+from megatron_replay.evaluation.results import BASE, printable, scores, value_at
+from megatron_replay.evaluation.suite import evaluate
 from megatron_replay.files import make_directory
 
-#: Inputs of which each has a name: what is given beside it, and what it is.
-_NAMED = {
-    "sql": ("DIR", "questions and databases, in the layout of Spider, of BIRD, or plain"),
-    "choices": ("FILE", "multiple-choice rows of the domain"),
-    "general_choices": ("FILE", "multiple-choice rows of general abilities, for retention"),
-}
-_TASKS = {
-    "lm_eval_tasks": "lm-eval tasks of general abilities, for retention",
-    "lm_eval_domain_tasks": "lm-eval tasks of the domain",
-}
-_PATHS = {
-    "lm_eval_include_path": "directory of these tasks' YAML files",
-    "general_text": "text rows that show what is forgotten",
-    "data": "held-out rows of the domain, of any format",
-    "data_path": "prefix of the corpus whose outside mass is measured",
-    "store": "candidate store of that corpus",
-}
-_SETTINGS = {
-    "device": "torch device; auto: this machine's accelerator, or its CPU",
-    "dtype": "float32 or bfloat16: the number format of the models",
-    "batch_size": "documents or prompts in a batch",
-    "max_new_tokens": "most tokens of a generated query",
-    "query_seconds": "time limit of a query",
-}
 #: The inputs that read a setting; the others are read by all.
 _READ_BY = {
-    "batch_size": {*_NAMED, *_TASKS, "general_text", "data"},
+    "batch_size": FLAGS.keys() - {"data_path", "store", "lm_eval_include_path"},
     "max_new_tokens": {"sql"},
     "query_seconds": {"sql"},
 }
@@ -68,47 +45,49 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--output", type=Path, required=True, help="the JSON to write")
     inputs = flags.add_argument_group("inputs")
-    for name, (kind, what) in _NAMED.items():
-        text = f"{what}; repeatable"
-        inputs.add_argument(
-            flag_of(name), action="append", default=[], metavar=f"NAME={kind}", help=text
-        )
-    for name, what in _TASKS.items():
-        inputs.add_argument(flag_of(name), default="", metavar="TASK,…", help=what)
-    for name, what in _PATHS.items():
-        inputs.add_argument(flag_of(name), type=Path, metavar="PATH", help=what)
-    how = flags.add_argument_group("settings")
-    for name, what in _SETTINGS.items():
-        default = getattr(Settings(), name)
-        text = f"{what} (default: {default})"
-        how.add_argument(flag_of(name), type=type(default), default=argparse.SUPPRESS, help=text)
+    for name, (metavar, text) in FLAGS.items():
+        how: dict[str, Any] = {"metavar": metavar, "help": text}
+        if metavar.startswith("NAME="):
+            how |= {"action": "append", "default": [], "help": f"{text}; repeatable"}
+        elif metavar == "PATH":
+            how["type"] = Path
+        inputs.add_argument(flag_name(name), **how)
+    settings = flags.add_argument_group("settings")
+    for one in fields(Settings):
+        text = f"{one.metadata['help']} (default: {one.default})"
+        kind = type(one.default)
+        settings.add_argument(flag_name(one.name), type=kind, default=argparse.SUPPRESS, help=text)
     return flags
 
 
 def _inputs(given: Mapping[str, Any]) -> Inputs:
-    values: dict[str, Any] = {name: given[name] for name in _PATHS}
-    for name, (kind, _) in _NAMED.items():
-        values[name] = named_paths(given[name], flag=flag_of(name), kind=kind)
-    for name in _TASKS:
-        values[name] = tuple(filter(None, given[name].split(",")))
+    values: dict[str, Any] = {}
+    for name, (metavar, _) in FLAGS.items():
+        value = given[name]
+        if metavar.startswith("NAME="):
+            value = named_paths(value, flag=flag_name(name), metavar=metavar)
+        elif metavar != "PATH":
+            value = tuple(filter(None, (value or "").split(",")))
+        values[name] = value
     return Inputs(**values)
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:
     for name, readers in _READ_BY.items():
         if name in given and not any(given[reader] for reader in readers):
-            flags = " or ".join(map(flag_of, sorted(readers)))
+            flags = " or ".join(map(flag_name, sorted(readers)))
             raise ConfigError(
                 "has no effect on what is measured",
-                where=flag_of(name),
+                where=flag_name(name),
                 fix=f"Add {flags}, or leave it out",
             )
-    return Settings(**{name: given[name] for name in _SETTINGS if name in given})
+    names = [one.name for one in fields(Settings)]
+    return Settings(**{name: given[name] for name in names if name in given})
 
 
 def _line(model: Mapping[str, Any]) -> str:
     """The model's scores in the domain, and its distance from the base on general text."""
-    found = [f"{name} {score:.1f} %" for name, score in domain_scores(model).items()]
+    found = [f"{name} {score:.1f} %" for name, score in scores(model, general=False).items()]
     change = value_at(model, "general.delta_perplexity")
     if change is not None:
         found.append(f"ΔPPL {change:+.2f}")

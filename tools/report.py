@@ -12,21 +12,30 @@ For tables over seeds and learning rates, see examples/replicate.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_replay.errors import EXIT_INTERRUPTED, ReplayError
-from megatron_replay.evaluation.entries import strict
-from megatron_replay.evaluation.figure import report_figure, save
+from megatron_replay.errors import EXIT_INTERRUPTED, DataError, OutputError, ReplayError
 from megatron_replay.evaluation.inputs import named_paths
-from megatron_replay.evaluation.outputs import printable, require_replaceable
-from megatron_replay.evaluation.report import build_report, read_timings, render_markdown
-from megatron_replay.evaluation.suite import read_evaluation
-from megatron_replay.files import atomic_file, make_directory, write_json
+from megatron_replay.evaluation.report import build_report, render_markdown, report_figure
+from megatron_replay.evaluation.results import printable, read_evaluation, strict
+from megatron_replay.files import (
+    atomic_file,
+    is_number,
+    make_directory,
+    read_json,
+    read_text,
+    require_apart,
+    write_json,
+)
 from megatron_replay.run_log import CONFIG, METRICS, summarize_run
 
+#: A thousand years: nothing longer was measured.
+_LONGEST_SECONDS = 3e10
 #: Texts that the files of an earlier report contain.
 _SIGNS = {
     "report.json": ('"methods": ', '"timings": ', '"commands": '),
@@ -66,8 +75,65 @@ def one_report(argv: list[str], command: str) -> str:
     write_json(output / "report.json", strict(report))
     with atomic_file(output / "report.md", "w") as handle:
         handle.write(markdown)
-    save(figure, output / "report.png")
+    with atomic_file(output / "report.png") as handle:
+        figure.savefig(handle, format="png")
     return markdown
+
+
+def read_timings(path: Path) -> dict[str, float]:
+    """Read ``{"part": seconds, …}``, in the order of the file.
+
+    Raises:
+        DataError: the file holds anything else.
+    """
+    timings = read_json(path, DataError)
+    for name, seconds in timings.items():
+        if not (is_number(seconds) and 0 <= seconds < _LONGEST_SECONDS):
+            raise DataError(
+                "not timings",
+                where=path,
+                expected='{"part": seconds, …}',
+                found=f"{name!r}: {json.dumps(seconds)[:60]}",
+            )
+    return {name: float(seconds) for name, seconds in timings.items()}
+
+
+def require_replaceable(
+    directory: Path,
+    names: Sequence[str],
+    signs: Mapping[str, tuple[str, ...]],
+    inputs: Sequence[tuple[str, Path]],
+) -> None:
+    """Check that writing ``names`` replaces no input, and only files of an earlier report.
+
+    Args:
+        signs: texts that files of an earlier report contain, by the file's name; one such file in
+            the directory is enough.
+        inputs: (flag, path) of each input.
+
+    Raises:
+        ConfigError: an output is an input.
+        OutputError: a file is there that is not from an earlier report.
+    """
+    for name in names:
+        require_apart(directory / name, inputs, flag="--output-dir")
+    there = [name for name in names if os.path.lexists(directory / name)]
+    if there and not any(_holds(directory / name, texts) for name, texts in signs.items()):
+        raise OutputError(
+            "these files are not from an earlier report of ours, so they are not replaced",
+            where=directory,
+            expected=f"{' or '.join(signs)} of an earlier report beside them",
+            found=", ".join(there[:5]),
+            fix="Give another --output-dir, or move them away",
+        )
+
+
+def _holds(path: Path, texts: tuple[str, ...]) -> bool:
+    try:
+        content = read_text(path, DataError)
+    except DataError:
+        return False
+    return all(text in content for text in texts)
 
 
 def _run_files(runs: Iterable[Path]) -> list[tuple[str, Path]]:

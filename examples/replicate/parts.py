@@ -22,7 +22,7 @@ from megatron_replay import parallel, platform, stage0, stage1
 from megatron_replay.checkpoint.export import export_hf
 from megatron_replay.checkpoint.load import load_model
 from megatron_replay.config import ModelConfigSource, ParallelConfig
-from megatron_replay.evaluation.suite import BASE, read_evaluation
+from megatron_replay.evaluation.results import BASE, read_evaluation
 from tools import evaluate, preprocess_data
 
 #: The row of a finished run, in its directory.

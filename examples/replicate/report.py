@@ -16,8 +16,8 @@ import pandas as pd
 from examples.replicate import curves, tables
 from examples.replicate.figures import draw_figures
 from megatron_replay.errors import EXIT_INTERRUPTED, DataError, ReplayError
-from megatron_replay.evaluation.outputs import require_replaceable
 from megatron_replay.files import atomic_file, make_directory
+from tools.report import require_replaceable
 
 _TITLE = "# Tables of the study\n"
 _NOTE = """

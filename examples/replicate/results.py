@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.scores import domain_scores, general_scores, value_at
+from megatron_replay.evaluation.results import scores, value_at
 from megatron_replay.files import atomic_file, read_text
 from megatron_replay.run_log import summarize_run
 
@@ -41,8 +41,8 @@ def row_of_model(entry: Mapping[str, Any], **made_with: Any) -> Row:
     """The row of a model without a run: ``entry`` is its part of the evaluation's JSON."""
     row: Row = {**made_with, "weights": entry["sha256"][:12]}
     row |= {column: value_at(entry, path) for column, path in MEASURED.items()}
-    row |= {f"domain/{name}": score for name, score in domain_scores(entry).items()}
-    return row | {f"general/{name}": score for name, score in general_scores(entry).items()}
+    row |= {f"domain/{name}": score for name, score in scores(entry, general=False).items()}
+    return row | {f"general/{name}": score for name, score in scores(entry, general=True).items()}
 
 
 def row_of_run(

@@ -12,7 +12,7 @@ from examples.replicate.make_data import MANIFEST, make_data
 from examples.replicate.plan import Run, Store
 from examples.replicate.results import Row, read_rows, row_of_model, write_rows
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.suite import read_evaluation
+from megatron_replay.evaluation.results import read_evaluation
 from megatron_replay.files import sha256_of_files, write_json
 
 

@@ -27,21 +27,13 @@ from megatron_replay.data.rows import parse_row, read_lines
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.language_model import require_readable
-from megatron_replay.evaluation.scores import standard_error
+from megatron_replay.evaluation.results import standard_error
 from megatron_replay.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One question.
-
-    Attributes:
-        where: where it stands, for messages.
-        prompt: tokens of the question.
-        options: tokens of each option.
-        num_bytes: length of each option.
-        answer: place of the right option, from 0.
-    """
+    """One question, as tokens; ``answer`` is the place of the right option, from 0."""
 
     where: str
     prompt: list[int]
@@ -67,30 +59,20 @@ def read_choices(path: Path, tokenizer: Tokenizer) -> list[Choice]:
         if not question or not all(tokens):
             empty = "'prompt'" if not question else f"option {tokens.index([])}"
             raise row.error(f"{empty} is empty")
-        choices.append(
-            Choice(
-                where=where,
-                prompt=question,
-                options=tokens,
-                num_bytes=[len(text.encode()) for text in texts],
-                answer=_answer(row.fields.get("answer"), len(options), where),
+        answer = row.fields.get("answer")
+        if type(answer) is not int or not 0 <= answer < len(options):  # True is an int in Python
+            raise row.error(
+                "'answer' names no option",
+                expected=f"a number from 0 to {len(options) - 1}",
+                found="none" if answer is None else repr(answer),
             )
+        num_bytes = [len(text.encode()) for text in texts]
+        choices.append(
+            Choice(where=where, prompt=question, options=tokens, num_bytes=num_bytes, answer=answer)
         )
     if not choices:
         raise DataError("no questions", where=path)
     return choices
-
-
-def _answer(value: object, num_options: int, where: str) -> int:
-    # True is an int in Python, and no answer.
-    if type(value) is int and 0 <= value < num_options:
-        return value
-    raise DataError(
-        "'answer' names no option",
-        where=where,
-        expected=f"a number from 0 to {num_options - 1}",
-        found="none" if value is None else repr(value),
-    )
 
 
 def score_choices(
@@ -122,9 +104,7 @@ def score_choices(
 
 
 def _likeliest(scores: Sequence[float]) -> int | None:
-    if any(map(math.isnan, scores)):
-        return None
-    return max(range(len(scores)), key=lambda option: scores[option])  # max: the first of equals
+    return None if any(map(math.isnan, scores)) else scores.index(max(scores))
 
 
 @torch.inference_mode()
@@ -134,9 +114,8 @@ def option_scores(
     """Σ log p of every option, in nats.
 
     A prompt is read once for all its options. Prompts of one length form a batch of at most
-    ``batch_size``: no padding before what is scored.
-
-    Memory: keys and values of the options' prompts, and their logits, ``R·O·V`` numbers.
+    ``batch_size``: no padding before what is scored. Memory: keys and values of the options'
+    prompts, and their logits, ``R·O·V`` numbers.
 
     Raises:
         DataError: a question is longer than the model's context, or holds ids it lacks.

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+import glob
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import yaml
+
+from megatron_replay.config import Section, flag_name, option
 from megatron_replay.data.corpus import corpus_file
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, task_files
 from megatron_replay.evaluation.sql.sets import sql_set_files
-from megatron_replay.files import require_regular
+from megatron_replay.files import read_text, require_regular
 from megatron_replay.platform import select
 
-#: The most that a setting may be; a query may take a day.
-_MOST = {"batch_size": 1 << 20, "max_new_tokens": 1 << 20, "query_seconds": 86_400}
+#: What an input is given as on a command line, and what it is.
+FLAGS = {
+    "sql": ("NAME=DIR", "questions and databases, in the layout of Spider, of BIRD, or plain"),
+    "choices": ("NAME=FILE", "multiple-choice rows of the domain"),
+    "general_choices": ("NAME=FILE", "multiple-choice rows of general abilities, for retention"),
+    "lm_eval_tasks": ("TASK,…", "lm-eval tasks of general abilities, for retention"),
+    "lm_eval_domain_tasks": ("TASK,…", "lm-eval tasks of the domain"),
+    "lm_eval_include_path": ("PATH", "directory of these tasks' YAML files"),
+    "general_text": ("PATH", "text rows that show what is forgotten"),
+    "data": ("PATH", "held-out rows of the domain, of any format"),
+    "data_path": ("PATH", "prefix of the corpus whose outside mass is measured"),
+    "store": ("PATH", "candidate store of that corpus"),
+}
+#: What may name local data in a task's YAML file.
+_DATA_KEYS = ("data_files", "data_dir", "dataset_path")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What models are measured on; what is None or empty is not measured.
-
-    Attributes:
-        sql: directories of SQL questions by name, in a layout of ``sql/sets.py``.
-        choices: multiple-choice rows of the domain by name.
-        general_choices: those of general abilities, for retention.
-        lm_eval_tasks: lm-eval tasks of general abilities.
-        lm_eval_domain_tasks: lm-eval tasks of the domain.
-        lm_eval_include_path: directory of these tasks' YAML files.
-        general_text: text rows that show what is forgotten.
-        data: rows of any format that ``tools/preprocess_data.py`` reads.
-        data_path: prefix of the corpus that ``store`` was made for.
-        store: directory of a candidate store.
-    """
+    """What models are measured on (`FLAGS`); what is None or empty is not measured."""
 
     sql: Mapping[str, Path] = field(default_factory=dict)
     choices: Mapping[str, Path] = field(default_factory=dict)
@@ -48,42 +51,31 @@ class Inputs:
     def __post_init__(self) -> None:
         if (self.data_path is None) != (self.store is None):
             raise ConfigError("--data-path and --store are given together or not")
-        if not any(getattr(self, one.name) for one in fields(self)):
-            flags = ", ".join(flag_of(one.name) for one in fields(self))
+        if not any(vars(self).values()):
+            flags = ", ".join(map(flag_name, FLAGS))
             raise ConfigError("nothing to measure", expected=f"at least one of {flags}")
-        tasks = (*self.lm_eval_tasks, *self.lm_eval_domain_tasks)
-        if bool(tasks) != (self.lm_eval_include_path is not None):
+        if bool(self.tasks) != (self.lm_eval_include_path is not None):
             raise ConfigError(
                 "--lm-eval-tasks and --lm-eval-include-path are given together or not"
             )
-        names = [*self.sql, *self.choices, *self.general_choices, *tasks]
+        names = [*self.sql, *self.choices, *self.general_choices, *self.tasks]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ConfigError(
-                "two benchmarks have one name",
-                where="--sql, --choices, --general-choices, --lm-eval-tasks, "
-                "--lm-eval-domain-tasks",
-                found=twice[0],
-            )
+            flags = "--sql, --choices, --general-choices, --lm-eval-tasks, --lm-eval-domain-tasks"
+            raise ConfigError("two benchmarks have one name", where=flags, found=twice[0])
 
-    def lm_eval(self) -> LmEvalTasks | None:
-        """The lm-eval tasks, if any."""
-        if self.lm_eval_include_path is None:
-            return None
-        return LmEvalTasks(
-            general=self.lm_eval_tasks,
-            domain=self.lm_eval_domain_tasks,
-            include_path=self.lm_eval_include_path,
-        )
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """All lm-eval tasks."""
+        return (*self.lm_eval_tasks, *self.lm_eval_domain_tasks)
 
     def paths(self) -> dict[str, Path]:
         """Every input by its name; ``sql/NAME`` where it has a name of its own."""
         found: dict[str, Path] = {}
-        for one in fields(self):
-            value = getattr(self, one.name)
+        for kind, value in vars(self).items():
             if isinstance(value, Mapping):
-                found |= {f"{one.name}/{name}": path for name, path in value.items()}
+                found |= {f"{kind}/{name}": path for name, path in value.items()}
             elif isinstance(value, Path):
-                found[one.name] = value
+                found[kind] = value
         return found
 
     def files(self) -> dict[str, list[Path]]:
@@ -107,42 +99,72 @@ class Inputs:
                 files = [path]
             for file in files:
                 if not file.exists():
-                    raise DataError(f"no such file, given as {flag_of(kind)}", where=file)
+                    raise DataError(f"no such file, given as {flag_name(kind)}", where=file)
                 require_regular(file, DataError)
             found[name] = files
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How models are measured; part of every result's key.
+def task_files(include_path: Path) -> list[Path]:
+    """Every file of the directory, and the local data that its YAML files name.
 
-    Attributes:
-        device: where the models run; "auto" is this machine's accelerator, or its CPU.
-        dtype: their number format. float32 everywhere by default: bfloat16 rounds away part of
-            what a small learning rate changed.
-        batch_size: documents or prompts in a batch.
-        max_new_tokens: most tokens of a generated query.
-        query_seconds: time limit of a query.
+    Raises:
+        DataError: there is no YAML file, one is not YAML, or something is not a regular file.
     """
+    files = {path for path in _inside(include_path) if "__pycache__" not in path.parts}
+    tasks = [path for path in files if path.name.endswith(("yaml", "yml"))]
+    if not tasks:
+        raise DataError("no task's YAML file here", where=include_path)
+    for path in tasks:
+        try:
+            names = set(_named_data(yaml.compose(read_text(path, DataError))))
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise DataError(f"not YAML: {error}", where=path) from error
+        for name in names:
+            for found in map(Path, glob.glob(name)):
+                files.update(_inside(found))
+    return sorted(files)
 
-    device: str = "auto"
-    dtype: str = "float32"
-    batch_size: int = 16
-    max_new_tokens: int = 128
-    query_seconds: float = 2.0
 
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(
-                "no such dtype", where="--dtype", expected="float32 or bfloat16", found=self.dtype
-            )
-        for name, most in _MOST.items():
-            if not 0 < (value := getattr(self, name)) <= most:
-                expected = f"above 0, at most {most}"
-                raise ConfigError(
-                    "out of range", where=flag_of(name), expected=expected, found=value
-                )
+def _inside(path: Path) -> Iterator[Path]:
+    """The file, or every file in the directory; lm-eval would wait for a pipe for ever."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if not file.is_dir():
+            require_regular(file, DataError)
+            yield file
+
+
+def _named_data(tree: yaml.Node | None) -> Iterator[str]:
+    """Strings under ``_DATA_KEYS``; tags such as ``!function`` are left alone."""
+    nodes, seen = [(tree, False)], set()
+    while nodes:
+        node, below = nodes.pop()
+        if (id(node), below) in seen:  # an alias: the whole of it may be beyond counting
+            continue
+        seen.add((id(node), below))
+        if isinstance(node, yaml.MappingNode):
+            nodes += [(value, below or key.value in _DATA_KEYS) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += [(value, below) for value in node.value]
+        elif isinstance(node, yaml.ScalarNode) and below:
+            yield node.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Section):
+    """How models are measured; part of every result's key."""
+
+    device: str = option("torch device; auto: this machine's accelerator, or its CPU", "auto")
+    # float32 everywhere: bfloat16 rounds away part of what a small learning rate changed.
+    dtype: str = option("the number format of the models", "float32", ("float32", "bfloat16"))
+    batch_size: int = option("documents or prompts in a batch", 16)
+    max_new_tokens: int = option("most tokens of a generated query", 128)
+    query_seconds: float = option("time limit of a query, up to a day", 2.0)
+
+    def _check(self) -> None:
+        self.require_positive("query_seconds")
+        self.require_between(1, 1 << 20, "batch_size", "max_new_tokens")
+        self.require_between(0, 86_400, "query_seconds")
 
     def resolved(self) -> Settings:
         """These settings with the device that "auto" is here: two devices give two results."""
@@ -154,13 +176,8 @@ class Settings:
             raise ConfigError(str(error).replace("--platform", "--device")) from error
 
 
-def flag_of(name: str) -> str:
-    """``--general-text`` of ``general_text``."""
-    return f"--{name.replace('_', '-')}"
-
-
-def named_paths(pairs: list[str], *, flag: str, kind: str = "DIR") -> dict[str, Path]:
-    """``NAME=PATH`` arguments as a dictionary; ``kind`` stands for PATH in messages.
+def named_paths(pairs: list[str], *, flag: str, metavar: str = "NAME=DIR") -> dict[str, Path]:
+    """``NAME=PATH`` arguments as a dictionary.
 
     Raises:
         ConfigError: one is malformed, a name is given twice, or is not UTF-8 as the JSON must be.
@@ -169,9 +186,7 @@ def named_paths(pairs: list[str], *, flag: str, kind: str = "DIR") -> dict[str, 
     for pair in pairs:
         name, equals, path = pair.partition("=")
         if not (name and equals and path):
-            raise ConfigError(
-                "not a name and a path", where=flag, expected=f"NAME={kind}", found=pair
-            )
+            raise ConfigError("not a name and a path", where=flag, expected=metavar, found=pair)
         try:
             name.encode()
         except UnicodeEncodeError as error:

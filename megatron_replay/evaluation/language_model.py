@@ -11,9 +11,8 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,17 +28,8 @@ from megatron_replay.model.config import ModelConfig
 from megatron_replay.progress import Progress
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-_ABSENT = object()
 #: Of exp in float64.
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Generated tokens without the end-of-sequence token; ``finished``: that token came."""
-
-    tokens: list[int]
-    finished: bool
 
 
 def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> PreTrainedModel:
@@ -54,7 +44,7 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
     require_model(path)
     try:
         # transformers loads in threads of its own, which may wait for ever in a forked process.
-        with replaced(os.environ, "HF_DEACTIVATE_ASYNC_LOAD", "1"):
+        with replaced(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=getattr(torch, dtype),
@@ -71,8 +61,7 @@ def load_model(path: Path, *, device: str = "cpu", dtype: str = "float32") -> Pr
             where=path,
             fix="Nothing can be measured of them: give another checkpoint",
         )
-    model.to(device).eval()
-    return cast(PreTrainedModel, model)
+    return cast(PreTrainedModel, model.to(device).eval())
 
 
 def require_model(directory: Path) -> None:
@@ -128,17 +117,16 @@ def require_device(device: str) -> None:
 
 
 @contextmanager
-def replaced(values: MutableMapping[str, Any], name: str, value: Any) -> Iterator[None]:
-    """Set ``values[name]`` within the context, and restore what it was, or that it was absent."""
-    before = values.get(name, _ABSENT)
-    values[name] = value
+def replaced(values: MutableMapping[str, Any], **new: Any) -> Iterator[None]:
+    """Set these values within the context, and restore what they were, or that they were absent."""
+    before = {name: values[name] for name in new if name in values}
+    values.update(new)
     try:
         yield
     finally:
-        if before is _ABSENT:
+        for name in new:
             del values[name]
-        else:
-            values[name] = before
+        values.update(before)
 
 
 @torch.inference_mode()
@@ -160,20 +148,20 @@ def score(
             carries loss.
     """
     require_fitting(model, documents)
-    device, loss_sum, num_labels, correct = model.device, 0.0, 0, 0
+    loss_sum, num_labels, correct = 0.0, 0, 0
     ordered = sorted(documents, key=len, reverse=True)
     with Progress(show, len(documents), "documents", enabled=bool(show)) as bar:
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]
             tokens_BL1, mask_BL1 = (
-                pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True).to(device)
+                pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
                 for rows in (
                     [document.tokens.astype("int64") for document in batch],
                     [document.loss_mask.copy() for document in batch],
                 )
             )
+            tokens_BL1, carries = tokens_BL1.to(model.device), mask_BL1[:, 1:].to(model.device)
             logits_BLV = model(tokens_BL1[:, :-1], use_cache=False).logits
-            carries = mask_BL1[:, 1:]
             logits_NV, labels_N = logits_BLV[carries].float(), tokens_BL1[:, 1:][carries]
             losses_N = nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
             loss_sum += losses_N.double().sum().item()
@@ -224,6 +212,13 @@ def require_readable(
         )
 
 
+class Answer(NamedTuple):
+    """Generated tokens without the end-of-sequence token; ``finished``: that token came."""
+
+    tokens: list[int]
+    finished: bool
+
+
 @torch.inference_mode()
 def greedy_answers(
     model: PreTrainedModel,
@@ -246,26 +241,19 @@ def greedy_answers(
     )
     generate: Any = model.generate
     with (
-        replaced(vars(model), "generation_config", greedy),
+        replaced(vars(model), generation_config=greedy),
         Progress(show, len(prompts), "answers", enabled=bool(show)) as bar,
     ):
         for start in range(0, len(prompts), batch_size):
             batch = ordered[start : start + batch_size]
-            longest = len(prompts[batch[-1]])
-            padding = [longest - len(prompts[number]) for number in batch]
-            tokens_BL = torch.tensor(
-                [[eos_id] * n + list(prompts[i]) for n, i in zip(padding, batch, strict=True)]
+            rows = [torch.tensor(prompts[number]) for number in batch]
+            tokens_BL, mask_BL = (
+                pad_sequence(of, batch_first=True, padding_value=value, padding_side="left")
+                for of, value in ((rows, eos_id), ([torch.ones_like(row) for row in rows], 0))
             )
-            mask_BL = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
-            rows = generate(tokens_BL.to(model.device), attention_mask=mask_BL.to(model.device))[
-                :, longest:
-            ].tolist()
-            answers |= zip(batch, (_until_end(row, eos_id) for row in rows), strict=True)
+            found = generate(tokens_BL.to(model.device), attention_mask=mask_BL.to(model.device))
+            for number, tokens in zip(batch, found[:, tokens_BL.shape[1] :].tolist(), strict=True):
+                end = tokens.index(eos_id) if eos_id in tokens else None
+                answers[number] = Answer(tokens[:end], end is not None)
             bar.advance(len(batch))
     return [answers[number] for number in range(len(prompts))]
-
-
-def _until_end(row: list[int], eos_id: int) -> Answer:
-    if eos_id in row:
-        return Answer(row[: row.index(eos_id)], True)
-    return Answer(row, False)

@@ -2,42 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedModel
 
 from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.checkpoint.model_files import digests_of, require_store_of_base
-from megatron_replay.data.corpus import Corpus, Document
+from megatron_replay.data.corpus import Corpus, Document, pick_documents
 from megatron_replay.data.row_formats import detect_format, tokenize_row
 from megatron_replay.data.rows import parse_row, read_lines
 from megatron_replay.data.tokenizer import Tokenizer
-from megatron_replay.errors import DataError
-from megatron_replay.evaluation.candidate_mass import candidate_mass
-from megatron_replay.evaluation.choices import Choice, read_choices, score_choices
+from megatron_replay.errors import DataError, StoreError
+from megatron_replay.evaluation.choices import read_choices, score_choices
 from megatron_replay.evaluation.inputs import Inputs, Settings
 from megatron_replay.evaluation.language_model import (
     greedy_answers,
     load_model,
+    require_fitting,
     require_readable,
     score,
 )
-from megatron_replay.evaluation.lm_eval_tasks import LmEvalTasks, read_metrics, run_tasks
+from megatron_replay.evaluation.lm_eval_tasks import run_tasks
+from megatron_replay.evaluation.results import Result
 from megatron_replay.evaluation.sql.execution import execution_match, with_answers
-from megatron_replay.evaluation.sql.query import Limits
+from megatron_replay.evaluation.sql.server import Limits
 from megatron_replay.evaluation.sql.sets import SqlQuestion, read_sql_set
+from megatron_replay.loss.candidate_sets import CandidateSets
+from megatron_replay.loss.full import outside_mass
 from megatron_replay.model.compatibility import require_vocabulary
 from megatron_replay.model.config import ModelConfig
-from megatron_replay.store import CandidateReader
+from megatron_replay.progress import Progress
+from megatron_replay.store import CandidateReader, DocumentCandidates
 
-Result = dict[str, Any]
 #: General text is cut into pieces of this many predicted tokens.
 WINDOW = 128
 #: Documents of the corpus whose outside mass is measured.
 NUM_DOCUMENTS = 200
+
+
+class Measurement(NamedTuple):
+    """What is measured of every model: ``run(model, show="what the progress bar says")``.
+
+    Attributes:
+        kind, name: its place in a model's results; no name: the only one of its kind.
+        also: what is added to the result.
+    """
+
+    kind: str
+    run: Callable[..., Result]
+    name: str | None = None
+    also: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_documents(path: Path, tokenizer: Tokenizer, *, row_format: str | None) -> list[Document]:
@@ -56,66 +75,57 @@ def read_documents(path: Path, tokenizer: Tokenizer, *, row_format: str | None) 
     return documents
 
 
-@dataclass(frozen=True, kw_only=True)
-class Material:
-    """What every model is measured on, read and checked before the first model is loaded.
+def read_measurements(
+    inputs: Inputs,
+    base: Path,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    metrics: Mapping[str, str],
+) -> list[Measurement]:
+    """Read and check every input, and run every gold query, before the first model is loaded.
 
-    Attributes:
-        sql: the questions of each set whose gold query finds something, and how many do not.
-        choices: rows of each benchmark, and whether it is one of general abilities.
-        documents: "data" and "general", those that are given.
-        candidates: corpus and store whose outside mass is measured.
-        tasks: the lm-eval tasks, if any, and the metric that is the score of each.
-    """
-
-    sql: Mapping[str, tuple[list[SqlQuestion], int]]
-    choices: Mapping[str, tuple[list[Choice], bool]]
-    documents: Mapping[str, list[Document]]
-    candidates: tuple[Corpus, CandidateReader] | None
-    tasks: tuple[LmEvalTasks, Mapping[str, str]] | None
-
-
-def read_material(
-    inputs: Inputs, base: Path, tokenizer: Tokenizer, settings: Settings, *, progress: bool
-) -> Material:
-    """Read every input, run every gold query, and look up every lm-eval task.
+    Args:
+        metrics: the metric that is the score of each lm-eval task.
 
     Raises:
-        ConfigError, DataError, StoreError: a row does not fit, a gold query fails, the store is of
-            another corpus, tokenizer or base, an lm-eval task is unknown or has no score that can
-            be used.
+        DataError, StoreError: a row does not fit, a gold query fails, or the store is of another
+            corpus, tokenizer or base.
     """
-    documents = {}
+    size, found = settings.batch_size, []
+    texts = {}
     if inputs.data:
-        documents["data"] = read_documents(inputs.data, tokenizer, row_format=None)
+        texts["data"] = read_documents(inputs.data, tokenizer, row_format=None)
     if inputs.general_text:
-        texts = read_documents(inputs.general_text, tokenizer, row_format="text")
-        documents["general"] = [piece for text in texts for piece in text.split(WINDOW + 1)]
-    candidates = None
+        whole = read_documents(inputs.general_text, tokenizer, row_format="text")
+        texts["general"] = [piece for text in whole for piece in text.split(WINDOW + 1)]
+    for kind, documents in texts.items():
+        found.append(Measurement(kind, partial(score, documents=documents, batch_size=size)))
     if inputs.data_path and inputs.store:
-        candidates = _candidates(inputs.data_path, inputs.store, base)
-    choices = {
-        name: (read_choices(file, tokenizer), general)
-        for general, files in ((False, inputs.choices), (True, inputs.general_choices))
-        for name, file in files.items()
-    }
-    sql = {}
+        corpus, store = _corpus_and_store(inputs.data_path, inputs.store, base)
+        run = partial(candidate_mass, corpus=corpus, reader=store, num_documents=NUM_DOCUMENTS)
+        found.append(Measurement("candidates", run))
+    for general, files in ((False, inputs.choices), (True, inputs.general_choices)):
+        for name, file in files.items():
+            choices = read_choices(file, tokenizer)
+            run = partial(score_choices, choices=choices, batch_size=size)
+            found.append(Measurement("choices", run, name, {"general": general}))
     for name, directory in inputs.sql.items():
-        questions = read_sql_set(directory)
+        asked = read_sql_set(directory)
         limits = Limits(seconds=settings.query_seconds)
-        kept = with_answers(questions, limits, show=f"{name}: gold" if progress else "")
-        sql[name] = kept, len(questions) - len(kept)
-    tasks = inputs.lm_eval()
-    return Material(
-        sql=sql,
-        choices=choices,
-        documents=documents,
-        candidates=candidates,
-        tasks=(tasks, read_metrics(tasks, progress=progress)) if tasks else None,
-    )
+        questions = with_answers(asked, limits, show=f"{name}: gold")
+        run = partial(sql_match, questions=questions, tokenizer=tokenizer, settings=settings)
+        left_out = {"empty_gold": len(asked) - len(questions)}
+        found.append(Measurement("sql", run, name, left_out))
+    if metrics:
+
+        def run_lm_eval(model: PreTrainedModel, show: str) -> Result:  # it shows its own progress
+            return run_tasks(model, tokenizer.path, inputs, metrics, batch_size=size)
+
+        found.append(Measurement("lm_eval", run_lm_eval))
+    return found
 
 
-def _candidates(data_path: Path, store: Path, base: Path) -> tuple[Corpus, CandidateReader]:
+def _corpus_and_store(data_path: Path, store: Path, base: Path) -> tuple[Corpus, CandidateReader]:
     """Corpus and store, made for each other and for the base."""
     corpus, reader = Corpus(data_path), CandidateReader(store)
     require_vocabulary(corpus, ModelConfig.from_hf(base), base, flag="--base")
@@ -132,48 +142,25 @@ def _candidates(data_path: Path, store: Path, base: Path) -> tuple[Corpus, Candi
 
 
 def measure(
-    name: str,
-    path: Path,
-    tokenizer: Tokenizer,
-    material: Material,
-    settings: Settings,
-    *,
-    progress: bool,
+    name: str, path: Path, measurements: Sequence[Measurement], settings: Settings
 ) -> Result:
-    """Measure one model; what is not given is left out."""
+    """Load the model ``name`` and return its results by kind; what is not given is left out."""
     model = load_model(path, device=settings.device, dtype=settings.dtype)
-    size = settings.batch_size
-
-    def show(what: str) -> str:
-        return f"{name}: {what}" if progress else ""
-
-    result: Result = {
-        "sql": {
-            of: _execution(model, tokenizer, questions, settings, show(of)) | {"empty_gold": empty}
-            for of, (questions, empty) in material.sql.items()
-        },
-        "choices": {
-            of: score_choices(model, rows, batch_size=size, show=show(of)) | {"general": general}
-            for of, (rows, general) in material.choices.items()
-        },
-    }
-    for kind, documents in material.documents.items():
-        result[kind] = score(model, documents, batch_size=size, show=show(kind))
-    if material.tasks:
-        result["lm_eval"] = run_tasks(
-            model, tokenizer.path, *material.tasks, batch_size=size, progress=progress
-        )
-    if material.candidates:
-        result["candidates"] = candidate_mass(
-            model, *material.candidates, num_documents=NUM_DOCUMENTS, show=show("outside mass")
-        )
-    return {of: found for of, found in result.items() if found}
+    result: Result = {}
+    for one in measurements:
+        found = one.run(model, show=f"{name}: {one.name or one.kind}") | dict(one.also)
+        if one.name is None:
+            result[one.kind] = found
+        else:
+            result.setdefault(one.kind, {})[one.name] = found
+    return result
 
 
-def _execution(
+def sql_match(
     model: PreTrainedModel,
+    questions: Sequence[SqlQuestion],
+    *,
     tokenizer: Tokenizer,
-    questions: list[SqlQuestion],
     settings: Settings,
     show: str,
 ) -> Result:
@@ -189,12 +176,80 @@ def _execution(
         eos_id=tokenizer.eos_id,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
-        show=show and f"{show}: generate",
+        show=f"{show}: generate",
     )
-    match = execution_match(
-        questions,
-        [tokenizer.decode(answer.tokens).strip() for answer in answers],
-        Limits(seconds=settings.query_seconds),
-        show=show and f"{show}: match",
-    )
+    queries = [tokenizer.decode(answer.tokens).strip() for answer in answers]
+    limits = Limits(seconds=settings.query_seconds)
+    match = execution_match(questions, queries, limits, show=f"{show}: match")
     return match | {"unfinished": sum(not answer.finished for answer in answers)}
+
+
+@torch.inference_mode()
+def candidate_mass(
+    model: PreTrainedModel,
+    corpus: Corpus,
+    reader: CandidateReader,
+    *,
+    num_documents: int,
+    show: str = "",
+) -> dict[str, float | int]:
+    """Means over the recorded positions of ``num_documents`` documents, evenly spaced.
+
+    Returns:
+        ``outside_mass``: ρ = Σ_{j∉S} p(j), good to about 1e-6; ``restricted_loss``:
+        −z[x] + log Σ_{j∈S} exp z[j], and ``full_loss``: −z[x] + log Σ_j exp z[j], in nats;
+        ``positions`` and ``documents``: how many there are.
+
+    Raises:
+        DataError: corpus and store differ in length, or no position is recorded.
+    """
+    if len(corpus) != len(reader):
+        raise DataError(
+            "the store was made for another corpus", expected=len(corpus), found=len(reader)
+        )
+    sample = pick_documents(corpus.lengths, num_documents).tolist()
+    totals, positions = torch.zeros(3, dtype=torch.float64), 0
+    with Progress(show, len(sample), "documents", enabled=bool(show)) as bar:
+        for number in sample:
+            candidates = reader[number]
+            if len(candidates.positions):
+                totals += _sums(model, corpus[number], candidates)
+                positions += len(candidates.positions)
+            bar.advance()
+    if positions == 0:
+        raise DataError(f"no position is recorded in {len(sample)} documents of the store")
+    outside, restricted, full = (totals / positions).tolist()
+    return {
+        "outside_mass": outside,
+        "restricted_loss": restricted,
+        "full_loss": full,
+        "positions": positions,
+        "documents": len(sample),
+    }
+
+
+def _sums(
+    model: PreTrainedModel, document: Document, candidates: DocumentCandidates
+) -> torch.Tensor:
+    """Sums over the P recorded positions: outside mass, restricted loss, full loss. float64 [3]."""
+    require_fitting(model, [document])
+    weight_VH = model.get_output_embeddings().weight
+    if candidates.ids.max() >= len(weight_VH):
+        raise StoreError(
+            "the store holds ids that the model lacks",
+            expected=f"ids below {len(weight_VH)}",
+            found=int(candidates.ids.max()),
+        )
+    sets = CandidateSets.of(
+        candidates.ids,
+        candidates.offsets.astype("int64"),
+        document.tokens[candidates.positions + 1].astype("int64"),
+        vocab_size=len(weight_VH),
+    ).moved(lambda tensor: tensor.to(model.device))
+    tokens_L = torch.from_numpy(document.tokens[:-1].astype("int64")).to(model.device)
+    positions_P = torch.from_numpy(candidates.positions.astype("int64")).to(model.device)
+    hidden_LH = model.base_model(tokens_L[None], use_cache=False).last_hidden_state[0]
+    outside_P, full_P = outside_mass(hidden_LH[positions_P], weight_VH, sets)
+    # Below one: where rounding puts all mass outside, the loss is large, not infinite.
+    restricted_P = full_P + torch.log1p(-outside_P.clamp(max=1 - 2**-24))
+    return torch.stack([outside_P, restricted_P, full_P]).double().sum(1).cpu()

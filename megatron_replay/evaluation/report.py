@@ -1,26 +1,90 @@
-"""The report of several models: what each gained, what it kept, what its run cost."""
+"""The report of several models: what each gained, what it kept, what its run cost; and its figure.
+
+The figure shows gain against forgetting, and how far each model moved.
+"""
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.evaluation.scores import KINDS, value_at
-from megatron_replay.files import is_number, read_json
+from megatron_replay.evaluation.results import KINDS, domain_mean, scores, value_at
 from megatron_replay.run_log import RunSummary
 
 Report = dict[str, Any]
 Model = Mapping[str, Any]
-#: The title of a column, and the text of its cell for a model; None where nothing was measured.
-Column = tuple[str, Callable[[Model], str | None]]
-#: A thousand years: nothing longer was measured.
-_LONGEST_SECONDS = 3e10
+#: A model's line of a table: texts by benchmark ("" for a column of all) and title; "" where
+#: nothing was measured.
+Cells = dict[tuple[str, str], str]
+#: Columns of the tables: title, place in a model's results, format, factor.
+_GAINED = (
+    ("data perplexity", "data.perplexity", ".3f", 1),
+    ("data next token %", "data.accuracy", ".1f", 100),
+)
+_KEPT = (
+    ("general perplexity", "general.perplexity", ".2f", 1),
+    ("Δ perplexity", "general.delta_perplexity", "+.2f", 1),
+    ("retention %", "retention_percent", ".1f", 1),
+    ("relative L2 %", "relative_l2_percent", ".2f", 1),
+    ("outside mass %", "candidates.outside_mass", ".2f", 100),
+    ("restricted loss", "candidates.restricted_loss", ".4f", 1),
+    ("full loss", "candidates.full_loss", ".4f", 1),
+    ("run: relative L2 %", "run.relative_l2", ".2f", 100),
+    ("run: general perplexity", "run.general_perplexity", ".2f", 1),
+    ("run: Δ perplexity", "run.delta_ppl", "+.2f", 1),
+)
+_COST = (
+    ("iterations", "run.iterations", "d", 1),
+    ("tokens", "run.tokens", ",d", 1),
+    ("seconds", "run.seconds", ".1f", 1),
+    ("tokens/s", "run.tokens_per_second", ",.0f", 1),
+    ("waiting for data %", "run.data_wait_share", ".2f", 100),
+)
+_STABILITY = (
+    ("final loss", "run.final_loss", ".4f", 1),
+    ("loss std", "run.loss_std", ".4f", 1),
+    ("loss variance", "run.loss_variance", ".3g", 1),
+    ("gradient-norm CV", "run.gradient_norm_cv", ".3f", 1),
+    ("loss spikes", "run.loss_spikes", "d", 1),
+    ("loss spikes per 1,000 steps", "run.loss_spike_rate", ".2f", 1000),
+    ("gradient spikes", "run.gradient_spikes", "d", 1),
+    ("gradient spikes per 1,000 steps", "run.gradient_spike_rate", ".2f", 1000),
+    ("non-finite steps", "run.non_finite", "d", 1),
+)
+_NOTE = (
+    "± is one standard error over the questions. Questions whose gold query returns nothing "
+    "are left out. Retention can exceed 100 % by chance where a benchmark is small or the "
+    "base's score is near that of guessing. Δ perplexity and relative L2 are relative to the "
+    "base; outside mass is the probability outside the stored candidate sets. A run measures "
+    "its own values (run:) on its own sample of general text, with fp32 weights."
+)
+
+_STYLE = {
+    "font.size": 16, "axes.titlesize": 17, "legend.fontsize": 15, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False,
+}  # fmt: skip
+#: Okabe and Ito (2008): the colour-blind can tell them apart; the yellow is darkened for a white
+#: page.
+COLOURS = (
+    "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2", "#B5A300",
+)  # fmt: skip
+#: Height of a label as a share of the axes: labels closer than this would overlap.
+_LABEL_HEIGHT = 0.075
+_FORGETTING, _NEXT_TOKEN = "general.delta_perplexity", "data.accuracy"
+#: What the right side shows: title, value, factor to per cent.
+_MOVEMENT = (
+    ("relative L2 to the base, %", "relative_l2_percent", 1.0),
+    ("mass outside the candidates, %", "candidates.outside_mass", 100.0),
+)
 
 
 def build_report(
@@ -35,23 +99,21 @@ def build_report(
     Raises:
         ConfigError: no model of a run's name was evaluated.
     """
-    names = [model["name"] for model in evaluation["models"]]
-    for name in runs:
-        if name not in names:
+    methods = {
+        model["name"]: {key: value for key, value in model.items() if key != "key"}
+        for model in evaluation["models"]
+    }
+    for name, summary in runs.items():
+        if name not in methods:
             raise ConfigError(
                 f"the run {name!r} was not evaluated",
                 where="--run",
-                expected=" or ".join(names),
+                expected=" or ".join(methods),
                 found=name,
             )
-    methods = []
-    for model in evaluation["models"]:
-        method = {key: value for key, value in model.items() if key != "key"}
-        if model["name"] in runs:
-            method["run"] = asdict(runs[model["name"]])
-        methods.append(method)
+        methods[name]["run"] = asdict(summary)
     return {
-        "methods": methods,
+        "methods": list(methods.values()),
         "timings": dict(timings),
         "inputs": evaluation["inputs"],
         "settings": evaluation["settings"],
@@ -59,153 +121,178 @@ def build_report(
     }
 
 
-def read_timings(path: Path) -> dict[str, float]:
-    """Read ``{"part": seconds, …}``, in the order of the file.
+def _numbers(model: Model, columns: Sequence[tuple[str, str, str, float]]) -> Cells:
+    found = ((title, value_at(model, path), form, factor) for title, path, form, factor in columns)
+    return {
+        ("", title): "" if value is None else format(factor * value, form)
+        for title, value, form, factor in found
+    }
 
-    Raises:
-        DataError: the file holds anything else.
+
+def _benchmarks(model: Model, *, general: bool | None) -> Cells:
+    """Each benchmark's score, number of questions and, for queries, why they failed.
+
+    Those of general abilities, those of the domain, or, with None, no benchmark.
     """
-    timings = read_json(path, DataError)
-    for name, seconds in timings.items():
-        if not (is_number(seconds) and 0 <= seconds < _LONGEST_SECONDS):
-            raise DataError(
-                "not timings",
-                where=path,
-                expected='{"part": seconds, …}',
-                found=f"{name!r}: {json.dumps(seconds)[:60]}",
-            )
-    return {name: float(seconds) for name, seconds in timings.items()}
-
-
-def _number(title: str, path: str | tuple[str, ...], form: str, scale: float = 1) -> Column:
-    def cell(model: Model) -> str | None:
-        value = value_at(model, path)
-        return None if value is None else format(scale * value, form)
-
-    return title, cell
-
-
-def _score(kind: str, name: str) -> Column:
-    """A benchmark's score and its standard error, in per cent."""
-
-    def cell(model: Model) -> str | None:
-        found = value_at(model, (kind, name))
-        if found is None:
-            return None
-        numbers = [found[KINDS[kind]], found.get("standard_error")]
-        return " ± ".join(format(100 * number, ".1f") for number in numbers if number is not None)
-
-    return f"{name} %", cell
-
-
-def _failures(model: Model, name: str) -> str | None:
-    """Why queries did not match, and which questions the counts leave out."""
-    found = value_at(model, ("sql", name))
-    if found is None:
-        return None
-    reasons = ", ".join(f"{count} {reason}" for reason, count in found["failures"].items())
-    counts = (("unfinished", "cut off"), ("empty_gold", "left out"))
-    more = ", ".join(f"{found[key]} {what}" for key, what in counts if found.get(key))
-    return " ".join(filter(None, (reasons or "–", more and f"({more})")))
-
-
-def _benchmarks(models: Sequence[Model], *, general: bool) -> list[Column]:
-    """The columns of each benchmark, in the order of their first results."""
-    found: dict[tuple[str, ...], list[Column]] = {}
-    for model, kind in itertools.product(models, KINDS):
-        for name, result in model.get(kind, {}).items():
-            if bool(result.get("general")) is not general:
+    cells: Cells = {}
+    for kind, score in KINDS.items():
+        for name, found in model.get(kind, {}).items():
+            if bool(found.get("general")) is not general:
                 continue
-            columns = [_score(kind, name)]
-            if "questions" in result:
-                columns.append(_number("questions", (kind, name, "questions"), "d"))
-            if "failures" in result:
-                columns.append(("failure reason", partial(_failures, name=name)))
-            found[kind, name, columns[0][0]] = columns
-    return list(itertools.chain.from_iterable(found.values()))
+            shares = [found[score], found.get("standard_error")]
+            cells[name, f"{name} %"] = " ± ".join(
+                format(100 * share, ".1f") for share in shares if share is not None
+            )
+            if found.get("questions") is not None:
+                cells[name, "questions"] = format(found["questions"], "d")
+            if "failures" in found:
+                reasons = ", ".join(f"{n} {reason}" for reason, n in found["failures"].items())
+                counts = (("unfinished", "cut off"), ("empty_gold", "left out"))
+                more = ", ".join(f"{found[key]} {what}" for key, what in counts if found.get(key))
+                text = " ".join(filter(None, (reasons or "–", more and f"({more})")))
+                cells[name, "failure reason"] = text
+    return cells
 
 
-_GAINED = (
-    _number("data perplexity", "data.perplexity", ".3f"),
-    _number("data next token %", "data.accuracy", ".1f", 100),
-)
-_KEPT = (
-    _number("general perplexity", "general.perplexity", ".2f"),
-    _number("Δ perplexity", "general.delta_perplexity", "+.2f"),
-    _number("retention %", "retention_percent", ".1f"),
-    _number("relative L2 %", "relative_l2_percent", ".2f"),
-    _number("outside mass %", "candidates.outside_mass", ".2f", 100),
-    _number("restricted loss", "candidates.restricted_loss", ".4f"),
-    _number("full loss", "candidates.full_loss", ".4f"),
-    _number("run: relative L2 %", "run.relative_l2", ".2f", 100),
-    _number("run: general perplexity", "run.general_perplexity", ".2f"),
-    _number("run: Δ perplexity", "run.delta_ppl", "+.2f"),
-)
-_COST = (
-    _number("iterations", "run.iterations", "d"),
-    _number("tokens", "run.tokens", ",d"),
-    _number("seconds", "run.seconds", ".1f"),
-    _number("tokens/s", "run.tokens_per_second", ",.0f"),
-    _number("waiting for data %", "run.data_wait_share", ".2f", 100),
-)
-_STABILITY = (
-    _number("final loss", "run.final_loss", ".4f"),
-    _number("loss std", "run.loss_std", ".4f"),
-    _number("loss variance", "run.loss_variance", ".3g"),
-    _number("gradient-norm CV", "run.gradient_norm_cv", ".3f"),
-    _number("loss spikes", "run.loss_spikes", "d"),
-    _number("loss spikes per 1,000 steps", "run.loss_spike_rate", ".2f", 1000),
-    _number("gradient spikes", "run.gradient_spikes", "d"),
-    _number("gradient spikes per 1,000 steps", "run.gradient_spike_rate", ".2f", 1000),
-    _number("non-finite steps", "run.non_finite", "d"),
-)
-
-
-def markdown_row(cells: Sequence[str]) -> str:
-    """A line of a Markdown table."""
+def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _table(models: Sequence[Model], columns: Sequence[Column]) -> list[str]:
+def _table(lines: Mapping[str, Cells]) -> list[str]:
     """A Markdown table; models and columns without any value are left out."""
-    cells = {model["name"]: [cell(model) for _, cell in columns] for model in models}
-    used = [i for i in range(len(columns)) if any(row[i] is not None for row in cells.values())]
-    lines = [markdown_row(["method", *(columns[i][0] for i in used)])]
-    lines.append("|---" + "|---:" * len(used) + "|")
-    for name, row in cells.items():
-        if any(row[i] is not None for i in used):
-            lines.append(markdown_row([name, *(row[i] or "–" for i in used)]))
-    return lines if used else ["Not measured."]
+    columns = list(dict.fromkeys(column for cells in lines.values() for column in cells))
+    used = [column for column in columns if any(cells.get(column) for cells in lines.values())]
+    if not used:
+        return ["Not measured."]
+    table = [_row(["method", *(title for _, title in used)]), "|---" + "|---:" * len(used) + "|"]
+    for name, cells in lines.items():
+        if any(cells.values()):
+            table.append(_row([name, *(cells.get(column) or "–" for column in used)]))
+    return table
 
 
 def render_markdown(report: Report) -> str:
     """The report as Markdown; ``report.png`` is expected in the same directory."""
-    methods = report["methods"]
+    methods = {method["name"]: method for method in report["methods"]}
     lines = ["# Report", "", "![gain against forgetting](report.png)", ""]
-    for title, columns in (
-        ("What it gained", [*_benchmarks(methods, general=False), *_GAINED]),
-        ("What it kept", [*_benchmarks(methods, general=True), *_KEPT]),
-        ("What it cost", _COST),
-        ("How steady it was", _STABILITY),
+    for title, general, columns in (
+        ("What it gained", False, _GAINED),
+        ("What it kept", True, _KEPT),
+        ("What it cost", None, _COST),
+        ("How steady it was", None, _STABILITY),
     ):
-        lines += [f"## {title}", "", *_table(methods, columns), ""]
-    lines += [
-        "± is one standard error over the questions. Questions whose gold query returns nothing "
-        "are left out. Retention can exceed 100 % by chance where a benchmark is small or the "
-        "base's score is near that of guessing. Δ perplexity and relative L2 are relative to the "
-        "base; outside mass is the probability outside the stored candidate sets. A run measures "
-        "its own values (run:) on its own sample of general text, with fp32 weights.",
-        "",
-    ]
+        cells = {
+            name: _benchmarks(method, general=general) | _numbers(method, columns)
+            for name, method in methods.items()
+        }
+        lines += [f"## {title}", "", *_table(cells), ""]
+    lines += [_NOTE, ""]
     if report["timings"]:
         lines += ["## Time of the parts", "", "| part | seconds |", "|---|---:|"]
         timings = report["timings"] | {"all": sum(report["timings"].values())}
-        lines += [markdown_row([part, f"{seconds:.1f}"]) for part, seconds in timings.items()]
+        lines += [_row([part, f"{seconds:.1f}"]) for part, seconds in timings.items()]
         lines += [""]
     lines += ["## Where the numbers come from", "", "```", *report["commands"], "```", ""]
     for name, entry in report["inputs"].items():
         lines.append(f"- {name}: `{entry['path']}`, SHA-256 `{entry['sha256'][:16]}…`")
-    for method in methods:
+    for name, method in methods.items():
         configured = f", configured by `{method['run']['config']}`" if "run" in method else ""
-        lines.append(f"- {method['name']}: `{method['path']}`{configured}")
+        lines.append(f"- {name}: `{method['path']}`{configured}")
     return "\n".join(lines) + "\n"
+
+
+def report_figure(report: Report) -> Figure:
+    """The figure, 1600 x 700 pixels.
+
+    Left: gain against Δ perplexity on general text, with one standard error. Right: relative L2 and
+    outside mass, or the time of the parts where only the base was measured.
+
+    Raises:
+        DataError: there is no gain or no forgetting to draw.
+    """
+    methods = report["methods"]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(16, 7), dpi=100, layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        _draw_gain(left, methods)
+        if any(method["relative_l2_percent"] > 0 for method in methods):
+            _draw_movement(right, methods)
+        else:
+            bars = right.barh(list(report["timings"]), list(report["timings"].values()))
+            right.bar_label(bars, fmt="%.1f", padding=4)
+            right.set_title("Time of the parts, seconds")
+        right.invert_yaxis()
+        right.margins(x=0.15)
+    return figure
+
+
+def _draw_gain(axes: Axes, methods: Sequence[Mapping[str, Any]]) -> None:
+    base = methods[0]
+    tasks, drawn = list(scores(base, general=False)), _drawn(base)
+    if _FORGETTING not in drawn or len(drawn) < 2:
+        raise DataError(
+            "no gain against forgetting to draw",
+            expected="an evaluation with --general-text and --sql, --choices or --data",
+        )
+    points = []
+    for method, colour in zip(methods, itertools.cycle(COLOURS), strict=False):
+        if missing := drawn ^ _drawn(method):
+            raise DataError(
+                f"{method['name']} and {base['name']} were measured on different things",
+                found=f"only one of them has {', '.join(sorted(missing))}",
+            )
+        gain = domain_mean(method) if tasks else (100 * value_at(method, _NEXT_TOKEN), None)
+        x, y = value_at(method, _FORGETTING), gain[0]
+        axes.errorbar(
+            x, y, yerr=gain[1], fmt="o", markersize=12, capsize=5, linewidth=2, color=colour
+        )
+        points.append((y, x, method["name"], colour))
+    axes.margins(x=0.12, y=0.12)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    _label_points(axes, points)
+    title = f"{tasks[0]}, %" if tasks else "next token of held-out data, %"
+    axes.set_ylabel(f"domain: {f'mean of {len(tasks)} tasks, %' if len(tasks) > 1 else title}")
+    axes.set_xlabel("forgetting: Δ perplexity on general text")
+    axes.grid(alpha=0.25)
+    axes.set_title("Domain against forgetting (up and left is better)")
+
+
+def _drawn(method: Mapping[str, Any]) -> set[str]:
+    """Those of a model's results that the left side draws."""
+    paths = {path for path in (_FORGETTING, _NEXT_TOKEN) if value_at(method, path) is not None}
+    return paths | set(scores(method, general=False))
+
+
+def _label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Name each point at the right of the axes, in the order of their heights.
+
+    A column of labels with leader lines stays legible where several points nearly coincide.
+    """
+    bottom, top = axes.get_ylim()
+    highest = 0.0
+    for y, x, name, colour in sorted(points):
+        highest = max((y - bottom) / (top - bottom), highest + _LABEL_HEIGHT)
+        axes.annotate(
+            name, xy=(x, y), xytext=(1.03, highest), textcoords="axes fraction",
+            color=[0.65 * part for part in to_rgb(colour)], va="center",  # darker, for text
+            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.35, "shrinkB": 8},
+        )  # fmt: skip
+
+
+def _draw_movement(axes: Axes, methods: Sequence[Mapping[str, Any]]) -> None:
+    """Horizontal bars, two for each model, with the number at the end of its bar."""
+    measured = [m for m in _MOVEMENT if any(value_at(one, m[1]) is not None for one in methods)]
+    height = 0.8 / len(measured)
+    for i, (label, path, factor) in enumerate(measured):
+        found = [value_at(method, path) for method in methods]
+        bars = axes.barh(
+            [y + (i - (len(measured) - 1) / 2) * height for y in range(len(methods))],
+            [math.nan if value is None else factor * value for value in found],
+            height=0.92 * height,
+            label=label,
+        )
+        axes.bar_label(bars, fmt="%.2f", padding=4)
+    axes.set_yticks(range(len(methods)), [method["name"] for method in methods])
+    axes.set_xlabel("%")
+    axes.set_title("How far it moved (less is better)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12))

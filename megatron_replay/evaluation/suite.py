@@ -13,37 +13,27 @@ from pathlib import Path
 
 from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.checkpoint.weight_distance import relative_l2
+from megatron_replay.config import flag_name
 from megatron_replay.data.tokenizer import load_tokenizer, tokenizer_digests
 from megatron_replay.errors import DataError, few
-from megatron_replay.evaluation.entries import (
-    require_entry,
-    require_fields,
-    require_object,
-    restored,
-    strict,
-)
-from megatron_replay.evaluation.inputs import Inputs, Settings, flag_of
+from megatron_replay.evaluation.inputs import Inputs, Settings
 from megatron_replay.evaluation.language_model import (
     CONFIG,
     GENERATION,
     require_device,
     require_model,
 )
-from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval
-from megatron_replay.evaluation.measurements import Result, measure, read_material
-from megatron_replay.evaluation.scores import general_scores, retention
-from megatron_replay.files import (
-    differing,
-    read_json,
-    require_apart,
-    sha256_of_files,
-    write_json,
+from megatron_replay.evaluation.lm_eval_tasks import read_metrics, require_lm_eval
+from megatron_replay.evaluation.measurements import measure, read_measurements
+from megatron_replay.evaluation.results import (
+    BASE,
+    FORMAT,
+    Result,
+    add_differences,
+    read_evaluation,
+    strict,
 )
-
-FORMAT = 2
-BASE = "base"
-#: Measurements that have a perplexity.
-_TEXTS = {"data", "general"}
+from megatron_replay.files import differing, require_apart, sha256_of_files, write_json
 
 
 def model_sha256(directory: Path) -> str:
@@ -62,7 +52,6 @@ def evaluate(
     *,
     output: Path,
     command: str,
-    progress: bool = True,
 ) -> Result:
     """Measure the base and every model, and write ``output`` after each of them.
 
@@ -75,18 +64,19 @@ def evaluate(
     """
     settings = settings.resolved()
     require_device(settings.device)
-    if progress:
-        print(f"models run on {settings.device}, in {settings.dtype}", file=sys.stderr)
+    print(f"models run on {settings.device}, in {settings.dtype}", file=sys.stderr)
     requested = {BASE: base, **models}
     files = inputs.files()
     require_apart(output, _read(requested, files), flag="--output")
-    known = {result["key"]: result for result in _previous(output)}
+    earlier = read_evaluation(output) if output.exists() else {"models": []}
+    known = {one["key"]: one for one in [*earlier["models"], *earlier.get("kept", [])]}
     for path in requested.values():
         require_model(path)
     _require_one_tokenizer(base, models)
     hashes = {name: sha256_of_files(of) for name, of in files.items()}
     sha256 = {name: model_sha256(path) for name, path in requested.items()}
     tokens = load_tokenizer(base)
+    version, metrics = (require_lm_eval(), read_metrics(inputs)) if inputs.tasks else (None, {})
     document: Result = {
         "format": FORMAT,
         "command": command,
@@ -95,30 +85,45 @@ def evaluate(
             for name, path in inputs.paths().items()
         },
         "settings": asdict(settings),
-        "lm_eval_version": require_lm_eval() if inputs.lm_eval() else None,
+        "lm_eval_version": version,
         "tokenizer": tokens.fingerprint,
     }
-    material = read_material(inputs, base, tokens, settings, progress=progress)
+    measurements = read_measurements(inputs, base, tokens, settings, metrics)
     decisive = [FORMAT, sha256[BASE], tokens.fingerprint, hashes, asdict(settings)]
-    if material.tasks:
-        tasks, metrics = material.tasks
-        decisive.append([document["lm_eval_version"], tasks.general, tasks.domain, metrics])
+    if metrics:
+        decisive.append([version, inputs.lm_eval_tasks, inputs.lm_eval_domain_tasks, metrics])
     keys = {
         name: hashlib.sha256(json.dumps([sha, *decisive], sort_keys=True).encode()).hexdigest()
         for name, sha in sha256.items()
     }
-    if keys[BASE] in known:  # before the first measurement, which may be cut off
-        _write(output, document, requested, keys, known)
     for name, path in requested.items():
-        if keys[name] in known:
-            continue
-        start = time.monotonic()
-        measured = measure(name, path, tokens, material, settings, progress=progress)
-        measured["relative_l2_percent"] = 100 * relative_l2(path, base)
-        measured["seconds"] = round(time.monotonic() - start, 2)
-        known[keys[name]] = {"sha256": sha256[name], "key": keys[name], **measured}
+        if keys[name] not in known:
+            start = time.monotonic()
+            measured = measure(name, path, measurements, settings)
+            measured["relative_l2_percent"] = 100 * relative_l2(path, base)
+            measured["seconds"] = round(time.monotonic() - start, 2)
+            known[keys[name]] = {"sha256": sha256[name], "key": keys[name], **measured}
         _write(output, document, requested, keys, known)
     return document
+
+
+def _write(
+    output: Path,
+    document: Result,
+    requested: Mapping[str, Path],
+    keys: Mapping[str, str],
+    known: Mapping[str, Result],
+) -> None:
+    """Write the requested results that are known, compared with the base, and keep all others."""
+    document["models"] = [
+        deepcopy(known[keys[name]]) | {"name": name, "path": str(path)}
+        for name, path in requested.items()
+        if keys[name] in known
+    ]
+    for result in document["models"]:
+        add_differences(result, document["models"][0])
+    document["kept"] = [known[key] for key in known if key not in keys.values()]
+    write_json(output, strict(document))
 
 
 def _require_one_tokenizer(base: Path, models: Mapping[str, Path]) -> None:
@@ -147,89 +152,4 @@ def _read(
         flag = "--base" if name == BASE else "--model"
         yield from ((flag, file) for file in path.glob("*"))
     for name, files in inputs.items():
-        yield from ((flag_of(name.split("/")[0]), file) for file in files)
-
-
-def _write(
-    output: Path,
-    document: Result,
-    requested: Mapping[str, Path],
-    keys: Mapping[str, str],
-    known: Mapping[str, Result],
-) -> None:
-    """Write the requested results, compared with the base, and keep all others."""
-    document["models"] = [
-        deepcopy(known[keys[name]]) | {"name": name, "path": str(path)}
-        for name, path in requested.items()
-        if keys[name] in known
-    ]
-    for result in document["models"]:
-        _add_differences(result, document["models"][0])
-    document["kept"] = [known[key] for key in known if key not in keys.values()]
-    write_json(output, strict(document))
-
-
-def _add_differences(result: Result, base: Result) -> None:
-    """What compares a model with the base.
-
-    ``ΔPPL = exp(CE of the model) − exp(CE of the base)``, on the same tokens; retention of every
-    general benchmark, and its mean.
-    """
-    scores, of_base = general_scores(result), general_scores(base)
-    texts = _TEXTS & result.keys()
-    if (texts, scores.keys()) != (_TEXTS & base.keys(), of_base.keys()):
-        raise DataError(
-            "damaged: an earlier result lacks what the base's has, or the base's what it has",
-            where=result["name"],
-            fix="Measure again, into another file",
-        )
-    for name in sorted(texts):
-        change = result[name]["perplexity"] - base[name]["perplexity"]
-        result[name]["delta_perplexity"] = change
-    kept = retention(scores, of_base)
-    if kept:
-        result["retention"] = kept
-        result["retention_percent"] = sum(kept.values()) / len(kept)
-
-
-def read_evaluation(path: Path) -> Result:
-    """Read what `evaluate` wrote.
-
-    Raises:
-        DataError: it is missing, damaged, or of another format.
-    """
-    document = read_json(path, DataError, fix="Give the JSON that tools/evaluate.py wrote")
-    if "format" not in document:
-        raise DataError("not an evaluation", where=path, expected=f'"format": {FORMAT}')
-    if document["format"] != FORMAT:
-        raise DataError(
-            "another format of evaluation",
-            where=path,
-            expected=FORMAT,
-            found=document["format"],
-            fix="Measure again with tools/evaluate.py, into another file",
-        )
-    require_fields(document, path, required=["models", "inputs", "settings", "command"])
-    require_object(document["settings"], f"{path}: settings")
-    for name, given in require_object(document["inputs"], f"{path}: inputs").items():
-        require_fields(given, f"{path}: inputs: {name}", required=["path", "sha256"])
-    shown = ("name", "path", "sha256", "key", "relative_l2_percent")
-    for part, required in (("models", shown), ("kept", ("key",))):
-        results = document.get(part, [])
-        if not isinstance(results, list) or (part == "models" and not results):
-            raise DataError("damaged: no list of results", where=f"{path}: {part}")
-        for number, result in enumerate(results):
-            where = f"{path}: {part}[{number}]"
-            require_entry(result, where, required=required)
-            for text in _TEXTS & result.keys():
-                require_fields(result[text], f"{where}: {text}", required=["perplexity"])
-            results[number] = restored(result)
-    return document
-
-
-def _previous(output: Path) -> list[Result]:
-    """Every result of ``output``, shown or kept; none where there is no such file."""
-    if not output.exists():
-        return []
-    document = read_evaluation(output)
-    return [*document["models"], *document.get("kept", [])]
+        yield from ((flag_name(name.split("/")[0]), file) for file in files)

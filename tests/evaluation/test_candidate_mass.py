@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_replay.data.corpus import Document
 from megatron_replay.errors import DataError, StoreError
-from megatron_replay.evaluation.candidate_mass import candidate_mass
 from megatron_replay.evaluation.language_model import load_model
+from megatron_replay.evaluation.measurements import candidate_mass
 from megatron_replay.store import DocumentCandidates
 from tests.evaluation.models import VOCAB_SIZE, random_documents
 

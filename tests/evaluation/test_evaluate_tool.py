@@ -15,10 +15,9 @@ from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.errors import ConfigError
-from megatron_replay.evaluation import suite
-from megatron_replay.evaluation.candidate_mass import candidate_mass
+from megatron_replay.evaluation import results, suite
 from megatron_replay.evaluation.language_model import load_model, score
-from megatron_replay.evaluation.measurements import read_documents
+from megatron_replay.evaluation.measurements import candidate_mass, read_documents
 from megatron_replay.files import sha256_of_files
 from megatron_replay.platform.devices import CPU
 from megatron_replay.store import CandidateReader
@@ -258,10 +257,10 @@ def test_a_prompt_that_the_model_cannot_read(
             3,
             "questions.jsonl:1: longer than the model's context",
         ),
-        (["--batch-size=0"], 2, "--batch-size: out of range"),
-        (["--sql=c={site}", "--query-seconds=nan"], 2, "--query-seconds: out of range"),
-        (["--sql=c={site}", "--query-seconds=inf"], 2, "--query-seconds: out of range"),
-        (["--sql=c={site}", "--query-seconds=1e300"], 2, "--query-seconds: out of range"),
+        (["--batch-size=0"], 2, "--batch-size: unusable value"),
+        (["--sql=c={site}", "--query-seconds=nan"], 2, "--query-seconds: unusable value"),
+        (["--sql=c={site}", "--query-seconds=inf"], 2, "--query-seconds: unusable value"),
+        (["--sql=c={site}", "--query-seconds=1e300"], 2, "--query-seconds: unusable value"),
         (["--data={site}/missing"], 3, "no such file, given as --data"),
         (["--data={site}/choices.jsonl"], 3, "choices.jsonl:1"),
         (["--model=a={site}"], 4, "no Hugging Face model here"),
@@ -378,6 +377,6 @@ def test_results_are_json_whatever_diverged(
         document = json.loads(output.read_text(), parse_constant=refuse)
         assert document["models"][1]["general"]["perplexity"] == "Infinity"
         assert document["models"][1]["general"]["delta_perplexity"] == "NaN"
-    general = suite.read_evaluation(output)["models"][1]["general"]
+    general = results.read_evaluation(output)["models"][1]["general"]
     assert general["perplexity"] == math.inf
     assert math.isnan(general["delta_perplexity"])

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation import suite
-from megatron_replay.evaluation.lm_eval_metrics import metric_of_group, metric_of_task
-from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval, task_files, task_score
+from megatron_replay.evaluation.inputs import task_files
+from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval, share_metric, task_score
 from tests.evaluation.models import save_model
 from tools import evaluate
 
@@ -78,7 +78,7 @@ def test_whether_a_score_is_a_share_is_decided_by_the_task(
 def test_what_cannot_be_decided_is_one_line() -> None:
     with pytest.raises(DataError, match=r"task t: .*expected true or false; found 1\)"):
         metric_of_task(listed("acc", metadata={"share": 1}), {"acc": True})
-    with pytest.raises(DataError, match="task t: the task has no metric"):
+    with pytest.raises(DataError, match="task t: it has no score of its own"):
         metric_of_task(listed(), {})
 
 
@@ -92,11 +92,11 @@ def test_a_group_is_a_share_where_all_of_its_tasks_are() -> None:
     for tasks, message in (
         ([own, other], "task t: acc is not known"),
         ([own, lower], "task t: acc is better when lower"),
-        ([without], "task g: none of the group's tasks has acc"),
+        ([without], "task g: no task of this group has acc"),
     ):
         with pytest.raises(DataError, match=message):
             metric_of_group(group, tasks)
-    with pytest.raises(DataError, match=r"task g: the group has no score of its own.*t,t"):
+    with pytest.raises(DataError, match=r"task g: it has no score of its own.*t,t"):
         metric_of_group({"group": "g", "aggregate_metric_list": None}, [own, other])
 
 
@@ -165,6 +165,14 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"not installed.*pip install 'megatron-replay\[eval\]'"):
         require_lm_eval()
+
+
+def metric_of_task(config: dict[str, Any], directions: dict[str, bool]) -> str:
+    return share_metric("t", [(config, directions)])
+
+
+def metric_of_group(group: dict[str, Any], tasks: Any) -> str:
+    return share_metric("g", tasks, group)
 
 
 needs_harness = pytest.mark.skipif(

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_replay.errors import DataError
-from megatron_replay.evaluation.scores import (
-    domain_mean,
-    domain_scores,
-    general_scores,
-    retention,
-)
+from megatron_replay.evaluation.results import domain_mean, scores
 
 CHOICE = {"accuracy": 0.5, "accuracy_per_byte": 0.9, "standard_error": 0.03}
 TASK = {"score": 0.2, "standard_error": 0.04}
@@ -25,9 +19,9 @@ RESULT = {
 
 
 def test_domain_and_general_scores_are_apart_and_in_per_cent() -> None:
-    assert general_scores(RESULT) == {"a": 50.0, "c": 20.0}
-    assert domain_scores(RESULT) == {"shop": 25.0, "b": 50.0, "d": 20.0}
-    assert general_scores({}) == domain_scores({}) == {}
+    assert scores(general=True, model=RESULT) == {"a": 50.0, "c": 20.0}
+    assert scores(general=False, model=RESULT) == {"shop": 25.0, "b": 50.0, "d": 20.0}
+    assert scores(general=True, model={}) == scores(general=False, model={}) == {}
 
 
 def test_the_mean_has_the_error_of_independent_tasks() -> None:
@@ -36,10 +30,3 @@ def test_the_mean_has_the_error_of_independent_tasks() -> None:
     assert error == pytest.approx(5 / 3)  # (0² + 3² + 4²)^½ / 3
     without = {"choices": {"b": {"accuracy": 0.5}}}
     assert domain_mean(without) == (50.0, None)
-
-
-def test_retention_is_a_percentage_of_the_base() -> None:
-    found = retention({"a": 40, "b": 60}, {"a": 50, "b": 40})
-    assert found == pytest.approx({"a": 80.0, "b": 150.0})
-    with pytest.raises(DataError, match="general benchmark b: the base scores 0"):
-        retention({"a": 40, "b": 60}, {"a": 50, "b": 0})

@@ -19,12 +19,11 @@ from megatron_replay.evaluation.sql.execution import (
     execution_match,
     with_answers,
 )
-from megatron_replay.evaluation.sql.query import (
+from megatron_replay.evaluation.sql.server import (
     Limits,
     QueryError,
     Row,
     is_ordered,
-    open_for_queries,
     run_query,
     same_answer,
 )
@@ -53,8 +52,8 @@ def match(database: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
 
 
 def answer(database: Path, sql: str, **limits: float) -> list[Row]:
-    with open_for_queries(database) as connection:
-        return run_query(connection, sql, limits=Limits(**{"seconds": 600} | limits))  # type: ignore[arg-type]
+    with open_read_only(database) as connection:
+        return run_query(connection, sql, Limits(**{"seconds": 600} | limits))  # type: ignore[arg-type]
 
 
 def reason(database: Path, sql: str, **limits: float) -> str:
@@ -128,13 +127,13 @@ def test_limits(database: Path, sql: str, limits: dict[str, float], expected: st
 
 
 def test_deadline_of_one_query_does_not_reach_the_next(database: Path) -> None:
-    with open_for_queries(database) as connection:
+    with open_read_only(database) as connection:
         with pytest.raises(QueryError) as caught:
-            run_query(connection, "select 1", limits=Limits(seconds=1e-9))
+            run_query(connection, "select 1", Limits(seconds=1e-9))
         assert caught.value.reason == "timeout"
         later = Limits(seconds=600)
         sql = "select count(*) from book a, book b, book c"
-        assert run_query(connection, sql, limits=later) == [(64,)]
+        assert run_query(connection, sql, later) == [(64,)]
 
 
 @pytest.mark.parametrize("unclosed", ["[", "'", '"', "`", "/*", "--", "(", "['", '[" --\n'])

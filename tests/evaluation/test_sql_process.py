@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.sql import process as sql_process
-from megatron_replay.evaluation.sql.process import QueryProcess
-from megatron_replay.evaluation.sql.query import Limits, QueryError
+from megatron_replay.evaluation.sql import execution
+from megatron_replay.evaluation.sql.execution import QueryProcess
+from megatron_replay.evaluation.sql.server import Limits, QueryError
 
 #: Nothing here is that slow; a test that hangs ends.
 HANG_SECONDS = 600.0
@@ -69,7 +69,7 @@ def test_what_cannot_be_interrupted_is_killed(
         assert process.gold(database, COLLIDING if sql == COLLIDING else "select 1")
         [first] = children(os.getpid()) - before
         with monkeypatch.context() as patch:  # the query may take minutes, its process must not
-            patch.setattr(sql_process, "ALLOWANCE_SECONDS", 0.2 - HANG_SECONDS)
+            patch.setattr(execution, "ALLOWANCE_SECONDS", 0.2 - HANG_SECONDS)
             assert outcome(process, sql) == "timeout"
         assert not is_alive(first)
         assert process.gold(database, "select title from book")
@@ -123,8 +123,8 @@ def test_a_process_that_cannot_start(database: Path, monkeypatch: pytest.MonkeyP
 PARENT = """
 import sys
 from pathlib import Path
-from megatron_replay.evaluation.sql.process import QueryProcess
-from megatron_replay.evaluation.sql.query import Limits
+from megatron_replay.evaluation.sql.execution import QueryProcess
+from megatron_replay.evaluation.sql.server import Limits
 with QueryProcess(Limits(seconds=600)) as process:
     process.gold(Path(sys.argv[1]), "select 1")
     print("ready", flush=True)
@@ -154,6 +154,6 @@ def test_no_process_outlives_its_parent(database: Path, sql: str) -> None:
 
 
 def test_the_process_imports_nothing_heavy() -> None:
-    code = "import sys, megatron_replay.evaluation.sql.process as _; print(*sys.modules)"
+    code = "import sys, megatron_replay.evaluation.sql.server as _; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"numpy", "torch", "transformers"} & set(found.stdout.split())

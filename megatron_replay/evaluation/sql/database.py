@@ -6,7 +6,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_replay.errors import ConfigError, DataError
@@ -51,6 +51,11 @@ def open_read_only(database: Path) -> Iterator[sqlite3.Connection]:
         # Bytes that are not UTF-8 must stay distinct from one another when compared.
         connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
         _require_readable_names(_statements(connection, database), database)
+        # At their first use SQLite creates these pure table functions, which the authorizer sees as
+        # an UPDATE of sqlite_master, like that of pragma_… and others that are not pure. Created
+        # before there is an authorizer, they need only the right to read.
+        with suppress(sqlite3.OperationalError):  # an SQLite without JSON has neither
+            connection.execute("select 1 from json_each('[]'), json_tree('[]')").fetchall()
         yield connection
     finally:
         connection.close()

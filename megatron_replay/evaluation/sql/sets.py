@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_replay.data.rows import Row, parse_row, read_lines
 from megatron_replay.errors import DataError
@@ -37,14 +38,7 @@ _ROWS, _DATABASE, _DEV = "questions.jsonl", "database.sqlite", "dev.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SqlQuestion:
-    """One question.
-
-    Attributes:
-        where: file and line, for messages.
-        database: the SQLite file.
-        prompt: the text that the model reads.
-        gold: the query that answers it.
-    """
+    """One question: what the model reads, and ``gold``, the query that answers it."""
 
     where: str
     database: Path
@@ -52,8 +46,7 @@ class SqlQuestion:
     gold: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(NamedTuple):
     """A published layout: where the databases are (the first folder found), and the query's key."""
 
     folders: tuple[str, ...]
@@ -61,8 +54,8 @@ class Layout:
 
 
 LAYOUTS = {
-    "spider": Layout(folders=("database",), query="query"),
-    "bird": Layout(folders=("dev_databases", "train_databases"), query="SQL"),
+    "spider": Layout(("database",), "query"),
+    "bird": Layout(("dev_databases", "train_databases"), "SQL"),
 }
 
 
@@ -79,15 +72,12 @@ def read_sql_set(directory: Path) -> list[SqlQuestion]:
     Raises:
         DataError: it has none of them, a question lacks something, or a database is missing.
     """
-    _, read = _layout(directory)
-    questions = list(read())
+    questions = list(_layout(directory)[1])
     if not questions:
         raise DataError("no questions", where=directory)
     for question in questions:
         if not question.prompt:
             raise DataError("the prompt is empty", where=question.where)
-        if not os.path.exists(question.database):
-            raise DataError("no such database", where=question.where, expected=question.database)
     return questions
 
 
@@ -97,19 +87,19 @@ def sql_set_files(directory: Path) -> list[Path]:
     Raises:
         DataError: as `read_sql_set`.
     """
-    rows, _ = _layout(directory)
-    return [rows, *sorted({question.database for question in read_sql_set(directory)})]
+    databases = {question.database for question in read_sql_set(directory)}
+    return [_layout(directory)[0], *sorted(databases)]
 
 
-def _layout(directory: Path) -> tuple[Path, Callable[[], Iterator[SqlQuestion]]]:
-    """The file that holds a set's questions, and what reads it."""
+def _layout(directory: Path) -> tuple[Path, Iterator[SqlQuestion]]:
+    """The file that holds a set's questions, and the questions, which are not yet read."""
     rows, dev = directory / _ROWS, directory / _DEV
-    found: list[tuple[Path, Callable[[], Iterator[SqlQuestion]]]] = []
+    found: list[tuple[Path, Iterator[SqlQuestion]]] = []
     if rows.exists() and (directory / _DATABASE).exists():
-        found.append((rows, partial(_read_plain, directory)))
+        found.append((rows, _read_plain(directory)))
     for name, layout in LAYOUTS.items():
         if dev.exists() and (directory / layout.folders[0]).exists():
-            found.append((dev, partial(read_questions, dev, name)))
+            found.append((dev, read_questions(dev, name)))
     if len(found) != 1:
         inside = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else None
         raise DataError(
@@ -145,9 +135,13 @@ def read_questions(file: Path, layout: str) -> Iterator[SqlQuestion]:
         DataError: the file has another format, a question lacks something, or a database is
             missing.
     """
-    layout_of = LAYOUTS[layout]
+    folders, query = LAYOUTS[layout]
+    folder = next((file.parent / name for name in folders if (file.parent / name).is_dir()), None)
+    if folder is None:
+        raise DataError(
+            "no databases beside this file", where=file, expected=f"{' or '.join(folders)}/"
+        )
     schema = cache(schema_lines)
-    folder = _database_folder(file, layout_of)
     for row in _read_list(file):
         name = row.text("db_id")
         database = folder / name / f"{name}.sqlite"
@@ -158,30 +152,19 @@ def read_questions(file: Path, layout: str) -> Iterator[SqlQuestion]:
             where=row.where,
             database=database,
             prompt=sql_prompt(schema(database), row.text("question"), evidence),
-            gold=row.text(layout_of.query),
+            gold=row.text(query),
         )
 
 
-def _database_folder(file: Path, layout: Layout) -> Path:
-    for folder in layout.folders:
-        if (file.parent / folder).is_dir():
-            return file.parent / folder
-    raise DataError(
-        "no databases beside this file", where=file, expected=f"{' or '.join(layout.folders)}/"
-    )
-
-
-def _read_list(file: Path) -> list[Row]:
+def _read_list(file: Path) -> Iterator[Row]:
     try:
         values = json.loads(read_text(file, DataError).removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}", where=file) from error
     if not isinstance(values, list):
         raise DataError("not a list of questions", where=file, expected="[{…}, …]")
-    rows = []
     for number, fields in enumerate(values, start=1):
         where = f"{file}: question {number}"
         if not isinstance(fields, dict):
             raise DataError("not an object", where=where)
-        rows.append(Row(where, fields))
-    return rows
+        yield Row(where, fields)

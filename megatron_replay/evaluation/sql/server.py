@@ -1,27 +1,34 @@
-"""Runs one query on one connection: what it may do, what it may cost, and how answers compare.
+"""The process that runs queries: what a query may do, what it may cost, and how answers compare.
 
 Generated SQL is untrusted. It runs on a read-only, immutable connection; an authorizer allows only
 reading and a list of pure functions; limits of time, rows and bytes bound its cost. SQLite looks at
 the clock between instructions, and one call of a function is one instruction: a longer one is
-stopped by killing the process (``process.py``), which starts at once because nothing imported here
-is heavy.
+stopped by killing the process (``execution.py``). The process starts at once, because nothing
+imported here is heavy, and runs without site-packages.
 
 Answers are compared as multisets of rows, in order where the gold query has an ORDER BY.
 """
 
 from __future__ import annotations
 
+import ctypes
+import json
+import os
 import re
+import resource
+import signal
 import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from megatron_replay.errors import DataError
 from megatron_replay.evaluation.sql.database import QUOTED_OR_COMMENT, open_read_only
 
 Row = tuple[Any, ...]
@@ -62,71 +69,41 @@ _INSTRUCTIONS_PER_CHECK = 1_000
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one query may cost.
+    """What one query may cost."""
 
-    Attributes:
-        seconds: wall-clock time of one query.
-        max_rows: rows of an answer.
-        max_bytes: of an answer, as Python's objects.
-        max_value_bytes: of one string or blob, stored ones too (SQLITE_LIMIT_LENGTH).
-        max_query_length: characters of the query.
-        max_memory_bytes: address space of the process that runs it: the gold answer and the other
-            one, each twice as large as ``max_bytes`` at most, and what SQLite needs.
-        max_temporary_bytes: of one temporary file, which SQLite sorts with.
-    """
-
-    seconds: float = 2.0
-    max_rows: int = 100_000
-    max_bytes: int = 200_000_000
-    max_value_bytes: int = 1_000_000
-    max_query_length: int = 100_000
+    seconds: float = 2.0  # wall-clock time
+    max_rows: int = 100_000  # of an answer
+    max_bytes: int = 200_000_000  # of an answer, as Python's objects
+    max_value_bytes: int = 1_000_000  # of one string or blob, stored ones too
+    max_query_length: int = 100_000  # characters
+    # Address space of the process: two answers, each at most twice as large as max_bytes, and
+    # what SQLite needs.
     max_memory_bytes: int = 1 << 30
-    max_temporary_bytes: int = 4 << 30
+    max_temporary_bytes: int = 4 << 30  # of one file, which SQLite sorts with
 
 
 class QueryError(Exception):
-    """A query that was refused, failed, or cost too much; ``reason`` is a short stable word."""
+    """A query that was refused, failed, or cost too much; ``reason`` is a short stable phrase."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 
 
-@contextmanager
-def open_for_queries(database: Path) -> Iterator[sqlite3.Connection]:
-    """A connection for `run_query`.
-
-    Raises:
-        DataError: see `open_read_only`.
-    """
-    with open_read_only(database) as connection:
-        # At their first use SQLite creates these pure table functions, which the authorizer sees as
-        # an UPDATE of sqlite_master, like that of pragma_… and others that are not pure. Created
-        # before there is an authorizer, they need only the right to read.
-        with suppress(sqlite3.OperationalError):  # an SQLite without JSON has neither
-            connection.execute("select 1 from json_each('[]'), json_tree('[]')").fetchall()
-        yield connection
-
-
-def run_query(
-    connection: sqlite3.Connection, sql: str, *, limits: Limits | None = None
-) -> list[Row]:
-    """Run one SELECT (or WITH … SELECT) and return its rows.
-
-    Args:
-        connection: from `open_for_queries`.
+def run_query(connection: sqlite3.Connection, sql: str, limits: Limits) -> list[Row]:
+    """Run one SELECT (or WITH … SELECT) on a connection of `open_read_only`; return its rows.
 
     Raises:
         QueryError: reason "not a query", "denied", "timeout", "too large" or "sql error".
         sqlite3.Error: the database is damaged, or the machine has no room for temporary files.
     """
-    limits = Limits() if limits is None else limits
     deadline = time.monotonic() + limits.seconds
-    require_length(sql, limits)
+    if len(sql) > limits.max_query_length:
+        raise QueryError("too large", f"a query of more than {limits.max_query_length} characters")
     first_word = re.match(r"[a-z]*", QUOTED_OR_COMMENT.sub(" ", sql).strip().lower())
     if first_word is None or first_word[0] not in ("select", "with"):
         raise QueryError("not a query", "only SELECT is run")
-    denied = []
+    denied: list[int] = []
 
     def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
         pure = action != sqlite3.SQLITE_FUNCTION or str(second).lower() in _ALLOWED_FUNCTIONS
@@ -152,12 +129,6 @@ def run_query(
         if reason == "sql error" and code & 0xFF in _DAMAGE:
             raise
         raise QueryError(reason, str(error)) from error
-
-
-def require_length(sql: str, limits: Limits) -> None:
-    """Raise QueryError if the query itself is too long."""
-    if len(sql) > limits.max_query_length:
-        raise QueryError("too large", f"a query of more than {limits.max_query_length} characters")
 
 
 def _fetch(cursor: sqlite3.Cursor, limits: Limits, deadline: float) -> list[Row]:
@@ -193,6 +164,64 @@ def same_answer(gold: Sequence[Row], predicted: Sequence[Row], *, ordered: bool)
     return Counter(gold) == Counter(predicted)
 
 
-def holds_a_value(rows: Sequence[Row]) -> bool:
-    """True if any cell of the answer is not NULL."""
-    return any(value is not None for row in rows for value in row)
+def serve(parent: str, limits: str) -> None:
+    """Reply to the messages on file 0 until it ends, or until the parent process does."""
+    # prctl(PR_SET_PDEATHSIG): end when the parent's thread does, in the middle of a query too.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(parent):
+        raise SystemExit("the parent has ended")
+    bounds = Limits(**json.loads(limits))
+    for kind, most in (
+        (resource.RLIMIT_AS, bounds.max_memory_bytes),
+        (resource.RLIMIT_FSIZE, bounds.max_temporary_bytes),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
+    server, pipe = _Server(bounds), Connection(0)
+    with suppress(EOFError):
+        while True:
+            reply = server.reply(*json.loads(pipe.recv_bytes()))
+            pipe.send_bytes(json.dumps(reply).encode())
+
+
+class _Server:
+    """The state of the process: the open database, and the last gold answer."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._database = ""
+        self._connection: sqlite3.Connection
+        self._opened = ExitStack()
+        self._gold: list[Row] = []
+        self._is_ordered = False
+
+    def reply(self, action: str, argument: str) -> dict[str, Any]:
+        try:
+            return {"value": getattr(self, action)(argument)}
+        except QueryError as error:
+            return {"reason": error.reason, "detail": str(error)}
+        except DataError as error:
+            return {"damage": str(error)}
+        except sqlite3.Error as error:
+            damage = DataError(f"cannot read the database: {error}", where=self._database)
+            return {"damage": str(damage)}
+        except MemoryError:
+            return {"reason": "too large", "detail": "more than its process may hold in memory"}
+
+    def open(self, database: str) -> None:
+        self._opened.close()
+        self._database = database
+        self._connection = self._opened.enter_context(open_read_only(Path(database)))
+
+    def gold(self, sql: str) -> bool:
+        self._gold = []  # its memory is needed
+        self._gold = run_query(self._connection, sql, self._limits)
+        self._is_ordered = is_ordered(sql)
+        return any(value is not None for row in self._gold for value in row)
+
+    def compare(self, sql: str) -> tuple[bool, bool]:
+        answer = run_query(self._connection, sql, self._limits)
+        same = same_answer(self._gold, answer, ordered=self._is_ordered)
+        return same, same or set(self._gold) == set(answer)
