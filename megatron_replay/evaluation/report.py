@@ -68,7 +68,7 @@ _NOTE = (
     "its own values (run:) on its own sample of general text, with fp32 weights."
 )
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 16, "axes.titlesize": 17, "legend.fontsize": 15, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
