@@ -43,21 +43,18 @@ def launch(
             print(estimate(invocation.config), end="")
         else:
             run(invocation.config)
-    except ReplayError as error:
-        report_error(str(error))
-        return error.exit_code
+        return 0
     except (Interrupted, KeyboardInterrupt) as stop:
         report_error(str(stop) or "interrupted; rerun the same command to continue from here")
         return EXIT_INTERRUPTED
     except Exception as error:
         details = traceback.format_exc()
-        explained = explain(error)
-        if explained is not None:
-            report_error(str(explained))
-            return explained.exit_code
+        known = error if isinstance(error, ReplayError) else explain(error)
+        if known is not None:
+            report_error(str(known))
+            return known.exit_code
         report_error(f"{type(error).__name__}: {error}", details=details)
         return 1
-    return 0
 
 
 #: Seconds between SIGTERM and SIGKILL, as in torchrun.

@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -57,26 +56,27 @@ def parse(root: type[Config], argv: Sequence[str], *, program: str) -> Invocatio
     control.add_argument(
         "--dry-run", action="store_true", help="check the layout, predict memory, and exit"
     )
-    sections = _sections(root)
+    sections = typing.get_type_hints(root)
     for name, section in sections.items():
         group = parser.add_argument_group(name, section.__doc__)
-        for field, kind in _fields(section):
+        for field, kind in _fields(section).values():
             _add_flag(group, field, kind)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
-        hint = nearest(unknown[0].split("=")[0], known)
+        hint = _nearest(unknown[0].split("=")[0], known)
         raise ConfigError(f"unknown flag {unknown[0]}{hint}", fix=f"See {program} --help")
     flags = vars(given)
     file, shown, dry_run = (flags.pop(key) for key in ("config", "print_config", "dry_run"))
     from_file = {} if file is None else _read_yaml(Path(file), sections)
     branches = {}
     for name, section in sections.items():
-        values = dict(from_file.get(name, {}))
-        values.update(
-            (field.name, flags[field.name]) for field, _ in _fields(section) if field.name in flags
-        )
-        _require_all(section, values)
+        kinds = _fields(section)
+        values = from_file.get(name, {}) | {key: flags[key] for key in kinds if key in flags}
+        for key, (field, _) in kinds.items():
+            if field.default is dataclasses.MISSING and values.get(key) is None:
+                wanted = field.metadata["help"].capitalize()
+                raise ConfigError(f"{flag_name(key)} is required", fix=wanted)
         branches[name] = section(**values)
     return Invocation(root(**branches), shown, dry_run)
 
@@ -86,27 +86,19 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     """``; did you mean X?`` when some known name is close to ``word``, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _sections(root: type[Any]) -> dict[str, type[Any]]:
-    hints = typing.get_type_hints(root)
-    return {field.name: hints[field.name] for field in dataclasses.fields(root)}
-
-
-def _fields(section: type[Any]) -> list[tuple[dataclasses.Field[Any], type[Any]]]:
-    """The section's fields with their types; ``int | None`` counts as int."""
+def _fields(section: type[Any]) -> dict[str, tuple[dataclasses.Field[Any], type[Any]]]:
+    """A section's fields by name, with their types; ``int | None`` counts as int."""
     hints = typing.get_type_hints(section)
-    out = []
-    for field in dataclasses.fields(section):
-        kind = hints[field.name]
-        if isinstance(kind, types.UnionType):
-            kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        out.append((field, kind))
-    return out
+    return {
+        field.name: (field, (typing.get_args(hints[field.name]) or (hints[field.name],))[0])
+        for field in dataclasses.fields(section)
+    }
 
 
 def _add_flag(
@@ -121,14 +113,6 @@ def _add_flag(
     else:
         metavar = "|".join(field.metadata["choices"] or ()) or kind.__name__.upper()
         group.add_argument(flag_name(field.name), type=kind, metavar=metavar, **common)
-
-
-def _require_all(section: type[Any], values: dict[str, Any]) -> None:
-    for field, _ in _fields(section):
-        if field.default is dataclasses.MISSING and values.get(field.name) is None:
-            raise ConfigError(
-                f"{flag_name(field.name)} is required", fix=field.metadata["help"].capitalize()
-            )
 
 
 class _Loader(yaml.SafeLoader):
@@ -152,32 +136,25 @@ def _read_yaml(path: Path, sections: dict[str, type[Any]]) -> dict[str, dict[str
         raise ConfigError("not a mapping of sections", where=path, found=type(tree).__name__)
     for name, values in tree.items():
         if name not in sections:
-            owner = [s for s, c in sections.items() if name in {f.name for f, _ in _fields(c)}]
-            hint = (
-                f"; it belongs under {owner[0]}:" if owner else nearest(str(name), list(sections))
-            )
+            owners = [section for section in sections if name in _fields(sections[section])]
+            hint = f"; it belongs under {owners[0]}:" if owners else _nearest(str(name), sections)
             raise ConfigError(f"unknown section {name!r}{hint}", where=path)
         if not isinstance(values, dict):
             raise ConfigError(f"section {name!r} is not a mapping", where=path)
-        kinds = {field.name: kind for field, kind in _fields(sections[name])}
-        optional = {field.name for field, _ in _fields(sections[name]) if field.default is None}
+        fields = _fields(sections[name])
         for key, value in values.items():
-            if key not in kinds:
-                raise ConfigError(
-                    f"unknown key {key!r} under {name!r}{nearest(str(key), list(kinds))}",
-                    where=path,
-                )
-            where = f"{path}: {name}.{key}"
-            values[key] = _coerce(value, kinds[key], where, may_be_null=key in optional)
+            if key not in fields:
+                hint = _nearest(str(key), fields)
+                raise ConfigError(f"unknown key {key!r} under {name!r}{hint}", where=path)
+            field, kind = fields[key]
+            if value is not None or field.default is not None:
+                values[key] = _coerce(value, kind, where=f"{path}: {name}.{key}")
     return tree
 
 
-def _coerce(value: Any, kind: type[Any], where: str, *, may_be_null: bool) -> Any:
-    """``value`` as ``kind``. YAML reads 1e-5 as a string and 1 as an int: a float accepts both.
-
-    Null is accepted for a key whose default is None.
-    """
-    if type(value) is kind or (value is None and may_be_null):
+def _coerce(value: Any, kind: type[Any], *, where: str) -> Any:
+    """``value`` as ``kind``. YAML reads 1e-5 as a string and 1 as an int: a float accepts both."""
+    if type(value) is kind:
         return value
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:

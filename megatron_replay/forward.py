@@ -6,7 +6,7 @@ Shapes: B packs in a micro-batch, S positions in a pack.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,10 +34,10 @@ class MicroBatch(NamedTuple):
 def forward_only(model: torch.nn.Module, micro_batches: Sequence[MicroBatch]) -> list[Any]:
     """The output of each micro-batch's head, on the last stage; [] on the others."""
     model.eval()
-    outputs = _run_schedule(
+    outputs: list[Any] = _run_schedule(
         model,
         micro_batches,
-        _forward_step_collecting,
+        lambda output, non_loss_data: output,
         forward_only=True,
         collect_non_loss_data=True,
     )
@@ -55,13 +55,23 @@ def forward_backward(model: torch.nn.Module, micro_batches: Sequence[MicroBatch]
         (sum of losses, number of positions) of this data-parallel rank on the last stage, fp32 [2];
         None on the others.
     """
-    sums = _run_schedule(model, micro_batches, _forward_step_with_loss, forward_only=False)
+    sums = _run_schedule(model, micro_batches, _sum_of_losses, forward_only=False)
     return torch.stack(sums).sum(0) if sums else None
 
 
 def _run_schedule(
-    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], step: Any, **kwargs: Any
+    model: torch.nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    of_output: Callable[..., Any],
+    **options: Any,
 ) -> Any:
+    """megatron-core's schedule; ``of_output`` makes what it collects from a head's output."""
+
+    def step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Any, Any]:
+        batch, head, rows = next(iterator)
+        documents = PackedDocuments(batch.segments, rows, batch.tokens_BS.shape[1])
+        return model(batch.tokens_BS, batch.position_BS, documents, head), of_output
+
     micro_batch_size, seq_length = micro_batches[0].batch.tokens_BS.shape
     return get_forward_backward_func()(
         forward_step_func=step,
@@ -70,26 +80,8 @@ def _run_schedule(
         num_microbatches=len(micro_batches),
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
-        **kwargs,
+        **options,
     )
-
-
-def _run_model(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> Any:
-    batch, head, rows = next(iterator)
-    documents = PackedDocuments(batch.segments, rows, batch.tokens_BS.shape[1])
-    return model(batch.tokens_BS, batch.position_BS, documents, head)
-
-
-def _forward_step_collecting(
-    iterator: Iterator[MicroBatch], model: torch.nn.Module
-) -> tuple[Any, Any]:
-    return _run_model(iterator, model), lambda output, non_loss_data: output
-
-
-def _forward_step_with_loss(
-    iterator: Iterator[MicroBatch], model: torch.nn.Module
-) -> tuple[Any, Any]:
-    return _run_model(iterator, model), _sum_of_losses
 
 
 def _sum_of_losses(loss_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -115,23 +115,23 @@ def environment_world_size() -> int:
     Raises:
         ConfigError: a launcher started several and did not set torchrun's variables, or not all.
     """
-    text = os.environ.get("WORLD_SIZE")
+    environment = os.environ
+    text = environment.get("WORLD_SIZE")
     if text is None:
         for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-            if os.environ.get(name, "1") not in ("", "1"):
-                raise _not_torchrun(f"{name}={os.environ[name]} and no WORLD_SIZE")
+            if environment.get(name, "1") not in ("", "1"):
+                raise _not_torchrun(f"{name}={environment[name]} and no WORLD_SIZE")
         text = "1"
     if not text.isdecimal() or int(text) < 1:
         raise _not_torchrun(f"WORLD_SIZE={text!r}")
-    names = ["RANK", "LOCAL_RANK"]
-    names += [] if dist.is_initialized() else ["MASTER_ADDR", "MASTER_PORT"]
-    missing = [name for name in names if not os.environ.get(name)]
+    limits = {"RANK": int(text), "LOCAL_RANK": int(text)}
+    limits |= {} if dist.is_initialized() else {"MASTER_ADDR": 0, "MASTER_PORT": 1 << 16}
+    missing = [name for name in limits if not environment.get(name)]
     if int(text) > 1 and missing:
         raise _not_torchrun(f"WORLD_SIZE={text} and no {', '.join(missing)}")
-    limits = {"RANK": int(text), "LOCAL_RANK": int(text), "MASTER_PORT": 1 << 16}
     for name, limit in limits.items():
-        value = os.environ.get(name, "0")
-        if name in names and not (value.isdecimal() and int(value) < limit):
+        value = environment.get(name, "0")
+        if limit and not (value.isdecimal() and int(value) < limit):
             raise _not_torchrun(f"WORLD_SIZE={text} and {name}={value!r}")
     return int(text)
 

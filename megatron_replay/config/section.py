@@ -1,4 +1,4 @@
-"""A branch of the settings: fields with their help and choices, checked when it is built."""
+"""A branch of the settings: fields with help, choices and limits, checked when it is built."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from typing import Any
 
 from megatron_replay.errors import ConfigError
 
-#: In ``used_with``: any value but None, False and 0.
-SET: tuple[Any, ...] = ()
-#: The largest integer that JSON, YAML and floats all represent.
-_LARGEST = 2**53
-#: float32 can represent it.
-_LARGEST_FLOAT = 1e30
+#: In ``used_with``, in place of values: any but None, False and 0; any number above 1.
+SET, ABOVE_ONE = "", "above 1"
+#: JSON, YAML and floats all represent integers below 2^53; float32 represents 1e30.
+_LARGEST, _LARGEST_FLOAT = 2**53, 1e30
 
 
 def option(
     help_text: str,
     default: Any = dataclasses.MISSING,
     choices: tuple[str, ...] | None = None,
-    used_with: Mapping[str, tuple[Any, ...]] | None = None,
+    *,
+    within: str | None = None,
+    used_with: Mapping[str, tuple[str, ...] | str] | None = None,
 ) -> Any:
     """A dataclass field with its help; without ``default`` the user must give it.
 
+    ``within``: the interval of its numbers, as in "[0, 1)"; None as a value is in any.
     ``used_with``: the field is read only where each of these other fields, of any branch, has one
-    of these values (``SET``: any but None, False and 0); elsewhere it must keep its default.
+    of these values (or is ``SET`` or ``ABOVE_ONE``); elsewhere it must keep its default.
     """
-    metadata = {"help": help_text, "choices": choices, "used_with": used_with or {}}
+    metadata = {"help": help_text, "choices": choices, "within": within, "used_with": used_with}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -41,11 +42,13 @@ class Section:
     """Base of the tree's branches: checks every value; ``require`` raises the errors."""
 
     def __post_init__(self) -> None:
-        """Check every value by its type, then run the branch's own checks."""
+        """Check every value by its type and its field, then run the branch's own checks."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            choices, value = field.metadata.get("choices"), getattr(self, field.name)
-            if choices is not None and value not in choices:
-                self.require(False, field.name, "one of " + ", ".join(choices))
+            value, choices, within = (
+                getattr(self, field.name), field.metadata["choices"], field.metadata["within"],
+            )  # fmt: skip
+            if choices is not None:
+                self.require(value in choices, field.name, "one of " + ", ".join(choices))
             if isinstance(value, float):
                 self.require(math.isfinite(value), field.name, "a finite number")
                 self.require(abs(value) <= _LARGEST_FLOAT, field.name, "a number up to 1e30")
@@ -55,11 +58,21 @@ class Section:
                 self.require(
                     value != "" and "\0" not in value, field.name, "a text that is not empty"
                 )
-        require_used([self])
+            if within is not None and value is not None:
+                self._require_within(field.name, value, within)
         self._check()
 
+    def _require_within(self, field_name: str, value: float, interval: str) -> None:
+        low, high = interval[1:-1].split(", ")
+        is_above = value > float(low) or (interval[0] == "[" and value == float(low))
+        is_below = value < float(high) or (interval[-1] == "]" and value == float(high))
+        words = ("a number above " if interval[0] == "(" else "a number from ") + low
+        if high != "inf":
+            words += (", at most " if interval[-1] == "]" else ", below ") + high
+        self.require(is_above and is_below, field_name, words)
+
     def _check(self) -> None:
-        """Raise ConfigError for values that cannot work; branches override it."""
+        """Raise ConfigError for values that exclude each other; branches override it."""
 
     def require(self, condition: bool, field_name: str, expected: str) -> None:
         """Raise a ConfigError for ``field_name`` unless ``condition`` holds."""
@@ -71,35 +84,21 @@ class Section:
                 found=repr(getattr(self, field_name)),
             )
 
-    def require_between(self, least: float, most: float, *field_names: str) -> None:
-        """Raise a ConfigError for the first named field that is not within these numbers."""
-        for name in field_names:
-            is_within = least <= getattr(self, name) <= most
-            self.require(is_within, name, f"{least:,} to {most:,}")
-
-    def require_positive(self, *field_names: str) -> None:
-        """Raise a ConfigError for the first named field that is not above zero."""
-        for name in field_names:
-            self.require(getattr(self, name) > 0, name, "a number above 0")
-
 
 def require_used(sections: Sequence[Section]) -> None:
-    """Raise a ConfigError for a field that was changed but has no effect with the other fields.
+    """Raise a ConfigError for a field that was changed but has no effect with the other fields."""
+    fields = [(section, field) for section in sections for field in dataclasses.fields(section)]  # type: ignore[arg-type]
+    values = {field.name: getattr(section, field.name) for section, field in fields}
+    for section, field in fields:
+        for name, wanted in (field.metadata["used_with"] or {}).items():
+            if not _is_among(values[name], wanted):
+                words = wanted if isinstance(wanted, str) else " or ".join(wanted)
+                user = f"{flag_name(name)} {words}".strip()
+                is_default = values[field.name] == field.default
+                section.require(is_default, field.name, f"{field.default}, as only {user} uses it")
 
-    Conditions on fields of branches that are not in ``sections`` are not checked.
-    """
-    values = {
-        field.name: getattr(section, field.name)
-        for section in sections
-        for field in dataclasses.fields(section)  # type: ignore[arg-type]
-    }
-    for section in sections:
-        for field in dataclasses.fields(section):  # type: ignore[arg-type]
-            for name, wanted in field.metadata.get("used_with", {}).items():
-                if name not in values or values[name] in wanted:
-                    continue
-                if wanted is SET and values[name]:
-                    continue
-                users = " ".join([flag_name(name), " or ".join(map(str, wanted))]).strip()
-                is_default = getattr(section, field.name) == field.default
-                section.require(is_default, field.name, f"{field.default}, as only {users} uses it")
+
+def _is_among(value: Any, wanted: tuple[str, ...] | str) -> bool:
+    if wanted == ABOVE_ONE:
+        return bool(value > 1)
+    return bool(value) if wanted == SET else value in wanted

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from megatron_replay.config.optimizer import OptimizerConfig
-from megatron_replay.config.section import SET, Section, option, require_used
-from megatron_replay.config.shared import (
-    DataConfig,
-    ModelConfigSource,
-    ParallelConfig,
-    require_even_sequence,
-)
-from megatron_replay.errors import ConfigError
+from megatron_replay.config.section import SET, Section, option
+from megatron_replay.config.shared import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +41,7 @@ class LossConfig(Section):
         "weight of the KL divergence from the base model's stored logits (Stage 0 "
         "--store-logits); the logged loss includes it",
         0.0,
+        within="[0, inf)",
         used_with={"loss": ("restricted",)},
     )
     head_backend: str = option(
@@ -63,7 +56,80 @@ class LossConfig(Section):
         self.require(
             self.loss == "full" or self.store is not None, "store", "a store for --loss restricted"
         )
-        self.require(self.kl_weight >= 0, "kl_weight", "a number from 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
+    """The update rule and its schedule."""
+
+    optimizer: str = option(
+        "update rule", "moclip", ("moclip", "adamw", "mofo", "tam", "adamuon", "muonclip")
+    )
+    # A step moves a weight by up to the learning rate: above 1, nothing of the model is left.
+    lr: float = option("peak learning rate", within="(0, 1]")
+    min_lr: float = option(
+        "learning rate at the end of the decay",
+        0.0,
+        used_with={"lr_decay_style": ("cosine", "linear")},
+    )
+    lr_decay_style: str = option("shape of the decay", "cosine", ("cosine", "linear", "constant"))
+    lr_warmup_iters: int = option("iterations of linear warm-up", 0, within="[0, inf)")
+    weight_decay: float = option("decoupled weight decay", 0.1, within="[0, inf)")
+    clip_grad: float = option(
+        "global gradient norm to clip at; 0: no clipping", 1.0, within="[0, inf)"
+    )
+    adam_beta1: float = option("decay of the first moment", 0.9, within="[0, 1)")
+    adam_beta2: float = option("decay of the second moment", 0.95, within="[0, 1)")
+    use_distributed_optimizer: bool = option(
+        "shard the optimizer's state over data parallel ranks (ZeRO-1)", False
+    )
+    angle_scope: str = option(
+        "compute one angle for the whole model, or one for each parameter",
+        "model",
+        ("model", "tensor"),
+        used_with={"optimizer": ("moclip", "tam")},
+    )
+    max_angle: float = option(
+        "largest angle between gradient and momentum, in degrees",
+        45.0,
+        within="(0, 90]",
+        used_with={"optimizer": ("moclip",)},
+    )
+    obtuse: str = option(
+        "a gradient more than 90 degrees from the momentum: keep it on the momentum's line, or "
+        "drop it",
+        "line",
+        ("line", "zero"),
+        used_with={"optimizer": ("moclip",)},
+    )
+    mofo_fraction: float = option(
+        "share of each matrix that is updated",
+        0.2,
+        within="(0, 1]",
+        used_with={"optimizer": ("mofo",)},
+    )
+    qk_clip_threshold: float | None = option(
+        "largest attention logit that QK-Clip leaves; for models without QK-norm",
+        None,
+        within="(0, inf)",
+        used_with={"optimizer": ("muonclip",)},
+    )
+
+    def _check(self) -> None:
+        # A step subtracts this share of a weight.
+        self.require(self.lr * self.weight_decay <= 1, "weight_decay", "at most 1 / --lr")
+        self.require(0 <= self.min_lr <= self.lr, "min_lr", "0 to --lr")
+        if self.angle_scope == "tensor":
+            self.require(
+                self.obtuse != "zero", "obtuse", "line: zero counts obtuse steps of the whole model"
+            )
+        if self.optimizer in ("adamuon", "muonclip"):
+            self.require(
+                not self.use_distributed_optimizer,
+                "use_distributed_optimizer",
+                f"False under --optimizer {self.optimizer}, which orthogonalises whole matrices: "
+                "sharding over data parallel ranks cuts them at any row",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +137,28 @@ class TrainingConfig(Section):
     """The length of the run, its batches, and what is saved."""
 
     save: str = option("directory for checkpoints, metrics.jsonl and the resolved configuration")
-    global_batch_size: int = option("packs in one optimizer step, over all devices", 16)
+    global_batch_size: int = option(
+        "packs in one optimizer step, over all devices", 16, within="[1, 1048576]"
+    )
     train_epochs: int | None = option(
-        "passes over the corpus; by default 1, or as many as --train-iters needs", None
+        "passes over the corpus; by default 1, or as many as --train-iters needs",
+        None,
+        within="[1, 100000]",
     )
     train_iters: int | None = option(
-        "iterations, over as many epochs as they need; by default those of --train-epochs", None
+        "iterations, over as many epochs as they need; by default those of --train-epochs",
+        None,
+        within="[1, inf)",
     )
-    seed: int = option("seed for the order of documents", 1234)
-    save_interval: int = option("iterations between checkpoints; 0: at the end only", 0)
-    keep_last: int = option("how many checkpoints to keep, the newest; 0: all", 0)
+    seed: int = option("seed for the order of documents", 1234, within="[0, inf)")
+    save_interval: int = option(
+        "iterations between checkpoints; 0: at the end only", 0, within="[0, inf)"
+    )
+    keep_last: int = option(
+        "how many checkpoints to keep, the newest; 0: all", 0, within="[0, inf)"
+    )
     exit_interval: int | None = option(
-        "save and exit after each iteration that is a multiple of this", None
+        "save and exit after each iteration that is a multiple of this", None, within="[1, inf)"
     )
     recompute_granularity: str = option(
         "full: keep only the inputs of layers, and recompute the rest in backward",
@@ -92,23 +168,16 @@ class TrainingConfig(Section):
     profile: bool = option(
         "trace the 4th to 6th step of this process into --save/profile, one file per rank", False
     )
-    log_interval: int = option("iterations between lines of metrics.jsonl and TensorBoard", 1)
+    log_interval: int = option(
+        "iterations between lines of metrics.jsonl and TensorBoard", 1, within="[1, inf)"
+    )
 
     def _check(self) -> None:
-        self.require_positive("log_interval")
-        self.require_between(1, 1 << 20, "global_batch_size")
-        for name in ("train_epochs", "train_iters", "exit_interval"):
-            value = getattr(self, name)
-            self.require(value is None or value > 0, name, "a number above 0")
-        epochs = self.train_epochs or 1
-        self.require(epochs <= 100_000, "train_epochs", "at most 100,000")
         self.require(
             self.train_iters is None or self.train_epochs is None,
             "train_epochs",
             "no value together with --train-iters, which also sets the length",
         )
-        for name in ("seed", "save_interval", "keep_last"):
-            self.require(getattr(self, name) >= 0, name, "a number from 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +187,12 @@ class ProbeConfig(Section):
     probe_interval: int = option(
         "iterations between readings of the probes and of stability; 0: stability at the end only",
         50,
+        within="[0, inf)",
     )
     probe_documents: int = option(
         "documents in the sample of --data-path, and in that of --general-data-path",
         64,
+        within="[1, inf)",
         used_with={"probe_interval": SET},
     )
     general_data_path: str | None = option(
@@ -130,50 +201,35 @@ class ProbeConfig(Section):
         used_with={"probe_interval": SET},
     )
 
-    def _check(self) -> None:
-        self.require_positive("probe_documents")
-        self.require(self.probe_interval >= 0, "probe_interval", "a number from 0")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Stage1Config:
+class Stage1Config(Settings):
     """All settings of python -m megatron_replay.stage1."""
 
-    parallel: ParallelConfig
-    model: ModelConfigSource
-    data: DataConfig
     loss: LossConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
     probe: ProbeConfig
 
     def __post_init__(self) -> None:
-        """Check settings of different branches against each other."""
-        branches = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        require_used(branches)
-        require_even_sequence(self.parallel, self.data)
-        self._check_observers()
-        gbs, mbs = self.training.global_batch_size, self.data.micro_batch_size
-        if gbs % mbs:
-            raise ConfigError(
-                "the global batch is not a whole number of micro-batches",
-                where="--global-batch-size",
-                expected=f"a multiple of --micro-batch-size {mbs}",
-                found=gbs,
-            )
-
-    def _check_observers(self) -> None:
-        """Refuse a store or a sample that the run does not read."""
-        has_probe = self.loss.store is not None and self.probe.probe_interval > 0
+        """Check the branches against each other."""
+        super().__post_init__()
+        mbs = self.data.micro_batch_size
+        self.training.require(
+            self.training.global_batch_size % mbs == 0,
+            "global_batch_size",
+            f"a multiple of --micro-batch-size {mbs}",
+        )
+        # A store or a sample that the run does not read.
+        probe, store, full = self.probe, self.loss.store, self.loss.loss == "full"
         self.loss.require(
-            self.loss.loss == "restricted" or self.loss.store is None or has_probe,
+            not full or store is None or probe.probe_interval > 0,
             "store",
             "no store with --loss full and --probe-interval 0, which do not read it",
         )
-        default = type(self.probe).__dataclass_fields__["probe_documents"].default
-        has_sample = self.loss.store is not None or self.probe.general_data_path is not None
-        self.probe.require(
-            has_sample or self.probe.probe_documents == default,
+        [default] = [f.default for f in fields(probe) if f.name == "probe_documents"]
+        probe.require(
+            bool(store or probe.general_data_path) or probe.probe_documents == default,
             "probe_documents",
             f"{default}, as only --store or --general-data-path uses it",
         )
