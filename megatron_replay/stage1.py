@@ -27,8 +27,7 @@ def run(config: Stage1Config) -> None:
     groups = parallel.initialize(config.parallel, platform.select(config.parallel.platform))
     # Only now: megatron-core may be imported once the platform is prepared, not before.
     from megatron_replay.training.build import build_run
-    from megatron_replay.training.interrupt import StopRequest
-    from megatron_replay.training.train import train
+    from megatron_replay.training.train import StopRequest, train
 
     with StopRequest(groups.store) as stop:
         train(build_run(config, groups), stop)

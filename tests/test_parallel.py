@@ -19,7 +19,7 @@ from megatron_replay import cli, parallel, platform
 from megatron_replay.config import ParallelConfig, Stage0Config
 from megatron_replay.errors import ConfigError, TrainingError
 from megatron_replay.parallel import environment_world_size
-from megatron_replay.training.interrupt import StopRequest
+from megatron_replay.training.train import StopRequest
 from tests import pool, processes
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",

@@ -42,7 +42,7 @@ class TrainingData:
     """The inputs of a run.
 
     Attributes:
-        reader: the candidate store, if the run has one.
+        reader: the candidate store; None: the run has none.
         lengths: usable tokens of each document of the corpus.
         batches: the documents of each step.
         train_iters: steps of the whole run.
@@ -59,10 +59,7 @@ class TrainingData:
 class BatchBuilder:
     """``make_batch(iteration)``, called by the loader's thread, which alone uses ``batches``.
 
-    Attributes:
-        lengths: usable tokens of each document of ``corpus``.
-        reader: the candidate store; None for the full softmax.
-        vocab_size: rows of the output layer, over all ranks.
+    ``vocab_size``: rows of the output layer, over all ranks.
     """
 
     config: Stage1Config
@@ -86,14 +83,13 @@ class BatchBuilder:
     def _micro_batch(self, packs: list[Pack]) -> MicroBatch:
         """A micro-batch with the head that computes its loss."""
         batch = pack_batch(self.data.corpus, packs, self.config.data.seq_length, self.data.lengths)
-        if self.config.loss.loss == "full":
+        loss = self.config.loss
+        if loss.loss == "full":
             rows_N, labels_N = full_targets(batch)
             rows = self._rows(rows_N, batch)
-            labels_N = to_device(labels_N, self.groups.device)
-            head = heads.full_loss(rows.rows_N, labels_N, self.groups)
+            head = heads.full_loss(rows.rows_N, self._to_device(labels_N), self.groups)
         else:
             assert self.data.reader is not None
-            loss = self.config.loss
             targets = join_candidates(
                 batch,
                 self.data.reader,
@@ -107,31 +103,6 @@ class BatchBuilder:
         is_every = self.config.optimizer.qk_clip_threshold is not None
         return MicroBatch(batch.to(self.groups.device), head, None if is_every else rows)
 
-    def _restricted_loss(self, targets: ReplayTargets, rows_N: torch.Tensor) -> Head:
-        """Cuts the sets to this rank's shard on the host, so a step never waits for the device."""
-        groups, loss = self.groups, self.config.loss
-        num_rows = self.vocab_size // groups.tp_size
-        sets = targets.sets.shard(groups.tp_rank * num_rows, num_rows)
-        soft_targets = None
-        if groups.last_stage:
-            if self.backend.reads_transpose:
-                sets = sets.with_transpose()
-            if targets.own_sets is not None:
-                soft_targets = SoftTargets.of(targets.own_sets, sets.vocab_start, num_rows)
-        move = self._to_device
-        return heads.restricted_loss(
-            rows_N,
-            sets.moved(move),
-            groups,
-            backend=self.backend,
-            tail_logit_N=move(targets.tail_logit_N) if loss.tail == "ghost" else None,
-            soft_targets=None if soft_targets is None else soft_targets.moved(move),
-            kl_weight=loss.kl_weight,
-        )
-
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return to_device(tensor, self.groups.device)
-
     def _rows(self, rows_N: torch.Tensor, batch: PackedBatch) -> SelectedRows:
         """The positions with a loss, on the device."""
         rows = SelectedRows.of(
@@ -142,3 +113,29 @@ class BatchBuilder:
             sequence_parallel=self.config.parallel.sequence_parallel,
         )
         return rows.to(self.groups.device)
+
+    def _restricted_loss(self, targets: ReplayTargets, rows_N: torch.Tensor) -> Head:
+        """Cuts the sets to this rank's shard on the host, so a step never waits for the device."""
+        groups, loss = self.groups, self.config.loss
+        num_rows = self.vocab_size // groups.tp_size
+        sets = targets.sets.shard(groups.tp_rank * num_rows, num_rows)
+        soft_targets = None
+        if groups.last_stage:
+            if self.backend.reads_transpose:
+                sets = sets.with_transpose()
+            if targets.own_sets is not None:
+                cut = SoftTargets.of(targets.own_sets, sets.vocab_start, num_rows)
+                soft_targets = cut.moved(self._to_device)
+        is_ghost = loss.tail == "ghost"
+        return heads.restricted_loss(
+            rows_N,
+            sets.moved(self._to_device),
+            groups,
+            backend=self.backend,
+            tail_logit_N=self._to_device(targets.tail_logit_N) if is_ghost else None,
+            soft_targets=soft_targets,
+            kl_weight=loss.kl_weight,
+        )
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return to_device(tensor, self.groups.device)

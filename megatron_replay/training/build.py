@@ -20,7 +20,11 @@ from megatron_replay.checkpoint.load import (
     describe_model,
     load_model,
 )
-from megatron_replay.checkpoint.model_files import fingerprints, keep_model_files
+from megatron_replay.checkpoint.model_files import (
+    fingerprints,
+    keep_model_files,
+    require_store_of_base,
+)
 from megatron_replay.checkpoint.training import TrainState, load_checkpoint, read_state
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
@@ -39,7 +43,6 @@ from megatron_replay.store import CandidateReader
 from megatron_replay.training import run_directory
 from megatron_replay.training.batches import BatchBuilder, StepBatch, TrainingData
 from megatron_replay.training.monitor import Monitor
-from megatron_replay.training.profile import StepTrace
 from megatron_replay.training.step import wrap_for_training
 
 #: Global batches prepared ahead of the step.
@@ -68,7 +71,6 @@ class TrainingRun:
     state: TrainState
     make_batch: BatchBuilder
     monitor: Monitor
-    trace: StepTrace
     lock: DirectoryLock | None
 
     def start_loader(self) -> Loader[StepBatch]:
@@ -134,7 +136,6 @@ def build_run(config: Stage1Config, groups: Parallel) -> TrainingRun:
         optimizer=optimizer,
         state=state,
         make_batch=BatchBuilder(config, groups, data, backend, shape.vocab_size),
-        trace=StepTrace(config, groups.rank),
         monitor=Monitor(
             config,
             groups,
@@ -186,7 +187,13 @@ def _find_state(
         state = dataclasses.replace(state, identity={**before, **agreed})
     is_its_own = before.get(run_directory.STORE) == agreed.get(run_directory.STORE, ...)
     if data.reader is not None and not config.loss.allow_other_store and not is_its_own:
-        run_directory.require_store_of_base(data.reader, base)
+        require_store_of_base(
+            data.reader,
+            base,
+            flag=run_directory.BASE,
+            fix="Use the --load of Stage 0, rerun Stage 0 with this one, or add "
+            "--allow-other-store to train on the candidates of another model",
+        )
     return state, iteration is not None
 
 

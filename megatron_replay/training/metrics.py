@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_replay.files import atomic_file, make_directory, output_error
-from megatron_replay.run_log import METRICS, read_metrics, read_raw_lines
+from megatron_replay.run_log import METRICS, Line, read_raw_lines
 
 #: A spike is a value above mean + SIGMAS · std of the SPIKE_WINDOW logged steps before it.
 SPIKE_WINDOW, SPIKE_SIGMAS = 128, 6.0
@@ -34,8 +34,7 @@ class MetricsLog:
 
     def __init__(self, directory: Path, *, resume_iteration: int) -> None:
         self._path = directory / METRICS
-        keep_lines_until(self._path, resume_iteration)
-        self.kept = read_metrics(self._path) if self._path.exists() else []
+        self.kept = keep_lines_until(self._path, resume_iteration)
         self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         events = make_directory(directory / "tensorboard")
         first = resume_iteration + 1 if resume_iteration else 0
@@ -49,13 +48,17 @@ class MetricsLog:
         Raises:
             OutputError: the disk is full.
         """
+        text = json.dumps({"iteration": iteration, **values})
+        finite = json.loads(text, parse_constant=lambda _: None)
         try:
-            self._file.write(json.dumps({"iteration": iteration, **_finite(values)}) + "\n")
+            self._file.write(json.dumps(finite) + "\n")
         except OSError as error:
             raise output_error(self._path, error) from error
         for name, value in values.items():
-            for tag, number in _scalars(name, value):
-                self._events.add_scalar(tag, number, iteration)
+            nested = value if isinstance(value, dict) else {"": value}
+            for key, number in nested.items():
+                if isinstance(number, (int, float)):
+                    self._events.add_scalar(f"{name}/{key}".rstrip("/"), number, iteration)
 
     def close(self) -> None:
         """Flush and close both files."""
@@ -63,32 +66,19 @@ class MetricsLog:
         self._events.close()
 
 
-def keep_lines_until(path: Path, iteration: int) -> None:
-    """Drop the lines of later iterations; all lines if ``iteration`` is 0.
+def keep_lines_until(path: Path, iteration: int) -> list[Line]:
+    """Drop the lines of later iterations, or all lines if ``iteration`` is 0; returns the others.
 
     Raises:
         OutputError: the file is damaged, or cannot be written.
     """
     if not os.path.lexists(path):
-        return
-    lines = read_raw_lines(path)
-    kept = [line for line, value in lines if iteration and value["iteration"] <= iteration]
-    if sum(map(len, kept)) < path.stat().st_size:
+        return []
+    kept = [(line, x) for line, x in read_raw_lines(path) if 0 < x["iteration"] <= iteration]
+    if sum(len(line) for line, _ in kept) < path.stat().st_size:
         with atomic_file(path) as handle:
-            handle.writelines(kept)
-
-
-def _scalars(name: str, value: Any) -> list[tuple[str, float]]:
-    if isinstance(value, dict):
-        return [scalar for key, v in value.items() for scalar in _scalars(f"{name}/{key}", v)]
-    return [] if value is None or isinstance(value, str) else [(name, float(value))]
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for each number that JSON cannot represent."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+            handle.writelines(line for line, _ in kept)
+    return [value for _, value in kept]
 
 
 class Stability:
@@ -148,7 +138,7 @@ class Stability:
         losses, norms = self._series["loss"], np.array(self._series["gradient"][self._in_warmup :])
         variance = detrended_variance(losses[len(losses) // 2 :]) if losses else None
         mean = float(norms.mean()) if len(norms) else 0.0
-        judged = self.judged
+        judged = max(0, len(losses) - SPIKE_WINDOW)
         values: dict[str, float | None] = {
             "steps": len(losses),
             "non_finite": self._non_finite,
@@ -161,15 +151,20 @@ class Stability:
             values[f"{name}_spike_rate"] = count / judged if judged else None
         return values
 
-    @property
-    def judged(self) -> int:
-        """The number of steps that could be a spike: those after the first ``SPIKE_WINDOW``."""
-        return max(0, len(self._series["loss"]) - SPIKE_WINDOW)
-
-    def final_loss(self) -> float:
-        """Mean loss over the last tenth of the steps; needs at least one step."""
-        losses = self._series["loss"]
-        return float(np.mean(losses[-max(1, len(losses) // 10) :]))
+    def summary(self) -> str:
+        """The numbers as a sentence."""
+        values, losses = self.values(), self._series["loss"]
+        if not losses:
+            return "no logged step was finite."
+        last, cv = losses[-max(1, len(losses) // 10) :], values["gradient_norm_cv"]
+        return (
+            f"loss {np.mean(last):.4f} over the last tenth of {len(losses)} logged steps, std "
+            f"{values['loss_std']:.4f} about its own line over the last half, gradient-norm CV "
+            f"after warm-up {'undefined' if cv is None else f'{cv:.3f}'}, "
+            f"{values['loss_spikes'] or 0} loss and {values['gradient_spikes'] or 0} gradient-norm "
+            f"spikes in {max(0, len(losses) - SPIKE_WINDOW)} steps judged (the first "
+            f"{SPIKE_WINDOW} cannot be), {values['non_finite']} steps not finite."
+        )
 
 
 def detrended_variance(values_N: list[float]) -> float:
@@ -191,28 +186,25 @@ class UpdateWarnings:
     """
 
     def __init__(self) -> None:
-        self._recent = {
-            name: deque[float](maxlen=WATCHED_STEPS) for name in ("obtuse", "update_rms_over_lr")
-        }
-        self._warned: set[str] = set()
+        self._recent = {name: deque[float](maxlen=WATCHED_STEPS) for name in _WARNINGS}
 
     def add(self, update: Mapping[str, float | None]) -> list[str]:
         """Add the next logged step; returns the warnings that it causes for the first time."""
         warnings = []
-        for name, recent in self._recent.items():
+        for name, recent in list(self._recent.items()):
             value = update.get(name)
             if value is None or not math.isfinite(value):
                 continue
             recent.append(value)
             mean = math.fsum(recent) / len(recent)
             is_bad = mean > OBTUSE_LIMIT if name == "obtuse" else mean < UPDATE_LIMIT
-            if is_bad and len(recent) == WATCHED_STEPS and name not in self._warned:
-                self._warned.add(name)
-                warnings.append(_UPDATE_WARNINGS[name](mean))
+            if is_bad and len(recent) == WATCHED_STEPS:
+                warnings.append(_WARNINGS[name](mean))
+                del self._recent[name]
         return warnings
 
 
-_UPDATE_WARNINGS = {
+_WARNINGS = {
     "obtuse": lambda mean: (
         f"the gradient pointed against the momentum in {100 * mean:.0f} % of the last "
         f"{WATCHED_STEPS} logged steps: consecutive updates point in opposite directions (noise, "

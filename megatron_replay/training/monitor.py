@@ -27,7 +27,7 @@ from megatron_replay.data.packing import Pack
 from megatron_replay.errors import CheckpointError, TrainingError
 from megatron_replay.files import output_error
 from megatron_replay.parallel import Parallel
-from megatron_replay.training.batches import TrainingData
+from megatron_replay.training.batches import StepBatch, TrainingData
 from megatron_replay.training.metrics import (
     SPIKE_SIGMAS,
     SPIKE_WINDOW,
@@ -68,33 +68,30 @@ class Monitor:
         optimizer: MegatronOptimizer,
         iteration: int,
     ) -> None:
-        self._config, self._groups, self._wrapped = config, groups, wrapped
-        self._lengths, self._train_iters = data.lengths, data.train_iters
+        self._config, self._groups, self._data, self._wrapped = config, groups, data, wrapped
         self._directory = directory = Path(config.training.save)
         self._log: MetricsLog | None = None
-        if groups.writer:
-            keep_lines_until(directory / SKIPPED, iteration)
-            self._log = MetricsLog(directory, resume_iteration=iteration)
         self._stability = Stability(warmup_iters=config.optimizer.lr_warmup_iters)
         self._updates = UpdateWarnings()
         self._seconds = self._waited = 0.0  # over logged steps; waited: for data
-        for line in self._log.kept if self._log else []:
-            if "loss" in line:
-                self._notice(line)  # its warnings were printed before
-        self._probe: Probe | None = None
+        if groups.writer:
+            keep_lines_until(directory / SKIPPED, iteration)
+            self._log = MetricsLog(directory, resume_iteration=iteration)
+            for line in self._log.kept:
+                if "loss" in line:
+                    self._notice(line)  # its warnings were printed before
+        self._samples: dict[str, Probe | GeneralText] = {}
         if data.reader is not None and config.probe.probe_interval > 0:
-            self._probe = Probe(config, groups, data.corpus, data.reader, data.lengths)
-        self._is_drifting = False
-        self._general: GeneralText | None = None
+            self._samples["probe"] = Probe(config, groups, data)
         if (prefix := config.probe.general_data_path) is not None:
             context = model.shape.max_position_embeddings
-            self._general = general = GeneralText(config, groups, prefix, data.corpus, context)
-            if iteration > 0:
-                log = self._log
-                groups.agreed(lambda: general.resume(log.kept, directory) if log else None)
+            general = GeneralText(config, groups, prefix, data.corpus, context)
+            self._samples["general"] = general
+            log = self._log if iteration > 0 else None
+            groups.agreed(lambda: general.resume(log.kept, directory) if log else None)
         self._distance = Distance(config.model.load, directory, model, optimizer, groups)
         self._first_iteration, self._num_labels = iteration, 0  # labels: on the last stage
-        self._summary = ""
+        self._is_drifting, self._summary = False, ""
 
     def start(self) -> None:
         """Measure the starting model, before the first step of a new run. Collective."""
@@ -105,10 +102,9 @@ class Monitor:
         self,
         state: TrainState,
         result: StepResult,
-        packs: Sequence[Pack],
+        batch: StepBatch,
         *,
         lr: float,
-        tokens: int,
         seconds: float,
         waited: float,
     ) -> None:
@@ -116,8 +112,6 @@ class Monitor:
 
         Args:
             state: the run's, after the step.
-            packs: the step's global batch.
-            tokens: number of tokens in that batch.
             seconds, waited: the time of the step, and its wait for the batch.
 
         Raises:
@@ -127,14 +121,14 @@ class Monitor:
         iteration = state.iteration
         self._num_labels += result.positions
         if result.skipped:
-            self._record_skipped(state, result.own_sums, packs)
+            self._record_skipped(state, result.own_sums, batch.packs)
         if self._log is not None and iteration % self._config.training.log_interval == 0:
             line: dict[str, Any] = {
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,
                 "lr": lr,
                 "positions": result.positions,
-                "tokens": tokens,
+                "tokens": batch.tokens,
                 "seconds": seconds,
                 "data_wait_seconds": waited,
                 "skipped_steps": state.skipped_steps,
@@ -143,7 +137,7 @@ class Monitor:
             spikes, warnings = self._notice({"iteration": iteration, **line})
             self._log.write(iteration, line | ({"spike_above": spikes} if spikes else {}))
             for warning in warnings:
-                _warn(iteration, warning)
+                self._warn(iteration, warning)
         self._measure(iteration)
 
     def nothing_learnt(self, state: TrainState, *, is_over: bool = False) -> str:
@@ -185,61 +179,46 @@ class Monitor:
         self._seconds += line["seconds"]
         self._waited += line.get("data_wait_seconds", 0.0)
         spikes = self._stability.add(line)
+        value = {"loss": line["loss"], "gradient": line["grad_norm"]}
+        title = {"loss": "loss", "gradient": "gradient norm"}
         warnings = [
-            f"{title} spikes to {line[key]:.4g}, above mean + {SPIKE_SIGMAS:g} sigma = "
-            f"{spikes[name]:.4g} of the {SPIKE_WINDOW} logged steps before"
-            for name, key, title in (
-                ("loss", "loss", "loss"), ("gradient", "grad_norm", "gradient norm"),
-            )
-            if name in spikes
-        ]  # fmt: skip
+            f"{title[name]} spikes to {value[name]:.4g}, above mean + {SPIKE_SIGMAS:g} sigma = "
+            f"{limit:.4g} of the {SPIKE_WINDOW} logged steps before"
+            for name, limit in spikes.items()
+        ]
         return spikes, warnings + self._updates.add(line.get("update") or {})
 
     def _measure(self, iteration: int) -> None:
         """Take and log the readings due after ``iteration``. Collective."""
-        interval, is_last = self._config.probe.probe_interval, iteration == self._train_iters
+        interval, is_last = self._config.probe.probe_interval, iteration == self._data.train_iters
         readings: dict[str, Any] = {}
         if is_last or (interval and iteration % interval == 0):
-            for name, sample in (("probe", self._probe), ("general", self._general)):
-                if sample is not None and (values := sample.read(self._wrapped)) is not None:
-                    readings[name] = values
+            taken = {name: sample.read(self._wrapped) for name, sample in self._samples.items()}
+            readings |= {name: values for name, values in taken.items() if values is not None}
             if iteration > 0:
                 readings["stability"] = self._stability.values()
         if is_last and iteration > 0:
-            readings |= self._read_distance(iteration)
+            try:
+                readings["relative_l2"] = self._distance.read()
+            except CheckpointError as error:  # the weights are not saved yet: only a warning
+                self._warn(iteration, f"relative L2 was not measured: {error}")
         if self._log is None or not readings:
             return
         if "probe" in readings and (warning := drift_warning(readings["probe"])):
             if is_last or not self._is_drifting:  # when it starts, and at the end
-                _warn(iteration, warning)
+                self._warn(iteration, warning)
             self._is_drifting = True
         self._log.write(iteration, readings)
         if is_last:
             self._summary = self._summarize(iteration, readings)
 
-    def _read_distance(self, iteration: int) -> dict[str, float]:
-        """The distance; only a warning where it fails, since the weights are not saved yet."""
-        try:
-            return {"relative_l2": self._distance.read()}
-        except CheckpointError as error:
-            if self._log is not None:
-                _warn(iteration, f"relative L2 was not measured: {error}")
-            return {}
+    def _warn(self, iteration: int, message: str) -> None:
+        if self._log is not None:
+            print(f"warning: iteration {iteration}: {message}", file=sys.stderr)
 
     def _summarize(self, iteration: int, readings: Mapping[str, Any]) -> str:
         """The readings after the last step, as sentences."""
-        values, judged = readings["stability"], self._stability.judged
-        if not values["steps"]:
-            return f"{iteration} iterations: no logged step was finite."
-        cv = values["gradient_norm_cv"]
-        summary = (
-            f"{iteration} iterations: loss {self._stability.final_loss():.4f} over the last tenth "
-            f"of {values['steps']} logged steps, std {values['loss_std']:.4f} about its own line "
-            "over the last half, gradient-norm CV after warm-up "
-            f"{'undefined' if cv is None else f'{cv:.3f}'}, {values['loss_spikes'] or 0} loss and "
-            f"{values['gradient_spikes'] or 0} gradient-norm spikes in {judged} steps judged (the "
-            f"first {SPIKE_WINDOW} cannot be), {values['non_finite']} steps not finite."
-        )
+        summary = f"{iteration} iterations: {self._stability.summary()}"
         if self._seconds:
             share = self._waited / self._seconds
             summary += f" Steps waited for data for {100 * share:.2g} % of their time."
@@ -255,14 +234,13 @@ class Monitor:
     ) -> None:
         """Report a skipped step and record its batch; one all-gather of objects over the world."""
         groups, path = self._groups, self._directory / SKIPPED
-        found = groups.agreed(lambda: self._own_loss(own_sums))
-        losses = [loss for loss in found if loss is not None]
+        losses = [x for x in groups.agreed(lambda: self._own_loss(own_sums)) if x is not None]
         bad = [str(loss["rank"]) for loss in losses if loss["loss"] is None]
         record = {
             "iteration": state.iteration,
             "not_finite": "loss" if bad else "gradient",
             "losses": losses,
-            "packs": self._describe(packs),
+            "packs": [self._describe(number, pack) for number, pack in enumerate(packs)],
         }
         groups.agreed(lambda: _append(path, record) if groups.writer else None)
         count = state.skipped_steps
@@ -291,16 +269,13 @@ class Monitor:
         loss = mean if math.isfinite(mean) else None
         return {"rank": self._groups.rank, "dp_rank": self._groups.dp_rank, "loss": loss}
 
-    def _describe(self, packs: Sequence[Pack]) -> list[dict[str, Any]]:
-        """The DP rank of each pack, and [first, last + 1] of each document in it."""
-        described = []
-        for number, pack in enumerate(packs):
-            stops = np.cumsum(self._lengths[pack].astype(np.int64) - 1).tolist()
-            spans = zip(pack.tolist(), [0, *stops], stops, strict=False)  # one start too many
-            dp_rank = number // self._config.data.micro_batch_size % self._groups.dp_size
-            documents = [{"document": d, "positions": [first, stop]} for d, first, stop in spans]
-            described.append({"dp_rank": dp_rank, "documents": documents})
-        return described
+    def _describe(self, number: int, pack: Pack) -> dict[str, Any]:
+        """The DP rank of a pack, and [first, last + 1] of each document in it."""
+        stops = np.cumsum(self._data.lengths[pack].astype(np.int64) - 1).tolist()
+        spans = zip(pack.tolist(), [0, *stops], stops, strict=False)  # one start too many
+        dp_rank = number // self._config.data.micro_batch_size % self._groups.dp_size
+        documents = [{"document": d, "positions": [first, stop]} for d, first, stop in spans]
+        return {"dp_rank": dp_rank, "documents": documents}
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
@@ -311,7 +286,3 @@ def _append(path: Path, record: dict[str, Any]) -> None:
             os.fsync(handle.fileno())
     except OSError as error:
         raise output_error(path, error) from error
-
-
-def _warn(iteration: int, message: str) -> None:
-    print(f"warning: iteration {iteration}: {message}", file=sys.stderr)

@@ -31,61 +31,35 @@ from megatron_replay.forward import MicroBatch, forward_only
 from megatron_replay.model import heads
 from megatron_replay.optim.build import counts_once
 from megatron_replay.parallel import Parallel
-from megatron_replay.store import CandidateReader
+from megatron_replay.training.batches import TrainingData
 
 #: Mass outside the sets causes a warning above this factor of, and this much over, the base's.
 _DRIFT_FACTOR, _DRIFT_MASS = 2.0, 0.02
 
 
-def _micro_batches(
-    corpus: Corpus,
-    documents: npt.NDArray[np.int64],
-    lengths: npt.NDArray[np.int32],
-    data: DataConfig,
-) -> list[PackedBatch]:
-    """``documents`` in whole micro-batches; packs of padding complete the last one."""
-    size = data.micro_batch_size
-    packs = plan_packs(lengths, documents, data.seq_length)
-    packs += [np.empty(0, np.int64)] * (-len(packs) % size)
-    return [
-        pack_batch(corpus, packs[start : start + size], data.seq_length, lengths)
-        for start in range(0, len(packs), size)
-    ]
-
-
 class Probe:
     """Mass outside the candidate sets, on a sample of the training corpus.
-
-    Args:
-        lengths: usable tokens of each document of ``corpus``.
 
     Raises:
         DataError: the store records no position of the sample.
     """
 
-    def __init__(
-        self,
-        config: Stage1Config,
-        parallel: Parallel,
-        corpus: Corpus,
-        reader: CandidateReader,
-        lengths: npt.NDArray[np.int32],
-    ) -> None:
-        sample = pick_documents(lengths, config.probe.probe_documents)
+    def __init__(self, config: Stage1Config, parallel: Parallel, data: TrainingData) -> None:
+        reader, device = data.reader, parallel.device
+        assert reader is not None
+        sample = pick_documents(data.lengths, config.probe.probe_documents)
         self._work: list[MicroBatch] = []
         base_mass, count = 0.0, 0
         vocab_size = reader.description.vocab_size
         num_rows = vocab_size // parallel.tp_size
-        for batch in _micro_batches(corpus, sample, lengths, config.data):
+        for batch in _micro_batches(data.corpus, sample, data.lengths, config.data):
             targets = join_candidates(batch, reader, vocab_size=vocab_size, scope="position")
             base_mass += (targets.tail_logit_N - targets.lse_N).exp().double().sum().item()
             count += len(targets.rows_N)
             sets = targets.sets.shard(parallel.tp_rank * num_rows, num_rows)
-            rows_N = targets.rows_N.to(parallel.device)
-            sets = sets.moved(lambda tensor: tensor.to(parallel.device))
-            self._work.append(
-                MicroBatch(batch.to(parallel.device), heads.probe(rows_N, sets, parallel))
-            )
+            sets = sets.moved(lambda tensor: tensor.to(device))
+            head = heads.probe(targets.rows_N.to(device), sets, parallel)
+            self._work.append(MicroBatch(batch.to(device), head))
         if not count:
             raise DataError(
                 "the store records no position of the probe's sample",
@@ -177,11 +151,8 @@ class GeneralText:
         total = torch.cat(outputs).cpu().double().sum()
         perplexity = (total / self._num_labels).exp().item()
         self._base = perplexity if self._base is None else self._base
-        return {
-            "perplexity": perplexity,
-            "delta_ppl": perplexity - self._base,
-            "sample": self._fingerprint,
-        }
+        delta = perplexity - self._base
+        return {"perplexity": perplexity, "delta_ppl": delta, "sample": self._fingerprint}
 
     def resume(self, lines: Sequence[Mapping[str, Any]], where: object) -> None:
         """Take the base from the log's line of iteration 0.
@@ -189,34 +160,26 @@ class GeneralText:
         Raises:
             ConfigError: the line is missing, or is of another sample.
         """
-        readings = [line["general"] for line in lines if "general" in line]
-        if not readings or lines[0]["iteration"] != 0 or readings[0]["perplexity"] is None:
+        first = next((line for line in lines if "general" in line), None)
+        reading = {} if first is None or first["iteration"] > 0 else first["general"]
+        self._base = reading.get("perplexity")
+        if self._base is None or reading["sample"] != self._fingerprint:
             raise ConfigError(
-                "the run has no perplexity of the general text before its first step",
+                "the run has no perplexity of this sample of general text before its first step",
                 where=where,
-                expected='a line of iteration 0 with "general"',
-                found=f"{len(lines)} lines without it",
-                fix="Omit --general-data-path, or start a new run with it",
+                expected=f"a line of iteration 0 with the sample {self._fingerprint}",
+                found=reading.get("sample", "none"),
+                fix="Omit --general-data-path, use it and --probe-documents as the run was started "
+                "with, or start a new run",
             )
-        if readings[0]["sample"] != self._fingerprint:
-            raise ConfigError(
-                "this run was started with another sample of general text",
-                where=where,
-                expected=readings[0]["sample"],
-                found=self._fingerprint,
-                fix="Use the --general-data-path and --probe-documents it was started with",
-            )
-        self._base = readings[0]["perplexity"]
 
 
 def _require_same_tokenizer(general: Corpus, corpus: Corpus) -> None:
     """Raise ConfigError unless both corpora were made with one tokenizer."""
     found, expected = (
-        f"{c.vocab_size} tokens, fingerprint {c.tokenizer_fingerprint[:16]}"
-        for c in (general, corpus)
+        f"{c.vocab_size} tokens, fingerprint {c.tokenizer_fingerprint}" for c in (general, corpus)
     )
-    same = general.tokenizer_fingerprint == corpus.tokenizer_fingerprint
-    if not same or general.vocab_size != corpus.vocab_size:
+    if found != expected:
         raise ConfigError(
             "the general text was made with another tokenizer than --data-path",
             where="--general-data-path",
@@ -226,12 +189,28 @@ def _require_same_tokenizer(general: Corpus, corpus: Corpus) -> None:
         )
 
 
+def _micro_batches(
+    corpus: Corpus,
+    documents: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.int32],
+    data: DataConfig,
+) -> list[PackedBatch]:
+    """``documents`` in whole micro-batches; packs of padding complete the last one."""
+    size = data.micro_batch_size
+    packs = plan_packs(lengths, documents, data.seq_length)
+    packs += [np.empty(0, np.int64)] * (-len(packs) % size)
+    return [
+        pack_batch(corpus, packs[start : start + size], data.seq_length, lengths)
+        for start in range(0, len(packs), size)
+    ]
+
+
 class Distance:
     """Relative L2 of the weights: √Σ‖θ - θ₀‖² / ‖θ₀‖, in which each weight counts once.
 
     θ are the fp32 masters; θ₀ are the weights of ``load``, as they were loaded, in the model's
-    precision. They are read again, one parameter at a time, so that no second copy of the model is
-    held.
+    precision. Each rank reads them again, one parameter at a time and without communication, so no
+    second copy of the model is held.
 
     Args:
         load: the run's --load, a Hugging Face directory or a training checkpoint.

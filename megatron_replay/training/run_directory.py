@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from megatron_replay import flags
-from megatron_replay.checkpoint import model_files
 from megatron_replay.checkpoint.directories import (
     LATEST,
     STATE,
@@ -33,7 +32,7 @@ from megatron_replay.files import (
 )
 from megatron_replay.locks import DirectoryLock, is_ours
 from megatron_replay.optim.build import state_kind
-from megatron_replay.store import CandidateReader, StoreDescription
+from megatron_replay.store import CandidateReader
 from megatron_replay.store.manifest import DESCRIPTION_FILE
 
 FILE = "resolved_config.yaml"
@@ -97,29 +96,21 @@ def changes(directory: Path, config: Stage1Config) -> list[str]:
     path = directory / FILE
     if not path.exists():
         return []
-    before = _read(path)
+    fix = "Remove it: it only serves to report changed settings, and the run rewrites it"
+    try:
+        before = yaml.safe_load(read_text(path, CheckpointError, fix=fix))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"damaged: {error}", where=path, fix=fix) from error
+    sections = before.values() if isinstance(before, dict) else [None]
+    if not all(isinstance(section, dict) for section in sections):
+        raise CheckpointError("damaged: not a mapping of sections", where=path, fix=fix)
     now = dataclasses.asdict(config)
     return [
         f"{flag_name(name)} {before[section][name]} -> {value}"
         for section in _SECTIONS
         for name, value in now[section].items()
-        if name not in _WITHOUT_EFFECT
-        and name in before.get(section, {})
-        and before[section][name] != value
+        if name not in _WITHOUT_EFFECT and before.get(section, {}).get(name, value) != value
     ]
-
-
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    fix = "Remove it: it only serves to report changed settings, and the run rewrites it"
-    text = read_text(path, CheckpointError, fix=fix)
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"damaged: {error}", where=path, fix=fix) from error
-    sections = content.values() if isinstance(content, dict) else [None]
-    if not all(isinstance(section, dict) for section in sections):
-        raise CheckpointError("damaged: not a mapping of sections", where=path, fix=fix)
-    return dict(content)
 
 
 def record(directory: Path, config: Stage1Config) -> None:
@@ -152,19 +143,12 @@ def identity(
         agreed[BASE] = base
     if config.loss.loss == "restricted":
         assert reader is not None
-        recorded = _recorded(reader.description)
-        agreed[STORE] = hashlib.sha256(recorded).hexdigest()[:16]
+        store = reader.description
+        # What determines the ids and positions in a store of any format.
+        made_of = [store.corpus_fingerprint, store.checkpoint_fingerprint, store.selection]
+        content = json.dumps(made_of, sort_keys=True).encode()
+        agreed[STORE] = hashlib.sha256(content).hexdigest()[:16]
     return agreed
-
-
-def _recorded(description: StoreDescription) -> bytes:
-    """The inputs that determine the ids and positions in a store of any format."""
-    made_of = [
-        description.corpus_fingerprint,
-        description.checkpoint_fingerprint,
-        description.selection,
-    ]
-    return json.dumps(made_of, sort_keys=True).encode()
 
 
 def require_same(
@@ -176,42 +160,22 @@ def require_same(
         agreed: ``identity`` of the run as it is started now.
         model_files: SHA-256 of the files of its --load, by name.
     """
+    changed = few(differing(state.model_files, model_files))
     for name, value in agreed.items():
         before = state.identity.get(name, value)
-        if before == value:
-            continue
-        if name == BASE:
-            raise _other_base(differing_files(before, value), directory)
+        if before != value and name == BASE:
+            changed = differing_files(before, value)
+        elif before != value:
+            raise ConfigError(
+                f"this directory has a run with another {name}",
+                where=directory,
+                expected=before,
+                found=value,
+                fix="Use the value it was started with, or choose another --save",
+            )
+    if changed:
         raise ConfigError(
-            f"this directory has a run with another {name}",
+            f"this directory has a run from another --load: {changed} has changed",
             where=directory,
-            expected=before,
-            found=value,
-            fix="Use the value it was started with, or choose another --save",
+            fix="Use the --load it was started with, or choose another --save",
         )
-    names = differing(state.model_files, model_files)
-    if names:
-        raise _other_base(few(names), directory)
-
-
-def _other_base(names: str, directory: Path) -> ConfigError:
-    return ConfigError(
-        f"this directory has a run from another --load: {names} has changed",
-        where=directory,
-        fix="Use the --load it was started with, or choose another --save",
-    )
-
-
-def require_store_of_base(reader: CandidateReader, base: str) -> None:
-    """Raise StoreError unless Stage 0 ran on exactly these weights.
-
-    Args:
-        base: ``base_fingerprint`` of --load.
-    """
-    model_files.require_store_of_base(
-        reader,
-        base,
-        flag=BASE,
-        fix="Use the --load of Stage 0, rerun Stage 0 with this one, or add --allow-other-store "
-        "to train on the candidates of another model",
-    )

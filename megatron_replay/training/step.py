@@ -25,7 +25,7 @@ from megatron_replay.optim.rule import UpdateRule
 from megatron_replay.parallel import Parallel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """The result of a step.
 
@@ -133,9 +133,9 @@ def train_step(
     loss, positions = _global_mean(sums, parallel)
     assert rule.grad_norm is not None
     return StepResult(
-        loss,
-        positions,
-        rule.grad_norm,
+        loss=loss,
+        positions=positions,
+        grad_norm=rule.grad_norm,
         skipped=skipped,
         update=rule.report() if report else {},
         own_sums=own_sums,

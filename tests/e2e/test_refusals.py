@@ -76,7 +76,7 @@ CHANGED = [
     ("--load {other} --allow-other-store", "another --load: config.json, model.safetensors"),
     ("--optimizer muonclip", "--optimizer (expected adam; found muonclip)"),
     ("--use-distributed-optimizer", "--use-distributed-optimizer (expected False; found True)"),
-    ("--general-data-path {folder}/other", "general text before its first step"),
+    ("--general-data-path {folder}/other", "sample of general text before its first step"),
 ]
 
 
@@ -94,7 +94,7 @@ def test_the_general_sample_of_a_run_stays(folder, tmp_path):
     text = ["--general-data-path", folder / "other", "--exit-interval", 2, "--probe-documents"]
     stages.succeed("stage1", *argv(folder, tmp_path / "run", *text, 8))
     message = stages.fail("stage1", *argv(folder, tmp_path / "run", *text, 7), code=2)
-    assert "another sample" in message
+    assert "of this sample of general text" in message
 
 
 def limit_file_size(rank: int) -> None:

@@ -143,7 +143,7 @@ def test_a_resumed_run_has_the_numbers_of_one_that_never_stopped(stop):
     feed(resumed, json.loads(json.dumps(logged)))
     assert feed(resumed, lines[stop:]) == {k: v for k, v in began.items() if k > stop}
     assert resumed.values() == whole.values()
-    assert resumed.final_loss() == whole.final_loss()
+    assert resumed.summary() == whole.summary()
 
 
 def test_what_is_undefined_is_none():
