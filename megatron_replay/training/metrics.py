@@ -74,7 +74,8 @@ def keep_lines_until(path: Path, iteration: int) -> list[Line]:
     """
     if not os.path.lexists(path):
         return []
-    kept = [(line, x) for line, x in read_raw_lines(path) if 0 < x["iteration"] <= iteration]
+    lines = read_raw_lines(path)
+    kept = [(line, value) for line, value in lines if iteration and value["iteration"] <= iteration]
     if sum(len(line) for line, _ in kept) < path.stat().st_size:
         with atomic_file(path) as handle:
             handle.writelines(line for line, _ in kept)
