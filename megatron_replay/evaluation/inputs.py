@@ -157,14 +157,9 @@ class Settings(Section):
     device: str = option("torch device; auto: this machine's accelerator, or its CPU", "auto")
     # float32 everywhere: bfloat16 rounds away part of what a small learning rate changed.
     dtype: str = option("the number format of the models", "float32", ("float32", "bfloat16"))
-    batch_size: int = option("documents or prompts in a batch", 16)
-    max_new_tokens: int = option("most tokens of a generated query", 128)
-    query_seconds: float = option("time limit of a query, up to a day", 2.0)
-
-    def _check(self) -> None:
-        self.require_positive("query_seconds")
-        self.require_between(1, 1 << 20, "batch_size", "max_new_tokens")
-        self.require_between(0, 86_400, "query_seconds")
+    batch_size: int = option("documents or prompts in a batch", 16, within="[1, 1048576]")
+    max_new_tokens: int = option("most tokens of a generated query", 128, within="[1, 1048576]")
+    query_seconds: float = option("time limit of a query, up to a day", 2.0, within="(0, 86400]")
 
     def resolved(self) -> Settings:
         """These settings with the device that "auto" is here: two devices give two results."""
