@@ -8,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.row_formats import detect_format, tokenize_row
 from megatron_replay.data.rows import parse_row
+from megatron_replay.errors import DataError
 
 VOCAB_SIZE, PAD_ID = 90_000, 7
 # Stands in for a tokenizer where only its facts are needed; ids beyond uint16 are meant.
@@ -52,6 +54,12 @@ def parse(fields):
 def document(fields, tokenizer, row_format=None):
     row = parse(fields)
     return tokenize_row(row, row_format or detect_format(row), tokenizer)
+
+
+def refused(fields, tokenizer, message, row_format=None):
+    """The row is, with its line and ``message``."""
+    with pytest.raises(DataError, match=rf"^rows.jsonl:7: .*{message}"):
+        document(fields, tokenizer, row_format)
 
 
 def spans(document, tokenizer):

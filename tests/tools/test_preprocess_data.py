@@ -15,6 +15,7 @@ from tests.data.tiny_tokenizers import CHATML, save_hugging_face, save_sentencep
 from tools import preprocess_data
 
 ROWS = [{"prompt": f"what is {i} + 1?", "completion": f" {i + 1}"} for i in range(5)]
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 SUFFIXES = ("bin", "idx", "loss_mask", "json")
 
 
@@ -35,13 +36,18 @@ def write_rows(tmp_path):
 
 @pytest.fixture
 def run(tokenizer_dir, tmp_path, capsys):
-    """Run the command line; return exit code, stdout and stderr."""
+    """Run the command line; return stdout and stderr, which is one line where it fails."""
 
-    def call(*inputs, prefix="corpus", flags=(), tokenizer=tokenizer_dir):
+    def call(*inputs, prefix="corpus", flags=(), tokenizer=tokenizer_dir, code=0):
         argv = ["--input", *map(str, inputs), "--tokenizer", str(tokenizer)]
-        code = preprocess_data.main([*argv, "--output-prefix", str(tmp_path / prefix), *flags])
+        argv += ["--output-prefix", str(tmp_path / prefix), *flags]
+        assert preprocess_data.main(argv) == code
         captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        if code:
+            assert captured.out == ""
+            assert captured.err.count("error: ") == 1
+            assert "skip" in flags or captured.err.count("\n") == 1
+        return captured.out, captured.err
 
     return call
 
@@ -51,10 +57,8 @@ def contents(tmp_path, prefix="corpus"):
 
 
 def test_rows_of_all_inputs_in_order(run, write_rows, tmp_path, tokenizer_dir):
-    code, out, err = run(write_rows(ROWS[:2], "b.jsonl"), write_rows(ROWS[2:], "a.jsonl"))
-    assert code == 0
-    tokenizer = load_tokenizer(tokenizer_dir)
-    corpus = Corpus(tmp_path / "corpus")
+    out, err = run(write_rows(ROWS[:2], "b.jsonl"), write_rows(ROWS[2:], "a.jsonl"))
+    tokenizer, corpus = load_tokenizer(tokenizer_dir), Corpus(tmp_path / "corpus")
     assert [tokenizer.decode(corpus[i].tokens.tolist()) for i in range(5)] == [
         f"what is {i} + 1? {i + 1}<|endoftext|>" for i in range(5)
     ]
@@ -67,44 +71,26 @@ def test_rows_of_all_inputs_in_order(run, write_rows, tmp_path, tokenizer_dir):
     assert "tokenize: 5/5 rows (100 %)" in err
 
 
-def test_same_input_same_bytes_and_reuse(run, write_rows, tmp_path):
-    rows = write_rows(ROWS)
-    run(rows)
-    first = contents(tmp_path)
-    before = (tmp_path / "corpus.json").stat().st_mtime_ns
-    code, out, err = run(rows)
-    assert (code, err) == (0, "")
-    assert out.endswith("; up to date\n")
-    assert (tmp_path / "corpus.json").stat().st_mtime_ns == before
-    run(rows, prefix="again")
-    assert contents(tmp_path, "again") == first
-
-
-@pytest.mark.parametrize("change", ["rows", "tokenizer", "flags"])
-def test_what_changed_is_written_again(run, write_rows, tmp_path, change):
-    run(write_rows(ROWS))
-    other = save_hugging_face(tmp_path / "other", chat_template="{{ messages }}")
-    rows = write_rows(ROWS[:4] if change == "rows" else ROWS)
-    keywords = {
-        "rows": {},
-        "tokenizer": {"tokenizer": other},
-        "flags": {"flags": ["--on-bad-row", "skip"]},
-    }
-    _, out, _ = run(rows, **keywords[change])
-    assert "; written" in out
-
-
-def test_a_damaged_corpus_is_written_again(run, write_rows, tmp_path):
+def test_what_is_the_same_is_kept_and_what_changed_is_written_again(run, write_rows, tmp_path):
     rows = write_rows(ROWS)
     run(rows)
     whole = contents(tmp_path)
-    for suffix, damage in (("bin", whole[0][:-4]), ("bin", bytes(4) + whole[0][4:])):
-        (tmp_path / f"corpus.{suffix}").write_bytes(damage)
-        code, out, err = run(rows)
-        assert code == 0
+    before = (tmp_path / "corpus.json").stat().st_mtime_ns
+    out, err = run(rows)
+    assert (out.endswith("; up to date\n"), err) == (True, "")
+    assert (tmp_path / "corpus.json").stat().st_mtime_ns == before
+    run(rows, prefix="again")
+    assert contents(tmp_path, "again") == whole
+    for damage in (whole[0][:-4], bytes(4) + whole[0][4:]):
+        (tmp_path / "corpus.bin").write_bytes(damage)
+        out, err = run(rows)
         assert "; written" in out
         assert err.startswith("writing again: ")
         assert contents(tmp_path) == whole
+    other = save_hugging_face(tmp_path / "other", chat_template="{{ messages }}")
+    assert "; written" in run(rows, tokenizer=other)[0]
+    assert "; written" in run(rows, flags=["--on-bad-row", "skip"])[0]
+    assert "; written" in run(write_rows(ROWS[:4]), flags=["--on-bad-row", "skip"])[0]
 
 
 @pytest.mark.parametrize(
@@ -115,48 +101,40 @@ def test_a_bad_row_or_one_of_another_format_stops_with_one_line(
     run, write_rows, tmp_path, bad, expected, found
 ):
     rows = write_rows([ROWS[0], bad, ROWS[1]])
-    code, out, err = run(rows)
-    assert (code, out) == (3, "")
+    _, err = run(rows, code=3)
     assert err.startswith(f"error: {rows}:2: ")
     assert f"(expected {expected!r}; found {found!r})" in err
-    assert err.count("\n") == 1
     assert not list(tmp_path.glob("*corpus*"))
 
 
 def test_bad_rows_are_listed_and_counted(run, write_rows, tmp_path):
     rows = write_rows(["{", ROWS[0], {"text": "raw"}, ROWS[1], "", ROWS[2], "", ""])
-    code, out, err = run(rows, flags=["--on-bad-row", "skip"])
-    assert code == 0
+    skip = ["--on-bad-row", "skip"]
+    out, err = run(rows, flags=skip)
     assert "; written, 3 of 6 rows skipped" in out
     skipped = [line for line in err.splitlines() if line.startswith("skipped: ")]
     assert [line.split(": ")[1] for line in skipped] == [f"{rows}:{n}" for n in (1, 3, 5)]
     assert len(Corpus(tmp_path / "corpus")) == 3
-
-
-def test_only_bad_rows(run, write_rows, tmp_path):
-    code, _, err = run(write_rows(["{", "{"]), flags=["--on-bad-row", "skip"])
-    assert code == 3
-    assert "no row to take the format from" in err
-    flags = ["--on-bad-row", "skip", "--format", "text"]
-    code, _, err = run(write_rows(["{", "{"]), flags=flags)
-    assert code == 3
+    only_bad = write_rows(["{", "{"])
+    assert "no row to take the format from" in run(only_bad, flags=skip, code=3)[1]
+    _, err = run(only_bad, flags=[*skip, "--format", "text"], code=3)
     assert err.endswith(f"error: {tmp_path}/corpus: no document to write\n")
 
 
 def test_show_marks_what_carries_loss(run, write_rows, monkeypatch):
     rows = write_rows(ROWS)
-    _, out, _ = run(rows, flags=["--show", "1"])
+    out, _ = run(rows, flags=["--show", "1"])
     assert "what is 0 + 1?[[ 1<|endoftext|>]]\n" in out
     assert "what is 1" not in out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    _, out, _ = run(rows, flags=["--show", "9"])
+    out, _ = run(rows, flags=["--show", "9"])
     assert "what is 4 + 1?\033[32m 5<|endoftext|>\033[0m\n" in out
 
 
 def test_raw_text_is_split(run, write_rows, tmp_path):
-    text = "select name from router where ports > 5 " * 4
-    run(write_rows([{"text": text}]), prefix="whole")
-    run(write_rows([{"text": text}]), flags=["--max-document-tokens", "10"])
+    rows = write_rows([{"text": "select name from router where ports > 5 " * 4}])
+    run(rows, prefix="whole")
+    run(rows, flags=["--max-document-tokens", "10"])
     whole, split = Corpus(tmp_path / "whole"), Corpus(tmp_path / "corpus")
     assert split.lengths.max() == 10
     assert split.description.num_loss_tokens == whole.description.num_loss_tokens
@@ -174,10 +152,7 @@ def test_raw_text_is_split(run, write_rows, tmp_path):
     ],
 )
 def test_options_that_cannot_work(run, write_rows, flags, message):
-    code, _, err = run(write_rows(ROWS), flags=flags)
-    assert code == 2
-    assert message in err
-    assert err.count("\n") == 1
+    assert message in run(write_rows(ROWS), flags=flags, code=2)[1]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -188,31 +163,25 @@ def test_no_output_over_an_input(run, write_rows, tmp_path, suffix, by):
     before = rows.read_bytes()
     if by == "link":
         (tmp_path / "link.jsonl").symlink_to(rows)
-    code, _, err = run(tmp_path / "link.jsonl" if by == "link" else rows, prefix="train")
-    assert code == 2
+    _, err = run(tmp_path / "link.jsonl" if by == "link" else rows, prefix="train", code=2)
     assert "the output is also read, as --input" in err
     assert name in err
-    assert err.count("\n") == 1
     assert rows.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1 + (by == "link")
 
 
-def test_no_output_over_the_tokenizer(run, write_rows, tmp_path, tokenizer_dir):
+def test_no_output_over_the_tokenizer_or_a_file_of_another_kind(
+    run, write_rows, tmp_path, tokenizer_dir
+):
     saved = shutil.copytree(tokenizer_dir, tmp_path / "saved")
     before = (saved / "tokenizer.json").read_bytes()
-    code, _, err = run(write_rows(ROWS), prefix="saved/tokenizer", tokenizer=saved)
-    assert code == 2
+    _, err = run(write_rows(ROWS), prefix="saved/tokenizer", tokenizer=saved, code=2)
     assert "the output is also read, as --tokenizer" in err
     assert (saved / "tokenizer.json").read_bytes() == before
-
-
-def test_no_output_over_a_file_of_another_kind(run, write_rows, tmp_path):
     others = write_rows([{"a": 1}], "corpus.json")
     before = others.read_bytes()
-    code, out, err = run(write_rows(ROWS))
-    assert (code, out) == (6, "")
+    _, err = run(write_rows(ROWS), code=6)
     assert err.startswith(f"error: {others}: a file is here")
-    assert err.count("\n") == 1
     assert others.read_bytes() == before
 
 
@@ -226,54 +195,42 @@ def test_an_input_that_is_no_file(run, tmp_path, row_format):
         ("/", "found a directory"),
         (pipe, "found a pipe"),
     ):
-        code, _, err = run(path, flags=["--format", row_format])
-        assert code == 3
+        _, err = run(path, flags=["--format", row_format], code=3)
         assert err.startswith(f"error: {path}: cannot read")
         assert found in err
-        assert err.count("\n") == 1
 
 
 def test_ignored_fields_are_part_of_what_a_corpus_was_made_from(run, write_rows, tmp_path):
     rows = write_rows([{**row, "context": "a", "note": "b"} for row in ROWS])
-    code, _, err = run(rows)
-    assert code == 3
+    _, err = run(rows, code=3)
     assert "rows.jsonl:1: 'context', 'note' would be lost" in err
     assert "--ignore-fields context,note" in err
-    code, out, _ = run(rows, flags=["--ignore-fields", "note, context"])
-    assert code == 0
+    out, err = run(rows, flags=["--ignore-fields", "note, context"])
     assert "; written" in out
-    _, out, _ = run(rows, flags=["--ignore-fields", "context,note"])
+    assert "warning" not in err
+    out, _ = run(rows, flags=["--ignore-fields", "context,note"])
     assert out.endswith("; up to date\n")
-    bytes_of = contents(tmp_path)[:3]
-    run(write_rows(ROWS), prefix="plain")
-    assert contents(tmp_path, "plain")[:3] == bytes_of
-    code, out, err = run(write_rows(ROWS), flags=["--ignore-fields", "text,prompt_id"])
+    plain = write_rows(ROWS, "plain.jsonl")
+    run(plain, prefix="plain")
+    assert contents(tmp_path, "plain")[:3] == contents(tmp_path)[:3]
+    out, err = run(plain, flags=["--ignore-fields", "text,prompt_id"])
     assert "; written" in out
     assert "warning: --ignore-fields prompt_id: no row has such a field" in err
-    rows = write_rows([{**row, "context": "a", "note": "b"} for row in ROWS])
-    assert "warning" not in run(rows, flags=["--ignore-fields", "context,note"], prefix="c")[2]
 
 
 def test_an_ignored_field_does_not_decide_the_format(run, write_rows):
     rows = write_rows([{**row, "text": "a"} for row in ROWS])
-    code, _, err = run(rows)
-    assert code == 3
-    assert "fits the formats prompt and text" in err
-    code, out, _ = run(rows, flags=["--ignore-fields", "text"])
-    assert code == 0
-    assert "(prompt)" in out
+    assert "fits the formats prompt and text" in run(rows, code=3)[1]
+    assert "(prompt)" in run(rows, flags=["--ignore-fields", "text"])[0]
 
 
 def test_a_template_that_writes_the_date_is_said(run, write_rows, tmp_path):
     dated = save_hugging_face(tmp_path / "dated", chat_template="{{ strftime_now('%F') }}" + CHATML)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     said = "the chat template writes today's date"
-    _, _, err = run(write_rows([{"messages": turns}]), tokenizer=dated)
-    assert err.count(said) == 1
-    _, _, err = run(write_rows([{"messages": turns}]))
-    assert said not in err
-    _, _, err = run(write_rows(ROWS), tokenizer=dated, prefix="no-chat")
-    assert said not in err
+    chats = write_rows([CHAT])
+    assert run(chats, tokenizer=dated)[1].count(said) == 1
+    assert said not in run(chats)[1]
+    assert said not in run(write_rows(ROWS), tokenizer=dated, prefix="no-chat")[1]
 
 
 def test_from_a_shell_with_sentencepiece(write_rows, tmp_path):
