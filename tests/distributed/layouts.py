@@ -102,6 +102,7 @@ def full_loss_work(
     groups: parallel.Parallel,
     batches: list[PackedBatch],
     *,
+    last_layer_at_selected: bool = True,
     empty: int | None = None,
 ) -> list[MicroBatch]:
     """Micro-batches under the full loss; of number ``empty`` the positions are left out."""
@@ -115,7 +116,7 @@ def full_loss_work(
             sequence_parallel=layout.sequence_parallel,
         )  # fmt: skip
         head = heads.full_loss(rows.rows_N, labels_N, groups)
-        work.append(MicroBatch(batch, head, rows))
+        work.append(MicroBatch(batch, head, rows if last_layer_at_selected else None))
     return work
 
 

@@ -72,7 +72,11 @@ def fail(stage: str, *argv: object, code: int, **layout: Any) -> str:
     return lines[0]
 
 
-def _convert(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
+def _convert(
+    rank: int, world_size: int, before: Callable[[], None] | None, argv: list[str]
+) -> tuple[int, str]:
+    if before is not None:
+        before()
     sys.argv, err = ["convert_checkpoint", *argv], io.StringIO()
     with contextlib.redirect_stderr(err):
         return convert_checkpoint.main(), err.getvalue()
@@ -80,7 +84,8 @@ def _convert(rank: int, world_size: int, argv: list[str]) -> tuple[int, str]:
 
 def convert(load: Path, save: Path, *argv: object) -> None:
     """Convert a checkpoint on one process, and insist on success."""
-    [(code, err)] = pool.run(1, _convert, list(map(str, ["--load", load, "--save", save, *argv])))
+    command = list(map(str, ["--load", load, "--save", save, *argv]))
+    [(code, err)] = pool.run(1, _convert, None, command)
     assert code == 0, err
 
 
@@ -89,18 +94,10 @@ def refused_conversion(
 ) -> str:
     """The one line of error of a conversion that is refused; ``before()`` runs first."""
     command = list(map(str, ["--load", load, "--save", save, *argv]))
-    [(code, err)] = pool.run(1, _convert_after, before, command)
+    [(code, err)] = pool.run(1, _convert, before, command)
     assert code in (2, 4, 6)
     [line] = [line for line in err.splitlines() if line.startswith("error")]
     return line
-
-
-def _convert_after(
-    rank: int, world_size: int, before: Callable[[], None] | None, argv: list[str]
-) -> tuple[int, str]:
-    if before is not None:
-        before()
-    return _convert(rank, world_size, argv)
 
 
 def prepare(

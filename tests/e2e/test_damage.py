@@ -1,4 +1,4 @@
-"""Damaged files and weights that are not finite: one line that names what, and no success."""
+"""Damaged files, and faults while a run goes on: one line that names what, and no success."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import importlib
 import json
 import math
 import os
+import resource
 import shutil
+import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
 from megatron_replay import parallel
 from megatron_replay.checkpoint import directories, training
@@ -31,60 +33,52 @@ from tests.e2e.stages import argv, inputs
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture
-def save(run, tmp_path):
-    """A copy of the run that has taken two steps, to be damaged."""
-    return shutil.copytree(run, tmp_path / "run")
-
-
 def flipped(content: bytes, place: float, bit: int) -> bytes:
     """``content`` with one bit flipped at ``place`` of its length."""
     at = int(place * len(content))
     return content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :]
 
 
-def test_damage_in_any_file_of_a_checkpoint_is_refused(folder, save):
-    """torch alone would load every one with a flipped bit."""
-    iteration = directories.iteration_directory(save, 2)
-    names = sorted(path.name for path in iteration.iterdir())
-    shards = [name for name in names if name.endswith(".distcp")]
-    assert "checksums.json" in names
-    assert len(shards) == 2
-    for name in names:
-        path, whole = iteration / name, (iteration / name).read_bytes()
-        damaged = [flipped(whole, 0.25, 0), flipped(whole, 0.75, 1)]
-        for content in [*damaged, *[whole[:1000]] * (name == shards[0])]:
-            path.write_bytes(content)
-            message = stages.fail("stage1", *argv(folder, save), code=4)
-            assert str(iteration) in message
-            assert name in message or name == "checksums.json"
-            assert "emove" not in message  # no advice costs a checkpoint
-        path.write_bytes(whole)
-    (iteration / names[0]).rename(iteration / "gone")
-    assert "No such file" in stages.fail("stage1", *argv(folder, save), tp=2, code=4)
-    (iteration / "gone").rename(iteration / names[0])
+#: Of a text; a pipe would block, and a device has no end.
+DAMAGE = [b"{", b"[]", b"null", b"\xff\xfe\x00", b"[" * 100_000, b'"text"', b"\0" * 99]
+SPECIAL = [os.mkfifo, lambda path: path.symlink_to("/dev/zero")]
+#: By pattern of a file in a run's directory: the exit code, and what it may hold instead.
+FILES = {
+    "resolved_config.yaml": (4, [*DAMAGE, b"", b"a: &x [*x]", b"data: 3", b"a: b: c"]),
+    "latest_checkpointed_iteration.txt": (
+        4, [*DAMAGE, b"", b"-1", b"9", b"9" * 5000, "²".encode(), b"release"],
+    ),
+    "train_state.json": (4, [*DAMAGE, *SPECIAL, b"", b'{"iteration": 2}']),
+    "skipped_batches.jsonl": (6, [text + b"\n" for text in DAMAGE]),
+    "metrics.jsonl": (6, SPECIAL),
+    "hf/config.json": (4, SPECIAL),
+    **{f"iter_0000002/{name}": (4, []) for name in ("*.distcp", ".metadata", "*.pt", "*.json")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", FILES)
+def test_a_damaged_file_of_a_run_is_one_line(folder, run, tmp_path, pattern):
+    """torch alone would load every file of weights with a flipped bit."""
+    save, (code, contents) = shutil.copytree(run, tmp_path / "run"), FILES[pattern]
+    paths = list(save.rglob(pattern)) or [save / pattern]  # no step was skipped
+    for path in paths:
+        whole = path.read_bytes() if path.exists() else None
+        bits = (
+            [flipped(whole, 0.25, 0), flipped(whole, 0.75, 1), whole[:-9]] if not contents else []
+        )
+        for content in [*contents, *bits, *SPECIAL * (path.suffix == ".distcp")]:
+            path.unlink(missing_ok=True)
+            content(path) if callable(content) else path.write_bytes(content)
+            line = stages.fail("stage1", *argv(folder, save, "--lr", 2e-3), code=code)
+            assert path.name in line or "iter_0000002" in line
+            assert len(line) < 700
+            assert "emove" not in line or not bits  # no advice costs a checkpoint
+            path.unlink()
+        if bits:
+            assert "No such file" in stages.fail("stage1", *argv(folder, save), tp=2, code=code)
+        if whole is not None:
+            path.write_bytes(whole)
     stages.succeed("stage1", *argv(folder, save), tp=2)
-
-
-DAMAGE = [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b"[" * 100_000, b'"text"', b"\0" * 99]
-MORE = {
-    "resolved_config.yaml": [b"a: &x [*x]", b"data: 3", b"a: b: c"],
-    "latest_checkpointed_iteration.txt": [b"-1", b"9", b"9" * 5000, "²".encode(), b"release"],
-    "train_state.json": [b'{"iteration": 2}'],
-    "skipped_batches.jsonl": [],
-}
-
-
-@pytest.mark.parametrize("name", MORE)
-def test_a_damaged_file_of_a_run_is_one_line(folder, save, name):
-    is_lines = name.endswith(".jsonl")
-    path = save / name if is_lines else next(save.rglob(name))
-    for content in [*DAMAGE[is_lines:], *MORE[name]]:  # without a line, no step was skipped
-        path.write_bytes(content + b"\n" * is_lines)
-        code = 6 if is_lines else 4
-        line = stages.fail("stage1", *argv(folder, save, "--lr", 2e-3), code=code)
-        assert name in line or "iter_" in line
-        assert len(line) < 700
 
 
 @pytest.mark.parametrize(
@@ -99,42 +93,6 @@ def test_a_state_of_other_types_is_refused(run, change):
     state = json.loads((run / "iter_0000002" / "train_state.json").read_text())
     with pytest.raises((TypeError, ValueError)):
         training.TrainState(**state | change)
-
-
-#: A pipe would block, and a device has no end.
-SPECIAL_FILES = (os.mkfifo, lambda at: at.symlink_to("/dev/zero"))
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_pipe_or_a_device_in_place_of_a_file_of_the_base(folder, tmp_path, name):
-    model = shutil.copytree(folder / "model", tmp_path / "model")
-    (model / name).unlink(missing_ok=True)
-    for make in SPECIAL_FILES:
-        make(model / name)
-        for stage, flags in (
-            ("stage0", [*inputs(folder), "--load", model, "--store", tmp_path / "store"]),
-            ("stage1", argv(folder, tmp_path / "run", "--load", model, "--allow-other-store")),
-        ):
-            [(code, _, err)] = stages.run(stage, *flags)
-            assert code in (3, 4), err
-            assert f"{name}: cannot read (expected a regular file" in err
-        (model / name).unlink()
-
-
-def test_a_pipe_or_a_device_in_place_of_a_file_of_the_run(folder, save):
-    iteration = directories.iteration_directory(save, 2)
-    shard = next(iteration.glob("*.distcp")).relative_to(save)
-    for name in (f"{iteration.name}/train_state.json", shard, "hf/config.json", "metrics.jsonl"):
-        path, content = save / name, (save / name).read_bytes()
-        for make in SPECIAL_FILES:
-            path.unlink()
-            make(path)
-            [(code, _, err)] = stages.run("stage1", *argv(folder, save))
-            assert code in (4, 6), err
-            assert "expected a regular file" in err
-        path.unlink()
-        path.write_bytes(content)
-    stages.succeed("stage1", *argv(folder, save))
 
 
 def test_a_damaged_record_of_the_store_ends_the_run_at_its_step(folder, tmp_path):
@@ -208,19 +166,6 @@ def test_a_base_that_only_rank_0_cannot_read_ends_all_ranks(folder, tmp_path):
         assert "cannot read: Input/output error" in message
 
 
-def test_weights_that_are_not_finite_are_refused_at_load(folder, tmp_path):
-    model = shutil.copytree(folder / "model", tmp_path / "model")
-    weights = load_file(model / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
-    for stage, flags in (
-        ("stage0", [*inputs(folder), "--load", model, "--store", tmp_path / "store"]),
-        ("stage1", argv(folder, tmp_path / "run", "--load", model, "--allow-other-store")),
-    ):
-        message = stages.fail(stage, *flags, tp=2, code=4)
-        assert "not finite: decoder.layers.1.mlp.linear_fc1.weight" in message
-
-
 def ruin(rank: int) -> None:
     """Rank 1's weights are NaN after its second step, which no loss shows yet."""
 
@@ -242,15 +187,46 @@ def test_a_run_with_ruined_weights_publishes_nothing_and_fails(folder, tmp_path)
     stages.succeed("stage1", *flags, tp=2)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("num_hidden_layers", 10**9), ("num_attention_heads", 4 * 10**8), ("hidden_size", 10**9),
-     ("vocab_size", 10**9)],
-)  # fmt: skip
-def test_a_config_of_other_sizes_is_refused_before_memory_is_taken(folder, tmp_path, key, value):
-    model = shutil.copytree(folder / "model", tmp_path / "model")
-    config = json.loads((model / "config.json").read_text()) | {key: value}
-    (model / "config.json").write_text(json.dumps(config))
-    extra = ["--load", model, "--allow-other-store"]
-    message = stages.fail("stage1", *argv(folder, tmp_path / "run", *extra), code=4)
-    assert str(model) in message
+def limit_file_size(rank: int) -> None:
+    """No file of this process may grow beyond 64 KiB: the kernel refuses, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+
+
+def test_a_full_disk_publishes_nothing(folder, tmp_path):
+    command = argv(folder, tmp_path / "run")
+    message = stages.fail("stage1", *command, tp=2, before=limit_file_size, code=6)
+    assert "nothing was published" in message
+    assert "Errno 27" in message  # what a file size limit gives in place of a full disk's 28
+    assert directories.latest_iteration(tmp_path / "run") is None
+    stages.succeed("stage1", *command, tp=2)
+
+
+@pytest.mark.parametrize(("what", "named"), [("both", "loss"), ("gradient", "gradient")])
+def test_too_many_skipped_steps_end_the_run(folder, tmp_path, what, named):
+    save = tmp_path / "run"
+    command = argv(folder, save, "--train-iters", 15, "--save-interval", 2)
+    poison = partial(stages.poison, first=3, what=what, on=1)
+    message = stages.fail("stage1", *command, dp=2, before=poison, code=7)
+    for expected in ("11 steps were skipped", "expected at most 10", "skipped_batches.jsonl"):
+        assert expected in message
+    assert f"the last good checkpoint is {save / 'iter_0000004'}" in message
+    records = stages.read_metrics(save / "skipped_batches.jsonl")
+    assert [record["iteration"] for record in records] == list(range(3, 14))
+    assert {record["not_finite"] for record in records} == {named}
+    # The resumed run repeats the steps after the checkpoint, and drops their records.
+    stages.succeed("stage1", *command, dp=2)
+    assert stages.read_metrics(save / "skipped_batches.jsonl") == records[:2]
+    assert len(stages.losses(save)) == 15
+
+
+@pytest.mark.parametrize(("first", "skipped", "saved"), [(1, 5, None), (3, 3, 4), (4, 2, 5)])
+def test_a_run_of_which_most_steps_were_skipped_fails(folder, tmp_path, first, skipped, saved):
+    command = argv(folder, tmp_path / "run", "--save-interval", 2)
+    poison = partial(stages.poison, first=first)
+    if skipped == 2:
+        stages.succeed("stage1", *command, before=poison)
+    else:
+        message = stages.fail("stage1", *command, before=poison, code=7)
+        assert f"{skipped} of 5 steps were skipped" in message
+    assert directories.latest_iteration(tmp_path / "run") == saved

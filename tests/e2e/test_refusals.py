@@ -1,15 +1,15 @@
-"""What Stage 1 refuses: one line of error, its exit code, and nothing that was published."""
+"""What both stages refuse: one line of error, its exit code, and nothing that was published."""
 
 from __future__ import annotations
 
-import resource
+import json
+import math
+import os
 import shutil
-import signal
-from functools import partial
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from megatron_replay.checkpoint import directories
 from tests import tiny
 from tests.e2e import stages
 from tests.e2e.stages import argv, inputs
@@ -19,11 +19,11 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def wrong(folder, tmp_path_factory):
-    """Inputs of which each has one fault, and another store of ``folder``'s model."""
+    """Inputs of which each has one fault or is no place to save, and another store."""
     wrong = tmp_path_factory.mktemp("wrong")
-    shutil.copytree(folder / "store", wrong / "unfinished")
+    for name in ("unfinished", "flipped", "copy"):
+        shutil.copytree(folder / "store", wrong / name)
     (wrong / "unfinished" / "manifest.json").unlink()
-    shutil.copytree(folder / "store", wrong / "flipped")
     shard = wrong / "flipped" / "0000" / "shard-0000000.bin"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -33,33 +33,99 @@ def wrong(folder, tmp_path_factory):
         shutil.copy(folder / f"other.{suffix}", wrong / f"text.{suffix}")
     tiny.change_description(wrong / "text", tokenizer_fingerprint="another")
     stages.succeed("stage0", *inputs(folder), "--store", wrong / "again", "--coverage", 0.5)
+    shutil.copytree(folder / "model", wrong / "model")
+    stages.convert(folder / "model", wrong / "mcore", "--save-model-type", "mcore")
     return wrong
 
 
-#: Flags, the exit code, and what the line of error must have.
+#: Stage, flags, the exit code, and what the line of error must have.
 REFUSED = [
-    ("--data-path {folder}/other", 5, "corpus_fingerprint"),
-    ("--store {wrong}/unfinished", 5, "Rerun Stage 0"),
-    ("--store {wrong}/flipped", 5, "shard-0000000.bin"),
-    ("--load {wrong}/nothing", 4, "no such directory"),
-    ("--load {wrong}/short", 2, "at most 16 positions"),
-    ("--save {folder}/corpus.json/run", 6, "cannot write"),
-    ("--lr-warmup-iters 1000", 2, "--lr-warmup-iters"),
-    ("--head-backend triton", 2, "the triton backend cannot run"),
-    ("--head-backend ascend", 2, "the ascend backend cannot run"),
-    ("--kl-weight 0.5 --store {wrong}/again", 5, "the store has no logits"),
-    ("--optimizer muonclip --qk-clip-threshold 100", 2, "QK-norm"),
-    ("--optimizer adamuon --use-distributed-optimizer", 2, "whole matrices"),
-    ("--optimizer muonclip --use-distributed-optimizer", 2, "whole matrices"),
-    ("--general-data-path {wrong}/text", 2,
+    ("stage1", "--data-path {folder}/other", 5, "corpus_fingerprint"),
+    ("stage1", "--store {wrong}/unfinished", 5, "Rerun Stage 0"),
+    ("stage1", "--store {wrong}/flipped", 5, "shard-0000000.bin"),
+    ("stage1", "--load {wrong}/nothing", 4, "no such directory"),
+    ("stage1", "--load {wrong}/short", 2, "at most 16 positions"),
+    ("stage1", "--load {other}", 5,
+     "with another base model than --load, by config.json, model.safetensors"),
+    ("stage1", "--lr-warmup-iters 1000", 2, "--lr-warmup-iters"),
+    ("stage1", "--head-backend triton", 2, "the triton backend cannot run"),
+    ("stage1", "--head-backend ascend", 2, "the ascend backend cannot run"),
+    ("stage1", "--kl-weight 0.5 --store {wrong}/again", 5, "the store has no logits"),
+    ("stage1", "--optimizer muonclip --qk-clip-threshold 100", 2, "QK-norm"),
+    ("stage1", "--optimizer adamuon --use-distributed-optimizer", 2, "whole matrices"),
+    ("stage1", "--optimizer muonclip --use-distributed-optimizer", 2, "whole matrices"),
+    ("stage1", "--general-data-path {wrong}/text", 2,
      "expected 512 tokens, fingerprint random; found 512 tokens, fingerprint another"),
+    ("stage1", "--save {folder}/corpus.json/run", 6, "cannot write"),
+    ("stage1", "--save {wrong}/model --load {wrong}/model", 2, "also read, as --load"),
+    ("stage1", "--save {wrong}/model", 6, "files that no run of Stage 1 wrote"),
+    ("stage1", "--save {wrong}/copy --store {wrong}/copy", 2, "also read, as --store"),
+    ("stage1", "--save {wrong}/copy", 6, "found store.json"),
+    ("stage1", "--save {wrong}/mcore", 6, "a converted checkpoint belongs to --load"),
+    ("stage0", "--load {wrong}/model --store {wrong}/model", 2, "also read, as --load"),
+    ("stage0", "--store {wrong}/copy --store-logits fp16 --coverage 0.9", 5, "coverage"),
+    ("stage0", "--seq-length 16", 3, "--long-documents"),
+    *(
+        ("stage0", f"--shards {shards}", 2, f"expected FIRST:STOP within 0:1; found {shards}")
+        for shards in ("1:2", "0:0", "2", "a:b")
+    ),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("flags", "code", "expected"), REFUSED)
-def test_a_mistake_is_one_line(folder, wrong, tmp_path, flags, code, expected):
-    given = flags.format(folder=folder, wrong=wrong).split()
-    assert expected in stages.fail("stage1", *argv(folder, tmp_path / "run", *given), code=code)
+@pytest.mark.parametrize(("stage", "flags", "code", "expected"), REFUSED)
+def test_a_mistake_is_one_line(folder, other, wrong, tmp_path, stage, flags, code, expected):
+    given = flags.format(folder=folder, other=other, wrong=wrong).split()
+    stage0 = [*inputs(folder), "--store", tmp_path / "store", *given]
+    command = argv(folder, tmp_path / "run", *given) if stage == "stage1" else stage0
+    before = sorted(wrong.rglob("*"))
+    assert expected in stages.fail(stage, *command, code=code)
+    assert sorted(wrong.rglob("*")) == before
+
+
+def resized(key):
+    def change(path):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: 4 * 10**8}))
+
+    return change
+
+
+def not_finite(path):
+    weights = load_file(path)
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(weights, path, {"format": "pt"})
+
+
+def replaced(make):
+    """By what is no regular file: a pipe would block, and a device has no end."""
+
+    def change(path):
+        path.unlink(missing_ok=True)
+        make(path)
+
+    return change
+
+
+#: What is done to a file of the model, and what the line of error must have.
+FAULTS = [
+    *(("config.json", resized(key), "model") for key in (
+        "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")),
+    ("model.safetensors", not_finite, "not finite: decoder.layers.1.mlp.linear_fc1.weight"),
+    *((name, replaced(make), f"{name}: cannot read (expected a regular file")
+      for name in ("config.json", "model.safetensors", "tokenizer.json")
+      for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "expected"), FAULTS)
+def test_a_model_with_a_fault_is_refused_by_both_stages(folder, tmp_path, name, change, expected):
+    """Sizes before memory is taken for them."""
+    load = ["--load", shutil.copytree(folder / "model", tmp_path / "model")]
+    change(tmp_path / "model" / name)
+    code = 3 if name == "tokenizer.json" else 4
+    stage0 = [*inputs(folder), *load, "--store", tmp_path / "store"]
+    assert expected in stages.fail("stage0", *stage0, code=code)
+    stage1 = argv(folder, tmp_path / "run", *load, "--allow-other-store")
+    assert expected in stages.fail("stage1", *stage1, code=code)
 
 
 def test_tensor_parallelism_must_divide_the_model(folder, tmp_path):
@@ -95,48 +161,3 @@ def test_the_general_sample_of_a_run_stays(folder, tmp_path):
     stages.succeed("stage1", *argv(folder, tmp_path / "run", *text, 8))
     message = stages.fail("stage1", *argv(folder, tmp_path / "run", *text, 7), code=2)
     assert "of this sample of general text" in message
-
-
-def limit_file_size(rank: int) -> None:
-    """No file of this process may grow beyond 64 KiB: the kernel refuses, as on a full disk."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-
-
-def test_a_full_disk_publishes_nothing(folder, tmp_path):
-    command = argv(folder, tmp_path / "run")
-    message = stages.fail("stage1", *command, tp=2, before=limit_file_size, code=6)
-    assert "nothing was published" in message
-    assert "Errno 27" in message  # what a file size limit gives in place of a full disk's 28
-    assert directories.latest_iteration(tmp_path / "run") is None
-    stages.succeed("stage1", *command, tp=2)
-
-
-@pytest.mark.parametrize(("what", "named"), [("both", "loss"), ("gradient", "gradient")])
-def test_too_many_skipped_steps_end_the_run(folder, tmp_path, what, named):
-    save = tmp_path / "run"
-    command = argv(folder, save, "--train-iters", 15, "--save-interval", 2)
-    poison = partial(stages.poison, first=3, what=what, on=1)
-    message = stages.fail("stage1", *command, dp=2, before=poison, code=7)
-    for expected in ("11 steps were skipped", "expected at most 10", "skipped_batches.jsonl"):
-        assert expected in message
-    assert f"the last good checkpoint is {save / 'iter_0000004'}" in message
-    records = stages.read_metrics(save / "skipped_batches.jsonl")
-    assert [record["iteration"] for record in records] == list(range(3, 14))
-    assert {record["not_finite"] for record in records} == {named}
-    # The resumed run repeats the steps after the checkpoint, and drops their records.
-    stages.succeed("stage1", *command, dp=2)
-    assert stages.read_metrics(save / "skipped_batches.jsonl") == records[:2]
-    assert len(stages.losses(save)) == 15
-
-
-@pytest.mark.parametrize(("first", "skipped", "saved"), [(1, 5, None), (3, 3, 4), (4, 2, 5)])
-def test_a_run_of_which_most_steps_were_skipped_fails(folder, tmp_path, first, skipped, saved):
-    command = argv(folder, tmp_path / "run", "--save-interval", 2)
-    poison = partial(stages.poison, first=first)
-    if skipped == 2:
-        stages.succeed("stage1", *command, before=poison)
-    else:
-        message = stages.fail("stage1", *command, before=poison, code=7)
-        assert f"{skipped} of 5 steps were skipped" in message
-    assert directories.latest_iteration(tmp_path / "run") == saved

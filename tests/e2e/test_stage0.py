@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from megatron_replay.collection import collector
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.errors import StoreError
-from megatron_replay.locks import DirectoryLock
 from megatron_replay.store import CandidateReader, CandidateWriter
 from megatron_replay.store.manifest import index_path
 from megatron_replay.store.merge import merge_parts
@@ -165,14 +164,6 @@ def test_killed_again_and_again_under_changing_layouts(folder, tmp_path):
     stages.same_tree(store, tmp_path / "whole")
 
 
-def test_a_second_run_into_the_directory_is_refused_on_every_rank(folder, tmp_path):
-    lock = DirectoryLock(tmp_path, purpose="this store")
-    message = stages.fail("stage0", *argv(folder, tmp_path), code=6, tp=2)
-    lock.release()
-    assert "another run is writing this store" in message
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
 def _limit(size: int, rank: int) -> None:
     """No file may grow beyond ``size`` once the first shard is begun."""
     begin = CandidateWriter.shard
@@ -254,27 +245,3 @@ def test_parts_written_in_two_places_merge_into_the_whole(folder, tmp_path):
         if path.suffix in (".bin", ".idx", ".json"):
             relative = path.relative_to(tmp_path / "merged")
             assert path.read_bytes() == (tmp_path / "whole" / relative).read_bytes(), relative
-    for shards in ("3:4", "1:1", "2", "a:b"):
-        message = stages.fail("stage0", *argv(folder, tmp_path / "x", "--shards", shards), code=2)
-        assert f"expected FIRST:STOP within 0:3; found {shards}" in message
-
-
-def test_other_settings_are_refused_by_name(folder, tmp_path):
-    collect(folder, tmp_path / "store")
-    message = stages.fail("stage0", *argv(folder, tmp_path / "store", "--coverage", 0.9), code=5)
-    for expected in ("coverage", "0.95", "0.9"):
-        assert expected in message
-
-
-@pytest.mark.parametrize("policy", ["drop", "truncate"])
-def test_long_documents_are_counted(folder, tmp_path, policy):
-    # Documents without a position have no logits either.
-    short = ["--seq-length", 16, "--store-logits", "fp16"]
-    message = stages.fail("stage0", *argv(folder, tmp_path / "store", *short), code=3)
-    assert "--long-documents" in message
-    store = tmp_path / policy
-    out = collect(folder, store, *short, "--long-documents", policy)
-    assert f"--long-documents {policy}" in out
-    counts = [len(document.positions) for document in CandidateReader(store)]
-    assert len(counts) == 40
-    assert 0 in counts

@@ -90,47 +90,25 @@ def test_every_layout_and_source_gives_the_number(layout, sharded, tmp_path):
     assert results == [(0.0, *[pytest.approx(number, rel=1e-9)] * 2)] * layout.world_size
 
 
-def _stale(*_: object) -> None:
+def stale(*_: object) -> None:
     raise OSError("stale handle")
 
 
-def refusals(rank: int, world_size: int, checkpoint: Path) -> list[str]:
-    layout = Layout(tp=2)
-    groups = join_groups(layout)
-    model = build(layout, groups, checkpoint)
-    printed = []
-    for save in (checkpoint, checkpoint.parent / "run"):
-        if rank == 1 and save != checkpoint:  # a disk that only one rank cannot read
-            readings.weight_reader = _stale
-        with pytest.raises(CheckpointError) as caught:
-            Distance(str(checkpoint), save, model, None, groups).read()
-        printed.append(str(caught.value))
-    return printed
-
-
-@pytest.mark.distributed
-def test_all_ranks_report_what_one_cannot_read(tmp_path):
-    tiny.save_qwen3(tmp_path / "model", tied=True, num_hidden_layers=2)
-    one, other = pool.run(2, refusals, tmp_path / "model")
-    assert one == other
-    assert "which no longer has its first weights" in one[0]
-    assert "cannot read again: OSError: stale handle" in one[1]
-
-
 def unusable_starts(rank: int, world_size: int, zeros: Path, folder: Path) -> list[str]:
-    groups = join_groups(Layout())
-    model = build(Layout(), groups, zeros)
+    """The errors of: the run's own directory, weights of zero, files that do not fit or are cut."""
+    groups = join_groups(Layout(tp=2))
+    model = build(Layout(tp=2), groups, zeros)
     settings = OptimizerConfig(optimizer="adamw", lr=1.0)
     optimizer = build_optimizer(settings, model, wrap_for_training(model), groups)
     mcore = folder / "mcore"
     saved = save_checkpoint(mcore, TrainState(0, 0, 0, {}, {}), model.module, optimizer, groups)
 
-    def printed(load: Path) -> str:
+    def printed(load: Path, run: Path = folder / "run") -> str:
         with pytest.raises(CheckpointError) as caught:
-            Distance(str(load), folder / "run", model, optimizer, groups).read()
+            Distance(str(load), run, model, optimizer, groups).read()
         return str(caught.value)
 
-    messages = [printed(zeros)]
+    messages = [printed(zeros, zeros), printed(zeros)]
     described = model.module.sharded_state_dict
     model.module.sharded_state_dict = lambda metadata: {
         name: dataclasses.replace(entry, key="other." + entry.key)
@@ -139,17 +117,26 @@ def unusable_starts(rank: int, world_size: int, zeros: Path, folder: Path) -> li
     }
     messages.append(printed(mcore))
     model.module.sharded_state_dict = described
-    for file in saved.glob("*.distcp"):
-        file.write_bytes(file.read_bytes()[:1000])
-    return [*messages, printed(mcore)]
+    if rank == 0:
+        for file in saved.glob("*.distcp"):
+            file.write_bytes(file.read_bytes()[:1000])
+    groups.agreed(lambda: None)
+    messages.append(printed(mcore))
+    if rank == 1:  # a disk that only one rank cannot read
+        readings.weight_reader = stale
+    return [*messages, printed(zeros)]
 
 
 @pytest.mark.distributed
-def test_unusable_starts(tmp_path):
+def test_all_ranks_report_what_one_cannot_read(tmp_path):
     path = tiny.save_qwen3(tmp_path / "model", tied=True, num_hidden_layers=2)
     file = path / "model.safetensors"
     save_file({k: v * 0 for k, v in load_file(file).items()}, file, {"format": "pt"})
-    [[zero, missing, damaged]] = pool.run(1, unusable_starts, path, tmp_path)
-    assert "every weight is zero" in zero
-    assert "no tensor other.embedding.word_embeddings.weight of the model's shape" in missing
-    assert "mcore: cannot read again: " in damaged
+    one, other = pool.run(2, unusable_starts, path, tmp_path)
+    assert one == other
+    for message, expected in zip(one, (
+        "which no longer has its first weights", "every weight is zero",
+        "no tensor other.embedding.word_embeddings.weight of the model's shape",
+        "mcore: cannot read again: ", "cannot read again: OSError: stale handle",
+    ), strict=True):  # fmt: skip
+        assert expected in message
