@@ -23,7 +23,7 @@ from megatron_replay.platform.devices import CPU
 from megatron_replay.store import CandidateReader
 from tests.evaluation.evaluation_site import SLOW_MACHINE, Measuring, flags, write_rows
 from tests.evaluation.models import random_documents, save_model
-from tests.store.corpora import write_corpus
+from tests.store.examples import write_corpus
 from tools import evaluate
 
 

@@ -11,15 +11,8 @@ import pytest
 
 from megatron_replay.errors import ConfigError, StoreError
 from megatron_replay.store import CandidateReader, CandidateWriter
-from megatron_replay.store.manifest import bin_path, index_path
 from megatron_replay.store.merge import merge_parts
-from tests.store.examples import (
-    contents,
-    describe,
-    document_of,
-    write_shard,
-    write_store,
-)
+from tests.store.examples import contents, describe, document_of, write_shard, write_store
 from tools.inspect_store import main
 
 FIELDS = {"num_documents": 13, "documents_per_shard": 3}  # 5 shards
@@ -42,14 +35,13 @@ def test_parts_make_the_whole(
     parts.append(write_part(tmp_path / "part2", [1, 2]))  # shard 1 is there twice
     out = tmp_path / "out"
     arguments = ["merge", str(out), *map(str, parts), f"--workers={workers}"]
-    assert main(arguments) == 0
-    assert capfd.readouterr().out == f"{out}: 13 documents in 5 shards\n"
-    assert contents(out) == contents(tmp_path / "whole")
-    assert main(arguments) == 0  # again: nothing to do
-    assert contents(out) == contents(tmp_path / "whole")
+    for _ in range(2):  # the second time, nothing is to do
+        assert main(arguments) == 0
+        assert capfd.readouterr().out == f"{out}: 13 documents in 5 shards\n"
+        assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_shards_that_no_part_has_are_told_and_may_come_later(tmp_path: Path) -> None:
+def test_shards_that_no_part_has_are_named_and_may_come_later(tmp_path: Path) -> None:
     write_store(tmp_path / "whole", DESCRIPTION)
     parts = [write_part(tmp_path / "a", [0, 3]), write_part(tmp_path / "b", [4])]
     with pytest.raises(StoreError, match="2 of 5 shards are in no part; the first is 1"):
@@ -71,29 +63,26 @@ def test_parts_that_are_not_of_one_store_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damaged", "message"),
     [
-        ("bin", "shard 1 is not the same in two parts"),
-        ("lone bin", "shard-0000000.bin: damaged: crc32 differs"),
-        ("idx", "the index is damaged"),
-        ("other", "shard 1 is not the same in two parts"),
+        ("b/0000/shard-0000001.bin", "shard 1 is not the same in two parts"),
+        ("a/0000/shard-0000000.bin", "shard-0000000.bin: damaged: crc32 differs"),
+        ("b/0000/shard-0000002.idx", "the index is damaged"),
+        (None, "shard 1 is not the same in two parts"),
     ],
 )
-def test_damaged_or_other_shards_are_refused(tmp_path: Path, damage: str, message: str) -> None:
-    one, other = write_part(tmp_path / "a", [0, 1]), write_part(tmp_path / "b", [1, 2, 3, 4])
-    path = {
-        "bin": bin_path(other, 1), "lone bin": bin_path(one, 0), "idx": index_path(other, 2)
-    }.get(damage)  # fmt: skip
-    if path is None:  # a whole and undamaged shard, but with other documents
+def test_damaged_or_other_shards_are_refused(
+    tmp_path: Path, damaged: str | None, message: str
+) -> None:
+    parts = [write_part(tmp_path / "a", [0, 1]), write_part(tmp_path / "b", [1, 2, 3, 4])]
+    if damaged is None:  # a whole and undamaged shard, but with other documents
         writer = CandidateWriter(tmp_path / "c", DESCRIPTION)
-        with writer.shard(1) as shard:
-            for document in DESCRIPTION.documents(1):
-                shard.add(document, document_of(DESCRIPTION, document + 1))
-        shutil.copytree(tmp_path / "c/0000", other / "0000", dirs_exist_ok=True)
+        write_shard(writer, 1, lambda about, document: document_of(about, document + 1))
+        shutil.copytree(tmp_path / "c/0000", tmp_path / "b/0000", dirs_exist_ok=True)
     else:
-        content = bytearray(path.read_bytes())
+        content = bytearray((tmp_path / damaged).read_bytes())
         content[-1] ^= 1
-        path.write_bytes(content)
+        (tmp_path / damaged).write_bytes(content)
     with pytest.raises(StoreError, match=message):
-        merge_parts([one, other], tmp_path / "out")
+        merge_parts(parts, tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()

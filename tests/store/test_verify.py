@@ -1,10 +1,9 @@
-"""Every kind of damage, found by bytes alone or beside the corpus, the first of each shard."""
+"""A store beside its corpus: every byte and every label, and what is refused before it is read."""
 
 from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,35 +11,34 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.errors import DataError, StoreError
 from megatron_replay.store import CandidateReader
 from megatron_replay.store._records import joined_crc
 from megatron_replay.store.verify import verify
-from tests.store.corpora import write_both, write_corpus
+from tests.store.examples import (
+    VOCAB_SIZE,
+    describe,
+    document_of,
+    text_of,
+    write_corpus,
+    write_store,
+)
 from tools.inspect_store import main
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    write_both(tmp_path / "store", 0, 14, documents_per_shard=4)
-    return tmp_path / "store"
+    """With the corpus that it could have been made from, ``DIRECTORY-corpus``."""
+    fields = {"vocab_size": VOCAB_SIZE, "num_documents": 14, "documents_per_shard": 4}
+    documents = [document_of(describe(**fields), document_id) for document_id in range(14)]
+    corpus = write_corpus(tmp_path / "store-corpus", map(text_of, documents))
+    description = describe(**fields, corpus_fingerprint=corpus.fingerprint)
+    return write_store(tmp_path / "store", description).directory
 
 
 def corpus_of(store: Path) -> Corpus:
     return Corpus(f"{store}-corpus")
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_good_store(store: Path, capfd: pytest.CaptureFixture[str], workers: int) -> None:
-    assert verify(CandidateReader(store), corpus=corpus_of(store), workers=workers) == []
-    corpus, workers_flag = f"--data-path={store}-corpus", f"--workers={workers}"
-    assert main([str(store), "--verify", corpus, workers_flag]) == 0
-    captured = capfd.readouterr()
-    assert "verify: 14/14 documents" in captured.err
-    assert "every byte as written, every position carries loss, every label in its" in captured.err
-    assert "in 4 shards" in captured.err
-    assert captured.out.startswith("vocab_size: 70000")
 
 
 def flip(path: Path, at: int) -> None:
@@ -49,114 +47,79 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda path: flip(path, -1), "document 7: damaged: the crc32 differs"),
-        (lambda path: flip(path, 0), "not a file of a candidate store"),
-        (lambda path: flip(path.with_suffix(".idx"), 60), "the index is damaged"),
-        (lambda path: flip(path.with_suffix(".idx"), 40), "the index is damaged"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "damaged: another size"),
-        (lambda path: path.unlink(), "cannot read"),
-        (lambda path: path.with_suffix(".idx").unlink(), "cannot read"),
-    ],
-)
-def test_each_kind_of_damage(store: Path, damage: Callable[[Path], None], message: str) -> None:
-    path = store / "0000/shard-0000001.bin"
-    damage(path)
-    (found,) = verify(CandidateReader(store))
-    assert str(path.with_suffix("")) in str(found)
-    assert message in str(found)
-
-
-def test_a_wrong_crc_of_the_whole_bin_alone(store: Path) -> None:
-    reader = CandidateReader(store)
-    reader.index(2).__dict__["bin_crc"] ^= 1
-    (found,) = verify(reader)
-    assert str(found) == f"{store}/0000/shard-0000002.bin: damaged: crc32 differs"
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_all_damaged_shards_are_listed_in_order(
-    store: Path, capfd: pytest.CaptureFixture[str], workers: int
-) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_verification(store: Path, capfd: pytest.CaptureFixture[str], workers: int) -> None:
+    assert verify(CandidateReader(store), corpus=corpus_of(store), workers=workers) == []
+    arguments = [str(store), "--verify", f"--data-path={store}-corpus", f"--workers={workers}"]
+    assert main(arguments) == 0
+    captured = capfd.readouterr()
+    assert "verify: 14/14 documents" in captured.err
+    assert "every byte as written, every position carries loss, every label in its" in captured.err
+    assert captured.out.startswith("vocab_size: 70000")
     for shard in (3, 0, 1):
         flip(store / f"0000/shard-{shard:07d}.bin", -1)
-    assert main([str(store), "--verify", f"--workers={workers}"]) == StoreError.exit_code
-    lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert [line.split("shard-000000")[1][0] for line in lines] == ["0", "1", "3"]
+    assert main(arguments) == StoreError.exit_code
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    places = [f"shard-000000{s}.bin, document {d}" for s, d in ((0, 3), (1, 7), (3, 13))]
+    assert lines == [f"error: {store}/0000/{p}: damaged: the crc32 differs" for p in places]
 
 
-def changed(store: Path, change: Callable[[np.ndarray, np.ndarray], None]) -> Any:
-    """The store's corpus with document 6 changed; document 6 has positions."""
-    corpus = corpus_of(store)
-    tokens, loss_mask = corpus[6].tokens.copy(), corpus[6].loss_mask.copy()
-    change(tokens, loss_mask)
-
-    def labels(documents: Any, counts: Any, positions: Any) -> tuple[np.ndarray, np.ndarray]:
-        found, carries = (array.copy() for array in corpus.labels(documents, counts, positions))
-        owner = np.repeat(documents, counts)
-        found[owner == 6] = tokens[positions[owner == 6] + 1]
-        carries[owner == 6] = loss_mask[positions[owner == 6] + 1]
-        return found, carries
-
-    return SimpleNamespace(lengths=corpus.lengths.copy(), labels=labels)
-
-
-def test_what_only_the_corpus_tells(store: Path) -> None:
-    reader = CandidateReader(store)
-    document = reader[6]
-    position = int(document.positions[1])
-
-    def found(corpus: Any) -> str:
-        (error,) = verify(reader, corpus=corpus)
-        return str(error)
-
-    def no_label(tokens: np.ndarray, loss_mask: np.ndarray) -> None:
-        tokens[position + 1] = 69_999
-
-    def no_loss(tokens: np.ndarray, loss_mask: np.ndarray) -> None:
-        loss_mask[position + 1] = False
-
-    where = f"{store}/0000/shard-0000001.bin: document 6, position {position}"
-    assert found(changed(store, no_label)).startswith(f"{where}: the label 69999 is not in")
-    assert found(changed(store, no_loss)).startswith(
-        f"{where} is recorded, but its label carries no loss"
+def test_what_only_the_corpus_shows(store: Path) -> None:
+    """Of document 6: another label, a label without loss, and an earlier end."""
+    reader, texts = (
+        CandidateReader(store),
+        [text_of(document) for document in CandidateReader(store)],
     )
-    short = changed(store, lambda tokens, loss_mask: None)
-    short.lengths[6] = document.positions[-1] + 1
-    last = f"document 6, position {document.positions[-1]}"
-    assert f"{last} is recorded, but is beyond the document's end" in found(short)
+    positions, tokens, loss_mask = reader[6].positions, texts[6].tokens, texts[6].loss_mask
+    another_label, no_loss, last = tokens.copy(), loss_mask.copy(), positions[-1]
+    another_label[positions[1] + 1], no_loss[positions[1] + 1] = 69_999, False
+    for changed, message in (
+        (Document(another_label, loss_mask), f"{positions[1]}: the label 69999 is not in"),
+        (Document(tokens, no_loss), f"{positions[1]} is recorded, but its label carries no loss"),
+        (Document(tokens[: last + 1], loss_mask[: last + 1]), f"{last} is recorded, but is beyond"),
+    ):
+        corpus = write_corpus(store.with_name("changed"), [*texts[:6], changed, *texts[7:]])
+        (error,) = verify(reader, corpus=corpus)
+        where = f"{store}/0000/shard-0000001.bin: document 6, position "
+        assert str(error).startswith(where + message)
 
 
 def test_labels_of_a_corpus_are_those_of_its_documents(store: Path) -> None:
-    corpus, reader = corpus_of(store), CandidateReader(store)
-    batch = reader.read(range(3, 11))
-    labels, carries_loss = corpus.labels(
-        np.arange(3, 11), np.diff(batch.document_offsets), batch.positions
-    )
-    one_by_one = [int(corpus[d].tokens[t + 1]) for d in range(3, 11) for t in reader[d].positions]
-    assert labels.tolist() == one_by_one
-    assert len(set(one_by_one)) > 5
-    assert carries_loss.all()
-    first = np.array([0])
-    assert corpus.labels(np.array([6]), np.array([1]), first)[1][0] == corpus[6].loss_mask[1]
+    corpus, documents = corpus_of(store), np.arange(3, 11)
+    counts = corpus.lengths[documents] - 1
+    positions = np.concatenate([np.arange(count) for count in counts])
+    labels, carries_loss = corpus.labels(documents, counts, positions)
+    assert labels.tolist() == np.concatenate([corpus[d].tokens[1:] for d in documents]).tolist()
+    expected = np.concatenate([corpus[d].loss_mask[1:] for d in documents])
+    assert carries_loss.tolist() == expected.tolist()
 
 
-def test_another_or_a_damaged_corpus_is_refused(
-    store: Path, capsys: pytest.CaptureFixture[str]
+def test_another_or_a_damaged_corpus_or_tokenizer_is_refused_before_anything_is_read(
+    store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its text would be of other tokens."""
+    (store / "0000/shard-0000001.bin").write_bytes(b"")
     corpus = corpus_of(store)
+
+    def refusal(code: int, *flags: str) -> str:
+        assert main([str(store), "--verify", *flags]) == code
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
     write_corpus(store.with_name("other"), [corpus[d] for d in range(13)])
-    other = store.with_name("other")
-    assert main([str(store), "--verify", f"--data-path={other}"]) == StoreError.exit_code
-    assert "corpus_fingerprint" in capsys.readouterr().err
+    found = refusal(StoreError.exit_code, f"--data-path={store.with_name('other')}")
+    assert "corpus_fingerprint" in found
     write_corpus(store.with_name("told"), [corpus[d] for d in range(14)], fingerprint="another")
-    told = store.with_name("told")
-    assert main([str(store), "--verify", f"--data-path={told}"]) == StoreError.exit_code
-    assert "told is another corpus: give the one that Stage 0 read" in capsys.readouterr().err
+    found = refusal(StoreError.exit_code, f"--data-path={store.with_name('told')}")
+    assert "told is another corpus: give the one that Stage 0 read" in found
+    another: Any = SimpleNamespace(fingerprint="another", decode=lambda ids: "x")
+    monkeypatch.setattr("megatron_replay.data.tokenizer.load_tokenizer", lambda path: another)
+    found = refusal(StoreError.exit_code, "--document=8", "--tokenizer=dir")
+    assert "another tokenizer_fingerprint (expected tokenizer_fingerprint = another; fo" in found
+    assert "--tokenizer dir would show other text: give the tokenizer of the store's c" in found
     flip(Path(f"{corpus.prefix}.bin"), 9)
-    assert main([str(store), "--verify", f"--data-path={corpus.prefix}"]) == DataError.exit_code
+    refusal(DataError.exit_code, f"--data-path={corpus.prefix}")
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1], [5, 0, 70_000, 1], [1 << 20] * 3])

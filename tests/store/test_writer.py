@@ -1,13 +1,10 @@
-"""What the writer accepts, refuses, leaves behind, and how it shares a directory."""
+"""What the writer accepts, refuses, leaves behind, removes, and how it shares a directory."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import gc
 import os
-import resource
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,8 @@ import numpy as np
 import pytest
 
 from megatron_replay.errors import OutputError, StoreError
+from megatron_replay.locks import DirectoryLock
 from megatron_replay.store import CandidateReader, CandidateWriter
-from tests import processes
 from tests.store.examples import (
     contents,
     describe,
@@ -40,13 +37,8 @@ def test_any_order_and_number_of_writers_give_the_same_bytes(tmp_path: Path) -> 
     write_shard(second, 1)
     first.finish()
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
-
-
-def test_a_finished_store_can_be_finished_again(tmp_path: Path) -> None:
-    write_store(tmp_path, describe())
-    before = contents(tmp_path)
-    write_store(tmp_path, describe())
-    assert contents(tmp_path) == before
+    write_store(tmp_path / "many", description)  # a finished store can be finished again
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
 def test_another_description_is_refused_with_every_difference(tmp_path: Path) -> None:
@@ -68,10 +60,7 @@ def test_another_description_is_refused_with_every_difference(tmp_path: Path) ->
         ({"vocab_size": 2**24 + 1}, "found 16777217"),
         ({"num_documents": 0}, "unusable num_documents"),
         ({"documents_per_shard": True}, "expected int; found True"),
-        (
-            {"codec": "zip"},
-            "unusable codec of a store (expected one of planar; found zip)",
-        ),
+        ({"codec": "zip"}, "unusable codec of a store (expected one of planar; found zip)"),
         ({"logits": "fp8"}, "expected one of none, fp16, bf16; found fp8"),
         ({"corpus_fingerprint": 5}, "unusable corpus_fingerprint"),
         ({"selection": {"betas": (1, 2)}}, "expected plain JSON values"),
@@ -88,28 +77,24 @@ def test_an_unusable_description_is_refused(change: dict[str, Any], message: str
 def test_each_document_comes_once_and_in_order(tmp_path: Path) -> None:
     writer = CandidateWriter(tmp_path, describe())
     document = document_of(writer.description, 3)
-    with (
-        pytest.raises(StoreError, match=r"document 3: .*\(expected 2; found 3\)"),
-        writer.shard(1) as shard,
-    ):
-        shard.add(3, document)
-    with (
-        pytest.raises(StoreError, match=r"0000/shard-0000001.bin: .*expected 2 documents; found 1"),
-        writer.shard(1) as shard,
-    ):
-        shard.add(2, document)
-    with writer.shard(2) as shard:
-        shard.add(4, document)
-        with pytest.raises(StoreError, match=r"expected no more; found 5"):
-            shard.add(5, document)
-    with pytest.raises(StoreError, match="no such shard"), writer.shard(3):
-        pass
-    assert writer.missing_shards() == [0, 1]
-    assert list(contents(tmp_path)) == [
-        "0000/shard-0000002.bin",
-        "0000/shard-0000002.idx",
-        "store.json",
-    ]
+
+    def write(number: int, documents: tuple[int, ...]) -> None:
+        with writer.shard(number) as shard:
+            for document_id in documents:
+                shard.add(document_id, document)
+
+    def refusal(number: int, *documents: int) -> str:
+        with pytest.raises(StoreError) as caught:
+            write(number, documents)
+        return str(caught.value)
+
+    assert refusal(1, 3).startswith("document 3: documents of a shard come once")
+    assert "(expected 2; found 3)" in refusal(1, 3)
+    assert "(expected no more; found 5)" in refusal(2, 4, 5)
+    assert "0000/shard-0000001.bin: " in refusal(1, 2)
+    assert "(expected 2 documents; found 1)" in refusal(1, 2)
+    assert "no such shard (expected 0 to 2; found 3)" in refusal(3)
+    assert list(contents(tmp_path)) == ["store.json"]
 
 
 def test_an_unfinished_store_is_not_finished_or_read(tmp_path: Path) -> None:
@@ -126,6 +111,7 @@ def test_an_unfinished_store_is_not_finished_or_read(tmp_path: Path) -> None:
         writer.finish()
 
 
+RNG = np.random.default_rng(0)
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -152,11 +138,14 @@ Change = Callable[[dict[str, Any]], dict[str, Any]]
         (lambda d: {"offsets": d["offsets"] + 1}, "offsets do not span the ids"),
         (lambda d: {"offsets": np.array([0, 0, 3, 6])}, "found 0 to 3"),
         (lambda d: {"offsets": np.array([0, 5, 3, 6])}, "found -2 to 5"),
+        (
+            lambda _: vars(draw_document(RNG, vocab_size=300, set_sizes=[257], has_logits=True)),
+            "expected 1 to 256; found 257",
+        ),
     ],
 )
 def test_invalid_candidates_are_refused(tmp_path: Path, change: Change, message: str) -> None:
-    rng = np.random.default_rng(0)
-    good = draw_document(rng, vocab_size=151_936, set_sizes=[1, 2, 3], has_logits=True)
+    good = draw_document(RNG, vocab_size=151_936, set_sizes=[1, 2, 3], has_logits=True)
     bad = dataclasses.replace(good, **change(vars(good)))
     writer = CandidateWriter(tmp_path, describe(logits="fp16"))
     with pytest.raises(StoreError) as caught, writer.shard(0) as shard:
@@ -165,44 +154,15 @@ def test_invalid_candidates_are_refused(tmp_path: Path, change: Change, message:
     assert message in str(caught.value)
 
 
-def test_a_set_of_257_candidates_is_refused(tmp_path: Path) -> None:
-    document = draw_document(np.random.default_rng(0), vocab_size=300, set_sizes=[257])
-    writer = CandidateWriter(tmp_path, describe(vocab_size=300))
-    with (
-        pytest.raises(StoreError, match="expected 1 to 256; found 257"),
-        writer.shard(0) as shard,
-    ):
-        shard.add(0, document)
-
-
 def test_a_second_run_is_refused_until_the_first_lets_go(tmp_path: Path) -> None:
     with CandidateWriter(tmp_path, describe(), lock=True):
         CandidateWriter(tmp_path, describe())  # another process of the same run
         with pytest.raises(OutputError, match="another run is writing this store"):
             CandidateWriter(tmp_path, describe(), lock=True)
-    gc.collect()
     writer = CandidateWriter(tmp_path, describe(), lock=True)
     write_store(tmp_path, describe())
     writer.finish()  # releases too
     CandidateWriter(tmp_path, describe(), lock=True).close()
-
-
-def hold_for_ever(directory: Path) -> None:
-    writer = CandidateWriter(directory, describe(), lock=True)
-    (directory.parent / "held").touch()
-    signal.pause()
-    writer.close()
-
-
-def test_the_lock_ends_with_its_holder(tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    holder = processes.fork(hold_for_ever, store)
-    processes.until((tmp_path / "held").exists, holder)
-    with pytest.raises(OutputError, match="another run"):
-        CandidateWriter(store, describe(), lock=True)
-    os.kill(holder, signal.SIGKILL)
-    assert processes.wait(holder) == -signal.SIGKILL
-    CandidateWriter(store, describe(), lock=True).close()
 
 
 @pytest.mark.parametrize("step", range(5))
@@ -225,20 +185,90 @@ def test_a_full_disk_publishes_nothing(
     assert not list(tmp_path.rglob(".*.tmp.*"))
     # After the last rename only the directory's fsync is to come: the shard is there, and whole.
     assert writer.missing_shards() == ([0, 1, 2] if step < 4 else [1, 2])
+    require_sound(write_store(tmp_path, describe()))
+
+
+def everything(directory: Path) -> dict[str, bytes | None]:
+    """Each path below ``directory``, and what is in it; None: a directory."""
+    paths = sorted(directory.rglob("*"))
+    return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in paths}
+
+
+def put(directory: Path, name: str, content: bytes = b"mine") -> Path:
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "notes.txt", ".notes.tmp.txt", ".draft.tmp.1", "photos/.cat.tmp.jpg", ".write-test.py",
+        ".store.json.tmp.old", "0000/.shard-0000001.bin.tmp.7", "manifest.json",
+        ".manifest.json.tmp.1", ".lock",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("lock", [True, False])
+def test_a_directory_of_other_files_is_refused_and_left_as_it_is(
+    tmp_path: Path, name: str, lock: bool
+) -> None:
+    put(tmp_path, name)
+    before = everything(tmp_path)
+    with pytest.raises(OutputError, match=r"not a store's .*found .*give another directory") as e:
+        CandidateWriter(tmp_path, describe(), lock=lock)
+    assert f"found {name.split('/')[0]})" in str(e.value)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}", b'{"name": "app"}', b'{"format": "another"}', b"{"], ids=str
+)
+def test_a_store_json_of_another_program_is_refused(tmp_path: Path, content: bytes) -> None:
+    put(tmp_path, "store.json", content)
+    put(tmp_path, "0000/.shard-0000001.bin.tmp.7")
+    before = everything(tmp_path)
+    with pytest.raises(StoreError, match=r"store\.json"):
+        CandidateWriter(tmp_path, describe(), lock=True)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("lock", ["written", "empty"])
+def test_what_a_killed_run_began_with_is_continued(tmp_path: Path, lock: str) -> None:
+    """Killed before store.json had its name: the lock, and temporary files of no content."""
+    if lock == "written":
+        DirectoryLock(tmp_path, purpose="it").release()
+    else:
+        put(tmp_path, ".lock", b"")
+    put(tmp_path, ".store.json.tmp.4321", b"{")
+    put(tmp_path, ".write-test.4321", b"")
+    CandidateWriter(tmp_path, describe(), lock=True).close()
+    assert sorted(everything(tmp_path)) == [".lock", "store.json"]
+
+
+def test_a_store_removes_the_temporary_files_that_it_makes_and_no_others(tmp_path: Path) -> None:
     write_store(tmp_path, describe())
-    require_sound(CandidateReader(tmp_path))
-
-
-def write_beyond_a_limit(directory: Path) -> None:
-    description = describe(num_documents=1, vocab_size=300)
-    writer = CandidateWriter(directory, description)
-    document = draw_document(np.random.default_rng(0), vocab_size=300, set_sizes=[256] * 40)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-    with pytest.raises(OutputError), writer.shard(0) as shard:
-        shard.add(0, document)
-
-
-def test_a_write_cut_short_publishes_nothing(tmp_path: Path) -> None:
-    """The kernel itself refuses the bytes: a limit on the size of files, in a child."""
-    assert processes.wait(processes.fork(write_beyond_a_limit, tmp_path)) == 0
-    assert list(contents(tmp_path)) == ["store.json"]
+    ours = [
+        ".store.json.tmp.1", ".manifest.json.tmp.12", ".report.json.tmp.3", ".cost.json.tmp.4",
+        ".write-test.99999", "0000/.write-test.99999", "0000/.shard-0000001.bin.tmp.99999",
+        "0000/.shard-0000001.idx.tmp.99999",
+    ]  # fmt: skip
+    theirs = [
+        ".notes.tmp.txt", ".draft.tmp.1", "photos/.cat.tmp.jpg", ".write-test.py",
+        ".store.json.tmp.old", "0000/.draft.tmp.1", "notes/.shard-0000001.bin.tmp.7",
+        "0000/sub/.write-test.1",
+    ]  # fmt: skip
+    for name in ours + theirs:
+        put(tmp_path, name)
+    (tmp_path / ".write-test.5").mkdir()
+    elsewhere = put(tmp_path.parent / "elsewhere", ".write-test.6")
+    (tmp_path / "0001").symlink_to(elsewhere.parent)
+    (tmp_path / ".write-test.7").symlink_to(elsewhere)
+    before = everything(tmp_path)
+    CandidateWriter(tmp_path, describe())
+    assert everything(tmp_path) == before  # only who holds the lock knows that nobody writes
+    CandidateWriter(tmp_path, describe(), lock=True).close()
+    after = everything(tmp_path)
+    assert after.pop(".lock")
+    assert after == {name: content for name, content in before.items() if name not in ours}
+    assert elsewhere.exists()
