@@ -107,13 +107,12 @@ def run_suite(folder: Path) -> None:
     os._exit(pytest.main(["-q", "-p", "tests.conftest", "test_it.py"]))
 
 
-@pytest.mark.parametrize(
-    ("test", "expected"),
-    [(LEAVING, pytest.ExitCode.TESTS_FAILED), (INTERRUPTED, pytest.ExitCode.INTERRUPTED)],
-    ids=["leaving", "interrupted"],
-)
-def test_no_test_leaves_a_process_behind(tmp_path, test, expected):
-    (tmp_path / "test_it.py").write_text(test)
-    assert processes.wait(processes.fork(run_suite, tmp_path)) == expected
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+def test_no_test_leaves_a_process_behind(tmp_path):
+    for test, code in (
+        (LEAVING, pytest.ExitCode.TESTS_FAILED),
+        (INTERRUPTED, pytest.ExitCode.INTERRUPTED),
+    ):
+        (tmp_path / "test_it.py").write_text(test)
+        assert processes.wait(processes.fork(run_suite, tmp_path)) == code
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "pid").read_text()), 0)

@@ -71,40 +71,34 @@ def test_what_was_not_logged_is_none(tmp_path: Path) -> None:
     )
 
 
+DAMAGED = [
+    {"iteration": "1"}, {"iteration": None}, {"general": [1]}, {"probe": 3}, {"relative_l2": True},
+    {"general": {"perplexity": "low", "sample": ""}}, {"stability": {"loss_std": "low"}},
+    {"loss": "low"}, {"grad_norm": 10**400}, {"data_wait_seconds": "x"},
+    b"[1]", b"3", b"[" * 99_999, b"\xff", b'{"iteration": 1, "x": NaN',
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"iteration": "1"}, "jsonl:40: damaged"),
-        ({"iteration": None}, "jsonl:40: damaged"),
+        *((change, "jsonl:40: damaged") for change in DAMAGED),
         ({"iteration": 3}, r"jsonl:40: damaged.*39 or more.*found \{.iteration.: 3"),
-        ({"general": [1]}, "jsonl:40: damaged"),
-        ({"general": {"perplexity": "low", "sample": ""}}, "jsonl:40: damaged"),
-        ({"probe": 3}, "jsonl:40: damaged"),
-        ({"stability": {"loss_std": "low"}}, "jsonl:40: damaged"),
-        ({"relative_l2": True}, "jsonl:40: damaged"),
-        ({"loss": "low"}, "jsonl:40: damaged"),
-        ({"grad_norm": 10**400}, "jsonl:40: damaged"),
-        ({"data_wait_seconds": "x"}, "jsonl:40: damaged"),
         ({"tokens": None}, "jsonl: the lines' 'tokens' have no sum"),
         ({"seconds": -1e9}, "jsonl: the lines' 'seconds' have no sum"),
     ],
 )
-def test_damaged_lines_are_one_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    lines = steps()
-    run = write_run(tmp_path / "run", [*lines[:-1], lines[-1] | change])
+def test_damaged_lines_are_one_line(
+    tmp_path: Path, change: dict[str, Any] | bytes, message: str
+) -> None:
+    *lines, last = steps()
+    run = write_run(tmp_path / "run", lines)
+    with open(run / "metrics.jsonl", "ab") as handle:
+        line = change if isinstance(change, bytes) else json.dumps(last | change).encode()
+        handle.write(line + b"\n")
     with pytest.raises(DataError, match=message) as caught:
         summarize_run(run)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "content", [b"[1]\n", b"3\n", b"[" * 99_999 + b"\n", b"\xff\n", b'{"iteration": 1, "x": NaN\n']
-)
-def test_odd_bytes_are_one_line(tmp_path: Path, content: bytes) -> None:
-    run = write_run(tmp_path / "run", steps())
-    (run / "metrics.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=r"metrics\.jsonl:1: damaged"):
-        summarize_run(run)
 
 
 def test_a_line_that_a_kill_left_incomplete_is_dropped(tmp_path: Path) -> None:
