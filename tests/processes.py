@@ -122,10 +122,11 @@ def ended() -> Iterator[list[int]]:
             for pid in left:
                 with contextlib.suppress(ChildProcessError):  # waited for elsewhere
                     if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                        # One of multiprocessing's is about to end: its pipe is closed. One that is
-                        # just ending has no command line any more.
                         command = Path(f"/proc/{pid}/cmdline").read_bytes()
-                        if command and b"resource_tracker" not in command:
+                        if not command:  # it is just beginning or just ending: look again
+                            time.sleep(0.001)
+                            continue
+                        if b"resource_tracker" not in command:  # whose end closes its pipe
                             alive.append(pid)
                         os.kill(pid, signal.SIGKILL)
                         os.waitpid(pid, 0)
