@@ -127,11 +127,10 @@ def package_folders(name: str) -> list[Path]:
 def compiled_kernels(platform: Platform) -> Iterator[Finding]:
     """Which of the kernels compiled for the platform's device can be loaded."""
     from megatron_replay import kernels
-    from megatron_replay.kernels.registry import DEVICE
     from megatron_replay.optim.momentum_step import OPTIMIZER
 
     for backends in (kernels.HEAD, OPTIMIZER, kernels.SELECTION):
-        for name in (name for name in backends.compiled if DEVICE[name] == platform.name):
+        for name in (name for name in backends.compiled if kernels.DEVICE[name] == platform.name):
             reason = backends.why_not(name)
             subject = f"kernels of {backends.what}"
             if reason:
@@ -203,8 +202,10 @@ def head_smoke(platform: Platform) -> Finding:
     import torch
 
     from megatron_replay import kernels
-    from megatron_replay.loss.definition import restricted_cross_entropy_dense
-    from megatron_replay.loss.sharded import restricted_cross_entropy
+    from megatron_replay.functional import (
+        restricted_cross_entropy,
+        restricted_cross_entropy_dense,
+    )
 
     start = time.monotonic()
     if platform.name != "cpu":
@@ -225,7 +226,7 @@ def head_smoke(platform: Platform) -> Finding:
     ours = [x.to(platform.device).requires_grad_() for x in (hidden_TH, weight_VH)]
     name = kernels.HEAD.resolve("auto", ours[1])
     moved = (x.to(platform.device) for x in (ids, offsets, labels_T))
-    loss_T = restricted_cross_entropy(*ours, *moved, backend=kernels.HEAD.choose("auto", ours[1]))
+    loss_T = restricted_cross_entropy(*ours, *moved)
     loss_T.mean().backward()
     pairs = [(loss_T, wanted_T), *((x.grad, y.grad) for x, y in zip(ours, exact, strict=True))]
     error = max(

@@ -1,6 +1,6 @@
 // megatron_replay.kernels._ascend. Tensors and streams come as integers: nothing of torch's ABI is
-// used, so the module fits every torch and torch_npu. kernels/ascend_operators.py checks what it passes;
-// nothing here does.
+// used, so the module fits every torch and torch_npu. kernels/ascend_head.py checks what it passes; nothing
+// here does.
 #include <pybind11/pybind11.h>
 
 #include "gather_dot.h"
@@ -25,7 +25,7 @@ std::int64_t vector_cores(std::uint32_t device) {
 }  // namespace
 
 PYBIND11_MODULE(_ascend, module) {
-    module.doc() = "The restricted head; called through megatron_replay.kernels.ascend_operators.";
+    module.doc() = "The restricted head; called through megatron_replay.kernels.ascend_head.";
     const py::call_guard<py::gil_scoped_release> without_gil;
 
     module.def("vector_cores", vector_cores);

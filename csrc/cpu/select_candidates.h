@@ -1,5 +1,5 @@
-// One rank's part of candidate selection; megatron_replay/functional/shard_selection.py and
-// token_mass.py have the definition, and these functions its bits.
+// One rank's part of candidate selection; megatron_replay/selection/shard_selection.py
+// has the definition, and these functions its bits.
 #pragma once
 
 #include <cstdint>

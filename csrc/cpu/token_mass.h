@@ -1,4 +1,4 @@
-// Keys and masses of tokens: functional/shard_selection.py and token_mass.py, bit for bit.
+// Keys and masses of tokens: megatron_replay/selection/shard_selection.py, bit for bit.
 //
 // A mass is bits that torch computes by one operation after the other: nothing may be contracted,
 // so a file that includes this begins with gcc's pragma; clang's follows.
@@ -34,7 +34,7 @@ INLINE float value_of(std::int32_t x) {
     return bits<float>(x ^ ((x >> 31) & 0x7fffffff));
 }
 
-// token_mass.py, before rounding to units.
+// shard_selection.py, before rounding to units.
 INLINE float mass(float x, float max) {
     constexpr float shift = 0x1.8p23f + 38;  // rounds to an integer, and adds 38 to it
     // Differences are negative or +0, so that their bits sort backwards: the smaller are above.

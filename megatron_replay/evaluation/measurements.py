@@ -33,7 +33,7 @@ from megatron_replay.evaluation.sql.execution import execution_match, with_answe
 from megatron_replay.evaluation.sql.server import Limits
 from megatron_replay.evaluation.sql.sets import SqlQuestion, read_sql_set
 from megatron_replay.loss.candidate_sets import CandidateSets
-from megatron_replay.loss.full import outside_mass
+from megatron_replay.loss.sharded import outside_mass
 from megatron_replay.model.compatibility import require_vocabulary
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.progress import Progress

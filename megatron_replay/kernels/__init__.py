@@ -1,10 +1,145 @@
-"""Compiled backends, and the choice of the one that runs for a tensor."""
+"""Compiled backends, and the choice of one: by name, or the best that can run for a tensor.
 
-from megatron_replay.kernels.registry import (
-    ATTENTION,
-    HEAD,
-    SELECTION,
-    Backends,
-)
+A backend chosen by name runs or is refused with the reason; it is never replaced by another. "auto"
+is the one compiled for the tensor's device, or else one that runs anywhere; ``describe`` names it,
+and the reason if it is not the fastest, for the caller to print once.
+"""
 
-__all__ = ["ATTENTION", "HEAD", "SELECTION", "Backends"]
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from megatron_replay.errors import ConfigError
+from megatron_replay.kernels.packed_attention import TORCH_ATTENTION, AttentionBackend
+from megatron_replay.loss.backends import HeadBackend
+from megatron_replay.loss.blocks import DENSE, UNION
+from megatron_replay.selection.shard_selection import TORCH_SELECTION, SelectionBackend
+
+Backend = TypeVar("Backend")
+
+#: The type of device that each compiled backend runs on.
+DEVICE = {"cpu": "cpu", "triton": "cuda", "ascend": "npu"}
+_MISSING = {
+    "cpu": "was not built; pip install -e . --no-build-isolation builds it",
+    "triton": "needs triton",
+    "ascend": "was not built, or finds no CANN (csrc/ascend/README.md)",
+}
+_ALL = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Backends(Generic[Backend]):
+    """The backends of one piece of work.
+
+    Attributes:
+        what: the work, for messages.
+        anywhere: backends that run on any tensor, by name; "auto" is the last of them where no
+            compiled one can run.
+        compiled: the dtypes of each compiled backend, by name.
+        module: of a compiled backend, ``kernels/<name>_<module>.py``.
+        bind: makes the backend out of its name and module; its module's ``backend()``.
+        contiguous: whether compiled backends need contiguous tensors.
+    """
+
+    what: str
+    anywhere: Mapping[str, Backend]
+    compiled: Mapping[str, tuple[torch.dtype, ...]]
+    module: str
+    bind: Callable[[str, Any], Backend] = lambda _, module: module.backend()
+    contiguous: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that ``choose`` accepts."""
+        return ("auto", *self.anywhere, *self.compiled)
+
+    def resolve(self, name: str, like: Tensor) -> str:
+        """``name``, or for "auto" the best backend that can run for tensors such as ``like``.
+
+        Raises:
+            ConfigError: no such backend, or it cannot run for ``like``.
+        """
+        if name not in self.names:
+            raise ConfigError(
+                f"no such backend of {self.what}", expected=", ".join(self.names), found=repr(name)
+            )
+        if name == "auto":
+            best = self.best(like)
+            return list(self.anywhere)[-1] if best is None or self.why_not(best, like) else best
+        if reason := self.why_not(name, like):
+            raise ConfigError(
+                f"{self.what}: the {name} backend cannot run",
+                expected=f"tensors of {self._dtypes(name)} on {DEVICE[name]}, and compiled kernels",
+                found=reason,
+                fix="Choose auto, or " + " or ".join(self.anywhere),
+            )
+        return name
+
+    def choose(self, name: str, like: Tensor) -> Backend:
+        """The backend that ``resolve`` names."""
+        name = self.resolve(name, like)
+        return self.anywhere[name] if name in self.anywhere else cast(Backend, load(self, name))
+
+    def why_not(self, name: str, *tensors: Tensor) -> str | None:
+        """Why the backend cannot run for ``tensors``; None where it can."""
+        if name in self.anywhere:
+            return None
+        for tensor in tensors:
+            if tensor.device.type != DEVICE[name]:
+                return f"a tensor on {tensor.device}, where it runs on {DEVICE[name]}"
+            if tensor.dtype not in self.compiled[name]:
+                return f"a tensor of {tensor.dtype}, where it takes {self._dtypes(name)}"
+            if self.contiguous and not tensor.is_contiguous():
+                return "a tensor that is not contiguous"
+        found = load(self, name)
+        return found if isinstance(found, str) else None
+
+    def describe(self, name: str, like: Tensor) -> str:
+        """The backend for tensors such as ``like``, and why it is not a faster one; for logs."""
+        chosen, best = self.resolve(name, like), self.best(like)
+        if name != "auto" or best is None or best == chosen:
+            return f"{chosen} kernels"
+        return f"{chosen} kernels, not the faster {best} ones: {self.why_not(best, like)}"
+
+    def best(self, like: Tensor) -> str | None:
+        """The backend compiled for the device of ``like``, whether it can run or not; or None."""
+        return next((x for x in self.compiled if DEVICE[x] == like.device.type), None)
+
+    def _dtypes(self, name: str) -> str:
+        return " or ".join(map(str, self.compiled[name]))
+
+
+@functools.cache
+def load(backends: Backends[Backend], name: str) -> Any:
+    """The compiled backend, imported at its first use; or a string, why it cannot be imported."""
+    try:
+        module = importlib.import_module(f"{__name__}.{name}_{backends.module}")
+        return backends.bind(name, module)
+    except ImportError as error:
+        return f"a module that {_MISSING[name]} ({error})"
+    except ConfigError as error:
+        return str(error)
+
+
+#: The restricted head; "torch" is its definition, at the cost of the full softmax.
+HEAD = Backends[HeadBackend](
+    what="the restricted head", anywhere={"torch": DENSE, "union": UNION},
+    compiled={"cpu": _ALL[:2], "triton": _ALL, "ascend": _ALL}, module="head",
+)  # fmt: skip
+#: Candidate selection in Stage 0.
+SELECTION = Backends[SelectionBackend](
+    what="candidate selection", anywhere={"torch": TORCH_SELECTION},
+    compiled={"cpu": _ALL, "triton": _ALL}, module="selection",
+)  # fmt: skip
+#: Attention inside documents.
+ATTENTION = Backends[AttentionBackend](
+    what="attention", anywhere={"torch": TORCH_ATTENTION},
+    compiled={"ascend": _ALL}, module="attention",
+)  # fmt: skip

@@ -19,7 +19,7 @@ from megatron_replay.errors import ConfigError
 from megatron_replay.kernels.packed_attention import (
     TORCH_ATTENTION,
     AttentionBackend,
-    PackedRows,
+    RowSegment,
     Segments,
     document_ends,
 )
@@ -91,7 +91,8 @@ def row_attention(
     key_SBGD: Tensor,
     value_SBGD: Tensor,
     segments: Segments,
-    rows: PackedRows,
+    rows_N: Tensor,
+    row_segments: Sequence[RowSegment],
     *,
     scale: float,
 ) -> Tensor:
@@ -100,16 +101,18 @@ def row_attention(
     Exact, and as expensive as ``packed_attention``: the operator takes no scattered queries. The
     other queries' results are dropped, so they add nothing to a gradient.
     """
-    rows_N, (length, packs) = rows.rows_N, key_SBGD.shape[:2]
-    count = len(rows_N)
+    (length, packs), count = key_SBGD.shape[:2], len(rows_N)
     if not count:  # zeros, with gradients of zero
-        return TORCH_ATTENTION.at_rows(query_RND, key_SBGD, value_SBGD, segments, rows, scale=scale)
+        operands = (query_RND, key_SBGD, value_SBGD)
+        return TORCH_ATTENTION.at_rows(*operands, segments, rows_N, row_segments, scale=scale)
     rest = query_RND.new_zeros(len(query_RND) - count, *query_RND.shape[1:])
     query_TND = query_RND.new_zeros(packs * length, *query_RND.shape[1:])
     query_TND = query_TND.index_put((rows_N,), query_RND[:count])
-    operands = [query_TND, _end_to_end(key_SBGD), _end_to_end(value_SBGD)]
-    out_TND = _attend(operands, document_ends(segments, length), scale)
+    whole = [query_TND, _end_to_end(key_SBGD), _end_to_end(value_SBGD)]
+    out_TND = _attend(whole, document_ends(segments, length), scale)
     return torch.cat([out_TND[rows_N], rest])
 
 
-attention = AttentionBackend("ascend", packed_attention, row_attention)
+def backend() -> AttentionBackend:
+    """The attention of NPUs."""
+    return AttentionBackend(packed_attention, row_attention)

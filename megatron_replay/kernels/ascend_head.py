@@ -1,15 +1,162 @@
-"""The restricted head on Ascend NPUs: the operators of csrc/ascend on the vector cores.
+"""The restricted head on Ascend NPUs: the two operators of ``loss.pairs`` on the vector cores.
 
-Shared sets are dense products, which are for the cube units, through torch. Importing this fails
-where the operators were not built.
+The operators (csrc/ascend) take fp16, bf16 or fp32, and compute in fp32; equal input gives equal
+bits, for any number of cores. They receive addresses: dtypes, sizes and devices are checked here.
+Shared sets are dense products, which are for the cube units, through torch.
 
-Run on an emulated core (tests/kernels/test_head.py); not run on an NPU yet.
+Run on an emulated core (tests/ascemu); not run on an NPU yet. Shapes as in ``loss.pairs``.
 """
 
 from __future__ import annotations
 
-from megatron_replay.kernels import ascend_operators as operators
+import contextlib
+import functools
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_replay.errors import ConfigError
+from megatron_replay.loss.backends import HeadBackend
 from megatron_replay.loss.pairs import pair_backend
 
-operators.load()
-BACKEND = pair_backend(operators.PairOperators())
+WHERE = "the head's ascend kernels"
+#: In the order of Dtype in csrc/ascend/common/host.h.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: The longest row that the tests run.
+MAX_CHANNELS = 8192
+
+
+def backend() -> HeadBackend:
+    """The head of NPUs. Raises ConfigError: ``compiled``."""
+    compiled()
+    operators = PairOperators()
+    return pair_backend(operators.gather_dot, operators.segment_axpy_)
+
+
+@functools.cache
+def compiled() -> Any:
+    """The module of csrc/ascend/bindings.cpp; all arguments are integers, a tensor its address.
+
+    Raises:
+        ConfigError: it was not built, or CANN's libraries are not found.
+    """
+    try:
+        return importlib.import_module("megatron_replay.kernels._ascend")
+    except ImportError as error:
+        raise ConfigError(
+            "the compiled operators cannot be loaded",
+            where=WHERE,
+            found=error,
+            fix="Source CANN's set_env.sh, and build them: pip install -e . --no-build-isolation "
+            "(csrc/ascend/README.md)",
+        ) from error
+
+
+@dataclass(frozen=True)
+class PairOperators:
+    """The operators on NPUs; operands that are not contiguous are copied.
+
+    The methods raise ConfigError for a tensor of another dtype, shape or device.
+
+    Attributes:
+        module: an emulated module, for tensors on a CPU; None for the one compiled for NPUs.
+    """
+
+    module: Any = None
+
+    def gather_dot(
+        self, hidden_NH: Tensor, weight_VH: Tensor, ids: Tensor, offsets: Tensor, /
+    ) -> Tensor:
+        """z[p] = <hidden[n], weight[ids[p]]> of every pair: fp32 [P]."""
+        hidden_NH, weight_VH = hidden_NH.contiguous(), weight_VH.contiguous()
+        channels = _channels("hidden", hidden_NH)
+        positions, rows, pairs = len(hidden_NH), len(weight_VH), ids.numel()
+        _check("weight", weight_VH, hidden_NH.dtype, (rows, channels), hidden_NH)
+        _check("ids", ids, torch.int32, (pairs,), hidden_NH)
+        _check("offsets", offsets, torch.int32, (positions + 1,), hidden_NH)
+        z = torch.empty(pairs, dtype=torch.float32, device=hidden_NH.device)
+        sizes = (positions, rows, pairs, channels)
+        if pairs:
+            self._launch("gather_dot", hidden_NH, weight_VH, ids, offsets, z, sizes=sizes)
+        return z
+
+    def segment_axpy_(
+        self,
+        out_RH: Tensor,
+        source_MH: Tensor,
+        indices: Tensor,
+        coefficients: Tensor,
+        offsets: Tensor,
+        /,
+        *,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """out[rows[s]] += sum of coefficients[p] * source[indices[p]], in place."""
+        source_MH = source_MH.contiguous()
+        channels = _channels("source", source_MH)
+        outputs, pairs = len(out_RH), indices.numel()
+        segments = outputs if rows is None else rows.numel()
+        _check("out", out_RH, torch.float32, (outputs, channels), source_MH)
+        _check("indices", indices, torch.int32, (pairs,), source_MH)
+        _check("coefficients", coefficients, torch.float32, (pairs,), source_MH)
+        _check("offsets", offsets, torch.int32, (segments + 1,), source_MH)
+        if rows is not None:
+            _check("rows", rows, torch.int32, (segments,), source_MH)
+        tensors = (source_MH, indices, coefficients, offsets, rows, out_RH)
+        sizes = (len(source_MH), outputs, segments, pairs, channels)
+        if pairs:
+            self._launch("segment_axpy", *tensors, sizes=sizes)
+        return out_RH
+
+    def _launch(self, name: str, *tensors: Tensor | None, sizes: tuple[int, ...]) -> None:
+        """Put an operator into the current stream of the device of the first tensor."""
+        like = tensors[0]
+        assert like is not None
+        is_npu = like.device.type == "npu"
+        if self.module is None and not is_npu:
+            raise ConfigError(
+                "the tensors are elsewhere", where=WHERE, expected="an NPU", found=like.device
+            )
+        module = compiled() if self.module is None else self.module
+        blocks = module.vector_cores(like.device.index or 0)
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        stream, device = 0, contextlib.nullcontext()
+        if is_npu:
+            npu = torch.get_device_module(like.device)
+            # Reading the address waits until torch_npu has launched what is queued on the host.
+            stream = npu.current_stream(like.device).npu_stream
+            device = npu.device(like.device)
+        with device:
+            dtype = DTYPES.index(like.dtype)
+            getattr(module, name)(stream, blocks, dtype, *addresses, *sizes)
+
+
+def _channels(name: str, matrix: Tensor) -> int:
+    """Channels of an operand, which is checked."""
+    if matrix.dtype not in DTYPES or matrix.dim() != 2 or not 1 <= matrix.shape[1] <= MAX_CHANNELS:
+        raise ConfigError(
+            f"unusable {name}",
+            where=WHERE,
+            expected=f"rows of 1 to {MAX_CHANNELS} channels, of {', '.join(map(str, DTYPES))}",
+            found=f"{matrix.dtype} {list(matrix.shape)}",
+        )
+    _check(name, matrix, matrix.dtype, tuple(matrix.shape), matrix)
+    return matrix.shape[1]
+
+
+def _check(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor
+) -> None:
+    """Raise ConfigError unless the tensor is what the operators read at its address."""
+    found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+    if not tensor.is_contiguous():
+        found += f" with strides {tensor.stride()}"
+    elif max(tensor.shape, default=0) >= 2**31:
+        found += ", too long for 32 bits"
+    elif tensor.dtype is dtype and tuple(tensor.shape) == shape and tensor.device == like.device:
+        return
+    expected = f"contiguous {dtype} {list(shape)} on {like.device}"
+    raise ConfigError(f"unusable {name}", where=WHERE, expected=expected, found=found)

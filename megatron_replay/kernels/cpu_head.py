@@ -11,23 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_replay.errors import ConfigError
-from megatron_replay.kernels import _cpu
+from megatron_replay.kernels import HEAD, _cpu
 from megatron_replay.loss.backends import HeadBackend, Partials, ShardHead, Softmax
 from megatron_replay.loss.blocks import union_head
 from megatron_replay.loss.candidate_sets import CandidateSets
-
-_DTYPES = (torch.float32, torch.bfloat16)
-
-
-def why_not(hidden_NH: Tensor, weight_VH: Tensor) -> str | None:
-    """What keeps ``CpuHead`` from these operands; None where nothing does."""
-    for tensor in (hidden_NH, weight_VH):
-        if not tensor.is_cpu:
-            return f"a tensor on {tensor.device}"
-        if tensor.dtype not in _DTYPES:
-            return f"a tensor of {tensor.dtype}"
-    return None
 
 
 class CpuHead:
@@ -42,11 +29,8 @@ class CpuHead:
         assert sets.group_offsets is None
         ids, offsets = sets.ids.contiguous(), sets.offsets.contiguous()
         labels_N = sets.label_rows_N.contiguous()
-        assert (ids.dtype, offsets.dtype, labels_N.dtype) == (
-            torch.int32,
-            torch.int64,
-            torch.int64,
-        )
+        assert ids.dtype == torch.int32
+        assert offsets.dtype == labels_N.dtype == torch.int64
         assert len(offsets) == len(labels_N) + 1
         assert int(offsets[-1]) == len(ids)
         # The compiled code reads what the ids name.
@@ -64,8 +48,8 @@ class CpuHead:
         )
         self._shape = len(labels_N), sets.num_rows
 
-    def forward(self, hidden_NH: Tensor, weight_VH: Tensor, *, hidden_grad: bool) -> Partials:
-        """As in ``ShardHead``. Raises ConfigError: ``why_not``."""
+    def forward(self, hidden_NH: Tensor, weight_VH: Tensor) -> Partials:
+        """As in ``ShardHead``. Raises ConfigError: as ``HEAD.resolve``."""
         hidden_NH, weight_VH = self._checked(hidden_NH, weight_VH)
         max_N, sum_N, label_logit_N = torch.empty(3, len(hidden_NH), dtype=torch.float32)
         self._head.forward(
@@ -116,25 +100,21 @@ class CpuHead:
 
     def _checked(self, hidden_NH: Tensor, weight_VH: Tensor) -> tuple[Tensor, Tensor]:
         """The operands as the compiled code reads them; it checks nothing itself."""
-        if found := why_not(hidden_NH, weight_VH):
-            raise ConfigError(
-                "unusable operand",
-                where="the cpu head",
-                expected="tensors of torch.float32 or torch.bfloat16 on the CPU",
-                found=found,
-                fix='Use "auto" or "union"',
-            )
+        for operand in (hidden_NH, weight_VH):
+            HEAD.resolve("cpu", operand)
         assert (len(hidden_NH), len(weight_VH)) == self._shape
         assert hidden_NH.shape[1] == weight_VH.shape[1]
         return _with_rows(hidden_NH.detach()), _with_rows(weight_VH.detach())
 
 
+def backend() -> HeadBackend:
+    """The head of CPUs."""
+    return HeadBackend(_bind)
+
+
 def _bind(sets: CandidateSets) -> ShardHead:
     """Shared sets use every product of a block: torch's matrix product does them as fast."""
     return CpuHead(sets) if sets.group_offsets is None else union_head(sets)
-
-
-BACKEND = HeadBackend(_bind)
 
 
 def _with_rows(matrix: Tensor) -> Tensor:

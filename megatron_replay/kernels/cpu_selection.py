@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_replay.errors import ConfigError
-from megatron_replay.kernels import _cpu
+from megatron_replay.kernels import SELECTION, _cpu
 from megatron_replay.selection.shard_selection import Cut, SelectionBackend, ShardTokens
 
 #: The order is csrc/cpu/select_candidates.h's.
@@ -19,7 +18,7 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def row_maxima(logits_TV: Tensor) -> Tensor:
-    """As ``selection.shard_selection.row_maxima``. Raises ConfigError: not logits of the CPU."""
+    """As ``selection.shard_selection``'s. Raises ConfigError: as ``SELECTION.resolve``."""
     logits_TV = _checked(logits_TV)
     max_T = torch.empty(len(logits_TV), dtype=torch.float32)
     _cpu.row_maxima(_rows(logits_TV), max_T.data_ptr(), torch.get_num_threads())
@@ -29,7 +28,7 @@ def row_maxima(logits_TV: Tensor) -> Tensor:
 def shard_tokens(
     logits_TV: Tensor, max_T: Tensor | None, *, vocab_start: int, count: int
 ) -> ShardTokens:
-    """As ``selection.shard_selection.shard_tokens``. Raises ConfigError: as ``row_maxima``."""
+    """As ``selection.shard_selection``'s. Raises ConfigError: as ``row_maxima``."""
     logits_TV = _checked(logits_TV)
     T, V = logits_TV.shape
     count = min(count, V)
@@ -62,7 +61,7 @@ def cut_tokens(
     *,
     coverage: float,
 ) -> Cut:
-    """As ``selection.shard_selection.cut_tokens``."""
+    """As ``selection.shard_selection``'s."""
     T, K = keys_TK.shape
     keys_TK, total_T, max_T = keys_TK.contiguous(), total_T.contiguous(), max_T.contiguous()
     labels_T, label_logit_T = labels_T.long().contiguous(), label_logit_T.contiguous()
@@ -100,14 +99,7 @@ def cut_tokens(
 
 def _checked(logits_TV: Tensor) -> Tensor:
     """The logits, with each row's in one piece: a copy, if they are not."""
-    if not logits_TV.is_cpu or logits_TV.dtype not in _TYPES:
-        raise ConfigError(
-            "unusable logits",
-            where="candidate selection's cpu kernel",
-            expected=" or ".join(map(str, _TYPES)) + " on the CPU",
-            found=f"{logits_TV.dtype} on {logits_TV.device}",
-            fix='Choose "auto" or "torch"',
-        )
+    SELECTION.resolve("cpu", logits_TV)
     return logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
 
 
@@ -116,4 +108,6 @@ def _rows(logits_TV: Tensor) -> tuple[int, int, int, int, int]:
     return address, type_, *logits_TV.shape, logits_TV.stride(0)
 
 
-selection = SelectionBackend("cpu", row_maxima, shard_tokens, cut_tokens)
+def backend() -> SelectionBackend:
+    """The selection of CPUs."""
+    return SelectionBackend(row_maxima, shard_tokens, cut_tokens)

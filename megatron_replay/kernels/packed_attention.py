@@ -12,9 +12,9 @@ L positions, of which R are selected.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -56,20 +56,19 @@ def segments_of(
         length: positions of a pack, S.
         shared: most positions of a segment of several documents.
     """
-    return [_segments_of_pack(starts, length, shared) for starts in boundaries]
-
-
-def _segments_of_pack(starts: Sequence[int], length: int, shared: int) -> list[Segment]:
-    segments, first = [], 0
-    while first < len(starts) - 1:
-        last = first + 1
-        while last < len(starts) - 1 and starts[last + 1] - starts[first] <= shared:
-            last += 1
-        segments.append(_segment(starts[first : last + 1]))
-        first = last
-    if starts[-1] < length:
-        segments.append(Segment(starts[-1], length, (length,), is_padding=True))
-    return segments
+    packs = []
+    for starts in boundaries:
+        segments, first = [], 0
+        while first < len(starts) - 1:
+            last = first + 1
+            while last < len(starts) - 1 and starts[last + 1] - starts[first] <= shared:
+                last += 1
+            segments.append(_segment(starts[first : last + 1]))
+            first = last
+        if starts[-1] < length:
+            segments.append(Segment(starts[-1], length, (length,), is_padding=True))
+        packs.append(segments)
+    return packs
 
 
 def _segment(starts: Sequence[int]) -> Segment:
@@ -172,14 +171,20 @@ def row_attention(
     query_RND: Tensor,
     key_SBGD: Tensor,
     value_SBGD: Tensor,
+    segments: Segments,
+    rows_N: Tensor,
     row_segments: Sequence[RowSegment],
     *,
     scale: float,
 ) -> Tensor:
-    """[R, N, D]: the rows of ``packed_attention`` that belong to ``query_RND``. Differentiable.
+    """[R, N, D]: ``packed_attention`` at the rows ``rows_N``, whose queries are the first N of R.
 
-    Rows behind those of the last segment attend to nothing: zeros. Without a segment, that is all;
-    the operands get a gradient, zeros, all the same.
+    The other queries attend to nothing: zeros. Differentiable: without a row, the operands get a
+    gradient of zeros.
+
+    Args:
+        rows_N: ``b * S + s``, int64, ascending, none of them padding; not read here.
+        row_segments: ``row_segments_of`` them.
     """
     if not row_segments:
         nothing_GD = 0 * (key_SBGD[0, 0] + value_SBGD[0, 0])
@@ -223,72 +228,16 @@ def _attend(
     )[0]
 
 
-class PackedRows(Protocol):
-    """The positions that the last layer computes; ``model.selected_rows.SelectedRows`` are such."""
+class AttentionBackend(NamedTuple):
+    """Attention on one kind of device.
 
-    @property
-    def rows_N(self) -> Tensor:
-        """``b * S + s``, int64, ascending, none of them padding."""
-        ...
+    Attributes:
+        everywhere: as ``packed_attention``; of padding, anything finite.
+        at_rows: as ``row_attention``.
+    """
 
-    @property
-    def segments(self) -> Sequence[RowSegment]:
-        """``row_segments_of`` them."""
-        ...
+    everywhere: Callable[..., Tensor]
+    at_rows: Callable[..., Tensor]
 
 
-class AttentionEverywhere(Protocol):
-    """See ``__call__``."""
-
-    def __call__(
-        self,
-        query_SBND: Tensor,
-        key_SBGD: Tensor,
-        value_SBGD: Tensor,
-        segments: Segments,
-        *,
-        scale: float,
-    ) -> Tensor:
-        """As ``packed_attention``; of padding, anything finite."""
-        ...
-
-
-class AttentionAtRows(Protocol):
-    """See ``__call__``."""
-
-    def __call__(
-        self,
-        query_RND: Tensor,
-        key_SBGD: Tensor,
-        value_SBGD: Tensor,
-        segments: Segments,
-        rows: PackedRows,
-        *,
-        scale: float,
-    ) -> Tensor:
-        """As ``row_attention``."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionBackend:
-    """Attention at every position, and at chosen positions only, on one kind of device."""
-
-    name: str
-    everywhere: AttentionEverywhere
-    at_rows: AttentionAtRows
-
-
-def _at_rows(
-    query_RND: Tensor,
-    key_SBGD: Tensor,
-    value_SBGD: Tensor,
-    segments: Segments,
-    rows: PackedRows,
-    *,
-    scale: float,
-) -> Tensor:
-    return row_attention(query_RND, key_SBGD, value_SBGD, rows.segments, scale=scale)
-
-
-TORCH_ATTENTION = AttentionBackend("torch", packed_attention, _at_rows)
+TORCH_ATTENTION = AttentionBackend(packed_attention, row_attention)

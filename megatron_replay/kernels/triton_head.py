@@ -1,7 +1,4 @@
-"""The restricted head for CUDA, in Triton: the two operators of ``loss.pairs``.
-
-Shapes: N positions, V rows of the shard, H channels, P pairs of a position and a candidate,
-S segments, R rows of an output, M rows of a source.
+"""The restricted head for CUDA, in Triton: the two operators of ``loss.pairs``, with its shapes.
 
 A program takes some pairs of one position, or those of one segment and a block of channels, and
 writes what no other does: no atomics, so equal input gives equal bits. Operands fp16, bf16 or fp32,
@@ -24,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_replay.loss.backends import HeadBackend
 from megatron_replay.loss.pairs import pair_backend
 
 #: A program is one warp, which waits for no other: 16 bytes a thread are 256 channels of a row, in
@@ -36,10 +34,7 @@ AXPY = {"PAIRS": 8, "CHANNELS": 512, "num_warps": 2}
 
 
 def gather_dot(hidden_NH: Tensor, weight_VH: Tensor, ids: Tensor, offsets: Tensor, /) -> Tensor:
-    """z[p] = <hidden[n], weight[ids[p]]> for offsets[n] <= p < offsets[n + 1]: fp32 [P].
-
-    ``ids`` int32 [P]; ``offsets`` int32 [N + 1], from 0 to P.
-    """
+    """z[p] = <hidden[n], weight[ids[p]]> of every pair: fp32 [P]."""
     N, H = hidden_NH.shape
     assert weight_VH.shape[1] == H
     assert offsets.shape == (N + 1,)
@@ -62,12 +57,7 @@ def segment_axpy_(
     *,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """out[rows[s]] += sum of coefficients[p] * source[indices[p]] over segment s, in place.
-
-    In the order of the pairs, offsets[s] <= p < offsets[s + 1]; a segment without pairs leaves its
-    row untouched. ``out_RH`` fp32; ``indices`` int32 [P]; ``coefficients`` fp32 [P]; ``offsets``
-    int32 [S + 1], from 0 to P; ``rows`` int32 [S], none twice, None for 0 to S - 1.
-    """
+    """out[rows[s]] += sum of coefficients[p] * source[indices[p]], in place."""
     S, H = len(offsets) - 1, out_RH.shape[1]
     assert source_MH.shape[1] == H
     assert out_RH.dtype is torch.float32
@@ -82,21 +72,16 @@ def segment_axpy_(
     return out_RH
 
 
-class Operators:
-    """The two as ``loss.pairs.PairOperators``."""
-
-    gather_dot = staticmethod(gather_dot)
-    segment_axpy_ = staticmethod(segment_axpy_)
-
-
-BACKEND = pair_backend(Operators())
+def backend() -> HeadBackend:
+    """The head of CUDA devices."""
+    return pair_backend(gather_dot, segment_axpy_)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Put ``kernel`` into the stream of its first argument, whose device need not be current."""
     device = arguments[0].device
-    backend = torch.get_device_module(device)
-    with backend.stream(backend.current_stream(device)):
+    cuda = torch.get_device_module(device)
+    with cuda.stream(cuda.current_stream(device)):
         kernel[grid](*arguments, **options)
 
 

@@ -24,12 +24,15 @@ from torch import Tensor
 from megatron_replay.kernels.triton_head import launch
 from megatron_replay.selection.shard_selection import (
     BLOCK,
+    LOG2_E,
+    LOWEST,
+    MASS_BITS,
+    POLYNOMIAL,
     SelectionBackend,
     ShardTokens,
     first_tokens,
     row_maxima,
 )
-from megatron_replay.selection.token_mass import LOG2_E, LOWEST, MASS_BITS, POLYNOMIAL
 
 #: Blocks a program holds at once: eight logits a thread, 32 or 16 bytes.
 BLOCKS, WARPS = 64, 16
@@ -50,7 +53,7 @@ _HIGH_UNITS, _HIGH_UNITS_BITS = tl.constexpr(1.5 * 2.0**39), tl.constexpr(0x5340
 def shard_tokens(
     logits_TV: Tensor, max_T: Tensor | None, *, vocab_start: int, count: int
 ) -> ShardTokens:
-    """As ``selection.shard_selection.shard_tokens``."""
+    """As ``selection.shard_selection``'s."""
     if logits_TV.stride(1) != 1:
         logits_TV = logits_TV.contiguous()
     T, V = logits_TV.shape
@@ -139,7 +142,7 @@ def _rows(
 
 @triton.jit
 def _mass(z, largest):
-    """selection/token_mass.py, before it rounds to units."""
+    """``selection.shard_selection.token_masses``, before it rounds to units."""
     t = tl.maximum(z - largest, _LOWEST) * _LOG2_E
     k = t + _SHIFT
     f = t - (k - _SHIFT)
@@ -150,4 +153,6 @@ def _mass(z, largest):
     return (p.to(tl.int32, bitcast=True) + power).to(tl.float32, bitcast=True)
 
 
-selection = SelectionBackend("triton", row_maxima, shard_tokens)
+def backend() -> SelectionBackend:
+    """The selection of CUDA devices."""
+    return SelectionBackend(row_maxima, shard_tokens)

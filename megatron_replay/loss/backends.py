@@ -57,11 +57,8 @@ class ShardHead(Protocol):
     where BLAS computes it, because BLAS splits its sums over threads.
     """
 
-    def forward(self, hidden_NH: Tensor, weight_VH: Tensor, *, hidden_grad: bool) -> Partials:
-        """z[p] = <hidden[n], weight[id]> of every pair, reduced to each position's partials.
-
-        ``hidden_grad``: whether ``backward`` will compute it, so that ``forward`` may prepare it.
-        """
+    def forward(self, hidden_NH: Tensor, weight_VH: Tensor) -> Partials:
+        """z[p] = <hidden[n], weight[id]> of every pair, reduced to each position's partials."""
         ...
 
     def backward(

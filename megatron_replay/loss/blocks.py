@@ -11,9 +11,12 @@ not grow with the number of candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,10 +29,69 @@ from megatron_replay.loss.backends import (
     rescale,
     zeros,
 )
-from megatron_replay.loss.candidate_sets import Blocks, CandidateSets
+from megatron_replay.loss.candidate_sets import CandidateSets, unions
 
 #: Positions of one shared set at a time: bounds the logits of a long document.
 SHARED_POSITIONS = 1024
+
+
+def slices(start: int, stop: int, step: int) -> list[slice]:
+    """``start`` to ``stop`` in slices of ``step``; the last may be shorter."""
+    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]
+
+
+class Span(NamedTuple):
+    """Neighbouring positions, the union of their sets in ``Blocks.rows``, and their pairs."""
+
+    positions: slice
+    rows: slice
+    pairs: slice
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Sets as dense blocks [n, U] of neighbouring positions and the union of their sets.
+
+    Attributes:
+        rows: int64, the union of each span, ascending, one span after another.
+        places: int64 [P], place of each pair in its span's flat block [n * U].
+        spans: positions with at least one candidate, as slices on the host.
+    """
+
+    rows: Tensor
+    places: Tensor
+    spans: list[Span]
+
+    #: Positions of a block. A larger block shares more ids, but also multiplies more rows that are
+    #: in the set of one position only.
+    POSITIONS = 128
+
+    @staticmethod
+    def of(sets: CandidateSets) -> Blocks:
+        """The blocks of sets that positions do not share; built on the host."""
+        ids, offsets, group_offsets = sets.host
+        assert group_offsets is None
+        positions = slices(0, len(offsets) - 1, Blocks.POSITIONS)
+        pairs = [slice(int(offsets[p.start]), int(offsets[p.stop])) for p in positions]
+        column = np.empty(ids.max(initial=-1) + 1, np.int64)
+        place_of = np.repeat(np.arange(len(offsets) - 1) % Blocks.POSITIONS, np.diff(offsets))
+        rows, places, spans = [np.empty(0, np.int64)], np.empty(len(ids), np.int64), []
+        total = 0
+        for at, pair, union in zip(
+            positions, pairs, unions(ids, ((p.start, p.stop) for p in pairs)), strict=True
+        ):
+            if not len(union):
+                continue
+            column[union] = np.arange(len(union))
+            places[pair] = place_of[pair] * len(union) + column[ids[pair].astype(np.intp)]
+            spans.append(Span(at, slice(total, total + len(union)), pair))
+            rows.append(union)
+            total += len(union)
+        return Blocks(torch.from_numpy(np.concatenate(rows)), torch.from_numpy(places), spans)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Blocks:
+        """The same blocks, with ``move`` applied to each tensor."""
+        return Blocks(move(self.rows), move(self.places), self.spans)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +134,7 @@ class TiledHead:
     def __init__(self, tiles: Sequence[Tile], label_rows_N: Tensor) -> None:
         self._tiles, self._label_rows_N = tiles, label_rows_N
 
-    def forward(self, hidden_NH: Tensor, weight_VH: Tensor, *, hidden_grad: bool) -> Partials:
+    def forward(self, hidden_NH: Tensor, weight_VH: Tensor) -> Partials:
         """As in ``ShardHead``."""
         max_N, sum_N, label_logit_N = no_partials(hidden_NH)
         for tile in self._tiles:
@@ -120,23 +182,20 @@ def dense_head(sets: CandidateSets) -> TiledHead:
 
     It checks the other backends; its memory and work are those of the full softmax.
     """
-    N, V = len(sets.label_rows_N), sets.num_rows
-    rows, set_of = sets.ids.long(), sets.position_P
+    G, V = len(sets.offsets) - 1, sets.num_rows
+    inside_NV = torch.zeros(G, V, dtype=torch.bool, device=sets.ids.device)
+    inside_NV[sets.set_P, sets.ids.long()] = True
     if sets.group_offsets is not None:
-        starts, stops = sets.group_offsets[set_of], sets.group_offsets[set_of + 1]
-        counts = stops - starts
-        first = counts.cumsum(0) - counts
-        place = torch.arange(int(counts.sum()), device=rows.device)
-        set_of = place - (first - starts).repeat_interleave(counts)
-        rows = rows.repeat_interleave(counts)
-    tiles = [Tile(slice(0, N), slice(0, V), set_of * V + rows)] if len(rows) else []
+        inside_NV = inside_NV.repeat_interleave(sets.group_offsets.diff(), 0)
+    places = inside_NV.flatten().nonzero().squeeze(1)
+    tiles = [Tile(slice(0, len(inside_NV)), slice(0, V), places)] if len(places) else []
     return TiledHead(tiles, sets.label_rows_N)
 
 
 def union_head(sets: CandidateSets) -> TiledHead:
     """Multiplies neighbouring positions by the union of their sets, or by the set they share."""
     if sets.group_offsets is not None:
-        return TiledHead(_group_tiles(sets), sets.label_rows_N)
+        return TiledHead(_shared_tiles(sets), sets.label_rows_N)
     blocks = Blocks.of(sets).moved(lambda tensor: tensor.to(sets.ids.device, non_blocking=True))
     tiles = [
         Tile(span.positions, blocks.rows[span.rows], blocks.places[span.pairs])
@@ -145,18 +204,14 @@ def union_head(sets: CandidateSets) -> TiledHead:
     return TiledHead(tiles, sets.label_rows_N)
 
 
-def _group_tiles(sets: CandidateSets) -> list[Tile]:
+def _shared_tiles(sets: CandidateSets) -> list[Tile]:
     """Tiles of a document's positions and its set; every product of such a block is used."""
     _, offsets, group_offsets = sets.host
     assert group_offsets is not None
     tiles = []
-    for group in range(len(offsets) - 1):
-        rows = sets.ids[offsets[group] : offsets[group + 1]].long()
-        if not len(rows):
-            continue
-        start, stop = group_offsets[group], group_offsets[group + 1]
-        for first in range(start, stop, SHARED_POSITIONS):
-            tiles.append(Tile(slice(first, min(first + SHARED_POSITIONS, stop)), rows))
+    for ids, positions in zip(pairwise(offsets), pairwise(group_offsets), strict=True):
+        rows = sets.ids[slice(*ids)].long()
+        tiles += [Tile(part, rows) for part in slices(*positions, SHARED_POSITIONS) if len(rows)]
     return tiles
 
 

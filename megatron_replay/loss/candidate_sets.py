@@ -20,7 +20,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_replay.errors import DataError
 from megatron_replay.store import offsets_of_counts
 
 #: numpy sorts 16-bit integers by counting, in linear time; ids have more bits.
@@ -84,7 +83,7 @@ class CandidateSets:
         return int(np.diff(self.host.offsets).max(initial=0))
 
     @functools.cached_property
-    def position_P(self) -> Tensor:
+    def set_P(self) -> Tensor:
         """int64 [P], the set of each pair, which is its position unless sets are shared."""
         sizes = self.offsets.diff()
         return torch.arange(len(sizes), device=sizes.device).repeat_interleave(
@@ -193,122 +192,3 @@ def unions(
         union = np.flatnonzero(seen)
         seen[union] = False
         yield union
-
-
-class Span(NamedTuple):
-    """Neighbouring positions, the union of their sets in ``Blocks.rows``, and their pairs."""
-
-    positions: slice
-    rows: slice
-    pairs: slice
-
-
-@dataclass(frozen=True, eq=False)
-class Blocks:
-    """Sets as dense blocks [n, U] of neighbouring positions and the union of their sets.
-
-    Attributes:
-        rows: int64, the union of each span, ascending, one span after another.
-        places: int64 [P], place of each pair in its span's flat block [n * U].
-        spans: positions with at least one candidate, as slices on the host.
-    """
-
-    rows: Tensor
-    places: Tensor
-    spans: list[Span]
-
-    #: Positions of a block. A larger block shares more ids, but also multiplies more rows that are
-    #: in the set of one position only.
-    POSITIONS = 128
-
-    @staticmethod
-    def of(sets: CandidateSets) -> Blocks:
-        """The blocks of sets that positions do not share; built on the host."""
-        ids, offsets, group_offsets = sets.host
-        assert group_offsets is None
-        firsts = range(0, len(offsets) - 1, Blocks.POSITIONS)
-        positions = [slice(a, min(a + Blocks.POSITIONS, len(offsets) - 1)) for a in firsts]
-        pairs = [slice(int(offsets[p.start]), int(offsets[p.stop])) for p in positions]
-        column = np.empty(ids.max(initial=-1) + 1, np.int64)
-        place_of = np.repeat(np.arange(len(offsets) - 1) % Blocks.POSITIONS, np.diff(offsets))
-        rows, places, spans = [np.empty(0, np.int64)], np.empty(len(ids), np.int64), []
-        total = 0
-        for at, pair, union in zip(
-            positions, pairs, unions(ids, ((p.start, p.stop) for p in pairs)), strict=True
-        ):
-            if not len(union):
-                continue
-            column[union] = np.arange(len(union))
-            places[pair] = place_of[pair] * len(union) + column[ids[pair].astype(np.intp)]
-            spans.append(Span(at, slice(total, total + len(union)), pair))
-            rows.append(union)
-            total += len(union)
-        return Blocks(torch.from_numpy(np.concatenate(rows)), torch.from_numpy(places), spans)
-
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Blocks:
-        """The same blocks, with ``move`` applied to each tensor."""
-        return Blocks(move(self.rows), move(self.places), self.spans)
-
-
-def require_sets(
-    ids: npt.NDArray[np.int32],
-    offsets: npt.NDArray[np.int64],
-    labels_N: npt.NDArray[np.int64],
-    group_offsets: npt.NDArray[np.int64] | None,
-    vocab_size: int,
-) -> None:
-    """Raise DataError unless sets are ascending, distinct, of the vocabulary, with their labels."""
-    sizes = _sizes(offsets, len(ids), "candidate_offsets")
-    positions = np.ones_like(labels_N)
-    if group_offsets is not None:
-        positions = _sizes(group_offsets, len(labels_N), "group_offsets")
-    if len(positions) != len(sizes):
-        raise DataError(
-            "one candidate set is needed for each position, or group of positions",
-            where="candidate_offsets",
-            expected=f"{len(positions)} sets",
-            found=len(sizes),
-        )
-    outside = (ids < 0) | (ids >= vocab_size)
-    if outside.any():
-        raise DataError(
-            "a candidate is outside the vocabulary",
-            where="candidate_ids",
-            expected=f"ids 0 to {vocab_size - 1}",
-            found=int(ids[outside][0]),
-        )
-    # (set, id) as one number: ascending overall exactly if ids are ascending in each set.
-    sets = np.arange(len(sizes))
-    keys = (np.repeat(sets, sizes) << 32) + ids
-    disorder = np.flatnonzero(np.diff(keys) <= 0)
-    if len(disorder):
-        place = int(disorder[0])
-        raise DataError(
-            "ids must ascend, without a duplicate, inside each set",
-            where=f"set {int(keys[place] >> 32)}",
-            found=f"{int(ids[place])} before {int(ids[place + 1])}",
-        )
-    wanted = (np.repeat(sets, positions) << 32) + labels_N
-    absent = np.flatnonzero(~np.isin(wanted, keys))
-    if len(absent):
-        position = int(absent[0])
-        raise DataError(
-            "the label is not in its candidate set",
-            where=f"position {position}",
-            found=f"label {int(labels_N[position])}; {len(absent)} such positions",
-            fix="The candidates must come from the same corpus and positions as the labels",
-        )
-
-
-def _sizes(offsets: npt.NDArray[np.int64], total: int, name: str) -> npt.NDArray[np.int64]:
-    sizes = np.diff(offsets)
-    if offsets.ndim != 1 or not len(offsets) or (sizes < 0).any():
-        raise DataError("offsets must not decrease", where=name, found=offsets.tolist()[:8])
-    if int(offsets[0]) != 0 or int(offsets[-1]) != total:
-        raise DataError(
-            "offsets do not cover all ids or positions",
-            where=name,
-            expected=f"0 to {total}",
-            found=f"{int(offsets[0])} to {int(offsets[-1])}",
-        )
-    return sizes

@@ -28,8 +28,9 @@ from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 from megatron_replay.loss.backends import zeros
-from megatron_replay.loss.candidate_sets import Blocks, CandidateSets, Span
-from megatron_replay.loss.sharded import is_shared
+from megatron_replay.loss.blocks import Blocks, Span
+from megatron_replay.loss.candidate_sets import CandidateSets
+from megatron_replay.loss.sharded import is_shared, without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +127,7 @@ class _Linear(torch.autograd.Function):
         """Computes sum_j c[j] w[j] for each position, which backward needs as well."""
         shared = is_shared(tp_group, len(hidden_NH))
         direction_NH = zeros(hidden_NH)
-        with torch.autocast(hidden_NH.device.type, enabled=False):
+        with without_autocast(hidden_NH):
             for span in targets.blocks.spans:
                 weight_UH = weight_VH[targets.blocks.rows[span.rows]].float()
                 direction_NH[span.positions] = targets.block(span) @ weight_UH
@@ -153,7 +154,7 @@ class _Linear(torch.autograd.Function):
             out_VH = ctx.weight_grad_out
             if out_VH is None:
                 out_VH = weight_grad = zeros(weight_VH)
-            with record_function("head"), torch.autocast(hidden_NH.device.type, enabled=False):
+            with record_function("head"), without_autocast(hidden_NH):
                 for span in ctx.targets.blocks.spans:
                     slope_nU = ctx.targets.block(span) * grad_N[span.positions, None]
                     rows = ctx.targets.blocks.rows[span.rows]

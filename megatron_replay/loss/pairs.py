@@ -1,15 +1,27 @@
-"""A backend of two operators over pairs, with torch's softmax between them.
+"""A backend of two operators over pairs of a position and a candidate, for sets of one position.
 
-It is for sets that positions do not share.
+A device has the two operators, with fp32 results and equal bits for equal input; the softmax
+between them is torch's:
 
-Shapes: N positions, V rows of the shard, H hidden channels, P pairs of a position and a candidate,
-K candidates of the largest set.
+    gather_dot(hidden_NH, weight_VH, ids, offsets) -> z
+        z[p] = <hidden[n], weight[ids[p]]> for offsets[n] <= p < offsets[n + 1]: fp32 [P]
+    segment_axpy_(out_RH, source_MH, indices, coefficients, offsets, *, rows=None) -> out_RH
+        out[rows[s]] += sum of coefficients[p] * source[indices[p]] over offsets[s] <= p <
+        offsets[s + 1], in place and in the order of the pairs; a segment without pairs leaves its
+        row untouched
+
+``ids`` and ``indices`` are int32 [P], ``offsets`` int32 from 0 to P, ``coefficients`` and
+``out_RH`` fp32, ``rows`` int32 [S] without duplicates, or None for 0 to S - 1. The values of ids
+and offsets are not checked, because that would wait for the device.
+
+Shapes: N positions, V rows of the shard, H hidden channels, P pairs, K candidates of the largest
+set, S segments, R rows of an output, M rows of a source.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,44 +38,15 @@ from megatron_replay.loss.backends import (
 from megatron_replay.loss.blocks import union_head
 from megatron_replay.loss.candidate_sets import CandidateSets
 
-
-class PairOperators(Protocol):
-    """The two operators that a device must have; fp32 results, equal bits for equal input."""
-
-    def gather_dot(
-        self, hidden_NH: Tensor, weight_VH: Tensor, ids: Tensor, offsets: Tensor, /
-    ) -> Tensor:
-        """z[p] = <hidden[n], weight[ids[p]]> for offsets[n] <= p < offsets[n + 1]: fp32 [P].
-
-        ``ids`` is int32 [P], ``offsets`` int32 [N + 1].
-        """
-        ...
-
-    def segment_axpy_(
-        self,
-        out_RH: Tensor,
-        source_MH: Tensor,
-        indices: Tensor,
-        coefficients: Tensor,
-        offsets: Tensor,
-        /,
-        *,
-        rows: Tensor | None = None,
-    ) -> Tensor:
-        """out[rows[s]] += sum of coefficients[p] * source[indices[p]] over segment s, in place.
-
-        ``indices`` is int32 [P], ``coefficients`` fp32 [P], ``offsets`` int32 [S + 1]; ``rows`` is
-        int32 [S] without duplicates, None for 0 to S - 1. Sums in the order of the pairs.
-        """
-        ...
+Operator = Callable[..., Tensor]
 
 
 class PairHead:
     """A ``ShardHead`` of two operators; keeps 4 bytes a pair between forward and backward."""
 
-    def __init__(self, sets: CandidateSets, operators: PairOperators) -> None:
+    def __init__(self, sets: CandidateSets, gather_dot: Operator, segment_axpy_: Operator) -> None:
         assert sets.group_offsets is None
-        self._sets, self._operators = sets, operators
+        self._sets, self._gather_dot, self._segment_axpy_ = sets, gather_dot, segment_axpy_
         self._offsets = sets.offsets.int()
         sizes_N = sets.offsets.diff()
         # Pairs by position, padded to the largest set; padding points to the place after all pairs.
@@ -76,11 +59,11 @@ class PairHead:
         self._is_label_NK &= self._pair_NK < len(sets.ids)
         self._logits_NK = sizes_N.new_zeros(0, dtype=torch.float32)
 
-    def forward(self, hidden_NH: Tensor, weight_VH: Tensor, *, hidden_grad: bool) -> Partials:
+    def forward(self, hidden_NH: Tensor, weight_VH: Tensor) -> Partials:
         """As in ``ShardHead``."""
         if not len(self._sets.ids):
             return no_partials(hidden_NH)
-        z_P = self._operators.gather_dot(hidden_NH, weight_VH, self._sets.ids, self._offsets)
+        z_P = self._gather_dot(hidden_NH, weight_VH, self._sets.ids, self._offsets)
         z_NK = torch.nn.functional.pad(z_P, (0, 1), value=-math.inf)[self._pair_NK]
         self._logits_NK = z_NK
         max_N = z_NK.amax(1)
@@ -102,18 +85,19 @@ class PairHead:
     ) -> Tensor | None:
         """As in ``ShardHead``."""
         dH_NH = zeros(hidden_NH) if hidden_grad else None
-        if not len(self._sets.ids):
+        ids, set_P = self._sets.ids, self._sets.set_P
+        if not len(ids):
             return dH_NH
         slope_NK = torch.exp(self._logits_NK - softmax.top_N[:, None]) / softmax.total_N[:, None]
         slope_NK = (slope_NK - self._is_label_NK.float()) * grad_N[:, None]
-        slope_P = slope_NK[self._sets.position_P, self._column_P()]
+        place_P = torch.arange(len(ids), device=ids.device) - self._sets.offsets[set_P]
+        slope_P = slope_NK[set_P, place_P]
         if dH_NH is not None:
-            ids, offsets = self._sets.ids, self._offsets
-            self._operators.segment_axpy_(dH_NH, weight_VH, ids, slope_P, offsets)
+            self._segment_axpy_(dH_NH, weight_VH, ids, slope_P, self._offsets)
         if weight_grad_out is not None:
             assert self._sets.transpose is not None
             order, positions, rows, starts = self._sets.transpose
-            self._operators.segment_axpy_(
+            self._segment_axpy_(
                 weight_grad_out,
                 hidden_NH,
                 positions.int(),
@@ -123,18 +107,13 @@ class PairHead:
             )
         return dH_NH
 
-    def _column_P(self) -> Tensor:
-        """Place of each pair in its set."""
-        places = torch.arange(len(self._sets.ids), device=self._sets.ids.device)
-        return places - self._sets.offsets[self._sets.position_P]
 
-
-def pair_backend(operators: PairOperators) -> HeadBackend:
+def pair_backend(gather_dot: Operator, segment_axpy_: Operator) -> HeadBackend:
     """Uses the two operators for own sets, and dense products for sets that positions share."""
 
     def bind(sets: CandidateSets) -> ShardHead:
         if sets.group_offsets is None:
-            return PairHead(sets, operators)
+            return PairHead(sets, gather_dot, segment_axpy_)
         return union_head(sets)
 
     return HeadBackend(bind, reads_transpose=True)

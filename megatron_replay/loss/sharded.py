@@ -1,15 +1,14 @@
 """Cross-entropy of a vocabulary sharded over tensor-parallel ranks: autograd and communication.
 
-Each rank's backend reduces its candidates to partial sums; two small all-reduces over TP combine
-them into the softmax. The equation is in ``definition``.
+The restricted loss, the full softmax block by block, and the mass outside the sets. Each rank's
+backend reduces its candidates to partial sums; two small all-reduces over TP combine them into the
+softmax. The equation is in ``definition``.
 
-Shapes: T or N positions, V rows of this rank's shard of the output layer, H hidden channels, G
-candidate sets.
+Shapes: N positions, V rows of this rank's shard of the output layer, H hidden channels.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -27,88 +26,11 @@ from megatron_replay.loss.backends import (
     rescale,
     zeros,
 )
-from megatron_replay.loss.blocks import UNION
-from megatron_replay.loss.candidate_sets import CandidateSets, require_sets
+from megatron_replay.loss.blocks import UNION, Tile, TiledHead, slices
+from megatron_replay.loss.candidate_sets import CandidateSets
 
-
-def restricted_cross_entropy(
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    candidate_ids: Tensor,
-    candidate_offsets: Tensor,
-    labels_T: Tensor,
-    *,
-    vocab_start: int = 0,
-    tp_group: dist.ProcessGroup | None = None,
-    backend: HeadBackend = UNION,
-    group_offsets: Tensor | None = None,
-    tail_logit_T: Tensor | None = None,
-    weight_grad_out: Tensor | None = None,
-    reduce_hidden_grad: bool = True,
-    validate: bool = True,
-) -> Tensor:
-    """Loss of each position over its candidate set, without ever forming [T, V].
-
-    The gradient in the logits is p~ - y inside S and exactly 0 outside. Computed in fp32 whatever
-    the operands' dtype; bitwise the same on every run.
-
-    Args:
-        hidden_TH: [T, H], whole on every rank of ``tp_group``.
-        weight_VH: [V, H], this rank's rows: row r is that of id ``vocab_start + r``. Shards ascend
-            with the rank.
-        candidate_ids: int32 [nnz], ids of the whole vocabulary, ascending in each set.
-        candidate_offsets: int64 [G + 1] into ``candidate_ids``.
-        labels_T: int64 [T], each in its position's set.
-        backend: computes a rank's part; ``kernels.HEAD.choose("auto", weight_VH)`` returns a
-            compiled one.
-        group_offsets: None: position t has set t (G = T). Otherwise int64 [G + 1]: positions
-            ``group_offsets[g]`` to ``group_offsets[g + 1]`` share set g.
-        tail_logit_T: logit of one more term of the denominator, a constant; -inf for none.
-        weight_grad_out: fp32 [V, H] (Megatron's ``main_grad``), to which the candidates' rows of
-            the weight's gradient are added in backward; autograd then has none, and nothing of
-            the size of the weight is made. None: a dense gradient, through autograd.
-        reduce_hidden_grad: sum the gradient of ``hidden_TH`` over ``tp_group``; False where the
-            caller's region does so (Megatron's copy_to or gather_from).
-        validate: check sets and labels, at the cost of a pass over the ids. If False, the caller
-            guarantees them; a label that is not a candidate gives a loss of +inf.
-
-    Returns:
-        fp32 [T], nats, differentiable in ``hidden_TH`` and ``weight_VH``.
-
-    Raises:
-        DataError: shapes or dtypes do not fit, or sets or labels are invalid.
-        ConfigError: ``backend`` is not a HeadBackend.
-
-    Communication over ``tp_group``: all-reduce MAX fp32 [T], SUM fp32 [2, T]; in backward SUM fp32
-    [T, H] if ``reduce_hidden_grad``; MAX of one number if ``validate``. Sets and labels on a device
-    are copied to the host, where they are cut. Memory: that of the backend.
-    """
-    require_shapes(hidden_TH, weight_VH, labels_T, tail_logit_T, weight_grad_out)
-    _require_types(candidate_ids, candidate_offsets, labels_T, backend)
-    ids, offsets, labels = (
-        tensor.cpu().numpy() for tensor in (candidate_ids, candidate_offsets, labels_T)
-    )
-    groups = None if group_offsets is None else group_offsets.cpu().numpy()
-    device, num_rows = weight_VH.device, weight_VH.shape[0]
-    if validate:
-        vocab_size = _vocab_size(vocab_start + num_rows, device, tp_group)
-        require_sets(ids, offsets, labels, groups, vocab_size)
-        _require_tail(tail_logit_T)
-    vocab_size = vocab_start + num_rows
-    sets = CandidateSets.of(ids, offsets, labels, groups, vocab_size=vocab_size)
-    sets = sets.shard(vocab_start, num_rows)
-    if backend.reads_transpose:
-        sets = sets.with_transpose()
-    return cross_entropy_of_sets(
-        hidden_TH,
-        weight_VH,
-        sets.moved(lambda tensor: tensor.to(device)),
-        backend=backend,
-        tail_logit_N=tail_logit_T,
-        tp_group=tp_group,
-        reduce_hidden_grad=reduce_hidden_grad,
-        weight_grad_out=weight_grad_out,
-    )
+#: Rows of the output layer multiplied at one time.
+BLOCK_ROWS = 1 << 14
 
 
 def cross_entropy_of_sets(
@@ -117,12 +39,19 @@ def cross_entropy_of_sets(
     sets: CandidateSets,
     *,
     backend: HeadBackend,
-    tail_logit_N: Tensor | None,
-    tp_group: dist.ProcessGroup | None,
-    reduce_hidden_grad: bool,
-    weight_grad_out: Tensor | None,
+    tail_logit_N: Tensor | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    reduce_hidden_grad: bool = True,
+    weight_grad_out: Tensor | None = None,
 ) -> Tensor:
-    """``restricted_cross_entropy`` over sets already cut to this rank's rows, without checks."""
+    """Loss of each position over its candidate set, without ever forming [N, V]: fp32 [N].
+
+    The arguments are those of ``functional.restricted_cross_entropy``, which checks them, but for
+    ``sets``, which are cut to this rank's rows and on the device of the operands.
+
+    Communication over ``tp_group``: all-reduce MAX fp32 [N], SUM fp32 [2, N]; in backward SUM fp32
+    [N, H] if ``reduce_hidden_grad``. Memory: that of the backend.
+    """
     assert len(weight_VH) == sets.num_rows
     return ShardedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_NH,
@@ -137,20 +66,100 @@ def cross_entropy_of_sets(
     )
 
 
+def vocab_parallel_cross_entropy(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    labels_N: Tensor,
+    *,
+    vocab_start: int = 0,
+    tp_group: dist.ProcessGroup | None = None,
+    weight_grad_out: Tensor | None = None,
+    reduce_hidden_grad: bool = True,
+    chunk_rows: int = 1024,
+) -> Tensor:
+    """L = -z[x] + log sum_j exp z[j] over the whole vocabulary, in fp32.
+
+    Args:
+        hidden_NH: [N, H], whole on every rank of ``tp_group``.
+        weight_VH: [V, H], this rank's rows: row r is that of id ``vocab_start + r``.
+            Shards ascend with the rank.
+        labels_N: int64 [N], ids of the whole vocabulary; one outside it gives a loss of +inf.
+        weight_grad_out, reduce_hidden_grad: as in ``functional.restricted_cross_entropy``.
+        chunk_rows: positions whose logits exist at one time.
+
+    Returns:
+        fp32 [N], differentiable in ``hidden_NH`` and ``weight_VH``.
+
+    Raises:
+        ConfigError: ``chunk_rows`` is not positive.
+        DataError: the shapes do not fit.
+
+    Communication over ``tp_group``: all-reduce MAX fp32 [N], SUM fp32 [2, N]; in backward SUM fp32
+    [N, H] if ``reduce_hidden_grad``. Memory beyond operands and gradients: logits fp32 [chunk_rows,
+    16384], 64 MiB, computed again in backward, and, if the weight is not fp32, 16384 rows of it in
+    fp32.
+    """
+    if chunk_rows < 1:
+        raise ConfigError(
+            "out of range", where="chunk_rows", expected="1 or more", found=chunk_rows
+        )
+    require_shapes(hidden_NH, weight_VH, labels_N, weight_grad_out=weight_grad_out)
+    tiles = [
+        Tile(positions, rows)
+        for rows in slices(0, weight_VH.shape[0], BLOCK_ROWS)
+        for positions in slices(0, hidden_NH.shape[0], chunk_rows)
+    ]
+    return ShardedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_NH,
+        weight_VH,
+        TiledHead(tiles, labels_N - vocab_start),
+        labels_N.long(),
+        vocab_start,
+        None,
+        tp_group,
+        reduce_hidden_grad,
+        weight_grad_out,
+    )
+
+
+@torch.no_grad()
+def outside_mass(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    sets: CandidateSets,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Probability outside S under the current weights, and the full-softmax loss: fp32 [N] each.
+
+    1 - rho = sum_S exp z / sum_V exp z, so with both losses of one label x (z[x] cancels)
+    rho = 1 - exp(restricted - full). The difference carries the rounding of the two losses: rho is
+    good to about 1e-6, and a smaller one may read 0.
+
+    Args:
+        sets: those of this rank's rows, on the device of the operands.
+
+    Communication: that of ``cross_entropy_of_sets`` and of ``vocab_parallel_cross_entropy``.
+    """
+    full_N = vocab_parallel_cross_entropy(
+        hidden_NH, weight_VH, sets.labels_N, vocab_start=sets.vocab_start, tp_group=tp_group
+    )
+    restricted_N = cross_entropy_of_sets(
+        hidden_NH, weight_VH, sets, backend=UNION, tp_group=tp_group
+    )
+    outside_N = -torch.expm1(restricted_N - full_N)
+    return outside_N.clamp_(0.0, 1.0), full_N
+
+
 class ShardedCrossEntropy(torch.autograd.Function):
     """The loss, fp32 [N]: call ``apply`` with the arguments of ``forward``.
 
     Args:
         head: this rank's backend, bound to the batch.
         labels_N: int64, ids of the whole vocabulary. One that no rank's head finds gives +inf.
-        vocab_start: id of the weight's first row. Shards ascend with the rank.
         tail_logit_N: a constant, or None.
-        reduce_hidden_grad: sum dH over ``tp_group``.
-        weight_grad_out: fp32 [V, H] to which dW is added instead of autograd's; None: a dense dW
-            through autograd.
 
-    Communication: all-reduce MAX fp32 [N], SUM fp32 [2, N]; in backward SUM fp32 [N, H] if
-    ``reduce_hidden_grad``.
+    The others, and the communication, are those of ``cross_entropy_of_sets``.
     """
 
     @staticmethod
@@ -167,8 +176,8 @@ class ShardedCrossEntropy(torch.autograd.Function):
         weight_grad_out: Tensor | None,
     ) -> Tensor:
         """L = log(sum over all shards of exp z + exp tail) - z[label]."""
-        with _without_autocast(hidden_NH):
-            partials = head.forward(hidden_NH, weight_VH, hidden_grad=ctx.needs_input_grad[0])
+        with without_autocast(hidden_NH):
+            partials = head.forward(hidden_NH, weight_VH)
         # The first or last rank counts a label that no shard has as its own, and does not find it.
         is_elsewhere = torch.zeros_like(labels_N, dtype=torch.bool)
         if tp_group is not None:
@@ -194,7 +203,7 @@ class ShardedCrossEntropy(torch.autograd.Function):
         if wants_weight and weight_grad_out is None:
             weight_grad = weight_grad_out = zeros(weight_VH)
         # A caller can name the region of forward in a trace, but not that of backward.
-        with record_function("head"), _without_autocast(hidden_NH):
+        with record_function("head"), without_autocast(hidden_NH):
             hidden_grad = ctx.head.backward(
                 hidden_NH,
                 weight_VH,
@@ -244,7 +253,8 @@ def is_shared(tp_group: dist.ProcessGroup | None, num_positions: int) -> bool:
     return tp_group is not None and num_positions > 0 and dist.get_world_size(tp_group) > 1
 
 
-def _without_autocast(tensor: Tensor) -> torch.autocast:
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Operands are multiplied in fp32, whatever the caller's autocast."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -274,35 +284,3 @@ def require_shapes(
             where="weight_grad_out",
             found=weight_grad_out.dtype,
         )
-
-
-def _require_types(
-    candidate_ids: Tensor, candidate_offsets: Tensor, labels_T: Tensor, backend: HeadBackend
-) -> None:
-    for name, tensor, dtype in (
-        ("candidate_ids", candidate_ids, torch.int32),
-        ("candidate_offsets", candidate_offsets, torch.int64),
-        ("labels_T", labels_T, torch.int64),
-    ):
-        if tensor.dtype is not dtype:
-            raise DataError("unexpected dtype", where=name, expected=dtype, found=tensor.dtype)
-    if not isinstance(backend, HeadBackend):
-        raise ConfigError(
-            "not a backend of the restricted head",
-            where="backend",
-            expected="what kernels.HEAD.choose returns",
-            found=repr(backend),
-        )
-
-
-def _require_tail(tail_logit_T: Tensor | None) -> None:
-    if tail_logit_T is not None and not (tail_logit_T < math.inf).all():  # NaN compares false
-        raise DataError("a tail logit is NaN or +infinity", where="tail_logit_T")
-
-
-def _vocab_size(stop: int, device: torch.device, tp_group: dist.ProcessGroup | None) -> int:
-    """One past the last id of all shards, given ``stop`` of this one."""
-    last = torch.tensor(stop, device=device)
-    if tp_group is not None:
-        dist.all_reduce(last, op=dist.ReduceOp.MAX, group=tp_group)
-    return int(last)

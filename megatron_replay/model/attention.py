@@ -88,7 +88,8 @@ class PackedAttention(MegatronModule):
         segments, rows = documents.segments, documents.rows
         assert rows is not None
         backend = kernels.ATTENTION.choose("auto", query_RND)
-        out_RND = backend.at_rows(query_RND, key_SBGD, value_SBGD, segments, rows, scale=self.scale)
+        operands = (query_RND, key_SBGD, value_SBGD)
+        out_RND = backend.at_rows(*operands, segments, rows.rows_N, rows.segments, scale=self.scale)
         return out_RND.flatten(1)
 
 

@@ -13,8 +13,11 @@ from torch import Tensor
 from megatron_replay.loss.backends import HeadBackend
 from megatron_replay.loss.candidate_sets import CandidateSets
 from megatron_replay.loss.divergence import SoftTargets, with_divergence
-from megatron_replay.loss.full import outside_mass, vocab_parallel_cross_entropy
-from megatron_replay.loss.sharded import cross_entropy_of_sets
+from megatron_replay.loss.sharded import (
+    cross_entropy_of_sets,
+    outside_mass,
+    vocab_parallel_cross_entropy,
+)
 from megatron_replay.model.gpt import Head
 from megatron_replay.model.selected_rows import HiddenStates
 from megatron_replay.parallel import Parallel

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_replay.kernels.registry import Backends
+from megatron_replay.kernels import Backends
 
 Scalar = float | Tensor
 

@@ -5,9 +5,9 @@ max_candidates.
 
 A set ends where a sum of probabilities reaches the coverage. Floating-point sums depend on their
 order, and the order on the sharding, so a cut near the threshold would move with TP. Here a token's
-mass exp(z - max) is an int64 in units of 2^-38 (token_mass.py). Integer sums do not depend on the
-order, nor a mass on the device, so equal logits give bitwise equal sets for any number of processes
-and on any device.
+mass exp(z - max) is an int64 in units of 2^-38 (``shard_selection``). Integer sums do not depend on
+the order, nor a mass on the device, so equal logits give bitwise equal sets for any number of
+processes and on any device.
 
 The error against real arithmetic on the fp32 logits: the exponential and the fp32 difference
 z - max err by less than 2^-18 of a mass (2^-19.05, and the difference rounds by half a unit of its
@@ -29,12 +29,12 @@ from torch import Tensor
 
 from megatron_replay.errors import ConfigError, DataError, TrainingError
 from megatron_replay.selection.shard_selection import (
+    MASS_BITS,
     MAX_VOCAB_SIZE,
     TORCH_SELECTION,
     SelectionBackend,
     token_keys,
 )
-from megatron_replay.selection.token_mass import MASS_BITS
 
 #: The store has one byte for the number of a set's other members.
 MAX_CANDIDATES = 255

@@ -44,21 +44,17 @@ CASES: dict[str, tuple[list[object], dict[str, int]]] = {
 }
 
 
-class Operators:
-    """Of ``PairHead``, as compiled ones: they read nothing."""
+def gather_dot(hidden_NH: Tensor, weight_VH: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+    return (hidden_NH[_owners(offsets, ids)].float() * weight_VH[ids].float()).sum(1)
 
-    @staticmethod
-    def gather_dot(hidden_NH: Tensor, weight_VH: Tensor, ids: Tensor, offsets: Tensor, /) -> Tensor:
-        return (hidden_NH[_owners(offsets, ids)].float() * weight_VH[ids].float()).sum(1)
 
-    @staticmethod
-    def segment_axpy_(
-        out_RH: Tensor, source_MH: Tensor, indices: Tensor, coefficients: Tensor, offsets: Tensor,
-        /, *, rows: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        owners = _owners(offsets, indices)
-        moves = coefficients[:, None] * source_MH[indices].float()
-        return out_RH.index_add_(0, owners if rows is None else rows[owners], moves)
+def segment_axpy_(
+    out_RH: Tensor, source_MH: Tensor, indices: Tensor, coefficients: Tensor, offsets: Tensor,
+    *, rows: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    owners = _owners(offsets, indices)
+    moves = coefficients[:, None] * source_MH[indices].float()
+    return out_RH.index_add_(0, owners if rows is None else rows[owners], moves)
 
 
 def _owners(offsets: Tensor, pairs: Tensor) -> Tensor:
@@ -66,8 +62,9 @@ def _owners(offsets: Tensor, pairs: Tensor) -> Tensor:
     return segments.repeat_interleave(offsets.diff().long(), output_size=len(pairs))
 
 
-#: As the backends of devices: pairs in position scope, dense products in document scope.
-DEVICE_BACKEND = pair_backend(Operators())
+#: As the backends of devices, which read nothing: pairs in position scope, dense products in
+#: document scope.
+DEVICE_BACKEND = pair_backend(gather_dot, segment_axpy_)
 
 
 def count(rank: int, directory: Path) -> None:

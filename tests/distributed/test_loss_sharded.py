@@ -5,7 +5,7 @@ Shapes: T positions, V vocabulary, H hidden channels.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,15 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.errors import DataError, TrainingError
-from megatron_replay.functional import (
-    restricted_cross_entropy,
-    select_candidates,
-    vocab_parallel_cross_entropy,
-)
-from megatron_replay.kernels import HEAD
-from megatron_replay.loss.full import outside_mass
+from megatron_replay.functional import restricted_cross_entropy, select_candidates
+from megatron_replay.loss.sharded import outside_mass
 from tests import pool
-from tests.loss import tails
 from tests.loss.references import HeadCase, error, head_case
 
 pytestmark = pytest.mark.distributed
@@ -60,55 +54,44 @@ def test_every_rank_refuses_what_one_rank_sees() -> None:
     assert "outside the vocabulary (expected ids 0 to 15; found 16)" in outside
 
 
-def head_cases() -> list[tuple[HeadCase, Tensor | None, Any]]:
-    """Case, ghost and stored logits: sets of their own and shared; some miss a whole shard."""
-    cases: list[tuple[HeadCase, Tensor | None, Any]] = []
+def head_cases() -> Iterator[tuple[HeadCase, Tensor | None, dict[str, Any]]]:
+    """Case, ghost and divergence: sets of their own and shared; some miss a whole shard."""
     for groups in (0, 4):
         for seed, share in enumerate((0.3, 0.01)):
             case = head_case(T=140, V=64, H=16, seed=seed, groups=groups, share=share, scale=0.5)
-            stored = tails.own_sets(case, seed=2)
-            cases += [(case, None, stored), (case, case.upstream_T * 2, stored)]
-    return cases
+            divergence = {"stored": case.stored(seed=2), "kl_weight": 0.5}
+            yield case, None, divergence
+            yield case, case.upstream_T * 2, divergence
 
 
 def heads_on(rank: int, world_size: int, reduce_hidden_grad: bool) -> list[list[Tensor]]:
-    """By case: loss, dH and dW of this rank's shard, restricted and full; the outside mass; and the
-    same three with a divergence.
+    """By case: loss, dH and dW of this rank's shard, restricted, full and with a divergence; and
+    the outside mass.
     """
     found, rows = [], 64 // world_size
-    shard: dict[str, Any] = {"vocab_start": rank * rows, "tp_group": dist.group.WORLD}
-    for case, tail_logit_T, stored in head_cases():
-        weight = case.weight_VH[rank * rows : (rank + 1) * rows].clone()
-        options = {**shard, "reduce_hidden_grad": reduce_hidden_grad}
-        restricted = partial(
-            restricted_cross_entropy, candidate_ids=case.ids, candidate_offsets=case.offsets,
-            labels_T=case.labels_T, group_offsets=case.group_offsets, tail_logit_T=tail_logit_T,
-        )  # fmt: skip
-        full = partial(vocab_parallel_cross_entropy, labels_N=case.labels_T)
-        results: list[Tensor] = []
-        for loss in (restricted, full):
-            operands = case.hidden_TH.clone().requires_grad_(), weight.clone().requires_grad_()
-            loss_T = loss(*operands, **options)
-            (loss_T * case.upstream_T).sum().backward()
-            results += [loss_T.detach(), *(o.grad for o in operands if o.grad is not None)]
-        sets = case.sets(rank * rows, (rank + 1) * rows)
-        results += outside_mass(case.hidden_TH, weight, sets, tp_group=dist.group.WORLD)[:1]
-        backend = HEAD.choose("cpu", torch.empty(0))
-        results += tails.run(
-            case, own=stored, kl_weight=0.5, backend=backend, weight_VH=weight, **shard
+    start, stop = rank * rows, (rank + 1) * rows
+    shard: dict[str, Any] = {"vocab_start": start, "tp_group": dist.group.WORLD}
+    shard["reduce_hidden_grad"] = reduce_hidden_grad
+    for case, tail_logit_T, divergence in head_cases():
+        weight = case.weight_VH[start:stop]
+        outside_T, _ = outside_mass(
+            case.hidden_TH, weight, case.sets(start, stop), tp_group=dist.group.WORLD
         )
-        found.append(results)
+        found.append([
+            *case.run(weight_VH=weight, tail_logit_T=tail_logit_T, **shard),
+            *case.run_full(weight_VH=weight, **shard),
+            *case.run(weight_VH=weight, **divergence, **shard),
+            outside_T,
+        ])  # fmt: skip
     return found
 
 
-def dense_heads() -> list[list[Tensor]]:
-    expected = []
-    for case, tail_logit_T, stored in head_cases():
+def dense_heads() -> Iterator[list[Tensor]]:
+    for case, tail_logit_T, divergence in head_cases():
         p_TV = (case.hidden_TH.double() @ case.weight_VH.double().T).softmax(1)
         outside_T = (p_TV * ~case.mask_TV).sum(1)
-        divergence = tails.dense(case, own=stored, kl_weight=0.5)
-        expected.append([*case.dense(tail_logit_T), *case.dense_full(), outside_T, *divergence])
-    return expected
+        divergent = case.dense(**divergence)
+        yield [*case.dense(tail_logit_T), *case.dense_full(), *divergent, outside_T]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -118,9 +101,9 @@ def test_losses_and_gradients_equal_dense(world_size: int, reduce_hidden_grad: b
     for case, dense in enumerate(dense_heads()):
         for part, expected in enumerate(dense):
             shards = [rank[case][part] for rank in ranks]
-            if part in (2, 5, 9):  # weight: each rank has the gradient of its rows
+            if part in (2, 5, 8):  # weight: each rank has the gradient of its rows
                 found = torch.cat(shards)
-            elif part in (1, 4) and not reduce_hidden_grad:  # partial: the caller's region sums
+            elif part in (1, 4, 7) and not reduce_hidden_grad:  # the caller's region sums
                 found = torch.stack(shards).sum(0)
             else:
                 found = shards[0]

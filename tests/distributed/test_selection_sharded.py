@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_replay.functional import SelectedCandidates, select_candidates
-from megatron_replay.kernels.cpu_selection import selection
-from megatron_replay.selection.shard_selection import TORCH_SELECTION
+from megatron_replay.kernels import SELECTION
 from tests import pool
 
 pytestmark = pytest.mark.distributed
@@ -72,21 +71,21 @@ def select_on_shard(rank: int, world_size: int) -> list[str]:
         logits_TV, labels_T, options = selection_case(ends[-1], seed)
         whole = select_candidates(logits_TV, labels_T, **options)
         shard_TV = logits_TV[:, ends[rank] : ends[rank + 1]]
-        for kernel in (TORCH_SELECTION, selection):
+        for name in ("torch", "cpu"):
             found = select_candidates(
                 shard_TV.clone() if seed % 2 else shard_TV,  # memory of its own, or a strided view
                 labels_T,
                 vocab_start=ends[rank],
                 tp_group=dist.group.WORLD,
-                backend=kernel,
+                backend=SELECTION.choose(name, logits_TV),
                 **options,
             )
-            for name in SelectedCandidates.__dataclass_fields__:
-                expected, ours = getattr(whole, name), getattr(found, name)
+            for field in SelectedCandidates.__dataclass_fields__:
+                expected, ours = getattr(whole, field), getattr(found, field)
                 # Bytes, as the store writes them: torch.equal takes -0.0 for 0.0.
                 same = expected.numpy().tobytes() == ours.numpy().tobytes()
                 if expected.dtype != ours.dtype or not same:
-                    wrong.append(f"seed {seed}, {kernel.name}: {name}")
+                    wrong.append(f"seed {seed}, {name}: {field}")
     return wrong
 
 

@@ -1,19 +1,24 @@
-"""Attention on NPUs, on a stand-in for the operator, against float64 and against torch's."""
+"""Attention of packed documents against float64, position by position: torch's, and that of NPUs on
+a stand-in for the operator.
+"""
 
 from __future__ import annotations
 
-import importlib
 import sys
 import types
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_replay.kernels import ATTENTION, registry
+from megatron_replay import kernels
+from megatron_replay.kernels import ATTENTION
 from megatron_replay.kernels.packed_attention import (
     TORCH_ATTENTION,
+    AttentionBackend,
     document_ends,
     row_segments_of,
     segments_of,
@@ -21,139 +26,135 @@ from megatron_replay.kernels.packed_attention import (
 from tests.loss.references import attention_by_position
 from tests.npu_stub import fusion_attention
 
-HEADS, CHANNELS, SCALE, LENGTH = 4, 8, 0.7, 12
+HEADS, CHANNELS, SCALE = 4, 8, 0.7
 MODULE = "megatron_replay.kernels.ascend_attention"
-#: Where documents begin, and end at last.
-PACKS = {
-    "one document": [[0, 12]],
-    "documents": [[0, 1, 5, 9, 12]],
-    "padding behind": [[0, 4, 7]],
-    "padding alone": [[0]],
-    "packs": [[0, 5, 12], [0], [0, 1, 2, 8]],
-}
 
 
-@dataclass
-class Rows:
-    rows_N: Tensor
-    segments: list
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """The ascend backend, on a stand-in for torch_npu's operator."""
+def attention_on_npus(patch: pytest.MonkeyPatch) -> AttentionBackend:
+    """Loaded anew, with the stand-in in place of torch_npu's operator."""
     operator = fusion_attention.npu_fusion_attention
     stub = types.SimpleNamespace(npu_fusion_attention=operator)
-    monkeypatch.setitem(sys.modules, "torch_npu", stub)
-    monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    registry.load.cache_clear()
-    yield importlib.import_module(MODULE)
-    registry.load.cache_clear()
-    sys.modules.pop(MODULE, None)
+    patch.setitem(sys.modules, "torch_npu", stub)
+    patch.delitem(sys.modules, MODULE, raising=False)
+    kernels.load.cache_clear()
+    return kernels.load(ATTENTION, "ascend")
 
 
-def operands(packs: int, groups: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(packs + groups)
-    return [
-        torch.randn(LENGTH, packs, heads, CHANNELS, generator=generator).to(dtype).requires_grad_()
+@pytest.fixture(scope="module", params=["torch", "ascend"])
+def backend(request: pytest.FixtureRequest) -> Iterator[AttentionBackend]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield TORCH_ATTENTION if request.param == "torch" else attention_on_npus(patch)
+    kernels.load.cache_clear()
+
+
+@st.composite
+def packs(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
+    """(where documents begin in each pack, length of a pack, most positions shared)."""
+    length = draw(st.integers(1, 24))
+    boundaries = []
+    for _ in range(draw(st.integers(1, 3))):
+        inner = draw(st.sets(st.integers(1, length)))
+        boundaries.append([0, *sorted(inner)])
+    return boundaries, length, draw(st.sampled_from([1, 4, 256]))
+
+
+def operands(length: int, packs: int, groups: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Query, key and value in fp32 and in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [
+        torch.randn(length, packs, heads, CHANNELS, generator=generator)
         for heads in (HEADS, groups, groups)
     ]
+    return [x.requires_grad_() for x in inputs], [x.detach().double() for x in inputs]
 
 
-def double(tensors: list[Tensor]) -> list[Tensor]:
-    return [x.detach().double().requires_grad_() for x in tensors]
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", PACKS)
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("shared", [1, 256])
-def test_everywhere(module, name, groups, shared):
-    boundaries = PACKS[name]
-    inputs, segments = (
-        operands(len(boundaries), groups),
-        segments_of(boundaries, LENGTH, shared=shared),
-    )
-    found = module.attention.everywhere(*inputs, segments, scale=SCALE)
-    exact, plain = double(inputs), double(inputs)
-    expected = attention_by_position(*exact, boundaries, scale=SCALE)
-    torchs = TORCH_ATTENTION.everywhere(*plain, segments, scale=SCALE)
-    real_SB = torch.zeros(LENGTH, len(boundaries), dtype=torch.bool)
-    for b, starts in enumerate(boundaries):
-        real_SB[: starts[-1] if len(starts) > 1 else LENGTH, b] = True
+groups_and_seeds = st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 99))
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(packs(), groups_and_seeds)
+def test_each_document_attends_to_itself(backend, case, drawn):
+    (boundaries, length, shared), (groups, seed) = case, drawn
+    inputs, exact = operands(length, len(boundaries), groups, seed)
+    segments = segments_of(boundaries, length, shared=shared)
+    assert all(sum(s.stop - s.start for s in pack) == length for pack in segments)
+    expected = attention_by_position(*(x.requires_grad_() for x in exact), boundaries, scale=SCALE)
+    found = backend.everywhere(*inputs, segments, scale=SCALE)
+    seen_SB = torch.arange(length)[:, None] < torch.tensor([b[-1] for b in boundaries])
+    if backend is TORCH_ATTENTION:  # zeros, but for packs of nothing but padding
+        close(found, expected)
     assert found.isfinite().all()
-    for other in (expected, torchs):
-        torch.testing.assert_close(found[real_SB].double(), other[real_SB], rtol=1e-5, atol=1e-6)
-    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
-    upstream = upstream * real_SB[..., None, None]  # nobody reads padding
-    ours = torch.autograd.grad(found, inputs, upstream)
-    for wanted, leaves in ((expected, exact), (torchs, plain)):
-        theirs = torch.autograd.grad(wanted, leaves, upstream.double())
-        for one, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+    close(found[seen_SB], expected[seen_SB])
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed))
+    upstream = upstream * seen_SB[..., None, None]  # padding is not used
+    gradients = torch.autograd.grad(expected, exact, upstream.double(), materialize_grads=True)
+    for ours, theirs in zip(torch.autograd.grad(found, inputs, upstream), gradients, strict=True):
+        close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", PACKS)
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("step", [1, 3])
-def test_at_rows(module, name, groups, step):
-    boundaries = PACKS[name]
-    whole_SBND, key, value = operands(len(boundaries), groups)
-    segments = segments_of(boundaries, LENGTH)
-    asked = [b * LENGTH + s for b, starts in enumerate(boundaries) for s in range(starts[-1])]
-    rows_N = torch.tensor(asked[::step], dtype=torch.int64)
-    rows = Rows(rows_N, row_segments_of(segments, rows_N, LENGTH))
-    place, padding = (rows_N % LENGTH, rows_N // LENGTH), 2
-    query_RND = torch.cat([whole_SBND.detach()[place], torch.ones(padding, HEADS, CHANNELS)])
-    inputs = [query_RND.requires_grad_(), key, value]
-    found = module.attention.at_rows(*inputs, segments, rows, scale=SCALE)
-    exact, plain = double([whole_SBND, key, value]), double(inputs)
-    expected = attention_by_position(*exact, boundaries, scale=SCALE)[place]
-    torchs = TORCH_ATTENTION.at_rows(*plain, segments, rows, scale=SCALE)
-    assert not found[len(rows_N) :].any()
-    torch.testing.assert_close(found[: len(rows_N)].double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.double(), torchs, rtol=1e-5, atol=1e-6)
-    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
-    ours = torch.autograd.grad(found, inputs, upstream)
-    theirs = torch.autograd.grad(torchs, plain, upstream.double())
-    exacts = torch.autograd.grad(expected, exact, upstream[: len(rows_N)].double())
-    assert not ours[0][len(rows_N) :].any()
-    assert asked or not any(grad.any() for grad in ours)
-    torch.testing.assert_close(ours[0][: len(rows_N)].double(), exacts[0][place])
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
-    for one, other in zip(ours[1:], exacts[1:], strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(packs(), groups_and_seeds, st.sampled_from([0.0, 0.5, 1.0]))
+def test_rows_are_those_of_the_whole(backend, case, drawn, share):
+    """And zeros behind the last of them, with gradients of zero where there is none."""
+    (boundaries, length, shared), (groups, seed) = case, drawn
+    (query, key, value), exact = operands(length, len(boundaries), groups, seed)
+    segments = segments_of(boundaries, length, shared=shared)
+    whole = attention_by_position(*(x.requires_grad_() for x in exact), boundaries, scale=SCALE)
+    chosen_SB = torch.rand(whole.shape[:2], generator=torch.Generator().manual_seed(seed)) < share
+    chosen_SB &= torch.arange(length)[:, None] < torch.tensor([b[-1] for b in boundaries])
+    rows_N = chosen_SB.T.flatten().nonzero().squeeze(1)
+    place, count = (rows_N % length, rows_N // length), len(rows_N)
+    query_RND = torch.cat([query.detach()[place], torch.ones(2, HEADS, CHANNELS)]).requires_grad_()
+    rows = segments, rows_N, row_segments_of(segments, rows_N, length)
+    found = backend.at_rows(query_RND, key, value, *rows, scale=SCALE)
+    close(found[:count], whole[place])
+    assert not found[count:].any()
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed))
+    ours = torch.autograd.grad(found, [query_RND, key, value], upstream)
+    theirs = torch.autograd.grad(
+        whole[place], exact, upstream[:count].double(), materialize_grads=True
+    )
+    assert not ours[0][count:].any()
+    close(ours[0][:count], theirs[0][place])
+    close(ours[1], theirs[1])
+    close(ours[2], theirs[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_the_bits(module, dtype):
-    inputs, segments = operands(1, 2, dtype), segments_of([[0, 4, 7]], LENGTH)
-    found = module.attention.everywhere(*inputs, segments, scale=SCALE)
+def test_half_the_bits(backend, dtype):
+    _, exact = operands(12, 1, 2, 0)
+    inputs, segments = [x.to(dtype) for x in exact], segments_of([[0, 4, 7]], 12)
+    found = backend.everywhere(*inputs, segments, scale=SCALE)
     assert found.dtype is dtype
-    expected = TORCH_ATTENTION.everywhere(*double(inputs), segments, scale=SCALE)
+    expected = attention_by_position(*(x.double() for x in inputs), [[0, 4, 7]], scale=SCALE)
     torch.testing.assert_close(found[:7].double(), expected[:7], rtol=1e-2, atol=1e-2)
 
 
-def test_more_documents_than_a_call_takes(module, monkeypatch):
-    monkeypatch.setattr(module, "MOST_DOCUMENTS", 2)
+def test_more_documents_than_a_call_takes(monkeypatch):
+    backend = attention_on_npus(monkeypatch)
+    monkeypatch.setattr(sys.modules[MODULE], "MOST_DOCUMENTS", 2)
     monkeypatch.setattr(fusion_attention, "MOST_DOCUMENTS", 2)
     boundaries = [[0, 1, 5, 9, 11], [0, 12]]
-    inputs, segments = operands(2, 2), segments_of(boundaries, LENGTH)
-    found = module.attention.everywhere(*inputs, segments, scale=SCALE)
-    expected = attention_by_position(*double(inputs), boundaries, scale=SCALE)
-    torch.testing.assert_close(found[:11].double(), expected[:11], rtol=1e-5, atol=1e-6)
+    inputs, exact = operands(12, 2, 2, 0)
+    found = backend.everywhere(*inputs, segments_of(boundaries, 12), scale=SCALE)
+    close(found[:11], attention_by_position(*exact, boundaries, scale=SCALE)[:11])
 
 
 @pytest.mark.parametrize("shared", [1, 4, 256])
 def test_ends_lead_from_document_to_document_and_reach_the_last_position(shared):
-    segments = segments_of([[0, 5, 12], [0], [0, 1, 2, 8]], LENGTH, shared=shared)
-    assert document_ends(segments, LENGTH) == [5, 12, 24, 25, 26, 32, 36]
+    segments = segments_of([[0, 5, 12], [0], [0, 1, 2, 8]], 12, shared=shared)
+    assert document_ends(segments, 12) == [5, 12, 24, 25, 26, 32, 36]
 
 
-@pytest.mark.usefixtures("module")
 def test_the_backend_needs_torch_npu(monkeypatch):
+    attention_on_npus(monkeypatch)
     assert ATTENTION.why_not("ascend") is None
-    registry.load.cache_clear()
+    kernels.load.cache_clear()
     monkeypatch.setitem(sys.modules, "torch_npu", None)
     sys.modules.pop(MODULE)
     assert "expected torch_npu.npu_fusion_attention" in ATTENTION.why_not("ascend")
+    kernels.load.cache_clear()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
 import torch
 
+from megatron_replay import kernels
 from megatron_replay.errors import ConfigError
-from megatron_replay.kernels import ATTENTION, HEAD, SELECTION, ascend_operators, registry
+from megatron_replay.kernels import ATTENTION, HEAD, SELECTION, ascend_head
 from megatron_replay.optim.momentum_step import OPTIMIZER, Coefficients
 
 FINE = torch.zeros(4, 4)
@@ -42,40 +44,40 @@ def test_auto_is_the_compiled_backend_where_it_can_run():
     assert OPTIMIZER.resolve("auto", FINE) == OPTIMIZER.resolve("cpu", FINE) == "cpu"
     assert OPTIMIZER.resolve("torch", FINE) == "torch"
     assert HEAD.resolve("auto", FINE) == HEAD.resolve("auto", FINE.bfloat16()) == "cpu"
-    assert SELECTION.choose("auto", FINE.half()).name == "cpu"
-    assert ATTENTION.choose("auto", FINE).name == "torch"
+    assert SELECTION.resolve("auto", FINE.half()) == "cpu"
+    assert ATTENTION.resolve("auto", FINE) == "torch"
     assert HEAD.describe("auto", FINE) == "cpu kernels"
     assert HEAD.describe("torch", FINE) == ATTENTION.describe("auto", FINE) == "torch kernels"
 
 
-@pytest.mark.parametrize("reason", UNFIT)
-def test_auto_is_torch_elsewhere_and_a_name_is_refused(reason):
-    assert OPTIMIZER.resolve("auto", UNFIT[reason]) == "torch"
-    assert OPTIMIZER.resolve("torch", UNFIT[reason]) == "torch"
-    assert reason in OPTIMIZER.why_not("cpu", FINE, UNFIT[reason])
-    with pytest.raises(ConfigError, match=reason):
-        OPTIMIZER.choose("cpu", UNFIT[reason])
-
-
-def test_the_description_has_the_reason_why_a_faster_backend_cannot_run():
-    """fp16 is no dtype of the CPU's head: dense products over unions run instead."""
-    half = FINE.half()
-    assert HEAD.resolve("auto", half) == "union"
-    described = HEAD.describe("auto", half)
-    assert described.startswith("union kernels, ")
-    assert "torch.float16" in described
-    with pytest.raises(ConfigError, match=r"the restricted head: .*torch\.float16"):
-        HEAD.choose("cpu", half)
+@pytest.mark.parametrize(
+    ("backends", "tensor", "reason", "instead"),
+    [
+        *((OPTIMIZER, tensor, reason, "torch") for reason, tensor in UNFIT.items()),
+        (HEAD, FINE.half(), r"torch\.float16", "union"),  # no dtype of the CPU's head
+        (SELECTION, FINE.double(), r"torch\.float64", "torch"),
+        (SELECTION, FINE.to("meta"), "a tensor on meta", "torch"),
+    ],
+)
+def test_auto_is_another_where_the_compiled_one_cannot_run(backends, tensor, reason, instead):
+    """And its description has the reason; by its name the compiled one is refused."""
+    assert backends.resolve("auto", tensor) == backends.resolve(instead, tensor) == instead
+    described = backends.describe("auto", tensor)
+    assert described.startswith(f"{instead} kernels")
+    assert tensor.is_meta or re.search(reason, described)
+    assert re.search(reason, backends.why_not("cpu", FINE, tensor))
+    with pytest.raises(ConfigError, match=rf"{backends.what}: .*{reason}"):
+        backends.choose("cpu", tensor)
 
 
 @pytest.fixture
 def fresh():
     """Backends are imported anew, and again after the test."""
-    registry.load.cache_clear()
-    ascend_operators.load.cache_clear()
+    for cached in (kernels.load, ascend_head.compiled):
+        cached.cache_clear()
     yield
-    registry.load.cache_clear()
-    ascend_operators.load.cache_clear()
+    for cached in (kernels.load, ascend_head.compiled):
+        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh")
@@ -91,12 +93,10 @@ def test_without_the_compiled_module_auto_still_runs(monkeypatch):
 @pytest.mark.usefixtures("fresh")
 def test_the_head_of_npus_needs_its_module(monkeypatch, operators):
     """Without CANN there is none; with an emulated one in its place it loads."""
-    assert "pip install -e ." in HEAD.why_not("ascend")
-    registry.load.cache_clear()
+    assert re.search(r"set_env.sh.*pip install -e \.", HEAD.why_not("ascend"))
+    kernels.load.cache_clear()
     monkeypatch.setitem(sys.modules, "megatron_replay.kernels._ascend", operators)
-    monkeypatch.delitem(sys.modules, "megatron_replay.kernels.ascend_head", raising=False)
     assert HEAD.why_not("ascend") is None
-    sys.modules.pop("megatron_replay.kernels.ascend_head")
 
 
 @pytest.mark.parametrize("reason", UNFIT)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.kernels.levels import in_threads
 from tests.kernels.reference import Problem, bits, problem
 from tests.kernels.test_momentum_step import USUAL, pack
-from tests.kernels.threads import in_threads
 
 SIZES = [100_003, 5, 0, 32_768, 65_537]
 

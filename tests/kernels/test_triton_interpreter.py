@@ -18,7 +18,7 @@ from tests import processes
 ROOT = Path(__file__).parents[2]
 #: (files, TRITON_INTERPRET) of a process; the files of "shared" test the other backends as well.
 PROCESSES = {
-    "interpreted": (["triton_interpreted.py", "triton_head.py"], "1"),
+    "interpreted": (["triton_interpreted.py", "test_pair_operators.py"], "1"),
     "shared": (["test_head.py", "test_selection.py"], "1"),
     "compiled": (["triton_compiled.py"], "0"),
 }

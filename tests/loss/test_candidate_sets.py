@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_replay.loss.candidate_sets import Blocks, CandidateSets, unions
+from megatron_replay.loss.blocks import Blocks
+from megatron_replay.loss.candidate_sets import CandidateSets, unions
 
 V = 150_000  # more than 16 bits hold
 

@@ -24,35 +24,17 @@ from megatron_replay.functional import (
     select_candidates,
 )
 from megatron_replay.loss import blocks
-from megatron_replay.loss.candidate_sets import Blocks
-from tests.loss.references import HeadCase, error, head_case
+from megatron_replay.loss.blocks import UNION, Blocks
+from tests.loss.references import equal, error, ghosts, head_case
 
 seeds = st.integers(0, 2**31)
 
 
-def run(
-    case: HeadCase, *, dtype: torch.dtype = torch.float32, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and the gradients in hidden and weight."""
-    hidden_TH = case.hidden_TH.detach().to(dtype).requires_grad_()
-    weight_VH = case.weight_VH.detach().to(dtype).requires_grad_()
-    options = {"group_offsets": case.group_offsets, **options}
-    loss_T = restricted_cross_entropy(
-        hidden_TH, weight_VH, case.ids, case.offsets, case.labels_T, **options
-    )
-    (loss_T * case.upstream_T).sum().backward()
-    assert hidden_TH.grad is not None
-    assert weight_VH.grad is not None
-    return loss_T.detach(), hidden_TH.grad, weight_VH.grad
-
-
-def logit_gradient(logits_TV: Tensor, mask_TV: Tensor, labels_T: Tensor) -> Tensor:
+def logit_gradient(logits_TV: Tensor, ids: Tensor, offsets: Tensor, labels_T: Tensor) -> Tensor:
     """dL/dz [T, V] of the sharded form: with the identity as weight, the hidden state is z."""
-    V = logits_TV.shape[1]
     logits_TV = logits_TV.clone().requires_grad_()
-    offsets = F.pad(mask_TV.sum(1).cumsum(0), (1, 0))
-    ids = mask_TV.nonzero()[:, 1].int()
-    restricted_cross_entropy(logits_TV, torch.eye(V), ids, offsets, labels_T).sum().backward()
+    weight = torch.eye(logits_TV.shape[1])
+    restricted_cross_entropy(logits_TV, weight, ids, offsets, labels_T).sum().backward()
     assert logits_TV.grad is not None
     return logits_TV.grad.double()
 
@@ -63,7 +45,7 @@ def test_lemma_1_proposition_1(seed: int, V: int, share: float) -> None:
     """g = p~ - y in S, 0 outside; dg against the full loss has l1 norm 2 rho, l2 at most that."""
     case = head_case(T=6, V=V, H=V, seed=seed, share=share, scale=2.0)
     logits_TV, mask_TV = case.hidden_TH, case.mask_TV
-    grad_TV = logit_gradient(logits_TV, mask_TV, case.labels_T)
+    grad_TV = logit_gradient(logits_TV, case.ids, case.offsets, case.labels_T)
     p_TV = logits_TV.double().softmax(1)
     y_TV = F.one_hot(case.labels_T, V)
     rho_T1 = (p_TV * ~mask_TV).sum(1, keepdim=True)
@@ -82,10 +64,8 @@ def test_corollary_1_bias_is_bounded_by_coverage(seed: int, coverage: float) -> 
     logits_TV = torch.randn(8, 60, generator=generator) * 2
     labels_T = torch.randint(60, (8,), generator=generator)
     sets = select_candidates(logits_TV, labels_T, coverage=coverage)
-    mask_TV = torch.zeros(8, 60, dtype=torch.bool)
-    mask_TV[torch.arange(8).repeat_interleave(sets.offsets.diff()), sets.ids.long()] = True
     full_TV = logits_TV.double().softmax(1) - F.one_hot(labels_T, 60)
-    bias_TV = logit_gradient(logits_TV, mask_TV, labels_T) - full_TV
+    bias_TV = logit_gradient(logits_TV, sets.ids, sets.offsets, labels_T) - full_TV
     assert (bias_TV.abs().sum(1) <= 2 * (1 - coverage) + 5e-6).all()
 
 
@@ -93,7 +73,7 @@ def test_corollary_1_bias_is_bounded_by_coverage(seed: int, coverage: float) -> 
 def test_the_whole_vocabulary_gives_full_cross_entropy(groups: int) -> None:
     case = head_case(T=9, V=33, H=8, seed=0, share=1.0, groups=groups)
     case.mask_GV[:] = True
-    for found, expected in zip(run(case), case.dense_full(), strict=True):
+    for found, expected in zip(case.run(), case.dense_full(), strict=True):
         assert error(found, expected) < 1e-6
 
 
@@ -124,18 +104,11 @@ def test_against_float64_autograd(
     seed: int, T: int, V: int, groups: int, tail: bool, scale: float
 ) -> None:
     case = head_case(T=T, V=V, H=8, seed=seed, groups=groups, scale=scale)
-    tail_logit_T = torch.randn(T, generator=torch.Generator().manual_seed(seed)) * 3
-    tail_logit_T[::3] = -math.inf
-    tail_logit_T = tail_logit_T if tail else None
-    loss_T, hidden_grad, weight_grad = run(case, tail_logit_T=tail_logit_T)
-    dense_T, dense_hidden_grad, dense_weight_grad = case.dense(tail_logit_T)
-    assert loss_T.dtype == torch.float32
+    tail_logit_T = ghosts(case) if tail else None
+    found = case.run(tail_logit_T=tail_logit_T)
+    assert found[0].dtype == torch.float32
     # A logit is a sum of H products: its rounding, not the loss's own, grows with the scale.
-    bound = 1e-6 * max(1.0, scale)
-    hidden_terms, weight_terms = case.terms
-    assert error(loss_T, dense_T, floor=1.0) < bound
-    assert error(hidden_grad, dense_hidden_grad, floor=hidden_terms) < bound
-    assert error(weight_grad, dense_weight_grad, floor=weight_terms) < bound
+    case.check(found, case.dense(tail_logit_T), bound=1e-6 * max(1.0, scale))
 
 
 @pytest.mark.parametrize("groups", [0, 5])
@@ -144,45 +117,28 @@ def test_gradients_are_within_a_millionth_of_their_largest_entry(groups: int, gh
     for seed in range(5):
         case = head_case(T=200, V=300, H=32, seed=seed, groups=groups, scale=0.3)
         tail_logit_T = case.upstream_T * 2 if ghost else None
-        found = run(case, tail_logit_T=tail_logit_T)
+        found = case.run(tail_logit_T=tail_logit_T)
         for ours, dense in zip(found, case.dense(tail_logit_T), strict=True):
             assert error(ours, dense) < 1e-6
 
 
-def test_large_tiles_and_small_ones_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    for groups in (0, 2):
-        case = head_case(T=40, V=50, H=4, seed=3, groups=groups)
-        whole = run(case)
-        with monkeypatch.context() as patch:
-            patch.setattr(Blocks, "POSITIONS", 7)
-            patch.setattr(blocks, "SHARED_POSITIONS", 7)
-            cut = run(case)
-        for found, expected in zip(cut, whole, strict=True):
-            assert error(found, expected.double()) < 1e-6
+@pytest.mark.parametrize("groups", [0, 2])
+def test_tiles_of_any_size(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    case = head_case(T=40, V=50, H=4, seed=3, groups=groups)
+    monkeypatch.setattr(Blocks, "POSITIONS", 7)
+    monkeypatch.setattr(blocks, "SHARED_POSITIONS", 7)
+    case.check(case.run(backend=UNION))
 
 
-def test_bf16_operands_are_multiplied_in_fp32_also_under_autocast() -> None:
+@pytest.mark.parametrize("backend", [None, UNION], ids=["compiled", "union"])
+def test_bf16_operands_are_multiplied_in_fp32_also_under_autocast(backend: Any) -> None:
     """Equal to the fp32 result on the rounded operands, up to the rounding of the gradients."""
     case = head_case(T=20, V=40, H=64, seed=5)
     case.hidden_TH, case.weight_VH = case.hidden_TH.bfloat16(), case.weight_VH.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss_T, hidden_grad, weight_grad = run(case, dtype=torch.bfloat16)
-    exact_T, exact_hidden_grad, exact_weight_grad = run(case, dtype=torch.float32)
-    assert torch.equal(loss_T, exact_T)
-    assert torch.equal(hidden_grad, exact_hidden_grad.bfloat16())
-    assert torch.equal(weight_grad, exact_weight_grad.bfloat16())
-
-
-def call(**changes: Any) -> Tensor:
-    """Two positions over a vocabulary of 6, with one thing changed."""
-    operands: dict[str, Any] = {
-        "hidden_TH": torch.ones(2, 3),
-        "weight_VH": torch.ones(6, 3),
-        "candidate_ids": torch.tensor([0, 2, 1, 5], dtype=torch.int32),
-        "candidate_offsets": torch.tensor([0, 2, 4]),
-        "labels_T": torch.tensor([2, 1]),
-    }
-    return restricted_cross_entropy(**{**operands, **changes})
+        found = case.run(dtype=torch.bfloat16, backend=backend)
+    loss_T, dH_TH, dW_VH = case.run(backend=backend)
+    assert equal(found, [loss_T, dH_TH.bfloat16(), dW_VH.bfloat16()])
 
 
 def ids(*values: int) -> Tensor:
@@ -212,17 +168,21 @@ def ids(*values: int) -> Tensor:
         ({"candidate_offsets": torch.tensor([0, 2, 4]).int()}, "offsets: .*expected torch.int64"),
         ({"labels_T": torch.tensor([2.0, 1.0])}, "labels_T: .*expected torch.int64"),
         ({"labels_T": torch.tensor([2])}, "shapes do not fit"),
+        ({"backend": "cpu"}, r"expected what kernels\.HEAD\.choose returns"),
     ],
 )
-def test_sets_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
-    call()
-    with pytest.raises(DataError, match=message):
-        call(**changes)
-
-
-def test_a_backend_by_its_name_only_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"expected what kernels\.HEAD\.choose returns"):
-        call(backend="cpu")
+def test_arguments_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    """Two positions over a vocabulary of 6, with one thing changed."""
+    operands: dict[str, Any] = {
+        "hidden_TH": torch.ones(2, 3),
+        "weight_VH": torch.ones(6, 3),
+        "candidate_ids": ids(0, 2, 1, 5),
+        "candidate_offsets": torch.tensor([0, 2, 4]),
+        "labels_T": torch.tensor([2, 1]),
+    }
+    restricted_cross_entropy(**operands)
+    with pytest.raises((DataError, ConfigError), match=message):
+        restricted_cross_entropy(**{**operands, **changes})
 
 
 def test_second_derivatives_are_refused() -> None:

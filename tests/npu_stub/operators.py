@@ -8,7 +8,7 @@ import types
 import torch
 from torch import Tensor
 
-from megatron_replay.kernels.ascend_operators import DTYPES
+from megatron_replay.kernels.ascend_head import DTYPES
 
 
 def _tensor(address: int, dtype: torch.dtype, *shape: int) -> Tensor:

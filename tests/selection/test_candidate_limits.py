@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_replay.functional import select_candidates
-from megatron_replay.selection.token_mass import token_masses
+from megatron_replay.selection.shard_selection import token_masses
 from tests.loss.references import first_tokens, probabilities
 
 

@@ -13,7 +13,7 @@ namespace replay {
 // A pointer to the device's memory, or a stream, as an integer: nothing of torch's ABI is used.
 using Address = std::uintptr_t;
 
-// The dtypes of kernels/ascend_operators.py, in its order.
+// The dtypes of kernels/ascend_head.py, in its order.
 enum class Dtype : int { fp32, fp16, bf16 };
 
 inline std::uint8_t* memory(Address address) { return reinterpret_cast<std::uint8_t*>(address); }
