@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -74,47 +75,37 @@ def test_same_bytes_as_megatron_cores_and_no_process(tmp_path):
     assert written == {name: (len(data), zlib.crc32(data)) for name, data in read["ours"].items()}
 
 
-class _Busy:
+@contextlib.contextmanager
+def busy(folder):
     """Threads that take and release the locks that a trainer's own threads have."""
+    stop, events = threading.Event(), SummaryWriter(str(folder))
 
-    def __init__(self, folder) -> None:
-        self._stop = threading.Event()
-        self._events = SummaryWriter(str(folder))
-        self._threads = [
-            threading.Thread(target=work, daemon=True)
-            for work in (self._multiply, self._log, self._load, self._allocate)
-        ]
+    def load():
+        with Loader(lambda step: torch.zeros(step), range(3), depth=2) as loader:
+            assert len(list(loader)) == 3
 
-    def __enter__(self) -> None:
-        for thread in self._threads:
-            thread.start()
+    def repeat(work):
+        while not stop.wait(0.0005):
+            work()
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-        self._events.close()
-
-    def _multiply(self) -> None:
-        while not self._stop.wait(0.0002):
-            torch.ones(64, 64) @ torch.ones(64, 64)
-
-    def _log(self) -> None:
-        while not self._stop.wait(0.001):
-            self._events.add_scalar("x", 1.0, 1)
-
-    def _load(self) -> None:
-        while not self._stop.wait(0.001):
-            with Loader(lambda step: torch.zeros(step), range(3), depth=2) as loader:
-                assert len(list(loader)) == 3
-
-    def _allocate(self) -> None:
-        while not self._stop.wait(0.0005):
-            bytearray(1 << 16)
+    works = (
+        lambda: torch.ones(64, 64) @ torch.ones(64, 64),
+        lambda: events.add_scalar("x", 1.0, 1),
+        lambda: bytearray(1 << 16),
+        load,
+    )
+    threads = [threading.Thread(target=repeat, args=[work], daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    yield
+    stop.set()
+    for thread in threads:
+        thread.join()
+    events.close()
 
 
 def save_often(rank: int, world_size: int, folder) -> int:
-    with _Busy(folder / "events"):
+    with busy(folder / "events"):
         for number in range(SAVES):
             path = folder / str(number)
             path.mkdir(exist_ok=True)

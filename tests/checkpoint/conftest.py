@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,14 +58,3 @@ def small(tmp_path_factory) -> dict[tuple[bool, int], Path]:
             )  # fmt: skip
             (name / "tokenizer.json").write_text("{}")
     return models
-
-
-@pytest.fixture(scope="session")
-def mapped_kilobytes() -> Callable[[], int]:
-    """Counts this process's resident pages of mapped files."""
-
-    def count() -> int:
-        with open("/proc/self/status") as handle:
-            return next(int(line.split()[1]) for line in handle if line.startswith("RssFile"))
-
-    return count

@@ -1,4 +1,4 @@
-"""Parameters of every rank of a TP x PP grid: as megatron-core holds them, and as rank files."""
+"""Parameters of every rank of a TP x PP grid, as megatron-core holds them."""
 
 from __future__ import annotations
 
@@ -91,20 +91,6 @@ def save_grid(
         written |= write_weights(staged, tensors, dtype=dtype, stage=stage)
     write_model_files(staged, written, source, dtype=dtype)
     publish(staged, final, overwrite=overwrite)
-
-
-def ranks(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """{folder: parameters}, as anybody with torch reads them."""
-    return {
-        path.parent.name: torch.load(path, weights_only=True)["model"]
-        for path in directory.glob("iter_0000001/*/model_optim_rng.pt")
-    }
-
-
-def rewrite(path: Path, change) -> None:
-    content = torch.load(path, weights_only=True)
-    change(content)
-    torch.save(content, path)
 
 
 def converted(source: Path, target: Path, tp: int = 1, pp: int = 1, **options) -> Path:

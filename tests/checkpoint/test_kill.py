@@ -1,35 +1,45 @@
-"""An export that dies or fails, at any moment, leaves no directory that looks complete."""
+"""Work that dies or fails, at any change of a file, leaves nothing that only looks complete."""
 
 from __future__ import annotations
 
 import errno
-import functools
+import importlib
 import os
 import random
 import re
 import shutil
 import signal
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from megatron_replay.checkpoint import export
+from megatron_replay.checkpoint import convert_ranks, directories, export
+from megatron_replay.checkpoint.convert_ranks import grid_for, hf_to_ranks, ranks_to_hf
+from megatron_replay.checkpoint.directories import LATEST, iteration_directory, iterations
 from megatron_replay.checkpoint.staging import staging_directory, start_directory
 from megatron_replay.errors import OutputError
 from megatron_replay.locks import LOCK_FILE, DirectoryLock
+from megatron_replay.model.config import ModelConfig
 from tests import processes, tiny
-from tests.checkpoint.deaths import is_killed_at
 from tests.checkpoint.grid import load_grid, save_grid
 from tests.same_weights import require_equal, weights
 
 SHARD = 20_000
+CHANGES_OF_FILES = (  # pwrite writes a lock
+    "os.fsync", "os.replace", "os.unlink", "os.rmdir", "os.pwrite",
+    "megatron_replay.checkpoint.export.save_file",
+)  # fmt: skip
+Models = dict[str, Path]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
+def models(tmp_path_factory) -> Models:
     """Two small models that differ, of several shards each when exported."""
     folder = tmp_path_factory.mktemp("models")
     return {
@@ -41,90 +51,153 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 
 def export_model(source: Path, final: Path, *, overwrite: bool = False) -> None:
-    staged = start_directory(final, overwrite=overwrite)
     export.MAX_SHARD_BYTES = SHARD
+    staged = start_directory(final, overwrite=overwrite)
     save_grid(load_grid(source, 1, 1), source, staged, final, overwrite=overwrite)
-
-
-CHANGES_OF_FILES = (  # pwrite writes a lock
-    "os.fsync", "os.replace", "os.unlink", "os.rmdir", "os.pwrite",
-    "megatron_replay.checkpoint.export.save_file",
-)  # fmt: skip
-
-
-def is_killed(step: int, source: Path, final: Path, *, overwrite: bool = False) -> bool:
-    work = functools.partial(export_model, source, final, overwrite=overwrite)
-    return is_killed_at(step, CHANGES_OF_FILES, work)
-
-
-def embedding(directory: Path) -> torch.Tensor:
-    return weights(directory)["model.embed_tokens.weight"]
 
 
 def held(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path.name != LOCK_FILE)
 
 
-def test_killed_at_each_step(models, tmp_path):
-    deaths, complete = 0, 0
-    for step in range(1, 1000):
+def is_killed_at(step: int, work: Callable[..., object], *arguments: object) -> bool:
+    """Run ``work`` in a fork; whether it was killed at its ``step``-th change of a file."""
+    code = processes.wait(processes.fork(dying, step, work, *arguments))
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def dying(step: int, work: Callable[..., object], *arguments: object) -> None:
+    taken = 0
+
+    def mortal(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            nonlocal taken
+            taken += 1
+            if taken == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+
+        return counted
+
+    for call in CHANGES_OF_FILES:
+        module, _, name = call.rpartition(".")
+        owner = importlib.import_module(module)
+        setattr(owner, name, mortal(getattr(owner, name)))
+    work(*arguments)
+
+
+class Work(NamedTuple):
+    """Work on a folder, and what a death may leave there: at least and at most so many times."""
+
+    prepare: Callable[[Models, Path], object]
+    do: Callable[[Models, Path], object]
+    found: Callable[[Models, Path], str]
+    counts: dict[str, tuple[int, int]]
+    most_steps: int = 1000
+
+
+def empty(models: Models, folder: Path) -> None:
+    folder.mkdir()
+
+
+def with_old_model(models: Models, folder: Path) -> None:
+    export_model(models["old"], folder / "model")
+
+
+def with_remains(models: Models, folder: Path) -> None:
+    """What a killed export left."""
+    staged = staging_directory(folder / "model")
+    staged.mkdir(parents=True)
+    DirectoryLock(staged, purpose="this model").release()
+    for number in range(8):
+        (staged / f"model-{number}.safetensors").touch()
+
+
+def with_checkpoints(models: Models, folder: Path) -> None:
+    for number in range(2, 13, 2):
+        path = iteration_directory(folder, number)
+        path.mkdir(parents=True)
+        (path / "train_state.json").write_text("{}")
+    (folder / LATEST).write_text("12\n")
+
+
+def replace_model(models: Models, folder: Path) -> None:
+    export_model(models["new"], folder / "model", overwrite=True)
+
+
+def to_ranks(models: Models, folder: Path) -> None:
+    grid = grid_for(ModelConfig.from_hf(models["new"]), tp=2, pp=1)
+    hf_to_ranks(models["new"], folder / "model", grid, overwrite=True)
+
+
+def keep_two(models: Models, folder: Path) -> None:
+    directories.keep_only(folder, last=2)
+    directories.clear_remains(folder)
+
+
+def exported(models: Models, folder: Path) -> str:
+    """Under the name is the old model, the new one, or for an instant nothing; never a half."""
+    old = folder / ".model.replaced" / "old"
+    if not (folder / "model").exists():
+        if old.exists():
+            require_equal(old, models["old"])
+        return "nothing"
+    name = "model.embed_tokens.weight"
+    is_old = torch.equal(weights(folder / "model")[name], weights(models["old"])[name])
+    require_equal(folder / "model", models["old" if is_old else "new"])
+    return "old" if is_old else "new"
+
+
+def ranks(models: Models, folder: Path) -> str:
+    if not (folder / "model").exists():
+        return "nothing"
+    ranks_to_hf(folder / "model", folder / "hf")
+    require_equal(folder / "hf", models["new"])
+    shutil.rmtree(folder / "hf")
+    return "new"
+
+
+def kept(models: Models, folder: Path) -> str:
+    """Whatever has a name is whole; the newest stay."""
+    for number in iterations(folder):
+        assert (iteration_directory(folder, number) / "train_state.json").exists()
+    assert {10, 12} <= set(iterations(folder))
+    return "kept"
+
+
+WORKS = {  # "new": after the rename, the lock goes and the directory is synced
+    "export": Work(empty, replace_model, exported, {"nothing": (15, 99), "new": (1, 6)}),
+    "export over an old model": Work(
+        with_old_model, replace_model, exported,
+        {"old": (15, 99), "nothing": (1, 1), "new": (6, 99)},  # the old one goes file by file
+    ),
+    "export over remains": Work(with_remains, replace_model, exported, {"nothing": (9, 9)}, 9),
+    "files of ranks": Work(empty, to_ranks, ranks, {"nothing": (9, 99), "new": (1, 6)}),
+    "retention": Work(with_checkpoints, keep_two, kept, {"kept": (12, 99)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_killed_at_each_step(models, tmp_path, name):
+    """Whatever has its name is whole, and a rerun succeeds and clears away what is left."""
+    work, counts = WORKS[name], Counter()
+    work.prepare(models, tmp_path / "whole")
+    work.do(models, tmp_path / "whole")
+    for step in range(1, work.most_steps + 1):
         folder = tmp_path / str(step)
-        folder.mkdir()
-        if not is_killed(step, models["new"], folder / "model"):
+        work.prepare(models, folder)
+        if not is_killed_at(step, work.do, models, folder):
             break
-        deaths += 1
-        if (folder / "model").exists():
-            complete += 1
-            require_equal(folder / "model", models["new"])
-            shutil.rmtree(folder / "model")
-        if step % 3 == 1:  # a rerun succeeds, and clears away what the dead one left
-            export_model(models["new"], folder / "model")
-            require_equal(folder / "model", models["new"])
-            assert held(folder) == ["model"]
-    assert deaths > 15
-    assert 0 < complete < 6  # after the rename: the lock goes, the directory is synced
-
-
-def test_killed_at_each_step_of_replacing(models, tmp_path):
-    """Under the name is the old model, or the new one, or for an instant nothing; never a half."""
-    found = {"old": 0, "new": 0, "nothing": 0}
-    export_model(models["old"], tmp_path / "old")
-    content = held(tmp_path / "old")
-    for step in range(1, 1000):
-        folder = tmp_path / str(step)
-        shutil.copytree(tmp_path / "old", folder / "model")
-        if not is_killed(step, models["new"], folder / "model", overwrite=True):
-            break
-        if (folder / "model").exists():
-            assert held(folder / "model") == content
-            is_old = torch.equal(*(embedding(path) for path in (folder / "model", models["old"])))
-            name = "old" if is_old else "new"
-            require_equal(folder / "model", models[name])
-            found[name] += 1
-        else:
-            require_equal(folder / ".model.replaced" / "old", models["old"])
-            found["nothing"] += 1
-        if step % 3 == 1 or not (folder / "model").exists():
-            export_model(models["new"], folder / "model", overwrite=True)
-            require_equal(folder / "model", models["new"])
-            assert held(folder) == ["model"]
-    assert found["nothing"] == 1
-    assert found["old"] > 15
-    assert found["new"] > 5  # the removal of the old one, file by file
-
-
-def test_killed_while_clearing_away(models, tmp_path):
-    """What is left is still recognised as ours, whichever file was removed last."""
-    for step in range(1, 10):
-        final = tmp_path / str(step) / "model"
-        staged = staging_directory(final)
-        staged.mkdir(parents=True)
-        DirectoryLock(staged, purpose="this model").release()
-        for number in range(8):
-            (staged / f"model-{number}.safetensors").touch()
-        assert is_killed(step, models["new"], final)
-        assert staged.exists()
-        start_directory(final)
+        found = work.found(models, folder)
+        counts[found] += 1
+        if step % 3 == 1 or counts[found] == 1:
+            work.do(models, folder)
+            assert work.found(models, folder) in ("new", "kept")
+            assert held(folder) == held(tmp_path / "whole")
+    assert counts.keys() == work.counts.keys()
+    for found, (least, most) in work.counts.items():
+        assert least <= counts[found] <= most, found
 
 
 def export_until_killed(source: Path, final: Path, begun: Path) -> None:
@@ -148,61 +221,58 @@ def test_killed_at_random_moments(models, tmp_path):
     require_equal(final, models["new"])
 
 
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+#: What safetensors makes of it.
+SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def full_disk(path: Path, mode: str) -> Any:
+    return open("/dev/full", mode)
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("work", "owner", "name", "failing"),
     [
-        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-        # What safetensors makes of it.
-        SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
+        (replace_model, export, "save_file", raising(NO_SPACE)),
+        (replace_model, export, "save_file", raising(SAFETENSORS)),
+        (replace_model, os, "replace", raising(NO_SPACE)),
+        (replace_model, os, "fsync", raising(NO_SPACE)),
+        (to_ranks, convert_ranks, "open", full_disk),
     ],
 )
-@pytest.mark.parametrize("failing", [1, 3])
-def test_disk_full(models, tmp_path, monkeypatch, error, failing):
-    """The generator of tensors is drained all the same: other ranks take part in it."""
-    calls, save_file = [], export.save_file
+def test_a_full_disk(models, tmp_path, monkeypatch, work, owner, name, failing):
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing, raising=False)
+        with pytest.raises(OutputError, match=r"no space left on the device\. Nothing was"):
+            work(models, tmp_path)
+    assert not (tmp_path / "model").exists()
+    work(models, tmp_path)
+    assert {replace_model: exported, to_ranks: ranks}[work](models, tmp_path) == "new"
 
-    def fill(*arguments):
-        calls.append(arguments)
-        if len(calls) == failing:
-            raise error
-        save_file(*arguments)
 
-    monkeypatch.setattr(export, "save_file", fill)
-    produced = []
-    tensors = ((str(i), (produced.append(i), torch.ones(10_000))[1]) for i in range(5))
+def test_after_a_failure_all_tensors_are_produced(tmp_path, monkeypatch):
+    """Other ranks take part in producing them. Here the third shard's directory is gone."""
     monkeypatch.setattr(export, "MAX_SHARD_BYTES", SHARD)
-    with pytest.raises(
-        OutputError, match=r"safetensors: no space left on the device\. Nothing was"
-    ):
-        export.write_weights(tmp_path, tensors, dtype=torch.float32)
-    assert produced == [0, 1, 2, 3, 4]
-    assert len(calls) == failing
-    calls.clear()
-    with pytest.raises(OutputError, match="no space left"):
-        export_model(models["new"], tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-    monkeypatch.setattr(export, "save_file", save_file)
-    export_model(models["new"], tmp_path / "model")
-    require_equal(tmp_path / "model", models["new"])
+    folder, produced = tmp_path / "model", []
+    folder.mkdir()
 
+    def tensors():
+        for number in range(5):
+            produced.append(number)
+            if number == 3:
+                shutil.rmtree(folder)
+            yield str(number), torch.ones(10_000)
 
-def test_a_real_write_that_fails(tmp_path):
-    """The file's directory is gone: safetensors says so in an error of its own."""
     with pytest.raises(OutputError, match="cannot write: No such file or directory"):
-        export.write_weights(
-            tmp_path / "gone", [("a", torch.ones(3))], dtype=torch.float32
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize("step", ["replace", "fsync"])
-def test_failing_to_publish(models, tmp_path, monkeypatch, step):
-    def fail(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, step, fail)
-    with pytest.raises(OutputError, match="no space left"):
-        export_model(models["new"], tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+        export.write_weights(folder, tensors(), dtype=torch.float32)
+    assert produced == [0, 1, 2, 3, 4]
 
 
 def test_what_start_directory_accepts(tmp_path, monkeypatch):
@@ -234,44 +304,30 @@ def test_what_start_directory_refuses(tmp_path):
     assert held(tmp_path) == ["file", "home"]
 
 
-def test_overwrite_replaces_all_of_it(models, tmp_path):
-    final = tmp_path / "model"
-    export_model(models["old"], final)
-    content = held(final)
-    with pytest.raises(OutputError, match="not empty"):
-        export_model(models["new"], final)
-    export_model(models["new"], final, overwrite=True)
-    require_equal(final, models["new"])
-    assert held(final) == content
-    assert held(tmp_path) == ["model"]
-
-
-def add(path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("mine")
-
-
-def touch_up(path: Path) -> None:
-    """A change that leaves the size as it is."""
-    path.write_bytes(path.read_bytes().replace(b"true", b"null"))
-
-
-CHANGES = {
-    "thesis.tex": lambda final: add(final / "thesis.tex"),
-    "run/metrics.jsonl": lambda final: add(final / "run" / "metrics.jsonl"),
+#: Changes of a published directory, by what the refusal to replace it names.
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "thesis.tex": lambda final: (final / "thesis.tex").write_text("mine"),
+    "run/metrics.jsonl": lambda final: (
+        (final / "run").mkdir(), (final / "run" / "metrics.jsonl").write_text("mine")
+    ),
     "data/": lambda final: (final / "data").mkdir(),
-    "config.json": lambda final: add(final / "config.json"),
-    "generation_config.json": lambda final: touch_up(final / "generation_config.json"),
+    "config.json": lambda final: (final / "config.json").write_text("mine"),
+    "generation_config.json": lambda final: [  # the size stays as it is
+        path.write_bytes(path.read_bytes().replace(b"true", b"null"))
+        for path in [final / "generation_config.json"]
+    ],
     "rows.jsonl": lambda final: (final / "rows.jsonl").symlink_to("/dev/null"),
     ".written": lambda final: (final / ".written").write_text("[]"),
     "and 3 more": lambda final: (final / ".written").unlink(),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("found", CHANGES)
 def test_overwrite_replaces_nothing_that_anybody_added_or_changed(models, tmp_path, found):
     final = tmp_path / "model"
     export_model(models["old"], final)
+    with pytest.raises(OutputError, match="not empty"):
+        export_model(models["new"], final)
     CHANGES[found](final)
     before = sorted(final.rglob("*"))
     with pytest.raises(OutputError, match=re.escape(found)):

@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import pickle
 import shutil
+import signal
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_replay.checkpoint import export
+from megatron_replay.checkpoint import convert_ranks, export
 from megatron_replay.checkpoint.convert_ranks import grid_for, hf_to_ranks, ranks_to_hf
 from megatron_replay.checkpoint.load import model_files
+from megatron_replay.checkpoint.names import Split
 from megatron_replay.checkpoint.rank_files import RankFile
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.model.config import ModelConfig
-from tests.checkpoint.grid import EMBEDDING, HEAD, converted, load_grid, ranks, rewrite
+from tests.checkpoint.grid import EMBEDDING, HEAD, converted, load_grid
 from tests.same_weights import require_equal
+
+Q_NORM = "decoder.layers.0.self_attention.q_layernorm.weight"
+
+
+def ranks(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """{folder: parameters}, as anybody with torch reads them."""
+    return {
+        path.parent.name: torch.load(path, weights_only=True)["model"]
+        for path in directory.glob("iter_0000001/*/model_optim_rng.pt")
+    }
+
+
+def rewrite(path: Path, change: Callable[[dict], object]) -> None:
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
 
 
 @pytest.mark.parametrize("pp", [1, 2])
@@ -79,44 +105,21 @@ def test_layouts_that_do_not_fit(small, options, message):
         grid_for(ModelConfig.from_hf(small[True, 96]), **options)
 
 
-@pytest.mark.parametrize(
-    ("tp", "pp", "rank", "name"),
-    [
-        (1, 2, "mp_rank_00_001", HEAD),  # the last stage's copy of a tied embedding
-        (2, 1, "mp_rank_01", "decoder.layers.1.input_layernorm.weight"),
-    ],
-)
-def test_copies_that_differ(small, tmp_path, tp, pp, rank, name):
-    converted(small[True, 96], tmp_path / "mg", tp, pp)
-    path = tmp_path / "mg" / "iter_0000001" / rank / "model_optim_rng.pt"
-    rewrite(path, lambda content: content["model"][name].add_(1))
-    with pytest.raises(CheckpointError, match=rf"{rank}/.*{name} differs"):
-        ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
+def test_sources_with_a_listed_head_or_two_dtypes(small, tmp_path):
+    """Another converter lost 16 tensors of a tied model that lists its head, without a word.
 
-
-def test_a_tied_source_that_lists_its_head(small, tmp_path):
-    """Another converter lost 16 tensors silently in this case."""
-    source = Path(shutil.copytree(small[True, 96], tmp_path / "source"))
-    tensors = load_file(source / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, source / "model.safetensors")
-    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
-    (source / "model.safetensors.index.json").write_text(json.dumps(index))
-    converted(source, tmp_path / "mg", 2)
-    ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
-    require_equal(tmp_path / "hf", small[True, 96])
-
-
-def test_a_source_of_two_dtypes(small, tmp_path):
-    """Norms may have another dtype than matrices; the tensors of one parameter may not differ."""
+    Norms may have another dtype than matrices; the tensors of one parameter may not differ.
+    """
     source = Path(shutil.copytree(small[True, 96], tmp_path / "source"))
     tensors = load_file(source / "model.safetensors")
     halves = {n: t if "norm" in n else t.bfloat16() for n, t in tensors.items()}
     save_file(halves, source / "model.safetensors")
+    expected = shutil.copytree(source, tmp_path / "expected")
+    head = {"lm_head.weight": halves["model.embed_tokens.weight"].clone()}
+    save_file(halves | head, source / "model.safetensors")
     converted(source, tmp_path / "mg", 2)
     ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
-    require_equal(tmp_path / "hf", source)
+    require_equal(tmp_path / "hf", expected)
     halves["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(halves, source / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"up_proj.*Give --params-dtype"):
@@ -126,6 +129,8 @@ def test_a_source_of_two_dtypes(small, tmp_path):
 def test_the_config_of_another_model(small, tmp_path):
     """hf/ must be the one that the ranks were written with, unless --hf-cfg-dir replaces it."""
     converted(small[True, 97], tmp_path / "mg")
+    with pytest.raises(CheckpointError, match=r"mg\) .*convert_checkpoint\.py"):
+        model_files(tmp_path / "mg")  # as a stage's --load
     path = tmp_path / "mg" / "hf" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 9.0}))
     with pytest.raises(CheckpointError, match=r"not the config\.json that the checkpoint"):
@@ -138,18 +143,146 @@ def test_the_config_of_another_model(small, tmp_path):
     require_equal(tmp_path / "hf", small[True, 97])
 
 
-def test_stages_say_how_to_load_ranks(small, tmp_path):
-    converted(small[True, 96], tmp_path / "mg")
-    with pytest.raises(CheckpointError, match=r"mg\) .*convert_checkpoint\.py"):
-        model_files(tmp_path / "mg")
+def test_verification_finds_what_was_written_wrongly(small, tmp_path, monkeypatch):
+    write_rank = convert_ranks.write_rank
+
+    def damaged(path, parameters, iteration):
+        if path.parent.name == "mp_rank_01":
+            parameters["decoder.layers.1.mlp.linear_fc2.weight"][3, 2] += 1e-3
+        write_rank(path, parameters, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_ranks, "write_rank", damaged)
+        with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight reads diff"):
+            converted(small[False, 96], tmp_path / "mg", 2)
+    assert not (tmp_path / "mg").exists()
+    converted(small[False, 96], tmp_path / "mg", 2)
+    monkeypatch.setattr(Split, "join", lambda self, shards: [-torch.cat(list(shards), self.dim)])
+    with pytest.raises(CheckpointError, match="reads differently"):
+        ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
-def test_pages_of_a_rank_file_go_with_the_tensor(tmp_path, mapped_kilobytes):
-    torch.save({"model": {"a": torch.ones(4 << 20)}}, tmp_path / "model_optim_rng.pt")
-    file = RankFile(tmp_path / "model_optim_rng.pt")
-    before = mapped_kilobytes()
-    view = file["a"]
-    assert view.sum() == 4 << 20
-    assert mapped_kilobytes() > before + 12_000
-    del view
-    assert mapped_kilobytes() < before + 4_000
+def test_everything_is_synced(small, tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (synced.add(Path(os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
+    )
+    staged = tmp_path / ".mg.incomplete"
+    converted(small[True, 96], tmp_path / "mg", 2)
+    written = [path.relative_to(tmp_path / "mg") for path in (tmp_path / "mg").rglob("*")]
+    kept = [path for path in written if path.parts[0].startswith("iter")]
+    assert len(kept) == 5
+    assert {staged, tmp_path, *(staged / path for path in kept)} <= synced
+
+
+class Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_training_files_are_read_and_nothing_in_them_is_run(small, tmp_path):
+    """As MindSpeed-LLM writes: protocol 4, with arguments, random states, and worse, beside."""
+    converted(small[True, 96], tmp_path / "mg", 2)
+    for path in (tmp_path / "mg").glob("iter_0000001/*/model_optim_rng.pt"):
+        content = torch.load(path, weights_only=True)
+        content["model"] = OrderedDict(content["model"])
+        content["model"]["decoder.layers.0.mlp.linear_fc1._extra_state"] = None
+        content |= {
+            "args": argparse.Namespace(dtype=torch.bfloat16, signal=signal.SIGTERM, path=tmp_path),
+            "rng_state": [{"np": np.random.get_state(), "set": {1, 2}}],
+            "bomb": Bomb(tmp_path / "bomb"),
+        }
+        torch.save(content, path, pickle_protocol=4)
+        torch.load(path, weights_only=False)  # it does go off when read carelessly
+        (tmp_path / "bomb").rmdir()
+    ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
+    require_equal(tmp_path / "hf", small[True, 96])
+    assert not (tmp_path / "bomb").exists()
+
+
+def content(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    return lambda path: rewrite(path, change)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def add_one(name: str) -> Callable[[Path], object]:
+    return content(lambda c: c["model"][name].add_(1))
+
+
+#: (TP, PP, folder of the file, its damage, what is printed)
+DAMAGES: list[tuple[int, int, str, Callable[[Path], object], str]] = [
+    (2, 2, "00_000", lambda p: p.write_bytes(p.read_bytes()[:-300]), "truncated, or not a file of"),
+    (2, 2, "00_000", lambda p: p.write_bytes(b""), "truncated, or not a file of"),
+    (2, 2, "00_000", lambda p: p.write_bytes(pickle.dumps({})), "truncated, or not a file of"),
+    (2, 2, "00_000", lambda p: p.unlink(), "cannot read: No such file"),
+    (2, 2, "00_000", pipe, "expected a regular file"),
+    (2, 2, "00_000", lambda p: shutil.rmtree(p.parent),
+     "00_000/model_optim_rng.pt: a rank is missing .*TP 2 x PP 2; found 3"),
+    (2, 2, "00_000", lambda p: shutil.copytree(p.parent, p.parent.with_name("mp_rank_00")),
+     "are the same rank"),
+    (2, 2, "00_000", lambda p: p.parent.rename(p.parent.with_name("mp_rank_00_000_001")),
+     "experts are not"),
+    (2, 2, "00_000", content(lambda c: c.update(model0=c.pop("model"))), "no plain model .*model0"),
+    (2, 2, "00_000", lambda p: torch.save([1], p), "no plain model"),
+    (2, 2, "00_000", content(lambda c: c["model"].update(x=torch.ones(2).int())), "x is not a flo"),
+    (2, 2, "00_000", content(lambda c: c["model"].update(x=torch.ones(2))), "not part of .*: x$"),
+    (2, 2, "00_000", content(lambda c: c["model"].pop(EMBEDDING)), "0 tokens|missing"),
+    (2, 2, "00_000", content(lambda c: c["model"].update({Q_NORM: torch.ones(5)})),
+     r"wrong shape: .*q_layernorm.* \(expected \(4,\); found \(5,\)\)"),
+    (2, 2, "00_000",
+     content(lambda c: c["model"].update({k: v.double() for k, v in c["model"].items()})),
+     r"dtype of TP rank 0: .* \(expected torch.float64; found torch.float32\)"),
+    # The last stage's copy of a tied embedding, and a norm's copies on TP ranks.
+    (1, 2, "00_001", add_one(HEAD), f"00_001/.*{HEAD} differs"),
+    (2, 1, "01", add_one("decoder.layers.1.input_layernorm.weight"), "01/.*input_.* differs"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(DAMAGES)))
+def test_damaged_ranks(small, tmp_path, case):
+    tp, pp, rank, change, message = DAMAGES[case]
+    converted(small[True, 96], tmp_path / "mg", tp, pp)
+    change(tmp_path / "mg" / "iter_0000001" / f"mp_rank_{rank}" / "model_optim_rng.pt")
+    with pytest.raises(CheckpointError, match=message):
+        ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_flipped_bit_in_any_tensor_of_a_rank_is_refused(small, tmp_path):
+    """torch.load has no word for it, and the shapes are right."""
+    converted(small[True, 96], tmp_path / "mg", 1)
+    [path] = (tmp_path / "mg").rglob("*.pt")
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(1, 20):
+        at = place * len(whole) // 20
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << place % 8)]) + whole[at + 1 :])
+        try:
+            ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
+        except CheckpointError as error:
+            assert f"{path.name}: " in str(error)  # noqa: PT017 some flips do no harm
+            refused += 1
+        else:  # between two tensors, where nothing is read
+            require_equal(tmp_path / "hf", small[True, 96])
+            shutil.rmtree(tmp_path / "hf")
+    assert refused > 12
+
+
+def test_script_modules_are_not_loaded(tmp_path):
+    """torch.load hands such files, by what they contain, to TorchScript's reader."""
+    path = tmp_path / "model_optim_rng.pt"
+    torch.save({"model": {}}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("model_optim_rng/constants.pkl", pickle.dumps(()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as outside of tests: it must be an error all the same
+        with pytest.raises(CheckpointError, match="TorchScript"):
+            RankFile(path)

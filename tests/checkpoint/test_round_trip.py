@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import struct
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_replay.checkpoint import export
 from megatron_replay.checkpoint.export import write_random, write_weights
-from megatron_replay.checkpoint.hf import HFReader
-from megatron_replay.checkpoint.names import hf_tensor_shapes, mapping_of
+from megatron_replay.checkpoint.hf import HFReader, stored_tensors
+from megatron_replay.checkpoint.names import hf_tensor_shapes
+from megatron_replay.checkpoint.rank_files import RankFile
 from megatron_replay.checkpoint.staging import start_directory
 from megatron_replay.errors import CheckpointError, OutputError
 from megatron_replay.model.config import ModelConfig
@@ -42,13 +45,8 @@ def test_each_rank_holds_its_heads_and_columns(qwen3, tp):
     """Against rows picked one head at a time, straight from the definition of each layout."""
     weights = load_file(qwen3[False] / "model.safetensors")
     config = ModelConfig.from_hf(qwen3[False])
-    q, k, v, gate, up, down, out = (
-        weights[f"model.layers.2.{name}_proj.weight"]
-        for name in (
-            *("self_attn.q", "self_attn.k", "self_attn.v"),
-            *("mlp.gate", "mlp.up", "mlp.down", "self_attn.o"),
-        )
-    )
+    names = (*(f"self_attn.{x}" for x in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
+    q, k, v, out, gate, up, down = (weights[f"model.layers.2.{x}_proj.weight"] for x in names)
     per_group = config.num_attention_heads // config.num_query_groups
 
     def head(tensor, number):
@@ -94,18 +92,15 @@ def test_transformers_loads_the_export(qwen3, tmp_path, tied):
 
 
 def test_bf16_is_rounded_once_and_said(qwen3, tmp_path):
+    half = tmp_path / "half"
     save_grid(
-        load_grid(qwen3[True], 2, 2),
-        qwen3[True],
-        start_directory(tmp_path / "half"),
-        tmp_path / "half",
-        dtype=torch.bfloat16,
+        load_grid(qwen3[True], 2, 2), qwen3[True], start_directory(half), half, dtype=torch.bfloat16
     )
-    reader, weights = HFReader(tmp_path / "half"), load_file(qwen3[True] / "model.safetensors")
+    reader, weights = HFReader(half), load_file(qwen3[True] / "model.safetensors")
     for name in reader.stored:
         assert torch.equal(reader.tensor(name), weights[name].bfloat16()), name
-    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
-    [ranks] = load_grid(tmp_path / "half", 2, 1).values()  # a bf16 checkpoint fills fp32 weights
+    assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+    [ranks] = load_grid(half, 2, 1).values()  # a bf16 checkpoint fills fp32 weights
     assert all(t.dtype == torch.float32 for rank in ranks for t in rank.values())
 
 
@@ -143,7 +138,44 @@ def test_random_model_is_seeded_and_loads(qwen3, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("name", ["decoder.layers.0.mlp.router.weight", "lm_head.weight", "x"])
-def test_unknown_parameter(qwen3, name):
-    with pytest.raises(CheckpointError, match=f"no mapping for the parameter {name}"):
-        mapping_of(name, ModelConfig.from_hf(qwen3[True]), 0)
+@pytest.mark.parametrize("spaces", range(4))
+def test_offsets_that_no_dtype_divides(tmp_path, spaces):
+    path = tmp_path / "x.safetensors"
+    table = {
+        "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [3, 11]},
+    }
+    header = json.dumps(table).encode() + b" " * spaces
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"abc" + struct.pack("<2f", 1, -2))
+    stored = stored_tensors(path)
+    assert stored["b"].mapped().tolist() == [1, -2]
+    with pytest.raises(CheckpointError, match=r"wrong dtype of a .*expected F64.*found U8"):
+        stored["a"].torch_dtype()
+    path.write_bytes(b"shorter")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: cannot read"):
+        stored["b"].mapped()
+
+
+def mapped_kilobytes() -> int:
+    """This process's resident pages of mapped files."""
+    with open("/proc/self/status") as handle:
+        return next(int(line.split()[1]) for line in handle if line.startswith("RssFile"))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "rank"])
+def test_pages_go_with_the_tensor_and_writing_to_it_leaves_the_file_alone(tmp_path, kind):
+    path, ones = tmp_path / "file", torch.ones(4 << 20)
+    if kind == "rank":
+        torch.save({"model": {"a": ones}}, path)
+        read = functools.partial(RankFile(path).__getitem__, "a")
+    else:
+        save_file({"a": ones}, path)
+        read = stored_tensors(path)["a"].mapped
+    before = mapped_kilobytes()
+    tensor = read()
+    assert tensor.sum() == 4 << 20
+    assert mapped_kilobytes() > before + 12_000
+    tensor[:9] = 0
+    del tensor
+    assert mapped_kilobytes() < before + 4_000
+    assert read()[:9].tolist() == [1] * 9

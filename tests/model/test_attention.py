@@ -9,7 +9,6 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_replay.config import ParallelConfig
 from megatron_replay.kernels.packed_attention import segments_of
@@ -43,12 +42,6 @@ def one_by_one(query: Tensor, key: Tensor, document: Tensor, scale: float) -> Te
     return torch.tensor(largest)
 
 
-def test_padding_alone_has_no_logit():
-    nothing = segments_of([[0]], 5)
-    logits = largest_logits(heads_of(HEADS, 5, 1), heads_of(GROUPS, 5, 1), nothing, scale=1.0)
-    assert logits.tolist() == [-math.inf] * HEADS
-
-
 @pytest.mark.parametrize("rows", [1, 3, 4, 256])
 @pytest.mark.parametrize("shared", [1, 7, 256])
 @pytest.mark.parametrize("groups", [1, 2, 6])
@@ -56,13 +49,14 @@ def test_largest_logits(rows, shared, groups):
     query, key = heads_of(HEADS, 10), heads_of(groups, 10, seed=1)
     query[8:] *= 100  # padding, which must not count
     segments = segments_of(BOUNDARIES, 10, shared=shared)
-    ours = largest_logits(query, key, segments, scale=0.3, rows=rows)
-    assert ours.dtype == torch.float32
-    theirs = one_by_one(query, key, DOCUMENTS, 0.3)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    half = largest_logits(query.bfloat16(), key.bfloat16(), segments, scale=0.3, rows=rows)
-    exact = one_by_one(query.bfloat16(), key.bfloat16(), DOCUMENTS, 0.3)
-    torch.testing.assert_close(half, exact, rtol=1e-6, atol=1e-6)  # accumulated in fp32
+    for dtype in (torch.float32, torch.bfloat16):  # accumulated in fp32
+        query, key = query.to(dtype), key.to(dtype)
+        ours = largest_logits(query, key, segments, scale=0.3, rows=rows)
+        assert ours.dtype == torch.float32
+        theirs = one_by_one(query, key, DOCUMENTS, 0.3)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    padding = largest_logits(query, key, segments_of([[0], [0]], 10), scale=1.0)
+    assert padding.tolist() == [-math.inf] * HEADS
 
 
 class LargestTensor(TorchDispatchMode):
@@ -72,66 +66,47 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                self.elements = max(self.elements, leaf.numel())
+        if isinstance(out, Tensor) and out.is_floating_point():
+            self.elements = max(self.elements, out.numel())
         return out
 
 
 def test_no_more_logits_in_memory_than_a_block_of_rows():
     length, rows = 512, 32
-    segments = segments_of([[0, length]], length)
     query, key = heads_of(HEADS, length, 1), heads_of(GROUPS, length, 1, seed=1)
     with LargestTensor() as seen:
-        ours = largest_logits(query, key, segments, scale=1.0, rows=rows)
+        largest_logits(query, key, segments_of([[0, length]], length), scale=1.0, rows=rows)
     assert seen.elements == HEADS * rows * length
-    key = key.repeat_interleave(HEADS // GROUPS, 2)
-    whole = (
-        torch.einsum("sbnd,rbnd->nsr", query, key).tril()
-        + torch.ones(length, length).triu(1) * -1e9
-    )
-    torch.testing.assert_close(ours, whole.amax((1, 2)))
 
 
-@pytest.fixture
-def attention() -> PackedAttention:
+def test_recording_over_micro_batches_with_gradients_changes_nothing(monkeypatch):
     shape = ModelConfig(
         num_layers=1, hidden_size=24, ffn_hidden_size=8, num_attention_heads=HEADS,
         num_query_groups=GROUPS, kv_channels=CHANNELS, vocab_size=8, max_position_embeddings=16,
         rotary_base=1e4, layernorm_epsilon=1e-6, tie_embeddings=True, qk_layernorm=False,
     )  # fmt: skip
     config = transformer_config(shape, ParallelConfig())
-    return PackedAttention(config, 1, AttnMaskType.causal, "self")
-
-
-def run(attention: PackedAttention, seed: int) -> tuple[Tensor, Tensor]:
-    """(output, expected maxima) of one micro-batch."""
-    query, key, value = (
-        heads_of(n, 10, seed=10 * seed + i) for i, n in enumerate((HEADS, GROUPS, GROUPS))
-    )
-    query.requires_grad_()
+    attention = PackedAttention(config, 1, AttnMaskType.causal, "self")
     documents = PackedDocuments(segments_of(BOUNDARIES, 10), None, 10)
-    out = attention(query, key, value, packed_seq_params=documents)
-    return out, one_by_one(query.detach(), key, DOCUMENTS, CHANNELS**-0.5)
 
+    def run(seed: int) -> tuple[Tensor, Tensor]:
+        """Output and expected maxima of one micro-batch."""
+        numbers = enumerate((HEADS, GROUPS, GROUPS))
+        query, key, value = (heads_of(n, 10, seed=10 * seed + i) for i, n in numbers)
+        out = attention(query.requires_grad_(), key, value, packed_seq_params=documents)
+        return out, one_by_one(query.detach(), key, DOCUMENTS, CHANNELS**-0.5)
 
-def test_recording_is_off_until_asked_for_and_changes_nothing(attention, monkeypatch):
-    monkeypatch.setattr("megatron_replay.model.attention.largest_logits", None)  # would raise
-    plain, _ = run(attention, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_replay.model.attention.largest_logits", None)  # would raise
+        plain, _ = run(0)
     assert attention.max_logits is None
-    monkeypatch.undo()
     attention.record_max_logits = True
-    recorded, _ = run(attention, 0)
+    recorded, maxima = run(0)
     assert torch.equal(plain, recorded)
-    assert not attention.max_logits.requires_grad
-    assert attention.state_dict() == {}
-
-
-def test_the_maximum_runs_over_micro_batches_with_gradients(attention):
-    attention.record_max_logits = True
-    expected = torch.stack([run(attention, seed)[1] for seed in range(3)]).amax(0)
-    torch.testing.assert_close(attention.max_logits, expected, rtol=1e-6, atol=1e-6)
+    expected = torch.stack([maxima, run(1)[1], run(2)[1]]).amax(0)
     with torch.no_grad():  # a probe, or the first pass of a layer that will be recomputed
         for seed in range(3, 6):
-            run(attention, seed)
+            run(seed)
     torch.testing.assert_close(attention.max_logits, expected, rtol=1e-6, atol=1e-6)
+    assert not attention.max_logits.requires_grad
+    assert attention.state_dict() == {}

@@ -33,32 +33,6 @@ def _run(rank: int, world_size: int, argv: list[str]) -> int:
     return convert_checkpoint.main(argv)
 
 
-def mistake(capsys, *argv: object) -> str:
-    """The one line that is printed."""
-    assert convert_checkpoint.main(list(map(str, argv))) in (2, 4)
-    [line] = capsys.readouterr().err.splitlines()
-    return line
-
-
-def training_checkpoint(directory: Path, *iterations: int, ranks: bool = False) -> Path:
-    """What is looked at before weights are read."""
-    for number in iterations:
-        path = directory / f"iter_{number:07d}"
-        (path / "mp_rank_00" if ranks else path).mkdir(parents=True)
-    (directory / "latest_checkpointed_iteration.txt").write_text(str(iterations[-1]))
-    return directory
-
-
-def test_an_iteration_that_is_not_there(model, tmp_path, capsys):
-    flags = ["--save", tmp_path / "out", "--iteration", 3]
-    said = mistake(capsys, "--load", model, *flags, "--save-model-type", "mcore")
-    assert re.search("--iteration: .*reading mcore .*found hf to mcore", said)
-    run = training_checkpoint(tmp_path / "run", 2, 4)
-    said = mistake(capsys, "--load", run, *flags)
-    assert "--iteration: no such iteration (expected 2, 4; found 3)" in said
-    assert not (tmp_path / "out").exists()
-
-
 def test_from_a_shell(model, tmp_path):
     """In a process of its own, where nothing has prepared the platform for megatron.core."""
     root = Path(convert_checkpoint.__file__).parents[1]
@@ -73,61 +47,62 @@ def test_from_a_shell(model, tmp_path):
 
 def test_flags_of_mindspeed_llm(model, tmp_path, capfd):
     mg, hf = tmp_path / "mg", tmp_path / "hf"
-    there = [
-        *("--load-model-type", "hf", "--save-model-type", "mg", "--load-dir", model),
-        *("--save-dir", mg, "--target-tensor-parallel-size", 2),
-        *("--target-pipeline-parallel-size", 2, "--num-layer-list", "1,1"),
-        *("--transformer-impl", "transformer_engine"),
-    ]
-    back = [
-        *("--load-model-type", "mg", "--save-model-type", "hf", "--load-dir", mg),
-        *("--save-dir", hf, "--target-tensor-parallel-size", 1, "--trust-pickle"),
-    ]
-    assert convert_checkpoint.main(list(map(str, there))) == 0
-    assert convert_checkpoint.main(list(map(str, back))) == 0
+    there = (
+        f"--load-model-type hf --save-model-type mg --load-dir {model} --save-dir {mg} "
+        "--target-tensor-parallel-size 2 --target-pipeline-parallel-size 2 --num-layer-list 1,1 "
+        "--transformer-impl transformer_engine"
+    ).split()
+    back = (
+        f"--load-model-type mg --save-model-type hf --load-dir {mg} --save-dir {hf} "
+        "--target-tensor-parallel-size 1 --trust-pickle"
+    ).split()
+    assert convert_checkpoint.main(there) == 0
+    assert convert_checkpoint.main(back) == 0
     require_equal(hf, model)
     assert capfd.readouterr().out.count("verified: ") == 2
-    assert convert_checkpoint.main([*map(str, there), "--overwrite", "--no-verify"]) == 0
+    assert convert_checkpoint.main([*there, "--overwrite", "--no-verify"]) == 0
     assert "not verified" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--moe-grouped-gemm"], "unrecognized arguments: --moe-grouped-gemm"),
-        (["--save-model-type", "mgg"], r"invalid choice: 'mgg'"),
-        (["--load-model-type", "mg"], r"--load-model-type: .*expected hf; found mg"),
-        (["--save-model-type", "hf"], "is hf already"),
-        (["--save-model-type", "mcore", "--target-tensor-parallel-size", "2"],
-         "--target-tensor-parallel-size: .*writing mg .*found hf to mcore"),
-        (["--hf-cfg-dir", "."], "--hf-cfg-dir: .*reading mg .*Leave it"),
-        (["--save-model-type", "mcore", "--trust-pickle"], "--trust-pickle: .*reading mg"),
-        (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size: .*hf <-> mcore"),
-        (["--load", "/nowhere"], r"/nowhere: no checkpoint here .*found no such directory"),
-        (["--target-tensor-parallel-size", "0"], "--target-tensor-parallel-size: invalid .*'0'"),
-        (["--num-layer-list", "a"], "--num-layer-list: invalid"),
-    ],
-)  # fmt: skip
-def test_mistakes(model, tmp_path, capsys, argv, message):
-    base = ["--load", model, "--save", tmp_path / "mg", "--save-model-type", "mg"]
-    line = mistake(capsys, *base, *argv)
+#: ({what}: the model, a run with iterations 2 and 4, or ranks; flags; what is printed).
+MISTAKES = [
+    ("model", "--save-model-type mg --moe-grouped-gemm", "unrecognized arguments: --moe-grouped"),
+    ("model", "--save-model-type mgg", "invalid choice: 'mgg'"),
+    ("model", "--save-model-type mg --load-model-type mg", "--load-model-type: .*expected hf; fou"),
+    ("model", "--save-model-type hf", "is hf already"),
+    ("model", "--save-model-type mcore --target-tensor-parallel-size 2",
+     "--target-tensor-parallel-size: .*writing mg .*found hf to mcore"),
+    ("model", "--save-model-type mg --hf-cfg-dir .", "--hf-cfg-dir: .*reading mg .*Leave it"),
+    ("model", "--save-model-type mcore --trust-pickle", "--trust-pickle: .*reading mg"),
+    ("model", "--save-model-type mg --tensor-model-parallel-size 2",
+     "--tensor-model-parallel-size: .*hf <-> mcore"),
+    ("model", "--save-model-type mg --target-tensor-parallel-size 0", "size: invalid .*'0'"),
+    ("model", "--save-model-type mg --num-layer-list a", "--num-layer-list: invalid"),
+    ("model", "--save-model-type mcore --iteration 3", "--iteration: .*mcore .*found hf to mcore"),
+    ("nowhere", "", "nowhere: no checkpoint here .*found no such directory"),
+    ("run", "--iteration 3", r"--iteration: no such iteration \(expected 2, 4; found 3\)"),
+    ("ranks", "", "ranks: mg files are pickles.*--trust-pickle"),
+    ("ranks", "--save-model-type mcore", "no conversion from mg to mcore"),
+    ("ranks", "--trust-pickle", r"config\.json: unsupported model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("load", "flags", "message"), MISTAKES)
+def test_mistakes(model, tmp_path, capsys, load, flags, message):
+    """Of checkpoints, only what is looked at before weights are read."""
+    for path in ("run/iter_0000002", "run/iter_0000004", "ranks/iter_0000004/mp_rank_00"):
+        (tmp_path / path).mkdir(parents=True)
+    for run in ("run", "ranks"):
+        (tmp_path / run / "latest_checkpointed_iteration.txt").write_text("4")
+    (tmp_path / "ranks" / "hf").mkdir()
+    (tmp_path / "ranks" / "hf" / "config.json").write_text('{"model_type": "gpt2"}')
+    source = model if load == "model" else tmp_path / load
+    argv = ["--load", str(source), "--save", str(tmp_path / "out"), *flags.split()]
+    assert convert_checkpoint.main(argv) in (2, 4)
+    [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert re.search(message, line), line
-    assert not (tmp_path / "mg").exists()
-
-
-def test_pickles_need_trust(tmp_path, capsys):
-    ranks = training_checkpoint(tmp_path / "ranks", 7, ranks=True)
-    line = mistake(capsys, "--load", ranks, "--save", tmp_path / "hf")
-    assert "pickles" in line
-    assert "--trust-pickle" in line
-    line = mistake(
-        capsys, "--load", ranks, "--save", tmp_path / "m", "--save-model-type", "mcore"
-    )  # fmt: skip
-    assert "no conversion from mg to mcore" in line
-    (ranks / "hf").mkdir()
-    (ranks / "hf" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    assert "config.json" in mistake(capsys, "--load", ranks, "--save", "x", "--trust-pickle")
+    assert not (tmp_path / "out").exists()
 
 
 def _logits_of_ranks(rank: int, world_size: int, model: Path, ranks: Path) -> None:
