@@ -3,8 +3,8 @@
 Memory: writing ranks takes one rank's weights and one parameter; writing Hugging Face shards takes
 one shard and one parameter. What is read is mapped, and released after use.
 
-Verification reads what was written and converts it back: ``Layout.join`` checks what
-``Layout.fill`` wrote, and the other way round.
+Verification reads what was written and converts it back: ``Mapping.join`` what ``Mapping.fill``
+wrote, and the other way round.
 """
 
 from __future__ import annotations
@@ -37,7 +37,14 @@ from megatron_replay.checkpoint.rank_files import (
 )
 from megatron_replay.checkpoint.staging import publish, start_directory
 from megatron_replay.errors import CheckpointError, ConfigError, OutputError
-from megatron_replay.files import atomic_file, fsync_path, output_error, read_json, write_json
+from megatron_replay.files import (
+    atomic_file,
+    fsync_path,
+    output_error,
+    read_json,
+    reported,
+    write_json,
+)
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.progress import Progress
 
@@ -176,13 +183,12 @@ def write_rank(path: Path, parameters: dict[str, Tensor], iteration: int = 1) ->
     """
     content = {"model": parameters, "checkpoint_version": 3.0, "iteration": iteration}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as handle:
-            torch.save(content, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-    except OSError as error:
-        raise output_error(path, error) from error
+        with reported(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as handle:
+                torch.save(content, handle)
+                handle.flush()
+                os.fsync(handle.fileno())
     except RuntimeError as error:  # the zip writer, after a write that failed
         cause = error.__context__
         if isinstance(cause, OSError):
@@ -220,7 +226,7 @@ def _shard(
         shard[: len(held)].copy_(held)
         shard[len(held) :].zero_()
     else:
-        mapping.layout.fill(shard, whole, rank, grid.tp)
+        mapping.fill(shard, whole, rank, grid.tp)
     return shard
 
 
@@ -238,13 +244,13 @@ def _joined(
         if name == HEAD and config.tie_embeddings:
             continue
         mapping = grid.mapping(name, stage)
-        if mapping.layout.dim is None:
+        if mapping.dim is None:
             for file in ranks[1:]:
                 if not same_bits(file[name], ranks[0][name]):
                     raise CheckpointError(
                         f"{name} differs from its copy in {ranks[0].path}", where=file.path
                     )
-        joined = mapping.layout.join([file[name] for file in ranks])
+        joined = mapping.join([file[name] for file in ranks])
         if name in (EMBEDDING, HEAD):
             joined = [joined[0][: config.vocab_size]]
         yield from zip(mapping.names, joined, strict=True)

@@ -21,9 +21,9 @@ from megatron_replay.errors import CheckpointError
 from megatron_replay.files import (
     fsync_path,
     open_regular,
-    output_error,
     read_json,
     read_text,
+    reported,
     write_json,
 )
 
@@ -123,7 +123,8 @@ def clear_remains(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
     for path in directory.glob(f".{LATEST}.tmp.*"):
         if path.name.rpartition(".")[2].isdecimal():
-            path.unlink(missing_ok=True)
+            with reported(path):
+                path.unlink(missing_ok=True)
 
 
 def keep_only(directory: Path, *, last: int) -> None:
@@ -150,14 +151,12 @@ def remove_iteration(directory: Path, iteration: int) -> None:
     """
     path = iteration_directory(directory, iteration)
     remains = directory / f".{path.name}.removed"
-    try:
+    with reported(path):
         if remains.exists():
             shutil.rmtree(remains)
         os.replace(path, remains)
         fsync_path(directory)
         shutil.rmtree(remains)
-    except OSError as error:
-        raise output_error(path, error) from error
 
 
 def write_checksums(directory: Path, known: Mapping[str, tuple[int, int]]) -> None:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from megatron_replay.checkpoint.hf import INDEX, HFReader, require_same
 from megatron_replay.checkpoint.model_files import copy_side_file, side_files
-from megatron_replay.checkpoint.names import hf_tensor_shapes, mapping_of
+from megatron_replay.checkpoint.names import hf_tensor_shapes
 from megatron_replay.checkpoint.staging import publish, staging_directory, start_directory
 from megatron_replay.errors import CheckpointError
-from megatron_replay.files import output_error, read_json, write_json
+from megatron_replay.files import fsync_path, output_error, read_json, reported, write_json
 from megatron_replay.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -82,11 +82,9 @@ def _require_written(
 ) -> None:
     """Raise CheckpointError unless the files hold this rank's parameters, rounded to ``dtype``."""
     for name, parameter in model.module.named_parameters():
-        mapping = mapping_of(name, model.shape, model.layer_offset)
-        tensors = [reader.tensor(hf_name) for hf_name in mapping.names]
-        expected = parameter.detach().to("cpu", dtype)
-        found = torch.empty(expected.shape, dtype=tensors[0].dtype)
-        mapping.layout.fill(found, tensors, parallel.tp_rank, parallel.tp_size)
+        mapping, expected = model.mapping(name), parameter.detach().to("cpu", dtype)
+        found = torch.empty(expected.shape, dtype=reader.tensor(mapping.names[0]).dtype)
+        reader.fill(found, mapping, parallel.tp_rank, parallel.tp_size)
         require_same(mapping.names[0], found, expected, reader.directory)
 
 
@@ -95,13 +93,13 @@ def _gathered(model: LoadedModel, parallel: Parallel) -> Iterator[tuple[str, Ten
     for name, parameter in model.module.named_parameters():
         if name == "output_layer.weight" and model.shape.tie_embeddings:
             continue  # the first stage's embedding is exported
-        mapping = mapping_of(name, model.shape, model.layer_offset)
+        mapping = model.mapping(name)
         local = parameter.detach().contiguous()
         shards = [local]
         if parallel.tp_size > 1:
             shards = [torch.empty_like(local) for _ in range(parallel.tp_size)]
             dist.all_gather(shards, local, group=parallel.tp_group)
-        yield from zip(mapping.names, mapping.layout.join(shards), strict=True)
+        yield from zip(mapping.names, mapping.join(shards), strict=True)
 
 
 def write_weights(
@@ -215,11 +213,9 @@ def write_random(
 
 def _save(shard: dict[str, Tensor], path: Path) -> None:
     try:
-        save_file(shard, path, {"format": "pt"})
-        with open(path, "rb+") as handle:
-            os.fsync(handle.fileno())
-    except OSError as error:
-        raise output_error(path, error) from error
+        with reported(path):
+            save_file(shard, path, {"format": "pt"})
+            fsync_path(path)
     except SafetensorError as error:
         # safetensors only quotes the system's error: "... (os error 28)".
         code = re.search(r"os error (\d+)", str(error))

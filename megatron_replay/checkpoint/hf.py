@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_replay.checkpoint.names import EMBEDDING, HEAD, hf_tensor_shapes, mapping_of
+from megatron_replay.checkpoint.names import EMBEDDING, HEAD, Mapping, hf_tensor_shapes
 from megatron_replay.errors import CheckpointError, few
 from megatron_replay.files import read_json, require_regular
 from megatron_replay.model.config import ModelConfig
@@ -107,6 +107,10 @@ class HFReader:
         if name not in self.stored:
             raise CheckpointError(f"no tensor {name}", where=self.directory)
         return self.stored[name].mapped()
+
+    def fill(self, shard: Tensor, mapping: Mapping, rank: int, size: int) -> None:
+        """Fill TP rank ``rank``'s shard of a parameter, cast to the shard's dtype."""
+        mapping.fill(shard, [self.tensor(name) for name in mapping.names], rank, size)
 
     def files(self) -> list[Path]:
         """config.json and the files of weights, by name."""
@@ -236,39 +240,3 @@ def require_same(name: str, found: Tensor, expected: Tensor, where: Path) -> Non
     """Raise CheckpointError unless what was written reads back with all its bits."""
     if not same_bits(found, expected):
         raise CheckpointError(f"{name} reads differently than it was written", where=where)
-
-
-def load_hf_weights(
-    named_parameters: Iterable[tuple[str, Tensor]],
-    reader: HFReader,
-    config: ModelConfig,
-    *,
-    tp_rank: int,
-    tp_size: int,
-    layer_offset: int,
-) -> None:
-    """Fill megatron-core parameters with this rank's slices, cast to each parameter's dtype.
-
-    Args:
-        named_parameters: (name in the local or TE layer spec, parameter), of one pipeline stage.
-        layer_offset: global number of the stage's first layer.
-
-    Raises:
-        CheckpointError: a tensor is missing, left over, or of another shape.
-        ConfigError: ``tp_size`` does not divide the model.
-    """
-    config.check_layout(tp_size, 1)
-    reader.check(config)
-    with torch.no_grad():
-        for name, parameter in named_parameters:
-            mapping = mapping_of(name, config, layer_offset)
-            tensors = [reader.tensor(hf_name) for hf_name in mapping.names]
-            shape = mapping.layout.shard_shape([t.shape for t in tensors], tp_size)
-            if shape != tuple(parameter.shape):
-                raise CheckpointError(
-                    f"wrong shape for {name}",
-                    where=reader.directory,
-                    expected=tuple(parameter.shape),
-                    found=shape,
-                )
-            mapping.layout.fill(parameter, tensors, tp_rank, tp_size)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -25,9 +26,9 @@ from megatron_replay.checkpoint.directories import (
     iteration_directory,
     latest_iteration,
 )
-from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
+from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.checkpoint.model_files import FOLDER, digests_of
-from megatron_replay.checkpoint.names import mapping_of
+from megatron_replay.checkpoint.names import Mapping, mapping_of
 from megatron_replay.checkpoint.training import (
     CONVERTED_FROM,
     load_checkpoint,
@@ -37,25 +38,27 @@ from megatron_replay.checkpoint.training import (
 from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.errors import CheckpointError
 from megatron_replay.model.config import ModelConfig
-from megatron_replay.model.gpt import (
-    ReplayGPTModel,
-    build_model,
-    layer_offset,
-    transformer_config,
-)
+from megatron_replay.model.gpt import ReplayGPTModel, build_model, transformer_config
 from megatron_replay.parallel import Parallel
 from megatron_replay.platform.megatron_core import fuses_gradient_accumulation
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model on this rank, its shape, and the directory of its config.json and tokenizer."""
+    """A model on this rank, its shape, and the directory of its config.json and tokenizer.
+
+    ``layer_offset``: the global number of this stage's first layer.
+    """
 
     shape: ModelConfig
     config: TransformerConfig
     module: ReplayGPTModel
     files: Path
     layer_offset: int
+
+    def mapping(self, parameter: str) -> Mapping:
+        """The Hugging Face tensors of a parameter."""
+        return mapping_of(parameter, self.shape, self.layer_offset)
 
 
 def model_files(load: str | Path) -> Path:
@@ -121,16 +124,13 @@ def load_model(
         gradient_accumulation_fusion=fuses_gradient_accumulation(parallel.device),
     )
     module = build_model(shape, config, parallel).to(parallel.device)
-    offset = layer_offset(config)
+    offset = int(get_transformer_layer_offset(config))
     if chosen is None:
-        load_hf_weights(
-            module.named_parameters(),
-            HFReader(files),
-            shape,
-            tp_rank=parallel.tp_rank,
-            tp_size=parallel.tp_size,
-            layer_offset=offset,
-        )
+        reader = HFReader(files)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                mapping = mapping_of(name, shape, offset)
+                reader.fill(parameter, mapping, parallel.tp_rank, parallel.tp_size)
     else:
         load_checkpoint(directory, chosen, module, None, parallel)
     parallel.agreed(
@@ -177,19 +177,13 @@ def weight_reader(
     Raises:
         CheckpointError: a tensor is missing; raised by the function too.
     """
-    if iteration is None:
-        return _from_hf(load, model, parallel)
-    return _from_checkpoint(iteration_directory(load, iteration), model, parallel)
-
-
-def _from_hf(load: Path, model: LoadedModel, parallel: Parallel) -> Callable[[str], Tensor]:
+    if iteration is not None:
+        return _from_checkpoint(iteration_directory(load, iteration), model, parallel)
     reader, parameters = HFReader(load), dict(model.module.named_parameters())
 
     def read(name: str) -> Tensor:
-        mapping = mapping_of(name, model.shape, model.layer_offset)
-        tensors = [reader.tensor(hf_name) for hf_name in mapping.names]
         shard = torch.empty_like(parameters[name], device="cpu")
-        mapping.layout.fill(shard, tensors, parallel.tp_rank, parallel.tp_size)
+        reader.fill(shard, model.mapping(name), parallel.tp_rank, parallel.tp_size)
         return shard
 
     return read

@@ -19,7 +19,7 @@ from megatron_replay.files import (
     differing,
     fsync_path,
     open_regular,
-    output_error,
+    reported,
     sha256_of_files,
 )
 from megatron_replay.store import CandidateReader
@@ -89,7 +89,7 @@ def keep_model_files(source: Path, directory: Path) -> None:
         OutputError: a file cannot be written.
     """
     target = directory / FOLDER
-    try:
+    with reported(target):
         target.mkdir(parents=True, exist_ok=True)
         wanted, held = fingerprints(source), fingerprints(target)
         for name in differing(wanted, held):
@@ -98,8 +98,6 @@ def keep_model_files(source: Path, directory: Path) -> None:
             else:
                 (target / name).unlink()
         fsync_path(directory)
-    except OSError as error:
-        raise output_error(target, error) from error
 
 
 def require_model_files(directory: Path, expected: Mapping[str, str]) -> None:

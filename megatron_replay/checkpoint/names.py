@@ -1,7 +1,6 @@
-"""Which Hugging Face tensors make up a megatron-core parameter, and how it is split over TP.
+"""Which Hugging Face tensors make up a megatron-core parameter, and how they are split over TP.
 
-Loading, export and the check that no tensor is left over use the same table. A parameter consists
-of one or more Hugging Face tensors; a ``Layout`` splits them over the TP ranks and joins them.
+Loading, export and the check that no tensor is left over use the same table.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,21 +19,29 @@ from megatron_replay.model.config import ModelConfig
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
-class Layout:
-    """How Hugging Face tensors make up a parameter's TP shard, and back.
+@dataclass(frozen=True)
+class Mapping:
+    """The Hugging Face tensors of a parameter, and the shard that each TP rank has of them.
 
     Attributes:
+        names: one tensor; or SwiGLU's gate and up matrix, of which rank r has [gate_r; up_r]; or
+            query, key and value, of whose groups each rank has some: of each group its query
+            heads, its key head, its value head.
         dim: the dimension of the Hugging Face tensors that is split over TP; None: replicated.
+        groups, channels: query groups over all ranks and channels of a head, for the last kind.
     """
 
-    dim: int | None
+    names: tuple[str, ...]
+    dim: int | None = 0
+    groups: int = 0
+    channels: int = 0
 
-    def shard_shape(self, shapes: Sequence[Sequence[int]], size: int) -> tuple[int, ...]:
-        """The shape of each rank's shard of tensors with ``shapes``."""
-        shape = list(shapes[0])
-        if self.dim is not None:
-            shape[self.dim] = sum(each[self.dim] // size for each in shapes)
-        return tuple(shape)
+    def places(self, shard: Tensor, size: int) -> Sequence[Tensor]:
+        """For each Hugging Face tensor, a view of its part of a shard; ``size`` ranks in all."""
+        if len(self.names) == 3:
+            grouped = shard.view(self.groups // size, -1, self.channels, shard.shape[-1])
+            return grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:]
+        return shard.chunk(len(self.names))
 
     def fill(self, shard: Tensor, whole: Sequence[Tensor], rank: int, size: int) -> None:
         """Write this rank's shard into ``shard``, cast to its dtype; reads no more than that."""
@@ -44,83 +51,24 @@ class Layout:
                 tensor = tensor.narrow(self.dim, rank * length, length)
             place.copy_(tensor.view(place.shape))
 
+    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """The Hugging Face tensors from all ranks' shards, in rank order."""
+        if self.dim is None:
+            return [shards[0]]
+        parts = zip(*(self.places(shard, len(shards)) for shard in shards), strict=True)
+        return [torch.cat([place.flatten(0, -2) for place in part], self.dim) for part in parts]
+
+    def shard_shape(self, shapes: Sequence[Sequence[int]], size: int) -> tuple[int, ...]:
+        """The shape of each rank's shard of tensors with ``shapes``."""
+        shape = list(shapes[0])
+        if self.dim is not None:
+            shape[self.dim] = sum(each[self.dim] // size for each in shapes)
+        return tuple(shape)
+
     def rows(self, num_rows: int, size: int) -> list[list[range]]:
         """For each Hugging Face tensor, its ranges of rows in a shard of ``num_rows`` rows."""
         numbers = torch.arange(num_rows)[:, None]
         return [_runs(place.flatten().tolist()) for place in self.places(numbers, size)]
-
-    def places(self, shard: Tensor, size: int) -> Sequence[Tensor]:
-        """For each Hugging Face tensor, a view of its part of ``shard``."""
-        return [shard]
-
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """The Hugging Face tensors from all ranks' shards, in rank order."""
-        raise NotImplementedError
-
-
-class Replicated(Layout):
-    """The same on every rank (norms)."""
-
-    dim = None
-
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """The first rank's."""
-        return [shards[0]]
-
-
-@dataclass(frozen=True)
-class Split(Layout):
-    """Equal parts along ``dim``: embeddings (0); attention output and down projection (1)."""
-
-    dim: int
-
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """The parts concatenated."""
-        return [torch.cat(list(shards), self.dim)]
-
-
-class GateUp(Layout):
-    """SwiGLU's two matrices: [gate_r; up_r] on rank r."""
-
-    dim = 0
-
-    def places(self, shard: Tensor, size: int) -> Sequence[Tensor]:
-        """The gate's rows, then the same rows of up."""
-        return shard.chunk(2)
-
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """The gate and the up matrix."""
-        halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[i] for half in halves]) for i in (0, 1)]
-
-
-@dataclass(frozen=True)
-class QueryKeyValue(Layout):
-    """Query groups split over ranks; each group holds its query heads, key head and value head."""
-
-    channels: int
-    groups: int
-    dim = 0
-
-    def places(self, shard: Tensor, size: int) -> Sequence[Tensor]:
-        """In each of this rank's groups its queries, then its key, then its value."""
-        grouped = shard.view(self.groups // size, -1, self.channels, shard.shape[-1])
-        return grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:]
-
-    def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """The query, the key and the value matrix."""
-        hidden = shards[0].shape[1]
-        grouped = torch.cat(list(shards)).view(self.groups, -1, self.channels, hidden)
-        queries, keys, values = grouped[:, :-2], grouped[:, -2], grouped[:, -1]
-        return [part.reshape(-1, hidden) for part in (queries, keys, values)]
-
-
-@dataclass(frozen=True)
-class Mapping:
-    """The Hugging Face tensors of a parameter, and their layout."""
-
-    names: tuple[str, ...]
-    layout: Layout
 
 
 def mapping_of(parameter: str, config: ModelConfig, layer_offset: int) -> Mapping:
@@ -130,42 +78,40 @@ def mapping_of(parameter: str, config: ModelConfig, layer_offset: int) -> Mappin
         CheckpointError: no such parameter.
     """
     if parameter == "embedding.word_embeddings.weight":
-        return Mapping((EMBEDDING,), Split(0))
+        return Mapping((EMBEDDING,))
     if parameter == "output_layer.weight":
-        return Mapping((EMBEDDING if config.tie_embeddings else HEAD,), Split(0))
+        return Mapping((EMBEDDING if config.tie_embeddings else HEAD,))
     if parameter == "decoder.final_layernorm.weight":
-        return Mapping((FINAL_NORM,), Replicated())
+        return Mapping((FINAL_NORM,), dim=None)
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter)
     layer = layer_mappings(config).get(match[2]) if match else None
     if match is None or layer is None:
         raise CheckpointError(f"no mapping for the parameter {parameter}")
     prefix = f"model.layers.{int(match[1]) + layer_offset}."
-    return Mapping(tuple(prefix + name for name in layer.names), layer.layout)
+    return replace(layer, names=tuple(prefix + name for name in layer.names))
 
 
 def layer_mappings(config: ModelConfig) -> dict[str, Mapping]:
     """The mappings of a layer's parameters in the model's order, norms under both their names."""
-    before = Mapping(("input_layernorm.weight",), Replicated())
-    after = Mapping(("post_attention_layernorm.weight",), Replicated())
+    before = Mapping(("input_layernorm.weight",), dim=None)
+    after = Mapping(("post_attention_layernorm.weight",), dim=None)
     qkv = tuple(f"self_attn.{x}_proj.weight" for x in "qkv")
     qk_norms = {
-        f"self_attention.{x}_layernorm.weight": Mapping(
-            (f"self_attn.{x}_norm.weight",), Replicated()
-        )
+        f"self_attention.{x}_layernorm.weight": Mapping((f"self_attn.{x}_norm.weight",), dim=None)
         for x in ("qk" if config.qk_layernorm else "")
     }
     return {
         "input_layernorm.weight": before,
         "self_attention.linear_qkv.layer_norm_weight": before,  # TransformerEngine's name
-        "self_attention.linear_proj.weight": Mapping(("self_attn.o_proj.weight",), Split(1)),
+        "self_attention.linear_proj.weight": Mapping(("self_attn.o_proj.weight",), dim=1),
         "self_attention.linear_qkv.weight": Mapping(
-            qkv, QueryKeyValue(config.kv_channels, config.num_query_groups)
+            qkv, groups=config.num_query_groups, channels=config.kv_channels
         ),
         **qk_norms,
         "pre_mlp_layernorm.weight": after,
         "mlp.linear_fc1.layer_norm_weight": after,  # TransformerEngine's name
-        "mlp.linear_fc1.weight": Mapping(("mlp.gate_proj.weight", "mlp.up_proj.weight"), GateUp()),
-        "mlp.linear_fc2.weight": Mapping(("mlp.down_proj.weight",), Split(1)),
+        "mlp.linear_fc1.weight": Mapping(("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+        "mlp.linear_fc2.weight": Mapping(("mlp.down_proj.weight",), dim=1),
     }
 
 

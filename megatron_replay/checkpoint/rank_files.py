@@ -132,7 +132,7 @@ class Grid:
         if parameter in (EMBEDDING, HEAD):
             return (self.vocabulary // self.tp, self.config.hidden_size)
         mapping, shapes = self.mapping(parameter, 0), hf_tensor_shapes(self.config)
-        return mapping.layout.shard_shape([shapes[name] for name in mapping.names], self.tp)
+        return mapping.shard_shape([shapes[name] for name in mapping.names], self.tp)
 
 
 class RankFile:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from megatron_replay.errors import OutputError, few
-from megatron_replay.files import fsync_path, output_error, read_json, write_json
+from megatron_replay.files import fsync_path, read_json, reported, write_json
 from megatron_replay.locks import LOCK_FILE, DirectoryLock, is_ours
 
 #: Lists size and time of each file of a published directory; one that holds exactly these may be
@@ -29,23 +29,19 @@ def start_directory(final: Path, *, overwrite: bool = False) -> Path:
     _require_replaceable(final, overwrite=overwrite)
     if (ours := _locks.pop(staged, None)) is not None:  # an earlier attempt failed
         ours.release()
-    try:
+    with reported(final):
         if staged.exists():
             _require_ours(staged)
             DirectoryLock(staged, purpose=str(final)).release()  # refused if in use
             _remove(staged)
         staged.mkdir(parents=True)
         _locks[staged] = DirectoryLock(staged, purpose=str(final))
-    except OSError as error:
-        raise output_error(final, error) from error
     return staged
 
 
 def _require_replaceable(final: Path, *, overwrite: bool) -> None:
-    try:
+    with reported(final):
         held = _contents(final) if final.exists() else {}
-    except OSError as error:
-        raise output_error(final, error) from error
     if held and not overwrite:
         raise OutputError(
             "the directory is not empty",
@@ -115,7 +111,7 @@ def publish(staged: Path, final: Path, *, overwrite: bool) -> None:
     """
     final = final.resolve()
     retired = final.with_name(f".{final.name}.replaced")
-    try:
+    with reported(final):
         write_json(staged / WRITTEN, _contents(staged))
         fsync_path(staged)
         if overwrite and final.exists():
@@ -131,5 +127,3 @@ def publish(staged: Path, final: Path, *, overwrite: bool) -> None:
         fsync_path(final.parent)
         if overwrite and retired.exists():
             _remove(retired)
-    except OSError as error:
-        raise output_error(final, error) from error

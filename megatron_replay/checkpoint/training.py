@@ -37,7 +37,15 @@ from megatron_replay.checkpoint.directories import (
 )
 from megatron_replay.checkpoint.model_files import require_model_files
 from megatron_replay.errors import CheckpointError, OutputError, ReplayError, TrainingError, few
-from megatron_replay.files import atomic_file, fsync_path, output_error, read_json, write_json
+from megatron_replay.files import (
+    atomic_file,
+    fsync_path,
+    make_directory,
+    output_error,
+    read_json,
+    reported,
+    write_json,
+)
 from megatron_replay.model.gpt import ReplayGPTModel
 from megatron_replay.parallel import Parallel
 from megatron_replay.platform.checkpoint_writer import Written, checkpointing
@@ -117,7 +125,8 @@ def save_checkpoint(
     fix += " of the last steps"
     parallel.agreed(lambda: require_finite(model, TrainingError, fix=fix))
     staged = directory / name
-    parallel.on_rank_zero(lambda: _start_staging(directory, staged))
+    parallel.on_rank_zero(lambda: clear_remains(directory))
+    parallel.on_rank_zero(lambda: make_directory(staged))
     content = _sharded_state(model, optimizer, parallel, is_loading=False)
     parts = parallel.agreed(lambda: _write(content, staged, parallel))
     written = {name: sums for part in parts for name, sums in part.items()}
@@ -229,14 +238,6 @@ def _is_newest(directory: Path, final: Path) -> bool:
     return named == final and final.is_dir()
 
 
-def _start_staging(directory: Path, staged: Path) -> None:
-    try:
-        clear_remains(directory)
-        staged.mkdir(parents=True)
-    except OSError as error:
-        raise output_error(staged, error) from error
-
-
 def _write(content: dict[str, Any], staged: Path, parallel: Parallel) -> Written:
     """Write this rank's files. CheckpointException holds all ranks' errors; it is no Exception."""
     try:
@@ -258,9 +259,9 @@ def _write(content: dict[str, Any], staged: Path, parallel: Parallel) -> Written
 def _publish(
     directory: Path, staged: Path, final: Path, state: TrainState, written: Written
 ) -> None:
-    try:
-        write_json(staged / STATE, dataclasses.asdict(state))
-        write_checksums(staged, written)
+    write_json(staged / STATE, dataclasses.asdict(state))
+    write_checksums(staged, written)
+    with reported(final):
         for path in staged.iterdir():  # megatron-core does not sync what rank 0 writes alone
             if path.name not in written:
                 fsync_path(path)
@@ -269,10 +270,8 @@ def _publish(
             remove_iteration(directory, state.iteration)
         os.replace(staged, final)
         fsync_path(directory)
-        with atomic_file(directory / LATEST, "w") as handle:
-            handle.write(f"{state.iteration}\n")
-    except OSError as error:
-        raise output_error(final, error) from error
+    with atomic_file(directory / LATEST, "w") as handle:
+        handle.write(f"{state.iteration}\n")
 
 
 def _reason(error: BaseException) -> str:

@@ -19,7 +19,6 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -159,8 +158,3 @@ def build_model(
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
     )
-
-
-def layer_offset(config: TransformerConfig) -> int:
-    """Global number of this stage's first layer."""
-    return int(get_transformer_layer_offset(config))

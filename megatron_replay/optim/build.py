@@ -217,7 +217,7 @@ def _pieces(
 ) -> list[Piece]:
     """The Hugging Face matrices in a parameter, of ``wholes`` elements over all ranks."""
     rows, columns = param.shape
-    layout = mapping.layout
+    layout = mapping
     return [
         Piece(
             index=first + i,

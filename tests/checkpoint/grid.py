@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_replay.checkpoint.convert_ranks import grid_for, hf_to_ranks
 from megatron_replay.checkpoint.export import write_model_files, write_weights
-from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
+from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.checkpoint.names import mapping_of
 from megatron_replay.checkpoint.staging import publish
 from megatron_replay.model.config import ModelConfig
@@ -57,14 +57,9 @@ def load_grid(
     for stage in range(pp):
         grid[stage] = [empty_stage(config, tp, pp, stage, te) for _ in range(tp)]
         for rank, parameters in enumerate(grid[stage]):
-            load_hf_weights(
-                parameters.items(),
-                reader,
-                config,
-                tp_rank=rank,
-                tp_size=tp,
-                layer_offset=stage * config.num_layers // pp,
-            )
+            for name, parameter in parameters.items():
+                mapping = mapping_of(name, config, stage * config.num_layers // pp)
+                reader.fill(parameter, mapping, rank, tp)
     return grid
 
 
@@ -86,7 +81,7 @@ def save_grid(
             if name == "output_layer.weight" and config.tie_embeddings:
                 continue
             mapping = mapping_of(name, config, stage * config.num_layers // len(grid))
-            joined = mapping.layout.join([rank[name] for rank in ranks])
+            joined = mapping.join([rank[name] for rank in ranks])
             tensors += zip(mapping.names, joined, strict=True)
         written |= write_weights(staged, tensors, dtype=dtype, stage=stage)
     write_model_files(staged, written, source, dtype=dtype)

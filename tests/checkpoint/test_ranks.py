@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from megatron_replay.checkpoint import convert_ranks, export
 from megatron_replay.checkpoint.convert_ranks import grid_for, hf_to_ranks, ranks_to_hf
 from megatron_replay.checkpoint.load import model_files
-from megatron_replay.checkpoint.names import Split
+from megatron_replay.checkpoint.names import Mapping
 from megatron_replay.checkpoint.rank_files import RankFile
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.model.config import ModelConfig
@@ -157,7 +157,8 @@ def test_verification_finds_what_was_written_wrongly(small, tmp_path, monkeypatc
             converted(small[False, 96], tmp_path / "mg", 2)
     assert not (tmp_path / "mg").exists()
     converted(small[False, 96], tmp_path / "mg", 2)
-    monkeypatch.setattr(Split, "join", lambda self, shards: [-torch.cat(list(shards), self.dim)])
+    join = Mapping.join
+    monkeypatch.setattr(Mapping, "join", lambda *given: [-tensor for tensor in join(*given)])
     with pytest.raises(CheckpointError, match="reads differently"):
         ranks_to_hf(tmp_path / "mg", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_replay import parallel
-from megatron_replay.checkpoint.hf import HFReader, load_hf_weights
+from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.checkpoint.load import LoadedModel, load_model
 from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.data.corpus import Corpus
@@ -91,10 +91,9 @@ def fill(
     tensors: dict[str, Tensor], model: LoadedModel, groups: parallel.Parallel, directory: Path
 ) -> None:
     """Copy this rank's part of a directory's tensors into ``tensors``, by parameter name."""
-    load_hf_weights(
-        tensors.items(), HFReader(directory), model.shape, tp_rank=groups.tp_rank,
-        tp_size=groups.tp_size, layer_offset=model.layer_offset,
-    )  # fmt: skip
+    reader = HFReader(directory)
+    for name, tensor in tensors.items():
+        reader.fill(tensor, model.mapping(name), groups.tp_rank, groups.tp_size)
 
 
 def full_loss_work(
