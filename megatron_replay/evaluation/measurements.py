@@ -111,6 +111,9 @@ def read_measurements(
             found.append(Measurement("choices", run, name, {"general": general}))
     for name, directory in inputs.sql.items():
         asked = read_sql_set(directory)
+        for question in asked:
+            if not tokenizer.encode(question.prompt):
+                raise DataError("the prompt is empty", where=question.where)
         limits = Limits(seconds=settings.query_seconds)
         questions = with_answers(asked, limits, show=f"{name}: gold")
         run = partial(sql_match, questions=questions, tokenizer=tokenizer, settings=settings)
@@ -167,8 +170,6 @@ def sql_match(
     """Generate a query for each question and run it; ``unfinished``: answers without an end."""
     prompts = [tokenizer.encode(question.prompt) for question in questions]
     for question, prompt in zip(questions, prompts, strict=True):
-        if not prompt:
-            raise DataError("the prompt has no tokens", where=question.where)
         require_readable(model, question.where, prompt, len(prompt) + settings.max_new_tokens)
     answers = greedy_answers(
         model,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.report import COLOURS, build_report, render_markdown
-from megatron_replay.evaluation.results import read_evaluation
+from megatron_replay.evaluation.report import COLOURS
+from megatron_replay.evaluation.results import domain_mean, read_evaluation, scores
 from tests.markdown import table
 from tests.test_run_log import STABILITY, steps, write_run
 from tools import report
@@ -35,31 +34,9 @@ def method(name: str, accuracy: float, change: float, l2: float, **more: Any) ->
     }
 
 
-def rendered(*models: dict[str, Any]) -> str:
-    evaluation = {"models": models, "inputs": {}, "settings": {}, "command": "evaluate"}
-    return render_markdown(build_report(evaluation, {}, timings={}, command="report"))
-
-
-@pytest.mark.parametrize(
-    ("found", "reason"),
-    [
-        (
-            {"failures": {"other answer": 1, "sql error": 1}, "unfinished": 3, "empty_gold": 2},
-            "1 other answer, 1 sql error (3 cut off, 2 left out)",
-        ),
-        ({"failures": {"timeout": 2}, "unfinished": 0, "empty_gold": 0}, "2 timeout"),
-        ({"failures": {}, "unfinished": 0, "empty_gold": 2}, "– (2 left out)"),
-    ],
-)
-def test_the_reasons_of_failed_queries_are_counted(found: dict[str, Any], reason: str) -> None:
-    scored = {"accuracy": 0.5, "standard_error": 0.1, "questions": 4}
-    text = rendered(method("m", 0.0, 0.0, 0.0, sql={"shop": scored | found}))
-    (line,) = table(text, "What it gained")
-    assert (line["questions"], line["failure reason"]) == ("4", reason)
-
-
-def evaluation_file(directory: Path) -> Path:
+def evaluation_file(directory: Path, change: Any = lambda document: None) -> Path:
     mass = {"outside_mass": 0.07, "restricted_loss": 0.1, "full_loss": 0.2}
+    failed = {"failures": {"other answer": 1, "sql error": 1}, "unfinished": 3, "empty_gold": 2}
     document = {
         "format": 2,
         "command": "python tools/evaluate.py --base runs/base",
@@ -72,66 +49,76 @@ def evaluation_file(directory: Path) -> Path:
             method("replay|ghost", 0.2, 0.31, 1.6),
         ],
     }
+    for model, found in zip(
+        document["models"],
+        (failed, {"failures": {"timeout": 2}, "unfinished": 0}, {"failures": {}, "empty_gold": 2}),
+        strict=False,
+    ):
+        model["sql"]["shop.v1"] |= found
+    change(document)
     path = directory / "eval.json"
     path.write_text(json.dumps(document))
     return path
 
 
+def models(number: int, **values: Any) -> Any:
+    return lambda document: document["models"][number].update(values)
+
+
+def benchmark(kind: str, name: str, **values: Any) -> Any:
+    return lambda document: document["models"][0][kind][name].update(values)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(models=3), "models: of another type"),
+        (lambda d: d.update(models=3), r"models: .*expected a list; found 3"),
         (lambda d: d.update(models=[]), "models: damaged: no results"),
-        (lambda d: d.update(models=[3]), r"models\[0\]: of another type .*an object; found 3"),
+        (lambda d: d.update(models=[3]), r"models\[0\]: .*expected an object; found 3"),
         (lambda d: d.update(kept=[{}]), r"kept\[0\]: 'key' is missing"),
-        (lambda d: d.update(command=3), "command: of another type .*a string; found 3"),
-        (lambda d: d.update(settings=[]), "settings: of another type"),
-        (lambda d: d.update(inputs={"a": {"path": 1}}), "inputs: a: 'sha256' is missing"),
+        (lambda d: d.update(command=3), "command: .*expected a string; found 3"),
+        (lambda d: d.update(settings=[]), r"settings: .*an object; found \[\]"),
+        (lambda d: d.update(inputs={"a": {"path": "1"}}), "inputs: a: 'sha256' is missing"),
         (lambda d: d.pop("inputs"), "'inputs' is missing"),
-        (lambda d: d.pop("format"), "not an evaluation"),
+        (lambda d: d.pop("format"), 'expected "format": 2'),
+        (lambda d: d.update(format=1), 'expected "format": 2; found 1'),
         (lambda d: d["models"][1].pop("name"), r"models\[1\]: 'name' is missing"),
-        (lambda d: d["models"][1].update(name=3), r"models\[1\]: name: of another type"),
-        (
-            lambda d: d["models"][0].update(relative_l2_percent=None),
-            "l2_percent: of another",
-        ),
-        (lambda d: d["models"][0].update(sql=3), r"models\[0\]: sql: of another type"),
-        (lambda d: d["models"][0].update(sql={"a": 3}), "sql: a: of another type"),
-        (lambda d: d["models"][0].update(sql={"a": {}}), "sql: a: 'accuracy' is missing"),
-        (
-            lambda d: d["models"][0]["sql"]["shop.v1"].update(accuracy="x"),
-            "v1: accuracy: of",
-        ),
-        (lambda d: d["models"][0]["sql"]["shop.v1"].update(questions=0.5), "questions: of another"),
-        (
-            lambda d: d["models"][0]["sql"]["shop.v1"].update(failures={"a": []}),
-            "failures: a: of",
-        ),
-        (
-            lambda d: d["models"][0]["choices"]["cloze"].update(general=2),
-            "cloze: general: of",
-        ),
-        (lambda d: d["models"][0].update(general=True), r"models\[0\]: general: of another"),
-        (lambda d: d["models"][0]["general"].pop("perplexity"), "'perplexity' is missing"),
-        (lambda d: d["models"][0].update(lm_eval={"t": {"score": 1}}), "t: 'metric' is missing"),
-        (
-            lambda d: d["models"][0]["general"].update(loss=10**400),
-            "general: loss: of another type",
-        ),
+        (models(1, name=3), r"models\[1\]: name: .*a string; found 3"),
+        (models(0, relative_l2_percent=None), "relative_l2_percent: .*a number; found None"),
+        (models(0, sql=3), r"models\[0\]: sql: .*an object; found 3"),
+        (models(0, sql={"a": 3}), "sql: a: .*an object; found 3"),
+        (models(0, sql={"a": {}}), "sql: a: 'accuracy' is missing"),
+        (benchmark("sql", "shop.v1", accuracy="x"), "shop.v1: accuracy: .*a number; found 'x'"),
+        (benchmark("sql", "shop.v1", questions=0.5), "questions: .*an integer or null; found 0.5"),
+        (benchmark("sql", "shop.v1", failures={"a": []}), r"failures: a: .*an integer; found \[\]"),
+        (benchmark("choices", "cloze", general=2), "general: .*true or false; found 2"),
+        (models(0, general=True), r"models\[0\]: general: .*an object; found True"),
+        (models(0, general={"loss": 1.0}), "general: 'perplexity' is missing"),
+        (models(0, general={"perplexity": 10**400}), "perplexity: .*expected a number; found 1000"),
+        (models(0, lm_eval={"t": {"score": 1}}), "t: 'metric' is missing"),
     ],
 )
-def test_a_damaged_evaluation_is_one_line(
-    tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
-) -> None:
-    path = evaluation_file(tmp_path)
-    document = json.loads(path.read_text())
-    change(document)
-    path.write_text(json.dumps(document))
+def test_a_damaged_evaluation_is_one_line(tmp_path, change, message):
     with pytest.raises(DataError, match=rf"eval\.json.*{message}"):
-        read_evaluation(path)
+        read_evaluation(evaluation_file(tmp_path, change))
 
 
-def test_the_whole_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_of_the_domain_and_of_general_benchmarks_are_apart():
+    choice = {"accuracy": 0.5, "accuracy_per_byte": 0.9, "standard_error": 0.03}
+    task = {"score": 0.2, "standard_error": 0.04}
+    model = {
+        "sql": {"shop": {"accuracy": 0.25, "standard_error": 0.0}},
+        "choices": {"a": choice | {"general": True}, "b": choice | {"general": False}},
+        "lm_eval": {"c": task | {"general": True}, "d": task | {"general": False}},
+    }
+    assert scores(model, general=True) == {"a": 50.0, "c": 20.0}
+    assert scores(model, general=False) == {"shop": 25.0, "b": 50.0, "d": 20.0}
+    # (0² + 3² + 4²)^½ / 3: the tasks are independent.
+    assert domain_mean(model) == (pytest.approx(95 / 3), pytest.approx(5 / 3))
+    assert domain_mean({"choices": {"b": {"accuracy": 0.5}}}) == (50.0, None)
+
+
+def test_the_whole_report(tmp_path, capsys):
     last = {"iteration": 40, "stability": STABILITY}
     run = write_run(tmp_path / "run", [*steps(), last])
     timings = tmp_path / "timings.json"
@@ -145,9 +132,12 @@ def test_the_whole_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert report.main(flags) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert capsys.readouterr().out == text
-    _, full, *_ = table(text, "What it gained")
-    assert (full["shop.v1 %"], full["questions"]) == ("21.0 ± 3.0", "200")
-    assert "data next token %" not in full  # not measured: no column
+    gained = table(text, "What it gained")
+    assert (gained[1]["shop.v1 %"], gained[1]["questions"]) == ("21.0 ± 3.0", "200")
+    assert "data next token %" not in gained[1]  # not measured: no column
+    assert [line["failure reason"] for line in gained] == [
+        "1 other answer, 1 sql error (3 cut off, 2 left out)", "2 timeout", "– (2 left out)", "–",
+    ]  # fmt: skip
     *_, replay, ghost = table(text, "What it kept")
     assert (replay["cloze %"], replay["Δ perplexity"]) == ("50.0 ± 2.0", "+0.30")
     assert (replay["relative L2 %"], replay["outside mass %"]) == ("1.57", "7.00")
@@ -170,29 +160,41 @@ def test_the_whole_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert np.isclose(image[..., :3], to_rgb(colour), atol=0.003).all(-1).sum() > 50
 
 
+PIPE = "expected a regular file; found a pipe"
+
+
+def without_general_text(document):
+    for model in document["models"]:
+        del model["general"]
+
+
 @pytest.mark.parametrize(
     ("flag", "code", "message"),
     [
         ("--run=other={run}", 2, "the run 'other' was not evaluated"),
         ("--run=full softmax", 2, "expected NAME=DIR"),
+        ("--run=\udce9=x", 2, "this name is not UTF-8 (found '\\udce9')"),
         ("--timings={run}/metrics.jsonl", 3, "not JSON"),
         ("--timings={run}/../eval.json", 3, "not timings"),
         ("--evaluation={run}/metrics.jsonl", 3, "not JSON: Extra data"),
-        ("--evaluation={run}/../pipe", 3, "expected a regular file; found a pipe"),
-        ("--timings={run}/../pipe", 3, "expected a regular file; found a pipe"),
-        ("--run=replay={run}/../pipes", 3, "expected a regular file; found a pipe"),
+        ("--evaluation={run}/../pipe", 3, PIPE),
+        ("--timings={run}/../pipe", 3, PIPE),
+        ("--run=replay={run}/../pipes", 3, PIPE),
+        # Changes of the evaluation, which then has no figure.
+        (without_general_text, 3, "no gain against forgetting to draw"),
+        (models(2, sql={}), 3, "replay and base were measured on different things"),
+        (models(2, general={"perplexity": 20.0}), 3, "were measured on different things"),
     ],
 )
-def test_mistakes_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, code: int, message: str
-) -> None:
+def test_mistakes_are_one_line(tmp_path, capsys, flag, code, message):
     run = write_run(tmp_path / "run", steps())
     write_run(tmp_path / "pipes", [])
     (tmp_path / "pipes" / "metrics.jsonl").unlink()
     os.mkfifo(tmp_path / "pipes" / "metrics.jsonl")
     os.mkfifo(tmp_path / "pipe")
-    given = [f"--evaluation={evaluation_file(tmp_path)}", f"--output-dir={tmp_path / 'out'}"]
-    assert report.main([*given, flag.format(run=run)]) == code
+    change, more = (None, [flag.format(run=run)]) if isinstance(flag, str) else (flag, [])
+    file = evaluation_file(tmp_path, *([change] if change else []))
+    assert report.main([f"--evaluation={file}", f"--output-dir={tmp_path}/out", *more]) == code
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
@@ -200,34 +202,7 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_figure_needs_gain_and_forgetting(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = evaluation_file(tmp_path)
-    document = json.loads(path.read_text())
-    for model in document["models"]:
-        del model["general"]
-    path.write_text(json.dumps(document))
-    assert report.main([f"--evaluation={path}", f"--output-dir={tmp_path}"]) == 3
-    assert "no gain against forgetting to draw" in capsys.readouterr().err
-    assert not (tmp_path / "report.md").exists()
-
-
-@pytest.mark.parametrize("damage", [{"sql": {}}, {"general": {"perplexity": 20.0}}])
-def test_a_figure_of_models_that_were_measured_on_different_things(
-    tmp_path: Path, damage: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = evaluation_file(tmp_path)
-    document = json.loads(path.read_text())
-    document["models"][2].update(damage)
-    path.write_text(json.dumps(document))
-    assert report.main([f"--evaluation={path}", f"--output-dir={tmp_path}/out"]) == 3
-    assert "replay and base were measured on different things" in capsys.readouterr().err
-
-
-def test_an_earlier_report_is_replaced_and_nothing_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_earlier_report_is_replaced_and_nothing_else(tmp_path, capsys):
     out = tmp_path / "out"
     given = [f"--evaluation={evaluation_file(tmp_path)}", f"--output-dir={out}"]
     assert report.main(given) == report.main(given) == 0
@@ -241,18 +216,16 @@ def test_an_earlier_report_is_replaced_and_nothing_else(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_no_output_is_an_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_output_is_an_input(tmp_path, capsys):
     evaluation = evaluation_file(tmp_path).rename(tmp_path / "report.json")
-    timings = tmp_path / "report.md"
-    timings.write_text('{"a": 1}')
-    other = tmp_path / "other.json"
-    other.write_bytes(evaluation.read_bytes())
-    for given, flag in (
-        ([f"--evaluation={evaluation}", f"--output-dir={tmp_path}"], "--evaluation"),
-        ([f"--evaluation={other}", f"--timings={timings}", f"--output-dir={tmp_path}"],
-         "--timings"),
-    ):  # fmt: skip
-        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "report.md").write_text('{"a": 1}')
+    (tmp_path / "other.json").write_bytes(evaluation.read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for name, flag, more in (
+        ("report.json", "--evaluation", []),
+        ("other.json", "--timings", [f"--timings={tmp_path}/report.md"]),
+    ):
+        given = [f"--evaluation={tmp_path}/{name}", f"--output-dir={tmp_path}", *more]
         assert report.main(given) == 2
         assert f"the output is also read, as {flag}" in capsys.readouterr().err
-        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

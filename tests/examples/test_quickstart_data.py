@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,14 +20,9 @@ from megatron_replay.evaluation.sql.sets import SqlQuestion
 
 TEST = "domain_test/questions"
 SMALL = [
-    "--base-questions=300",
-    "--base-domain=20",
-    "--practice-tables=4",
-    "--domain-train=400",
-    "--domain-test=60",
-    "--general-train=300",
-    "--general-heldout=20",
-]
+    "--base-questions=300", "--base-domain=20", "--practice-tables=4", "--domain-train=400",
+    "--domain-test=60", "--general-train=300", "--general-heldout=20",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,37 +55,24 @@ def test_counts(data: Path) -> None:
     names = [str(p.relative_to(data).with_suffix("")) for p in data.rglob("*.jsonl")]
     counts = {name: len(rows(data, name)) for name in names}
     assert counts == {
-        "general_train": 300,
-        "general_heldout": 20,
-        "base_sql": 320,
-        "base_train": 620,
-        "domain_train": 400,
-        TEST: 60,
-    }
+        "general_train": 300, "general_heldout": 20, "base_sql": 320, "base_train": 620,
+        "domain_train": 400, TEST: 60,
+    }  # fmt: skip
 
 
-def test_same_arguments_give_the_same_bytes(
-    make_data: ModuleType, data: Path, tmp_path: Path
-) -> None:
+def test_the_arguments_decide_the_bytes(make_data, data, tmp_path, capsys) -> None:
     same, other = tmp_path / "same", tmp_path / "other"
     assert make_data.main([f"--output={same}", *SMALL]) == 0
     assert contents(same) == contents(data)
     assert make_data.main([f"--output={other}", *SMALL, "--seed=1"]) == 0
     assert contents(other)["domain_train.jsonl"] != contents(data)["domain_train.jsonl"]
+    # A second run replaces nothing.
+    assert make_data.main([f"--output={same}", *SMALL, "--seed=1"]) == OutputError.exit_code
+    assert f"{same}: " in capsys.readouterr().err
+    assert contents(same) == contents(data)
 
 
-def test_a_second_run_replaces_nothing(
-    make_data: ModuleType, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = contents(data)
-    assert make_data.main([f"--output={data}", *SMALL, "--seed=1"]) == OutputError.exit_code
-    assert f"{data}: " in capsys.readouterr().err
-    assert contents(data) == before
-
-
-def test_the_users_rows_are_held_out_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_users_rows_are_held_out_as_they_are(tmp_path, monkeypatch) -> None:
     """Also where a text has a separator that str.splitlines takes for the end of a line."""
     monkeypatch.setattr(split_data, "general_documents", lambda *, seed: ["general"])
     lines = [json.dumps({"text": f"{i}\u2028 x"}, ensure_ascii=False).encode() for i in range(20)]
@@ -127,17 +109,20 @@ def test_every_answer_counts(data: Path) -> None:
     answers = [connection.execute(r["completion"]).fetchall() for r in rows(data, TEST)]
     connection.close()
     assert all(any(value not in (None, 0) for row in rows for value in row) for rows in answers)
-
-
-def test_every_form_is_tested(data: Path) -> None:
     queries = " ".join(row["completion"] for row in rows(data, TEST))
     for part in ("count(*)", "group by", "order by", "avg(", "limit", " and ", "where"):
         assert part in queries
 
 
-def test_base_sees_few_questions_of_the_domain_and_none_of_ours(
-    make_data: ModuleType, data: Path
-) -> None:
+def words(tables: Iterable[nl2sql.Table]) -> set[str]:
+    return {
+        word
+        for table in tables
+        for word in (table.name, table.category, *table.numbers, *table.values)
+    }
+
+
+def test_base_sees_few_questions_of_the_domain_and_none_of_ours(data: Path) -> None:
     new = {table.name for table in nl2sql.NEW_TABLES}
     base = rows(data, "base_sql")
     tables = [row["completion"].split(" from ")[1].split()[0] for row in base]
@@ -145,17 +130,7 @@ def test_base_sees_few_questions_of_the_domain_and_none_of_ours(
     asked = {row["prompt"] for row in base}
     assert not asked & {row["prompt"] for row in rows(data, "domain_train")}
     assert not asked & {row["prompt"] for row in rows(data, TEST)}
-    domain_words = {
-        word
-        for table in nl2sql.NEW_TABLES
-        for word in (table.name, table.category, *table.numbers, *table.values)
-    }
-    practised = {
-        word
-        for table in nl2sql.practice_tables(500, seed=0)
-        for word in (table.name, table.category, *table.numbers, *table.values)
-    }
-    assert not domain_words & practised
+    assert not words(nl2sql.NEW_TABLES) & words(nl2sql.practice_tables(500, seed=0))
 
 
 def test_tokenizer(data: Path) -> None:
@@ -184,13 +159,7 @@ def test_tokenizer(data: Path) -> None:
         ("--vocab-size=99999", "--vocab-size: the text does not give a tokenizer of this size"),
     ],
 )
-def test_mistakes_are_one_line(
-    make_data: ModuleType,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    flag: str,
-    message: str,
-) -> None:
+def test_mistakes_are_one_line(make_data, tmp_path, capsys, flag: str, message: str) -> None:
     assert make_data.main([f"--output={tmp_path}", *SMALL, flag]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -25,54 +25,24 @@ from megatron_replay.errors import DataError, OutputError
 from megatron_replay.locks import DirectoryLock
 from tests import processes
 
+ONE = "ignorant-small-*/lrmatched-seed2"
 
-@pytest.mark.parametrize("name", plan.PLANS)
-def test_runs_of_a_plan_have_their_own_directories_and_all_they_need(
-    name: str, tmp_path: Path
-) -> None:
-    runs = plan.plan(name)
+
+@pytest.mark.parametrize(
+    ("name", "only"), [*((name, "*") for name in plan.PLANS), ("paper", ONE), ("paper", "nothing*")]
+)
+def test_runs_of_a_plan_have_their_own_directories_and_all_they_need(name, only, tmp_path) -> None:
+    runs = plan.plan(name, only=[only])
     assert len({run.name for run in runs}) == len(runs)
     jobs = Study(tmp_path).jobs(runs)
-    made: set[Path] = set()
-    for job in sorted(jobs, key=lambda job: len(job.needs)):
-        assert job.product not in made
-        made.add(job.product)
-    assert all(need in made for job in jobs for need in job.needs)
-
-
-def test_paper_plan_has_every_method_seed_and_ablation() -> None:
-    runs = plan.plan("paper")
-    for base in ("competent", "ignorant"):
-        of_base = [run for run in runs if run.store.base == base]
-        assert {run.method for run in of_base} == set(plan.METHODS)
-        assert {run.seed for run in of_base} == {0, 1, 2}
-    variants = {run.variant for run in runs}
-    assert {"random", "last-token", "all", "30", "60", "90", "0.8", "0.99"} <= variants
-
-
-def test_a_run_asked_for_comes_with_those_that_it_needs(tmp_path: Path) -> None:
-    runs = plan.plan("paper", only=["ignorant-small-*/lrmatched-seed2"])
-    assert sorted(run.method for run in runs) == sorted(
-        ["AdamW (SFT)", "AdamW, matched", "Dyn. Top-K + MoClip"]
-    )
-    assert {(run.store.base, run.seed) for run in runs} == {("ignorant", 2)}
-    jobs = Study(tmp_path).jobs(runs)
-    made = {job.product for job in jobs}
-    assert all(need in made for job in jobs for need in job.needs)
-    assert plan.plan("paper", only=["nothing*"]) == []
-
-
-def test_evidence_sweeps_both_sizes_on_every_domain_with_five_seeds() -> None:
-    swept = {
-        (run.store.size, run.store.base, run.store.domain, run.seed)
-        for run in plan.plan("evidence")
-        if run.method == "document + ghost" and run.store.domain != "all"
-    }
-    for size in ("small", "large"):
-        for domain in plan.DOMAINS:
-            assert {(size, "competent", domain, seed) for seed in range(5)} <= swept
-        for domain in ("tables", "joins"):
-            assert {(size, "ignorant", domain, seed) for seed in range(5)} <= swept
+    made = [job.product for job in jobs]
+    assert len(set(made)) == len(made)
+    assert {need for job in jobs for need in job.needs} <= set(made)
+    if only == ONE:  # with those that it needs
+        methods = ["AdamW (SFT)", "AdamW, matched", "Dyn. Top-K + MoClip"]
+        assert sorted(run.method for run in runs) == methods
+        assert {(run.store.base, run.seed) for run in runs} == {("ignorant", 2)}
+    assert bool(runs) == (only != "nothing*")
 
 
 def test_joined_questions_are_answered_by_their_database(tmp_path: Path) -> None:
@@ -125,12 +95,8 @@ def _touching(path: Path, *needs: Path) -> Job:
     return Job(path.name, path, touch, needs=needs)
 
 
-def _in_a_process_without_threads(test: Callable[[Path], None], folder: Path) -> None:
-    """The pool refuses to fork from any other."""
-    assert processes.wait(processes.fork(test, folder)) == 0
-
-
 def _runs_what_is_open(folder: Path) -> None:
+    """Once its needs are there."""
     first, second, third = (folder / name for name in ("a", "b", "c"))
     third.touch()
     jobs = [_touching(second, first), _touching(first), _touching(third)]
@@ -139,10 +105,6 @@ def _runs_what_is_open(folder: Path) -> None:
     pool.run()
     assert second.exists()
     assert not pool.failed
-
-
-def test_pool_runs_what_is_open_once_its_needs_are_there(tmp_path: Path) -> None:
-    _in_a_process_without_threads(_runs_what_is_open, tmp_path)
 
 
 def _refused() -> None:
@@ -154,6 +116,7 @@ def _killed() -> None:
 
 
 def _stops_at_a_failure(folder: Path) -> None:
+    """Prints it, and starts nothing after it."""
     for action, code in ((_refused, 4), (_killed, -9)):
         bad, later = folder / f"bad{code}" / "product", folder / f"later{code}"
         pool = Pool([Job("bad", bad, action), _touching(later)], workers=1)
@@ -166,8 +129,10 @@ def _stops_at_a_failure(folder: Path) -> None:
         assert f"failed with exit code {code}" in said.getvalue()
 
 
-def test_pool_tells_of_a_failure_and_starts_nothing_after_it(tmp_path: Path) -> None:
-    _in_a_process_without_threads(_stops_at_a_failure, tmp_path)
+@pytest.mark.parametrize("test", [_runs_what_is_open, _stops_at_a_failure])
+def test_pool(test: Callable[[Path], None], tmp_path: Path) -> None:
+    """It forks, and refuses to from a process with threads."""
+    assert processes.wait(processes.fork(test, tmp_path)) == 0
 
 
 def test_pool_refuses_to_fork_beside_a_thread(tmp_path: Path) -> None:
@@ -182,9 +147,7 @@ def test_pool_refuses_to_fork_beside_a_thread(tmp_path: Path) -> None:
         thread.join()
 
 
-def test_data_are_written_whole_and_nothing_else_is_touched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_are_written_whole_and_nothing_else_is_touched(tmp_path, monkeypatch) -> None:
     def write(folder: Path, seed: int) -> None:
         (folder / "rows.jsonl").write_text(f"{seed}\n")
 
@@ -212,7 +175,7 @@ def test_data_are_written_whole_and_nothing_else_is_touched(
         make_data.make_data(ours, seed=0)
 
 
-def test_a_study_of_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_of_other_data_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(make_data, "write_everything", lambda folder, seed: None)
     monkeypatch.setattr(parts, "make_corpora", lambda data: None)
     study = Study(tmp_path)

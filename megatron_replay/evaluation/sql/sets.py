@@ -31,7 +31,7 @@ from typing import NamedTuple
 from megatron_replay.data.rows import Row, parse_row, read_lines
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.sql.database import schema_lines
-from megatron_replay.files import read_text, require_regular
+from megatron_replay.files import read_text
 
 _ROWS, _DATABASE, _DEV = "questions.jsonl", "database.sqlite", "dev.json"
 
@@ -75,9 +75,6 @@ def read_sql_set(directory: Path) -> list[SqlQuestion]:
     questions = list(_layout(directory)[1])
     if not questions:
         raise DataError("no questions", where=directory)
-    for question in questions:
-        if not question.prompt:
-            raise DataError("the prompt is empty", where=question.where)
     return questions
 
 
@@ -109,7 +106,6 @@ def _layout(directory: Path) -> tuple[Path, Iterator[SqlQuestion]]:
             "dev.json + dev_databases/ (BIRD)",
             found="no directory" if inside is None else ", ".join(inside[:8]) or "nothing",
         )
-    require_regular(found[0][0], DataError)
     return found[0]
 
 

@@ -1,4 +1,4 @@
-"""Directories whose config.json and weights do not belong together, refused before memory is."""
+"""Model directories are untrusted: what does not fit together is refused before it is loaded."""
 
 from __future__ import annotations
 
@@ -6,26 +6,18 @@ import json
 import os
 import shutil
 import struct
-from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.evaluation.language_model import load_model, require_model
-from tests.evaluation.models import save_model
-from tools import evaluate
+from tests.evaluation.site import save_model
 
 
 @pytest.fixture
-def model(model_directory: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(model_directory, tmp_path / "model")
-
-
-def change(model: Path, **values: Any) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | values))
+def model(site, tmp_path):
+    return shutil.copytree(site / "base", tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -45,39 +37,33 @@ def change(model: Path, **values: Any) -> None:
         ({"quantization_config": {"bits": 4}}, "unsupported quantization_config"),
     ],
 )
-def test_sizes_that_do_not_fit_the_weights(
-    model: Path, values: dict[str, Any], message: str
-) -> None:
-    change(model, **values)
+def test_sizes_that_do_not_fit_the_weights(model, values, message):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | values))
     with pytest.raises((CheckpointError, ConfigError)) as caught:
         load_model(model)
     assert str(model) in str(caught.value)
     assert message in str(caught.value)
 
 
-def test_sizes_that_fit(model: Path, tmp_path: Path) -> None:
+def test_sizes_that_fit(model, tmp_path):
     require_model(model)
     require_model(save_model(tmp_path / "untied", tied=False))
+    with pytest.raises(CheckpointError, match="no Hugging Face model here"):
+        load_model(tmp_path)
 
 
-def weights(path: Path, table: dict[str, Any], size: int) -> None:
-    """A safetensors file of which only the header is written."""
-    header = json.dumps(table).encode()
-    with path.open("wb") as handle:
-        handle.write(struct.pack("<Q", len(header)) + header)
-        handle.truncate(8 + len(header) + size)
-
-
-def test_weights_of_a_terabyte_are_not_read(model: Path) -> None:
+def test_weights_of_a_terabyte_are_not_read(model):
     """A sparse file, whose header says so, or does not; each would take hours to hash."""
     file, size = model / "model.safetensors", 1 << 40
     content = file.read_bytes()
+    header = json.dumps({"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
     try:
         os.truncate(file, size)
         with pytest.raises(CheckpointError, match="not a safetensors file"):
             require_model(model)
-        extra = {"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
-        weights(file, extra, size)
+        file.write_bytes(struct.pack("<Q", len(header)) + header)
+        os.truncate(file, 8 + len(header) + size)
         with pytest.raises(CheckpointError, match=r"tensors missing|mmap|not a safetensors"):
             require_model(model)
     finally:
@@ -88,25 +74,17 @@ def test_weights_of_a_terabyte_are_not_read(model: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
 @pytest.mark.parametrize("damage", ["pipe", "bytes"])
-def test_odd_files_are_one_line(
-    model: Path, name: str, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file, text = model / name, tmp_path / "text.jsonl"
+def test_odd_files_are_one_line(model, name, damage, run):
+    file = model / name
     file.unlink(missing_ok=True)
-    if damage == "pipe":
-        os.mkfifo(file)
-    else:
-        file.write_bytes(b"\xff" * 100)
-    text.write_text('{"text": "abc"}\n')
-    given = [f"--base={model}", f"--general-text={text}", f"--output={tmp_path}/eval.json"]
-    assert evaluate.main(given) == 4
-    [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert str(model) in line
-    assert (damage == "bytes") or "found a pipe" in line
+    os.mkfifo(file) if damage == "pipe" else file.write_bytes(b"\xff" * 100)
+    code, error = run(f"--base={model}")
+    assert (code, str(model) in error) == (4, True)
+    assert (damage == "bytes") or "found a pipe" in error
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
-def test_weights_that_are_no_numbers(model: Path, name: str) -> None:
+def test_weights_that_are_no_numbers(model, name):
     """What Stage 1 refuses: transformers casts integers, and computes with what is not finite."""
     file = model / "model.safetensors"
     tensors = load_file(file)
