@@ -1,25 +1,50 @@
-"""In a step of Stage 1 the host waits for the device where it logs, and nowhere else of ours."""
+"""In a step of Stage 1 the host waits for the device where it logs, and nowhere else of ours.
+
+A CPU waits for nothing; what would make it wait on a device is known by name: methods of a tensor
+that hand its numbers to Python, operators whose result has a size that depends on the numbers, and
+tensors made of Python's numbers, which are copied from memory that is not pinned.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import megatron_replay.training.build as build
 import megatron_replay.training.train as train
 from megatron_replay.loss.pairs import pair_backend
-from tests.distributed import host_reads
 from tests.e2e import stages
 
 pytestmark = pytest.mark.distributed
 
+ROOT = Path(__file__).parents[2]
+READING = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+COPYING = ("tensor", "as_tensor")
+SIZED_BY_VALUES = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::is_nonzero",
+    "aten::masked_select",
+    "aten::equal",
+    "aten::bincount",
+    "aten::_unique2",
+    "aten::unique_consecutive",
+    "aten::unique_dim",
+}
 #: The finite check and the norm; the loss; what MoClip did.
 OURS = {
     "tolist in optim/rule.py UpdateRule._finish": 1,
@@ -42,6 +67,71 @@ CASES: dict[str, tuple[list[object], dict[str, int]]] = {
         {"tp": 2},
     ),
 }
+
+
+def caller() -> str:
+    """File and function of the innermost frame of the package or of megatron-core."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_qualname
+        if file.startswith(f"{ROOT}/megatron_replay/"):
+            return f"{Path(file).relative_to(ROOT / 'megatron_replay')} {name}"
+        if "/megatron/core/" in file:
+            return f"megatron/core/{file.rpartition('/megatron/core/')[2]} {name}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name, kwargs = function._schema.name, kwargs or {}
+        if _waits(name, args, kwargs):
+            self._found[f"{name} in {caller()}"] += 1
+        return function(*args, **kwargs)
+
+
+def _waits(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if name == "aten::repeat_interleave":
+        return kwargs.get("output_size") is None
+    if name in ("aten::index", "aten::index_put", "aten::index_put_"):
+        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    return name in SIZED_BY_VALUES
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """How often each (what, where) happens in the block."""
+    found: Counter[str] = Counter()
+    thread = threading.get_ident()
+
+    def recorded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:  # the loader's may read what it likes
+                found[f"{name} in {caller()}"] += 1
+            with mock.patch.object(_Operators, "__torch_dispatch__", _let_through):
+                return original(*args, **kwargs)
+
+        return call
+
+    with contextlib.ExitStack() as patches:
+        for owner, names in ((torch.Tensor, READING), (torch, COPYING)):
+            for name in names:
+                call = recorded(name, getattr(owner, name))
+                patches.enter_context(mock.patch.object(owner, name, call))
+        patches.enter_context(_Operators(found))
+        yield found
+
+
+def _let_through(
+    self: Any, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+) -> Any:
+    return function(*args, **kwargs or {})
 
 
 def gather_dot(hidden_NH: Tensor, weight_VH: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
@@ -75,7 +165,7 @@ def count(rank: int, directory: Path) -> None:
         return dataclasses.replace(builder(*args), backend=DEVICE_BACKEND)
 
     def counted_step(*args: Any, **kwargs: Any) -> Any:
-        with host_reads.counted() as found:
+        with counted() as found:
             result = train_step(*args, **kwargs)
         steps.append(found)
         (directory / f"{rank}.json").write_text(json.dumps(steps))

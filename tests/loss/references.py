@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -22,20 +21,8 @@ from megatron_replay.loss.candidate_sets import CandidateSets
 from megatron_replay.loss.definition import restricted_cross_entropy_dense
 from megatron_replay.loss.divergence import SoftTargets, with_divergence
 
-#: A cut may differ from real arithmetic's only this close to the coverage (see candidates.py).
-CUT_MARGIN = 2.0**-19
 #: Ids, offsets and stored logits of sets that a divergence is over.
 Stored = tuple[Tensor, Tensor, Tensor]
-
-
-def first_tokens(logits_V: np.ndarray) -> np.ndarray:
-    """All ids by (logit descending, id ascending)."""
-    return np.lexsort((np.arange(len(logits_V)), -logits_V))
-
-
-def probabilities(logits_V: np.ndarray) -> np.ndarray:
-    masses = np.exp(logits_V - logits_V.max())
-    return masses / masses.sum()
 
 
 @dataclass

@@ -42,26 +42,20 @@ def test_number_order_and_purity(case: tuple[int, float, int, int], strategy: st
     assert chosen == draw(strategy, eligible, **options)
 
 
-def test_every_bucket_gives_the_same_number() -> None:
+def bucket_counts(fraction: float, document: int) -> np.ndarray:
+    """Positions from each of five buckets of 20 confidences."""
     confidence = np.random.default_rng(0).permutation(100).astype(np.float32)
-    for document in range(20):
-        chosen = draw(
-            "bucket", range(100), confidence=confidence, fraction=0.25, document_id=document
-        )
-        buckets = (confidence[chosen] // 20).astype(int)
-        assert np.bincount(buckets, minlength=5).tolist() == [5] * 5
+    options = {"confidence": confidence, "fraction": fraction, "document_id": document}
+    chosen = draw("bucket", range(100), **options)
+    return np.bincount((confidence[chosen] // 20).astype(int), minlength=5)
 
 
-def test_what_does_not_divide_goes_to_different_buckets_by_chance() -> None:
-    confidence = np.arange(100, dtype=np.float32)
+def test_every_bucket_gives_the_same_number_and_a_remainder_comes_by_chance() -> None:
     extra = np.zeros(5, int)
     for document in range(300):
-        chosen = draw(
-            "bucket", range(100), confidence=confidence, fraction=0.22, document_id=document
-        )
-        counts = np.bincount(np.array(chosen) // 20, minlength=5)
-        assert counts.sum() == 22
-        assert set(counts.tolist()) == {4, 5}
+        assert bucket_counts(0.25, document).tolist() == [5] * 5
+        counts = bucket_counts(0.22, document)
+        assert sorted(counts.tolist()) == [4, 4, 4, 5, 5]
         extra += counts - 4
     assert (abs(extra - 120) < 40).all()  # 5 standard deviations of a binomial(300, 0.4)
 
@@ -74,16 +68,10 @@ def test_small_buckets_are_filled_up_from_the_others() -> None:
 
 def test_ties_in_confidence_are_cut_by_position() -> None:
     """Two buckets of one all-equal document are its first and its second half."""
+    options = {"confidence": np.zeros(10, np.float32), "fraction": 0.2, "num_buckets": 2}
     for document in range(30):
-        chosen = draw(
-            "bucket",
-            range(10),
-            confidence=np.zeros(10, np.float32),
-            fraction=0.2,
-            num_buckets=2,
-            document_id=document,
-        )
-        assert chosen[0] < 5 <= chosen[1]
+        first, second = draw("bucket", range(10), **options, document_id=document)
+        assert first < 5 <= second
 
 
 def test_random_is_uniform() -> None:
@@ -116,23 +104,25 @@ def test_all_and_last_token() -> None:
     assert draw("last-token", [2, 5, 9], last_n=7) == [2, 5, 9]
 
 
+CONFIDENCE = "document 2: the bucket strategy needs the confidence"
+
+
 @pytest.mark.parametrize(
-    ("strategy", "options", "message"),
+    ("error", "strategy", "options", "message"),
     [
-        ("buckets", {}, r"position_strategy: no such strategy \(expected bucket, random"),
-        ("random", {"fraction": 0.0}, "fraction: out of range"),
-        ("random", {"fraction": 1.5}, "fraction: out of range"),
-        ("bucket", {"num_buckets": 0}, "num_buckets: out of range"),
-        ("last-token", {"last_n": 0}, "last_n: out of range"),
-        ("random", {"seed": -1}, "seed: out of range"),
+        (ConfigError, "buckets", {}, r"position_strategy: .*expected bucket, .*found 'buckets'"),
+        (ConfigError, "random", {"fraction": 0.0}, "fraction: out of range"),
+        (ConfigError, "random", {"fraction": 1.5}, "fraction: out of range"),
+        (ConfigError, "bucket", {"num_buckets": 0}, "num_buckets: out of range"),
+        (ConfigError, "last-token", {"last_n": 0}, "last_n: out of range"),
+        (ConfigError, "random", {"seed": -1}, "seed: out of range"),
+        (DataError, "bucket", {"confidence": None}, CONFIDENCE),
+        (DataError, "bucket", {"confidence": np.zeros(2)}, CONFIDENCE),
+        (DataError, "bucket", {"confidence": np.array([0.0, np.nan, 1.0])}, CONFIDENCE),
     ],
 )
-def test_wrong_options_are_named(strategy: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_what_is_refused(
+    error: type[Exception], strategy: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(error, match=message):
         draw(strategy, [1, 2, 3], **options)
-
-
-@pytest.mark.parametrize("confidence", [None, np.zeros(2), np.array([0.0, np.nan, 1.0])])
-def test_bucket_needs_every_confidence(confidence: Any) -> None:
-    with pytest.raises(DataError, match="document 2: the bucket strategy needs the confidence"):
-        draw("bucket", [1, 2, 3], confidence=confidence)
