@@ -73,11 +73,11 @@ def test_auto_is_another_where_the_compiled_one_cannot_run(backends, tensor, rea
 @pytest.fixture
 def fresh():
     """Backends are imported anew, and again after the test."""
-    for cached in (kernels.load, ascend_head.compiled):
-        cached.cache_clear()
+    kernels.load.cache_clear()
+    ascend_head.compiled.cache_clear()
     yield
-    for cached in (kernels.load, ascend_head.compiled):
-        cached.cache_clear()
+    kernels.load.cache_clear()
+    ascend_head.compiled.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh")
@@ -111,18 +111,17 @@ def test_one_unfit_tensor_among_others_is_refused_and_nothing_is_changed(reason,
 
 @pytest.mark.parametrize("copy", [FINE, torch.zeros(4, 8).bfloat16()[:, ::2]])
 def test_copies_are_contiguous_bf16_or_refused(copy):
+    parts = [[FINE]] * 4
     with pytest.raises(ConfigError, match="unusable copies"):
-        OPTIMIZER.choose("cpu", FINE).momentum_step(
-            [FINE], [FINE], [FINE], [FINE], ONES, bounded=True, copies=[copy]
-        )
+        OPTIMIZER.choose("cpu", FINE).momentum_step(*parts, ONES, bounded=True, copies=[copy])
 
 
 def test_other_sizes_are_a_mistake_of_ours():
-    kernels = OPTIMIZER.choose("cpu", FINE)
+    passes, parts = OPTIMIZER.choose("cpu", FINE), [[FINE]] * 4
     with pytest.raises(AssertionError):
-        kernels.dot_products([torch.zeros(3)], [torch.zeros(4)])
+        passes.dot_products([torch.zeros(3)], [torch.zeros(4)])
     with pytest.raises(AssertionError):
-        kernels.momentum_step([FINE], [FINE], [FINE], [FINE], ONES.repeat(2, 1), bounded=True)
+        passes.momentum_step(*parts, ONES.repeat(2, 1), bounded=True)
 
 
 def test_no_tensors_make_no_sums():

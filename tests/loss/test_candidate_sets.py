@@ -16,10 +16,13 @@ from megatron_replay.loss.candidate_sets import CandidateSets, unions
 V = 150_000  # more than 16 bits hold
 
 
+SIZES = pytest.mark.parametrize(("num_sets", "largest"), [(200, 300), (40, 1), (0, 1)])
+
+
 def random_sets(
     num_sets: int, largest: int, *, groups: bool = False
-) -> tuple[list[list[int]], list[int], CandidateSets]:
-    """Random sets, some empty, the labels, and both as ``CandidateSets`` with a value a candidate.
+) -> tuple[list[list[int]], CandidateSets]:
+    """Random sets, some empty, and the same as ``CandidateSets`` with a value for each candidate.
 
     With ``groups`` each is two positions' own.
     """
@@ -27,35 +30,28 @@ def random_sets(
     sets = [np.unique(rng.integers(0, V, rng.integers(0, largest))) for _ in range(num_sets)]
     borders = [0, V // 4 - 1, V // 4, V // 2 - 1, V // 2, V - 1]
     sets = [np.union1d(s, borders) if number % 3 == 1 else s for number, s in enumerate(sets)]
-    positions = 2 * num_sets if groups else num_sets
     ids = np.concatenate([np.empty(0, np.int64), *sets]).astype(np.int32)
-    offsets = np.concatenate(([0], np.cumsum([len(s) for s in sets]))).astype(np.int64)
-    labels_N = rng.integers(0, V, positions)
-    labels_N[: len(borders)] = borders[:positions]
-    made = CandidateSets.of(
-        ids, offsets, labels_N, np.arange(0, positions + 1, 2) if groups else None,
-        vocab_size=V, values=ids.astype(np.float32),
-    )  # fmt: skip
-    return [s.tolist() for s in sets], labels_N.tolist(), made
-
-
-def as_lists(sets: CandidateSets) -> list[list[int]]:
-    offsets = sets.offsets.tolist()
-    return [sets.ids[a:b].tolist() for a, b in pairwise(offsets)]
+    offsets = np.cumsum([0, *map(len, sets)])
+    labels_N = rng.integers(0, V, num_sets * (1 + groups))
+    labels_N[: len(borders)] = borders[: len(labels_N)]
+    shared = np.arange(0, len(labels_N) + 1, 2) if groups else None
+    values = ids.astype(np.float32)
+    made = CandidateSets.of(ids, offsets, labels_N, shared, vocab_size=V, values=values)
+    return [s.tolist() for s in sets], made
 
 
 @pytest.mark.parametrize("groups", [False, True])
 @pytest.mark.parametrize(("start", "rows"), [(0, V), (V // 2, V // 2), (V // 4, V // 4)])
-@pytest.mark.parametrize(("num_sets", "largest"), [(200, 300), (40, 1), (0, 1)])
+@SIZES
 def test_a_cut_keeps_the_rows_of_the_shard(num_sets, largest, start, rows, groups):
-    sets, labels, whole = random_sets(num_sets, largest, groups=groups)
+    sets, whole = random_sets(num_sets, largest, groups=groups)
     cut = whole.shard(start, rows)
     expected = [[i - start for i in s if start <= i < start + rows] for s in sets]
-    assert as_lists(cut) == expected
-    assert cut.labels_N.tolist() == labels
-    assert cut.label_rows_N.tolist() == [
-        i - start if start <= i < start + rows else -1 for i in labels
-    ]
+    assert [cut.ids[a:b].tolist() for a, b in pairwise(cut.offsets.tolist())] == expected
+    labels = cut.labels_N.tolist()
+    label_rows = [i - start if start <= i < start + rows else -1 for i in labels]
+    assert labels == whole.labels_N.tolist()
+    assert cut.label_rows_N.tolist() == label_rows
     assert cut.values.tolist() == [i + start for s in expected for i in s]
     assert cut.largest == max(map(len, expected), default=0)
     assert (cut.vocab_start, cut.num_rows) == (start, rows)
@@ -63,9 +59,9 @@ def test_a_cut_keeps_the_rows_of_the_shard(num_sets, largest, start, rows, group
     assert cut.label_rows_N.dtype == torch.int64
 
 
-@pytest.mark.parametrize(("num_sets", "largest"), [(200, 300), (40, 1), (0, 1)])
+@SIZES
 def test_the_transpose_has_every_pair_by_id_then_by_position(num_sets, largest):
-    sets, _, whole = random_sets(num_sets, largest)
+    sets, whole = random_sets(num_sets, largest)
     order, positions, rows, offsets = (part.tolist() for part in whole.with_transpose().transpose)
     pairs = [(i, n) for n, s in enumerate(sets) for i in s]
     expected = sorted(pairs)
@@ -78,11 +74,11 @@ def test_the_transpose_has_every_pair_by_id_then_by_position(num_sets, largest):
 
 
 def test_shared_sets_have_no_transpose():
-    assert random_sets(5, 9, groups=True)[2].with_transpose().transpose is None
+    assert random_sets(5, 9, groups=True)[1].with_transpose().transpose is None
 
 
 def test_what_moves_still_knows_the_host():
-    sets = random_sets(5, 9)[2].shard(0, V).with_transpose()
+    sets = random_sets(5, 9)[1].shard(0, V).with_transpose()
     moved = sets.moved(torch.Tensor.clone)
     assert moved.transpose.order is not sets.transpose.order
     assert torch.equal(moved.transpose.order, sets.transpose.order)
