@@ -98,8 +98,8 @@ class Case:
         )
         with CandidateWriter(settings.store, description(self.corpus), lock=True) as writer:
             with ShardStream(writer, 0) as stream:
-                for part in collector.collect(np.arange(len(self.corpus))):
-                    stream.put(part.records(), part.nbytes)
+                for records, nbytes in collector.collect(np.arange(len(self.corpus))):
+                    stream.put(records, nbytes)
             writer.finish()
         return writer.directory
 

@@ -148,8 +148,8 @@ class Ours:
         )
         with CandidateWriter(store, description(self.corpus), lock=True) as writer:
             with ShardStream(writer, 0) as stream:
-                for part in collector.collect(np.arange(len(self.corpus))):
-                    stream.put(part.records(), part.nbytes)
+                for records, nbytes in collector.collect(np.arange(len(self.corpus))):
+                    stream.put(records, nbytes)
             writer.finish()
 
     def step(self, arm: Arm) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_replay import kernels
 from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.collection import LOGITS_CHUNK_SIZE
+from megatron_replay.collection.stream import Records
 from megatron_replay.config import CandidatesConfig, DataConfig
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.packing import PackedBatch, pack_batch, plan_packs, split_packs
@@ -30,7 +31,7 @@ from megatron_replay.model.selected_rows import HiddenStates, SelectedRows
 from megatron_replay.parallel import Parallel
 from megatron_replay.selection.candidates import SelectedCandidates, select_candidates
 from megatron_replay.selection.positions import select_positions
-from megatron_replay.store import CandidateBatch, DocumentCandidates, offsets_of_counts
+from megatron_replay.store import CandidateBatch, offsets_of_counts
 
 #: Confidence buckets of the bucket strategy.
 NUM_BUCKETS = 5
@@ -53,40 +54,6 @@ class Wanted(NamedTuple):
     offsets: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int32]
     rows: npt.NDArray[np.int64]
-
-
-class SelectedBatch(NamedTuple):
-    """A micro-batch after selection, on the host: the sets of whole documents.
-
-    The bucket strategy draws positions by confidence, so it holds every eligible position;
-    ``records`` draws, while the device continues.
-
-    Attributes:
-        documents: int64 [D], numbers in the corpus.
-        confidence: fp32 [N], log-probability of the likeliest token.
-    """
-
-    documents: npt.NDArray[np.int64]
-    sets: CandidateBatch
-    confidence: npt.NDArray[np.float32]
-    settings: CandidatesConfig
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(array.nbytes for array in vars(self.sets).values() if array is not None)
-
-    def records(self) -> Iterator[tuple[int, DocumentCandidates]]:
-        """Each document of the micro-batch and its record."""
-        confidences = np.split(self.confidence, self.sets.document_offsets[1:-1])
-        for number, record, confidence in zip(
-            self.documents.tolist(), self.sets.documents(), confidences, strict=True
-        ):
-            if self.settings.position_strategy == "bucket":
-                chosen = choose(self.settings, number, record.positions, confidence)
-                yield number, record.take(np.searchsorted(record.positions, chosen))
-            else:
-                yield number, record
 
 
 def choose(
@@ -138,8 +105,8 @@ class Collector:
         self.positions = 0
         self.writes = groups.last_stage and groups.tp_rank == 0
 
-    def collect(self, documents: npt.NDArray[np.int64]) -> Iterator[SelectedBatch]:
-        """Micro-batches with candidates, their documents in the order of ``documents``.
+    def collect(self, documents: npt.NDArray[np.int64]) -> Iterator[tuple[Records, int]]:
+        """The records of each micro-batch, and their bytes; in the order of ``documents``.
 
         The work is done as the iterator advances. It yields on the rank that writes, and nothing on
         the other ranks of a model copy.
@@ -237,7 +204,7 @@ class Collector:
 
     def _to_host(
         self, wanted: Wanted, sets: Sequence[SelectedCandidates], logits: Sequence[Tensor]
-    ) -> SelectedBatch:
+    ) -> tuple[Records, int]:
         batch = CandidateBatch(
             document_offsets=wanted.offsets,
             positions=wanted.positions,
@@ -248,8 +215,26 @@ class Collector:
             tail_mass=_host(chunk.tail_mass_T for chunk in sets),
             logits=_host(logits) if logits else None,
         )
-        confidence = _host(chunk.max_logprob_T for chunk in sets)
-        return SelectedBatch(wanted.documents, batch, confidence, self._settings)
+        nbytes = sum(array.nbytes for array in vars(batch).values() if array is not None)
+        max_logprob_N = _host(chunk.max_logprob_T for chunk in sets)
+        return self._records(wanted.documents.tolist(), batch, max_logprob_N), nbytes
+
+    def _records(
+        self, documents: list[int], batch: CandidateBatch, confidence_N: npt.NDArray[np.float32]
+    ) -> Records:
+        """Each document and its record, cut while the device continues.
+
+        ``batch`` has every eligible position for the bucket strategy, which draws by confidence.
+        """
+        confidences = np.split(confidence_N, batch.document_offsets[1:-1])
+        for number, record, confidence in zip(
+            documents, batch.documents(), confidences, strict=True
+        ):
+            if self._settings.position_strategy == "bucket":
+                chosen = choose(self._settings, number, record.positions, confidence)
+                yield number, record.take(np.searchsorted(record.positions, chosen))
+            else:
+                yield number, record
 
 
 def _host(chunks: Iterable[Tensor]) -> npt.NDArray[Any]:

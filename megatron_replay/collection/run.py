@@ -160,14 +160,14 @@ def _write_shards(
     with Progress("Stage 0", num_documents, unit, enabled=groups.writer) as progress:
         for shard in shards:
             documents = writer.description.documents(shard)
-            batches = collector.collect(np.array(documents))
+            parts = collector.collect(np.array(documents))
             if collector.writes:
                 with ShardStream(writer, shard) as stream:
-                    for batch in batches:
-                        stream.put(batch.records(), batch.nbytes)
+                    for records, nbytes in parts:
+                        stream.put(records, nbytes)
                 waited += stream.waited
             else:
-                for _ in batches:  # takes part in the forward passes and yields nothing
+                for _ in parts:  # takes part in the forward passes and yields nothing
                     pass
             progress.advance(len(documents))
     return Cost(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from megatron_replay.errors import OutputError
@@ -23,7 +23,7 @@ ABORT_SECONDS = 5.0
 STALL_SECONDS = 600.0
 
 #: Documents and their records, in order.
-Records = Iterable[tuple[int, DocumentCandidates]]
+Records = Iterator[tuple[int, DocumentCandidates]]
 
 
 class _AbortedError(Exception):
@@ -131,7 +131,7 @@ class ShardStream:
                 self._parts.clear()
                 self._changed.notify_all()
 
-    def _records(self) -> Iterator[tuple[int, DocumentCandidates]]:
+    def _records(self) -> Records:
         """The records of every part, until the block ends."""
         while True:
             with self._changed:

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from megatron_replay.errors import ConfigError
 T = TypeVar("T")
 
 
+@dataclass(eq=False)
 class GlobalBatches:
     """The packs of ``epochs`` passes, each in its own order, cut into global batches.
 
@@ -33,7 +35,7 @@ class GlobalBatches:
     these go to the ranks in turn, as in Megatron's pretraining sampler: rank r computes r,
     r + dp_size, … So changing ``dp_size`` changes who computes a micro-batch, never what is in it.
 
-    Args:
+    Attributes:
         lengths: int32 [D], tokens used of each document (``fit_documents``).
         seq_length: positions of a pack.
         epochs: passes over the documents; None: without an end, so no batch is padded.
@@ -43,32 +45,29 @@ class GlobalBatches:
         ConfigError: ``global_batch_size`` is no multiple of ``micro_batch_size * dp_size``.
     """
 
-    def __init__(
-        self,
-        lengths: npt.NDArray[np.int32],
-        *,
-        seq_length: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        seed: int,
-        epochs: int | None,
-        pack_documents: bool = True,
-        dp_rank: int,
-        dp_size: int,
-    ) -> None:
-        if global_batch_size <= 0 or global_batch_size % (micro_batch_size * dp_size):
+    lengths: npt.NDArray[np.int32]
+    _: KW_ONLY
+    seq_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    seed: int
+    epochs: int | None
+    pack_documents: bool = True
+    dp_rank: int
+    dp_size: int
+
+    def __post_init__(self) -> None:
+        multiple = self.micro_batch_size * self.dp_size
+        if self.global_batch_size <= 0 or self.global_batch_size % multiple:
             raise ConfigError(
                 "the global batch cannot be shared out evenly",
                 where="--global-batch-size",
-                expected=f"a multiple of {micro_batch_size * dp_size} "
-                f"(--micro-batch-size {micro_batch_size} x {dp_size} data-parallel ranks)",
-                found=global_batch_size,
+                expected=f"a multiple of {multiple} (--micro-batch-size {self.micro_batch_size} x "
+                f"{self.dp_size} data-parallel ranks)",
+                found=self.global_batch_size,
             )
-        assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-        assert (lengths > 0).any(), "fit_documents refuses what leaves nothing"
-        self._lengths, self._seq_length, self._together = lengths, seq_length, pack_documents
-        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
-        self._seed, self._epochs, self._dp_rank, self._dp_size = seed, epochs, dp_rank, dp_size
+        assert 0 <= self.dp_rank < self.dp_size, (self.dp_rank, self.dp_size)
+        assert (self.lengths > 0).any(), "fit_documents refuses what leaves nothing"
         self._planned: tuple[int, list[Pack]] = (-1, [])
         # The number of packs before each epoch known so far: epochs differ in theirs.
         self._first_pack = [0]
@@ -76,27 +75,27 @@ class GlobalBatches:
     @property
     def num_batches(self) -> int:
         """Global batches in all epochs, of which there must be a number."""
-        assert self._epochs is not None
-        while len(self._first_pack) <= self._epochs:
+        assert self.epochs is not None
+        while len(self._first_pack) <= self.epochs:
             self._count_epoch()
-        return -(-self._first_pack[-1] // self._global_batch_size)
+        return -(-self._first_pack[-1] // self.global_batch_size)
 
     def global_batch(self, k: int) -> list[Pack]:
         """All ``global_batch_size`` packs of global batch ``k``, empty ones included."""
-        if k < 0 or (self._epochs is not None and k >= self.num_batches):
+        if k < 0 or (self.epochs is not None and k >= self.num_batches):
             raise IndexError(f"global batch {k} of {self.num_batches}")
-        first = k * self._global_batch_size
-        return [self._pack(i) for i in range(first, first + self._global_batch_size)]
+        first = k * self.global_batch_size
+        return [self._pack(i) for i in range(first, first + self.global_batch_size)]
 
     def micro_batches(self, k: int) -> list[list[Pack]]:
         """This rank's micro-batches of global batch ``k``, in the order to compute them."""
-        micro_batches = split_packs(self.global_batch(k), self._micro_batch_size)
-        return micro_batches[self._dp_rank :: self._dp_size]
+        micro_batches = split_packs(self.global_batch(k), self.micro_batch_size)
+        return micro_batches[self.dp_rank :: self.dp_size]
 
     def _pack(self, i: int) -> Pack:
         """Pack ``i`` of all epochs laid end to end; an empty one after the last."""
         while i >= self._first_pack[-1]:
-            if self._epochs is not None and len(self._first_pack) > self._epochs:
+            if self.epochs is not None and len(self._first_pack) > self.epochs:
                 return np.empty(0, dtype=np.int64)
             self._count_epoch()
         epoch = bisect_right(self._first_pack, i) - 1
@@ -108,8 +107,8 @@ class GlobalBatches:
     def _plan(self, epoch: int) -> list[Pack]:
         """The packs of ``epoch``; only the last one requested is kept."""
         if self._planned[0] != epoch:
-            order = document_order(len(self._lengths), seed=self._seed, epoch=epoch)
-            packs = plan_packs(self._lengths, order, self._seq_length, together=self._together)
+            order = document_order(len(self.lengths), seed=self.seed, epoch=epoch)
+            packs = plan_packs(self.lengths, order, self.seq_length, together=self.pack_documents)
             self._planned = (epoch, packs)
         return self._planned[1]
 

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
+from megatron_replay.collection import run
 from megatron_replay.collection.run import Cost, rates_of, wait_for
 
 
-def test_the_last_copy_is_waited_for_as_long_as_shards_come():
-    looks = [[1, 2], [1, 2], [2], [2], [2], []]  # what each look at the store finds missing
-    wait_for(lambda: looks.pop(0), minutes=10)
-    assert not looks
-    start = time.monotonic()
-    wait_for(lambda: [1], minutes=0.1 / 60)  # nothing comes: it is given up
-    assert time.monotonic() - start >= 0.1
+class Clock:
+    """Goes on while somebody sleeps."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_the_last_copy_is_waited_for_as_long_as_shards_come(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(run, "time", clock)
+    wait_for(lambda: list(range(int(clock.now), 300)), minutes=1)  # one each second
+    assert clock.now >= 300
+    clock.now = 0
+    wait_for(lambda: [1], minutes=1)  # nothing comes: it is given up
+    assert 60 <= clock.now < 90
 
 
 def test_rates_of_copies_side_by_side():

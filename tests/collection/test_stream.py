@@ -48,7 +48,7 @@ def write(writer: CandidateWriter, *parts: list[int], max_bytes: int = 100) -> N
     """Parts of a byte each, with the documents of ``tests.store.examples``."""
     with ShardStream(writer, 0, max_bytes=max_bytes) as stream:
         for numbers in parts:
-            stream.put([(d, document_of(writer.description, d)) for d in numbers], 1)
+            stream.put(((d, document_of(writer.description, d)) for d in numbers), 1)
 
 
 def published(directory: Path) -> list[str]:
@@ -136,7 +136,7 @@ def test_an_error_of_the_disk_ends_the_work_at_once(tmp_path, monkeypatch):
     def work() -> None:
         with ShardStream(writer_of(tmp_path, 1000), 0, max_bytes=4) as stream:
             for document in range(1000):
-                stream.put([(document, None)], 1)
+                stream.put(iter([(document, None)]), 1)
                 put.append(document)
 
     monkeypatch.setattr(ShardWriter, "add", refuse)
@@ -163,7 +163,7 @@ def test_an_error_of_the_work_publishes_nothing(tmp_path, documents):
 
     def work() -> None:
         with ShardStream(writer, 0) as stream:
-            stream.put([(d, document_of(writer.description, d)) for d in documents], 1)
+            stream.put(((d, document_of(writer.description, d)) for d in documents), 1)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

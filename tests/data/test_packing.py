@@ -60,22 +60,23 @@ def test_order_is_a_permutation_that_seed_and_epoch_decide():
     assert document_order(8, seed=1234, epoch=0).tolist() == [1, 6, 2, 0, 3, 5, 7, 4]
 
 
-LENGTHS, FIRST_LABELS = np.array([[5, 13, 14, 20, 20], [1, 4, 12, 13, 19]], dtype=np.int32)
+# The last two have no label.
+LENGTHS, FIRST_LABELS = np.array([[5, 13, 14, 20, 20, 9, 20], [1, 4, 12, 13, 19, 9, 20]], np.int32)
 
 
 @pytest.mark.parametrize(
     ("policy", "seq_length", "lengths", "counts", "printed"),
     [
         # (dropped, truncated, without a label, tokens lost), and the numbers that are printed
-        ("drop", SEQ_LENGTH, [5, 13, 0, 0, 0], (3, 0, 0, 54), [3, 5, 54]),
-        ("truncate", SEQ_LENGTH, [5, 13, 13, 13, 13], (0, 3, 2, 15), [3, 5, 15, 2]),
-        ("drop", 19, [5, 13, 14, 20, 20], (0, 0, 0, 0), []),
-        ("error", 19, [5, 13, 14, 20, 20], (0, 0, 0, 0), []),
+        ("drop", SEQ_LENGTH, [5, 13, 0, 0, 0, 9, 0], (4, 0, 0, 74), [4, 7, 74]),
+        ("truncate", SEQ_LENGTH, [5, 13, 13, 13, 13, 9, 13], (0, 4, 2, 22), [4, 7, 22, 2]),
+        ("drop", 19, LENGTHS, (0, 0, 0, 0), []),
+        ("error", 19, LENGTHS, (0, 0, 0, 0), []),
     ],
 )
 def test_long_documents(capsys, policy, seq_length, lengths, counts, printed):
     fitted = fit_documents(LENGTHS, seq_length, policy, FIRST_LABELS)
-    assert fitted.lengths.tolist() == lengths
+    assert fitted.lengths.tolist() == list(lengths)
     found = (fitted.num_dropped, fitted.num_truncated, fitted.num_unlabelled)
     assert (*found, fitted.num_tokens_lost) == counts
     report_long_documents(fitted, policy)
@@ -87,7 +88,7 @@ def test_long_documents(capsys, policy, seq_length, lengths, counts, printed):
 @pytest.mark.parametrize(
     ("policy", "documents", "message"),
     [
-        ("error", slice(0, 5), r"3 of 5 .*document 2 \(expected at most 13 .*12; found 14 tokens"),
+        ("error", slice(0, 7), r"4 of 7 .*document 2 \(expected at most 13 .*12; found 14 tokens"),
         ("drop", slice(2, 5), "would leave no document .*at most 13 tokens; found at least 14"),
         ("truncate", slice(3, 5), r"no answer token is left.*at least 13 tokens"),
     ],

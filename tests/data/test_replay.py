@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_replay.data.corpus import Document
 from megatron_replay.data.packing import pack_batch
-from megatron_replay.data.replay import eligible_rows, full_targets, join_candidates
+from megatron_replay.data.replay import full_targets, join_candidates
 from megatron_replay.errors import StoreError
 from megatron_replay.store import CandidateBatch, DocumentCandidates, missing_label
 from tests.data.examples import PAD_ID, VOCAB_SIZE, random_documents
@@ -93,7 +93,7 @@ def join(batch, source, scope="position", **options):
 
 
 @given(
-    st.lists(st.integers(2, 16), min_size=1, max_size=8),
+    st.lists(st.integers(2, 16), max_size=8),
     st.sampled_from([0.0, 0.3, 1.0]),
     st.sampled_from(SCOPES),
     st.integers(0, 10_000),
@@ -109,6 +109,11 @@ def test_join_against_dictionaries(lengths, share, scope, seed):
     packs += [np.array(short[:2]), np.empty(0, np.int64)]  # a batch may hold a document twice
     used = np.minimum(np.array(lengths, dtype=np.int32), SEQ_LENGTH + 1)
     batch = pack_batch(documents, [pack.astype(int) for pack in packs], SEQ_LENGTH, used)
+    labels, has_loss = batch.labels_BS.flatten().tolist(), batch.loss_mask_BS.flatten().tolist()
+    eligible = [(row, label) for row, label in enumerate(labels) if has_loss[row]]
+    rows_N, labels_N = full_targets(batch)
+    assert list(zip(rows_N.tolist(), labels_N.tolist(), strict=True)) == eligible
+    assert rows_N.dtype == labels_N.dtype == torch.int64
     expected = slow_join(batch, recorded)
     got = join(batch, recorded, scope, logits=True)
     assert got.rows_N.tolist() == [row for row, *_ in expected]
@@ -181,35 +186,3 @@ def test_nothing_is_copied_where_nothing_is_cut_off():
     targets = join(batch, store)
     assert np.shares_memory(targets.sets.ids.numpy(), recorded.ids)
     assert np.shares_memory(targets.sets.offsets.numpy(), recorded.offsets)
-
-
-def test_a_union_includes_positions_that_truncation_cut_off():
-    """Of positions 1 and 2, the second is cut off."""
-    batch, store = one_document(length=3)
-    targets = join(batch, store, "document")
-    assert targets.rows_N.tolist() == [1]
-    assert targets.sets.ids.tolist() == [2, 4, 5, 6]
-    assert join(batch, store).sets.ids.tolist() == [4, 5]
-
-
-def test_an_empty_batch():
-    empty = pack_batch(Documents(), [np.empty(0, dtype=np.int64)], 4, np.empty(0, dtype=np.int32))
-    targets = join(empty, Recorded(), "document")
-    assert len(targets.rows_N) == len(targets.sets.ids) == 0
-    assert targets.sets.offsets.tolist() == targets.sets.group_offsets.tolist() == [0]
-    assert [len(t) for t in full_targets(empty)] == [0, 0]
-
-
-def test_full_targets_are_the_positions_whose_label_carries_loss():
-    documents = Documents(random_documents([5, 4, 7], seed=2))
-    packs = [np.array([1, 0]), np.array([2])]
-    batch = pack_batch(documents, packs, SEQ_LENGTH, np.array([5, 4, 7], dtype=np.int32))
-    expected = [
-        (b * SEQ_LENGTH + start + int(t), int(documents[i].tokens[t + 1]))
-        for b, i, start in ((0, 1, 0), (0, 0, 3), (1, 2, 0))
-        for t in documents[i].eligible_positions()
-    ]
-    rows_N, labels_N = full_targets(batch)
-    assert list(zip(rows_N.tolist(), labels_N.tolist(), strict=True)) == expected
-    assert eligible_rows(batch).tolist() == rows_N.tolist()
-    assert rows_N.dtype == labels_N.dtype == torch.int64

@@ -3,15 +3,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.tokenizer import load_tokenizer
-from tests.data.tiny_tokenizers import CHATML, save_hugging_face, save_sentencepiece
+from tests.data.tiny_tokenizers import CHATML, save_hugging_face
 from tools import preprocess_data
 
 ROWS = [{"prompt": f"what is {i} + 1?", "completion": f" {i + 1}"} for i in range(5)]
@@ -57,14 +55,15 @@ def contents(tmp_path, prefix="corpus"):
 
 
 def test_rows_of_all_inputs_in_order(run, write_rows, tmp_path, tokenizer_dir):
-    out, err = run(write_rows(ROWS[:2], "b.jsonl"), write_rows(ROWS[2:], "a.jsonl"))
-    tokenizer, corpus = load_tokenizer(tokenizer_dir), Corpus(tmp_path / "corpus")
+    files = write_rows(ROWS[:2], "b.jsonl"), write_rows(ROWS[2:], "a.jsonl")
+    out, err = run(*files, prefix="deep/corpus")
+    tokenizer, corpus = load_tokenizer(tokenizer_dir), Corpus(tmp_path / "deep" / "corpus")
     assert [tokenizer.decode(corpus[i].tokens.tolist()) for i in range(5)] == [
         f"what is {i} + 1? {i + 1}<|endoftext|>" for i in range(5)
     ]
     about = corpus.description
     assert out.strip() == (
-        f"{tmp_path}/corpus: 5 documents (prompt), {about.num_tokens} tokens, "
+        f"{tmp_path}/deep/corpus: 5 documents (prompt), {about.num_tokens} tokens, "
         f"{about.num_loss_tokens} with loss, longest {corpus.lengths.max()}, fingerprint "
         f"{about.fingerprint[:12]}; written, 0 of 5 rows skipped"
     )
@@ -231,18 +230,3 @@ def test_a_template_that_writes_the_date_is_said(run, write_rows, tmp_path):
     assert run(chats, tokenizer=dated)[1].count(said) == 1
     assert said not in run(chats)[1]
     assert said not in run(write_rows(ROWS), tokenizer=dated, prefix="no-chat")[1]
-
-
-def test_from_a_shell_with_sentencepiece(write_rows, tmp_path):
-    model = save_sentencepiece(tmp_path / "tiny.model")
-    root = Path(preprocess_data.__file__).parents[1]
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "tools.preprocess_data", "--input", write_rows(ROWS),
-            "--tokenizer", model, "--output-prefix", tmp_path / "deep" / "corpus", "--show", "1",
-        ],
-        cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "5 documents (prompt)" in done.stdout
-    assert len(Corpus(tmp_path / "deep" / "corpus")) == 5
