@@ -34,9 +34,7 @@ def stage0(config: Stage0Config) -> str:
     """The estimate for Stage 0, as text."""
     shape, local, _, rows = _layout(config.model, config.parallel)
     corpus, data = Corpus(config.data.data_path), config.data
-    fitted = fit_documents(
-        corpus.lengths, data.seq_length, data.long_documents, corpus.first_labels
-    )
+    fitted = fit_documents(corpus, data)
     width = 2 if config.model.bf16 else 4
     # A chunk of logits exists as computed, in fp32, and as int64 masses.
     logits = LOGITS_CHUNK_SIZE * shape.vocab_size * (width + 4 + 8)

@@ -62,9 +62,7 @@ def collect(config: Stage0Config, groups: Parallel) -> None:
     # What can be refused is refused before minutes of loading.
     files, shape = describe_model(config.model.load)
     require_vocabulary(corpus, shape, files)
-    fitted = fit_documents(
-        corpus.lengths, data.seq_length, data.long_documents, corpus.first_labels
-    )
+    fitted = fit_documents(corpus, data)
     require_context(fitted.lengths, shape)
     num_shards = -(-len(corpus) // candidates.documents_per_shard)
     chosen = _chosen_shards(candidates.shards, num_shards)

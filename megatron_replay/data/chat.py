@@ -29,8 +29,6 @@ _MARK = "\ue0f8"
 _MARKED = re.compile(rf"(?:{_MARK}|\\ue0f8)(\d+)(?:{_MARK}|\\ue0f8)")
 #: Keys inside a tool call that may be lost: few templates write them.
 _CALL_METADATA = ("id", "index", "type")
-#: The value of a field that is removed.
-_REMOVED = object()
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,8 @@ class _Rendering:
                 if n not in found:
                     if at + 1 < len(words) and n + 1 not in found:
                         continue  # the next word is missing as well: try both as one
-                    if self._is_same_with(i, {"content": f"{content[:end]}x{content[end:]}"}):
+                    changed = f"{content[:end]}x{content[end:]}"
+                    if self._is_same_with(i, {**self._messages[i], "content": changed}):
                         raise self._lost_content(i, content[start:end].strip())
                 start = end
 
@@ -198,25 +197,26 @@ class _Rendering:
         """Raise DataError if a key of a message, or a value inside one, changes nothing."""
         reason = "would be lost: the chat template writes the same without it"
         for i, turn in enumerate(self._turns):
-            for key in [key for key in turn.message if key not in ("role", "content")]:
-                if self._is_same_with(i, {key: _REMOVED}):
+            for key, value in turn.message.items():
+                if key in ("role", "content"):
+                    continue
+                others = {name: field for name, field in turn.message.items() if name != key}
+                if self._is_same_with(i, others):
                     raise self._row.error(
                         f"{key!r} of {turn.name} {reason}",
                         fix="Fold it into the content, or leave it out on purpose with "
                         f"--ignore-fields {key}",
                     )
-                for path, without in _without_each_leaf(turn.message[key]):
-                    if self._is_same_with(i, {key: without}):
+                for path, without in _without_each_leaf(value):
+                    if self._is_same_with(i, {**turn.message, key: without}):
                         raise self._row.error(
                             f"{key}{path} of {turn.name} {reason}",
                             fix="Remove it from the row, or use a template that writes it",
                         )
 
-    def _is_same_with(self, i: int, changes: dict[str, Any]) -> bool:
-        """Whether the rendering stays as it is with ``changes`` in message ``i``."""
-        messages = self._messages.copy()
-        changed = {**messages[i], **changes}
-        messages[i] = {key: value for key, value in changed.items() if value is not _REMOVED}
+    def _is_same_with(self, i: int, message: dict[str, Any]) -> bool:
+        """Whether the rendering stays as it is with ``message`` in place of message ``i``."""
+        messages = [*self._messages[:i], message, *self._messages[i + 1 :]]
         try:
             return self._tokenizer.render_chat(messages, False) == self._text
         except TextError:

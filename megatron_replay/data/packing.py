@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_replay.config import Stage1Config
+from megatron_replay.config import DataConfig, Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.errors import DataError
 from megatron_replay.kernels.packed_attention import Segments, segments_of, segments_to
@@ -49,22 +49,14 @@ class FittedDocuments:
     num_tokens_lost: int
 
 
-def fit_documents(
-    lengths: npt.NDArray[np.int32],
-    seq_length: int,
-    policy: str,
-    first_labels: npt.NDArray[np.int32],
-) -> FittedDocuments:
+def fit_documents(corpus: Corpus, data: DataConfig) -> FittedDocuments:
     """Apply ``--long-documents`` to documents that need more than ``seq_length`` positions.
-
-    Args:
-        lengths: int32 [D], tokens of each document.
-        policy: error, drop or truncate.
-        first_labels: int32 [D], each document's first token that carries loss.
 
     Raises:
         DataError: policy "error" and a document is too long; or nothing is left to learn.
     """
+    lengths, first_labels = corpus.lengths, corpus.first_labels
+    seq_length, policy = data.seq_length, data.long_documents
     too_long = lengths > seq_length + 1
     num_too_long = int(too_long.sum())
     if num_too_long and policy == "error":
@@ -147,9 +139,7 @@ def usable_documents(
     Raises:
         DataError: nothing is left to learn.
     """
-    fitted = fit_documents(
-        corpus.lengths, config.data.seq_length, config.data.long_documents, corpus.first_labels
-    )
+    fitted = fit_documents(corpus, config.data)
     if config.loss.loss != "restricted" or reader is None:
         return fitted, fitted.lengths
     lengths, stops = fitted.lengths, reader.stops()

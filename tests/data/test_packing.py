@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +65,11 @@ def test_order_is_a_permutation_that_seed_and_epoch_decide():
 LENGTHS, FIRST_LABELS = np.array([[5, 13, 14, 20, 20, 9, 20], [1, 4, 12, 13, 19, 9, 20]], np.int32)
 
 
+def fit(policy, documents=slice(None), seq_length=SEQ_LENGTH):
+    corpus = SimpleNamespace(lengths=LENGTHS[documents], first_labels=FIRST_LABELS[documents])
+    return fit_documents(corpus, SimpleNamespace(seq_length=seq_length, long_documents=policy))
+
+
 @pytest.mark.parametrize(
     ("policy", "seq_length", "lengths", "counts", "printed"),
     [
@@ -75,7 +81,7 @@ LENGTHS, FIRST_LABELS = np.array([[5, 13, 14, 20, 20, 9, 20], [1, 4, 12, 13, 19,
     ],
 )
 def test_long_documents(capsys, policy, seq_length, lengths, counts, printed):
-    fitted = fit_documents(LENGTHS, seq_length, policy, FIRST_LABELS)
+    fitted = fit(policy, seq_length=seq_length)
     assert fitted.lengths.tolist() == list(lengths)
     found = (fitted.num_dropped, fitted.num_truncated, fitted.num_unlabelled)
     assert (*found, fitted.num_tokens_lost) == counts
@@ -95,7 +101,7 @@ def test_long_documents(capsys, policy, seq_length, lengths, counts, printed):
 )
 def test_long_documents_that_leave_nothing_are_refused(policy, documents, message):
     with pytest.raises(DataError, match=message):
-        fit_documents(LENGTHS[documents], SEQ_LENGTH, policy, FIRST_LABELS[documents])
+        fit(policy, documents)
 
 
 def test_pack_batch_against_the_definition(tmp_path):
