@@ -28,11 +28,10 @@ def kept(rank: int, world_size: int, folder: Path, layers: int, bf16: bool) -> i
         return tensor
 
     model = save_qwen3(folder / f"model{layers}", tied=True, num_hidden_layers=layers, **SHAPE)
-    arguments = ["--load", str(model), "--data-path", str(folder / "corpus"), "--save"]
-    arguments += [str(folder / f"run{layers}"), "--loss", "full", "--lr", "1e-5"]
-    arguments += ["--seq-length", str(SEQ_LENGTH), "--micro-batch-size", "1", "--train-iters", "1"]
-    arguments += ["--global-batch-size", "1"]
-    arguments += ["--optimizer", "adamw", "--probe-interval", "0", *(["--bf16"] if bf16 else [])]
+    flags = f"--loss full --lr 1e-5 --seq-length {SEQ_LENGTH} --train-iters 1 --global-batch-size 1"
+    flags += " --optimizer adamw --probe-interval 0" + " --bf16" * bf16
+    arguments = ["--load", str(model), "--data-path", str(folder / "corpus")]
+    arguments += ["--save", str(folder / f"run{layers}"), *flags.split()]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         assert stage1.main(arguments) == 0
     return sum(s.nbytes() for s in {s.data_ptr(): s for s in storages.values()}.values())
