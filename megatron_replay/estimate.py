@@ -13,13 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_replay.collection import LOGITS_CHUNK_SIZE
-from megatron_replay.config import (
-    DataConfig,
-    ModelConfigSource,
-    ParallelConfig,
-    Stage0Config,
-    Stage1Config,
-)
+from megatron_replay.config import DataConfig, ParallelConfig, Settings, Stage0Config, Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import global_batches, require_iterations
 from megatron_replay.data.packing import FittedDocuments, fit_documents, usable_documents
@@ -32,7 +26,7 @@ Rows = list[tuple[str, str]]
 
 def stage0(config: Stage0Config) -> str:
     """The estimate for Stage 0, as text."""
-    shape, local, _, rows = _layout(config.model, config.parallel)
+    shape, local, _, rows = _layout(config)
     corpus, data = Corpus(config.data.data_path), config.data
     fitted = fit_documents(corpus, data)
     width = 2 if config.model.bf16 else 4
@@ -48,7 +42,7 @@ def stage0(config: Stage0Config) -> str:
 
 def stage1(config: Stage1Config) -> str:
     """The estimate for Stage 1, as text."""
-    shape, local, dp, rows = _layout(config.model, config.parallel)
+    shape, local, dp, rows = _layout(config)
     store, reader = config.loss.store, None
     if store is not None and Path(store).exists():
         reader = CandidateReader(store)
@@ -102,12 +96,10 @@ def layer_activations(
     return data.seq_length * data.micro_batch_size * (whole + sharded) * width
 
 
-def _layout(
-    source: ModelConfigSource, parallel: ParallelConfig
-) -> tuple[ModelConfig, int, int, Rows]:
+def _layout(config: Settings) -> tuple[ModelConfig, int, int, Rows]:
     """The model's shape, parameters per device, number of replicas, and rows about them."""
+    parallel, load = config.parallel, Path(config.model.load)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    load = Path(source.load)
     exported = load / "hf"  # of a training checkpoint
     shape = ModelConfig.from_hf(exported if exported.exists() else load)
     shape.check_layout(tp, pp)

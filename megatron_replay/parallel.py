@@ -94,19 +94,18 @@ class Parallel:
                 raise result
         return outcomes
 
+    def from_rank_zero(self, work: Callable[[], T]) -> T:
+        """The result of ``work()`` on rank 0, on every process; all raise its error."""
+        return cast(T, self.agreed(lambda: work() if self.rank == 0 else None)[0])
+
     def on_rank_zero(self, work: Callable[[], object]) -> None:
         """Do ``work`` on rank 0; the others wait for it, and raise its error."""
 
-        def quietly() -> None:
+        def quietly() -> None:  # what it returns may be nothing that can be sent
             if self.rank == 0:
                 work()
 
         self.agreed(quietly)
-
-    def from_rank_zero(self, work: Callable[[], T]) -> T:
-        """The result of ``work()`` on rank 0, on every process; all raise its error."""
-        found = self.agreed(lambda: work() if self.rank == 0 else None)[0]
-        return cast(T, found)
 
 
 def environment_world_size() -> int:
@@ -188,19 +187,15 @@ def initialize(config: ParallelConfig, platform: Platform) -> Parallel:
                 platform.communication_backend, timeout=timeout, **_this_rounds_store(timeout)
             )
         except (dist.DistError, TimeoutError) as error:
-            raise _did_not_meet(world_size, error) from error
+            host, port = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise TrainingError(
+                f"rank {os.environ['RANK']} of {world_size} did not connect to the others within "
+                f"--distributed-timeout-minutes: {str(error).splitlines()[0]}",
+                where=f"MASTER_ADDR={host} MASTER_PORT={port}",
+                fix="Start every rank, and check that each can reach that address; or raise "
+                "--distributed-timeout-minutes",
+            ) from error
     return build_groups(config, platform.device)
-
-
-def _did_not_meet(world_size: int, error: Exception) -> TrainingError:
-    environment = os.environ
-    return TrainingError(
-        f"rank {environment['RANK']} of {world_size} did not connect to the others within "
-        f"--distributed-timeout-minutes: {str(error).splitlines()[0]}",
-        where=f"MASTER_ADDR={environment['MASTER_ADDR']} MASTER_PORT={environment['MASTER_PORT']}",
-        fix="Start every rank, and check that each can reach that address; or raise "
-        "--distributed-timeout-minutes",
-    )
 
 
 def _this_rounds_store(timeout: datetime.timedelta) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Megatron's names. Nothing here needs torch, a device or a process group.
 """
 
 from megatron_replay.config.section import Section, flag_name, option
-from megatron_replay.config.shared import DataConfig, ModelConfigSource, ParallelConfig
+from megatron_replay.config.shared import DataConfig, ModelConfigSource, ParallelConfig, Settings
 from megatron_replay.config.stage0 import CandidatesConfig, Stage0Config
 from megatron_replay.config.stage1 import (
     LossConfig,
@@ -25,6 +25,7 @@ __all__ = [
     "ParallelConfig",
     "ProbeConfig",
     "Section",
+    "Settings",
     "Stage0Config",
     "Stage1Config",
     "TrainingConfig",

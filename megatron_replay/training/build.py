@@ -28,7 +28,7 @@ from megatron_replay.checkpoint.model_files import (
 from megatron_replay.checkpoint.training import TrainState, load_checkpoint, read_state
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.loader import Loader, global_batches, require_iterations
+from megatron_replay.data.loader import global_batches, require_iterations
 from megatron_replay.data.packing import report_long_documents, usable_documents
 from megatron_replay.locks import DirectoryLock
 from megatron_replay.model.attention import record_max_logits
@@ -41,12 +41,8 @@ from megatron_replay.optim.build import apply_hyperparameters, build_optimizer, 
 from megatron_replay.parallel import Parallel
 from megatron_replay.store import CandidateReader
 from megatron_replay.training import run_directory
-from megatron_replay.training.batches import BatchBuilder, StepBatch, TrainingData
-from megatron_replay.training.monitor import Monitor
+from megatron_replay.training.batches import BatchBuilder, TrainingData
 from megatron_replay.training.step import wrap_for_training
-
-#: Global batches prepared ahead of the step.
-PREFETCHED_BATCHES = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,23 +60,17 @@ class TrainingRun:
     config: Stage1Config
     groups: Parallel
     directory: Path
-    train_iters: int
+    data: TrainingData
     model: LoadedModel
     wrapped: DistributedDataParallel
     optimizer: MegatronOptimizer
     state: TrainState
     make_batch: BatchBuilder
-    monitor: Monitor
     lock: DirectoryLock | None
-
-    def start_loader(self) -> Loader[StepBatch]:
-        """Start a thread that prepares the batches of the remaining steps."""
-        steps = range(self.state.iteration, self.train_iters)
-        return Loader(self.make_batch, steps, depth=PREFETCHED_BATCHES)
 
 
 def build_run(config: Stage1Config, groups: Parallel) -> TrainingRun:
-    """Build directory, data, model, optimizer, monitor, in this order. Collective over the world.
+    """Build directory, data, model and optimizer, in this order. Collective over the world.
 
     Only the lock is written before everything has been accepted.
 
@@ -130,21 +120,12 @@ def build_run(config: Stage1Config, groups: Parallel) -> TrainingRun:
         config=config,
         groups=groups,
         directory=directory,
-        train_iters=data.train_iters,
+        data=data,
         model=model,
         wrapped=wrapped,
         optimizer=optimizer,
         state=state,
         make_batch=BatchBuilder(config, groups, data, backend, shape.vocab_size),
-        monitor=Monitor(
-            config,
-            groups,
-            data,
-            model=model,
-            wrapped=wrapped,
-            optimizer=optimizer,
-            iteration=state.iteration,
-        ),
         lock=locks[0] if locks else None,
     )
 

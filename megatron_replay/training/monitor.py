@@ -17,17 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_replay.checkpoint.directories import iteration_directory, latest_iteration
-from megatron_replay.checkpoint.load import LoadedModel
 from megatron_replay.checkpoint.training import TrainState
-from megatron_replay.config import Stage1Config
 from megatron_replay.data.packing import Pack
 from megatron_replay.errors import CheckpointError, TrainingError
 from megatron_replay.files import output_error
-from megatron_replay.parallel import Parallel
-from megatron_replay.training.batches import StepBatch, TrainingData
+from megatron_replay.training.batches import StepBatch
+from megatron_replay.training.build import TrainingRun
 from megatron_replay.training.metrics import (
     SPIKE_SIGMAS,
     SPIKE_WINDOW,
@@ -48,28 +45,16 @@ MAX_SKIPPED_STEPS = 10
 class Monitor:
     """Call ``start`` before the first step, ``after_step`` after each one, ``finish`` at the end.
 
-    Args:
-        model, wrapped: this rank's part of the model, plain and as it is trained.
-        iteration: steps taken before this process.
-
     Raises:
         ConfigError: the general text is of another tokenizer, or its base reading is missing.
         DataError: a sample has no label or recorded position.
     """
 
-    def __init__(
-        self,
-        config: Stage1Config,
-        groups: Parallel,
-        data: TrainingData,
-        *,
-        model: LoadedModel,
-        wrapped: torch.nn.Module,
-        optimizer: MegatronOptimizer,
-        iteration: int,
-    ) -> None:
-        self._config, self._groups, self._data, self._wrapped = config, groups, data, wrapped
-        self._directory = directory = Path(config.training.save)
+    def __init__(self, run: TrainingRun) -> None:
+        config, groups, data, model = run.config, run.groups, run.data, run.model
+        iteration, directory = run.state.iteration, run.directory
+        self._config, self._groups, self._data, self._wrapped = config, groups, data, run.wrapped
+        self._directory = directory
         self._log: MetricsLog | None = None
         self._stability = Stability(warmup_iters=config.optimizer.lr_warmup_iters)
         self._updates = UpdateWarnings()
@@ -89,7 +74,7 @@ class Monitor:
             self._samples["general"] = general
             log = self._log if iteration > 0 else None
             groups.agreed(lambda: general.resume(log.kept, directory) if log else None)
-        self._distance = Distance(config.model.load, directory, model, optimizer, groups)
+        self._distance = Distance(config.model.load, directory, model, run.optimizer, groups)
         self._first_iteration, self._num_labels = iteration, 0  # labels: on the last stage
         self._is_drifting, self._summary = False, ""
 

@@ -32,12 +32,12 @@ from megatron_replay.files import (
 )
 from megatron_replay.locks import DirectoryLock, is_ours
 from megatron_replay.optim.build import state_kind
+from megatron_replay.run_log import CONFIG, METRICS
 from megatron_replay.store import CandidateReader
 from megatron_replay.store.manifest import DESCRIPTION_FILE
 
-FILE = "resolved_config.yaml"
 #: What a run writes into its directory; a directory where another program wrote one is refused.
-_OURS = (FILE, LATEST, FOLDER, "metrics.jsonl", "skipped_batches.jsonl")
+_OURS = (CONFIG, LATEST, FOLDER, METRICS, "skipped_batches.jsonl")
 #: Files of a model or a store; a run is not written into its directory.
 _OTHERS = ("config.json", DESCRIPTION_FILE)
 _PURPOSE = "this run"
@@ -80,7 +80,7 @@ def _is_run(directory: Path) -> bool:
 
     A copy may lack the lock. The lock alone is no proof, since a refused run leaves it too.
     """
-    if not (directory / FILE).is_file():
+    if not (directory / CONFIG).is_file():
         return False
     number = latest_iteration(directory)
     saved = number is not None and (iteration_directory(directory, number) / STATE).exists()
@@ -93,7 +93,7 @@ def changes(directory: Path, config: Stage1Config) -> list[str]:
     Raises:
         CheckpointError: its file is damaged.
     """
-    path = directory / FILE
+    path = directory / CONFIG
     if not path.exists():
         return []
     fix = "Remove it: it only serves to report changed settings, and the run rewrites it"
@@ -115,7 +115,7 @@ def changes(directory: Path, config: Stage1Config) -> list[str]:
 
 def record(directory: Path, config: Stage1Config) -> None:
     """Write the settings of the next steps; after the lock, this is the first file of a run."""
-    with atomic_file(directory / FILE, "w") as handle:
+    with atomic_file(directory / CONFIG, "w") as handle:
         handle.write(flags.to_yaml(config))
 
 

@@ -18,12 +18,16 @@ from megatron_replay import cli, platform
 from megatron_replay.checkpoint.directories import keep_only
 from megatron_replay.checkpoint.training import TrainState, save_checkpoint
 from megatron_replay.config import Stage1Config
+from megatron_replay.data.loader import Loader
 from megatron_replay.files import make_directory
 from megatron_replay.optim.build import learning_rate
 from megatron_replay.progress import Progress
 from megatron_replay.training.build import TrainingRun
+from megatron_replay.training.monitor import Monitor
 from megatron_replay.training.step import StepResult, train_step
 
+#: Global batches prepared ahead of the step.
+PREFETCHED_BATCHES = 2
 #: Steps of this process that --profile traces, from 0: the first ones allocate and compile.
 TRACED = range(3, 6)
 _STOP = "stop after iteration"
@@ -37,16 +41,17 @@ def train(run: TrainingRun, stop: StopRequest) -> None:
         TrainingError: too many steps were skipped, or no step had a label.
     """
     config, groups, state = run.config, run.groups, run.state
-    save_interval = config.training.save_interval
-    trace = StepTrace(config, groups.rank)
+    train_iters, save_interval = run.data.train_iters, config.training.save_interval
+    monitor, trace = Monitor(run), StepTrace(config, groups.rank)
+    remaining = range(state.iteration, train_iters)
     progress = Progress(
-        "Stage 1", run.train_iters, "iterations", initial=state.iteration, enabled=groups.writer
+        "Stage 1", train_iters, "iterations", initial=state.iteration, enabled=groups.writer
     )
-    with run.start_loader() as batches, progress:
-        run.monitor.start()
-        while state.iteration < run.train_iters:
+    with Loader(run.make_batch, remaining, depth=PREFETCHED_BATCHES) as batches, progress:
+        monitor.start()
+        while state.iteration < train_iters:
             started = time.perf_counter()
-            lr = learning_rate(state.iteration, config.optimizer, run.train_iters)
+            lr = learning_rate(state.iteration, config.optimizer, train_iters)
             with trace.step(state.iteration + 1):
                 with record_function("data"):
                     batch = next(batches)
@@ -63,13 +68,15 @@ def train(run: TrainingRun, stop: StopRequest) -> None:
             seconds = time.perf_counter() - started
             progress.advance(note=_note(result, last_stage=groups.last_stage))
             waited = batches.waited
-            run.monitor.after_step(state, result, batch, lr=lr, seconds=seconds, waited=waited)
+            monitor.after_step(state, result, batch, lr=lr, seconds=seconds, waited=waited)
             if stop.after(state.iteration) or _slice_is_over(run, state):
                 break
             if save_interval and state.iteration % save_interval == 0:
-                _save_unless_nothing_learnt(run, state)
+                nothing = _save(run, state, monitor)
+                if nothing and groups.writer:
+                    print(f"iteration {state.iteration}: {nothing}", file=sys.stderr)
     trace.close()
-    _finish(run, state, stop)
+    _finish(run, state, monitor, stop)
 
 
 def _note(result: StepResult, *, last_stage: bool) -> str:
@@ -83,39 +90,36 @@ def _slice_is_over(run: TrainingRun, state: TrainState) -> bool:
     return interval is not None and state.iteration % interval == 0
 
 
-def _finish(run: TrainingRun, state: TrainState, stop: StopRequest) -> None:
-    """Save, write the summary, and report why the run ends here if it is not finished."""
-    is_finished = state.iteration >= run.train_iters
-    is_planned = is_finished or _slice_is_over(run, state)
-    nothing = run.monitor.nothing_learnt(state, is_over=is_planned)
+def _save(run: TrainingRun, state: TrainState, monitor: Monitor, *, is_over: bool = False) -> str:
+    """Write a checkpoint and apply --keep-last; returns why it did not, or "".
+
+    Raises:
+        TrainingError: if ``is_over`` and nothing was learned.
+    """
+    nothing = monitor.nothing_learnt(state, is_over=is_over)
     if not nothing:
-        _save(run, state)
-    run.monitor.finish()
+        save_checkpoint(run.directory, state, run.model.module, run.optimizer, run.groups)
+        last = run.config.training.keep_last
+        run.groups.on_rank_zero(lambda: keep_only(run.directory, last=last))
+    return nothing
+
+
+def _finish(run: TrainingRun, state: TrainState, monitor: Monitor, stop: StopRequest) -> None:
+    """Save, write the summary, and report why the run ends here if it is not finished."""
+    is_finished = state.iteration >= run.data.train_iters
+    is_planned = is_finished or _slice_is_over(run, state)
+    nothing = _save(run, state, monitor, is_over=is_planned)
+    monitor.finish()
     if is_finished:
         return
     why = stop.received or ("--exit-interval" if is_planned else "another rank")
-    message = f"stopped after iteration {state.iteration} of {run.train_iters} ({why}); " + (
+    message = f"stopped after iteration {state.iteration} of {run.data.train_iters} ({why}); " + (
         nothing or "saved; rerun the same command to continue"
     )
     if not is_planned:
         raise cli.Interrupted(message)
     if run.groups.writer:
         print(message, file=sys.stderr)
-
-
-def _save_unless_nothing_learnt(run: TrainingRun, state: TrainState) -> None:
-    if nothing := run.monitor.nothing_learnt(state):
-        if run.groups.writer:
-            print(f"iteration {state.iteration}: {nothing}", file=sys.stderr)
-    else:
-        _save(run, state)
-
-
-def _save(run: TrainingRun, state: TrainState) -> None:
-    """Write a checkpoint, then remove those that --keep-last does not keep."""
-    save_checkpoint(run.directory, state, run.model.module, run.optimizer, run.groups)
-    last = run.config.training.keep_last
-    run.groups.on_rank_zero(lambda: keep_only(run.directory, last=last))
 
 
 class StopRequest:

@@ -199,7 +199,7 @@ def step(case: Case, folder: Path, save: Path) -> dict[str, Any]:
         "gradient": gradient,
         "norm": built.optimizer.optimizer.grad_norm,
         "tokens": batch.tokens,
-        "steps": built.train_iters,
+        "steps": built.data.train_iters,
         "rows": [work.rows is not None for work in batch.micro_batches],
         "lengths": set(lengths),
         "recompute": built.model.config.recompute_granularity,

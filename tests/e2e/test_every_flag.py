@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron_replay import parallel
 from megatron_replay.collection import collector
 from megatron_replay.config import Stage0Config, Stage1Config, flag_name
-from megatron_replay.training import batches, build
+from megatron_replay.training import batches, build, train
 from tests import pool, tiny
 from tests.e2e import stages
 
@@ -129,7 +129,7 @@ def observe_one(stage: str, argv: list[str]) -> Any:
 
     patches = [
         noting(parallel, "build_groups", lambda config, device: config.distributed_timeout_minutes),
-        noting(build, "Loader", lambda make, steps, depth: depth),
+        noting(train, "Loader", lambda make, steps, depth: depth),
         noting(build, "load_model", lambda *_, recompute: recompute),
         noting(build, "wrap_for_training", lambda model, **options: sorted(options.items())),
         noting(batches, "pack_batch", lambda corpus, packs, *_: len(packs)),
