@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.files import read_json
@@ -14,7 +14,20 @@ SUPPORTED_MODEL_TYPES = ("qwen3", "llama")
 _LARGEST = 2**53
 _KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}
 
-T = TypeVar("T", int, float, bool)
+#: The key in config.json of each field, and its kind.
+_KEYS: dict[str, tuple[str, type[int | float | bool]]] = {
+    "num_layers": ("num_hidden_layers", int),
+    "hidden_size": ("hidden_size", int),
+    "ffn_hidden_size": ("intermediate_size", int),
+    "num_attention_heads": ("num_attention_heads", int),
+    "num_query_groups": ("num_key_value_heads", int),
+    "kv_channels": ("head_dim", int),
+    "vocab_size": ("vocab_size", int),
+    "max_position_embeddings": ("max_position_embeddings", int),
+    "rotary_base": ("rope_theta", float),
+    "layernorm_epsilon": ("rms_norm_eps", float),
+    "tie_embeddings": ("tie_word_embeddings", bool),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,83 +75,54 @@ class ModelConfig:
             content = _with_llama_defaults(content, path)
         # transformers 5 moved rope_theta into rope_parameters.
         rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
-        return cls(
-            num_layers=_read(content, "num_hidden_layers", int, path),
-            hidden_size=_read(content, "hidden_size", int, path),
-            ffn_hidden_size=_read(content, "intermediate_size", int, path),
-            num_attention_heads=_read(content, "num_attention_heads", int, path),
-            num_query_groups=_read(content, "num_key_value_heads", int, path),
-            kv_channels=_read(content, "head_dim", int, path),
-            vocab_size=_read(content, "vocab_size", int, path),
-            max_position_embeddings=_read(content, "max_position_embeddings", int, path),
-            rotary_base=_read({**content, **rope}, "rope_theta", float, path),
-            layernorm_epsilon=_read(content, "rms_norm_eps", float, path),
-            tie_embeddings=_read(content, "tie_word_embeddings", bool, path),
-            qk_layernorm=not is_llama,
-        )
+        if "rope_theta" in rope:
+            content = {**content, "rope_theta": rope["rope_theta"]}
+        fields: dict[str, Any] = {
+            field: _read(content, key, kind, path) for field, (key, kind) in _KEYS.items()
+        }
+        return cls(**fields, qk_layernorm=not is_llama)
 
     def num_parameters(self) -> int:
         """Parameters of the whole model; tied embeddings count once."""
-        heads, groups, channels = self.num_attention_heads, self.num_query_groups, self.kv_channels
-        attention = self.hidden_size * channels * (2 * heads + 2 * groups)
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + self._norms_of_a_layer()
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        return self.parameters_per_device(1, 1)
 
     def parameters_per_device(self, tp: int, pp: int) -> int:
         """Parameters of the device with most: every TP rank has the norms, the rest is split."""
         heads, groups, channels = self.num_attention_heads, self.num_query_groups, self.kv_channels
         matrices = self.hidden_size * channels * (2 * heads + 2 * groups)
         matrices += 3 * self.hidden_size * self.ffn_hidden_size
-        layer = matrices // tp + self._norms_of_a_layer()
+        norms = 2 * self.hidden_size + 2 * channels * self.qk_layernorm
         embedding = self.vocab_size * self.hidden_size // tp
         # With PP, first and last stage have one each, tied or not; without PP, one stage has both.
         copies = 1 if pp > 1 or self.tie_embeddings else 2
-        return self.num_layers // pp * layer + copies * embedding + self.hidden_size
-
-    def _norms_of_a_layer(self) -> int:
-        return 2 * self.hidden_size + 2 * self.kv_channels * self.qk_layernorm
+        layers = self.num_layers // pp * (matrices // tp + norms)
+        return layers + copies * embedding + self.hidden_size
 
     def check_layout(self, tp: int, pp: int, *, flag: str = "--{}-model-parallel-size") -> None:
         """Raise ConfigError unless TP and PP, given by ``flag``, divide what they split."""
-        for name, value in (
-            ("attention heads", self.num_attention_heads),
-            ("query groups", self.num_query_groups),
-            ("vocabulary", self.vocab_size),
-            ("ffn_hidden_size", self.ffn_hidden_size),
+        flags = {"TP": flag.format("tensor"), "PP": flag.format("pipeline")}
+        for kind, size, what, value in (
+            ("TP", tp, "attention heads", self.num_attention_heads),
+            ("TP", tp, "query groups", self.num_query_groups),
+            ("TP", tp, "vocabulary", self.vocab_size),
+            ("TP", tp, "ffn_hidden_size", self.ffn_hidden_size),
+            ("PP", pp, "layers", self.num_layers),
         ):
-            if value % tp:
+            if value % size:
                 raise ConfigError(
-                    f"TP does not divide the model's {name}",
-                    where=flag.format("tensor"),
+                    f"{kind} does not divide the model's {what}",
+                    where=flags[kind],
                     expected=f"a divisor of {value}",
-                    found=tp,
+                    found=size,
                 )
-        if self.num_layers % pp:
-            raise ConfigError(
-                "PP does not divide the model's layers",
-                where=flag.format("pipeline"),
-                expected=f"a divisor of {self.num_layers}",
-                found=pp,
-            )
 
     def to_hf_dict(self) -> dict[str, Any]:
         """A config.json that transformers 4 and 5 load."""
         return {
             "architectures": ["Qwen3ForCausalLM" if self.qk_layernorm else "LlamaForCausalLM"],
             "model_type": "qwen3" if self.qk_layernorm else "llama",
-            "num_hidden_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.ffn_hidden_size,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_query_groups,
-            "head_dim": self.kv_channels,
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": self.max_position_embeddings,
-            "rope_theta": self.rotary_base,
+            **{key: getattr(self, field) for field, (key, _) in _KEYS.items()},
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rotary_base},
-            "rms_norm_eps": self.layernorm_epsilon,
-            "tie_word_embeddings": self.tie_embeddings,
             "attention_bias": False,
             "hidden_act": "silu",
         }
@@ -207,7 +191,7 @@ def _with_llama_defaults(content: dict[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
-def _read(content: dict[str, Any], key: str, kind: type[T], path: Path) -> T:
+def _read(content: dict[str, Any], key: str, kind: type[int | float | bool], path: Path) -> Any:
     """``content[key]``, which must be a ``kind``; numbers must be positive and at most 2^53."""
     if key not in content:
         raise CheckpointError(f"lacks the key {key}", where=path)

@@ -23,15 +23,28 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from megatron_replay.config import ParallelConfig
-from megatron_replay.model.attention import PackedAttention, PackedDocuments
+from megatron_replay.model.attention import LastLayer, PackedAttention, PackedDocuments
 from megatron_replay.model.config import ModelConfig
-from megatron_replay.model.layers import LastLayer, RMSNorm
 from megatron_replay.model.selected_rows import HiddenStates, WordEmbeddings
 from megatron_replay.parallel import Parallel
 
 #: (hidden states, which the head indexes; weight_VH, this rank's rows of the output layer) -> any
 #: result. In backward, the gradients of the indexed rows are summed over TP.
 Head = Callable[[HiddenStates, Tensor], Any]
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, with the constructor megatron-core's layer specs expect.
+
+    megatron-core's own wrapper refuses sequence parallelism. A norm needs only the attribute
+    ``sequence_parallel`` on its weight: ``finalize_model_grads`` then sums its gradient over TP.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any
+    ) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class ReplayGPTModel(GPTModel):
@@ -87,13 +100,6 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of ``model`` on this layout."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    recomputation: dict[str, Any] = {}
-    if recompute:
-        recomputation = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -128,7 +134,9 @@ def transformer_config(
         gradient_accumulation_fusion=gradient_accumulation_fusion,
         persist_layer_norm=False,
         cuda_graph_scope=[],
-        **recomputation,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
     )
 
 
