@@ -31,12 +31,11 @@ from megatron_replay.checkpoint.rank_files import (
     HEAD,
     Grid,
     RankFile,
-    first_line,
     open_ranks,
     rank_path,
 )
 from megatron_replay.checkpoint.staging import publish, start_directory
-from megatron_replay.errors import CheckpointError, ConfigError, OutputError
+from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.files import (
     atomic_file,
     fsync_path,
@@ -108,7 +107,7 @@ def hf_to_ranks(
                 for name in grid.parameters(stage):
                     shards[name] = _shard(name, reader, grid, stage, rank, dtype)
                     progress.advance()
-                write_rank(iteration / rank_path(stage, rank, grid.pp), shards, _ITERATION)
+                write_rank(iteration / rank_path(stage, rank, grid.pp), shards)
                 del shards
     keep_model_files(source, staged)
     write_json(staged / _MODEL_FILES, fingerprints(staged / FOLDER))
@@ -160,12 +159,8 @@ def ranks_to_hf(
     written: dict[str, tuple[str, int]] = {}
     with Progress("Convert", grid.num_parameters, "parameters") as progress:
         for stage in range(grid.pp):
-            written |= export.write_weights(
-                staged,
-                _joined(files, grid, stage, progress),
-                dtype=dtype,
-                stage=stage,
-            )
+            tensors = _joined(files, grid, stage, progress)
+            written |= export.write_weights(staged, tensors, dtype=dtype, stage=stage)
     export.write_model_files(
         staged, written, side_files, dtype=dtype or files[0, 0].dtypes[EMBEDDING]
     )
@@ -175,13 +170,13 @@ def ranks_to_hf(
     return grid
 
 
-def write_rank(path: Path, parameters: dict[str, Tensor], iteration: int = 1) -> None:
+def write_rank(path: Path, parameters: dict[str, Tensor]) -> None:
     """Write one rank's file and sync it.
 
     Raises:
         OutputError: it cannot be written.
     """
-    content = {"model": parameters, "checkpoint_version": 3.0, "iteration": iteration}
+    content = {"model": parameters, "checkpoint_version": 3.0, "iteration": _ITERATION}
     try:
         with reported(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,24 +184,14 @@ def write_rank(path: Path, parameters: dict[str, Tensor], iteration: int = 1) ->
                 torch.save(content, handle)
                 handle.flush()
                 os.fsync(handle.fileno())
-    except RuntimeError as error:  # the zip writer, after a write that failed
-        cause = error.__context__
-        if isinstance(cause, OSError):
-            raise output_error(path, cause) from error
-        raise OutputError(
-            f"a file could not be written whole: {first_line(error)}",
-            where=path,
-            fix="Is the disk full? Nothing was published",
-        ) from error
+    except RuntimeError as error:  # the zip writer's, after a write that failed
+        if isinstance(error.__context__, OSError):
+            raise output_error(path, error.__context__) from error
+        raise
 
 
 def _shard(
-    name: str,
-    reader: HFReader,
-    grid: Grid,
-    stage: int,
-    rank: int,
-    dtype: torch.dtype | None,
+    name: str, reader: HFReader, grid: Grid, stage: int, rank: int, dtype: torch.dtype | None
 ) -> Tensor:
     """One rank's part of one parameter, copied from the Hugging Face tensors."""
     mapping = grid.mapping(name, stage)

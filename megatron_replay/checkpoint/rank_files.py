@@ -311,11 +311,5 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     # In a truncated file torch may seek beyond the end (EINVAL).
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
         return CheckpointError(f"cannot read: {error.strerror}", where=path)
-    return CheckpointError(
-        f"truncated, or not a file of torch.save: {first_line(error)}", where=path
-    )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of the message, or else the error's type."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return CheckpointError(f"truncated, or not a file of torch.save: {reason}", where=path)

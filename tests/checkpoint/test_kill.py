@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import random
 import re
 import shutil
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -198,27 +196,6 @@ def test_killed_at_each_step(models, tmp_path, name):
     assert counts.keys() == work.counts.keys()
     for found, (least, most) in work.counts.items():
         assert least <= counts[found] <= most, found
-
-
-def export_until_killed(source: Path, final: Path, begun: Path) -> None:
-    begun.touch()
-    export_model(source, final, overwrite=True)
-    signal.pause()
-
-
-def test_killed_at_random_moments(models, tmp_path):
-    draw, final = random.Random(0), tmp_path / "model"
-    for life in range(10):
-        begun = tmp_path / f"begun-{life}"
-        child = processes.fork(export_until_killed, models["new"], final, begun)
-        processes.until(begun.exists, child)
-        time.sleep(draw.uniform(0, 0.03))
-        os.kill(child, signal.SIGKILL)
-        assert processes.wait(child) == -signal.SIGKILL
-        if final.exists():
-            require_equal(final, models["new"])
-    export_model(models["new"], final, overwrite=True)
-    require_equal(final, models["new"])
 
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -146,10 +146,10 @@ def test_the_config_of_another_model(small, tmp_path):
 def test_verification_finds_what_was_written_wrongly(small, tmp_path, monkeypatch):
     write_rank = convert_ranks.write_rank
 
-    def damaged(path, parameters, iteration):
+    def damaged(path, parameters):
         if path.parent.name == "mp_rank_01":
             parameters["decoder.layers.1.mlp.linear_fc2.weight"][3, 2] += 1e-3
-        write_rank(path, parameters, iteration)
+        write_rank(path, parameters)
 
     with monkeypatch.context() as patch:
         patch.setattr(convert_ranks, "write_rank", damaged)
