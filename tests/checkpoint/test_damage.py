@@ -92,8 +92,9 @@ def config(**values: Any) -> Change:
     return changed
 
 
-def names(**files: str | None) -> Change:
-    return index(lambda listed: listed.update({NORM: files["norm"]}))
+def lists(file: str | None) -> Change:
+    """The index names this file for one tensor."""
+    return index(lambda listed: listed.update({NORM: file}))
 
 
 def cut(stop: int, more: bytes = b"") -> Change:
@@ -149,11 +150,11 @@ DAMAGES: list[tuple[str, Change, str]] = [
     *[("sharded", lambda at, text=text: (at / INDEX).write_bytes(text), NO_INDEX)
       for text in (b"", b"{", b"[]", b"{}", b'{"weight_map": 3}', b'{"weight_map": ["a"]}',
                    b"\xff", b"[" * 9**5)],
-    *[("sharded", names(norm=file), f"unsafe shard name .*{file!r}")
+    *[("sharded", lists(file), f"unsafe shard name .*{file!r}")
       for file in ("../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "")],
-    *[("sharded", names(norm=file), "a file that is not there")
+    *[("sharded", lists(file), "a file that is not there")
       for file in ("model-9.safetensors", None, "a\0b", "a" * 5000)],
-    ("sharded", names(norm="config.json"), "not a safetensors"),
+    ("sharded", lists("config.json"), "not a safetensors"),
     ("sharded", index(lists_another_shard), "(holds|lacks) a tensor that the index"),
     ("sharded", index(lambda m: m.pop(NORM)), f"does not list for it: {NORM}"),
     ("sharded", index(lambda m: m.update(extra=m[NORM])), "index lists for it: extra"),

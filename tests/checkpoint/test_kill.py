@@ -281,22 +281,27 @@ def test_what_start_directory_refuses(tmp_path):
     assert held(tmp_path) == ["file", "home"]
 
 
+def add_below(final: Path) -> None:
+    (final / "run").mkdir()
+    (final / "run" / "metrics.jsonl").write_text("mine")
+
+
+def keep_size(final: Path) -> None:
+    path = final / "generation_config.json"
+    path.write_bytes(path.read_bytes().replace(b"true", b"null"))
+
+
 #: Changes of a published directory, by what the refusal to replace it names.
 CHANGES: dict[str, Callable[[Path], object]] = {
     "thesis.tex": lambda final: (final / "thesis.tex").write_text("mine"),
-    "run/metrics.jsonl": lambda final: (
-        (final / "run").mkdir(), (final / "run" / "metrics.jsonl").write_text("mine")
-    ),
+    "run/metrics.jsonl": add_below,
     "data/": lambda final: (final / "data").mkdir(),
     "config.json": lambda final: (final / "config.json").write_text("mine"),
-    "generation_config.json": lambda final: [  # the size stays as it is
-        path.write_bytes(path.read_bytes().replace(b"true", b"null"))
-        for path in [final / "generation_config.json"]
-    ],
+    "generation_config.json": keep_size,
     "rows.jsonl": lambda final: (final / "rows.jsonl").symlink_to("/dev/null"),
     ".written": lambda final: (final / ".written").write_text("[]"),
     "and 3 more": lambda final: (final / ".written").unlink(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("found", CHANGES)
