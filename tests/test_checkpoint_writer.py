@@ -97,11 +97,13 @@ def busy(folder):
     threads = [threading.Thread(target=repeat, args=[work], daemon=True) for work in works]
     for thread in threads:
         thread.start()
-    yield
-    stop.set()
-    for thread in threads:
-        thread.join()
-    events.close()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        events.close()
 
 
 def save_often(rank: int, world_size: int, folder) -> int:
