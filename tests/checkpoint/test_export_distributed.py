@@ -11,7 +11,9 @@ import torch
 
 from megatron_replay.checkpoint import export
 from megatron_replay.checkpoint.export import export_hf
+from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.errors import ReplayError
+from megatron_replay.model.config import ModelConfig
 from tests import pool
 from tests.distributed.layouts import Layout, build, join_groups
 from tests.same_weights import require_equal
@@ -63,6 +65,7 @@ def test_export_over_ranks(sharded_qwen3, qwen3, tmp_path):
         for tied in (True, False):
             exported = tmp_path / f"{layout}-{tied}"
             require_equal(exported, qwen3[tied])
+            HFReader(exported).check(ModelConfig.from_hf(exported))  # each tensor in one file
             stages = {path.name.split("-")[1] for path in exported.glob("model-*")}
             assert stages == {f"{stage:03d}" for stage in range(layout.pp)}
     for refused, full, late in lines:  # the same on every rank: none is left waiting

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_replay.checkpoint import export
 from megatron_replay.checkpoint.export import write_random, write_weights
 from megatron_replay.checkpoint.hf import HFReader, same_bits, stored_tensors
+from megatron_replay.checkpoint.model_files import fingerprints, keep_model_files
 from megatron_replay.checkpoint.names import hf_tensor_shapes
 from megatron_replay.checkpoint.rank_files import RankFile
 from megatron_replay.checkpoint.staging import start_directory
@@ -102,6 +103,16 @@ def test_bf16_is_rounded_once_and_said(qwen3, tmp_path):
     assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
     [ranks] = load_grid(half, 2, 1).values()  # a bf16 checkpoint fills fp32 weights
     assert all(t.dtype == torch.float32 for rank in ranks for t in rank.values())
+
+
+def test_a_run_keeps_its_models_files_and_no_others(qwen3, tmp_path):
+    """Whatever an attempt that was killed left there."""
+    (tmp_path / "hf").mkdir()
+    for name, content in (("extra.json", "{}"), ("config.json", "half")):
+        (tmp_path / "hf" / name).write_text(content)
+    keep_model_files(qwen3[True], tmp_path)
+    assert fingerprints(tmp_path / "hf") == fingerprints(qwen3[True])
+    assert len(fingerprints(tmp_path / "hf")) == len(SIDE_FILES) + 1
 
 
 @pytest.mark.parametrize("limit", [1, 50_000, 2 << 30])
