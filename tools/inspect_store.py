@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError, StoreError
 from megatron_replay.progress import Progress
-from megatron_replay.store import CandidateReader, DocumentCandidates
+from megatron_replay.store import CandidateReader
 from megatron_replay.store.merge import merge_parts
 from megatron_replay.store.summary import Tally, summary, summary_text, tally
 from megatron_replay.store.verify import verify
@@ -49,16 +49,15 @@ several parts have must be equal. Rerun the same command to continue an interrup
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    plain = command not in _COMMANDS
-    text = {"merge": _MERGE}.get(command, __doc__)
+    is_merge = command == "merge"
     parser = argparse.ArgumentParser(
-        prog="inspect_store.py" + ("" if plain else f" {command}"),
-        description=text,
+        prog=f"inspect_store.py {command}".strip(),
+        description=_MERGE if is_merge else __doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    if command == "merge":
+    if is_merge:
         add("out", type=Path, metavar="OUT", help="directory to write")
         add("stores", type=Path, metavar="IN", nargs="+", help="candidate stores, in order")
     else:
@@ -157,17 +156,14 @@ def _show(options: argparse.Namespace) -> str:
     return json.dumps(content, indent=2) if options.json else summary_text(content)
 
 
-def probabilities(document: DocumentCandidates, i: int) -> npt.NDArray[np.float64] | None:
-    """The base model's probabilities of the candidates of the i-th position, from stored logits.
+def probabilities(logits_S: npt.NDArray[np.float32], tail_mass: float) -> npt.NDArray[np.float64]:
+    """The base model's probabilities of the candidates of a position, from their stored logits.
 
     ``p_j = exp(z_j - lse)``, computed as ``(1 - tail_mass) exp(z_j) / sum_S exp(z)``: the same
     number, but rounding of logits and lse cancels: the p_j add up to the coverage.
     """
-    if document.logits is None:
-        return None
-    logits_S = document.logits[document.offsets[i] : document.offsets[i + 1]].astype(np.float64)
-    weights_S: npt.NDArray[np.float64] = np.exp(logits_S - logits_S.max())
-    weights_S *= (1 - float(document.tail_mass[i])) / weights_S.sum()
+    weights_S: npt.NDArray[np.float64] = np.exp(logits_S.astype(np.float64) - logits_S.max())
+    weights_S *= (1 - tail_mass) / weights_S.sum()
     return weights_S
 
 
@@ -202,10 +198,12 @@ def describe_document(
     for i, position in enumerate(document.positions.tolist()):
         chosen = slice(int(document.offsets[i]), int(document.offsets[i + 1]))
         candidates = [name(token) for token in document.ids[chosen].tolist()]
-        probability_S = probabilities(document, i)
-        if document.logits is not None and probability_S is not None:
-            numbers = zip(document.logits[chosen].tolist(), probability_S.tolist(), strict=True)
-            for candidate, (logit, probability) in zip(candidates, numbers, strict=True):
+        if document.logits is not None:
+            logits_S = document.logits[chosen]
+            probability_S = probabilities(logits_S, float(document.tail_mass[i]))
+            for candidate, logit, probability in zip(
+                candidates, logits_S.tolist(), probability_S.tolist(), strict=True
+            ):
                 candidate |= {"logit": logit, "probability": probability}
         row = {
             "position": position,
@@ -261,16 +259,13 @@ def _merge(options: argparse.Namespace) -> str:
     return f"{options.out}: {merged.num_documents:,} documents in {merged.num_shards:,} shards"
 
 
-_COMMANDS = {"merge": _merge}
-
-
 def run(arguments: Sequence[str]) -> str:
     """What the command prints."""
-    command = arguments[0] if arguments and arguments[0] in _COMMANDS else ""
+    command = "merge" if list(arguments[:1]) == ["merge"] else ""
     options = _parser(command).parse_args(arguments[1:] if command else arguments)
     if options.workers < 1:
         raise ConfigError("too few", where="--workers", expected="1 or more", found=options.workers)
-    return _COMMANDS.get(command, _show)(options)
+    return _merge(options) if command else _show(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -153,7 +153,7 @@ class CandidateReader:
             return self._indexes[shard]
 
     def shard_bytes(self, shard: int) -> memoryview:
-        """The whole ``.bin`` of a shard, memory-mapped; only its header and size are checked."""
+        """The whole ``.bin`` of a shard, memory-mapped; only its header is checked."""
         with self._lock:
             if shard not in self._mapped:
                 if len(self._mapped) >= MAX_MAPPED_SHARDS:  # drop the oldest
@@ -202,11 +202,10 @@ class CandidateReader:
     def _map(self, number: int) -> memoryview:
         path = bin_path(self.directory, number)
         with open_regular(path, StoreError) as handle, located(path):
-            expected_bytes, size = self.rows[number].bin_bytes, os.fstat(handle.fileno()).st_size
-            require(size == expected_bytes, "damaged: another size", expected_bytes, size)
+            size = self.rows[number].bin_bytes
             try:
                 content = memoryview(mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ))
-            except (OSError, ValueError) as error:  # ValueError: it has become shorter meanwhile
+            except (OSError, ValueError) as error:  # ValueError: it is shorter
                 raise StoreError(f"cannot read: {error}") from error
             magic, version = BIN_HEADER.unpack_from(content)
             require_header(magic, BIN_MAGIC, version)

@@ -52,8 +52,8 @@ def verify(
         Progress("verify", len(reader), "documents") as progress,
         ThreadPoolExecutor(workers) as pool,
     ):
-        damages = pool.map(partial(_damage, reader, corpus), shards)
-        for shard, error in zip(shards, damages, strict=True):
+        check = partial(_damage, reader, corpus)
+        for shard, error in zip(shards, pool.map(check, shards), strict=True):
             progress.advance(len(reader.description.documents(shard)))
             if error is not None:
                 found.append(error)
