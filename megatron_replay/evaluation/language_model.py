@@ -147,22 +147,19 @@ def score(
         DataError: a document is longer than the model's context, holds ids it lacks, or no label
             carries loss.
     """
-    require_fitting(model, documents)
+    for number, document in enumerate(documents):
+        require_readable(model, f"document {number}", document.tokens, len(document) - 1)
     loss_sum, num_labels, correct = 0.0, 0, 0
     ordered = sorted(documents, key=len, reverse=True)
     with Progress(show, len(documents), "documents", enabled=bool(show)) as bar:
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]
-            tokens_BL1, mask_BL1 = (
-                pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
-                for rows in (
-                    [document.tokens.astype("int64") for document in batch],
-                    [document.loss_mask.copy() for document in batch],
-                )
-            )
-            tokens_BL1, carries = tokens_BL1.to(model.device), mask_BL1[:, 1:].to(model.device)
+            rows = [torch.from_numpy(document.tokens.astype("int64")) for document in batch]
+            masks = [torch.from_numpy(document.loss_mask.copy()) for document in batch]
+            tokens_BL1 = pad_sequence(rows, batch_first=True).to(model.device)
+            carries_BL = pad_sequence(masks, batch_first=True)[:, 1:].to(model.device)
             logits_BLV = model(tokens_BL1[:, :-1], use_cache=False).logits
-            logits_NV, labels_N = logits_BLV[carries].float(), tokens_BL1[:, 1:][carries]
+            logits_NV, labels_N = logits_BLV[carries_BL].float(), tokens_BL1[:, 1:][carries_BL]
             losses_N = nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
             loss_sum += losses_N.double().sum().item()
             correct += int((logits_NV.argmax(-1) == labels_N).sum())
@@ -177,12 +174,6 @@ def score(
         "accuracy": correct / num_labels,
         "tokens": num_labels,
     }
-
-
-def require_fitting(model: PreTrainedModel, documents: Sequence[Document]) -> None:
-    """Raise DataError if a document is longer than the context or holds ids outside the model."""
-    for number, document in enumerate(documents):
-        require_readable(model, f"document {number}", document.tokens, len(document) - 1)
 
 
 def require_readable(

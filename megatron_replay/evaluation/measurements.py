@@ -23,7 +23,6 @@ from megatron_replay.evaluation.inputs import Inputs, Settings
 from megatron_replay.evaluation.language_model import (
     greedy_answers,
     load_model,
-    require_fitting,
     require_readable,
     score,
 )
@@ -214,7 +213,10 @@ def candidate_mass(
         for number in sample:
             candidates = reader[number]
             if len(candidates.positions):
-                totals += _sums(model, corpus[number], candidates)
+                document = corpus[number]
+                where = f"document {number}"
+                require_readable(model, where, document.tokens, len(document) - 1)
+                totals += _sums(model, document, candidates)
                 positions += len(candidates.positions)
             bar.advance()
     if positions == 0:
@@ -233,7 +235,6 @@ def _sums(
     model: PreTrainedModel, document: Document, candidates: DocumentCandidates
 ) -> torch.Tensor:
     """Sums over the P recorded positions: outside mass, restricted loss, full loss. float64 [3]."""
-    require_fitting(model, [document])
     weight_VH = model.get_output_embeddings().weight
     if candidates.ids.max() >= len(weight_VH):
         raise StoreError(

@@ -17,7 +17,8 @@ from megatron_replay.checkpoint.model_files import digests_of
 from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.tokenizer import load_tokenizer
-from megatron_replay.store import CandidateWriter, DocumentCandidates, StoreDescription
+from megatron_replay.store import DocumentCandidates
+from tests.store.examples import describe, write_store
 from tests.tiny import save_qwen3
 
 VOCAB_SIZE, EOS = 257, 256
@@ -115,22 +116,13 @@ def build_site(site: Path) -> Path:
     write_database(site / "database.sqlite", create, insert)
     documents, rng = random_documents(5), np.random.default_rng(0)
     corpus = write_corpus(site / "corpus", site / "base", documents)
-    writer = CandidateWriter(
-        site / "store",
-        StoreDescription(
-            vocab_size=VOCAB_SIZE,
-            num_documents=len(documents),
-            documents_per_shard=len(documents),
-            codec="planar",
-            logits="none",
-            corpus_fingerprint=corpus.fingerprint,
-            tokenizer_fingerprint=corpus.tokenizer_fingerprint,
-            checkpoint_fingerprint=digests_of(HFReader(site / "base").files()),
-            selection={},
-        ),
+    description = describe(
+        vocab_size=VOCAB_SIZE,
+        documents_per_shard=len(documents),
+        corpus_fingerprint=corpus.fingerprint,
+        tokenizer_fingerprint=corpus.tokenizer_fingerprint,
+        checkpoint_fingerprint=digests_of(HFReader(site / "base").files()),
     )
-    with writer.shard(0) as shard:
-        for number, document in enumerate(documents):
-            shard.add(number, random_candidates(document, rng))
-    writer.finish()
+    draw = {number: random_candidates(document, rng) for number, document in enumerate(documents)}
+    write_store(site / "store", description, lambda _, number: draw[number])
     return site

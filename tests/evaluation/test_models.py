@@ -24,17 +24,11 @@ def model(site, tmp_path):
     ("values", "message"),
     [
         ({"num_hidden_layers": 10**9}, "expected 1000000000 layers; found 24 tensors"),
-        ({"num_hidden_layers": 3}, "tensors missing"),
-        ({"num_hidden_layers": 1}, "not part of the model"),
         ({"num_labels": 10**9}, "unusable num_labels in config.json"),
         ({"text_config": {"num_hidden_layers": 10**9}}, "unusable num_hidden_layers"),
-        ({"num_attention_heads": 64}, "q_proj.weight"),
-        ({"num_key_value_heads": 0}, "unusable num_key_value_heads"),
         ({"hidden_size": 10**9}, "wrong shape of model.embed_tokens.weight"),
-        ({"hidden_size": "x"}, "unusable hidden_size"),
         ({"vocab_size": 10**12}, "wrong shape of model.embed_tokens.weight"),
         ({"model_type": "nothing"}, "unsupported model"),
-        ({"quantization_config": {"bits": 4}}, "unsupported quantization_config"),
     ],
 )
 def test_sizes_that_do_not_fit_the_weights(model, values, message):
@@ -83,14 +77,9 @@ def test_odd_files_are_one_line(model, name, damage, run):
     assert (damage == "bytes") or "found a pipe" in error
 
 
-@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
-def test_weights_that_are_no_numbers(model, name):
-    """What Stage 1 refuses: transformers casts integers, and computes with what is not finite."""
-    file = model / "model.safetensors"
+def test_weights_that_are_not_finite(model):
+    file, name = model / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(file)
-    save_file(tensors | {name: tensors[name].int()}, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"wrong dtype of {name} \(expected .*; found I32"):
-        require_model(model)
     tensors[name].view(-1)[1] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"the weights are not finite: {name}"):
