@@ -1,47 +1,76 @@
-"""Three small parameters, gradients for them, and the loop that steps an optimizer over both."""
+"""Every rule over a few small parameters, gradients for them, and the loop over both."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-SHAPES = [(3, 4), (5,), (2, 3)]
+from megatron_replay.optim import TAM, AdaMuon, AdamW, MoClip, MoFO, MuonClip
+from megatron_replay.optim.rule import UpdateRule
+from tests.optim import reference_rules
+
+BETAS = {"betas": (reference_rules.BETA1, reference_rules.BETA2)}
+#: As ``reference_rules.RULES`` builds them; attention is only clipped where the model is known.
+BUILD: dict[str, Callable[..., UpdateRule]] = {
+    "adamw": AdamW,
+    "moclip": MoClip,
+    "moclip zero": functools.partial(MoClip, obtuse="zero", max_angle=60.0),
+    "moclip tensor": functools.partial(MoClip, angle_scope="tensor"),
+    "mofo": MoFO,
+    "tam": TAM,
+    "adamuon": AdaMuon,
+    "muonclip": MuonClip,
+}
+#: Whole matrices, one that Muon leaves alone, and a vector.
+SHAPES = {
+    "model.layers.0.mlp.up_proj.weight": (6, 4),
+    "model.layers.0.mlp.down_proj.weight": (3, 8),
+    "model.embed_tokens.weight": (10, 4),
+    "model.norm.weight": (5,),
+}
+Rows = list[dict[str, np.ndarray]]
 
 
-def parameters(dtype: torch.dtype = torch.float64, seed: int = 0) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
+def values(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape) for name, shape in SHAPES.items()}
+
+
+def parameters(dtype: torch.dtype = torch.float64) -> list[Any]:
+    return [torch.nn.Parameter(torch.tensor(value, dtype=dtype)) for value in values(0).values()]
+
+
+def gradients(steps: int) -> Rows:
+    """Now with the momentum, now against it."""
+    drift = values(100)
     return [
-        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
-        for shape in SHAPES
+        {n: math.cos(0.9 * k) * drift[n] + 0.6 * noise for n, noise in values(k).items()}
+        for k in range(1, steps + 1)
     ]
 
 
-def gradients(steps: int, seed: int = 1) -> list[list[Tensor]]:
-    """Gradients whose angle to the momentum wanders over acute, obtuse and clipped ones."""
-    generator = torch.Generator().manual_seed(seed)
-    drift = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
-    rows = []
-    for step in range(steps):
-        pull = math.cos(0.7 * step) + 0.3
-        rows.append(
-            [
-                pull * d + 0.8 * torch.randn(d.shape, generator=generator, dtype=torch.float64)
-                for d in drift
-            ]
-        )
-    return rows
+def build(
+    rule: str, dtype: torch.dtype = torch.float64, **changes: Any
+) -> tuple[UpdateRule, list[Any]]:
+    """The rule over ``parameters``, with Megatron's exclusions from decay."""
+    params = parameters(dtype)
+    groups = [
+        {"params": [p], "weight_decay": 0.1 if p.dim() > 1 else 0.0, "orthogonalize": "layers" in n}
+        for n, p in zip(SHAPES, params, strict=True)
+    ]
+    return BUILD[rule](groups, **{"lr": 0.02, **BETAS, **changes}), params
 
 
-def take_steps(
-    optimizer: torch.optim.Optimizer, params: list[Any], rows: list[list[Tensor]]
-) -> None:
+def take_steps(optimizer: torch.optim.Optimizer, params: list[Any], rows: Rows) -> None:
     for row in rows:
-        for param, grad in zip(params, row, strict=True):
-            param.grad = grad.to(param.dtype).clone()
+        for param, grad in zip(params, row.values(), strict=True):
+            param.grad = torch.tensor(grad, dtype=param.dtype)
         optimizer.step()
 
 

@@ -1,19 +1,18 @@
 """Every update rule a second time, in float64, from its definition: whole tensors, no sharing.
 
 Parameters and gradients are dicts of whole Hugging Face tensors; ``matrices`` names those that
-Muon's kind orthogonalises. Written without a look at the code under test: numpy and SVD-free
-polynomials only, one plain loop a rule.
+Muon's kind orthogonalises. Written without a look at the code under test, in numpy
+only; MoClip from its geometry, without (a, b).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-
-from tests.optim.geometry import turned_gradient
 
 Tensors = Mapping[str, np.ndarray]
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8
@@ -83,6 +82,28 @@ def unflat(vector: np.ndarray, like: Tensors) -> dict[str, np.ndarray]:
         out[name] = vector[at : at + tensor.size].reshape(tensor.shape)
         at += tensor.size
     return out
+
+
+def turned_gradient(g: np.ndarray, m: np.ndarray, max_angle: float, obtuse: str) -> np.ndarray:
+    """g' by decomposing g along and across m."""
+    if not m.any() or not g.any():
+        return g.copy()
+    axis = m / np.linalg.norm(m)
+    parallel = (g @ axis) * axis
+    perpendicular = g - parallel
+    along, across = g @ axis, np.linalg.norm(perpendicular)
+    if across < 1e-12 * np.linalg.norm(g):  # rounding of a vector on the axis
+        across, perpendicular = 0.0, np.zeros_like(g)
+    if math.degrees(math.atan2(across, along)) <= max_angle:
+        return g.copy()
+    if obtuse == "zero" and along < 0:
+        return np.zeros_like(g)
+    side = perpendicular / across if across > 0 else perpendicular
+    limit = math.radians(max_angle)
+    if max_angle == 90:
+        return perpendicular
+    shortened = min(across, math.tan(limit) * abs(along)) * side
+    return shortened + parallel
 
 
 class MoClip(Adam):

@@ -1,4 +1,4 @@
-"""The optimizer that Stage 1 builds: which weights decay, what is stored, what a resume changes."""
+"""The optimizer that Stage 1 builds: what decays, what a resume changes, the learning rate."""
 
 from __future__ import annotations
 
@@ -14,42 +14,33 @@ from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.replay import full_targets
 from megatron_replay.forward import MicroBatch
 from megatron_replay.model import heads
-from megatron_replay.optim.build import apply_hyperparameters, build_optimizer, set_learning_rate
+from megatron_replay.optim.build import (
+    apply_hyperparameters,
+    build_optimizer,
+    learning_rate,
+    set_learning_rate,
+)
 from megatron_replay.training.step import train_step, wrap_for_training
 from tests import pool, tiny
 from tests.distributed import layouts
 from tests.distributed.layouts import Layout
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "moclip": {
-        "max_angle": 30.0, "obtuse": "zero",
-    },
-    "adamw": {},
-    "mofo": {"mofo_fraction": 0.3},
-    "tam": {"angle_scope": "tensor"},
-    "adamuon": {},
-    "muonclip": {},
-}  # fmt: skip
-#: What of it the rule must know, by the rule's own names.
-ARRIVED: dict[str, dict[str, Any]] = {
-    "moclip": SETTINGS["moclip"],
-    "adamw": {},
-    "mofo": {"fraction": 0.3},
-    "tam": {"angle_scope": "tensor"},
-    "adamuon": {"momentum": 0.95},
-    "muonclip": {"momentum": 0.95, "attention_clip_grad": 1.0},
+#: Rule: its class, the settings of Stage 1, and what of them the rule must know by its own names.
+RULES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "moclip": ("MoClip", *[{"max_angle": 30.0, "obtuse": "zero"}] * 2),
+    "adamw": ("AdamW", {}, {}),
+    "mofo": ("MoFO", {"mofo_fraction": 0.3}, {"fraction": 0.3}),
+    "tam": ("TAM", *[{"angle_scope": "tensor"}] * 2),
+    "adamuon": ("AdaMuon", {}, {"momentum": 0.95}),
+    "muonclip": ("MuonClip", {}, {"momentum": 0.95, "attention_clip_grad": 1.0}),
 }
-NAMES = {
-    "moclip": "MoClip", "adamw": "AdamW", "mofo": "MoFO", "tam": "TAM", "adamuon": "AdaMuon",
-    "muonclip": "MuonClip",
-}  # fmt: skip
 
 
 def describe(_: int, __: int, checkpoint: Path, corpus_prefix: Path) -> dict[str, Any]:
     """Facts about the built optimizers, plain enough to leave the process."""
     groups = layouts.join_groups(Layout())
     facts: dict[str, Any] = {}
-    for rule, settings in SETTINGS.items():
+    for rule, (_name, settings, arrived) in RULES.items():
         for bf16 in (False, True):
             model = layouts.build(Layout(bf16=bf16), groups, checkpoint)
             wrapped = wrap_for_training(model)
@@ -68,7 +59,7 @@ def describe(_: int, __: int, checkpoint: Path, corpus_prefix: Path) -> dict[str
                 "betas": {g["betas"] for g in optimizer.param_groups},
                 "eps": {g["eps"] for g in optimizer.param_groups},
                 "dtypes": {p.dtype for g in inner.param_groups for p in g["params"]},
-                "settings": {name: getattr(inner, name) for name in ARRIVED[rule]},
+                "settings": {name: getattr(inner, name) for name in arrived},
                 "clip_grad": inner.clip_grad,
             }  # fmt: skip
             facts["step", rule, bf16] = one_step(wrapped, optimizer, groups, corpus_prefix)
@@ -109,22 +100,16 @@ def facts(tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("rule", NAMES)
+@pytest.mark.parametrize("rule", RULES)
 def test_settings_arrive(facts, rule, bf16):
     built = facts[rule, bf16]
-    assert built["class"] == NAMES[rule]
+    assert (built["class"], built["settings"]) == (RULES[rule][0], RULES[rule][2])
     assert built["decay"] == [(False, 0.0), (True, 0.3)]  # matrices decay, vectors do not
     assert built["betas"] == {(0.8, 0.9)}
     assert built["eps"] == {1e-8}
     assert built["dtypes"] == {torch.float32}  # masters
-    assert built["settings"] == ARRIVED[rule]
     assert built["clip_grad"] == 0.9
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("rule", NAMES)
-def test_the_models_weights_follow_their_masters(facts, rule, bf16):
-    assert facts["step", rule, bf16]["followed"]
+    assert facts["step", rule, bf16]["followed"]  # the model's weights, their masters
     assert facts["step", rule, bf16]["move"] > 1e-3
 
 
@@ -142,3 +127,26 @@ def test_what_a_resumed_run_is_given_wins(facts):
     assert facts["changed"] == {
         (0.5, 0.7, (0.1, 0.95)), (0.5, 0.0, (0.1, 0.95))
     }  # fmt: skip
+
+
+HALF = math.sqrt(0.5)
+
+
+@pytest.mark.parametrize(
+    ("train_iters", "settings", "expected"),
+    [
+        (6, {"lr_warmup_iters": 2, "lr_decay_style": "linear", "min_lr": 0.2},
+         [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]),
+        (4, {"lr_decay_style": "cosine"}, [1.0, (1 + HALF) / 2, 0.5, (1 - HALF) / 2, 0.0]),
+        (2, {"lr_decay_style": "cosine", "min_lr": 0.2}, [1.0, 0.6, 0.2]),
+        (6, {"lr_warmup_iters": 4, "lr_decay_style": "constant"}, [0.25, 0.5, 0.75] + [1.0] * 4),
+        (2, {"lr_warmup_iters": 4, "lr_decay_style": "constant"}, [0.25, 0.5, 0.75]),
+        (3, {"lr_warmup_iters": 3, "min_lr": 0.2}, [1 / 3, 2 / 3, 1.0, 1.0]),
+    ],
+)  # fmt: skip
+def test_the_learning_rate_of_each_iteration_and_one_after_the_last(
+    train_iters, settings, expected
+):
+    config = OptimizerConfig(lr=1.0, **settings)
+    found = [learning_rate(k, config, train_iters) for k in range(train_iters + 1)]
+    assert found == pytest.approx(expected)

@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 
 from megatron_replay.optim.batch import cosine
 from megatron_replay.optim.moclip import rotation_coefficients
-from tests.optim import geometry
+from tests.optim.reference_rules import turned_gradient
 
 OBTUSE = ["line", "zero"]
-EVERYWHERE = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+EVERYWHERE = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
-angles = st.floats(0.01, 179.99)  # degrees between m and g
 angles_but_90 = st.one_of(st.floats(0.01, 89.99), st.floats(90.01, 179.99))
-limits = st.floats(1.0, 89.0)
 norms = st.floats(-6.0, 6.0).map(lambda exponent: 10.0**exponent)
 seeds = st.integers(0, 2**31)
 
@@ -46,72 +44,44 @@ def turn(
     return a.item() * g + b.item() * m
 
 
-def cos_between(x: np.ndarray, y: np.ndarray) -> float:
-    return float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
-
-
 @pytest.mark.parametrize("obtuse", OBTUSE)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 5e-4)])
 @EVERYWHERE
 @given(angles_but_90, st.floats(10.0, 80.0), norms, norms, seeds)
 def test_equals_the_explicit_decomposition(
     obtuse, dtype, tolerance, phi, limit, m_norm, g_norm, seed
 ):
     m, g = pair(phi, m_norm, g_norm, seed)
-    expected = geometry.turned_gradient(g, m, limit, obtuse)
+    expected = turned_gradient(g, m, limit, obtuse)
     found = turn(m, g, limit, obtuse, dtype)
     np.testing.assert_allclose(found, expected, atol=tolerance * g_norm, rtol=0)
 
 
-@EVERYWHERE
-@given(st.floats(0.01, 89.9), limits, seeds)
-def test_lemma_2_holds_for_line_up_to_90_degrees(phi, limit, seed):
-    m, g = pair(phi, 2.0, 3.0, seed)
-    assert cos_between(turn(m, g, limit), m) >= math.cos(math.radians(limit)) - 1e-9
-
-
-@EVERYWHERE
-@given(angles, limits, seeds)
-def test_lemma_2_holds_for_zero_at_every_angle(phi, limit, seed):
-    m, g = pair(phi, 2.0, 3.0, seed)
-    new = turn(m, g, limit, "zero")
-    # Written as a product, for g' = 0 is allowed.
-    at_least = math.cos(math.radians(limit)) * np.linalg.norm(new) * np.linalg.norm(m)
-    assert new @ m >= at_least - 1e-9
-
-
-@EVERYWHERE
-@given(angles_but_90, limits, seeds)
-def test_line_stays_near_the_axis_of_m_and_descends(phi, limit, seed):
-    m, g = pair(phi, 2.0, 3.0, seed)
-    new = turn(m, g, limit)
-    assert abs(cos_between(new, m)) >= math.cos(math.radians(limit)) - 1e-9
-    assert new @ g > 0
-
-
 @pytest.mark.parametrize("obtuse", OBTUSE)
 @EVERYWHERE
-@given(angles_but_90, limits, norms)
-def test_linear_in_the_gradient_and_independent_of_the_momentums_norm(obtuse, phi, limit, k):
-    m, g = pair(phi, 1.0, 1.0)
+@given(angles_but_90, st.floats(1.0, 89.0), seeds)
+def test_lemma_2_and_descent(obtuse, phi, limit, seed):
+    """g' is within max_angle of m, for ``line`` beyond 90 degrees of -m, and descends as g does."""
+    m, g = pair(phi, 2.0, 3.0, seed)
     new = turn(m, g, limit, obtuse)
-    np.testing.assert_allclose(turn(m, k * g, limit, obtuse), k * new, atol=1e-9 * k, rtol=0)
-    np.testing.assert_allclose(turn(k * m, g, limit, obtuse), new, atol=1e-9, rtol=0)
+    # Written as a product, for g' = 0 is allowed.
+    least = math.cos(math.radians(limit)) * np.linalg.norm(new) * np.linalg.norm(m)
+    along = -(new @ m) if obtuse == "line" and phi > 90 else new @ m
+    assert along >= least - 1e-9
+    if obtuse == "line":
+        assert new @ g > 0
+    elif phi > 90:
+        assert not new.any()
 
 
 @pytest.mark.parametrize("obtuse", OBTUSE)
 @pytest.mark.parametrize("limit", [1.0, 45.0, 89.0])
-def test_continuous_where_clipping_begins(obtuse, limit):
+def test_continuous_where_clipping_begins_and_for_line_at_90_degrees(obtuse, limit):
     below, above = (turn(*pair(limit + d, 2.0, 3.0), limit, obtuse) for d in (-1e-7, 1e-7))
     np.testing.assert_allclose(below, above, atol=1e-6)
     m, g = pair(limit + 1e-7, 2.0, 3.0)
-    _, b = rotation_coefficients(*dots(m, g), max_angle=limit, obtuse=obtuse)
-    assert b.item() != 0  # clipping has begun
-
-
-@pytest.mark.parametrize("limit", [1.0, 45.0, 89.0])
-def test_line_passes_through_zero_at_90_degrees(limit):
-    for d in (-1e-7, 0.0, 1e-7):
+    assert rotation_coefficients(*dots(m, g), max_angle=limit, obtuse=obtuse)[1] != 0
+    for d in (-1e-7, 0.0, 1e-7) if obtuse == "line" else ():
         # The part along m, 3 sin d, over cos(limit): the edge of the cone above it.
         reach = 3.0 * math.radians(2e-7) / math.cos(math.radians(limit))
         assert np.linalg.norm(turn(*pair(90 + d, 2.0, 3.0), limit)) <= reach
@@ -139,37 +109,23 @@ def test_a_gradient_against_the_momentum(obtuse, share, dtype):
 
 
 @EVERYWHERE
-@given(angles_but_90, seeds)
-def test_at_90_degrees_only_an_obtuse_gradient_changes(phi, seed):
+@given(st.just(90.0) | angles_but_90, seeds)
+def test_a_cap_of_90_degrees_changes_only_an_obtuse_gradient(phi, seed):
     m, g = pair(phi, 2.0, 3.0, seed)
+    if phi == 90.0:
+        m, g = np.array([1.0, 0.0]), np.array([0.0, 1.0])  # exactly
     for obtuse, expected in (("line", g - (g @ m) / (m @ m) * m), ("zero", 0 * g)):
         new = turn(m, g, 90.0, obtuse)
-        if phi < 90:
+        if phi <= 90:
             np.testing.assert_array_equal(new, g)
         else:
             np.testing.assert_allclose(new, expected, atol=1e-9)
-
-
-@pytest.mark.parametrize("obtuse", OBTUSE)
-def test_exactly_perpendicular_is_within_a_cap_of_90_degrees(obtuse):
-    sums = torch.tensor([0.0, 1.0, 1.0])
-    a, b = rotation_coefficients(*sums, max_angle=90.0, obtuse=obtuse)
-    assert (a.item(), b.item()) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_norms_whose_squares_multiply_out_of_fp32_still_have_an_angle(scale):
     m, g = pair(120.0, scale, scale)
     assert cosine(*dots(m, g, torch.float32)).item() == pytest.approx(-0.5, rel=1e-5)
-    expected = geometry.turned_gradient(g, m, 45.0, "line")
+    expected = turned_gradient(g, m, 45.0, "line")
     found = turn(m, g, 45.0, "line", torch.float32)
     np.testing.assert_allclose(found, expected, atol=1e-5 * scale)
-
-
-def test_elementwise_over_tensors():
-    rows = [dots(*pair(phi, 2.0, 3.0)) for phi in (10.0, 80.0, 170.0)]
-    columns = (torch.stack(column) for column in zip(*rows, strict=True))
-    a, b = rotation_coefficients(*columns, max_angle=45.0)
-    alone = [rotation_coefficients(*row, max_angle=45.0) for row in rows]
-    assert a.tolist() == [one.item() for one, _ in alone]
-    assert b.tolist() == [one.item() for _, one in alone]
