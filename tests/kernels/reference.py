@@ -31,30 +31,26 @@ class Problem:
             bounded=bounded, copies=self.copies if copies else None,
         )  # fmt: skip
 
+    def lists(self) -> list[list[Tensor]]:
+        return [self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.copies]
+
     def parts(self) -> Iterable[Tensor]:
-        for part in (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.copies):
+        for part in self.lists():
             yield from part
 
     def clone(self) -> Problem:
-        lists = (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.copies)
-        return Problem(*([tensor.clone() for tensor in part] for part in lists))
+        return Problem(*([tensor.clone() for tensor in part] for part in self.lists()))
 
 
-def problem(sizes: list[int], *, seed: int = 0, offset: int = 0) -> Problem:
-    """Normal numbers; each tensor starts ``offset`` elements into its memory."""
+def problem(sizes: list[int], *, seed: int = 0) -> Problem:
     rng = np.random.default_rng(seed)
 
     def normal(size: int) -> Tensor:
-        memory = torch.from_numpy(rng.standard_normal(size + offset).astype(np.float32))
-        return memory[offset:]
+        return torch.from_numpy(rng.standard_normal(size).astype(np.float32))
 
     params, grads, exp_avgs = ([normal(size) for size in sizes] for _ in range(3))
     exp_avg_sqs = [normal(size).square_() for size in sizes]
-    copies = [
-        torch.zeros(size + offset, dtype=torch.bfloat16)[offset:].copy_(param)
-        for size, param in zip(sizes, params, strict=True)
-    ]
-    return Problem(params, grads, exp_avgs, exp_avg_sqs, copies)
+    return Problem(params, grads, exp_avgs, exp_avg_sqs, [param.bfloat16() for param in params])
 
 
 def check_step(before: Problem, after: Problem, rows: list[Coefficients], *, bounded: bool) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_replay.kernels import _cpu
-from tests.kernels.conftest import LEVELS
+from tests.kernels.levels import LEVELS
 from tests.kernels.reference import ulps
 
 ONE, INFINITY = 0x3F80_0000, 0x7F80_0000

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 #: (files, TRITON_INTERPRET) of a process; the files of "shared" test the other backends as well.
 PROCESSES = {
     "interpreted": (["triton_interpreted.py", "test_pair_operators.py"], "1"),
-    "shared": (["test_head.py", "test_selection.py"], "1"),
+    "shared": (["test_head.py", "test_selection.py", "test_momentum_step.py"], "1"),
     "compiled": (["triton_compiled.py"], "0"),
 }
 
