@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from benchmarks.memory import available_bytes
-from benchmarks.timing import Times, interleave, machine
+from benchmarks.timing import Times, available_bytes, interleave, machine
+from megatron_replay.config import ParallelConfig
 from megatron_replay.functional import restricted_cross_entropy
 from megatron_replay.kernels import HEAD
 from megatron_replay.platform import select
@@ -77,10 +77,6 @@ class Batch:
             self, hidden=self.hidden[:count], ids=self.ids[: int(offsets[-1])], offsets=offsets,
             labels=self.labels[:count], starts=starts,
         )  # fmt: skip
-
-    def rounded(self) -> Batch:
-        """bf16 operands."""
-        return replace(self, hidden=self.hidden.bfloat16(), weight=self.weight.bfloat16())
 
     @functools.cached_property
     def unions(self) -> tuple[Tensor, Tensor]:
@@ -185,17 +181,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 def megatron(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    _initialize_alone()
     return vocab_parallel_cross_entropy(linear(hidden, weight)[:, None], labels[:, None]).sum()
-
-
-@functools.cache
-def _initialize_alone() -> None:
-    from megatron_replay.config import ParallelConfig
-    from megatron_replay.parallel import initialize
-
-    os.environ.setdefault("RANK", "0")
-    initialize(ParallelConfig(), select("cpu"))
 
 
 def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -289,21 +275,32 @@ def gradient_error(contender: Contender, batch: Batch) -> float:
 HEADING = f"{'':40}{'ms':>10}{'x':>9}{'least':>10}{'x':>9}{'sgemm':>7}{'error':>8}"
 
 
+def run_and_clear(run: Pass, batch: Batch) -> None:
+    """Keeps no dense gradient, which would leave the next pass without memory."""
+    run()
+    batch.clear()
+
+
 def table(chosen: Sequence[Contender], batch: Batch, *, slice_: int, rounds: int) -> None:
     """Times the first contender, ours, in turn with the others and with a matrix product."""
     a, b = torch.randn(2, SGEMM_SIZE, SGEMM_SIZE, device=batch.hidden.device)
     work: dict[str, Pass] = {SGEMM: lambda: torch.mm(a, b)}
     few, N, errors = batch.first(FEW), len(batch.hidden), {}
-    rounded = batch.rounded() if any(c.bf16 and not c.why_not for c in chosen) else batch
+    rounded = batch
+    if any(c.bf16 and not c.why_not for c in chosen):
+        bf16 = {"hidden": batch.hidden.bfloat16(), "weight": batch.weight.bfloat16()}
+        rounded = replace(batch, **bf16)
     for c in chosen:
         if c.why_not:
             continue
         operands = rounded if c.bf16 else batch
         errors[c.name] = gradient_error(c, operands.first(FEW))
         full = c.kind == "full"
-        work[c.name] = _cleared(c, operands.first(slice_) if full else operands)
+        parts = {c.name: operands.first(slice_) if full else operands}
         if full and slice_ < N:
-            work[c.name + SGEMM] = _cleared(c, operands.first(FEW))
+            parts[c.name + SGEMM] = operands.first(FEW)
+        for name, part in parts.items():
+            work[name] = functools.partial(run_and_clear, c.make(part), part)
     times = interleave(work, rounds=rounds, each=1, device=few.hidden.device)
     rate = 2 * SGEMM_SIZE**3 / times[SGEMM].least
     print(f"sgemm {rate:.1f} GFLOP/s, {rounds} rounds\n{HEADING}")
@@ -326,17 +323,6 @@ def table(chosen: Sequence[Contender], batch: Batch, *, slice_: int, rounds: int
         )
 
 
-def _cleared(contender: Contender, batch: Batch) -> Pass:
-    """A pass that keeps no dense gradient, which would leave the next one without memory."""
-    run = contender.make(batch)
-
-    def run_and_clear() -> None:
-        run()
-        batch.clear()
-
-    return run_and_clear
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hidden", type=int, nargs="+", default=[1024, 2560])
@@ -350,6 +336,10 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     options = parser.parse_args()
     select("cpu").prepare()
+    from megatron_replay.parallel import initialize  # after prepare()
+
+    os.environ.setdefault("RANK", "0")
+    initialize(ParallelConfig(), select("cpu"))
     print(f"{machine(options.device)}; torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     for threads, H in itertools.product(options.threads, options.hidden):
         torch.set_num_threads(threads)

@@ -13,6 +13,8 @@ rounds.
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,22 +145,18 @@ def muon(cls: type) -> Callable[[Model], Step]:
     return make
 
 
-def norm_alone(model: Model) -> Step:
-    return lambda: torch.nn.utils.get_total_norm(model.grads, foreach=True)
-
-
-def copy_alone(model: Model) -> Step:
-    """The stream that all others are measured by: read 4 bytes, write 4."""
-    targets = [torch.empty_like(param) for param in model.params]
-    return lambda: torch._foreach_copy_(targets, model.grads)
-
-
 def contenders(device: torch.device) -> list[Contender]:
+    def copy(model: Model) -> Step:
+        targets = [torch.empty_like(param) for param in model.params]
+        return lambda: torch._foreach_copy_(targets, model.grads)
+
+    norm_of = functools.partial(torch.nn.utils.get_total_norm, foreach=True)
     fast = OPTIMIZER.best(torch.empty(0, device=device))
     adamw, theirs = torch.optim.AdamW, pytorch_optimizer
     return [
-        Contender("copy", 8, copy_alone),
-        Contender("gradient norm (foreach)", 4, norm_alone),
+        # The stream that all others are measured by: read 4 bytes, write 4.
+        Contender("copy", 8, copy),
+        Contender("gradient norm (foreach)", 4, lambda model: lambda: norm_of(model.grads)),
         Contender(BASELINE, 32, optimizer(adamw, norm=True, fused=True)),
         Contender(
             "torch AdamW(fused) + norm + clip + bf16", 46,
@@ -181,21 +179,6 @@ def contenders(device: torch.device) -> list[Contender]:
         Contender("pytorch-optimizer Muon", None, muon(theirs.Muon), True),
         Contender("pytorch-optimizer AdaMuon", None, muon(theirs.AdaMuon), True),
     ]  # fmt: skip
-
-
-def level() -> str:
-    """Of the processor's vector instructions."""
-    from megatron_replay.kernels import _cpu
-
-    return _cpu.level()
-
-
-def measure(
-    chosen: list[Contender], model: Model, *, rounds: int, device: torch.device
-) -> dict[str, Times]:
-    """Nanoseconds per parameter."""
-    steps = {c.name: c.make(model) for c in chosen}
-    return interleave(steps, rounds=rounds, each=model.numel, device=device)
 
 
 HEADING = f"{'':46}{'B/param':>8}{'ns/param':>10}{'x':>7}{'least':>9}{'x':>7}{'GB/s':>7}"
@@ -231,23 +214,21 @@ def main() -> None:
     assert fast is not None, device
     if reason := OPTIMIZER.why_not(fast, model.params[0]):
         raise SystemExit(f"error: no compiled kernels to measure: {reason}")
-    print(f"{fast} kernels" + (f", level {level()}" if fast == "cpu" else ""))
+    kernels = importlib.import_module("megatron_replay.kernels._cpu") if fast == "cpu" else None
+    print(f"{fast} kernels" + (f", level {kernels.level()}" if kernels else ""))
     rows = [c for c in contenders(device) if options.only in c.name or c.name == BASELINE]
     passing = [c for c in rows if not c.multiplies_matrices]
     multiplying = [c for c in rows if c.multiplies_matrices]
     layer = make_model(sum(torch.Size(shape).numel() for shape in LAYER), device)
     for threads in options.threads if device.type == "cpu" else [1]:
         torch.set_num_threads(threads)
-        if device.type == "cpu":
-            print(f"\n{threads} thread{'s' * (threads > 1)}")
-        print(HEADING)
-        times = measure(passing, model, rounds=options.rounds, device=device)
-        for c in passing:
-            print(row(c, times[c.name], times[BASELINE]))
-        baseline = times[BASELINE]
-        times = measure(multiplying, layer, rounds=3, device=device)
-        for c in multiplying:
-            print(row(c, times[c.name], baseline), flush=True)
+        print(f"\n{threads} thread{'s' * (threads > 1)}\n{HEADING}")
+        times: dict[str, Times] = {}
+        for chosen, stepped, rounds in ((passing, model, options.rounds), (multiplying, layer, 3)):
+            steps = {c.name: c.make(stepped) for c in chosen}
+            times |= interleave(steps, rounds=rounds, each=stepped.numel, device=device)
+            for c in chosen:
+                print(row(c, times[c.name], times[BASELINE]), flush=True)
 
 
 if __name__ == "__main__":

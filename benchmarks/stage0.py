@@ -19,10 +19,9 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -31,18 +30,15 @@ from torch import Tensor
 from benchmarks.timing import Times, interleave, machine
 from megatron_replay import kernels, parallel, platform
 from megatron_replay.collection import LOGITS_CHUNK_SIZE
-from megatron_replay.config import CandidatesConfig, DataConfig, ParallelConfig
-from megatron_replay.data.corpus import Corpus, Document
-from megatron_replay.data.corpus_writer import CorpusWriter
+from megatron_replay.config import CandidatesConfig, ParallelConfig
+from megatron_replay.data.corpus import Corpus
 from megatron_replay.parallel import Parallel
-from megatron_replay.store import CandidateReader, CandidateWriter
+from megatron_replay.store import CandidateReader
 
 platform.select("cpu").prepare()  # before megatron-core may be imported
 
-from benchmarks.stage1_case import description  # noqa: E402
+from benchmarks.stages import SEQ_LENGTH, save_corpus, write_store  # noqa: E402
 from megatron_replay.checkpoint.load import LoadedModel  # noqa: E402
-from megatron_replay.collection.collector import Collector  # noqa: E402
-from megatron_replay.collection.stream import ShardStream  # noqa: E402
 from megatron_replay.data.packing import pack_batch, plan_packs  # noqa: E402
 from megatron_replay.data.replay import eligible_rows  # noqa: E402
 from megatron_replay.forward import MicroBatch, forward_only  # noqa: E402
@@ -52,7 +48,7 @@ from megatron_replay.model.selected_rows import HiddenStates  # noqa: E402
 
 #: name -> layers, vocabulary, standard deviation of the logits.
 MODELS = {"output": (2, 151_936, 5.6), "body": (16, 32_000, 4.6)}
-HIDDEN, SEQ_LENGTH = 1024, 1024
+HIDDEN = 1024
 CPU = torch.device("cpu")
 PLAIN = "plain forward"
 STRATEGIES = ("all", "bucket", "random", "last-token")
@@ -65,17 +61,8 @@ class Case:
     model: LoadedModel
     corpus: Corpus
     groups: Parallel
-    data: DataConfig
     folder: Path
     numbers: itertools.count[int]
-
-    def settings(self, strategy: str) -> CandidatesConfig:
-        store = self.folder / f"store-{next(self.numbers)}"
-        return CandidatesConfig(
-            store=str(store),
-            position_strategy=strategy,
-            documents_per_shard=len(self.corpus),
-        )
 
     def plain(self, then: Callable[[Tensor], object] = lambda logits_NV: None) -> None:
         """Every logit of every position; ``then`` is done with a chunk of them."""
@@ -91,17 +78,13 @@ class Case:
             forward_only(self.model.module, [MicroBatch(batch, head)])
 
     def stage0(self, strategy: str) -> Path:
-        """Stage 0's own work on one shard, to the disk. Returns the store's directory."""
-        settings = self.settings(strategy)
-        collector = Collector(
-            settings, self.data, self.corpus, self.corpus.lengths, self.model, self.groups
+        """Stage 0's own work. Returns the store's directory."""
+        settings = CandidatesConfig(
+            store=str(self.folder / f"store-{next(self.numbers)}"),
+            position_strategy=strategy,
+            documents_per_shard=len(self.corpus),
         )
-        with CandidateWriter(settings.store, description(self.corpus), lock=True) as writer:
-            with ShardStream(writer, 0) as stream:
-                for records, nbytes in collector.collect(np.arange(len(self.corpus))):
-                    stream.put(records, nbytes)
-            writer.finish()
-        return writer.directory
+        return write_store(settings, self.corpus, self.model, self.groups)
 
 
 def random_model(name: str, groups: Parallel) -> LoadedModel:
@@ -127,19 +110,13 @@ def random_model(name: str, groups: Parallel) -> LoadedModel:
     return LoadedModel(shape, config, module, Path(), 0)
 
 
-def random_corpus(folder: Path, vocab_size: int, positions: int) -> Corpus:
-    """Documents of 60 to 350 tokens, all labels with loss, until there are ``positions``."""
-    tokenizer = SimpleNamespace(
-        vocab_size=vocab_size, eos_id=0, pad_id=0, path="random", fingerprint="random", files={}
-    )
+def documents(positions: int) -> Iterator[tuple[int, int]]:
+    """60 to 350 tokens each, all labels with loss, until there are ``positions``."""
     rng, left = np.random.default_rng(0), positions
-    with CorpusWriter(folder / "corpus", tokenizer, row_format="random", source={}) as writer:
-        while left > 0:
-            length = int(rng.integers(60, 350))
-            tokens = rng.integers(0, vocab_size, length).astype(np.int32)
-            writer.add(Document(tokens, np.ones(length, np.bool_)))
-            left -= length - 1
-    return Corpus(folder / "corpus")
+    while left > 0:
+        length = int(rng.integers(60, 350))
+        yield 0, length
+        left -= length - 1
 
 
 def contenders(case: Case) -> dict[str, Callable[[], object]]:
@@ -196,12 +173,11 @@ def main() -> None:
     groups = parallel.initialize(ParallelConfig(), platform.select("cpu"))
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
-            corpus = random_corpus(Path(folder), MODELS[name][1], options.positions)
+            corpus = save_corpus(Path(folder), MODELS[name][1], documents(options.positions))
             case = Case(
                 model=random_model(name, groups),
                 corpus=corpus,
                 groups=groups,
-                data=DataConfig(data_path="unused", seq_length=SEQ_LENGTH),
                 folder=Path(folder),
                 numbers=itertools.count(),
             )

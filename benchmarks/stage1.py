@@ -32,8 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.memory import peak_bytes
-from benchmarks.timing import machine
+from benchmarks.timing import machine, peak_bytes
 from megatron_replay import kernels, parallel, platform
 from megatron_replay.config import (
     CandidatesConfig,
@@ -48,24 +47,23 @@ from megatron_replay.config import (
 )
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import GlobalBatches
-from megatron_replay.store import CandidateReader, CandidateWriter
+from megatron_replay.store import CandidateReader
 
 CPU = torch.device("cpu")
 platform.select("cpu").prepare()  # before megatron-core may be imported
 
-from benchmarks.stage1_case import (  # noqa: E402
+from benchmarks.stages import (  # noqa: E402
     ADAMW,
+    DOCUMENTS,
     HIDDEN,
     SEQ_LENGTH,
     VOCAB_SIZE,
     Peer,
-    description,
     save_corpus,
     save_model,
+    write_store,
 )
 from megatron_replay.checkpoint.load import load_model  # noqa: E402
-from megatron_replay.collection.collector import Collector  # noqa: E402
-from megatron_replay.collection.stream import ShardStream  # noqa: E402
 from megatron_replay.data.packing import without_unread  # noqa: E402
 from megatron_replay.optim.build import build_optimizer  # noqa: E402
 from megatron_replay.training.batches import BatchBuilder, TrainingData  # noqa: E402
@@ -135,22 +133,9 @@ class Ours:
 
     def stage0(self, name: str) -> None:
         """Stage 0's own work on the corpus, to the disk."""
-        self.stores[name] = store = self.folder / f"store-{next(self._numbers)}"
+        store = self.folder / f"store-{next(self._numbers)}"
         settings = CandidatesConfig(store=str(store), **STORES[name])
-        data = DataConfig(data_path="unused", seq_length=SEQ_LENGTH)
-        collector = Collector(
-            settings,
-            data,
-            self.corpus,
-            self.corpus.lengths,
-            self.model,
-            self.groups,
-        )
-        with CandidateWriter(store, description(self.corpus), lock=True) as writer:
-            with ShardStream(writer, 0) as stream:
-                for records, nbytes in collector.collect(np.arange(len(self.corpus))):
-                    stream.put(records, nbytes)
-            writer.finish()
+        self.stores[name] = write_store(settings, self.corpus, self.model, self.groups)
 
     def step(self, arm: Arm) -> float:
         """One step on all documents; returns the loss."""
@@ -172,20 +157,11 @@ class Ours:
         if reader is not None:
             lengths = without_unread(lengths, reader.stops())
 
-        def batches(size: int) -> GlobalBatches:
-            return GlobalBatches(
-                lengths,
-                seq_length=SEQ_LENGTH,
-                global_batch_size=size,
-                micro_batch_size=1,
-                seed=0,
-                epochs=1,
-                pack_documents=arm.packed,
-                dp_rank=0,
-                dp_size=1,
-            )
-
-        size = batches(1).num_batches
+        batches = functools.partial(
+            GlobalBatches, lengths, seq_length=SEQ_LENGTH, micro_batch_size=1, seed=0, epochs=1,
+            pack_documents=arm.packed, dp_rank=0, dp_size=1,
+        )  # fmt: skip
+        size = batches(global_batch_size=1).num_batches
         config = Stage1Config(
             parallel=ParallelConfig(),
             model=self.source,
@@ -203,7 +179,7 @@ class Ours:
             corpus=self.corpus,
             reader=reader,
             lengths=lengths,
-            batches=batches(size),
+            batches=batches(global_batch_size=size),
             train_iters=1,
         )
         return BatchBuilder(config, self.groups, data, self._head, vocab_size)
@@ -229,15 +205,16 @@ def report(measured: dict[str, Measured], tokens: int) -> None:
         )
     print("\nStage 0 once and E epochs of Stage 1 with all savings, over E epochs of full softmax")
     baselines = (PADDED, PACKED)
-    print(f"{'store, epochs':<24}" + "".join(f"{name:>34}" for name in baselines))
-    by_store = {"bucket 0.5": DEFAULT, "random 0.25": "restricted, random 0.25",
-                "all": "restricted, all positions"}  # fmt: skip
-    for store, arm in by_store.items():
+    print(f"{'store, epochs':<24}" + "".join(f"{baseline:>34}" for baseline in baselines))
+    for name, arm in ARMS.items():
+        if arm.store is None or arm.recompute:
+            continue
         for epochs in (1, 3, 10):
-            stage0, stage1 = measured[f"Stage 0, {store}"].processor, measured[arm].processor
+            stage0 = measured[f"Stage 0, {arm.store}"].processor
+            stage1 = measured[name].processor
             ours = [a / epochs + b for a, b in zip(stage0, stage1, strict=True)]
             line = "".join(f"{ratio(ours, measured[b].processor):34.3f}" for b in baselines)
-            print(f"{store + ', ' + str(epochs):<24}{line}", flush=True)
+            print(f"{arm.store + ', ' + str(epochs):<24}{line}", flush=True)
 
 
 def main() -> None:
@@ -251,7 +228,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parameters = save_model(folder, options.layers)
-        corpus = save_corpus(folder)
+        corpus = save_corpus(folder, VOCAB_SIZE, DOCUMENTS)
         ours, peer = Ours(folder, corpus), Peer(folder, corpus)
         runs: dict[str, Callable[[], object]] = {
             **{f"Stage 0, {s}": functools.partial(ours.stage0, s) for s in STORES},

@@ -4,15 +4,14 @@ Documents of 512 positions with sets of 1 to 200 ids by Zipf's law, copied until
 cache; one thread, files in the page cache. Each round reads other documents into flat arrays.
 "first touch": a reader just opened, which checks index and crc32 of what it reads; the others have
 checked those before, and check every rule of the format on every read. "copied": raw int32 ids of
-the same documents, memory-mapped and concatenated: memory's speed. zlib and npz hold the int32 ids
-of one document each.
+the same documents, memory-mapped and concatenated: memory's speed. zlib holds the int32 ids of one
+document each.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import tempfile
 import time
 import zlib
@@ -82,15 +81,15 @@ def make_documents() -> list[DocumentCandidates]:
     return documents
 
 
-def with_logits(document: DocumentCandidates) -> DocumentCandidates:
-    drawn = np.random.default_rng(0).normal(10, 4, len(document.ids)).astype(np.float32)
-    return dataclasses.replace(document, logits=drawn)
-
-
 def print_bytes(folder: Path, documents: Documents) -> None:
-    positions = sum(len(document.positions) for document in documents)
+    positions, rng = sum(len(d.positions) for d in documents), np.random.default_rng(0)
     for logits in ("none", "fp16"):
-        content = documents if logits == "none" else [with_logits(each) for each in documents]
+        content = list(documents)
+        if logits == "fp16":
+            drawn = (rng.normal(10, 4, len(d.ids)).astype(np.float32) for d in documents)
+            content = [
+                dataclasses.replace(d, logits=z) for d, z in zip(content, drawn, strict=True)
+            ]
         store = write(folder / f"bytes-{logits}", content, logits=logits)
         size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
         print(f"bytes a position, logits {logits}: {size / positions:.1f}")
@@ -101,12 +100,6 @@ def print_rates(title: str, work: Work, num_ids: int, rounds: int) -> None:
     print(f"\n{title}\n{'':24}{'M ids/s':>9}{'best':>9}")
     for name, each in times.items():
         print(f"{name:24}{1e3 / each.median:9.1f}{1e3 / each.least:9.1f}", flush=True)
-
-
-def compressed(document: DocumentCandidates) -> bytes:
-    file = io.BytesIO()
-    np.savez_compressed(file, ids=document.ids)
-    return file.getvalue()
 
 
 def reading(folder: Path, documents: Documents, count: int) -> Work:
@@ -120,7 +113,6 @@ def reading(folder: Path, documents: Documents, count: int) -> Work:
     raw = np.memmap(folder / "raw", np.int32, "r")
     few = documents[: len(documents) // COPIES]
     deflated = [zlib.compress(document.ids) for document in few]
-    npz = [compressed(document) for document in few]
 
     def drawn() -> list[int]:
         return rng.choice(len(documents), count, replace=False).tolist()
@@ -132,9 +124,6 @@ def reading(folder: Path, documents: Documents, count: int) -> Work:
         "store, one by one": lambda: [reader[d] for d in drawn()],
         "zlib": lambda: np.concatenate(
             [np.frombuffer(zlib.decompress(deflated[d % len(few)]), np.int32) for d in drawn()]
-        ),
-        "npz": lambda: np.concatenate(
-            [np.load(io.BytesIO(npz[d % len(few)]))["ids"] for d in drawn()]
         ),
     }
 

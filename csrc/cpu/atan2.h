@@ -4,8 +4,8 @@
 // diagonal. atan(q) = q + q s P(s), s = q^2; fit_arctangent.py makes P, which alone is off by
 // 1.7e-8, 0.28 ulp.
 //
-// Largest error against float64's atan2, in spacings of fp32 at the exact value, as measured by
-// python -m benchmarks.arctangent:
+// Largest error against float64's atan2, in spacings of fp32 at the exact value, measured once over
+// all of these (tests/kernels/test_arctangent.py tries every 97th q):
 //                                    with FMA    without
 //     every fp32 q in [0, 1]: (q, 1)     1.12       1.31
 //                             (1, q)     1.34       1.51

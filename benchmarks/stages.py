@@ -1,7 +1,8 @@
-"""What benchmarks.stage1 trains on, and its peer: transformers and torch alone."""
+"""What the stages' benchmarks work on, Stage 0's own work, and a peer: transformers and torch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from megatron_replay.checkpoint.load import LoadedModel
+from megatron_replay.collection.collector import Collector
+from megatron_replay.collection.stream import ShardStream
+from megatron_replay.config import CandidatesConfig, DataConfig
 from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.data.corpus_writer import CorpusWriter
-from megatron_replay.store import StoreDescription
+from megatron_replay.parallel import Parallel
+from megatron_replay.store import CandidateWriter, StoreDescription
 
 VOCAB_SIZE, HIDDEN, SEQ_LENGTH = 151_936, 256, 1024
 #: Tokens of prompt and of answer. Packed next to each other they fill nine tenths of two packs, as
@@ -84,23 +90,25 @@ def save_model(folder: Path, layers: int) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def save_corpus(folder: Path) -> Corpus:
-    """Documents of random tokens, of which the answer carries loss."""
+def save_corpus(folder: Path, vocab_size: int, documents: Iterable[tuple[int, int]]) -> Corpus:
+    """Documents of random tokens, so many of a prompt and of an answer, which carries loss."""
     tokenizer = SimpleNamespace(
-        vocab_size=VOCAB_SIZE, eos_id=0, pad_id=0, path="random", fingerprint="random", files={}
+        vocab_size=vocab_size, eos_id=0, pad_id=0, path="random", fingerprint="random", files={}
     )
     rng = np.random.default_rng(0)
     with CorpusWriter(folder / "corpus", tokenizer, row_format="random", source={}) as writer:
-        for prompt, answer in DOCUMENTS:
-            tokens = rng.integers(0, VOCAB_SIZE, prompt + answer).astype(np.int32)
+        for prompt, answer in documents:
+            tokens = rng.integers(0, vocab_size, prompt + answer).astype(np.int32)
             writer.add(Document(tokens, np.arange(prompt + answer) >= prompt))
     return Corpus(folder / "corpus")
 
 
-def description(corpus: Corpus) -> StoreDescription:
-    """Of a store with one shard."""
-    return StoreDescription(
-        vocab_size=VOCAB_SIZE,
+def write_store(
+    settings: CandidatesConfig, corpus: Corpus, model: LoadedModel, groups: Parallel
+) -> Path:
+    """Stage 0's own work on the corpus, one shard, to the disk. Returns the store's directory."""
+    description = StoreDescription(
+        vocab_size=model.shape.vocab_size,
         num_documents=len(corpus),
         documents_per_shard=len(corpus),
         codec="planar",
@@ -110,3 +118,11 @@ def description(corpus: Corpus) -> StoreDescription:
         checkpoint_fingerprint="",
         selection={"coverage": 0.95, "max_candidates": 200},
     )
+    data = DataConfig(data_path="unused", seq_length=SEQ_LENGTH)
+    collector = Collector(settings, data, corpus, corpus.lengths, model, groups)
+    with CandidateWriter(settings.store, description, lock=True) as writer:
+        with ShardStream(writer, 0) as stream:
+            for records, nbytes in collector.collect(np.arange(len(corpus))):
+                stream.put(records, nbytes)
+        writer.finish()
+    return writer.directory
