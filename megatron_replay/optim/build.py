@@ -121,9 +121,7 @@ def build_optimizer(
     rule = rule_class(
         mcore._get_param_groups([wrapped], settings, overrides),
         lr=config.lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-        clip_grad=config.clip_grad,
+        clip_grad=config.clip_grad,  # decay and betas: apply_hyperparameters below
         **{argument: getattr(config, name) for argument, name in own.items()},
     )
     optimizer: MegatronOptimizer

@@ -85,7 +85,10 @@ class CheckedAdamW(torch.optim.AdamW):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                self._require_usable(param, param.grad)
+                dtype, layout = param.dtype, param.grad.layout
+                usable, fix = dtype in (torch.float32, torch.float64), "Give it fp32 masters"
+                self._require("parameter", usable, "float32 or float64", dtype, fix)
+                self._require("gradient", layout == torch.strided, "a dense one", layout)
                 state = self.state[param] or self._create_state(param, group)
                 step = int(state["step"]) + 1
                 kernels = OPTIMIZER.choose(self.backend, param)
@@ -120,22 +123,19 @@ class CheckedAdamW(torch.optim.AdamW):
         for (number, group), param in zip(numbered, params, strict=False):  # torch counts them
             state = state_dict.get("state", {}).get(number, {})
             keys = self._state_keys(self._place(param, group, 0))
-            if state and not {"step", *keys} <= state.keys():
-                raise ConfigError(
-                    "the state is another optimizer's",
-                    where=type(self).__name__,
-                    expected=", ".join(sorted({"step", *keys})),
-                    found=few(sorted(map(str, state))),
-                    fix="Load the weights alone and start the optimizer anew",
-                )
-            for key in keys if state else ():
-                if state[key].shape != param.shape:
-                    raise ConfigError(
-                        f"{key} is of another model",
-                        where=type(self).__name__,
-                        expected=tuple(param.shape),
-                        found=tuple(state[key].shape),
-                    )
+            if not state:
+                continue
+            self._require(
+                "state of another optimizer",
+                {"step", *keys} <= state.keys(),
+                ", ".join(sorted({"step", *keys})),
+                few(sorted(map(str, state))),
+                "Load the weights alone and start the optimizer anew",
+            )
+            for key in keys:
+                found = tuple(state[key].shape)
+                same = found == tuple(param.shape)
+                self._require(f"{key} of another model", same, tuple(param.shape), found)
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,14 +158,8 @@ class CheckedAdamW(torch.optim.AdamW):
             expected = f"it to be given to {type(self).__name__}"
             self._require(f"option {name} of a group", False, expected, group[name])
 
-    def _require_usable(self, param: Tensor, grad: Tensor) -> None:
-        fix = "Give the optimizer fp32 masters of the model's weights"
-        usable = param.dtype in (torch.float32, torch.float64)
-        self._require("parameter", usable, "float32 or float64", param.dtype, fix)
-        self._require("gradient", grad.layout == torch.strided, "a dense one", grad.layout)
-
     def _require(
-        self, name: str, condition: bool, expected: str, found: object, fix: str | None = None
+        self, name: str, condition: bool, expected: object, found: object, fix: str | None = None
     ) -> None:
         """Raise ConfigError for an unusable setting unless ``condition`` holds."""
         if not condition:

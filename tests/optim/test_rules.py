@@ -275,9 +275,9 @@ def test_options_that_a_group_cannot_have_are_refused(option):
 @pytest.mark.parametrize(
     ("other", "shape", "wanted"),
     [
-        (torch.optim.RMSprop, (3, 2), "the state is another optimizer's"),
-        (torch.optim.Adagrad, (3, 2), "the state is another optimizer's"),
-        (MoClip, (4, 2), r"exp_avg is of another model \(expected \(3, 2\); found \(4, 2\)"),
+        (torch.optim.RMSprop, (3, 2), "unusable state of another optimizer"),
+        (torch.optim.Adagrad, (3, 2), "unusable state of another optimizer"),
+        (MoClip, (4, 2), r"unusable exp_avg of another model \(expected \(3, 2\); found \(4, 2\)"),
     ],
 )
 def test_the_state_of_another_optimizer_or_model_is_refused(other, shape, wanted):
