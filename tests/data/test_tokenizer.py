@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 
@@ -31,7 +32,7 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_hugging_face_ids_are_those_of_the_tokenizers_library(tokenizer, caplog):
+def test_hugging_face_ids_are_those_of_the_tokenizers_library(tokenizer):
     from tokenizers import Tokenizer as Reference
 
     reference = Reference.from_file(str(tokenizer.path / "tokenizer.json"))
@@ -48,7 +49,13 @@ def test_hugging_face_ids_are_those_of_the_tokenizers_library(tokenizer, caplog)
     text = tokenizer.render_chat(HI, True)
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    tokenizer.encode("word " * 3000)  # longer than a context, without a warning
+
+
+def test_a_text_longer_than_a_context_gives_no_warning(directory, caplog, monkeypatch):
+    edit(directory / "tokenizer_config.json", model_max_length=10)
+    loaded = load_tokenizer(directory)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    loaded.encode("word " * 9)
     assert not caplog.records
 
 
