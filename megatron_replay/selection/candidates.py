@@ -202,15 +202,12 @@ def _first(wrong_T: Tensor) -> int | None:
 def _check_arguments(
     logits_TV: Tensor, labels_T: Tensor, coverage: float, max_candidates: int, vocab_start: int
 ) -> None:
-    if not 0 < coverage <= 1:
-        raise ConfigError("out of range", where="coverage", expected="(0, 1]", found=coverage)
-    if not 1 <= max_candidates <= MAX_CANDIDATES:
-        raise ConfigError(
-            "out of range",
-            where="max_candidates",
-            expected=f"1 to {MAX_CANDIDATES}",
-            found=max_candidates,
-        )
+    for name, expected, found, fits in (
+        ("coverage", "(0, 1]", coverage, 0 < coverage <= 1),
+        ("max_candidates", "1 to 255", max_candidates, 1 <= max_candidates <= MAX_CANDIDATES),
+    ):
+        if not fits:
+            raise ConfigError("out of range", where=name, expected=expected, found=found)
     if logits_TV.dim() != 2 or labels_T.shape != logits_TV.shape[:1] or not logits_TV.shape[1]:
         raise DataError(
             "shapes do not fit",

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,34 +29,18 @@ LAYOUTS = [
 
 
 class Traffic(TorchDispatchMode):
-    """Every collective of torch's process groups: name, reduction, and the numbers it moves."""
+    """Every collective of torch's process groups: its name, and the numbers that it moves."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[str, str, list[int], torch.dtype]] = []
+        self.seen: list[tuple[str, list[int], torch.dtype]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            name = func.overloadpacket.__name__.strip("_")
             tensor = args[0][0] if isinstance(args[0], list) else args[0]
-            operation = self._operation if name == "allreduce" else ""
-            self.seen.append((name, operation, list(tensor.shape), tensor.dtype))
+            name = func.overloadpacket.__name__.strip("_")
+            self.seen.append((name, list(tensor.shape), tensor.dtype))
         return func(*args, **(kwargs or {}))
-
-    def __enter__(self) -> Traffic:
-        """As of the mode, which does not see the reduction of an all-reduce: the call has it."""
-        self._all_reduce = dist.all_reduce
-
-        def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, **options: Any) -> Any:
-            self._operation = "MAX" if op == dist.ReduceOp.MAX else "SUM"
-            return self._all_reduce(tensor, op=op, **options)
-
-        dist.all_reduce = all_reduce
-        return super().__enter__()
-
-    def __exit__(self, *args: Any) -> None:
-        dist.all_reduce = self._all_reduce
-        super().__exit__(*args)
 
 
 def case_of(scope: str) -> tuple[HeadCase, Tensor]:
@@ -115,15 +98,14 @@ def test_three_small_collectives_and_the_right_numbers(
     N, fp32 = len(rows_N), torch.float32
     most = max(torch.bincount(rows_N % S // (S // layout.tp)).tolist())
     for found in ranks:
-        sums = [("allreduce", "MAX", [N], fp32), ("allreduce", "SUM", [2, N], fp32)]
+        sums = [("allreduce", [N], fp32), ("allreduce", [2, N], fp32)]
         if layout.sequence_parallel:
-            assert found["forward"] == [
-                ("allgather_base", "", [layout.tp * most, H], fp32), *sums
-            ]  # fmt: skip
-            assert found["backward"] == [("reduce_scatter_base", "", [most, H], fp32)]
+            gathered = ("allgather_base", [layout.tp * most, H], fp32)
+            assert found["forward"] == [gathered, *sums]
+            assert found["backward"] == [("reduce_scatter_base", [most, H], fp32)]
         else:
             assert found["forward"] == sums
-            assert found["backward"] == [("allreduce", "SUM", [N, H], fp32)]
+            assert found["backward"] == [("allreduce", [N, H], fp32)]
     loss_N, dense_hidden_grad, dense_weight_grad = case.dense(case.upstream_T)
     everything_TH = torch.zeros(B * S, H, dtype=torch.float64)
     everything_TH[rows_N] = dense_hidden_grad

@@ -95,33 +95,25 @@ HEADS = {
 }
 
 
-def compiled_head(name: str, dtype: str, *, aligned: bool) -> Any:
-    """As for contiguous columns."""
-    kernel, options, constants = HEADS[name]
-    numbers = {"channels", "tiles", "hidden_row", "weight_row", "source_row", "out_row"}
-    types = {name: "*i32" for name in kernel.arg_names if name not in numbers}
-    types |= dict.fromkeys(("hidden", "weight", "source"), "*" + dtype)
-    types |= dict.fromkeys(("z", "out", "coefficients"), "*fp32") | {"words": "*i64"}
-    constants = constants | {x: 1 for x in kernel.arg_names if x.endswith("_column")}
-    constants |= {x: value for x, value in options.items() if x in kernel.arg_names}
-    return compiled(kernel, constants, types, aligned, num_warps=options["num_warps"])
-
-
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", HEADS)
 def test_the_heads_operators(name: str, dtype: str, aligned: bool) -> None:
-    found = instructions(compiled_head(name, dtype, aligned=aligned))
+    """As for contiguous columns."""
+    kernel, options, constants = HEADS[name]
+    numbers = {"channels", "hidden_row", "weight_row", "source_row", "out_row"}
+    types = {name: "*i32" for name in kernel.arg_names if name not in numbers}
+    types |= dict.fromkeys(("hidden", "weight", "source"), "*" + dtype)
+    types |= dict.fromkeys(("z", "out", "coefficients"), "*fp32")
+    constants = constants | {x: 1 for x in kernel.arg_names if x.endswith("_column")}
+    constants |= {x: value for x, value in options.items() if x in kernel.arg_names}
+    form = compiled(kernel, constants, types, aligned, num_warps=options["num_warps"])
+    found = instructions(form)
     assert found["fma.rn.f32"]
     # 16 bytes at once where all is aligned; a row of odd length would fault.
     assert ("ld.global.v4.b32" in found) == aligned
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_strides_are_64_bits_before_they_are_multiplied(name: str) -> None:
-    """A weight of 151,936 rows of 16,384 is past 2^31."""
-    intermediate = compiled_head(name, "bf16", aligned=True).asm["ttir"]
-    uses = re.findall(r"%\w+ = (\S+) [^\n]*%\w+_row\b", intermediate)
+    # Strides are 64 bits before they multiply: a weight of 151,936 rows of 16,384 is past 2^31.
+    uses = re.findall(r"%\w+ = (\S+) [^\n]*%\w+_row\b", form.asm["ttir"])
     assert uses == ["arith.extsi"] * 2
 
 
