@@ -120,7 +120,7 @@ def packed_attention(
         stop = sum(sizes)
         # Cut and joined by one operation each: slices would each make a full-size gradient.
         parts = [
-            _attend(q, k, v, segment.mask, scale, is_causal=segment.mask is None)
+            _attend(q, k, v, segment.mask, scale)
             for segment, q, k, v in zip(
                 whole, *(x[:, :stop].split(sizes, dim=1) for x in (query, key, value)), strict=True
             )
@@ -199,7 +199,6 @@ def row_attention(
             value_SBGD[segment.start : segment.stop, segment.pack].transpose(0, 1),
             segment.mask,
             scale,
-            is_causal=False,
         ).transpose(0, 1)
         for segment, query in zip(row_segments, queries, strict=True)
     ]
@@ -213,16 +212,15 @@ def _attend(
     value_GLD: Tensor,
     mask: Tensor | None,
     scale: float,
-    *,
-    is_causal: bool,
 ) -> Tensor:
+    """Causal where there is no mask."""
     # Groups are shared by the kernel, not repeated in memory.
     return F.scaled_dot_product_attention(
         query_NLD[None],
         key_GLD[None],
         value_GLD[None],
         attn_mask=mask,
-        is_causal=is_causal,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=True,
     )[0]
