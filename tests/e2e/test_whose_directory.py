@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -12,7 +13,6 @@ from megatron_replay.checkpoint import export
 from megatron_replay.locks import DirectoryLock
 from tests.e2e import stages
 from tests.e2e.stages import argv, inputs, refused_conversion
-from tests.test_locks import hold
 
 pytestmark = pytest.mark.distributed
 
@@ -99,13 +99,12 @@ def test_one_run_a_directory(folder, run, tmp_path):
     """The second is refused on every rank, touches nothing, and goes on once the first is gone."""
     save = shutil.copytree(run, tmp_path / "run")
     before = stages.held(save)
-    with hold(save) as holder:
-        message = stages.fail("stage1", *argv(folder, save), dp=2, code=6)
-        assert f"another run is writing this run (found process {holder.pid} on" in message
-        holder.kill()
+    lock = DirectoryLock(save, purpose="this run")
+    message = stages.fail("stage1", *argv(folder, save), dp=2, code=6)
+    assert f"another run is writing this run (found process {os.getpid()} on" in message
+    lock.release()
     assert stages.held(save) == before
     stages.succeed("stage1", *argv(folder, save), dp=2)
-    DirectoryLock(save, purpose="this run").release()
     (tmp_path / "store").mkdir()
     lock = DirectoryLock(tmp_path / "store", purpose="this store")
     command = [*inputs(folder), "--store", tmp_path / "store"]
