@@ -132,11 +132,6 @@ def test_a_broken_law_is_seen(module, source, law):
     assert {line[0] for line in broken} == {str(law)}
 
 
-def test_documentation_may_name_devices():
-    source = '"""Runs on cuda."""\nclass A:\n    x = 1\n    "an npu"  # nccl\n'
-    assert broken_laws("megatron_replay.model.gpt", source) == []
-
-
 @pytest.mark.parametrize(
     ("package", "absent"),
     [
