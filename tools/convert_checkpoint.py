@@ -74,17 +74,21 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: as stored, tensor by tensor (mg), or as in config.json (mcore)",
     )
     add("--overwrite", action="store_true", help="replace an earlier conversion")
-    add("--verify", action=argparse.BooleanOptionalAction, default=True)
+    add("--verify", action=argparse.BooleanOptionalAction, default=True,
+        help="compare what was written with the source (default: on)")  # fmt: skip
     add = parser.add_argument_group("hf <-> mcore").add_argument
-    add("--tensor-model-parallel-size", type=int, default=1, help="layout of this launch")
-    add("--pipeline-model-parallel-size", type=int, default=1, help="layout of this launch")
-    add("--platform", default="auto")
-    add("--iteration", type=int, help="of an mcore checkpoint; default: the newest")
+    add("--tensor-model-parallel-size", type=int, default=1, help="TP of this launch")
+    add("--pipeline-model-parallel-size", type=int, default=1, help="PP of this launch")
+    add("--platform", default="auto", help="auto, or the name of a platform (cpu, ...)")
+    add("--iteration", type=int, help="which one of an mcore directory; default: the newest")
     add = parser.add_argument_group("mg").add_argument
-    add("--target-tensor-parallel-size", type=_positive, default=1, metavar="TP")
-    add("--target-pipeline-parallel-size", type=_positive, default=1, metavar="PP")
+    add("--target-tensor-parallel-size", type=_positive, default=1, metavar="TP",
+        help="TP of the mg to write")  # fmt: skip
+    add("--target-pipeline-parallel-size", type=_positive, default=1, metavar="PP",
+        help="PP of the mg to write")  # fmt: skip
     add("--num-layer-list", type=_numbers, help="layers of each stage, e.g. 17,19; default: equal")
-    add("--transformer-impl", choices=("local", "transformer_engine"), default="local")
+    add("--transformer-impl", choices=("local", "transformer_engine"), default="local",
+        help="whose names of norms to write; both are read")  # fmt: skip
     add(
         "--make-vocab-size-divisible-by",
         type=_positive,

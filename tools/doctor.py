@@ -1,4 +1,4 @@
-"""Examines this machine: versions, devices, variables, kernels, a collective, the head's numbers.
+"""Examine this machine: versions, devices, variables, kernels, a collective, the head.
 
     python tools/doctor.py
     python tools/doctor.py --json
@@ -273,8 +273,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="doctor.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--platform", default="auto", help="as for the stages")
-    parser.add_argument("--folder", type=Path, default=Path("."), help="where runs will write")
+    parser.add_argument(
+        "--platform", default="auto", help="auto, or the name of a platform (cpu, ...)"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("."),
+        help="directory whose free space is checked")  # fmt: skip
     options = parser.parse_args(arguments)
     findings = []
     for finding in examine(Machine(), options.platform, options.folder):

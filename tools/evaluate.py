@@ -1,4 +1,4 @@
-"""Measure a base and the models made from it: what they gained, and what they kept.
+r"""Measure a base and the models made from it: what they gained, and what they kept.
 
     python tools/evaluate.py --base runs/base --model full=runs/full --model replay=runs/replay \
         --sql domain=sql/ --choices telecom=choices.jsonl --general-choices cloze=cloze.jsonl \
@@ -39,10 +39,11 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--base", type=Path, required=True, help="Hugging Face directory")
     flags.add_argument(
-        "--model", action="append", default=[], metavar="NAME=DIR", help="repeatable"
+        "--base", type=Path, required=True, help="the base model's Hugging Face directory"
     )
+    flags.add_argument("--model", action="append", default=[], metavar="NAME=DIR",
+        help="a tuned model, as a Hugging Face directory; repeatable")  # fmt: skip
     flags.add_argument("--output", type=Path, required=True, help="the JSON to write")
     inputs = flags.add_argument_group("inputs")
     for name, (metavar, text) in FLAGS.items():

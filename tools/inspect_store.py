@@ -7,8 +7,8 @@
 
 The first command prints sizes of the candidate sets, coverage and missed labels. --document shows
 the candidates of each position: as text with --tokenizer, likeliest first where the store has
-logits (otherwise by id), and with the labels of --data-path, since a store holds no text. A store
-that is named merge is given as ./merge.
+logits (otherwise by id), and with the labels of --data-path, since a store holds no text. For a
+store that is named merge, write ./merge.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         add("--verify", action="store_true", help="first check every byte, crc32 and bound")
         add("--json", action="store_true", help="print JSON, with all candidates")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-        help="threads that share the shards (default: %(default)s, the cores)")  # fmt: skip
+        help="threads that read shards (default: %(default)s, the cores)")  # fmt: skip
     return parser
 
 

@@ -44,11 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         help="Hugging Face directory, or a sentencepiece .model file")  # fmt: skip
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, …")
     add("--format", default="auto", choices=("auto", *FORMATS, *LAYOUTS),
-        help="of every row; auto: by the keys of the first one")  # fmt: skip
+        help="format of the rows; auto: decided by the keys of the first one")  # fmt: skip
     add("--on-bad-row", default="error", choices=("error", "skip"),
-        help="skip lists and counts the rows it leaves out")  # fmt: skip
+        help="stop at a bad row, or leave it out, listed and counted")  # fmt: skip
     add("--ignore-fields", type=_names, default=[], metavar="NAME,...",
-        help="fields of rows and messages to leave out; unread others are refused")  # fmt: skip
+        help="fields to drop from rows and messages; others unread are an error")  # fmt: skip
     add("--show", type=int, default=0, metavar="N", help="print N documents, loss tokens marked")
     add("--max-document-tokens", type=int, metavar="N",
         help="split text rows into documents of at most N tokens")  # fmt: skip

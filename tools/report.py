@@ -1,4 +1,4 @@
-"""Report what each model gained, what it kept and what its run cost.
+r"""Report what each model gained, what it kept and what its run cost.
 
     python tools/report.py --evaluation eval.json --run full=runs/full --run replay=runs/replay \
         --output-dir runs/report
@@ -48,9 +48,12 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--evaluation", type=Path, required=True, help="from tools/evaluate.py")
-    flags.add_argument("--run", action="append", default=[], metavar="NAME=DIR", help="repeatable")
-    flags.add_argument("--timings", type=Path, help='JSON: {"part": seconds, …}')
+    flags.add_argument(
+        "--evaluation", type=Path, required=True, help="JSON that tools/evaluate.py wrote"
+    )
+    flags.add_argument("--run", action="append", default=[], metavar="NAME=DIR",
+        help="Stage 1's --save of a model, for cost and stability; repeatable")  # fmt: skip
+    flags.add_argument("--timings", type=Path, help='JSON to report: {"part": seconds, …}')
     flags.add_argument("--output-dir", type=Path, required=True, help="directory to write")
     return flags
 

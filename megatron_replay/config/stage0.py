@@ -33,7 +33,7 @@ class CandidatesConfig(Section):
         used_with={"position_strategy": ("bucket", "random")},
     )
     last_n: int = option(
-        "how many positions to record, from the end of a document",
+        "how many positions to record, counted from a document's end",
         1,
         within="[1, inf)",
         used_with={"position_strategy": ("last-token",)},

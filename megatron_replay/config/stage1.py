@@ -155,10 +155,10 @@ class TrainingConfig(Section):
         "iterations between checkpoints; 0: at the end only", 0, within="[0, inf)"
     )
     keep_last: int = option(
-        "how many checkpoints to keep, the newest; 0: all", 0, within="[0, inf)"
+        "keep only this many checkpoints, the newest; 0: all", 0, within="[0, inf)"
     )
     exit_interval: int | None = option(
-        "save and exit after each iteration that is a multiple of this", None, within="[1, inf)"
+        "save and exit at each iteration that is a multiple of this", None, within="[1, inf)"
     )
     recompute_granularity: str = option(
         "full: keep only the inputs of layers, and recompute the rest in backward",
@@ -185,7 +185,7 @@ class ProbeConfig(Section):
     """The fixed samples that measure the mass outside the candidate sets, and forgetting."""
 
     probe_interval: int = option(
-        "iterations between readings of the probes and of stability; 0: stability at the end only",
+        "iterations between probes and measurements of stability; 0: only stability, at the end",
         50,
         within="[0, inf)",
     )

@@ -24,9 +24,9 @@ FLAGS = {
     "lm_eval_tasks": ("TASK,…", "lm-eval tasks of general abilities, for retention"),
     "lm_eval_domain_tasks": ("TASK,…", "lm-eval tasks of the domain"),
     "lm_eval_include_path": ("PATH", "directory of these tasks' YAML files"),
-    "general_text": ("PATH", "text rows that show what is forgotten"),
+    "general_text": ("PATH", '{"text"} rows, whose perplexity shows what is forgotten'),
     "data": ("PATH", "held-out rows of the domain, of any format"),
-    "data_path": ("PATH", "prefix of the corpus whose outside mass is measured"),
+    "data_path": ("PATH", "prefix of a corpus: with --store, measures the mass outside its sets"),
     "store": ("PATH", "candidate store of that corpus"),
 }
 #: What may name local data in a task's YAML file.

@@ -115,6 +115,7 @@ def test_the_summary_as_text(
         (0.013, 0.966, 0.02, 200, "--candidate-scope document --tail ghost", [], ["--"]),
         (0.2, 0.95, 0.0, 200, "Not with the paper's loss: the base model missed 20.0% of labels",
          ["--loss full", "--coverage in Stage 0"], ["--max-candidates"]),
+        (0.3, 0.95, 0.0, 200, "Not with", ["learned", "--loss full"], ["--tail"]),
         # At the cap a higher coverage changes nothing, and no cap helps such a model.
         (0.5, 0.25, 1.0, 200, "Not with", ["--loss full"], ["--coverage", "--max-candidates"]),
         (0.0, 0.93, 0.3, 200, "Perhaps", ["raise --max-candidates (at most 255)"], ["--loss"]),
