@@ -58,18 +58,22 @@ def packs(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
     return boundaries, length, draw(st.sampled_from([1, 4, 256]))
 
 
-def operands(length: int, packs: int, groups: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Query, key and value in fp32 and in fp64."""
+def operands(
+    length: int, packs: int, groups: int, seed: int, backend: AttentionBackend
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Query, key and value in the widest dtype of the backend, and in fp64."""
+    dtype = torch.float64 if backend is TORCH_ATTENTION else torch.float32
     generator = torch.Generator().manual_seed(seed)
     inputs = [
-        torch.randn(length, packs, heads, CHANNELS, generator=generator)
+        torch.randn(length, packs, heads, CHANNELS, generator=generator).to(dtype)
         for heads in (HEADS, groups, groups)
     ]
-    return [x.requires_grad_() for x in inputs], [x.detach().double() for x in inputs]
+    return [x.requires_grad_() for x in inputs], [x.detach().double().clone() for x in inputs]
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    tolerance = 1e-10 if found.dtype is torch.float64 else 1e-5
+    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
 groups_and_seeds = st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 99))
@@ -79,7 +83,7 @@ groups_and_seeds = st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 99))
 @given(packs(), groups_and_seeds)
 def test_each_document_attends_to_itself(backend, case, drawn):
     (boundaries, length, shared), (groups, seed) = case, drawn
-    inputs, exact = operands(length, len(boundaries), groups, seed)
+    inputs, exact = operands(length, len(boundaries), groups, seed, backend)
     segments = segments_of(boundaries, length, shared=shared)
     assert all(sum(s.stop - s.start for s in pack) == length for pack in segments)
     expected = attention_by_position(*(x.requires_grad_() for x in exact), boundaries, scale=SCALE)
@@ -89,7 +93,7 @@ def test_each_document_attends_to_itself(backend, case, drawn):
         close(found, expected)
     assert found.isfinite().all()
     close(found[seen_SB], expected[seen_SB])
-    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed))
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed)).to(found)
     upstream = upstream * seen_SB[..., None, None]  # padding is not used
     gradients = torch.autograd.grad(expected, exact, upstream.double(), materialize_grads=True)
     for ours, theirs in zip(torch.autograd.grad(found, inputs, upstream), gradients, strict=True):
@@ -101,19 +105,20 @@ def test_each_document_attends_to_itself(backend, case, drawn):
 def test_rows_are_those_of_the_whole(backend, case, drawn, share):
     """And zeros behind the last of them, with gradients of zero where there is none."""
     (boundaries, length, shared), (groups, seed) = case, drawn
-    (query, key, value), exact = operands(length, len(boundaries), groups, seed)
+    (query, key, value), exact = operands(length, len(boundaries), groups, seed, backend)
     segments = segments_of(boundaries, length, shared=shared)
     whole = attention_by_position(*(x.requires_grad_() for x in exact), boundaries, scale=SCALE)
     chosen_SB = torch.rand(whole.shape[:2], generator=torch.Generator().manual_seed(seed)) < share
     chosen_SB &= torch.arange(length)[:, None] < torch.tensor([b[-1] for b in boundaries])
     rows_N = chosen_SB.T.flatten().nonzero().squeeze(1)
     place, count = (rows_N % length, rows_N // length), len(rows_N)
-    query_RND = torch.cat([query.detach()[place], torch.ones(2, HEADS, CHANNELS)]).requires_grad_()
+    padding = query.new_ones(2, HEADS, CHANNELS)
+    query_RND = torch.cat([query.detach()[place], padding]).requires_grad_()
     rows = segments, rows_N, row_segments_of(segments, rows_N, length)
     found = backend.at_rows(query_RND, key, value, *rows, scale=SCALE)
     close(found[:count], whole[place])
     assert not found[count:].any()
-    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed))
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed)).to(found)
     ours = torch.autograd.grad(found, [query_RND, key, value], upstream)
     theirs = torch.autograd.grad(
         whole[place], exact, upstream[:count].double(), materialize_grads=True
@@ -126,7 +131,7 @@ def test_rows_are_those_of_the_whole(backend, case, drawn, share):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_the_bits(backend, dtype):
-    _, exact = operands(12, 1, 2, 0)
+    _, exact = operands(12, 1, 2, 0, backend)
     inputs, segments = [x.to(dtype) for x in exact], segments_of([[0, 4, 7]], 12)
     found = backend.everywhere(*inputs, segments, scale=SCALE)
     assert found.dtype is dtype
@@ -139,7 +144,7 @@ def test_more_documents_than_a_call_takes(monkeypatch):
     monkeypatch.setattr(sys.modules[MODULE], "MOST_DOCUMENTS", 2)
     monkeypatch.setattr(fusion_attention, "MOST_DOCUMENTS", 2)
     boundaries = [[0, 1, 5, 9, 11], [0, 12]]
-    inputs, exact = operands(12, 2, 2, 0)
+    inputs, exact = operands(12, 2, 2, 0, backend)
     found = backend.everywhere(*inputs, segments_of(boundaries, 12), scale=SCALE)
     close(found[:11], attention_by_position(*exact, boundaries, scale=SCALE)[:11])
 
