@@ -5,8 +5,15 @@ A field is at once a YAML key (``optimizer: {lr: 1.0e-5}``), a flag (``--lr 1e-5
 Megatron's names. Nothing here needs torch, a device or a process group.
 """
 
-from megatron_replay.config.section import Section, flag_name, option
-from megatron_replay.config.shared import DataConfig, ModelConfigSource, ParallelConfig, Settings
+from megatron_replay.config.shared import (
+    DataConfig,
+    ModelConfigSource,
+    ParallelConfig,
+    Section,
+    Settings,
+    flag_name,
+    option,
+)
 from megatron_replay.config.stage0 import CandidatesConfig, Stage0Config
 from megatron_replay.config.stage1 import (
     LossConfig,

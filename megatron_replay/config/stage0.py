@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_replay.config.section import Section, option
-from megatron_replay.config.shared import Settings
+from megatron_replay.config.shared import Section, Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)

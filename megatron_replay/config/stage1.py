@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_replay.config.section import SET, Section, option
-from megatron_replay.config.shared import Settings
+from megatron_replay.config.shared import SET, Section, Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
