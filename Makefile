@@ -17,6 +17,7 @@ $(STAMP): requirements/cpu.txt setup.py \
 		{ echo "error: the venv module is missing; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	@test $(BUILD_KERNELS) = 0 || command -v $(CXX) >/dev/null || \
 		{ echo "error: no C++ compiler ($(CXX)); on Debian: apt-get install g++; or set MEGATRON_REPLAY_BUILD_KERNELS=0 to install without compiled kernels" >&2; exit 1; }
+	@echo "installing the pinned packages into .venv; takes a minute or more"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile -r requirements/cpu.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .

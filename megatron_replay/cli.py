@@ -45,7 +45,7 @@ def launch(
             run(invocation.config)
         return 0
     except (Interrupted, KeyboardInterrupt) as stop:
-        report_error(str(stop) or "interrupted; rerun the same command to continue from here")
+        report_error(str(stop) or "rerun the same command to continue", label="interrupted")
         return EXIT_INTERRUPTED
     except Exception as error:
         details = traceback.format_exc()
@@ -94,8 +94,8 @@ def exit_now(code: int) -> None:
     os._exit(code)
 
 
-def report_error(message: str, details: str = "") -> None:
-    """Print an error once per launch: by the rank that met it first.
+def report_error(message: str, details: str = "", *, label: str = "error") -> None:
+    """Print an error, or why a run stopped, once per launch: by the rank that met it first.
 
     When a rank dies its peers' collectives fail too, and a mistake in the flags is found by every
     rank. torchrun gives its workers a common directory: the rank that creates the marker in it
@@ -112,5 +112,5 @@ def report_error(message: str, details: str = "") -> None:
         except OSError:
             pass  # no common directory: print on every rank
     rank = os.environ.get("RANK")
-    prefix = f"error (rank {rank}): " if rank not in (None, "0") else "error: "
-    print(f"{details}{prefix}{message}", file=sys.stderr, flush=True)
+    prefix = f"{label} (rank {rank})" if rank not in (None, "0") else label
+    print(f"{details}{prefix}: {message}", file=sys.stderr, flush=True)

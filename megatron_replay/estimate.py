@@ -17,6 +17,7 @@ from megatron_replay.config import DataConfig, ParallelConfig, Settings, Stage0C
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import global_batches, require_iterations
 from megatron_replay.data.packing import FittedDocuments, fit_documents, usable_documents
+from megatron_replay.model.compatibility import require_context, require_store
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.parallel import data_parallel_size
 from megatron_replay.store import CandidateReader
@@ -29,6 +30,7 @@ def stage0(config: Stage0Config) -> str:
     shape, local, _, rows = _layout(config)
     corpus, data = Corpus(config.data.data_path), config.data
     fitted = fit_documents(corpus, data)
+    require_context(fitted.lengths, shape)
     width = 2 if config.model.bf16 else 4
     # A chunk of logits exists as computed, in fp32, and as int64 masses.
     logits = LOGITS_CHUNK_SIZE * shape.vocab_size * (width + 4 + 8)
@@ -47,8 +49,12 @@ def stage1(config: Stage1Config) -> str:
     if store is not None and Path(store).exists():
         reader = CandidateReader(store)
     elif store is not None:
-        rows.append(("store", "missing: counts the tokens after the last recorded position too"))
-    fitted, lengths = usable_documents(config, Corpus(config.data.data_path), reader)
+        rows.append(("store", "not there yet: the run may compute fewer tokens than this"))
+    corpus = Corpus(config.data.data_path)
+    if reader is not None:
+        require_store(reader, corpus, shape, logits=config.loss.kl_weight > 0)
+    fitted, lengths = usable_documents(config, corpus, reader)
+    require_context(lengths, shape)
     batches = global_batches(config, lengths, dp_rank=0, dp_size=dp)
     train_iters = config.training.train_iters or batches.num_batches
     require_iterations(config, train_iters)

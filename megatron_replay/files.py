@@ -138,7 +138,7 @@ def output_error(path: str | os.PathLike[str], error: OSError) -> OutputError:
     return OutputError(
         f"cannot write: {error.strerror or error}",
         where=path,
-        fix="Choose a directory with write permission",
+        fix="Choose another path, or a directory with write permission",
     )
 
 

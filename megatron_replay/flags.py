@@ -87,9 +87,9 @@ def to_yaml(config: Any) -> str:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    """``; did you mean X?`` when some known name is close to ``word``, else nothing."""
+    """`` (did you mean X?)`` when some known name is close to ``word``, else nothing."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _fields(section: type[Any]) -> dict[str, tuple[dataclasses.Field[Any], type[Any]]]:

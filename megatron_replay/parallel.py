@@ -156,9 +156,10 @@ def data_parallel_size(config: ParallelConfig, world_size: int) -> int:
     if world_size % (tp * pp):
         raise ConfigError(
             "the processes do not make whole replicas of the model",
-            where="torchrun --nproc_per_node x --nnodes",
+            where="torchrun",
             expected=f"a multiple of TP {tp} x PP {pp} = {tp * pp} processes",
             found=world_size,
+            fix=f"Start it with torchrun --nproc_per_node {tp * pp} -m ..., or on several nodes",
         )
     return world_size // (tp * pp)
 

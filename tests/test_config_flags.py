@@ -129,7 +129,7 @@ def test_a_mistake_of_stage_0_names_its_flag(argv):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("optimiser: {lr: 1}", "unknown section 'optimiser'; did you mean optimizer?"),
+        ("optimiser: {lr: 1}", "unknown section 'optimiser' (did you mean optimizer?)"),
         ("optimizer: {learning_rate: 1}", "unknown key 'learning_rate' under 'optimizer'"),
         ("optimizer: {max_angel: 1}", "did you mean max_angle?"),
         ("seq_length: 5", "unknown section 'seq_length'; it belongs under data:"),

@@ -25,6 +25,7 @@ from megatron_replay.evaluation.inputs import FLAGS, Inputs, Settings, named_pat
 from megatron_replay.evaluation.results import BASE, printable, scores, value_at
 from megatron_replay.evaluation.suite import evaluate
 from megatron_replay.files import make_directory
+from megatron_replay.flags import Parser
 
 #: The inputs that read a setting; the others are read by all.
 _READ_BY = {
@@ -36,9 +37,7 @@ _READ_BY = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    flags = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument(
         "--base", type=Path, required=True, help="the base model's Hugging Face directory"
     )
@@ -99,8 +98,8 @@ def _line(model: Mapping[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Evaluate, and print one line per model."""
     argv = sys.argv[1:] if argv is None else argv
-    given = vars(parser().parse_args(argv))
     try:
+        given = vars(parser().parse_args(argv))
         models = named_paths(given["model"], flag="--model")
         if BASE in models:
             raise ConfigError("this name is the base's own", where="--model", found=BASE)
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted; finished models are not measured again", file=sys.stderr)
+        print("interrupted: finished models are not measured again", file=sys.stderr)
         return EXIT_INTERRUPTED
     for model in document["models"]:
         print(_line(model))

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError, StoreError
+from megatron_replay.flags import Parser
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
 from megatron_replay.store.merge import merge_parts
@@ -50,7 +51,7 @@ several parts have must be equal. Rerun the same command to continue an interrup
 
 def _parser(command: str) -> argparse.ArgumentParser:
     is_merge = command == "merge"
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"inspect_store.py {command}".strip(),
         description=_MERGE if is_merge else __doc__,
         allow_abbrev=False,

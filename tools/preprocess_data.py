@@ -25,13 +25,14 @@ from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, DataError, ReplayError
 from megatron_replay.evaluation.sql.sets import LAYOUTS, read_questions
 from megatron_replay.files import require_apart, require_regular, sha256_of_files
+from megatron_replay.flags import Parser
 from megatron_replay.progress import Progress
 
 _GREEN, _PLAIN = "\033[32m", "\033[0m"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="preprocess_data.py",
         description=(__doc__ or "").splitlines()[0],
         allow_abbrev=False,
@@ -251,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted, nothing was written", file=sys.stderr)
+        print("interrupted: nothing was written", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 

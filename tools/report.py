@@ -32,6 +32,7 @@ from megatron_replay.files import (
     require_apart,
     write_json,
 )
+from megatron_replay.flags import Parser
 from megatron_replay.run_log import CONFIG, METRICS, summarize_run
 
 #: A thousand years: nothing longer was measured.
@@ -45,9 +46,7 @@ _SIGNS = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line of one report."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    flags = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument(
         "--evaluation", type=Path, required=True, help="JSON that tools/evaluate.py wrote"
     )
@@ -152,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     print(printable(text), end="")
     return 0

@@ -46,7 +46,7 @@ def _require_replaceable(final: Path, *, overwrite: bool) -> None:
         raise OutputError(
             "the directory is not empty",
             where=final,
-            fix="Choose another; --overwrite, where there is one, replaces an earlier conversion",
+            fix="Choose another, or convert with --overwrite to replace an earlier conversion",
         )
     written = read_json(final / WRITTEN, OutputError) if (final / WRITTEN).exists() else {}
     strange = [name for name in sorted(held) if held[name] != written.get(name)]

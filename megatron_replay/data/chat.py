@@ -189,7 +189,7 @@ class _Rendering:
             f"{'' if is_all else 'part of '}the content of {turn.name} (role "
             f"{turn.message['role']!r}) would be lost: the chat template does not write it",
             found=None if is_all else repr(lost[:60]),
-            fix=f"{'Fold it into another message' if is_all else 'Remove it from the row'}, or use "
+            fix=f"{'Put it into another message' if is_all else 'Remove it from the row'}, or use "
             "a template that writes it",
         )
 
@@ -204,7 +204,7 @@ class _Rendering:
                 if self._is_same_with(i, others):
                     raise self._row.error(
                         f"{key!r} of {turn.name} {reason}",
-                        fix="Fold it into the content, or leave it out on purpose with "
+                        fix="Put it into the content, or drop it: tools/preprocess_data.py "
                         f"--ignore-fields {key}",
                     )
                 for path, without in _without_each_leaf(value):

@@ -335,7 +335,7 @@ def _read_description(path: Path) -> CorpusDescription:
         content = read_json(path, DataError)
     except DataError as error:
         if isinstance(error.__cause__, OSError):
-            fix = "Give the prefix that tools/preprocess_data.py wrote, let it finish"
+            fix = "Give the PREFIX of a finished tools/preprocess_data.py, without .bin or .json"
             raise DataError(str(error), fix=fix) from error
         raise _damaged(str(error), None) from error
     version = content.get("version")

@@ -60,13 +60,14 @@ def fit_documents(corpus: Corpus, data: DataConfig) -> FittedDocuments:
     too_long = lengths > seq_length + 1
     num_too_long = int(too_long.sum())
     if num_too_long and policy == "error":
-        first = int(np.argmax(too_long))
+        longest = int(np.argmax(lengths))
         raise DataError(
-            f"{num_too_long} of {len(lengths)} documents are too long, the first is document "
-            f"{first}",
+            f"{num_too_long} of {len(lengths)} documents are too long",
+            where=corpus.prefix,
             expected=f"at most {seq_length + 1} tokens for --seq-length {seq_length}",
-            found=f"{lengths[first]} tokens",
-            fix="Raise --seq-length, or choose --long-documents drop or truncate",
+            found=f"{lengths[longest]} tokens in document {longest}, the longest",
+            fix=f"Raise --seq-length to {lengths[longest] - 1}, or choose --long-documents drop or "
+            "truncate",
         )
     if num_too_long == len(lengths) and policy == "drop":
         raise DataError(

@@ -162,7 +162,7 @@ class Row:
             raise self.error(
                 f"{', '.join(map(repr, names))} would be lost: {row_format} rows do not carry "
                 f"{'it' if len(names) == 1 else 'them'}",
-                fix="Fold it into the text that is trained, or leave it out on purpose with "
+                fix="Put it into the text of the row, or drop it: tools/preprocess_data.py "
                 f"--ignore-fields {','.join(names)}",
             )
 

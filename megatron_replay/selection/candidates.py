@@ -159,7 +159,7 @@ def _label_and_max(
             "a label is outside the vocabulary",
             where=f"row {row}",
             found=int(labels_T[row]),
-            fix="The corpus must be made with the model's own tokenizer",
+            fix="Use the model's own tokenizer, and leave out positions without a label (-100)",
         )
     if (row := _first(~max_T.isfinite())) is not None:
         raise TrainingError(

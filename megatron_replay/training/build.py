@@ -189,13 +189,14 @@ def _print_backends(config: Stage1Config, optimizer: MegatronOptimizer, like: to
 
 def _print_resumption(config: Stage1Config, iteration: int, train_iters: int) -> None:
     directory = Path(config.training.save)
-    if iteration >= train_iters:
-        print(
-            f"{directory} is finished: {iteration} of {train_iters} iterations are done",
-            file=sys.stderr,
-        )
-        return
-    print(f"resuming {directory} after iteration {iteration}", file=sys.stderr)
+    is_finished = iteration >= train_iters
+    print(
+        f"{directory} is finished: {iteration} iterations are done, and the run has {train_iters}"
+        if is_finished
+        else f"resuming {directory} after iteration {iteration}",
+        file=sys.stderr,
+    )
     changed = run_directory.changes(directory, config)
     if changed:
-        print(f"settings changed since the last run: {', '.join(changed)}", file=sys.stderr)
+        effect = ", which has no effect: for another run, choose another --save" * is_finished
+        print(f"settings changed since the last run: {', '.join(changed)}{effect}", file=sys.stderr)

@@ -158,13 +158,17 @@ class Stability:
         if not losses:
             return "no logged step was finite."
         last, cv = losses[-max(1, len(losses) // 10) :], values["gradient_norm_cv"]
+        spikes = ""
+        if len(losses) > SPIKE_WINDOW:
+            spikes = (
+                f"{values['loss_spikes']} loss and {values['gradient_spikes']} gradient-norm "
+                f"spikes after the first {SPIKE_WINDOW} steps, "
+            )
         return (
             f"loss {np.mean(last):.4f} over the last tenth of {len(losses)} logged steps, std "
-            f"{values['loss_std']:.4f} about its own line over the last half, gradient-norm CV "
-            f"after warm-up {'undefined' if cv is None else f'{cv:.3f}'}, "
-            f"{values['loss_spikes'] or 0} loss and {values['gradient_spikes'] or 0} gradient-norm "
-            f"spikes in {max(0, len(losses) - SPIKE_WINDOW)} steps judged (the first "
-            f"{SPIKE_WINDOW} cannot be), {values['non_finite']} steps not finite."
+            f"{values['loss_std']:.4f} around its trend in the last half, gradient-norm CV "
+            f"after warm-up {'undefined' if cv is None else f'{cv:.3f}'}, {spikes}"
+            f"{values['non_finite']} steps not finite."
         )
 
 

@@ -208,7 +208,9 @@ class Monitor:
             share = self._waited / self._seconds
             summary += f" Steps waited for data for {100 * share:.2g} % of their time."
         if "relative_l2" in readings:
-            summary += f" The weights moved by {100 * readings['relative_l2']:.3g} %."
+            summary += (
+                f" Relative L2 from the first weights: {100 * readings['relative_l2']:.3g} %."
+            )
         if "general" in readings:
             perplexity, delta = (readings["general"][x] for x in ("perplexity", "delta_ppl"))
             summary += f" Perplexity of general text {perplexity:.2f} ({delta:+.2f})."

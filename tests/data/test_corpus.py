@@ -74,7 +74,7 @@ def test_round_trip(corpus, prefix, documents, tmp_path):
     assert about.tokenizer_files == FACTS.files
     assert corpus.tokenizer_fingerprint == FACTS.fingerprint
     corpus.verify()
-    refused(tmp_path / "nothing", r"nothing.json: cannot read: No such file.*let it finish")
+    refused(tmp_path / "nothing", r"nothing.json: cannot read: No such file.*without .bin or .json")
     write_corpus(tmp_path / "again", documents)
     assert contents(tmp_path / "again") == contents(prefix)
 
@@ -307,7 +307,7 @@ def test_a_crash_while_publishing_leaves_no_mixture(corpus, prefix, documents, m
     monkeypatch.setattr("megatron_replay.files.fsync_path", crash)  # right after the first rename
     with pytest.raises(KeyboardInterrupt):
         write_corpus(prefix, documents[:2])
-    refused(prefix, "let it finish")
+    refused(prefix, "without .bin or .json")
 
 
 def test_disk_full(tmp_path, documents, monkeypatch):

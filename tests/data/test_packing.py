@@ -66,7 +66,9 @@ LENGTHS, FIRST_LABELS = np.array([[5, 13, 14, 20, 20, 9, 20], [1, 4, 12, 13, 19,
 
 
 def fit(policy, documents=slice(None), seq_length=SEQ_LENGTH):
-    corpus = SimpleNamespace(lengths=LENGTHS[documents], first_labels=FIRST_LABELS[documents])
+    corpus = SimpleNamespace(
+        prefix="c", lengths=LENGTHS[documents], first_labels=FIRST_LABELS[documents]
+    )
     return fit_documents(corpus, SimpleNamespace(seq_length=seq_length, long_documents=policy))
 
 
@@ -94,7 +96,11 @@ def test_long_documents(capsys, policy, seq_length, lengths, counts, printed):
 @pytest.mark.parametrize(
     ("policy", "documents", "message"),
     [
-        ("error", slice(0, 7), r"4 of 7 .*document 2 \(expected at most 13 .*12; found 14 tokens"),
+        (
+            "error",
+            slice(0, 7),
+            r"c: 4 of 7 .* \(expected at most 13 .*12; found 20 tokens in document 3",
+        ),
         ("drop", slice(2, 5), "would leave no document .*at most 13 tokens; found at least 14"),
         ("truncate", slice(3, 5), r"no answer token is left.*at least 13 tokens"),
     ],

@@ -22,7 +22,11 @@ def run(site, tmp_path, capsys):
     def run(*flags: str) -> tuple[int, str]:
         given = [f"--base={site}/base", f"--general-text={site}/text.jsonl"]
         code = evaluate.main([*given, f"--output={tmp_path}/eval.json", *flags])
-        errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        errors = [
+            x
+            for x in capsys.readouterr().err.splitlines()
+            if x.startswith(("error: ", "interrupted: "))
+        ]
         assert len(errors) == (code != 0)
         return code, "".join(errors)
 
