@@ -52,6 +52,7 @@ def select_candidates(
         backend: None: the compiled one of the device, or else torch's; all give the same sets.
     """
     backend = SELECTION.choose("auto", logits_TV) if backend is None else backend
+    _require_backend(backend, SelectionBackend, "SELECTION")
     return candidates.select_candidates(logits_TV, labels_T, backend=backend, **options)
 
 
@@ -150,11 +151,15 @@ def _require_types(
     ):
         if tensor.dtype is not dtype:
             raise DataError("unexpected dtype", where=name, expected=dtype, found=tensor.dtype)
-    if not isinstance(backend, HeadBackend):
+    _require_backend(backend, HeadBackend, "HEAD")
+
+
+def _require_backend(backend: object, kind: type[Any], name: str) -> None:
+    if not isinstance(backend, kind):
         raise ConfigError(
-            "not a backend of the restricted head",
+            f"not a {kind.__name__}",
             where="backend",
-            expected="what kernels.HEAD.choose returns",
+            expected=f"what kernels.{name}.choose returns",
             found=repr(backend),
         )
 

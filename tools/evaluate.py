@@ -86,8 +86,11 @@ def _settings(given: Mapping[str, Any]) -> Settings:
 
 
 def _line(model: Mapping[str, Any]) -> str:
-    """The model's scores in the domain, and its distance from the base on general text."""
+    """The model's scores in the domain, and its distance from the base."""
     found = [f"{name} {score:.1f} %" for name, score in scores(model, general=False).items()]
+    held_out = value_at(model, "data.perplexity")
+    if held_out is not None:
+        found.append(f"held-out perplexity {held_out:.2f}")
     change = value_at(model, "general.delta_perplexity")
     if change is not None:
         found.append(f"ΔPPL {change:+.2f}")

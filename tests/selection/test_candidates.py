@@ -244,6 +244,13 @@ def with_one(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
         (ConfigError, ZEROS, 0, {"max_candidates": 0}, "max_candidates: out of range"),
         (ConfigError, ZEROS, 0, {"max_candidates": 256}, "max_.*expected 1 to 255; found 256"),
         (ConfigError, ZEROS, 0, {"vocab_start": 1 << 24}, "vocabulary is too large"),
+        (
+            ConfigError,
+            ZEROS,
+            0,
+            {"backend": "torch"},
+            "backend: .*SELECTION.choose returns; found .torch",
+        ),
     ],
 )
 def test_what_is_refused(
