@@ -97,7 +97,9 @@ def test_exit_interval_stops_at_its_multiples(folder, tmp_path):
         stages.succeed("stage1", *argv(folder, tmp_path / "run", "--exit-interval", interval))
         assert directories.latest_iteration(tmp_path / "run") == reached
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    assert "is finished" in stages.succeed("stage1", *argv(folder, tmp_path / "run"), tp=2)
+    printed = stages.succeed("stage1", *argv(folder, tmp_path / "run", "--weight-decay", 0.5), tp=2)
+    assert "is finished" in printed
+    assert "-> 0.5, which has no effect" in printed
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
 
 

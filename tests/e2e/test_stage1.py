@@ -135,7 +135,7 @@ def test_sigterm_saves_and_the_rerun_loses_nothing(folder, finished, tmp_path):
     command, before = argv(folder, tmp_path / "run"), terminate_at_third_step
     results = stages.run("stage1", *command, tp=2, before=before)
     assert [code for code, _, _ in results] == [130, 130]
-    assert "SIGTERM" in results[0][2]
+    assert "interrupted: stopped after iteration 4 of 5 (SIGTERM); saved" in results[0][2]
     # The step after the signal is the last.
     assert directories.latest_iteration(tmp_path / "run") == 4
     stages.succeed("stage1", *command, tp=2)

@@ -173,6 +173,7 @@ def without_general_text(document):
     [
         ("--run=other={run}", 2, "the run 'other' was not evaluated"),
         ("--run=full softmax", 2, "expected NAME=DIR"),
+        ("--runs=x", 2, "unrecognized arguments: --runs=x"),
         ("--run=\udce9=x", 2, "this name is not UTF-8 (found '\\udce9')"),
         ("--timings={run}/metrics.jsonl", 3, "not JSON"),
         ("--timings={run}/../eval.json", 3, "not timings"),
