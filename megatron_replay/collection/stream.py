@@ -22,7 +22,7 @@ ABORT_SECONDS = 5.0
 #: Seconds within which a disk must take a part: a longer wait is an error.
 STALL_SECONDS = 600.0
 
-#: Documents and their records, in order.
+#: Documents and their records.
 Records = Iterator[tuple[int, DocumentCandidates]]
 
 
@@ -31,12 +31,13 @@ class _AbortedError(Exception):
 
 
 class ShardStream:
-    """Write one shard: ``with ShardStream(...) as stream: stream.put(records, nbytes)``, in order.
+    """Write one shard: ``with ShardStream(...) as stream: stream.put(records, nbytes)``.
 
     The parts that wait and the one being written hold at most ``max_bytes``; a larger part is
-    admitted alone. Documents in no part are written without candidates. The shard is published when
-    the block ends without an error, and before the block returns: a killed process loses the shard
-    it was writing, never two.
+    admitted alone. Documents come in any order; the writer holds encoded records that come early
+    (see ``ShardWriter``). Documents in no part are written without candidates, at the end. The
+    shard is published when the block ends without an error, and before the block returns: a killed
+    process loses the shard it was writing, never two.
 
     Raises:
         Exception: any error of the writing thread, from the next ``put`` or at the block's end;
@@ -111,18 +112,13 @@ class ShardStream:
             )
 
     def _write(self) -> None:
-        description = self._writer.description
-        documents, empty = description.documents(self._number), no_candidates(description.logits)
+        empty = no_candidates(self._writer.description.logits)
         try:
             with self._writer.shard(self._number) as out:
-                following = documents.start
                 for document, record in self._records():
-                    for without in range(following, min(document, documents.stop)):
-                        out.add(without, empty)
                     out.add(document, record)
-                    following = document + 1
-                for without in range(following, documents.stop):
-                    out.add(without, empty)
+                for document in out.missing_documents():
+                    out.add(document, empty)
         except _AbortedError:
             pass
         except BaseException as error:

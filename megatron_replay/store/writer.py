@@ -43,7 +43,12 @@ from megatron_replay.store.manifest import (
 
 
 class ShardWriter:
-    """Takes the documents of one shard in order; made by ``CandidateWriter.shard``."""
+    """Takes the documents of one shard in any order; made by ``CandidateWriter.shard``.
+
+    The file has them ascending, so its bytes do not depend on the order of arrival. A document that
+    comes early is held, encoded, until all before it are written: memory holds at most the records
+    of one shard, which ``documents_per_shard`` bounds.
+    """
 
     def __init__(self, handle: IO[bytes], description: StoreDescription, documents: range) -> None:
         self._handle, self._description, self._documents = handle, description, documents
@@ -53,33 +58,39 @@ class ShardWriter:
         self._offsets = [len(header)]
         self._record_crcs: list[int] = []
         self._stops: list[int] = []
+        self._early: dict[int, tuple[bytes, int]] = {}
 
     def add(self, document_id: int, candidates: DocumentCandidates) -> None:
-        """Append a document; every document of the shard once, ascending, P = 0 allowed.
+        """Add a document; every document of the shard once, in any order, P = 0 allowed.
 
         Raises:
-            StoreError: not the next document, or not valid candidates (a field of another length,
-                ids out of order or vocabulary, a number that does not fit fp16, ...).
+            StoreError: a document of another shard, a document that was added before, or not valid
+                candidates (a field of another length, ids out of order or vocabulary, a number that
+                does not fit fp16, ...).
         """
-        left = self._documents[len(self._stops) :]
-        expected = left[0] if left else "no more"
+        first, last = self._documents[0], self._documents[-1]
         with located(f"document {document_id}"):
-            what = "documents of a shard come once each, ascending"
-            require(document_id == expected, what, expected, document_id)
+            what = "a shard takes only its own documents"
+            require(document_id in self._documents, what, f"{first} to {last}", document_id)
+            is_new = document_id >= self._following and document_id not in self._early
+            require(is_new, "a shard takes each document once", "once", "twice")
             vocab_size, logits = self._description.vocab_size, self._description.logits
             require_valid(candidates, vocab_size=vocab_size, logits=logits)
         record = encode_record(candidates, vocab_size=vocab_size, logits=logits)
-        self._handle.write(record)
-        self._crc = zlib.crc32(record, self._crc)
-        self._record_crcs.append(zlib.crc32(record))
-        self._stops.append(candidates.stop)
-        self._offsets.append(self._offsets[-1] + len(record))
+        self._early[document_id] = record, candidates.stop
+        while self._following in self._early:
+            self._write(*self._early.pop(self._following))
+
+    def missing_documents(self) -> list[int]:
+        """Documents still to be added, ascending."""
+        unwritten = self._documents[len(self._stops) :]
+        return [document for document in unwritten if document not in self._early]
 
     def index(self) -> ShardIndex:
         """The index of the shard; StoreError where documents are still to come."""
-        added, expected = len(self._stops), len(self._documents)
+        missing, expected = len(self.missing_documents()), len(self._documents)
         what = "a shard was closed before all its documents were added"
-        require(added == expected, what, f"{expected} documents", added)
+        require(not missing, what, f"{expected} documents", expected - missing)
         return ShardIndex(
             first_document=self._documents.start,
             offsets=np.array(self._offsets, np.int64),
@@ -87,6 +98,18 @@ class ShardWriter:
             stops=np.array(self._stops, np.int32),
             bin_crc=self._crc,
         )
+
+    @property
+    def _following(self) -> int:
+        """The document whose record is the next of the file."""
+        return self._documents.start + len(self._stops)
+
+    def _write(self, record: bytes, stop: int) -> None:
+        self._handle.write(record)
+        self._crc = zlib.crc32(record, self._crc)
+        self._record_crcs.append(zlib.crc32(record))
+        self._stops.append(stop)
+        self._offsets.append(self._offsets[-1] + len(record))
 
 
 class CandidateWriter:

@@ -111,16 +111,22 @@ def test_a_part_beyond_the_bound_is_let_in_alone(tmp_path):
 
 def test_documents_in_no_part_are_written_without_candidates(tmp_path):
     writer = writer_of(tmp_path, 8)
-    write(writer, [1], [2, 5])
+    write(writer, [2, 5], [1])
     writer.finish()
     sizes = [len(document.positions) for document in CandidateReader(tmp_path)]
     assert sizes == [0, 1, 2, 0, 0, 1, 0, 0]
 
 
-@pytest.mark.parametrize("documents", [[2, 1], [1, 1], [8]])
-def test_documents_out_of_order_are_refused(tmp_path, documents):
+@pytest.mark.parametrize(
+    ("documents", "facts"),
+    [
+        ([2, 1, 2], "document 2: .*expected once; found twice"),
+        ([8], "document 8: .*expected 0 to 7; found 8"),
+    ],
+)
+def test_a_document_added_twice_or_outside_the_shard_is_refused(tmp_path, documents, facts):
     writer = writer_of(tmp_path, 8)
-    with pytest.raises(StoreError, match="come once each, ascending"):
+    with pytest.raises(StoreError, match=facts):
         write(writer, documents)
     assert writer.missing_shards() == [0]
 

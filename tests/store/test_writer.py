@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_replay.errors import OutputError, StoreError
 from megatron_replay.locks import DirectoryLock
@@ -74,9 +77,25 @@ def test_an_unusable_description_is_refused(change: dict[str, Any], message: str
     assert message in str(caught.value)
 
 
-def test_each_document_comes_once_and_in_order(tmp_path: Path) -> None:
+@settings(deadline=None, derandomize=True, max_examples=25)
+@given(st.permutations(range(8)), st.sampled_from(["none", "fp16"]))
+def test_any_order_of_documents_gives_the_same_bytes(order: list[int], logits: str) -> None:
+    description = describe(num_documents=8, documents_per_shard=8, logits=logits)
+    with tempfile.TemporaryDirectory() as name:
+        write_store(Path(name, "ascending"), description)
+        writer, added = CandidateWriter(Path(name, "any"), description), set[int]()
+        with writer.shard(0) as shard:
+            for document_id in order:
+                shard.add(document_id, document_of(description, document_id))
+                added.add(document_id)
+                assert shard.missing_documents() == [d for d in range(8) if d not in added]
+        writer.finish()
+        assert contents(Path(name, "any")) == contents(Path(name, "ascending"))
+
+
+def test_each_document_of_a_shard_comes_once(tmp_path: Path) -> None:
     writer = CandidateWriter(tmp_path, describe())
-    document = document_of(writer.description, 3)
+    document = document_of(writer.description, 3)  # of shard 1, with document 2
 
     def write(number: int, documents: tuple[int, ...]) -> None:
         with writer.shard(number) as shard:
@@ -88,11 +107,16 @@ def test_each_document_comes_once_and_in_order(tmp_path: Path) -> None:
             write(number, documents)
         return str(caught.value)
 
-    assert refusal(1, 3).startswith("document 3: documents of a shard come once")
-    assert "(expected 2; found 3)" in refusal(1, 3)
-    assert "(expected no more; found 5)" in refusal(2, 4, 5)
-    assert "0000/shard-0000001.bin: " in refusal(1, 2)
-    assert "(expected 2 documents; found 1)" in refusal(1, 2)
+    for others in [1], [4], [2, 4], [2, 3, 4]:
+        assert refusal(1, *others).startswith(f"document {others[-1]}: ")
+        assert f"(expected 2 to 3; found {others[-1]})" in refusal(1, *others)
+    assert "(expected 4 to 4; found 5)" in refusal(2, 4, 5)
+    for again in [2, 2], [3, 3], [2, 3, 2], [3, 2, 3]:
+        assert refusal(1, *again).startswith(f"document {again[-1]}: ")
+        assert "(expected once; found twice)" in refusal(1, *again)
+    for some in [2], [3]:
+        assert "0000/shard-0000001.bin: " in refusal(1, *some)
+        assert "(expected 2 documents; found 1)" in refusal(1, *some)
     assert "no such shard (expected 0 to 2; found 3)" in refusal(3)
     assert list(contents(tmp_path)) == ["store.json"]
 
