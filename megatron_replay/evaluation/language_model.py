@@ -1,4 +1,4 @@
-"""Loads a Hugging Face causal language model; its scores and its greedy answers.
+"""Loads a Hugging Face causal language model, and scores documents with it.
 
 Shapes: B documents of a batch, L its longest document less one, V vocabulary.
 """
@@ -12,13 +12,13 @@ import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.data.corpus import Document
@@ -201,50 +201,3 @@ def require_readable(
             found=largest,
             fix="Give the tokenizer that belongs to the model",
         )
-
-
-class Answer(NamedTuple):
-    """Generated tokens without the end-of-sequence token; ``finished``: that token came."""
-
-    tokens: list[int]
-    finished: bool
-
-
-@torch.inference_mode()
-def greedy_answers(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    eos_id: int,
-    max_new_tokens: int,
-    batch_size: int = 16,
-    show: str = "",
-) -> list[Answer]:
-    """The most probable continuation of each prompt, token by token, in the order of ``prompts``.
-
-    Prompts of similar length form a batch, padded on the left; the other prompts of a batch change
-    an answer only by rounding. generation_config.json is ignored.
-    """
-    answers: dict[int, Answer] = {}
-    ordered = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=eos_id
-    )
-    generate: Any = model.generate
-    with (
-        replaced(vars(model), generation_config=greedy),
-        Progress(show, len(prompts), "answers", enabled=bool(show)) as bar,
-    ):
-        for start in range(0, len(prompts), batch_size):
-            batch = ordered[start : start + batch_size]
-            rows = [torch.tensor(prompts[number]) for number in batch]
-            tokens_BL, mask_BL = (
-                pad_sequence(of, batch_first=True, padding_value=value, padding_side="left")
-                for of, value in ((rows, eos_id), ([torch.ones_like(row) for row in rows], 0))
-            )
-            found = generate(tokens_BL.to(model.device), attention_mask=mask_BL.to(model.device))
-            for number, tokens in zip(batch, found[:, tokens_BL.shape[1] :].tolist(), strict=True):
-                end = tokens.index(eos_id) if eos_id in tokens else None
-                answers[number] = Answer(tokens[:end], end is not None)
-            bar.advance(len(batch))
-    return [answers[number] for number in range(len(prompts))]

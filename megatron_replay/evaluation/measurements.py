@@ -19,9 +19,9 @@ from megatron_replay.data.rows import parse_row, read_lines
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError, StoreError
 from megatron_replay.evaluation.choices import read_choices, score_choices
+from megatron_replay.evaluation.generation import greedy_answers
 from megatron_replay.evaluation.inputs import Inputs, Settings
 from megatron_replay.evaluation.language_model import (
-    greedy_answers,
     load_model,
     require_readable,
     score,

@@ -1,4 +1,4 @@
-"""Scores against a float64 loop over single sequences; answers against the most probable token."""
+"""Scores against a float64 loop over single sequences."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from megatron_replay.data.corpus import Document
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.errors import DataError, StoreError
 from megatron_replay.evaluation.choices import Choice, option_scores, read_choices, score_choices
-from megatron_replay.evaluation.language_model import greedy_answers, load_model, score
+from megatron_replay.evaluation.language_model import load_model, score
 from megatron_replay.evaluation.measurements import candidate_mass
 from tests.evaluation.site import (
-    EOS,
     VOCAB_SIZE,
     candidates_of,
     random_candidates,
@@ -101,24 +100,6 @@ def test_first_of_equals_wins_and_no_number_is_wrong(site):
     assert score_choices(model, twins)["correct"] == score_choices(model, twins[:1])["correct"] == 1
     model.get_input_embeddings().weight.data.fill_(float("nan"))
     assert score_choices(model, twins)["correct"] == 0
-
-
-def test_greedy_equals_a_plain_loop(site, logprobs):
-    """Whatever generation_config.json says, and whatever else is in the batch."""
-    model = load_model(site / "base")
-    model.generation_config.do_sample = True
-    model.generation_config.repetition_penalty = 5.0
-    prompts = [d.tokens.tolist() for d in random_documents(9, seed=3, longest=6)]
-    # An EOS that some answers reach: the token that the model likes best after one prompt.
-    likely = greedy_answers(model, prompts[:1], eos_id=EOS, max_new_tokens=4)[0].tokens[-1]
-    answers = greedy_answers(model, prompts, eos_id=likely, max_new_tokens=12, batch_size=4)
-    assert {answer.finished for answer in answers} == {True, False}
-    for prompt, answer in zip(prompts, answers, strict=True):
-        tokens = list(prompt)
-        while len(tokens) < len(prompt) + 12 and likely not in tokens[len(prompt) :]:
-            tokens.append(int(logprobs(tokens)[-1].argmax()))
-        assert answer.tokens + [likely] * answer.finished == tokens[len(prompt) :]
-    assert model.generation_config.do_sample
 
 
 def test_pieces_of_a_document_keep_every_label(model):
