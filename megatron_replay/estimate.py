@@ -55,7 +55,7 @@ def stage1(config: Stage1Config) -> str:
         require_store(reader, corpus, shape, logits=config.loss.kl_weight > 0)
     fitted, lengths = usable_documents(config, corpus, reader)
     require_context(lengths, shape)
-    batches = global_batches(config, lengths, dp_rank=0, dp_size=dp)
+    batches = global_batches(config, corpus, lengths)
     train_iters = config.training.train_iters or batches.num_batches
     require_iterations(config, train_iters)
 

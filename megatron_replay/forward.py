@@ -1,7 +1,7 @@
 """Runs micro-batches through megatron-core's pipeline schedule and returns the heads' outputs.
 
 Both stages and the probe use it, so packing, masks and the pipeline are handled in one place.
-Shapes: B packs in a micro-batch, S positions in a pack.
+Shapes: T rows of a micro-batch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_replay.data.packing import PackedBatch
@@ -22,7 +26,7 @@ from megatron_replay.model.selected_rows import SelectedRows
 class MicroBatch(NamedTuple):
     """A micro-batch and the head to apply to its hidden states.
 
-    ``rows``: the positions that the head uses, so the last layer computes no others; None: all.
+    ``rows``: those that the head uses, so the last layer computes no others; None: all.
     """
 
     batch: PackedBatch
@@ -69,19 +73,48 @@ def _run_schedule(
 
     def step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Any, Any]:
         batch, head, rows = next(iterator)
-        documents = PackedDocuments(batch.segments, rows, batch.tokens_BS.shape[1])
-        return model(batch.tokens_BS, batch.position_BS, documents, head), of_output
+        documents = PackedDocuments(batch.documents, rows, len(batch.token_T))
+        return model(batch.token_T, batch.position_T, documents, head), of_output
 
-    micro_batch_size, seq_length = micro_batches[0].batch.tokens_BS.shape
+    lengths = [len(micro_batch.batch.token_T) for micro_batch in micro_batches]
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if groups.pp.size() > 1:
+        planned = PlannedLengths(lengths, groups, get_model_config(model))
+        options |= {"p2p_communicator": planned, "pg_collection": groups}
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iter(micro_batches),
         model=[model],
         num_microbatches=len(micro_batches),
-        seq_length=seq_length,
-        micro_batch_size=micro_batch_size,
+        seq_length=lengths[0],
+        micro_batch_size=1,
         **options,
     )
+
+
+class PlannedLengths(P2PCommunicator):
+    """Micro-batches of their own lengths between pipeline stages, which all ranks know.
+
+    megatron-core would send each shape before its tensor, and the host would wait for the device.
+
+    Args:
+        lengths: T of each micro-batch, in the order in which all stages compute them.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], groups: ProcessGroupCollection, config: TransformerConfig
+    ) -> None:
+        super().__init__(groups.pp, config)
+        divisor = groups.tp.size() if config.sequence_parallel else 1
+        shapes = [torch.Size([length // divisor, 1, config.hidden_size]) for length in lengths]
+        self._forward, self._backward = iter(shapes), iter(shapes)
+
+    def _communicate_shapes(
+        self, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool
+    ) -> tuple[torch.Size | None, torch.Size | None]:
+        """Shapes of the next hidden states, and of the next gradients, of a micro-batch."""
+        hidden = next(self._forward) if recv_prev else None
+        return hidden, next(self._backward) if recv_next else None
 
 
 def _sum_of_losses(loss_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -80,19 +80,37 @@ def load_reference(directory: Path) -> PreTrainedModel:
     ).eval()
 
 
-def save_corpus(prefix: Path, *, num_documents: int, seed: int = 0, longest: int = 24) -> Corpus:
-    """Random documents of 6 to ``longest`` tokens; the last 3 to half of each carry loss."""
+def save_corpus(
+    prefix: Path, *, num_documents: int, seed: int = 0, longest: int = 24, stems: int = 0
+) -> Corpus:
+    """Random documents of 6 to ``longest`` tokens; the last 3 to half of each carry loss.
+
+    With ``stems``, each follows one of so many schemas of 3 to 9 tokens, which all follow the same
+    4 tokens; and the last document is equal to the first.
+    """
     tokenizer = SimpleNamespace(
         vocab_size=VOCAB_SIZE, eos_id=0, pad_id=0, path="random", fingerprint="random", files={}
     )
-    rng = np.random.default_rng(seed)
+    rng, branch = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    system = branch.integers(0, VOCAB_SIZE, 4)
+    schemas = [
+        np.append(system, branch.integers(0, VOCAB_SIZE, branch.integers(3, 10)))
+        for _ in range(stems)
+    ]
+    first = None
     with CorpusWriter(prefix, tokenizer, row_format="random", source={"seed": seed}) as writer:
-        for _ in range(num_documents):
+        for number in range(num_documents):
             length = int(rng.integers(6, longest + 1))
             loss_mask = np.zeros(length, np.bool_)
             loss_mask[-int(rng.integers(3, max(4, length // 2))) :] = True
-            tokens = rng.integers(0, VOCAB_SIZE, length).astype(np.int32)
-            writer.add(Document(tokens, loss_mask))
+            tokens = rng.integers(0, VOCAB_SIZE, length)
+            if schemas:
+                schema = schemas[number % stems]
+                tokens = np.append(schema, tokens)
+                loss_mask = np.append(np.zeros(len(schema), np.bool_), loss_mask)
+            document = Document(tokens.astype(np.int32), loss_mask)
+            first = first or document
+            writer.add(first if schemas and number == num_documents - 1 else document)
     return Corpus(prefix)
 
 

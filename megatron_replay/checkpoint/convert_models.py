@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -15,10 +16,11 @@ from megatron_replay.checkpoint.names import hf_tensor_shapes
 from megatron_replay.checkpoint.staging import publish, staging_directory, start_directory
 from megatron_replay.checkpoint.training import CONVERTED_FROM, TrainState, save_checkpoint
 from megatron_replay.config import ModelConfigSource, ParallelConfig
+from megatron_replay.data.forest import Forest
 from megatron_replay.data.packing import PackedBatch
 from megatron_replay.errors import CheckpointError
 from megatron_replay.forward import MicroBatch, forward_only
-from megatron_replay.kernels.packed_attention import segments_of
+from megatron_replay.kernels.packed_attention import Documents
 from megatron_replay.parallel import Parallel
 
 #: Largest difference of logits, relative to the largest one: rounding, by a wide margin.
@@ -84,12 +86,17 @@ def require_logits(
         CheckpointError: they differ by more than rounding.
     """
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.shape.vocab_size, (1, _VERIFIED_TOKENS), generator=generator)
-    zeros = torch.zeros_like(tokens)
-    positions = torch.arange(_VERIFIED_TOKENS, dtype=torch.int32)[None]
-    segments = segments_of([[0, _VERIFIED_TOKENS]], _VERIFIED_TOKENS)
-    batch = PackedBatch(tokens, zeros, zeros.bool(), zeros.int(), positions, segments)
-    batch = batch.to(groups.device)
+    length = _VERIFIED_TOKENS
+    token_T = torch.randint(model.shape.vocab_size, (length,), generator=generator)
+    batch = PackedBatch(
+        forest=Forest(*np.array([[0], [length], [0]])),
+        first_row_D=np.array([0]),
+        token_T=token_T,
+        label_T=torch.zeros_like(token_T),
+        loss_mask_T=torch.zeros(length, dtype=torch.bool),
+        position_T=torch.arange(length, dtype=torch.int32),
+        documents=Documents.of([length], [0]),
+    ).to(groups.device)
     outputs = forward_only(
         model.module, [MicroBatch(batch, lambda hidden, weight: hidden.all() @ weight.T)]
     )
@@ -105,7 +112,7 @@ def require_logits(
 
         computed = outputs[0].dtype
         reference = AutoModelForCausalLM.from_pretrained(hf_directory, dtype=computed).eval()
-        expected_TV = reference(tokens).logits[0].float()
+        expected_TV = reference(token_T[None]).logits[0].float()
         difference_TV = torch.cat(shards, 1).float().cpu() - expected_TV
         error = (difference_TV.abs().max() / expected_TV.abs().max()).item()
         tolerance = max(_TOLERANCE[computed], _TOLERANCE[dtype])

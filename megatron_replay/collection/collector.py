@@ -24,7 +24,7 @@ from megatron_replay.collection import LOGITS_CHUNK_SIZE
 from megatron_replay.collection.stream import Records
 from megatron_replay.config import CandidatesConfig, DataConfig
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.packing import PackedBatch, pack_batch, plan_packs, split_packs
+from megatron_replay.data.packing import PackedBatch, forest_of, pack_batch
 from megatron_replay.data.replay import eligible_rows
 from megatron_replay.forward import MicroBatch, forward_only
 from megatron_replay.model.selected_rows import HiddenStates, SelectedRows
@@ -47,7 +47,7 @@ class Wanted(NamedTuple):
         documents: int64 [D], numbers in the corpus.
         offsets: int64 [D + 1]; document d has positions ``[offsets[d]:offsets[d + 1]]``.
         positions: int32 [N], ascending inside a document.
-        rows: int64 [N], their rows ``b * S + s`` in the micro-batch.
+        rows: int64 [N], their rows in the micro-batch.
     """
 
     documents: npt.NDArray[np.int64]
@@ -82,7 +82,8 @@ class Collector:
         lengths: int32 [D], tokens used of each document (``fit_documents``).
 
     Attributes:
-        positions: how many went through the model so far, padding left out.
+        positions, computed: positions of the documents so far, and how many of them went through
+            the model.
         writes: whether this rank writes what its model copy collects.
         backend: what selects candidates on this device.
     """
@@ -102,29 +103,30 @@ class Collector:
         like = torch.empty(0, dtype=model.config.params_dtype, device=groups.device)
         self._backend = kernels.SELECTION.choose("auto", like)
         self.backend = kernels.SELECTION.describe("auto", like)
-        self.positions = 0
+        self.positions = self.computed = 0
         self.writes = groups.last_stage and groups.tp_rank == 0
 
     def collect(self, documents: npt.NDArray[np.int64]) -> Iterator[tuple[Records, int]]:
-        """The records of each micro-batch, and their bytes; in the order of ``documents``.
+        """The records of each micro-batch, and their bytes; each document once, in any order.
 
         The work is done as the iterator advances. It yields on the rank that writes, and nothing on
         the other ranks of a model copy.
         """
-        data = self._data
-        packs = plan_packs(self._lengths, documents, data.seq_length, together=data.pack_documents)
-        planned = split_packs(packs, data.micro_batch_size)
+        data, corpus, lengths = self._data, self._corpus, self._lengths
+        forest = forest_of(corpus, documents, lengths, share=data.share_prefixes)
+        planned = forest.packs(data.micro_batch_size * data.seq_length)
+        self.positions += forest.positions
         stages = self._groups.pp_size
         per_call = _MICRO_BATCHES_PER_STAGE * stages if stages > 1 else 1
         for first in range(0, len(planned), per_call):
             batches = [
-                pack_batch(self._corpus, some, data.seq_length, self._lengths)
+                pack_batch(corpus, some, lengths, multiple=self._groups.tp_size)
                 for some in planned[first : first + per_call]
             ]
             wanted = [self._wanted(batch) for batch in batches]
             work = [self._work(batch, some) for batch, some in zip(batches, wanted, strict=True)]
             outputs = forward_only(self._model.module, work)
-            self.positions += sum(int((batch.document_BS >= 0).sum()) for batch in batches)
+            self.computed += sum(batch.forest.computed for batch in batches)
             if not self.writes:
                 continue
             for some, selection in zip(wanted, outputs, strict=True):
@@ -137,10 +139,10 @@ class Collector:
         The others choose before the forward pass and skip the output layer elsewhere.
         """
         rows_N = eligible_rows(batch).numpy()
-        owners_N = batch.document_BS.flatten().numpy()[rows_N]
-        positions_N = batch.position_BS.flatten().numpy()[rows_N]
-        starts = np.flatnonzero(np.diff(owners_N, prepend=-1))
-        documents = owners_N[starts].astype(np.int64)
+        positions_N = batch.position_T.numpy()[rows_N]
+        places_N = np.repeat(np.arange(len(batch.forest)), batch.forest.own_D)[rows_N]
+        starts = np.flatnonzero(np.diff(places_N, prepend=-1))
+        documents = batch.forest.document_D[places_N[starts]]
         kept = np.split(np.arange(len(rows_N)), starts[1:]) if len(starts) else []
         if self._settings.position_strategy != "bucket":
             for d, number in enumerate(documents.tolist()):
@@ -157,12 +159,12 @@ class Collector:
         rows_N = torch.from_numpy(wanted.rows)
         rows = SelectedRows.of(
             rows_N,
-            batch.segments,
-            self._data.seq_length,
+            batch.documents,
+            len(batch.token_T),
             self._groups.tp_group,
             sequence_parallel=self._model.config.sequence_parallel,
         ).to(device)
-        labels_N = batch.labels_BS.flatten()[rows_N].to(device)
+        labels_N = batch.label_T[rows_N].to(device)
         head = functools.partial(self._select, rows.rows_N, labels_N)
         return MicroBatch(batch.to(device), head, rows)
 

@@ -39,13 +39,14 @@ class Cost:
     """What one model copy spent on its shards.
 
     Attributes:
-        positions: how many went through the model, padding left out.
+        positions, computed: positions of the documents, and how many went through the model.
         waited: of the ``seconds``, those for which the device waited for the disk.
     """
 
     shards: int
     documents: int
     positions: int
+    computed: int
     seconds: float
     waited: float
 
@@ -172,6 +173,7 @@ def _write_shards(
         shards=len(shards),
         documents=num_documents,
         positions=collector.positions,
+        computed=collector.computed,
         seconds=time.perf_counter() - start,
         waited=waited,
     )
@@ -233,7 +235,8 @@ def _print_report(store: str, gathered: Sequence[tuple[Tally, Cost]]) -> None:
     write_json(reader.directory / COST_FILE, rates)
     replicas = f" on {rates['replicas']} replicas" if len(gathered) > 1 else ""
     print(
-        f"cost: {rates['positions']:,} positions of {rates['documents']:,} documents in "
+        f"cost: {rates['positions']:,} positions of {rates['documents']:,} documents, "
+        f"{rates['computed']:,} of them computed ({rates['computed_share']:.1%}), in "
         f"{rates['seconds']:.1f} s{replicas}: {rates['positions_per_second']:,.0f} a second; "
         f"waited for the disk {rates['share_waiting_for_disk']:.2%} of the time",
         flush=True,
@@ -242,13 +245,17 @@ def _print_report(store: str, gathered: Sequence[tuple[Tally, Cost]]) -> None:
 
 def rates_of(costs: Sequence[Cost]) -> dict[str, float]:
     """Counts, rates and the share of waiting of model copies that ran side by side."""
-    positions, longest = sum(cost.positions for cost in costs), max(cost.seconds for cost in costs)
+    positions = sum(cost.positions for cost in costs)
+    computed = sum(cost.computed for cost in costs)
+    longest = max(cost.seconds for cost in costs)
     together = sum(cost.seconds for cost in costs)
     return {
         "replicas": len(costs),
         "shards": sum(cost.shards for cost in costs),
         "documents": sum(cost.documents for cost in costs),
         "positions": positions,
+        "computed": computed,
+        "computed_share": computed / max(positions, 1),
         "seconds": longest,
         "positions_per_second": positions / max(longest, 1e-9),
         "share_waiting_for_disk": sum(cost.waited for cost in costs) / max(together, 1e-9),

@@ -135,7 +135,7 @@ class ModelConfigSource(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """Which corpus, and how its documents are packed."""
+    """Which corpus, and how its documents are computed."""
 
     data_path: str = option("prefix of a corpus that tools/preprocess_data.py wrote")
     seq_length: int = option("positions in a pack of documents", 4096, within="[1, 4194304]")
@@ -145,11 +145,10 @@ class DataConfig(Section):
         ("error", "drop", "truncate"),
     )
     micro_batch_size: int = option(
-        "packs in one forward pass on one device", 1, within="[1, 65536]"
+        "packs of computed positions in one forward pass on one device", 1, within="[1, 65536]"
     )
-    pack_documents: bool = option(
-        "pack as many documents as fit, which attention keeps apart; off: one document and padding",
-        True,
+    share_prefixes: bool = option(
+        "compute the tokens with which documents begin in common once: exact, and cheaper", True
     )
 
 
@@ -164,9 +163,3 @@ class Settings:
     def __post_init__(self) -> None:
         """Check the branches against each other."""
         require_used([getattr(self, field.name) for field in dataclasses.fields(self)])
-        tp = self.parallel.tensor_model_parallel_size
-        self.data.require(
-            not self.parallel.sequence_parallel or self.data.seq_length % tp == 0,
-            "seq_length",
-            f"a multiple of --tensor-model-parallel-size {tp} under --sequence-parallel",
-        )

@@ -137,7 +137,16 @@ class TrainingConfig(Section):
 
     save: str = option("directory for checkpoints, metrics.jsonl and the resolved configuration")
     global_batch_size: int = option(
-        "packs in one optimizer step, over all devices", 16, within="[1, 1048576]"
+        "packs of documents in one optimizer step, over all devices", 16, within="[1, 1048576]"
+    )
+    pack_documents: bool = option(
+        "a pack of a step has as many documents as fit; off: it has one", True
+    )
+    group_prefixes: int = option(
+        "draw up to this many documents of one prefix together: cheaper, but another order of "
+        "documents; 1: independently",
+        1,
+        within="[1, inf)",
     )
     train_epochs: int | None = option(
         "passes over the corpus; by default 1, or as many as --train-iters needs",

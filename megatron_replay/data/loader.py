@@ -1,6 +1,5 @@
-"""The batches of a run: which packs make up each, and a thread that makes them ahead of the step.
-
-``GlobalBatches`` is the sampler: global batch k, and the share of a data-parallel rank.
+"""The batches of a run: which documents make up each, and a thread that makes them ahead of the
+step.
 """
 
 from __future__ import annotations
@@ -17,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_replay.config import Stage1Config
-from megatron_replay.data.packing import Pack, document_order, plan_packs, split_packs
+from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.forest import stems
+from megatron_replay.data.packing import Pack, document_order, plan_packs
 from megatron_replay.errors import ConfigError
 
 T = TypeVar("T")
@@ -25,48 +26,32 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class GlobalBatches:
-    """The packs of ``epochs`` passes, each in its own order, cut into global batches.
+    """The documents of ``epochs`` passes, each in its own order, cut into global batches.
 
-    Global batch k holds packs ``k * global_batch_size`` up to ``(k + 1) * global_batch_size`` of
-    the epochs laid end to end: a pure function of (seed, epochs before, k), the same for any number
-    of ranks. Empty packs fill up the last one.
-
-    Sample i of a global batch belongs to micro-batch ``i // micro_batch_size`` of the whole, and
-    these go to the ranks in turn, as in Megatron's pretraining sampler: rank r computes r,
-    r + dp_size, … So changing ``dp_size`` changes who computes a micro-batch, never what is in it.
+    Global batch k holds the documents of packs ``k * global_batch_size`` up to
+    ``(k + 1) * global_batch_size`` of the epochs laid end to end: a pure function of (seed, epochs
+    before, k). Packs decide what a step learns from, not how it is computed: neither the number of
+    ranks nor shared prefixes change it.
 
     Attributes:
         lengths: int32 [D], tokens used of each document (``fit_documents``).
         seq_length: positions of a pack.
-        epochs: passes over the documents; None: without an end, so no batch is padded.
+        epochs: passes over the documents; None: without an end.
         pack_documents: False gives each document a pack of its own.
-
-    Raises:
-        ConfigError: ``global_batch_size`` is no multiple of ``micro_batch_size * dp_size``.
+        stem_D, group: as in ``document_order``.
     """
 
     lengths: npt.NDArray[np.int32]
     _: KW_ONLY
     seq_length: int
     global_batch_size: int
-    micro_batch_size: int
     seed: int
     epochs: int | None
     pack_documents: bool = True
-    dp_rank: int
-    dp_size: int
+    stem_D: npt.NDArray[np.int64] | None = None
+    group: int = 1
 
     def __post_init__(self) -> None:
-        multiple = self.micro_batch_size * self.dp_size
-        if self.global_batch_size <= 0 or self.global_batch_size % multiple:
-            raise ConfigError(
-                "the global batch cannot be shared out evenly",
-                where="--global-batch-size",
-                expected=f"a multiple of {multiple} (--micro-batch-size {self.micro_batch_size} x "
-                f"{self.dp_size} data-parallel ranks)",
-                found=self.global_batch_size,
-            )
-        assert 0 <= self.dp_rank < self.dp_size, (self.dp_rank, self.dp_size)
         assert (self.lengths > 0).any(), "fit_documents refuses what leaves nothing"
         self._planned: tuple[int, list[Pack]] = (-1, [])
         # The number of packs before each epoch known so far: epochs differ in theirs.
@@ -80,17 +65,15 @@ class GlobalBatches:
             self._count_epoch()
         return -(-self._first_pack[-1] // self.global_batch_size)
 
-    def global_batch(self, k: int) -> list[Pack]:
-        """All ``global_batch_size`` packs of global batch ``k``, empty ones included."""
+    def documents(self, k: int) -> Pack:
+        """The documents of global batch ``k``, in their order: int64.
+
+        A document that ends one epoch and begins the next occurs twice.
+        """
         if k < 0 or (self.epochs is not None and k >= self.num_batches):
             raise IndexError(f"global batch {k} of {self.num_batches}")
         first = k * self.global_batch_size
-        return [self._pack(i) for i in range(first, first + self.global_batch_size)]
-
-    def micro_batches(self, k: int) -> list[list[Pack]]:
-        """This rank's micro-batches of global batch ``k``, in the order to compute them."""
-        micro_batches = split_packs(self.global_batch(k), self.micro_batch_size)
-        return micro_batches[self.dp_rank :: self.dp_size]
+        return np.concatenate([self._pack(i) for i in range(first, first + self.global_batch_size)])
 
     def _pack(self, i: int) -> Pack:
         """Pack ``i`` of all epochs laid end to end; an empty one after the last."""
@@ -107,27 +90,33 @@ class GlobalBatches:
     def _plan(self, epoch: int) -> list[Pack]:
         """The packs of ``epoch``; only the last one requested is kept."""
         if self._planned[0] != epoch:
-            order = document_order(len(self.lengths), seed=self.seed, epoch=epoch)
+            order = document_order(
+                len(self.lengths),
+                seed=self.seed,
+                epoch=epoch,
+                stem_D=self.stem_D,
+                group=self.group,
+            )
             packs = plan_packs(self.lengths, order, self.seq_length, together=self.pack_documents)
             self._planned = (epoch, packs)
         return self._planned[1]
 
 
 def global_batches(
-    config: Stage1Config, lengths: npt.NDArray[np.int32], *, dp_rank: int, dp_size: int
+    config: Stage1Config, corpus: Corpus, lengths: npt.NDArray[np.int32]
 ) -> GlobalBatches:
     """The batches of a whole run: of --train-epochs, or without an end under --train-iters."""
     training = config.training
+    group = training.group_prefixes
     return GlobalBatches(
         lengths,
         seq_length=config.data.seq_length,
         global_batch_size=training.global_batch_size,
-        micro_batch_size=config.data.micro_batch_size,
         seed=training.seed,
         epochs=None if training.train_iters is not None else training.train_epochs or 1,
-        pack_documents=config.data.pack_documents,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
+        pack_documents=training.pack_documents,
+        stem_D=stems(corpus, lengths) if group > 1 else None,
+        group=group,
     )
 
 

@@ -1,20 +1,19 @@
-"""Documents to packs of ``seq_length`` positions, and packs to tensors.
+"""Documents to packs of ``seq_length`` positions, and documents to a micro-batch's tensors.
 
 Which tokens are used of each document (``fit_documents``, ``usable_documents``), in which order
-documents come (``document_order``), which of them share a pack (``plan_packs``), and the tensors of
-a few packs (``pack_batch``). All but the last are pure functions of lengths, seeds and the store's
-positions, and read no token.
+documents come (``document_order``), which of them fill a pack (``plan_packs``): pure functions of
+lengths, seeds and the store's positions, which read no token. The documents of a step's packs are
+then computed in micro-batches of their own length, prefixes once (``forest_of``, ``pack_batch``).
 
 A document of n tokens occupies n - 1 positions: its inputs are ``tokens[:-1]`` and its labels
-``tokens[1:]``, so no position of a pack predicts across a boundary.
+``tokens[1:]``, so no position predicts across a boundary.
 
-Shape suffixes: D documents, B packs of a batch (rows), S positions of a pack (seq_length).
+Shape suffixes: D documents, T rows of a micro-batch.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,8 +22,9 @@ import torch
 
 from megatron_replay.config import DataConfig, Stage1Config
 from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.forest import Forest, plant, without_sharing
 from megatron_replay.errors import DataError
-from megatron_replay.kernels.packed_attention import Segments, segments_of, segments_to
+from megatron_replay.kernels.packed_attention import Documents
 from megatron_replay.store import CandidateReader
 
 Pack = npt.NDArray[np.int64]  # ids of the documents of a pack, in order
@@ -163,14 +163,35 @@ def usable_documents(
     return replace(fitted, num_unlabelled=num_unlabelled), without_unread(lengths, stops)
 
 
-def document_order(num_documents: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def document_order(
+    num_documents: int,
+    *,
+    seed: int,
+    epoch: int,
+    stem_D: npt.NDArray[np.int64] | None = None,
+    group: int = 1,
+) -> npt.NDArray[np.int64]:
     """The order of documents in ``epoch`` (from 0): a pure function of its arguments.
 
     Sorting raw Philox words, rather than ``Generator.permutation``, because numpy keeps only the
     raw streams of its bit generators stable between versions (NEP 19).
+
+    Args:
+        stem_D: where given, up to ``group`` documents of one number come together: those of a
+            number are shuffled and cut into groups, and the groups are shuffled.
     """
-    words = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_documents)
-    return np.argsort(words, kind="stable").astype(np.int64)
+    generator = np.random.Philox(np.random.SeedSequence([seed, epoch]))
+    order = generator.random_raw(num_documents)
+    if stem_D is None:
+        return np.argsort(order, kind="stable").astype(np.int64)
+    document_D = np.lexsort((generator.random_raw(num_documents), stem_D))
+    begins_D = np.diff(stem_D[document_D], prepend=-1) != 0
+    place_D = np.arange(num_documents)
+    place_D -= np.maximum.accumulate(np.where(begins_D, place_D, 0))  # inside its stem
+    starts = np.flatnonzero(place_D % group == 0)
+    sizes = np.diff(starts, append=num_documents)
+    by_group_D = np.repeat(order[document_D[starts]], sizes)
+    return document_D[np.argsort(by_group_D, kind="stable")]
 
 
 def plan_packs(
@@ -205,79 +226,79 @@ def plan_packs(
     return packs
 
 
-def split_packs(packs: list[Pack], size: int) -> list[list[Pack]]:
-    """Micro-batches of ``size`` packs, in order; empty packs complete the last one."""
-    whole = packs + [np.empty(0, np.int64)] * (-len(packs) % size)
-    return [whole[first : first + size] for first in range(0, len(whole), size)]
+def forest_of(
+    corpus: Corpus, documents: Pack, lengths: npt.NDArray[np.int32], *, share: bool
+) -> Forest:
+    """``documents`` with what they share (``--share-prefixes``), or each by itself."""
+    return plant(corpus, documents, lengths) if share else without_sharing(documents, lengths)
 
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """A micro-batch. Attention must stay inside a document, named by ``document_BS``.
+    """A micro-batch: the own positions of each document of ``forest``, one after another.
 
     Attributes:
-        tokens_BS: int64, inputs; the padding token behind the last document.
-        labels_BS: int64, the token after each input.
-        loss_mask_BS: bool, the label carries loss; False at padding.
-        document_BS: int32, document id; -1 at padding.
-        position_BS: int32, position inside the document; 0 at padding.
-        segments: where attention separates the documents of each pack.
+        forest: its documents, in the order of their rows.
+        first_row_D: int64; position p of document d is row ``first_row_D[d] + p`` for every p from
+            ``forest.shared_D[d]`` on.
+        token_T: int64, inputs; the padding token behind the last document.
+        label_T: int64, the token after each input.
+        loss_mask_T: bool, the label carries loss; False at padding.
+        position_T: int32, position inside the document; 0 at padding.
+        documents: who attends to whom.
     """
 
-    tokens_BS: torch.Tensor
-    labels_BS: torch.Tensor
-    loss_mask_BS: torch.Tensor
-    document_BS: torch.Tensor
-    position_BS: torch.Tensor
-    segments: Segments
+    forest: Forest
+    first_row_D: npt.NDArray[np.int64]
+    token_T: torch.Tensor
+    label_T: torch.Tensor
+    loss_mask_T: torch.Tensor
+    position_T: torch.Tensor
+    documents: Documents
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on ``device``."""
-        return PackedBatch(
-            tokens_BS=to_device(self.tokens_BS, device),
-            labels_BS=to_device(self.labels_BS, device),
-            loss_mask_BS=to_device(self.loss_mask_BS, device),
-            document_BS=to_device(self.document_BS, device),
-            position_BS=to_device(self.position_BS, device),
-            segments=segments_to(self.segments, device),
+        return replace(
+            self,
+            token_T=to_device(self.token_T, device),
+            label_T=to_device(self.label_T, device),
+            loss_mask_T=to_device(self.loss_mask_T, device),
+            position_T=to_device(self.position_T, device),
+            documents=self.documents.to(device),
         )
 
 
 def pack_batch(
-    corpus: Corpus, packs: Sequence[Pack], seq_length: int, lengths: npt.NDArray[np.int32]
+    corpus: Corpus, forest: Forest, lengths: npt.NDArray[np.int32], *, multiple: int
 ) -> PackedBatch:
-    """Read the documents of ``packs`` into tensors, one row a pack.
+    """Read the own positions of the documents of ``forest`` into tensors.
 
     Args:
-        packs: B arrays of document ids; an empty one gives a row of padding.
         lengths: int32 [D], tokens used of each document: its first ones.
+        multiple: T is a multiple of it and at least 1, so that sequence parallelism can divide it.
     """
-    shape = (len(packs), seq_length)
-    tokens_BS = np.full(shape, corpus.pad_id, dtype=np.int64)
-    labels_BS = np.full(shape, corpus.pad_id, dtype=np.int64)
-    loss_mask_BS = np.zeros(shape, dtype=np.bool_)
-    document_BS = np.full(shape, -1, dtype=np.int32)
-    position_BS = np.zeros(shape, dtype=np.int32)
-    boundaries: list[list[int]] = [[0] for _ in packs]
-    for b, pack in enumerate(packs):
-        start = 0
-        for document_id in pack.tolist():
-            document, length = corpus[document_id], int(lengths[document_id])
-            at = (b, slice(start, start + length - 1))
-            tokens_BS[at] = document.tokens[: length - 1]
-            labels_BS[at] = document.tokens[1:length]
-            loss_mask_BS[at] = document.loss_mask[1:length]
-            document_BS[at] = document_id
-            position_BS[at] = np.arange(length - 1)
-            start += length - 1
-            boundaries[b].append(start)
+    own_D = forest.own_D
+    stop_D = np.cumsum(own_D)
+    length = max(1, -(-forest.computed // multiple)) * multiple
+    token_T = np.full(length, corpus.pad_id, dtype=np.int64)
+    label_T = np.full(length, corpus.pad_id, dtype=np.int64)
+    loss_mask_T = np.zeros(length, dtype=np.bool_)
+    position_T = np.zeros(length, dtype=np.int32)
+    for number, shared, stop in zip(forest.document_D, forest.shared_D, stop_D, strict=True):
+        document, used = corpus[int(number)], int(lengths[number])
+        rows = slice(stop - (used - 1 - shared), stop)
+        token_T[rows] = document.tokens[shared : used - 1]
+        label_T[rows] = document.tokens[shared + 1 : used]
+        loss_mask_T[rows] = document.loss_mask[shared + 1 : used]
+        position_T[rows] = np.arange(shared, used - 1)
     return PackedBatch(
-        torch.from_numpy(tokens_BS),
-        torch.from_numpy(labels_BS),
-        torch.from_numpy(loss_mask_BS),
-        torch.from_numpy(document_BS),
-        torch.from_numpy(position_BS),
-        segments_of(boundaries, seq_length),
+        forest=forest,
+        first_row_D=stop_D - forest.positions_D,
+        token_T=torch.from_numpy(token_T),
+        label_T=torch.from_numpy(label_T),
+        loss_mask_T=torch.from_numpy(loss_mask_T),
+        position_T=torch.from_numpy(position_T),
+        documents=Documents.of(own_D.tolist(), forest.shared_D.tolist()),
     )
 
 

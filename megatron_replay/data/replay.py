@@ -4,9 +4,9 @@ The store is keyed by (document, position), a batch by rows. Joining is numpy ov
 Python runs per token, and under scope "position" none per document. It uses no torch kernel, whose
 threads would compete with those of the training step that runs at the same time.
 
-Shape suffixes: B packs, S positions of a pack, D documents of the batch, P recorded positions of
-those documents, N selected positions of the batch (P without those that truncation cut off), G
-candidate sets: N under scope "position", documents with a selected position under "document".
+Shape suffixes: T rows of the batch, D its documents, P recorded positions of those documents, N
+selected positions of the batch (P without those that truncation cut off), G candidate sets: N under
+scope "position", documents with a selected position under "document".
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ReplayTargets:
     """The selected positions of a batch and their candidate sets, on the host.
 
     Attributes:
-        rows_N: int64, index ``b * S + s`` of each selected position, ascending.
+        rows_N: int64, row of each selected position, ascending.
         sets: over the whole vocabulary; with the label of each position.
         lse_N: float32, the base model's log-sum-exp over the vocabulary.
         tail_logit_N: float32, logit of one pseudo-token with the base model's mass outside the
@@ -53,14 +53,14 @@ class ReplayTargets:
 
 
 def eligible_rows(batch: PackedBatch) -> torch.Tensor:
-    """Index ``b * S + s`` of every position whose label carries loss: int64 [N], ascending."""
-    return torch.from_numpy(np.flatnonzero(batch.loss_mask_BS.numpy()))
+    """The rows whose label carries loss: int64 [N], ascending."""
+    return torch.from_numpy(np.flatnonzero(batch.loss_mask_T.numpy()))
 
 
 def full_targets(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """``(rows_N, labels_N)``, both int64: every eligible position, for the full-softmax loss."""
     rows_N = eligible_rows(batch)
-    return rows_N, torch.from_numpy(_flat(batch.labels_BS)[rows_N.numpy()])
+    return rows_N, torch.from_numpy(batch.label_T.numpy()[rows_N.numpy()])
 
 
 def join_candidates(
@@ -76,8 +76,8 @@ def join_candidates(
     This is the definition's S, position by position (``loss.definition``), from the store.
 
     Args:
-        batch: packs of whole or truncated documents; recorded positions that truncation cut off
-            are left out.
+        batch: whole or truncated documents; recorded positions that truncation cut off are left
+            out.
         reader: the candidate store of the corpus the batch was read from.
         vocab_size: rows of the output layer, over all ranks.
         scope: "position": each position has its recorded set. "document": all positions of a
@@ -89,15 +89,18 @@ def join_candidates(
         StoreError: a recorded position carries no loss in the corpus, or its label is not in its
             set: the store was made from other data.
     """
-    document_D, first_row_D, num_positions_D = _documents(batch)
-    recorded = reader.read(document_D.tolist(), logits=logits)
-    place_P = np.repeat(np.arange(len(document_D)), np.diff(recorded.document_offsets))
-    is_here_P = recorded.positions < num_positions_D[place_P]
+    forest = batch.forest
+    recorded = reader.read(forest.document_D.tolist(), logits=logits)
+    place_P = np.repeat(np.arange(len(forest)), np.diff(recorded.document_offsets))
+    is_here_P = recorded.positions < forest.positions_D[place_P]
     selected = recorded if is_here_P.all() else _keep(recorded, is_here_P)
     place_N = place_P[is_here_P]
-    rows_N = first_row_D[place_N] + selected.positions
-    labels_N = _flat(batch.labels_BS)[rows_N]
-    _require_same_corpus(selected, document_D[place_N], labels_N, _flat(batch.loss_mask_BS)[rows_N])
+    rows_N = batch.first_row_D[place_N] + selected.positions
+    labels_N = batch.label_T.numpy()[rows_N]
+    # A shared position carries no loss, and its row is another document's.
+    carries_loss_N = batch.loss_mask_T.numpy()[rows_N]
+    carries_loss_N &= selected.positions >= forest.shared_D[place_N]
+    _require_same_corpus(selected, forest.document_D[place_N], labels_N, carries_loss_N)
     ids, offsets, group_offsets = selected.ids, selected.offsets, None
     if scope == "document":
         ids, offsets, group_offsets = _unions(recorded, selected)
@@ -119,23 +122,6 @@ def join_candidates(
         tail_logit_N=torch.from_numpy(tail_logit_N),
         own_sets=own_sets,
     )
-
-
-def _flat(tensor_BS: torch.Tensor) -> npt.NDArray[Any]:
-    return tensor_BS.numpy().reshape(-1)
-
-
-def _documents(batch: PackedBatch) -> tuple[Ints, Ints, Ints]:
-    """Of each document, in the order of its rows: id, row of position 0, number of positions.
-
-    A document starts where its position is 0; padding has position 0 too and ends the last.
-    """
-    document = _flat(batch.document_BS)
-    boundaries = np.flatnonzero(_flat(batch.position_BS) == 0)
-    sizes = np.diff(boundaries, append=len(document))
-    is_document = document[boundaries] >= 0
-    starts_D = boundaries[is_document]
-    return document[starts_D].astype(np.int64), starts_D, sizes[is_document]
 
 
 def _keep(recorded: CandidateBatch, is_kept_P: npt.NDArray[np.bool_]) -> CandidateBatch:

@@ -1,8 +1,9 @@
 """Attention on Ascend NPUs, by torch_npu's fused operator: as in ``kernels.packed_attention``.
 
-The packs are concatenated, T = B * S positions, and cut where documents end (layout TND); padding
-is a document, so that the ends reach T. The operator computes the causal half of each document, and
-the queries of a group share their keys and values.
+Layout TND: queries end where a document's own rows end, and its keys are those of its path,
+gathered where anything is shared. Padding is a document, so that the ends reach T. The operator
+computes the causal half of each document, counted from the lower right: the last query sees every
+key. The queries of a group share their keys and values.
 
 Compared with a stand-in for the operator (tests/kernels/test_attention.py); not run on an NPU yet.
 """
@@ -19,9 +20,8 @@ from megatron_replay.errors import ConfigError
 from megatron_replay.kernels.packed_attention import (
     TORCH_ATTENTION,
     AttentionBackend,
+    Documents,
     RowSegment,
-    Segments,
-    document_ends,
 )
 
 try:
@@ -44,15 +44,21 @@ def _masked(device: torch.device) -> Tensor:
         return torch.ones(_MASK_SIZE, _MASK_SIZE, dtype=torch.bool, device=device).triu(1)
 
 
-def _attend(operands: Sequence[Tensor], ends: list[int], scale: float) -> Tensor:
-    """[T, N, D] of query [T, N, D], key and value [T, G, D]."""
-    if len(ends) > MOST_DOCUMENTS:
-        stop = ends[MOST_DOCUMENTS - 1]
-        first, last = zip(*(x.split([stop, len(x) - stop]) for x in operands), strict=True)
-        others = [end - stop for end in ends[MOST_DOCUMENTS:]]
-        return torch.cat(
-            [_attend(first, ends[:MOST_DOCUMENTS], scale), _attend(last, others, scale)]
-        )
+def _attend(
+    operands: Sequence[Tensor], query_ends: list[int], key_ends: list[int], scale: float
+) -> Tensor:
+    """[T, N, D] of query [T, N, D], key and value [keys, G, D]; document d is ``[ends[d - 1]`` to
+    ``ends[d])`` of either.
+    """
+    if len(query_ends) > MOST_DOCUMENTS:
+        query_stop, key_stop = query_ends[MOST_DOCUMENTS - 1], key_ends[MOST_DOCUMENTS - 1]
+        stops = (query_stop, key_stop, key_stop)
+        first = [x[:stop] for x, stop in zip(operands, stops, strict=True)]
+        others = [x[stop:] for x, stop in zip(operands, stops, strict=True)]
+        query_left = [end - query_stop for end in query_ends[MOST_DOCUMENTS:]]
+        key_left = [end - key_stop for end in key_ends[MOST_DOCUMENTS:]]
+        done = _attend(first, query_ends[:MOST_DOCUMENTS], key_ends[:MOST_DOCUMENTS], scale)
+        return torch.cat([done, _attend(others, query_left, key_left, scale)])
     heads = operands[0].shape[1]
     out_TND: Tensor
     out_TND, *_ = npu_fusion_attention(
@@ -65,32 +71,35 @@ def _attend(operands: Sequence[Tensor], ends: list[int], scale: float) -> Tensor
         # Without effect with this mask; the values are MindSpeed's.
         pre_tockens=1 << 20,
         next_tockens=0,
-        actual_seq_qlen=ends,
-        actual_seq_kvlen=ends,
+        actual_seq_qlen=query_ends,
+        actual_seq_kvlen=key_ends,
         sparse_mode=_CAUSAL,
     )
     return out_TND
 
 
-def _end_to_end(x_SBND: Tensor) -> Tensor:
-    return x_SBND.transpose(0, 1).flatten(0, 1)
-
-
 def packed_attention(
-    query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, segments: Segments, *, scale: float
+    query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, documents: Documents, *, scale: float
 ) -> Tensor:
-    """[S, B, N, D] attended; padding attends to its own pack's. Differentiable."""
-    length, packs = query_SBND.shape[:2]
-    operands = [_end_to_end(x) for x in (query_SBND, key_SBGD, value_SBGD)]
-    out_TND = _attend(operands, document_ends(segments, length), scale)
-    return out_TND.view(packs, length, *out_TND.shape[1:]).transpose(0, 1)
+    """[T, N, D] attended; padding attends to itself. Differentiable.
+
+    Memory: where anything is shared, the keys and values of every path, once a layer.
+    """
+    query_ends, key_ends, pairs = documents.stops, documents.path_stops, (key_TGD, value_TGD)
+    padding = torch.arange(documents.rows, len(query_TND), device=key_TGD.device)
+    if documents.path_rows is not None:
+        rows = torch.cat([documents.path_rows, padding])
+        pairs = (key_TGD.index_select(0, rows), value_TGD.index_select(0, rows))
+    if len(padding):
+        query_ends, key_ends = [*query_ends, len(query_TND)], [*key_ends, len(pairs[0])]
+    return _attend([query_TND, *pairs], query_ends, key_ends, scale)
 
 
 def row_attention(
     query_RND: Tensor,
-    key_SBGD: Tensor,
-    value_SBGD: Tensor,
-    segments: Segments,
+    key_TGD: Tensor,
+    value_TGD: Tensor,
+    documents: Documents,
     rows_N: Tensor,
     row_segments: Sequence[RowSegment],
     *,
@@ -101,15 +110,14 @@ def row_attention(
     Exact, and as expensive as ``packed_attention``: the operator takes no scattered queries. The
     other queries' results are dropped, so they add nothing to a gradient.
     """
-    (length, packs), count = key_SBGD.shape[:2], len(rows_N)
+    count = len(rows_N)
     if not count:  # zeros, with gradients of zero
-        operands = (query_RND, key_SBGD, value_SBGD)
-        return TORCH_ATTENTION.at_rows(*operands, segments, rows_N, row_segments, scale=scale)
+        operands = (query_RND, key_TGD, value_TGD)
+        return TORCH_ATTENTION.at_rows(*operands, documents, rows_N, row_segments, scale=scale)
     rest = query_RND.new_zeros(len(query_RND) - count, *query_RND.shape[1:])
-    query_TND = query_RND.new_zeros(packs * length, *query_RND.shape[1:])
+    query_TND = query_RND.new_zeros(len(key_TGD), *query_RND.shape[1:])
     query_TND = query_TND.index_put((rows_N,), query_RND[:count])
-    whole = [query_TND, _end_to_end(key_SBGD), _end_to_end(value_SBGD)]
-    out_TND = _attend(whole, document_ends(segments, length), scale)
+    out_TND = packed_attention(query_TND, key_TGD, value_TGD, documents, scale=scale)
     return torch.cat([out_TND[rows_N], rest])
 
 

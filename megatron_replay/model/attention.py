@@ -1,9 +1,9 @@
-"""Attention inside packed documents, a last layer that computes only the positions that the head
-uses, and the largest logits, which QK-Clip needs.
+"""Attention inside packed documents, a last layer that computes only the rows that the head uses,
+and the largest logits, which QK-Clip needs.
 
-Shapes: S positions, B packs, H hidden channels, D channels of a head; on this rank N query heads
-and G key-value groups; R selected rows (see ``model.selected_rows.SelectedRows``), of which a rank
-holds M with sequence parallelism, else all.
+Shapes: T rows of a micro-batch, which megatron-core takes for a batch of 1, H hidden channels, D
+channels of a head; on this rank N query heads and G key-value groups; R selected rows (see
+``model.selected_rows.SelectedRows``), of which a rank holds M with sequence parallelism, else all.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_replay import kernels
-from megatron_replay.kernels.packed_attention import Segments
+from megatron_replay.kernels.packed_attention import Documents
 from megatron_replay.model.selected_rows import SelectedRows
 
 
 class PackedDocuments(PackedSeqParams):
-    """The documents of each pack, passed through megatron-core to attention and the last layer.
+    """The documents of a micro-batch, passed through megatron-core to attention and the last layer.
 
     Attributes:
-        segments: of each pack, for attention.
-        rows: the positions that the head uses; None: any.
+        documents: for attention.
+        rows: the rows that the head uses; None: any.
     """
 
-    def __init__(self, segments: Segments, rows: SelectedRows | None, length: int) -> None:
+    def __init__(self, documents: Documents, rows: SelectedRows | None, length: int) -> None:
         super().__init__(max_seqlen_q=length, max_seqlen_kv=length)
-        self.segments, self.rows = segments, rows
+        self.documents, self.rows = documents, rows
 
 
 class PackedAttention(MegatronModule):
-    """softmax(Q K^T / sqrt(D)) V inside each document (``kernels.packed_attention``).
+    """softmax(Q K^T / sqrt(D)) V along each document's path (``kernels.packed_attention``).
 
     By the backend that is best for the queries' device and dtype (``kernels.ATTENTION``).
 
@@ -72,42 +72,45 @@ class PackedAttention(MegatronModule):
 
     def forward(
         self,
-        query_SBND: Tensor,
-        key_SBGD: Tensor,
-        value_SBGD: Tensor,
+        query_T1ND: Tensor,
+        key_T1GD: Tensor,
+        value_T1GD: Tensor,
         attention_mask: Tensor | None = None,
         *,
         packed_seq_params: PackedDocuments,
         **_: Any,
     ) -> Tensor:
-        """[S, B, N * D]; any finite numbers at padding."""
-        segments = packed_seq_params.segments
+        """[T, 1, N * D]; any finite numbers at padding."""
+        documents = packed_seq_params.documents
+        query_TND, key_TGD, value_TGD = (x[:, 0] for x in (query_T1ND, key_T1GD, value_T1GD))
         # Under recomputation a layer runs twice, and with gradients once.
         if self.record_max_logits and torch.is_grad_enabled():
-            seen_N = largest_logits(query_SBND, key_SBGD, segments, scale=self.scale)
+            seen_N = largest_logits(query_TND, key_TGD, documents, scale=self.scale)
             known_N = seen_N if self.max_logits is None else self.max_logits
             self.max_logits = torch.maximum(known_N, seen_N)
-        backend = kernels.ATTENTION.choose("auto", query_SBND)
-        out_SBND = backend.everywhere(query_SBND, key_SBGD, value_SBGD, segments, scale=self.scale)
-        return out_SBND.flatten(2)
+        backend = kernels.ATTENTION.choose("auto", query_TND)
+        out_TND = backend.everywhere(query_TND, key_TGD, value_TGD, documents, scale=self.scale)
+        return out_TND.flatten(1)[:, None]
 
     def at_rows(
-        self, query_RND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, documents: PackedDocuments
+        self, query_RND: Tensor, key_TGD: Tensor, value_TGD: Tensor, packed: PackedDocuments
     ) -> Tensor:
-        """[R, N * D]: what ``forward`` gives at the documents' rows; zeros behind the last."""
-        segments, rows = documents.segments, documents.rows
+        """[R, N * D]: what ``forward`` gives at the head's rows; zeros behind the last."""
+        documents, rows = packed.documents, packed.rows
         assert rows is not None
         backend = kernels.ATTENTION.choose("auto", query_RND)
-        operands = (query_RND, key_SBGD, value_SBGD)
-        out_RND = backend.at_rows(*operands, segments, rows.rows_N, rows.segments, scale=self.scale)
+        operands = (query_RND, key_TGD, value_TGD)
+        out_RND = backend.at_rows(
+            *operands, documents, rows.rows_N, rows.segments, scale=self.scale
+        )
         return out_RND.flatten(1)
 
 
 class LastLayer(TransformerLayer):
-    """The last layer: keys and values at all positions, everything else at the selected rows.
+    """The last layer: keys and values at all rows, everything else at the selected ones.
 
-    No head reads the last hidden state of another position, so queries, attention, its projection
-    and the MLP are not computed there. Results and gradients are exact.
+    No head reads the last hidden state of another row, so queries, attention, its projection and
+    the MLP are not computed there. Results and gradients are exact.
     """
 
     def _forward_attention(
@@ -118,7 +121,7 @@ class LastLayer(TransformerLayer):
         packed_seq_params: PackedDocuments,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[M, 1, H] of the selected rows; [S, B, H] where no rows are given."""
+        """[M, 1, H] of the selected rows; [T, 1, H] where no rows are given."""
         rows = packed_seq_params.rows
         if rows is None:
             return super()._forward_attention(
@@ -142,33 +145,33 @@ class LastLayer(TransformerLayer):
 
 def _attend_at_rows(
     attention: SelfAttention,
-    normed_SBH: Tensor,
-    rotary_S11D: Tensor,
-    documents: PackedDocuments,
+    normed_T1H: Tensor,
+    rotary_T11D: Tensor,
+    packed: PackedDocuments,
     rows: SelectedRows,
 ) -> Tensor:
     """What ``attention`` computes before its projection, at ``rows``: [R, 1, heads * D]."""
     group = attention.tp_group
     if attention.config.sequence_parallel:
-        normed_SBH = gather_from_sequence_parallel_region(normed_SBH, group=group)
+        normed_T1H = gather_from_sequence_parallel_region(normed_T1H, group=group)
     else:
-        normed_SBH = copy_to_tensor_model_parallel_region(normed_SBH, group=group)
+        normed_T1H = copy_to_tensor_model_parallel_region(normed_T1H, group=group)
     groups, channels = attention.num_query_groups_per_partition, attention.config.kv_channels
     # The weight has its rows by group: the group's queries, its key, its value.
     weight = attention.linear_qkv.weight.unflatten(0, (groups, -1, channels))
     query_weight, pair_weight = weight[:, :-2].flatten(0, 2), weight[:, -2:].flatten(0, 2)
-    pairs = F.linear(normed_SBH, pair_weight).unflatten(-1, (groups, 2, channels))
-    key_SBGD, value_SBGD = pairs.unbind(3)
-    query_RH = normed_SBH.flatten(0, 1)[rows.flat_R]
+    pairs = F.linear(normed_T1H, pair_weight).unflatten(-1, (groups, 2, channels))
+    key_T1GD, value_T1GD = pairs.unbind(3)
+    query_RH = normed_T1H[:, 0][rows.rows_R]
     query_R1ND = F.linear(query_RH, query_weight).unflatten(-1, (-1, channels))[:, None]
     if attention.q_layernorm is not None:
         query_R1ND = attention.q_layernorm(query_R1ND)
     if attention.k_layernorm is not None:
-        key_SBGD = attention.k_layernorm(key_SBGD)
-    query_R1ND = _rotate(query_R1ND, rotary_S11D[rows.position_R], attention)
-    key_SBGD = _rotate(key_SBGD, rotary_S11D, attention)
+        key_T1GD = attention.k_layernorm(key_T1GD)
+    query_R1ND = _rotate(query_R1ND, rotary_T11D[rows.rows_R], attention)
+    key_T1GD = _rotate(key_T1GD, rotary_T11D, attention)
     attended_RH = attention.core_attention.at_rows(
-        query_R1ND[:, 0], key_SBGD, value_SBGD, documents
+        query_R1ND[:, 0], key_T1GD[:, 0], value_T1GD[:, 0], packed
     )
     return attended_RH[:, None]
 
@@ -181,35 +184,34 @@ def _rotate(heads: Tensor, angles: Tensor, attention: SelfAttention) -> Tensor:
 
 @torch.no_grad()
 def largest_logits(
-    query_SBND: Tensor, key_SBGD: Tensor, segments: Segments, *, scale: float, rows: int = 256
+    query_TND: Tensor, key_TGD: Tensor, documents: Documents, *, scale: float, rows: int = 256
 ) -> Tensor:
-    """max of scale <q_s, k_r> over packs and pairs (s, r) that may look, for each head. fp32 [N].
+    """max of scale <q_s, k_r> over pairs (s, r) that may look, for each head. fp32 [N].
 
     Padding does not count: a head is judged by the documents, however they are packed. -inf where
     there is nothing but padding. ``rows`` queries at a time, against the keys up to the last of
-    them, so that the fp32 logits in memory are at most N rows L for a segment of L positions.
+    them, so that the fp32 logits in memory are at most N rows K for a segment of K keys.
     """
-    heads, groups = query_SBND.shape[2], key_SBGD.shape[2]
-    largest_N = query_SBND.new_full((heads,), -math.inf, dtype=torch.float32)
-    for pack, of_pack in enumerate(segments):
-        for segment in of_pack:
-            if segment.is_padding:
-                continue
-            length = segment.stop - segment.start
-            place_L = torch.arange(length, device=query_SBND.device)
-            key_GDL = key_SBGD[segment.start : segment.stop, pack].permute(1, 2, 0).float()
-            for start in range(0, length, rows):
-                stop = min(start + rows, length)
-                query = query_SBND[segment.start + start : segment.start + stop, pack]
-                # The heads of a group are rows that multiply the same keys: no key is copied.
-                query = query.permute(1, 0, 2).float().unflatten(0, (groups, -1)).flatten(1, 2)
-                logits = (query @ key_GDL[..., :stop]).view(heads, stop - start, stop)
-                if segment.mask is None:
-                    allowed = place_L[start:stop, None] >= place_L[None, :stop]
-                else:
-                    allowed = segment.mask[start:stop, :stop].to(logits.device)
-                logits.masked_fill_(~allowed, -math.inf)
-                largest_N = torch.maximum(largest_N, logits.amax((1, 2)))
+    heads, groups = query_TND.shape[1], key_TGD.shape[1]
+    largest_N = query_TND.new_full((heads,), -math.inf, dtype=torch.float32)
+    for segment, key_KGD in zip(documents.segments, documents.keys_of(key_TGD), strict=True):
+        key_GDK = key_KGD.permute(1, 2, 0).float()
+        length = segment.stop - segment.start
+        before = segment.num_keys - length
+        place_K = torch.arange(segment.num_keys, device=query_TND.device)
+        for start in range(0, length, rows):
+            stop = min(start + rows, length)
+            query = query_TND[segment.start + start : segment.start + stop]
+            # The heads of a group are rows that multiply the same keys: no key is copied.
+            query = query.transpose(0, 1).float().unflatten(0, (groups, -1)).flatten(1, 2)
+            seen = before + stop
+            logits = (query @ key_GDK[..., :seen]).view(heads, stop - start, seen)
+            if segment.mask is None:
+                allowed = place_K[before + start : seen, None] >= place_K[:seen]
+            else:
+                allowed = segment.mask[start:stop, :seen]
+            logits.masked_fill_(~allowed, -math.inf)
+            largest_N = torch.maximum(largest_N, logits.amax((1, 2)))
     return largest_N * scale
 
 

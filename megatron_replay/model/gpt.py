@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import (
@@ -47,6 +48,18 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class RotaryOfPositions(RotaryEmbedding):
+    """Rotary angles by position inside the document, as rows are not in the order of positions."""
+
+    position_T: Tensor | None = None
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        """[T, 1, 1, D]: position times inverse frequency, twice."""
+        assert self.position_T is not None
+        angles = torch.outer(self.position_T.to(self.inv_freq.dtype), self.inv_freq)
+        return torch.cat([angles, angles], dim=-1)[:, None, None]
+
+
 class ReplayGPTModel(GPTModel):
     """GPTModel with a head passed at each call instead of logits or a full-softmax loss."""
 
@@ -55,19 +68,21 @@ class ReplayGPTModel(GPTModel):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # GPTModel has no parameters for these classes; ours add no state.
+        self.rotary_pos_emb.__class__ = RotaryOfPositions
         if self.pre_process:
-            # GPTModel has no parameter for this class; ours adds no state.
             self.embedding.word_embeddings.__class__ = WordEmbeddings
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, documents: PackedDocuments, head: Head
+        self, token_T: Tensor, position_T: Tensor, documents: PackedDocuments, head: Head
     ) -> Any:
         """Hidden states on all stages but the last; there, what ``head`` returns."""
         self._head, self._documents = head, documents
+        self.rotary_pos_emb.position_T = position_T
         try:
-            return super().forward(input_ids, position_ids, None, packed_seq_params=documents)
+            return super().forward(token_T[None], None, None, packed_seq_params=documents)
         finally:
-            self._head = self._documents = None
+            self._head = self._documents = self.rotary_pos_emb.position_T = None
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Any:
         if not self.post_process:
@@ -120,6 +135,10 @@ def transformer_config(
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        # Micro-batches of their own lengths; megatron-core then asks for this dispatcher, though
+        # there are no experts.
+        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
+        moe_token_dispatcher_type="alltoall",
         bf16=bf16,
         # The loss is a sum over selected positions, divided by their number over the whole global
         # batch: micro-batches and ranks with few or no positions get their exact weight.

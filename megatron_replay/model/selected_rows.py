@@ -1,13 +1,12 @@
 """Selects hidden states and looks up embeddings without copying whole tensors.
 
-Shapes: S positions of a pack, B packs, H hidden channels, N selected positions, V rows of a shard;
-with sequence parallelism a rank holds S/TP positions.
+Shapes: T rows of a micro-batch, H hidden channels, N selected rows, V rows of a shard; with
+sequence parallelism a rank holds T/TP rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,28 +21,26 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from torch import Tensor
 
-from megatron_replay.kernels.packed_attention import RowSegment, Segments, row_segments_of
+from megatron_replay.kernels.packed_attention import Documents, RowSegment, row_segments_of
 
 
 @dataclass(frozen=True, eq=False)
 class SelectedRows:
-    """The positions ``b * S + s`` that a head uses, padded to R, a multiple of TP.
+    """The rows of a micro-batch that a head uses, padded to R, a multiple of TP.
 
     The loader builds it on the host, so nothing is read back from the device.
 
     Attributes:
         rows_N: int64, ascending.
-        flat_R: int64, their places in [S * B]; padded by position 0 of pack 0.
-        position_R: int64, s of each.
+        rows_R: int64, the same, padded by row 0.
         segments: attention segments of the first N; the padding attends to nothing.
         counts: with sequence parallelism, how many of the R each TP rank's hidden states hold.
         tp_group, sequence_parallel: as in the layout.
     """
 
     rows_N: Tensor
-    flat_R: Tensor
-    position_R: Tensor
-    segments: Sequence[RowSegment]
+    rows_R: Tensor
+    segments: list[RowSegment]
     counts: list[int] | None
     tp_group: dist.ProcessGroup
     sequence_parallel: bool
@@ -51,25 +48,23 @@ class SelectedRows:
     @staticmethod
     def of(
         rows_N: Tensor,
-        segments: Segments,
+        documents: Documents,
         length: int,
         tp_group: dist.ProcessGroup,
         *,
         sequence_parallel: bool,
     ) -> SelectedRows:
-        """Built from rows on the host, and packs of ``length`` positions."""
-        ranks, packs = dist.get_world_size(tp_group), len(segments)
+        """Built from rows on the host, of a micro-batch of ``length`` rows."""
+        ranks = dist.get_world_size(tp_group)
         padding = -len(rows_N) % ranks if len(rows_N) else ranks
         rows_R = torch.nn.functional.pad(rows_N, (0, padding))
-        position_R = rows_R % length
         counts = None
         if sequence_parallel:
-            counts = torch.bincount(position_R // (length // ranks), minlength=ranks).tolist()
+            counts = torch.bincount(rows_R // (length // ranks), minlength=ranks).tolist()
         return SelectedRows(
             rows_N=rows_N,
-            flat_R=position_R * packs + rows_R // length,
-            position_R=position_R,
-            segments=row_segments_of(segments, rows_N, length),
+            rows_R=rows_R,
+            segments=row_segments_of(documents, rows_N),
             counts=counts,
             tp_group=tp_group,
             sequence_parallel=sequence_parallel,
@@ -80,29 +75,29 @@ class SelectedRows:
         if device.type == "cpu":
             return self
         segments = [
-            dataclasses.replace(s, mask=s.mask.to(device, non_blocking=True)) for s in self.segments
+            segment._replace(mask=segment.mask.to(device, non_blocking=True))
+            for segment in self.segments
         ]
         return dataclasses.replace(
             self,
             segments=segments,
             rows_N=self.rows_N.to(device, non_blocking=True),
-            flat_R=self.flat_R.to(device, non_blocking=True),
-            position_R=self.position_R.to(device, non_blocking=True),
+            rows_R=self.rows_R.to(device, non_blocking=True),
         )
 
-    def of_residual(self, hidden_SBH: Tensor) -> Tensor:
+    def of_residual(self, hidden_T1H: Tensor) -> Tensor:
         """[M, H]: with sequence parallelism this rank's share of the rows, else all R.
 
         Communication, with sequence parallelism: an all-gather of [max(counts), H] from each rank,
         and in backward a reduce-scatter of as much.
         """
         if not self.sequence_parallel:
-            return hidden_SBH.flatten(0, 1)[self.flat_R]
-        length, packs = hidden_SBH.shape[:2]
+            return hidden_T1H[:, 0][self.rows_R]
+        length = len(hidden_T1H)
         rows_RH = _GatherRows.apply(  # type: ignore[no-untyped-call]
-            hidden_SBH.flatten(0, 1),
-            self.flat_R % (length * packs),
-            self.flat_R // (length * packs),
+            hidden_T1H[:, 0],
+            self.rows_R % length,
+            self.rows_R // length,
             self.tp_group,
             self.counts,
         )
@@ -122,10 +117,10 @@ class SelectedRows:
 
 
 class HiddenStates:
-    """The last hidden states, which a head indexes by position, whole on every TP rank.
+    """The last hidden states, which a head indexes by row, whole on every TP rank.
 
     Args:
-        hidden_SBH: [S, B, H] of all positions, or with ``sequence_parallel`` [S/TP, B, H] of this
+        hidden_T1H: [T, 1, H] of all rows, or with ``sequence_parallel`` [T/TP, 1, H] of this
             rank's; [M, 1, H] of the ``selected`` rows where they are given.
         tp_group: the gradients of rows are summed over it.
         selected: the only rows that were computed; None: all were.
@@ -133,18 +128,18 @@ class HiddenStates:
 
     def __init__(
         self,
-        hidden_SBH: Tensor,
+        hidden_T1H: Tensor,
         tp_group: dist.ProcessGroup,
         *,
         sequence_parallel: bool,
         selected: SelectedRows | None = None,
     ) -> None:
-        self._hidden_SBH, self._tp_group = hidden_SBH, tp_group
+        self._hidden_T1H, self._tp_group = hidden_T1H, tp_group
         self._sequence_parallel, self._selected = sequence_parallel, selected
         self._whole_NH: Tensor | None = None
 
     def __getitem__(self, rows_N: Tensor) -> Tensor:
-        """Hidden states [N, H] of the positions ``rows_N``: int64, ``b * S + s``, distinct.
+        """Hidden states [N, H] of ``rows_N``: int64, distinct.
 
         Communication: in backward an all-reduce SUM of [N, H]; with sequence parallelism an
         all-gather of [M, H] from each rank, M the largest number on a rank, and in backward a
@@ -153,31 +148,27 @@ class HiddenStates:
         """
         if self._selected is not None:
             if self._whole_NH is None:
-                self._whole_NH = self._selected.whole(self._hidden_SBH)
+                self._whole_NH = self._selected.whole(self._hidden_T1H)
             if rows_N is self._selected.rows_N:
                 return self._whole_NH
             return self._whole_NH[torch.searchsorted(self._selected.rows_N, rows_N)]
-        length, packs = self._hidden_SBH.shape[:2]
-        flat_TH = self._hidden_SBH.flatten(0, 1)
+        hidden_TH = self._hidden_T1H[:, 0]
         if self._sequence_parallel:
-            full_length = length * dist.get_world_size(self._tp_group)
-            pack_N, position_N = rows_N // full_length, rows_N % full_length
-            local_N = (position_N % length) * packs + pack_N
+            length = len(hidden_TH)
             return _GatherRows.apply(  # type: ignore[no-untyped-call]
-                flat_TH, local_N, position_N // length, self._tp_group, None
+                hidden_TH, rows_N % length, rows_N // length, self._tp_group, None
             )
-        pack_N, position_N = rows_N // length, rows_N % length
         # The rows alone, which are contiguous: megatron-core all-reduces a contiguous copy of the
         # gradient, so the sum for another layout would be lost.
-        return copy_to_tensor_model_parallel_region(flat_TH[position_N * packs + pack_N])
+        return copy_to_tensor_model_parallel_region(hidden_TH[rows_N])
 
     def all(self) -> Tensor:
-        """The hidden states of every position, [B * S, H]."""
+        """The hidden states of every row, [T, H]."""
         assert self._selected is None, "only selected rows were computed"
-        length, packs = self._hidden_SBH.shape[:2]
+        length = len(self._hidden_T1H)
         if self._sequence_parallel:
             length *= dist.get_world_size(self._tp_group)
-        return self[torch.arange(packs * length, device=self._hidden_SBH.device)]
+        return self[torch.arange(length, device=self._hidden_T1H.device)]
 
 
 class _GatherRows(torch.autograd.Function):
@@ -226,7 +217,8 @@ class _GatherRows(torch.autograd.Function):
             sent[places_N] = grad_NH[order]
             summed_MH = sent.new_empty(ctx.most, grad_NH.shape[1])
             dist.reduce_scatter_tensor(summed_MH, sent, group=ctx.group)
-            grad_TH[own_rows] = summed_MH[: len(own_rows)]
+            # Added: row 0 may be selected, and is the padding of rows too, with a gradient of zero.
+            grad_TH.index_add_(0, own_rows, summed_MH[: len(own_rows)])
         return grad_TH, None, None, None, None
 
 

@@ -11,8 +11,9 @@ import torch
 
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.forest import Forest
 from megatron_replay.data.loader import GlobalBatches
-from megatron_replay.data.packing import Pack, PackedBatch, pack_batch, to_device
+from megatron_replay.data.packing import PackedBatch, forest_of, pack_batch, to_device
 from megatron_replay.data.replay import ReplayTargets, full_targets, join_candidates
 from megatron_replay.forward import MicroBatch
 from megatron_replay.loss.backends import HeadBackend
@@ -28,13 +29,19 @@ class StepBatch(NamedTuple):
     """This rank's share of a global batch, on its device.
 
     Attributes:
-        packs: those of the whole global batch.
-        tokens: their number of tokens.
+        parts: the documents of each micro-batch of the whole global batch; rank r of DP computes
+            r, r + DP, ...
+        tokens: of the global batch.
     """
 
     micro_batches: list[MicroBatch]
-    packs: list[Pack]
+    parts: list[Forest]
     tokens: int
+
+    @property
+    def computed_tokens(self) -> int:
+        """Of the global batch: fewer than ``tokens`` where documents share prefixes."""
+        return sum(part.computed for part in self.parts)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,15 +81,19 @@ class BatchBuilder:
         Raises:
             StoreError: a record is damaged, or belongs to another corpus.
         """
-        data = self.data
-        packs = data.batches.global_batch(iteration)
-        tokens = sum(int((data.lengths[pack] - 1).sum()) for pack in packs)
-        made = [self._micro_batch(packs) for packs in data.batches.micro_batches(iteration)]
-        return StepBatch(made, packs, tokens)
+        data, settings, groups = self.data, self.config.data, self.groups
+        documents = data.batches.documents(iteration)
+        share = settings.share_prefixes
+        forest = forest_of(data.corpus, documents, data.lengths, share=share)
+        capacity = settings.micro_batch_size * settings.seq_length
+        parts = forest.balanced_packs(capacity, multiple=groups.dp_size)
+        own = [self._micro_batch(part) for part in parts[groups.dp_rank :: groups.dp_size]]
+        return StepBatch(own, parts, forest.positions)
 
-    def _micro_batch(self, packs: list[Pack]) -> MicroBatch:
+    def _micro_batch(self, documents: Forest) -> MicroBatch:
         """A micro-batch with the head that computes its loss."""
-        batch = pack_batch(self.data.corpus, packs, self.config.data.seq_length, self.data.lengths)
+        data = self.data
+        batch = pack_batch(data.corpus, documents, data.lengths, multiple=self.groups.tp_size)
         loss = self.config.loss
         if loss.loss == "full":
             rows_N, labels_N = full_targets(batch)
@@ -107,8 +118,8 @@ class BatchBuilder:
         """The positions with a loss, on the device."""
         rows = SelectedRows.of(
             rows_N,
-            batch.segments,
-            self.config.data.seq_length,
+            batch.documents,
+            len(batch.token_T),
             self.groups.tp_group,
             sequence_parallel=self.config.parallel.sequence_parallel,
         )

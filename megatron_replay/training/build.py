@@ -140,7 +140,7 @@ def prepare_data(config: Stage1Config, groups: Parallel) -> TrainingData:
     documents, lengths = usable_documents(config, corpus, reader)
     if groups.rank == 0:
         report_long_documents(documents, config.data.long_documents)
-    batches = global_batches(config, lengths, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+    batches = global_batches(config, corpus, lengths)
     train_iters = config.training.train_iters or batches.num_batches
     require_iterations(config, train_iters)
     return TrainingData(

@@ -15,12 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_replay.checkpoint.directories import iteration_directory, latest_iteration
 from megatron_replay.checkpoint.training import TrainState
-from megatron_replay.data.packing import Pack
+from megatron_replay.data.forest import Forest
 from megatron_replay.errors import CheckpointError, TrainingError
 from megatron_replay.files import output_error
 from megatron_replay.training.batches import StepBatch
@@ -106,7 +105,7 @@ class Monitor:
         iteration = state.iteration
         self._num_labels += result.positions
         if result.skipped:
-            self._record_skipped(state, result.own_sums, batch.packs)
+            self._record_skipped(state, result.own_sums, batch.parts)
         if self._log is not None and iteration % self._config.training.log_interval == 0:
             line: dict[str, Any] = {
                 "loss": result.loss,
@@ -114,6 +113,7 @@ class Monitor:
                 "lr": lr,
                 "positions": result.positions,
                 "tokens": batch.tokens,
+                "computed_tokens": batch.computed_tokens,
                 "seconds": seconds,
                 "data_wait_seconds": waited,
                 "skipped_steps": state.skipped_steps,
@@ -217,7 +217,7 @@ class Monitor:
         return summary
 
     def _record_skipped(
-        self, state: TrainState, own_sums: torch.Tensor | None, packs: Sequence[Pack]
+        self, state: TrainState, own_sums: torch.Tensor | None, parts: Sequence[Forest]
     ) -> None:
         """Report a skipped step and record its batch; one all-gather of objects over the world."""
         groups, path = self._groups, self._directory / SKIPPED
@@ -227,7 +227,10 @@ class Monitor:
             "iteration": state.iteration,
             "not_finite": "loss" if bad else "gradient",
             "losses": losses,
-            "packs": [self._describe(number, pack) for number, pack in enumerate(packs)],
+            "micro_batches": [
+                {"dp_rank": number % groups.dp_size, "documents": part.document_D.tolist()}
+                for number, part in enumerate(parts)
+            ],
         }
         groups.agreed(lambda: _append(path, record) if groups.writer else None)
         count = state.skipped_steps
@@ -255,14 +258,6 @@ class Monitor:
         mean = total / positions if positions else 0.0
         loss = mean if math.isfinite(mean) else None
         return {"rank": self._groups.rank, "dp_rank": self._groups.dp_rank, "loss": loss}
-
-    def _describe(self, number: int, pack: Pack) -> dict[str, Any]:
-        """The DP rank of a pack, and [first, last + 1] of each document in it."""
-        stops = np.cumsum(self._data.lengths[pack].astype(np.int64) - 1).tolist()
-        spans = zip(pack.tolist(), [0, *stops], stops, strict=False)  # one start too many
-        dp_rank = number // self._config.data.micro_batch_size % self._groups.dp_size
-        documents = [{"document": d, "positions": [first, stop]} for d, first, stop in spans]
-        return {"dp_rank": dp_rank, "documents": documents}
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from megatron_replay.checkpoint.load import LoadedModel, weight_reader
 from megatron_replay.checkpoint.weight_distance import relative_distance, squared_sums
 from megatron_replay.config import DataConfig, Stage1Config
 from megatron_replay.data.corpus import Corpus, pick_documents
-from megatron_replay.data.packing import PackedBatch, pack_batch, plan_packs
+from megatron_replay.data.packing import PackedBatch, forest_of, pack_batch
 from megatron_replay.data.replay import full_targets, join_candidates
 from megatron_replay.errors import CheckpointError, ConfigError, DataError, ReplayError
 from megatron_replay.forward import MicroBatch, forward_only
@@ -52,7 +52,9 @@ class Probe:
         base_mass, count = 0.0, 0
         vocab_size = reader.description.vocab_size
         num_rows = vocab_size // parallel.tp_size
-        for batch in _micro_batches(data.corpus, sample, data.lengths, config.data):
+        for batch in _micro_batches(
+            data.corpus, sample, data.lengths, config.data, parallel.tp_size
+        ):
             targets = join_candidates(batch, reader, vocab_size=vocab_size, scope="position")
             base_mass += (targets.tail_logit_N - targets.lse_N).exp().double().sum().item()
             count += len(targets.rows_N)
@@ -135,7 +137,7 @@ class GeneralText:
         self._base: float | None = None
         self._num_labels = 0
         self._work: list[MicroBatch] = []
-        for batch in _micro_batches(text, sample, lengths, config.data):
+        for batch in _micro_batches(text, sample, lengths, config.data, parallel.tp_size):
             rows_N, labels_N = (tensor.to(parallel.device) for tensor in full_targets(batch))
             self._num_labels += len(rows_N)
             head = heads.full_loss(rows_N, labels_N, parallel)
@@ -194,15 +196,12 @@ def _micro_batches(
     documents: npt.NDArray[np.int64],
     lengths: npt.NDArray[np.int32],
     data: DataConfig,
+    multiple: int,
 ) -> list[PackedBatch]:
-    """``documents`` in whole micro-batches; packs of padding complete the last one."""
-    size = data.micro_batch_size
-    packs = plan_packs(lengths, documents, data.seq_length)
-    packs += [np.empty(0, np.int64)] * (-len(packs) % size)
-    return [
-        pack_batch(corpus, packs[start : start + size], data.seq_length, lengths)
-        for start in range(0, len(packs), size)
-    ]
+    """``documents`` in micro-batches."""
+    forest = forest_of(corpus, documents, lengths, share=data.share_prefixes)
+    packs = forest.packs(data.micro_batch_size * data.seq_length)
+    return [pack_batch(corpus, pack, lengths, multiple=multiple) for pack in packs]
 
 
 class Distance:

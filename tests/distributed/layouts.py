@@ -16,6 +16,7 @@ from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.checkpoint.load import LoadedModel, load_model
 from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.forest import plant
 from megatron_replay.data.loader import GlobalBatches
 from megatron_replay.data.packing import PackedBatch, pack_batch
 from megatron_replay.data.replay import full_targets
@@ -65,19 +66,14 @@ def build(layout: Layout, groups: parallel.Parallel, checkpoint: Path) -> Loaded
     return load_model(source, layout.config(), groups)
 
 
-def global_batches(corpus: Corpus, *, dp_rank: int = 0, dp_size: int = 1) -> GlobalBatches:
-    return GlobalBatches(
-        corpus.lengths, seq_length=SEQ_LENGTH, global_batch_size=4, micro_batch_size=1, seed=1,
-        epochs=4, dp_rank=dp_rank, dp_size=dp_size,
-    )  # fmt: skip
-
-
 def micro_batches(groups: parallel.Parallel, corpus: Corpus, k: int = 0) -> list[PackedBatch]:
-    """This rank's packs of global batch ``k``."""
-    batches = global_batches(corpus, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
-    return [
-        pack_batch(corpus, packs, SEQ_LENGTH, corpus.lengths) for packs in batches.micro_batches(k)
-    ]
+    """This rank's micro-batches of global batch ``k``."""
+    batches = GlobalBatches(
+        corpus.lengths, seq_length=SEQ_LENGTH, global_batch_size=4, seed=1, epochs=4
+    )
+    forest = plant(corpus, batches.documents(k), corpus.lengths)
+    parts = forest.balanced_packs(SEQ_LENGTH, groups.dp_size)[groups.dp_rank :: groups.dp_size]
+    return [pack_batch(corpus, part, corpus.lengths, multiple=groups.tp_size) for part in parts]
 
 
 def save_tensors(tensors: dict[str, Tensor], like: Path, directory: Path) -> None:
@@ -111,7 +107,7 @@ def full_loss_work(
         if number == empty:
             rows_N, labels_N = rows_N[:0], labels_N[:0]
         rows = SelectedRows.of(
-            rows_N, batch.segments, SEQ_LENGTH, groups.tp_group,
+            rows_N, batch.documents, len(batch.token_T), groups.tp_group,
             sequence_parallel=layout.sequence_parallel,
         )  # fmt: skip
         head = heads.full_loss(rows.rows_N, labels_N, groups)

@@ -2,9 +2,9 @@
 
 The reference runs transformers on each document alone, with every token of it, and takes the loss
 over [N, V] with the sets as masks, which it makes from the store's records. It reads no packs, and
-has none of Stage 1's savings: padding and unread tokens left out, and the last layer, the head and
-the gradient of the output weight computed where they count. Qwen3 has two layers, so that a stage
-of a pipeline has one; Llama, which has no QK-norm, has four.
+has none of Stage 1's savings: shared prefixes computed once, unread tokens left out, and the last
+layer, the head and the gradient of the output weight computed where they count. Qwen3 has two
+layers, so that a stage of a pipeline has one; Llama, which has no QK-norm, has four.
 
 Shapes: N recorded positions of a document, V vocabulary.
 """
@@ -41,14 +41,16 @@ LOSSES = {
     "ghost and divergence": "--tail ghost --kl-weight 0.5",
     "document": "--candidate-scope document",
     "document ghost": "--candidate-scope document --tail ghost",
+    "document ghost and divergence": "--candidate-scope document --tail ghost --kl-weight 0.5",
     "full": "--loss full",
 }
-#: A global batch holds all documents, one a pack, or in eight packs, some of them empty. At two
-#: packs in a micro-batch, megatron-core sums gradients that are not contiguous.
+#: A global batch holds all documents, one a pack or in eight packs; they are computed together,
+#: with shared prefixes or without.
 PACKING = {
     "unpacked": "--no-pack-documents --recompute-granularity full "
     f"--global-batch-size {NUM_DOCUMENTS}",
     "packed": "--micro-batch-size 2 --global-batch-size 8",
+    "unshared": "--no-share-prefixes --global-batch-size 8",
 }
 TP2, TP2SP, PP2 = Layout(tp=2), Layout(tp=2, sequence_parallel=True), Layout(pp=2)
 GRIDS = {
@@ -69,12 +71,14 @@ RESTRICTED: dict[int, list[Case]] = {
         for packing in PACKING
         for loss in ("position", "document")
     ]
-    + [(Layout(), "tied", "unpacked", "ghost and divergence")],
+    + [(Layout(), "tied", "unpacked", "ghost and divergence")]
+    + [(Layout(), "untied", "unshared", "full")],
     2: [(layout, "tied", packing, "position") for layout in (TP2, TP2SP) for packing in PACKING]
     + [(TP2, "tied", "packed", "ghost"), (TP2SP, "tied", "packed", "document ghost")]
     + [(TP2SP, "tied", "unpacked", "ghost and divergence"), (PP2, "tied", "packed", "document")],
     4: [(Layout(tp=2, dp=2), "untied", "packed", "position")],
-    8: [(layout, "tied", packing, "position") for layout in GRIDS[8] for packing in PACKING],
+    8: [(layout, "tied", packing, "position") for layout in GRIDS[8] for packing in PACKING]
+    + [(GRIDS[8][1], "tied", "packed", "document ghost and divergence")],
 }
 LLAMA: dict[int, list[Case]] = {
     1: [(Layout(), model, "packed", "full") for model in ("tied llama", "llama")],
@@ -91,7 +95,9 @@ def cases_of(world_size: int) -> list[Case]:
     """Besides those above, each grid in fp32 and in bf16 under the full loss."""
     full = [
         (replace(grid, bf16=bf16), MODELS[(number + bf16) % 2], packing, "full")
-        for number, (grid, packing) in enumerate(itertools.product(GRIDS[world_size], PACKING))
+        for number, (grid, packing) in enumerate(
+            itertools.product(GRIDS[world_size], ("unpacked", "packed"))
+        )
         for bf16 in (False, True)
     ]
     return RESTRICTED[world_size] + LLAMA[world_size] + full
@@ -161,7 +167,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         save = tiny.save_llama if "llama" in model else tiny.save_qwen3
         layers = {} if "llama" in model else {"num_hidden_layers": 2}
         save(folder / "model", tied="untied" not in model and "tied" in model, **layers)
-        tiny.save_corpus(folder / "corpus", num_documents=NUM_DOCUMENTS, longest=32)
+        tiny.save_corpus(folder / "corpus", num_documents=NUM_DOCUMENTS, longest=32, stems=3)
         store = ["--store", folder / "store", *some.split()]
         stages.succeed("stage0", *stages.inputs(folder), *store)
     return folders
@@ -183,11 +189,14 @@ def worst_logit(
     worst = 0.0
     for micro_batch, logits_TV in zip(work, forward_only(model, every), strict=False):
         columns = tp_rank * logits_TV.shape[1] + torch.arange(logits_TV.shape[1])
-        document_T = micro_batch.batch.document_BS.flatten()
-        for number in document_T.unique().tolist():
-            if number >= 0:
-                found = logits_TV[document_T == number].double()
-                worst = max(worst, (found - expected[number][:, columns]).abs().max().item())
+        forest, path = micro_batch.batch.forest, []
+        first = itertools.accumulate(forest.own_D.tolist(), initial=0)
+        for number, shared, (start, stop) in zip(
+            forest.document_D, forest.shared_D, itertools.pairwise(first), strict=True
+        ):
+            path = [*path[:shared], *range(start, stop)]
+            found = logits_TV[path].double()
+            worst = max(worst, (found - expected[number][:, columns]).abs().max().item())
     return worst
 
 
@@ -223,6 +232,7 @@ def step(case: Case, folder: Path, save: Path) -> dict[str, Any]:
         "gradient": gradient,
         "norm": built.optimizer.optimizer.grad_norm,
         "tokens": batch.tokens,
+        "computed": [part.computed for part in batch.parts],
         "steps": built.data.train_iters,
         "rows": [work.rows is not None for work in batch.micro_batches],
         "lengths": set(lengths),
@@ -265,9 +275,11 @@ def test_losses_and_gradients_are_those_of_the_definition(
             norms, rel=5e-2 if layout.bf16 else 1e-6
         )
         assert {(r["steps"], r["tokens"]) for r in reports} == {(1, expected["tokens"])}, case
-        unpacked = packing == "unpacked"
-        assert reports[0]["rows"] == [True] * ((NUM_DOCUMENTS if unpacked else 4) // layout.dp)
+        computed = reports[0]["computed"]
+        assert reports[0]["rows"] == [True] * (len(computed) // layout.dp)
+        assert (sum(computed) < 0.9 * expected["tokens"]) is (packing != "unshared"), case
         # Sequence parallelism that is silently off would pass every comparison.
-        length = SEQ_LENGTH // (layout.tp if layout.sequence_parallel else 1)
-        assert {n for r in reports for n in r["lengths"]} == {length}, case
-        assert reports[0]["recompute"] == ("full" if unpacked else None)
+        divisor = layout.tp if layout.sequence_parallel else 1
+        lengths = {-(-length // layout.tp) * layout.tp // divisor for length in computed}
+        assert {n for r in reports for n in r["lengths"]} == lengths, case
+        assert reports[0]["recompute"] == ("full" if packing == "unpacked" else None)

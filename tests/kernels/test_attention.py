@@ -1,5 +1,5 @@
-"""Attention of packed documents against float64, position by position: torch's, and that of NPUs on
-a stand-in for the operator.
+"""Attention of documents that share prefixes against float64, row by row: torch's, and that of NPUs
+on a stand-in for the operator.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_replay import kernels
 from megatron_replay.kernels import ATTENTION
 from megatron_replay.kernels.packed_attention import (
     TORCH_ATTENTION,
     AttentionBackend,
-    document_ends,
+    Documents,
     row_segments_of,
-    segments_of,
 )
-from tests.loss.references import attention_by_position
+from tests.loss.references import attention_by_position, seen_rows
 from tests.npu_stub import fusion_attention
 
 HEADS, CHANNELS, SCALE = 4, 8, 0.7
@@ -47,28 +47,32 @@ def backend(request: pytest.FixtureRequest) -> Iterator[AttentionBackend]:
     kernels.load.cache_clear()
 
 
+Forest = tuple[list[int], list[int], int]
+
+
 @st.composite
-def packs(draw: st.DrawFn) -> tuple[list[list[int]], int, int]:
-    """(where documents begin in each pack, length of a pack, most positions shared)."""
-    length = draw(st.integers(1, 24))
-    boundaries = []
-    for _ in range(draw(st.integers(1, 3))):
-        inner = draw(st.sets(st.integers(1, length)))
-        boundaries.append([0, *sorted(inner)])
-    return boundaries, length, draw(st.sampled_from([1, 4, 256]))
+def forests(draw: st.DrawFn) -> Forest:
+    """(own rows of each document, positions shared with the one before, rows of padding)."""
+    own, shared, length = [], [], 0
+    for _ in range(draw(st.integers(0, 6))):
+        shared.append(draw(st.integers(0, length)))
+        own.append(draw(st.integers(0, 6)))
+        length = shared[-1] + own[-1]
+    return own, shared, draw(st.integers(0 if sum(own) else 1, 3))
 
 
 def operands(
-    length: int, packs: int, groups: int, seed: int, backend: AttentionBackend
+    length: int, groups: int, seed: int, backend: AttentionBackend
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Query, key and value in the widest dtype of the backend, and in fp64."""
     dtype = torch.float64 if backend is TORCH_ATTENTION else torch.float32
     generator = torch.Generator().manual_seed(seed)
     inputs = [
-        torch.randn(length, packs, heads, CHANNELS, generator=generator).to(dtype)
+        torch.randn(length, heads, CHANNELS, generator=generator).to(dtype)
         for heads in (HEADS, groups, groups)
     ]
-    return [x.requires_grad_() for x in inputs], [x.detach().double().clone() for x in inputs]
+    exact = [x.double().requires_grad_() for x in inputs]
+    return [x.clone().requires_grad_() for x in inputs], exact
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -77,65 +81,69 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 groups_and_seeds = st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 99))
+most_together = st.sampled_from([1, 4, 256])
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
-@given(packs(), groups_and_seeds)
-def test_each_document_attends_to_itself(backend, case, drawn):
-    (boundaries, length, shared), (groups, seed) = case, drawn
-    inputs, exact = operands(length, len(boundaries), groups, seed, backend)
-    segments = segments_of(boundaries, length, shared=shared)
-    assert all(sum(s.stop - s.start for s in pack) == length for pack in segments)
-    expected = attention_by_position(*(x.requires_grad_() for x in exact), boundaries, scale=SCALE)
-    found = backend.everywhere(*inputs, segments, scale=SCALE)
-    seen_SB = torch.arange(length)[:, None] < torch.tensor([b[-1] for b in boundaries])
-    if backend is TORCH_ATTENTION:  # zeros, but for packs of nothing but padding
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(forests(), groups_and_seeds, most_together)
+def test_each_document_attends_to_its_path(backend, forest, drawn, together):
+    (own, shared, padding), (groups, seed) = forest, drawn
+    rows = sum(own)
+    inputs, exact = operands(rows + padding, groups, seed, backend)
+    expected = attention_by_position(*exact, seen_rows(own, shared), scale=SCALE)
+    found = backend.everywhere(*inputs, Documents.of(own, shared, together=together), scale=SCALE)
+    if backend is TORCH_ATTENTION:
         close(found, expected)
     assert found.isfinite().all()
-    close(found[seen_SB], expected[seen_SB])
+    close(found[:rows], expected[:rows])
     upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed)).to(found)
-    upstream = upstream * seen_SB[..., None, None]  # padding is not used
-    gradients = torch.autograd.grad(expected, exact, upstream.double(), materialize_grads=True)
+    upstream[rows:] = 0  # padding is not used
+    gradients = (
+        torch.autograd.grad(expected, exact, upstream.double(), materialize_grads=True)
+        if rows
+        else [torch.zeros_like(x) for x in exact]
+    )
     for ours, theirs in zip(torch.autograd.grad(found, inputs, upstream), gradients, strict=True):
         close(ours, theirs)
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
-@given(packs(), groups_and_seeds, st.sampled_from([0.0, 0.5, 1.0]))
-def test_rows_are_those_of_the_whole(backend, case, drawn, share):
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(forests(), groups_and_seeds, most_together, st.sampled_from([0.0, 0.5, 1.0]))
+def test_rows_are_those_of_the_whole(backend, forest, drawn, together, share):
     """And zeros behind the last of them, with gradients of zero where there is none."""
-    (boundaries, length, shared), (groups, seed) = case, drawn
-    (query, key, value), exact = operands(length, len(boundaries), groups, seed, backend)
-    segments = segments_of(boundaries, length, shared=shared)
-    whole = attention_by_position(*(x.requires_grad_() for x in exact), boundaries, scale=SCALE)
-    chosen_SB = torch.rand(whole.shape[:2], generator=torch.Generator().manual_seed(seed)) < share
-    chosen_SB &= torch.arange(length)[:, None] < torch.tensor([b[-1] for b in boundaries])
-    rows_N = chosen_SB.T.flatten().nonzero().squeeze(1)
-    place, count = (rows_N % length, rows_N // length), len(rows_N)
-    padding = query.new_ones(2, HEADS, CHANNELS)
-    query_RND = torch.cat([query.detach()[place], padding]).requires_grad_()
-    rows = segments, rows_N, row_segments_of(segments, rows_N, length)
+    (own, shared, padding), (groups, seed) = forest, drawn
+    (query, key, value), exact = operands(sum(own) + padding, groups, seed, backend)
+    documents = Documents.of(own, shared, together=together)
+    whole = attention_by_position(*exact, seen_rows(own, shared), scale=SCALE)
+    chosen_T = torch.rand(len(query), generator=torch.Generator().manual_seed(seed)) < share
+    chosen_T[sum(own) :] = False
+    rows_N = chosen_T.nonzero().squeeze(1)
+    count = len(rows_N)
+    query_RND = torch.cat([query.detach()[rows_N], query.new_ones(2, HEADS, CHANNELS)])
+    query_RND.requires_grad_()
+    rows = documents, rows_N, row_segments_of(documents, rows_N)
     found = backend.at_rows(query_RND, key, value, *rows, scale=SCALE)
-    close(found[:count], whole[place])
+    close(found[:count], whole[rows_N])
     assert not found[count:].any()
     upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed)).to(found)
     ours = torch.autograd.grad(found, [query_RND, key, value], upstream)
-    theirs = torch.autograd.grad(
-        whole[place], exact, upstream[:count].double(), materialize_grads=True
-    )
+    theirs = [torch.zeros_like(x) for x in exact]
+    if count:
+        theirs = torch.autograd.grad(whole[rows_N], exact, upstream[:count].double())
     assert not ours[0][count:].any()
-    close(ours[0][:count], theirs[0][place])
+    close(ours[0][:count], theirs[0][rows_N])
     close(ours[1], theirs[1])
     close(ours[2], theirs[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_the_bits(backend, dtype):
-    _, exact = operands(12, 1, 2, 0, backend)
-    inputs, segments = [x.to(dtype) for x in exact], segments_of([[0, 4, 7]], 12)
-    found = backend.everywhere(*inputs, segments, scale=SCALE)
+    _, exact = operands(12, 2, 0, backend)
+    inputs, own, shared = [x.detach().to(dtype) for x in exact], [4, 3], [0, 2]
+    found = backend.everywhere(*inputs, Documents.of(own, shared), scale=SCALE)
     assert found.dtype is dtype
-    expected = attention_by_position(*(x.double() for x in inputs), [[0, 4, 7]], scale=SCALE)
+    seen = seen_rows(own, shared)
+    expected = attention_by_position(*(x.double() for x in inputs), seen, scale=SCALE)
     torch.testing.assert_close(found[:7].double(), expected[:7], rtol=1e-2, atol=1e-2)
 
 
@@ -143,16 +151,10 @@ def test_more_documents_than_a_call_takes(monkeypatch):
     backend = attention_on_npus(monkeypatch)
     monkeypatch.setattr(sys.modules[MODULE], "MOST_DOCUMENTS", 2)
     monkeypatch.setattr(fusion_attention, "MOST_DOCUMENTS", 2)
-    boundaries = [[0, 1, 5, 9, 11], [0, 12]]
-    inputs, exact = operands(12, 2, 2, 0, backend)
-    found = backend.everywhere(*inputs, segments_of(boundaries, 12), scale=SCALE)
-    close(found[:11], attention_by_position(*exact, boundaries, scale=SCALE)[:11])
-
-
-@pytest.mark.parametrize("shared", [1, 4, 256])
-def test_ends_lead_from_document_to_document_and_reach_the_last_position(shared):
-    segments = segments_of([[0, 5, 12], [0], [0, 1, 2, 8]], 12, shared=shared)
-    assert document_ends(segments, 12) == [5, 12, 24, 25, 26, 32, 36]
+    own, shared = [1, 4, 4, 2, 1], [0, 1, 3, 0, 2]
+    inputs, exact = operands(14, 2, 0, backend)
+    found = backend.everywhere(*inputs, Documents.of(own, shared), scale=SCALE)
+    close(found[:12], attention_by_position(*exact, seen_rows(own, shared), scale=SCALE)[:12])
 
 
 def test_the_backend_needs_torch_npu(monkeypatch):
@@ -163,3 +165,29 @@ def test_the_backend_needs_torch_npu(monkeypatch):
     sys.modules.pop(MODULE)
     assert "expected torch_npu.npu_fusion_attention" in ATTENTION.why_not("ascend")
     kernels.load.cache_clear()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_no_matrix_of_rows_squared_and_keys_gathered_once():
+    """64 documents of 40 rows behind 300 that they share: 11 segments."""
+    own, shared = [340] + [40] * 63, [0] + [300] * 63
+    documents, rows = Documents.of(own, shared), sum(own)
+    keys = [segment.num_keys for segment in documents.segments]
+    assert keys == [340] + [300 + 240] * 10 + [300 + 120]  # six documents in 256 rows
+    inputs = [torch.randn(rows, heads, CHANNELS, requires_grad=True) for heads in (HEADS, 1, 1)]
+    with LargestTensor() as seen:
+        TORCH_ATTENTION.everywhere(*inputs, documents, scale=SCALE).sum().backward()
+    mask = 240 * 540
+    assert seen.elements == max(rows * HEADS * CHANNELS, sum(keys) * CHANNELS, mask) < rows**2 / 50

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -221,25 +221,28 @@ def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
     return all(map(torch.equal, found, expected))
 
 
-def attention_by_position(
-    query_SBND: Tensor,
-    key_SBGD: Tensor,
-    value_SBGD: Tensor,
-    boundaries: list[list[int]],
-    *,
-    scale: float,
-) -> Tensor:
-    """out_s, each from its own document's positions up to s; 0 behind the last document.
+def seen_rows(own: Sequence[int], shared: Sequence[int]) -> list[list[int]]:
+    """Of each row, the rows it may look at: the first tokens of its document up to itself.
 
-    A pack of padding alone is one document.
+    Documents of ``own`` rows each, which begin with ``shared`` positions of the one before.
     """
-    length, heads = len(query_SBND), query_SBND.shape[2]
-    out = torch.zeros(*query_SBND.shape[:3], value_SBGD.shape[3], dtype=query_SBND.dtype)
-    for b, starts in enumerate(boundaries):
-        for start, stop in itertools.pairwise(starts if len(starts) > 1 else [0, length]):
-            for s, head in itertools.product(range(start, stop), range(heads)):
-                group = head // (heads // key_SBGD.shape[2])
-                key_LD, value_LD = (x[start : s + 1, b, group] for x in (key_SBGD, value_SBGD))
-                p_L = torch.softmax(scale * key_LD @ query_SBND[s, b, head], 0)
-                out[s, b, head] = p_L @ value_LD
+    seen: list[list[int]] = []
+    path: list[int] = []
+    for size, common in zip(own, shared, strict=True):
+        path = path[:common]
+        for _ in range(size):
+            path = [*path, len(seen)]
+            seen.append(path)
+    return seen
+
+
+def attention_by_position(
+    query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, seen: list[list[int]], *, scale: float
+) -> Tensor:
+    """out_s, each from the rows ``seen[s]``; 0 at rows behind the last of them."""
+    heads, groups = query_TND.shape[1], key_TGD.shape[1]
+    out = torch.zeros(*query_TND.shape[:2], value_TGD.shape[2], dtype=query_TND.dtype)
+    for (s, rows), head in itertools.product(enumerate(seen), range(heads)):
+        key_LD, value_LD = (x[rows, head // (heads // groups)] for x in (key_TGD, value_TGD))
+        out[s, head] = torch.softmax(scale * key_LD @ query_TND[s, head], 0) @ value_LD
     return out

@@ -67,7 +67,6 @@ def _check_and_attend(*values: Any) -> tuple[Any, ...]:
     with _disable_current_modes():
         for name, only in _FIXED.items():
             _require(given[name] == only, f"{name} is {given[name]}, not in the stand-in")
-        _require(ends is not None and ends == key_ends, "ends of queries and keys differ")
         _require(query.dim() == key.dim() == 3, "TND has three dimensions")
         _require(key.shape == value.shape, "key and value of different shapes")
         _require(query.dtype == key.dtype == value.dtype, "operands of unlike dtypes")
@@ -78,8 +77,14 @@ def _check_and_attend(*values: Any) -> tuple[Any, ...]:
         _require(mask is not None and mask.dtype in (torch.bool, torch.uint8), "no mask")
         _require(torch.equal(mask.bool(), _compressed()), "mode 3 takes the mask of 2048 x 2048")
         _require(len(ends) <= MOST_DOCUMENTS, "documents")
-        _require(sorted(ends) == list(ends) and ends[0] >= 0 and ends[-1] == len(query), "ends")
-    out = _Attend.apply(query, key, value, given["scale"], list(ends))
+        for of, rows in ((ends, query), (key_ends, key)):
+            _require(bool(of) and len(of) == len(ends), "no ends, or not as many of both")
+            _require(sorted(of) == list(of) and of[0] >= 0 and of[-1] == len(rows), "ends")
+        # Counted from the lower right, a document with more queries than keys has rows that see
+        # nothing.
+        sizes = [[b - a for a, b in itertools.pairwise([0, *of])] for of in (ends, key_ends)]
+        _require(all(q <= k for q, k in zip(*sizes, strict=True)), "more queries than keys")
+    out = _Attend.apply(query, key, value, given["scale"], list(ends), list(key_ends))
     return out, *[query.new_empty(0) for _ in range(3)], 0, 0, 0
 
 
@@ -93,14 +98,17 @@ def _compressed() -> Tensor:
     return torch.ones(2048, 2048, dtype=torch.bool).triu(1)
 
 
-def _attend(operands: list[Tensor], scale: float, ends: list[int]) -> Tensor:
-    documents = [
-        scaled_dot_product_attention(
-            *(x[start:end].transpose(0, 1) for x in operands),
-            is_causal=True, scale=scale, enable_gqa=True,
-        ).transpose(0, 1)
-        for start, end in itertools.pairwise([0, *ends])
-    ]  # fmt: skip
+def _attend(operands: list[Tensor], scale: float, ends: list[int], key_ends: list[int]) -> Tensor:
+    query, *pairs = operands
+    spans = zip(itertools.pairwise([0, *ends]), itertools.pairwise([0, *key_ends]), strict=True)
+    documents = []
+    for (start, end), (first, last) in spans:
+        rows, keys = end - start, last - first
+        documents.append(scaled_dot_product_attention(
+            query[start:end].transpose(0, 1), *(x[first:last].transpose(0, 1) for x in pairs),
+            attn_mask=torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows),
+            scale=scale, enable_gqa=True,
+        ).transpose(0, 1))  # fmt: skip
     return torch.cat(documents)
 
 
@@ -124,4 +132,4 @@ class _Attend(torch.autograd.Function):
             made = [x.to(grad.dtype).contiguous() for x in grads]
             for x in made:
                 mark(x, on_npu(grad))
-        return (*made, None, None)
+        return (*made, None, None, None)
