@@ -16,7 +16,7 @@ from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.checkpoint.load import LoadedModel, load_model
 from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.forest import plant
+from megatron_replay.data.forest import Forest, plant
 from megatron_replay.data.loader import GlobalBatches
 from megatron_replay.data.packing import PackedBatch, pack_batch
 from megatron_replay.data.replay import full_targets
@@ -66,14 +66,19 @@ def build(layout: Layout, groups: parallel.Parallel, checkpoint: Path) -> Loaded
     return load_model(source, layout.config(), groups)
 
 
-def micro_batches(groups: parallel.Parallel, corpus: Corpus, k: int = 0) -> list[PackedBatch]:
-    """This rank's micro-batches of global batch ``k``."""
+def global_batch(corpus: Corpus, k: int = 0) -> Forest:
+    """The documents of global batch ``k``."""
     batches = GlobalBatches(
         corpus.lengths, seq_length=SEQ_LENGTH, global_batch_size=4, seed=1, epochs=4
     )
-    forest = plant(corpus, batches.documents(k), corpus.lengths)
-    parts = forest.balanced_packs(SEQ_LENGTH, groups.dp_size)[groups.dp_rank :: groups.dp_size]
-    return [pack_batch(corpus, part, corpus.lengths, multiple=groups.tp_size) for part in parts]
+    return plant(corpus, batches.documents(k), corpus.lengths)
+
+
+def micro_batches(groups: parallel.Parallel, corpus: Corpus, k: int = 0) -> list[PackedBatch]:
+    """This rank's micro-batches of global batch ``k``."""
+    parts = global_batch(corpus, k).balanced_packs(SEQ_LENGTH, groups.dp_size)
+    own = parts[groups.dp_rank :: groups.dp_size]
+    return [pack_batch(corpus, part, corpus.lengths, multiple=groups.tp_size) for part in own]
 
 
 def save_tensors(tensors: dict[str, Tensor], like: Path, directory: Path) -> None:

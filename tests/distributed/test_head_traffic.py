@@ -1,6 +1,6 @@
 """What the head sends over TP, collective by collective, and that rows arrive where they belong.
 
-Shapes: S positions of a pack, B packs, N selected positions, V vocabulary, H hidden channels.
+Shapes: T rows of a micro-batch, N selected positions, V vocabulary, H hidden channels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.loss.references import HeadCase, error, head_case
 
 pytestmark = pytest.mark.distributed
 
-S, B, V, H = 16, 2, 40, 8
+T, V, H = 32, 40, 8
 LAYOUTS = [
     Layout(tp=2), Layout(tp=4), Layout(tp=2, sequence_parallel=True),
     Layout(tp=4, sequence_parallel=True),
@@ -45,7 +45,7 @@ class Traffic(TorchDispatchMode):
 
 def case_of(scope: str) -> tuple[HeadCase, Tensor]:
     """Eleven positions, most of them at the beginning: some sequence shards have none."""
-    rows_N = torch.tensor([0, 1, 2, 3, 5, 9, 16, 17, 18, 24, 25])
+    rows_N = torch.tensor([0, 1, 2, 3, 5, 9, 10, 16, 17, 18, 21])
     case = head_case(T=len(rows_N), V=V, H=H, seed=3, scale=0.4)
     if scope == "document":
         case.group_offsets, case.mask_GV = torch.tensor([0, 6, 11]), case.mask_GV[:2].clone()
@@ -57,12 +57,11 @@ def head_on(rank: int, world_size: int, layout: Layout, scope: str, backend: str
     """One forward and backward of the head on this layout, recorded."""
     groups = join_groups(layout)
     case, rows_N = case_of(scope)
-    everything_TH = torch.randn(B * S, H, generator=torch.Generator().manual_seed(1))
-    everything_TH[rows_N] = case.hidden_TH
-    hidden_SBH = everything_TH.view(B, S, H).transpose(0, 1).contiguous()
+    hidden_T1H = torch.randn(T, 1, H, generator=torch.Generator().manual_seed(1))
+    hidden_T1H[rows_N, 0] = case.hidden_TH
     if layout.sequence_parallel:
-        hidden_SBH = hidden_SBH.chunk(layout.tp)[groups.tp_rank].contiguous()
-    hidden_SBH.requires_grad_()
+        hidden_T1H = hidden_T1H.chunk(layout.tp)[groups.tp_rank].clone()
+    hidden_T1H.requires_grad_()
     weight_VH = case.weight_VH.chunk(layout.tp)[groups.tp_rank].clone().requires_grad_()
     weight_VH.main_grad = torch.zeros_like(weight_VH, requires_grad=False)
     num_rows = V // layout.tp
@@ -71,16 +70,16 @@ def head_on(rank: int, world_size: int, layout: Layout, scope: str, backend: str
         rows_N, sets, groups,
         backend=kernels.HEAD.choose(backend, weight_VH), tail_logit_N=case.upstream_T,
     )  # fmt: skip
-    hidden = HiddenStates(hidden_SBH, groups.tp_group, sequence_parallel=layout.sequence_parallel)
+    hidden = HiddenStates(hidden_T1H, groups.tp_group, sequence_parallel=layout.sequence_parallel)
     with Traffic() as forward:
         loss_N = head(hidden, weight_VH)
     with Traffic() as backward:
         (loss_N * case.upstream_T).sum().backward()
     assert weight_VH.grad is None
-    assert hidden_SBH.grad is not None
+    assert hidden_T1H.grad is not None
     return {
         "loss": loss_N.detach(),
-        "hidden_grad": hidden_SBH.grad,
+        "hidden_grad": hidden_T1H.grad,
         "weight_grad": weight_VH.main_grad,
         "forward": forward.seen,
         "backward": backward.seen,
@@ -96,7 +95,7 @@ def test_three_small_collectives_and_the_right_numbers(
     case, rows_N = case_of(scope)
     ranks = pool.run(layout.tp, head_on, layout, scope, backend)
     N, fp32 = len(rows_N), torch.float32
-    most = max(torch.bincount(rows_N % S // (S // layout.tp)).tolist())
+    most = max(torch.bincount(rows_N // (T // layout.tp)).tolist())
     for found in ranks:
         sums = [("allreduce", [N], fp32), ("allreduce", [2, N], fp32)]
         if layout.sequence_parallel:
@@ -107,13 +106,12 @@ def test_three_small_collectives_and_the_right_numbers(
             assert found["forward"] == sums
             assert found["backward"] == [("allreduce", [N, H], fp32)]
     loss_N, dense_hidden_grad, dense_weight_grad = case.dense(case.upstream_T)
-    everything_TH = torch.zeros(B * S, H, dtype=torch.float64)
-    everything_TH[rows_N] = dense_hidden_grad
-    expected_SBH = everything_TH.view(B, S, H).transpose(0, 1)
+    expected_T1H = torch.zeros(T, 1, H, dtype=torch.float64)
+    expected_T1H[rows_N, 0] = dense_hidden_grad
     for rank, found in enumerate(ranks):
         assert error(found["loss"], loss_N) < 1e-6
-        shard = expected_SBH.chunk(layout.tp)[rank] if layout.sequence_parallel else expected_SBH
-        assert error(found["hidden_grad"], shard, floor=float(expected_SBH.abs().max())) < 1e-6
+        shard = expected_T1H.chunk(layout.tp)[rank] if layout.sequence_parallel else expected_T1H
+        assert error(found["hidden_grad"], shard, floor=float(expected_T1H.abs().max())) < 1e-6
     weight_grad = torch.cat([found["weight_grad"] for found in ranks])
     assert error(weight_grad, dense_weight_grad) < 1e-6
 
@@ -121,20 +119,20 @@ def test_three_small_collectives_and_the_right_numbers(
 def rows_on(rank: int, world_size: int, layout: Layout) -> tuple[Tensor, list[int], Tensor]:
     """All rows; and of a micro-batch without a position, the shape of its rows and the gradient."""
     groups = join_groups(layout)
-    hidden_SBH = torch.arange(S * B * H).view(S, B, H).float()
+    hidden_T1H = torch.arange(T * H).view(T, 1, H).float()
     if layout.sequence_parallel:
-        hidden_SBH = hidden_SBH.chunk(layout.tp)[groups.tp_rank]
-    hidden_SBH.requires_grad_()
-    hidden = HiddenStates(hidden_SBH, groups.tp_group, sequence_parallel=layout.sequence_parallel)
+        hidden_T1H = hidden_T1H.chunk(layout.tp)[groups.tp_rank]
+    hidden_T1H.requires_grad_()
+    hidden = HiddenStates(hidden_T1H, groups.tp_group, sequence_parallel=layout.sequence_parallel)
     none_NH = hidden[torch.empty(0, dtype=torch.int64)]
     none_NH.sum().backward()  # no rank may wait for another
-    assert hidden_SBH.grad is not None
-    return hidden.all().detach(), list(none_NH.shape), hidden_SBH.grad
+    assert hidden_T1H.grad is not None
+    return hidden.all().detach(), list(none_NH.shape), hidden_T1H.grad
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_all_rows_are_pack_after_pack_and_no_position_gets_no_gradient(layout: Layout) -> None:
-    expected = torch.arange(S * B * H).view(S, B, H).float().transpose(0, 1).flatten(0, 1)
+def test_all_rows_are_in_their_order_and_no_position_gets_no_gradient(layout: Layout) -> None:
+    expected = torch.arange(T * H).view(T, H).float()
     for found, shape, gradient in pool.run(layout.tp, rows_on, layout):
         assert torch.equal(found, expected)
         assert shape == [0, H]

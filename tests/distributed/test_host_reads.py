@@ -152,16 +152,18 @@ DEVICE_BACKEND = pair_backend(gather_dot, segment_axpy_)
 
 
 def count(rank: int, directory: Path) -> None:
-    """What is counted in each step of the run, to a file of each rank."""
+    """What is counted in each step of the run, and the rows of its micro-batches, to a file of each
+    rank.
+    """
     builder, train_step, steps = build.BatchBuilder, train.train_step, []
 
     def make(*args: Any) -> Any:
         return dataclasses.replace(builder(*args), backend=DEVICE_BACKEND)
 
-    def counted_step(*args: Any, **kwargs: Any) -> Any:
+    def counted_step(model: Any, optimizer: Any, work: Any, *args: Any, **kwargs: Any) -> Any:
         with counted() as found:
-            result = train_step(*args, **kwargs)
-        steps.append(found)
+            result = train_step(model, optimizer, work, *args, **kwargs)
+        steps.append((found, [len(micro_batch.batch.token_T) for micro_batch in work]))
         (directory / f"{rank}.json").write_text(json.dumps(steps))
         return result
 
@@ -170,7 +172,8 @@ def count(rank: int, directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return stages.prepare(tmp_path_factory.mktemp("reads"), "--store-logits", "fp16", documents=40)
+    directory = tmp_path_factory.mktemp("reads")
+    return stages.prepare(directory, "--store-logits", "fp16", documents=40, stems=3)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -184,6 +187,7 @@ def test_the_host_waits_to_log_and_for_nothing_else(folder, tmp_path, case):
         expected = dict(OURS)
         if case == "PP2" and rank == 0:  # without the loss
             del expected["tolist in training/step.py _global_mean"]
-        for found in steps[1:]:  # in the first, what is made once
+        for found, lengths in steps[1:]:  # in the first, what is made once
+            assert len(set(lengths)) > 1, "stages would know the shapes anyway"
             ours = {k: n for k, n in found.items() if k not in MEGATRON | ON_HOST}
             assert ours == expected, f"rank {rank}"

@@ -1,4 +1,7 @@
-"""The largest attention logits on any layout are transformers', and QK-Clip bounds them."""
+"""The largest attention logits on any layout are transformers', and QK-Clip bounds them.
+
+Documents share prefixes, so a query's keys are its own document's and those of others before it.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +47,8 @@ def transformers_max_logits(checkpoint: Path, corpus: Corpus) -> Tensor:
     AttentionInterface.register("recording", recording)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="recording").eval()
     with torch.no_grad():
-        for pack in layouts.global_batches(corpus).global_batch(0):
-            for document in pack:
-                model(torch.tensor(corpus[int(document)].tokens).long()[None, :-1])
+        for document in layouts.global_batch(corpus).document_D.tolist():
+            model(torch.tensor(corpus[document].tokens).long()[None, :-1])
     return torch.stack([torch.stack(seen[layer]).amax(0) for layer in sorted(seen)])
 
 
@@ -86,7 +88,9 @@ def measure_and_clip(
 @pytest.mark.distributed
 def test_max_logits_are_those_of_transformers_and_clipping_bounds_them(tmp_path):
     tiny.save_llama(tmp_path / "model", tied=True)
-    corpus = tiny.save_corpus(tmp_path / "corpus", num_documents=40)
+    corpus = tiny.save_corpus(tmp_path / "corpus", num_documents=40, stems=3)
+    forest = layouts.global_batch(corpus)
+    assert forest.computed < 0.9 * forest.positions
     expected_LN = transformers_max_logits(tmp_path / "model", corpus)
     threshold = expected_LN[0].median().item()
     assert 0 < (expected_LN[0] > threshold).sum() < expected_LN.shape[1]
