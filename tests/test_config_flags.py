@@ -84,9 +84,7 @@ MISTAKES = [
             ("--general-data-path g --probe-interval 0", "None, as only --probe-interval uses it"),
             ("--probe-documents 9 --probe-interval 0", "64, as only --probe-interval uses it"),
             ("--sequence-parallel", "False, as only --tensor-model-parallel-size above 1 uses it"),
-            ("--seq-length 64 --sequence-parallel --tensor-model-parallel-size 3",
-             "a multiple of --tensor-model-parallel-size 3 under --sequence-parallel; found 64)"),
-            ("--global-batch-size 5 --micro-batch-size 2", "a multiple of --micro-batch-size 2"),
+            ("--group-prefixes 0", "a number from 1; found 0)"),
         )
     ),
 ]  # fmt: skip

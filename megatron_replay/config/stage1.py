@@ -222,12 +222,6 @@ class Stage1Config(Settings):
     def __post_init__(self) -> None:
         """Check the branches against each other."""
         super().__post_init__()
-        mbs = self.data.micro_batch_size
-        self.training.require(
-            self.training.global_batch_size % mbs == 0,
-            "global_batch_size",
-            f"a multiple of --micro-batch-size {mbs}",
-        )
         # A store or a sample that the run does not read.
         probe, store, full = self.probe, self.loss.store, self.loss.loss == "full"
         self.loss.require(
