@@ -101,11 +101,11 @@ def refused_conversion(
 
 
 def prepare(
-    folder: Path, *stage0: object, documents: int = 70, longest: int = 24, store: bool = True,
-    **model: Any,
+    folder: Path, *stage0: object, documents: int = 70, longest: int = 24, stems: int = 0,
+    store: bool = True, **model: Any,
 ) -> Path:  # fmt: skip
     """Make ``folder``'s tied checkpoint, corpus and, by Stage 0 with flags ``stage0``, store."""
-    tiny.save_corpus(folder / "corpus", num_documents=documents, longest=longest)
+    tiny.save_corpus(folder / "corpus", num_documents=documents, longest=longest, stems=stems)
     tiny.save_qwen3(folder / "model", **{"tied": True, "num_hidden_layers": 2, **model})
     if store:
         succeed("stage0", *inputs(folder), "--store", folder / "store", *stage0)

@@ -16,7 +16,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -99,10 +98,9 @@ def test_a_damaged_record_of_the_store_ends_the_run_at_its_step(folder, tmp_path
     """Batches are made ahead of the step: the error comes up at its own, the third."""
     lengths = Corpus(folder / "corpus").lengths
     batches = GlobalBatches(
-        lengths, seq_length=64, global_batch_size=len(lengths), micro_batch_size=1, seed=1234,
-        epochs=1, pack_documents=False, dp_rank=0, dp_size=1,
-    )  # fmt: skip
-    store, document = tmp_path / "store", int(np.concatenate(batches.global_batch(0))[9])
+        lengths, seq_length=64, global_batch_size=4, seed=1234, epochs=1, pack_documents=False
+    )
+    store, document = tmp_path / "store", int(batches.documents(2)[1])
     stages.succeed("stage0", *inputs(folder), "--store", store, "--documents-per-shard", 1)
     path = next(store.rglob(f"shard-{document:07d}.bin"))
     path.write_bytes(flipped(path.read_bytes(), 0.9, 0))

@@ -33,10 +33,10 @@ BOTH: dict[str, list[str]] = {
     "platform": ["nonsense"],
     "distributed_timeout_minutes": ["3"],
     "bf16": [""],
-    "seq_length": ["32"],
-    "long_documents": ["truncate", "--seq-length", "12"],
+    "seq_length": ["40"],
+    "long_documents": ["truncate", "--seq-length", "24"],
     "micro_batch_size": ["2"],
-    "pack_documents": ["no"],
+    "share_prefixes": ["no"],
     "seed": ["5"],
 }
 STAGE1: dict[str, list[str]] = {
@@ -68,6 +68,8 @@ STAGE1: dict[str, list[str]] = {
     "qk_clip_threshold": ["0.01", *"--optimizer muonclip --load LLAMA --allow-other-store".split()],
     "save": ["ELSEWHERE"],
     "global_batch_size": ["1"],
+    "pack_documents": ["no"],
+    "group_prefixes": ["4"],
     "train_epochs": ["2"],
     "train_iters": ["1"],
     "save_interval": ["1"],
@@ -100,7 +102,7 @@ STAGE0: dict[str, list[str]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     small = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32}
-    folder = stages.prepare(tmp_path_factory.mktemp("flags"), documents=12, **small)
+    folder = stages.prepare(tmp_path_factory.mktemp("flags"), documents=12, stems=3, **small)
     tiny.save_corpus(folder / "text", num_documents=12, seed=4)
     tiny.save_qwen3(folder / "other", tied=True, seed=7, **small)
     tiny.save_llama(folder / "llama", tied=True, num_hidden_layers=1)
@@ -132,9 +134,9 @@ def observe_one(stage: str, argv: list[str]) -> Any:
         noting(train, "Loader", lambda make, steps, depth: depth),
         noting(build, "load_model", lambda *_, recompute: recompute),
         noting(build, "wrap_for_training", lambda model, **options: sorted(options.items())),
-        noting(batches, "pack_batch", lambda corpus, packs, *_: len(packs)),
+        noting(batches, "pack_batch", lambda corpus, forest, *_, **__: forest.computed),
         noting(batches, "MicroBatch", lambda batch, head, rows: rows is None),
-        noting(collector, "pack_batch", lambda corpus, packs, *_: len(packs)),
+        noting(collector, "pack_batch", lambda corpus, forest, *_, **__: forest.computed),
         noting(collector, "select_candidates", lambda _, labels, **__: len(labels)),
     ]
     try:

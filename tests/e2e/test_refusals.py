@@ -141,6 +141,7 @@ CHANGED = [
     ("--bf16", "--bf16 (expected False; found True)"),
     ("--loss full", "--loss (expected restricted; found full)"),
     ("--global-batch-size 8", "--global-batch-size (expected 4; found 8)"),
+    ("--group-prefixes 4", "--group-prefixes (expected 1; found 4)"),
     ("--store {wrong}/again --allow-other-store", "another --store"),
     ("--load {other} --allow-other-store", "another --load: config.json, model.safetensors"),
     ("--optimizer muonclip", "--optimizer (expected adam; found muonclip)"),

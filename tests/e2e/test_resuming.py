@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import yaml
@@ -89,6 +91,51 @@ def test_a_checkpoint_moves_to_another_layout(folder, tmp_path, flags, first, th
     )
     assert [x[:2] for x in ours] == [x[:2] for x in expected]
     assert [x[2] for x in ours] == pytest.approx([x[2] for x in expected], abs=2e-5)
+
+
+#: Two epochs, and where a run stops in the second; neither 2 nor 4 divides the packs of a step.
+GROUPED = ["--group-prefixes", 4, "--global-batch-size", 3, "--train-epochs", 2]
+STOP = 11
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory) -> Path:
+    """Documents that share prefixes, and a run on them that stops in its second epoch."""
+    folder = stages.prepare(tmp_path_factory.mktemp("grouped"), longest=12, stems=6)
+    stages.succeed("stage1", *argv(folder, folder / "whole", *GROUPED))
+    stages.succeed("stage1", *argv(folder, folder / "parts", *GROUPED, "--exit-interval", STOP))
+    return folder
+
+
+def test_grouped_documents_resume_bitwise(grouped, tmp_path):
+    save = shutil.copytree(grouped / "parts", tmp_path / "run")
+    whole = stages.steps(grouped / "whole")
+    assert len(whole) // 2 < STOP < len(whole)
+    stages.succeed("stage1", *argv(grouped, save, *GROUPED))
+    assert stages.losses(save) == stages.losses(grouped / "whole")
+    assert stages.weights(save) == stages.weights(grouped / "whole")
+
+
+def test_steps_have_the_same_documents_wherever_and_however_they_are_computed(grouped, tmp_path):
+    """On other numbers of replicas, and from the stop on with no prefix shared."""
+    save, whole = tmp_path / "run", stages.steps(grouped / "whole")
+    stages.succeed("stage1", *argv(grouped, save, *GROUPED, "--exit-interval", STOP), dp=2)
+    alone = [*GROUPED, "--no-share-prefixes"]
+    printed = stages.succeed("stage1", *argv(grouped, save, *alone), dp=4)
+    assert "--share-prefixes True -> False" in printed
+    ours = stages.steps(save)
+    for name in ("tokens", "positions"):
+        assert [line[name] for line in ours] == [line[name] for line in whole]
+    assert stages.losses(save) == pytest.approx(stages.losses(grouped / "whole"), abs=2e-5)
+    assert all(line["computed_tokens"] < line["tokens"] for line in ours[:STOP])
+    assert all(line["computed_tokens"] == line["tokens"] for line in ours[STOP:])
+
+
+def test_another_order_of_documents_is_refused(grouped):
+    message = stages.fail(
+        "stage1", *argv(grouped, grouped / "parts", *GROUPED, "--group-prefixes", 8), code=2
+    )
+    assert "--group-prefixes (expected 4; found 8)" in message
 
 
 def test_exit_interval_stops_at_its_multiples(folder, tmp_path):
