@@ -1,28 +1,42 @@
-"""``--dry-run``: checks that the layout fits the model, and predicts length and memory.
+"""``--dry-run``: checks that the layout fits the model, and predicts length, work and memory.
 
-It needs no device and no other process. Documents and iterations are computed as in the run,
-parameters, gradients and optimizer state are counted; activations come from ``layer_activations``.
+It needs no device and no other process. Documents and iterations are computed as in the run, and so
+are the micro-batches of some steps, or store shards; parameters, gradients and optimizer state are
+counted; activations are those of the largest of these micro-batches (``layer_activations``).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_replay.collection import LOGITS_CHUNK_SIZE
-from megatron_replay.config import DataConfig, ParallelConfig, Settings, Stage0Config, Stage1Config
+from megatron_replay.config import ParallelConfig, Settings, Stage0Config, Stage1Config
 from megatron_replay.data.corpus import Corpus
+from megatron_replay.data.forest import Forest
 from megatron_replay.data.loader import global_batches, require_iterations
-from megatron_replay.data.packing import FittedDocuments, fit_documents, usable_documents
+from megatron_replay.data.packing import (
+    FittedDocuments,
+    PackedBatch,
+    fit_documents,
+    forest_of,
+    pack_batch,
+    usable_documents,
+)
 from megatron_replay.model.compatibility import require_context, require_store
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.parallel import data_parallel_size
 from megatron_replay.store import CandidateReader
 
 Rows = list[tuple[str, str]]
+
+#: Steps or store shards of which micro-batches are planned, so that a dry run takes seconds.
+MOST_PLANNED = 16
 
 
 def stage0(config: Stage0Config) -> str:
@@ -32,14 +46,24 @@ def stage0(config: Stage0Config) -> str:
     fitted = fit_documents(corpus, data)
     require_context(fitted.lengths, shape)
     width = 2 if config.model.bf16 else 4
+    numbers, size = np.arange(len(corpus)), config.candidates.documents_per_shard
+
+    def micro_batches(shard: int) -> list[Forest]:
+        documents = numbers[shard * size : (shard + 1) * size]
+        forest = forest_of(corpus, documents, fitted.lengths, share=data.share_prefixes)
+        return forest.packs(data.micro_batch_size * data.seq_length)
+
+    num_shards = -(-len(corpus) // size)
+    plan = _plan(config, shape, corpus, fitted.lengths, "shard", num_shards, micro_batches)
     # A chunk of logits exists as computed, in fp32, and as int64 masses.
     logits = LOGITS_CHUNK_SIZE * shape.vocab_size * (width + 4 + 8)
     memory = {
         "weights": local * width,
-        "activations of one layer": layer_activations(shape, config.parallel, data, width),
+        "activations of one layer": plan.layer,
         "one chunk of logits": logits // config.parallel.tensor_model_parallel_size,
     }
-    return _text("Stage 0", rows + _document_rows(fitted, fitted.lengths), memory)
+    rows += [*_document_rows(fitted, fitted.lengths), *plan.report]
+    return _text("Stage 0", rows, memory)
 
 
 def stage1(config: Stage1Config) -> str:
@@ -58,17 +82,23 @@ def stage1(config: Stage1Config) -> str:
     batches = global_batches(config, corpus, lengths)
     train_iters = config.training.train_iters or batches.num_batches
     require_iterations(config, train_iters)
+    data = config.data
 
+    def micro_batches(step: int) -> list[Forest]:
+        documents = batches.documents(step)
+        forest = forest_of(corpus, documents, lengths, share=data.share_prefixes)
+        return forest.balanced_packs(data.micro_batch_size * data.seq_length, multiple=dp)
+
+    plan = _plan(config, shape, corpus, lengths, "step", train_iters, micro_batches)
     width, masters = (2, 4) if config.model.bf16 else (4, 0)
     # fp32 masters, exp_avg and exp_avg_sq; ZeRO-1 shards them, not the main gradient.
     copies = dp if config.optimizer.use_distributed_optimizer else 1
-    layer = layer_activations(shape, config.parallel, config.data, width)
     if config.training.recompute_granularity == "full":
-        tokens = config.data.seq_length * config.data.micro_batch_size
-        activations = layer + shape.num_layers * tokens * shape.hidden_size * width
+        inputs = shape.num_layers * plan.rows * shape.hidden_size * width
+        activations = plan.layer + inputs
     else:  # the first of pp stages holds layers / pp of each of up to pp micro-batches in flight
         pp = config.parallel.pipeline_model_parallel_size
-        activations = layer * shape.num_layers // pp * pp
+        activations = plan.layer * shape.num_layers // pp * pp
     memory = {
         "weights": local * width,
         "gradients, masters, optimizer": local * 4 + local * (masters + 8) // copies,
@@ -77,6 +107,7 @@ def stage1(config: Stage1Config) -> str:
     checkpoint = shape.num_parameters() * (width + masters + 8)
     rows += [
         *_document_rows(fitted, lengths),
+        *plan.report,
         ("iterations", f"{train_iters:,}"),
         ("disk per checkpoint", _gib(checkpoint)),
     ]
@@ -84,22 +115,76 @@ def stage1(config: Stage1Config) -> str:
 
 
 def layer_activations(
-    shape: ModelConfig, parallel: ParallelConfig, data: DataConfig, width: int
+    shape: ModelConfig, parallel: ParallelConfig, batch: PackedBatch, width: int
 ) -> int:
-    """Bytes that a layer keeps for the backward pass.
+    """Bytes that a layer keeps of a micro-batch for the backward pass.
 
-    The factors were counted, not derived: how many hidden states, query heads and ffn channels per
-    token autograd saves on a CPU (tests/test_estimate.py). In bf16, parts of the norms and of the
-    rotary embedding are kept in fp32.
+    The factors were counted, not derived: how many hidden states, query heads, key-value groups
+    and ffn channels per row autograd saves on a CPU (tests/test_estimate.py). In bf16, parts of the
+    norms and of the rotary embedding are kept in fp32. Where documents share prefixes, the keys and
+    values gathered for attention are kept as well; so are the masks of torch's attention, whole on
+    each rank.
     """
-    tp = parallel.tensor_model_parallel_size
-    hidden, heads = (7, 10) if width == 4 else (8, 15)
-    whole = hidden * shape.hidden_size
+    tp, rows = parallel.tensor_model_parallel_size, len(batch.token_T)
+    hidden, heads, groups = (6, 6, 4) if width == 4 else (10, 8, 7)
+    whole = rows * hidden * shape.hidden_size
     if parallel.sequence_parallel:
         whole //= tp
-    attention = heads * shape.num_attention_heads * shape.kv_channels
-    sharded = (attention + 4 * shape.ffn_hidden_size) // tp  # gate, up, silu, their product
-    return data.seq_length * data.micro_batch_size * (whole + sharded) * width
+    documents, channels = batch.documents, shape.kv_channels
+    queries = rows * heads * shape.num_attention_heads * channels
+    gathered = 0 if documents.key_rows is None else 2 * len(documents.key_rows)
+    pairs = (rows * groups + gathered) * shape.num_query_groups * channels
+    ffn = 5 * rows * shape.ffn_hidden_size
+    masks = sum(s.mask.numel() for s in documents.segments if s.mask is not None)
+    return (whole + (queries + pairs + ffn) // tp + masks) * width
+
+
+class Plan(NamedTuple):
+    """The micro-batches of some steps, or store shards.
+
+    Attributes:
+        report: rows about them.
+        rows: of the longest micro-batch.
+        layer: bytes that a layer keeps of the one of which it keeps most.
+    """
+
+    report: Rows
+    rows: int
+    layer: int
+
+
+def _plan(
+    config: Settings,
+    shape: ModelConfig,
+    corpus: Corpus,
+    lengths: npt.NDArray[np.int32],
+    unit: str,
+    count: int,
+    micro_batches: Callable[[int], list[Forest]],
+) -> Plan:
+    """Plan up to ``MOST_PLANNED`` of ``count`` units ("step" or "shard"), evenly spaced.
+
+    ``micro_batches`` gives those of a unit on all data-parallel ranks.
+    """
+    planned = np.unique(np.linspace(0, count - 1, min(count, MOST_PLANNED)).round().astype(int))
+    width, tp = 2 if config.model.bf16 else 4, config.parallel.tensor_model_parallel_size
+    positions = computed = num_batches = rows = layer = 0
+    for number in planned.tolist():
+        for forest in micro_batches(number):
+            batch = pack_batch(corpus, forest, lengths, multiple=tp)
+            positions += forest.positions
+            computed += forest.computed
+            num_batches += 1
+            rows = max(rows, len(batch.token_T))
+            layer = max(layer, layer_activations(shape, config.parallel, batch, width))
+    each = len(planned)
+    report = [
+        (f"positions of a {unit}", f"{positions / each:,.0f}, mean over {each} of {count:,}"),
+        ("  computed", f"{computed / each:,.0f} ({computed / max(positions, 1):.1%})"),
+        ("  micro-batches", f"{num_batches / each:,.1f}"),
+        ("  largest micro-batch", f"{rows:,} rows"),
+    ]
+    return Plan(report, rows, layer)
 
 
 def _layout(config: Settings) -> tuple[ModelConfig, int, int, Rows]:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_replay import stage1
-from megatron_replay.config import DataConfig, ParallelConfig
+from megatron_replay.config import ParallelConfig
+from megatron_replay.data.packing import forest_of, pack_batch
 from megatron_replay.estimate import layer_activations
 from megatron_replay.model.config import ModelConfig
 from tests import pool
 from tests.tiny import save_corpus, save_qwen3
 
-SEQ_LENGTH = 256
-SHAPE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 384}
+SEQ_LENGTH = 16384  # every document in one step and micro-batch
+SHAPE = {
+    "hidden_size": 128,
+    "head_dim": 32,
+    "intermediate_size": 384,
+    "max_position_embeddings": 2048,
+}
 
 
 def kept(rank: int, world_size: int, folder: Path, layers: int, bf16: bool) -> int:
@@ -38,14 +45,17 @@ def kept(rank: int, world_size: int, folder: Path, layers: int, bf16: bool) -> i
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_layer_keeps_what_the_estimate_says(bf16: bool, tmp_path: Path) -> None:
-    save_corpus(tmp_path / "corpus", num_documents=2, longest=120)
+@pytest.mark.parametrize("longest_schema", [0, 1600])
+def test_layer_keeps_what_the_estimate_says(
+    bf16: bool, longest_schema: int, tmp_path: Path
+) -> None:
+    """Of documents that share nothing, or a prefix whose keys and masks are a fifth of all."""
+    stems = {"stems": 1, "longest_schema": longest_schema} if longest_schema else {}
+    corpus = save_corpus(tmp_path / "corpus", num_documents=12, longest=120, **stems)
     [two] = pool.run(1, kept, tmp_path, 2, bf16)
     [four] = pool.run(1, kept, tmp_path, 4, bf16)
-    expected = layer_activations(
-        ModelConfig.from_hf(tmp_path / "model2"),
-        ParallelConfig(),
-        DataConfig(data_path="corpus", seq_length=SEQ_LENGTH),
-        2 if bf16 else 4,
-    )
-    assert (four - two) / 2 == pytest.approx(expected, rel=0.15)
+    forest = forest_of(corpus, np.arange(12), corpus.lengths, share=True)
+    batch = pack_batch(corpus, forest, corpus.lengths, multiple=1)
+    shape = ModelConfig.from_hf(tmp_path / "model2")
+    expected = layer_activations(shape, ParallelConfig(), batch, 2 if bf16 else 4)
+    assert (four - two) / 2 == pytest.approx(expected, rel=0.1)

@@ -81,12 +81,18 @@ def load_reference(directory: Path) -> PreTrainedModel:
 
 
 def save_corpus(
-    prefix: Path, *, num_documents: int, seed: int = 0, longest: int = 24, stems: int = 0
+    prefix: Path,
+    *,
+    num_documents: int,
+    seed: int = 0,
+    longest: int = 24,
+    stems: int = 0,
+    longest_schema: int = 9,
 ) -> Corpus:
     """Random documents of 6 to ``longest`` tokens; the last 3 to half of each carry loss.
 
-    With ``stems``, each follows one of so many schemas of 3 to 9 tokens, which all follow the same
-    4 tokens; and the last document is equal to the first.
+    With ``stems``, each follows one of so many schemas of 3 to ``longest_schema`` tokens, which all
+    follow the same 4 tokens; and the last document is equal to the first.
     """
     tokenizer = SimpleNamespace(
         vocab_size=VOCAB_SIZE, eos_id=0, pad_id=0, path="random", fingerprint="random", files={}
@@ -94,7 +100,7 @@ def save_corpus(
     rng, branch = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     system = branch.integers(0, VOCAB_SIZE, 4)
     schemas = [
-        np.append(system, branch.integers(0, VOCAB_SIZE, branch.integers(3, 10)))
+        np.append(system, branch.integers(0, VOCAB_SIZE, branch.integers(3, longest_schema + 1)))
         for _ in range(stems)
     ]
     first = None

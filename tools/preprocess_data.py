@@ -17,8 +17,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_replay.data.corpus import Corpus, Document, corpus_file
 from megatron_replay.data.corpus_writer import CorpusWriter, require_ours, written_files
+from megatron_replay.data.forest import plant, stems
 from megatron_replay.data.row_formats import CHAT_FORMATS, FORMATS, detect_format, tokenize_row
 from megatron_replay.data.rows import parse_row, read_lines
 from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,6 +33,10 @@ from megatron_replay.flags import Parser
 from megatron_replay.progress import Progress
 
 _GREEN, _PLAIN = "\033[32m", "\033[0m"
+#: Documents of the steps whose share of computed positions --show prints, and over how many of
+#: them it is averaged.
+_STEP_SIZES, _MOST_STEPS = (64, 128, 256), 16
+_GROUP = 8
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,7 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         help="stop at a bad row, or leave it out, listed and counted")  # fmt: skip
     add("--ignore-fields", type=_names, default=[], metavar="NAME,...",
         help="fields to drop from rows and messages; others unread are an error")  # fmt: skip
-    add("--show", type=int, default=0, metavar="N", help="print N documents, loss tokens marked")
+    add(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print N documents, loss tokens marked, and what sharing prefixes saves",
+    )
     add("--max-document-tokens", type=int, metavar="N",
         help="split text rows into documents of at most N tokens")  # fmt: skip
     return parser
@@ -202,6 +216,32 @@ def _show(corpus: Corpus, tokenizer: Tokenizer, count: int) -> None:
         print(_marked(document, tokenizer, colour=sys.stdout.isatty()))
 
 
+def _show_sharing(corpus: Corpus) -> None:
+    """Print which share of the positions is computed where prefixes are shared."""
+    from megatron_replay.data.packing import document_order  # torch: seconds to import
+
+    size, stem_D = len(corpus), stems(corpus, corpus.lengths)
+    random_D = document_order(size, seed=0, epoch=0)
+    grouped_D = document_order(size, seed=0, epoch=0, stem_D=stem_D, group=_GROUP)
+    print("--- positions computed where prefixes are shared")
+    print(f"whole corpus (Stage 0's best): {_computed_share(corpus, random_D, size):.1%}")
+    for step in _STEP_SIZES:
+        if step <= size:
+            shares = [_computed_share(corpus, order_D, step) for order_D in (random_D, grouped_D)]
+            print(
+                f"steps of {step} documents: {shares[0]:.1%} in random order, "
+                f"{shares[1]:.1%} in groups of {_GROUP}"
+            )
+
+
+def _computed_share(corpus: Corpus, order_D: npt.NDArray[np.int64], step: int) -> float:
+    """Of the first steps of so many documents, none of them cut to fit a device."""
+    steps = order_D[: len(order_D) // step * step].reshape(-1, step)[:_MOST_STEPS]
+    forests = [plant(corpus, documents, corpus.lengths) for documents in steps]
+    positions = sum(forest.positions for forest in forests)
+    return sum(forest.computed for forest in forests) / max(positions, 1)
+
+
 def _marked(document: Document, tokenizer: Tokenizer, *, colour: bool) -> str:
     before, after = (_GREEN, _PLAIN) if colour else ("[[", "]]")
     pieces = []
@@ -213,7 +253,7 @@ def _marked(document: Document, tokenizer: Tokenizer, *, colour: bool) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write or reuse the corpus, and print samples and a summary line.
+    """Write or reuse the corpus; print samples, what sharing prefixes saves, and a summary line.
 
     Raises:
         ReplayError: the corpus cannot be written.
@@ -235,7 +275,9 @@ def run(options: argparse.Namespace) -> None:
         num_skipped = _write(options, tokenizer, source, num_lines)
         corpus = Corpus(options.output_prefix)
         outcome = f"written, {num_skipped} of {num_lines} rows skipped"
-    _show(corpus, tokenizer, options.show)
+    if options.show:
+        _show(corpus, tokenizer, options.show)
+        _show_sharing(corpus)
     about = corpus.description
     print(
         f"{options.output_prefix}: {about.num_documents} documents ({about.format}), "

@@ -31,9 +31,10 @@ def test_the_last_copy_is_waited_for_as_long_as_shards_come(monkeypatch):
 
 
 def test_rates_of_copies_side_by_side():
-    facts = {"shards": 2, "documents": 30, "positions": 1000}
+    facts = {"shards": 2, "documents": 30, "positions": 1000, "computed": 400}
     rates = rates_of([Cost(**facts, seconds=10, waited=1), Cost(**facts, seconds=20, waited=0.5)])
     assert (rates["replicas"], rates["shards"], rates["positions"]) == (2, 4, 2000)
+    assert (rates["computed"], rates["computed_share"]) == (800, 0.4)
     assert rates["seconds"] == 20
     assert rates["positions_per_second"] == pytest.approx(100)
     assert rates["share_waiting_for_disk"] == pytest.approx(0.05)

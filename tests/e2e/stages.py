@@ -171,6 +171,13 @@ def weights(save: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in newest.iterdir() if p.suffix == ".distcp"}
 
 
+def dry_run(capsys: Any, stage: str, *argv: object) -> dict[str, str]:
+    """What ``--dry-run`` prints in this process: values by name."""
+    assert MAINS[stage]([*map(str, argv), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    return dict(line.strip().split("  ", 1) for line in lines)
+
+
 def metrics(save: Path) -> list[dict[str, Any]]:
     """The lines that a run logged."""
     return read_metrics(save / "metrics.jsonl")

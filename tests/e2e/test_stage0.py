@@ -34,7 +34,7 @@ LAYOUTS = [{"tp": 2}, {"tp": 4}, {"tp": 4, "pp": 2}, {"tp": 2, "dp": 2}]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage0")
-    tiny.save_corpus(folder / "corpus", num_documents=40)
+    tiny.save_corpus(folder / "corpus", num_documents=40, stems=3)
     tiny.save_qwen3(folder / "model", tied=False)
     tiny.save_qwen3(folder / "exact", tied=False, rms_norm_eps=1e-30)
     _make_exact(folder / "exact" / "model.safetensors")
@@ -83,6 +83,10 @@ def test_stores_are_byte_identical_for_equal_logits(folder, tmp_path, strategy):
     reference = tmp_path / "reference"
     flags = ["--position-strategy", strategy]
     collect(folder, reference, *flags)
+    for layout in ({}, {"tp": 2}):
+        alone = tmp_path / f"alone{len(layout)}"
+        collect(folder, alone, *flags, "--no-share-prefixes", **layout)
+        stages.same_tree(alone, reference)
     reader = CandidateReader(reference)
     sizes = np.concatenate([np.diff(reader[i].offsets) for i in range(len(reader))])
     assert len(np.unique(sizes)) > 20  # the sets are worth comparing
@@ -98,11 +102,14 @@ def test_stores_are_byte_identical_for_equal_logits(folder, tmp_path, strategy):
     stages.same_tree(tmp_path / "chunks", reference)
 
 
-def test_sets_of_a_real_model_differ_only_by_rounding(folder, tmp_path):
-    """Where a layout rounds logits otherwise, a set may gain or lose a token at the very cut."""
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"tp": 4, "pp": 2}], ids=str)
+def test_sets_of_a_real_model_differ_only_by_rounding(folder, tmp_path, layout):
+    """Where a layout, or a shared prefix, rounds logits otherwise, a set may gain or lose a token
+    at the very cut.
+    """
     flags = ["--position-strategy", "all", "--coverage", 0.4]
-    collect(folder, tmp_path / "a", *flags, model="model")
-    collect(folder, tmp_path / "b", *flags, model="model", tp=4, pp=2)
+    collect(folder, tmp_path / "a", *flags, "--no-share-prefixes", model="model")
+    collect(folder, tmp_path / "b", *flags, model="model", **layout)
     a, b = CandidateReader(tmp_path / "a"), CandidateReader(tmp_path / "b")
     differing = total = 0
     for i in range(len(a)):
@@ -226,11 +233,45 @@ def test_the_report_is_of_the_whole_store_and_the_cost_of_this_run(folder, tmp_p
     lengths = Corpus(folder / "corpus").lengths[16:32]
     assert (cost["shards"], cost["documents"], cost["replicas"]) == (1, 16, 2)
     assert cost["positions"] == (lengths - 1).sum()
+    assert f"{cost['positions']:,} positions of 16 documents, {cost['computed']:,} of" in printed
     assert 0 <= cost["share_waiting_for_disk"] <= 1
     stages.same_tree(store, tmp_path / "whole")
 
     collect(folder, store)  # nothing left to do: the cost stays what it was
     assert json.loads((store / "cost.json").read_text()) == cost
+
+
+def test_the_cost_counts_a_prefix_of_a_shard_once(folder, tmp_path):
+    """In micro-batches of a whole shard, by one model copy or two."""
+    corpus, nodes = Corpus(folder / "corpus"), set()
+    for number in range(len(corpus)):
+        tokens = corpus[number].tokens[: corpus.first_labels[number] - 1].tolist()
+        nodes |= {(number // 16, *tokens[:stop]) for stop in range(1, len(tokens) + 1)}
+    labelled = int((corpus.lengths - corpus.first_labels).sum())
+    positions, computed = int((corpus.lengths - 1).sum()), len(nodes) + labelled
+    assert computed < 0.8 * positions
+    for dp in (1, 2):
+        printed = collect(folder, tmp_path / f"{dp}", "--micro-batch-size", 16, dp=dp)
+        cost = json.loads((tmp_path / f"{dp}" / "cost.json").read_text())
+        assert (cost["positions"], cost["computed"]) == (positions, computed)
+        assert cost["computed_share"] == computed / positions
+        assert (
+            f"cost: {positions:,} positions of 40 documents, {computed:,} of them computed "
+            f"({computed / positions:.1%})"
+        ) in printed
+
+
+@pytest.mark.parametrize("share", ["--share-prefixes", "--no-share-prefixes"])
+def test_a_dry_run_predicts_what_is_computed(folder, tmp_path, capsys, share):
+    """Every shard is planned, in micro-batches that cut trees."""
+    printed = stages.dry_run(capsys, "stage0", *argv(folder, tmp_path / "store", share))
+    collect(folder, tmp_path / "store", share)
+    cost = json.loads((tmp_path / "store" / "cost.json").read_text())
+    assert (cost["computed_share"] < 0.9) == (share == "--share-prefixes")
+    of_shard = f"{cost['positions'] / 3:,.0f}, mean over 3 of 3"
+    assert printed["positions of a shard"].strip() == of_shard
+    of_shard = f"{cost['computed'] / 3:,.0f} ({cost['computed_share']:.1%})"
+    assert printed["computed"].strip() == of_shard
 
 
 def test_parts_written_in_two_places_merge_into_the_whole(folder, tmp_path):

@@ -199,6 +199,26 @@ def test_a_dry_run_predicts_the_iterations(folder, tmp_path, capsys, flags, expe
     assert int(line[-1]) == len(stages.losses(tmp_path / "run")) == expected
 
 
+@pytest.mark.parametrize("share", ["--share-prefixes", "--no-share-prefixes"])
+def test_a_dry_run_predicts_what_is_computed(folder, tmp_path, monkeypatch, capsys, share):
+    """Of a run so short that every step is planned."""
+    tiny.save_corpus(tmp_path / "corpus", num_documents=40, stems=3)
+    flags = ["--data-path", tmp_path / "corpus", "--loss", "full", "--probe-interval", 0, share]
+    command = argv(folder, tmp_path / "run", *flags)
+    command[command.index("--store") : command.index("--store") + 2] = []
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        printed = stages.dry_run(capsys, "stage1", *command)
+    stages.succeed("stage1", *command, dp=2)
+    steps = stages.steps(tmp_path / "run")
+    tokens, computed = (sum(x[name] for x in steps) for name in ("tokens", "computed_tokens"))
+    assert (computed < 0.9 * tokens) == (share == "--share-prefixes")
+    of_step = f"{tokens / len(steps):,.0f}, mean over {len(steps)} of {len(steps)}"
+    assert printed["positions of a step"].strip() == of_step
+    of_step = f"{computed / len(steps):,.0f} ({computed / tokens:.1%})"
+    assert printed["computed"].strip() == of_step
+
+
 def test_a_dry_run_counts_the_state_that_is_sharded(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "4")
     config = json.loads((folder / "model" / "config.json").read_text())

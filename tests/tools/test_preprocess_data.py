@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
+import string
 import sys
 
 import pytest
@@ -128,6 +131,32 @@ def test_show_marks_what_carries_loss(run, write_rows, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     out, _ = run(rows, flags=["--show", "9"])
     assert "what is 4 + 1?\033[32m 5<|endoftext|>\033[0m\n" in out
+
+
+def test_show_prints_what_sharing_prefixes_saves(run, write_rows):
+    """64 schemas of 20 tokens, each of 8 questions with 3 positions of their own; 1 token a letter.
+
+    A step of n documents has (20 schemas + 3 n) / 23 n of its positions computed.
+    """
+    first = (string.ascii_uppercase + string.digits + string.punctuation)[:64]
+    prompts = [f"{letter}{'S' * 19}{number}" for letter in first for number in range(8)]
+    rows = write_rows([{"prompt": prompt, "completion": "ZZ"} for prompt in prompts])
+    out, _ = run(rows, flags=["--show", "1"])
+    grouped = (20 / 8 + 3) / 23
+    assert f"whole corpus (Stage 0's best): {grouped:.1%}\n" in out
+    found = re.findall(
+        r"steps of (\d+) documents: (.*)% in random order, (.*)% in groups of 8", out
+    )
+    assert [int(size) for size, _, _ in found] == [64, 128, 256]
+    for size, in_random_order, in_groups in found:
+        n = int(size)
+        schemas = 64 * (1 - math.comb(504, n) / math.comb(512, n))  # of n documents, expected
+        assert float(in_random_order) / 100 == pytest.approx((20 * schemas / n + 3) / 23, abs=0.02)
+        assert float(in_groups) / 100 == pytest.approx(grouped, abs=1e-3)
+    out, _ = run(write_rows(ROWS), flags=["--show", "1"])
+    assert "whole corpus" in out
+    assert "steps of" not in out  # more documents than there are
+    assert "whole corpus" not in run(rows)[0]
 
 
 def test_raw_text_is_split(run, write_rows, tmp_path):
