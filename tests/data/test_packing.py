@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
+from itertools import chain, groupby
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,16 +17,23 @@ from megatron_replay.data.loader import GlobalBatches
 from megatron_replay.data.packing import (
     document_order,
     fit_documents,
+    forest_of,
     pack_batch,
     plan_packs,
     report_long_documents,
 )
-from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.errors import DataError
+from tests import forests
 from tests.data.examples import PAD_ID, as_lists, random_documents, write_corpus
+from tests.tiny import save_corpus
 
 SEQ_LENGTH = 12
 ANY_SPEED = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 lengths_lists = st.lists(st.integers(2, SEQ_LENGTH + 1), min_size=1, max_size=40)
+
+
+def joined(lists):
+    return list(chain.from_iterable(lists))
 
 
 def next_fit(lengths, order, together=True):
@@ -49,16 +58,52 @@ def test_packs_hold_every_document_once_within_capacity(lengths, together, seed)
     assert all((lengths_D[pack] - 1).sum() <= SEQ_LENGTH for pack in packs)
 
 
-def test_order_is_a_permutation_that_seed_and_epoch_decide():
-    """It never changes: a run that resumes under another release must see the same order."""
+@pytest.mark.parametrize(
+    "options", [{}, {"stem_D": np.arange(50) % 3, "group": 4}], ids=["alone", "in groups"]
+)
+def test_order_is_a_permutation_that_seed_and_epoch_decide(options):
     orders = {
-        (seed, epoch): document_order(50, seed=seed, epoch=epoch).tolist()
+        (seed, epoch): document_order(50, seed=seed, epoch=epoch, **options).tolist()
         for seed in (0, 1, 2**40)
         for epoch in range(3)
     }
     assert len(set(map(tuple, orders.values()))) == len(orders)
     assert all(sorted(order) == list(range(50)) for order in orders.values())
+
+
+def test_the_order_never_changes():
+    """A run that resumes under another release must see the same."""
     assert document_order(8, seed=1234, epoch=0).tolist() == [1, 6, 2, 0, 3, 5, 7, 4]
+    stem_D = np.array([4, 0, 4, 0, 4, 4, 0, 2])
+    order = document_order(8, seed=1234, epoch=0, stem_D=stem_D, group=2)
+    assert order.tolist() == [1, 2, 4, 0, 5, 3, 6, 7]
+
+
+@given(st.lists(st.integers(0, 4), max_size=30), st.integers(1, 5), st.integers(0, 99))
+@ANY_SPEED
+def test_up_to_a_group_of_one_stem_come_together(stems, group, seed):
+    """So each stem comes in whole groups, and what is left over."""
+    stem_D = np.array(stems, np.int64)
+    order = document_order(len(stems), seed=seed, epoch=1, stem_D=stem_D, group=group)
+    assert sorted(order.tolist()) == list(range(len(stems)))
+    left = defaultdict(list)
+    for stem, run in groupby(stem_D[order].tolist()):
+        left[stem] += [len(list(run)) % group]
+    for stem, remainders in left.items():
+        assert sorted(remainders)[-1] == sum(remainders) == stems.count(stem) % group
+    if group == 1:
+        assert order.tolist() == document_order(len(stems), seed=seed, epoch=1).tolist()
+
+
+def test_groups_are_drawn_anew_and_come_in_any_order():
+    """Not by stem, nor in the same company in every epoch."""
+    stem_D, seen = np.arange(60) % 3, set()
+    for epoch in range(2):
+        order = document_order(60, seed=0, epoch=epoch, stem_D=stem_D, group=4).reshape(-1, 4)
+        seen |= {frozenset(group) for group in order.tolist()}
+        stems = stem_D[order[:, 0]]
+        assert (np.diff(stems) != 0).sum() > 2
+    assert len(seen) == 30
 
 
 # The last two have no label.
@@ -110,38 +155,73 @@ def test_long_documents_that_leave_nothing_are_refused(policy, documents, messag
         fit(policy, documents)
 
 
-def test_pack_batch_against_the_definition(tmp_path):
-    documents = random_documents([4, 6, 20, 3, 13], seed=1)
-    corpus = write_corpus(tmp_path / "c", documents)
-    packs = [np.array(p, dtype=np.int64) for p in ([3, 1, 0], [2], [])]
-    batch = pack_batch(corpus, packs, SEQ_LENGTH, np.minimum(corpus.lengths, SEQ_LENGTH + 1))
-    for b, pack in enumerate(packs):
-        rows = []
-        for i in pack.tolist():
-            tokens, loss_mask = documents[i].tokens.tolist(), documents[i].loss_mask.tolist()
-            for t in range(min(len(tokens), SEQ_LENGTH + 1) - 1):
-                rows.append((tokens[t], tokens[t + 1], loss_mask[t + 1], i, t))
-        rows += [(PAD_ID, PAD_ID, False, -1, 0)] * (SEQ_LENGTH - len(rows))
-        columns = (
-            batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS,
-            batch.document_BS, batch.position_BS,
-        )  # fmt: skip
-        assert list(zip(*(column[b].tolist() for column in columns), strict=True)) == rows
-    assert batch.tokens_BS.dtype == batch.labels_BS.dtype == torch.int64
-    assert batch.loss_mask_BS.dtype == torch.bool
-    assert batch.document_BS.dtype == batch.position_BS.dtype == torch.int32
+def check_batch(corpus, documents, lengths, *, share, multiple):
+    """Packed, ``documents`` are each read along its path: the first positions of the path before,
+    then its own rows.
+    """
+    ids = np.array(documents, np.int64)
+    batch = pack_batch(
+        corpus, forest_of(corpus, ids, lengths, share=share), lengths, multiple=multiple
+    )
+    forest = batch.forest
+    assert sorted(forest.document_D) == sorted(d for d in documents if lengths[d])
+    assert share or not forest.shared_D.any()
+    path, paths, row = [], [], 0
+    for place, document in enumerate(forest.document_D.tolist()):
+        used, shared = corpus[document], forest.shared_D[place]
+        tokens, has_loss = (x[: lengths[document]] for x in (used.tokens, used.loss_mask))
+        own = range(row, row + len(tokens) - 1 - shared)
+        path, row = [*path[:shared], *own], own.stop
+        paths += [path] if own else []
+        assert batch.token_T[path].tolist() == tokens[:-1].tolist()
+        assert batch.position_T[path].tolist() == list(range(len(path)))
+        assert batch.label_T[own].tolist() == tokens[shared + 1 :].tolist()
+        assert batch.loss_mask_T[own].tolist() == has_loss[shared + 1 :].tolist()
+        assert not has_loss[1 : shared + 1].any()
+        assert list(own) == [batch.first_row_D[place] + p for p in range(shared, len(path))]
+    columns = batch.token_T, batch.label_T, batch.loss_mask_T, batch.position_T
+    length = len(batch.token_T)
+    assert length % multiple == 0 < length
+    assert row == forest.computed > length - multiple or row == 0 == length - multiple
+    padding = [(corpus.pad_id, corpus.pad_id, False, 0)] * (length - row)
+    assert list(zip(*(x[row:].tolist() for x in columns), strict=True)) == padding
+    assert [x.dtype for x in columns] == [torch.int64, torch.int64, torch.bool, torch.int32]
+    attended = batch.documents
+    assert attended.rows == row
+    assert attended.path_stops == np.cumsum([len(path) for path in paths], dtype=int).tolist()
+    rows = np.arange(row) if attended.path_rows is None else attended.path_rows
+    assert rows.tolist() == joined(paths)
 
 
-def batches(lengths, *, gbs=4, mbs=1, epochs=3, dp_rank=0, dp_size=1):
+@given(forests.documents(), st.integers(2, 12), st.booleans(), st.integers(1, 4), st.data())
+@ANY_SPEED
+def test_pack_batch_against_the_documents(corpus, longest, share, multiple, data):
+    """Some truncated, some left out, some twice."""
+    corpus.pad_id = PAD_ID
+    lengths = np.minimum(corpus.lengths, longest)
+    ids = st.sampled_from(corpus.numbers.tolist())
+    lengths[data.draw(st.lists(ids, max_size=2))] = 0
+    documents = data.draw(st.lists(ids, max_size=15))
+    check_batch(corpus, documents, lengths, share=share, multiple=multiple)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_pack_batch_of_a_corpus_on_disk(tmp_path, share):
+    corpus = write_corpus(tmp_path / "random", random_documents([4, 6, 20, 3, 13], seed=1))
+    lengths = np.minimum(corpus.lengths, SEQ_LENGTH + 1)
+    check_batch(corpus, [3, 1, 0, 2], lengths, share=share, multiple=2)
+    corpus = save_corpus(tmp_path / "alike", num_documents=20, stems=3)
+    check_batch(corpus, range(20), corpus.lengths, share=share, multiple=8)
+
+
+def batches(lengths, *, gbs=4, epochs=3, **options):
     return GlobalBatches(
         np.array(lengths, dtype=np.int32),
         seq_length=SEQ_LENGTH,
         global_batch_size=gbs,
-        micro_batch_size=mbs,
         seed=5,
         epochs=epochs,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
+        **options,
     )
 
 
@@ -157,32 +237,33 @@ def test_global_batches_are_the_epochs_end_to_end(lengths, gbs, epochs, random):
         order = document_order(len(lengths), seed=5, epoch=epoch).tolist()
         stream += next_fit(lengths, order)
     assert sampler.num_batches == -(-num_packs // gbs)
-    padded = stream[:num_packs] + [[]] * (-num_packs % gbs)
     numbers = list(range(sampler.num_batches))
     random.shuffle(numbers)
     for k in numbers:
-        assert as_lists(sampler.global_batch(k)) == padded[k * gbs :][:gbs]
+        assert sampler.documents(k).tolist() == joined(stream[:num_packs][k * gbs :][:gbs])
     for k in random.sample(range(len(stream) // 4), min(len(stream) // 4, 5)):
-        assert as_lists(endless.global_batch(k)) == stream[4 * k :][:4]
-    with pytest.raises(IndexError):
-        sampler.global_batch(sampler.num_batches)
+        assert endless.documents(k).tolist() == joined(stream[4 * k :][:4])
+    for k in (-1, sampler.num_batches):
+        with pytest.raises(IndexError):
+            sampler.documents(k)
 
 
-@given(lengths_lists, st.sampled_from([(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 2)]))
-@settings(ANY_SPEED, max_examples=60)
-def test_ranks_share_out_the_same_micro_batches(lengths, layout):
-    mbs, dp_size = layout
-    alone = batches(lengths, gbs=8, mbs=mbs)
-    ranks = [batches(lengths, gbs=8, mbs=mbs, dp_rank=r, dp_size=dp_size) for r in range(dp_size)]
-    for k in range(alone.num_batches):
-        whole = [as_lists(m) for m in alone.micro_batches(k)]
-        assert [pack for m in whole for pack in m] == as_lists(alone.global_batch(k))
-        for r, rank in enumerate(ranks):
-            assert [as_lists(m) for m in rank.micro_batches(k)] == whole[r::dp_size]
-
-
-@pytest.mark.parametrize(("gbs", "mbs", "dp_size"), [(6, 4, 1), (6, 1, 4), (8, 4, 4), (0, 1, 1)])
-def test_a_global_batch_that_cannot_be_shared_out(gbs, mbs, dp_size):
-    message = rf"^--global-batch-size: .*expected a multiple of {mbs * dp_size} .*found {gbs}\)"
-    with pytest.raises(ConfigError, match=message):
-        batches([5], gbs=gbs, mbs=mbs, dp_size=dp_size)
+@given(
+    st.lists(st.sampled_from([0, 2, 5, 13]), min_size=1).filter(any),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.booleans(),
+)
+@ANY_SPEED
+def test_an_epoch_has_every_document_once(lengths, gbs, group, together):
+    """In groups or not, in packs or each by itself; then the number of a batch is that of its
+    documents.
+    """
+    stem_D = np.arange(len(lengths)) // 4
+    sampler = batches(
+        lengths, gbs=gbs, epochs=1, pack_documents=together, stem_D=stem_D, group=group
+    )
+    found = [sampler.documents(k).tolist() for k in range(sampler.num_batches)]
+    order = document_order(len(lengths), seed=5, epoch=0, stem_D=stem_D, group=group)
+    assert joined(found) == [d for d in order.tolist() if lengths[d]]
+    assert together or all(len(documents) == gbs for documents in found[:-1])

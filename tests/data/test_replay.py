@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_replay.data.corpus import Document
-from megatron_replay.data.packing import pack_batch
+from megatron_replay.data.packing import PackedBatch, forest_of, pack_batch
 from megatron_replay.data.replay import full_targets, join_candidates
 from megatron_replay.errors import StoreError
 from megatron_replay.store import CandidateBatch, DocumentCandidates, missing_label
@@ -26,6 +26,11 @@ class Documents(list):
     """A corpus in memory."""
 
     pad_id = PAD_ID
+
+    @property
+    def first_labels(self) -> np.ndarray:
+        masks = (document.loss_mask for document in self)
+        return np.array([np.append(np.append(False, mask[1:]), True).argmax() for mask in masks])
 
 
 class Recorded(list):
@@ -62,23 +67,38 @@ def random_record(document: Document, rng, share: float) -> DocumentCandidates:
     return record(positions, sets, lse=lse.astype("f4"), tail_mass=tail_mass.astype("f4"))
 
 
+def alike(documents: list[Document], size: int) -> list[Document]:
+    """The same, but that all begin with the first ``size`` tokens of the first, without loss."""
+    for document in documents:
+        stop = min(size, len(document), len(documents[0]))
+        document.tokens[:stop] = documents[0].tokens[:stop]
+        document.loss_mask[:stop] = False
+    return documents
+
+
+def batch_of(corpus, ids, lengths, *, share: bool) -> PackedBatch:
+    ids, lengths = np.array(ids, np.int64), np.array(lengths, np.int32)
+    return pack_batch(corpus, forest_of(corpus, ids, lengths, share=share), lengths, multiple=4)
+
+
 def slow_join(batch, recorded):
     """One row of the batch at a time, from the columns a model sees.
 
-    (row, label, lse, tail, set, the document's row 0, union of the document's sets) of each.
+    (row, label, lse, tail, set, the document's place, union of the document's sets) of each.
     """
-    found = []
-    columns = (batch.document_BS, batch.position_BS, batch.labels_BS)
-    for row, (document, position, label) in enumerate(
-        zip(*(column.flatten().tolist() for column in columns), strict=True)
+    found, forest = [], batch.forest
+    places = np.repeat(np.arange(len(forest)), forest.own_D)
+    columns = (places, batch.position_T[: len(places)], batch.label_T[: len(places)])
+    for row, (place, position, label) in enumerate(
+        zip(*(column.tolist() for column in columns), strict=True)
     ):
-        candidates = recorded[document] if document >= 0 else record([], [])
+        candidates = recorded[forest.document_D[place]]
         for i in np.flatnonzero(candidates.positions == position).tolist():
             lse, tail_mass = float(candidates.lse[i]), float(candidates.tail_mass[i])
             own = candidates.ids[candidates.offsets[i] : candidates.offsets[i + 1]].tolist()
             tail = lse + math.log(tail_mass) if tail_mass else -math.inf
             union = sorted(set(candidates.ids.tolist()))
-            found.append((row, label, lse, tail, own, row - position, union))
+            found.append((row, label, lse, tail, own, place, union))
     return found
 
 
@@ -96,20 +116,22 @@ def join(batch, source, scope="position", **options):
     st.lists(st.integers(2, 16), max_size=8),
     st.sampled_from([0.0, 0.3, 1.0]),
     st.sampled_from(SCOPES),
+    st.sampled_from([0, 3, 9]),
+    st.booleans(),
     st.integers(0, 10_000),
 )
 @settings(deadline=None)
-def test_join_against_dictionaries(lengths, share, scope, seed):
-    """Documents of up to 16 tokens in packs of 10 positions: the longer ones are truncated."""
+def test_join_against_dictionaries(lengths, share, scope, common, share_prefixes, seed):
+    """Documents of up to 16 tokens, of which 11 are used, some of them twice in the batch; the
+    first ones are ``common`` to all.
+    """
     rng = np.random.default_rng(seed)
-    documents = Documents(random_documents(lengths, seed))
+    documents = Documents(alike(random_documents(lengths, seed), common))
     recorded = Recorded(random_record(document, rng, share) for document in documents)
-    packs = [rng.permutation(len(lengths))[:1] for _ in range(rng.integers(1, 4))]
-    short = [i for i, n in enumerate(lengths) if n < 6]
-    packs += [np.array(short[:2]), np.empty(0, np.int64)]  # a batch may hold a document twice
+    ids = rng.integers(0, len(lengths), rng.integers(0, 7)) if lengths else []
     used = np.minimum(np.array(lengths, dtype=np.int32), SEQ_LENGTH + 1)
-    batch = pack_batch(documents, [pack.astype(int) for pack in packs], SEQ_LENGTH, used)
-    labels, has_loss = batch.labels_BS.flatten().tolist(), batch.loss_mask_BS.flatten().tolist()
+    batch = batch_of(documents, ids, used, share=share_prefixes)
+    labels, has_loss = batch.label_T.tolist(), batch.loss_mask_T.tolist()
     eligible = [(row, label) for row, label in enumerate(labels) if has_loss[row]]
     rows_N, labels_N = full_targets(batch)
     assert list(zip(rows_N.tolist(), labels_N.tolist(), strict=True)) == eligible
@@ -127,8 +149,8 @@ def test_join_against_dictionaries(lengths, share, scope, seed):
     if scope == "position":
         assert (as_sets(got.sets), got.sets.group_offsets) == (own, None)
     else:
-        unions = {start: union for *_, start, union in expected}
-        counts = [sum(start == first for *_, first, _ in expected) for start in unions]
+        unions = {place: union for *_, place, union in expected}
+        counts = [sum(place == own for *_, own, _ in expected) for place in unions]
         assert as_sets(got.sets) == list(unions.values())
         assert got.sets.group_offsets.tolist() == np.cumsum([0, *counts]).tolist()
         assert got.sets.group_offsets.dtype == torch.int64
@@ -137,10 +159,12 @@ def test_join_against_dictionaries(lengths, share, scope, seed):
     assert got.lse_N.dtype == got.tail_logit_N.dtype == torch.float32
 
 
+#: Positions 1 and 2 carry loss, position 0 can be shared.
+DOCUMENT = Document(np.array([3, 4, 5, 6], dtype=np.int32), np.array([0, 0, 1, 1]) > 0)
+
+
 def one_document(positions=(1, 2), sets=((4, 5), (2, 6)), length=4):
-    document = Document(np.array([3, 4, 5, 6], dtype=np.int32), np.array([0, 0, 1, 1]) > 0)
-    lengths = np.array([length], dtype=np.int32)
-    batch = pack_batch(Documents([document]), [np.array([0])], length + 2, lengths)
+    batch = batch_of(Documents([DOCUMENT]), [0], [length], share=True)
     return batch, Recorded([record(positions, sets)])
 
 
@@ -158,6 +182,20 @@ def test_a_store_of_other_data_is_refused(scope, change, message):
     join(*one_document(), scope)
     with pytest.raises(StoreError, match=message):
         join(*one_document(**change), scope)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_document_that_shares_its_first_position(scope):
+    """Its own positions follow the other's, and a record at the shared one is refused: in its place
+    would be a row of the other, whose label may well be in the set.
+    """
+    batch = batch_of(Documents([DOCUMENT, DOCUMENT]), [1, 0], [4, 4], share=True)
+    assert batch.token_T[:5].tolist() == [3, 4, 5, 4, 5]
+    first = record((1, 2), ((4, 5), (2, 6)))
+    assert join(batch, Recorded([first, first]), scope).rows_N.tolist() == [1, 2, 3, 4]
+    other = record((0, 2), ((5, 6), (5, 6)))
+    with pytest.raises(StoreError, match="document 1, position 0 is recorded, but its label"):
+        join(batch, Recorded([first, other]), scope)
 
 
 @given(
