@@ -127,7 +127,7 @@ def stems(corpus: Corpus, lengths: npt.NDArray[np.int32]) -> Ints:
     positions with it. Documents of no length have numbers of their own.
     """
     forest = plant(corpus, np.arange(len(lengths)), lengths)
-    stem_D = np.arange(len(lengths)) + len(forest)
+    stem_D = np.arange(len(lengths)) + len(forest) + 1
     stem_D[forest.document_D] = np.cumsum(2 * forest.shared_D < forest.positions_D)
     return stem_D
 

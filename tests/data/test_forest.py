@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_replay.data.forest import Forest, plant, without_sharing
+from megatron_replay.data.forest import Forest, plant, stems, without_sharing
 from tests.forests import Documents, Tokens, documents
 
 
@@ -77,6 +77,32 @@ def test_balanced_packs_are_as_even_as_consecutive_ones_can_be(
         assert len(forest.packs(largest - 1)) > len(packs)
     sizes = [len(pack) for pack in packs]
     assert sizes == sorted(sizes, key=bool, reverse=True), "empty ones come last"
+
+
+def groups(stem_D: np.ndarray) -> list[list[int]]:
+    """The documents of each stem."""
+    return sorted(np.flatnonzero(stem_D == stem).tolist() for stem in np.unique(stem_D))
+
+
+@given(documents(), st.sets(st.integers(0, 11)))
+def test_a_stem_is_a_run_of_documents_that_share_half_their_positions(
+    corpus: Documents, left_out: set[int]
+) -> None:
+    """Each with the one before it; a document that is left out is one by itself."""
+    lengths = corpus.lengths.copy()
+    none = sorted(left_out & set(range(len(lengths))))
+    lengths[none] = 0
+    forest = plant(corpus, corpus.numbers, lengths)  # type: ignore[arg-type]
+    runs: list[list[int]] = []
+    for document, shared, positions in zip(
+        forest.document_D.tolist(), forest.shared_D, forest.positions_D, strict=True
+    ):
+        if not runs or shared < positions / 2:
+            runs.append([])
+        runs[-1].append(document)
+    stem_D = stems(corpus, lengths)  # type: ignore[arg-type]
+    assert groups(stem_D) == sorted([sorted(run) for run in runs] + [[d] for d in none])
+    assert stem_D.min() >= 0
 
 
 def test_no_document_is_a_forest_too() -> None:
