@@ -5,7 +5,7 @@ STAMP := .venv/.ready
 PEERS := .venv/.peers
 BUILD_KERNELS := $(or $(MEGATRON_REPLAY_BUILD_KERNELS),1)
 
-.PHONY: setup test mutation check bench bench-optim bench-head bench-select bench-store bench-stage0 bench-stage1 replicate-quick replicate evidence clean
+.PHONY: setup test mutation check bench bench-optim bench-head bench-select bench-store bench-stage0 bench-stage1 bench-prefix replicate-quick replicate evidence clean
 
 setup: $(STAMP)  ## create .venv with pinned packages and this package in place
 
@@ -41,7 +41,7 @@ $(PEERS): $(STAMP) requirements/bench.txt
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r requirements/bench.txt
 	@touch $@
 
-bench: bench-optim bench-head bench-select bench-store bench-stage0 bench-stage1  ## all of them, each beside its peers
+bench: bench-optim bench-head bench-select bench-store bench-stage0 bench-stage1 bench-prefix  ## all of them, each beside its peers
 
 bench-optim: $(PEERS)  ## the optimizer's step: ns and bytes per parameter
 	$(BIN)/python -m benchmarks.optim
@@ -60,6 +60,9 @@ bench-stage0: $(PEERS)  ## Stage 0 beside a plain forward pass of the same model
 
 bench-stage1: $(PEERS)  ## what each exact saving of Stage 1 buys, beside transformers
 	$(BIN)/python -m benchmarks.stage1
+
+bench-prefix: $(PEERS)  ## what shared prefixes save; on Spider: python -m benchmarks.prefix --data DIR --tokenizer DIR
+	$(BIN)/python -m benchmarks.prefix
 
 REPLICATE = $(BIN)/python -m examples.replicate.run --output runs/replicate --plan
 TABLES = $(BIN)/python -m examples.replicate.report --rows runs/replicate/rows.csv --output-dir runs/replicate/report

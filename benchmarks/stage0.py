@@ -37,9 +37,9 @@ from megatron_replay.store import CandidateReader
 
 platform.select("cpu").prepare()  # before megatron-core may be imported
 
-from benchmarks.stages import SEQ_LENGTH, save_corpus, write_store  # noqa: E402
+from benchmarks.stages import random_documents, save_corpus, write_store  # noqa: E402
 from megatron_replay.checkpoint.load import LoadedModel  # noqa: E402
-from megatron_replay.data.packing import pack_batch, plan_packs  # noqa: E402
+from megatron_replay.data.packing import forest_of, pack_batch  # noqa: E402
 from megatron_replay.data.replay import eligible_rows  # noqa: E402
 from megatron_replay.forward import MicroBatch, forward_only  # noqa: E402
 from megatron_replay.model.config import ModelConfig  # noqa: E402
@@ -48,7 +48,7 @@ from megatron_replay.model.selected_rows import HiddenStates  # noqa: E402
 
 #: name -> layers, vocabulary, standard deviation of the logits.
 MODELS = {"output": (2, 151_936, 5.6), "body": (16, 32_000, 4.6)}
-HIDDEN = 1024
+HIDDEN, SEQ_LENGTH = 1024, 1024
 CPU = torch.device("cpu")
 PLAIN = "plain forward"
 STRATEGIES = ("all", "bucket", "random", "last-token")
@@ -66,9 +66,10 @@ class Case:
 
     def plain(self, then: Callable[[Tensor], object] = lambda logits_NV: None) -> None:
         """Every logit of every position; ``then`` is done with a chunk of them."""
-        packs = plan_packs(self.corpus.lengths, np.arange(len(self.corpus)), SEQ_LENGTH)
-        for pack in packs:
-            batch = pack_batch(self.corpus, [pack], SEQ_LENGTH, self.corpus.lengths)
+        corpus = self.corpus
+        forest = forest_of(corpus, np.arange(len(corpus)), corpus.lengths, share=False)
+        for pack in forest.packs(SEQ_LENGTH):
+            batch = pack_batch(corpus, pack, corpus.lengths, multiple=1)
             rows_N = eligible_rows(batch)
 
             def head(hidden: HiddenStates, weight_VH: Tensor, rows_N: Tensor = rows_N) -> None:
@@ -84,7 +85,7 @@ class Case:
             position_strategy=strategy,
             documents_per_shard=len(self.corpus),
         )
-        return write_store(settings, self.corpus, self.model, self.groups)
+        return write_store(settings, self.corpus, self.model, self.groups, SEQ_LENGTH)
 
 
 def random_model(name: str, groups: Parallel) -> LoadedModel:
@@ -110,7 +111,7 @@ def random_model(name: str, groups: Parallel) -> LoadedModel:
     return LoadedModel(shape, config, module, Path(), 0)
 
 
-def documents(positions: int) -> Iterator[tuple[int, int]]:
+def document_sizes(positions: int) -> Iterator[tuple[int, int]]:
     """60 to 350 tokens each, all labels with loss, until there are ``positions``."""
     rng, left = np.random.default_rng(0), positions
     while left > 0:
@@ -173,7 +174,9 @@ def main() -> None:
     groups = parallel.initialize(ParallelConfig(), platform.select("cpu"))
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:
-            corpus = save_corpus(Path(folder), MODELS[name][1], documents(options.positions))
+            vocab_size = MODELS[name][1]
+            documents = random_documents(vocab_size, document_sizes(options.positions))
+            corpus = save_corpus(Path(folder) / "corpus", vocab_size, documents)
             case = Case(
                 model=random_model(name, groups),
                 corpus=corpus,
@@ -183,7 +186,7 @@ def main() -> None:
             )
             positions = int((corpus.lengths - 1).sum())
             print(
-                f"\n{name}: H {HIDDEN}, {MODELS[name][0]} layers, V {MODELS[name][1]:,}; "
+                f"\n{name}: H {HIDDEN}, {MODELS[name][0]} layers, V {vocab_size:,}; "
                 f"{positions} positions; {describe_sets(case)}"
             )
             for threads in options.threads:

@@ -4,6 +4,7 @@ measures the peak memory of a pass.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import platform
@@ -54,6 +55,28 @@ def interleave(
             finish(device)
             times[name].values.append((time.perf_counter_ns() - start) / each)
     return times
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds, of CPU time on a CPU, and peak memory in bytes of each round."""
+
+    seconds: list[float] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
+
+    def add(self, run: Callable[[], object], device: torch.device) -> None:
+        clock = time.process_time if device.type == "cpu" else time.perf_counter
+
+        def timed() -> None:
+            start = clock()
+            run()
+            finish(device)
+            self.seconds.append(clock() - start)
+
+        gc.collect()
+        if device.type == "cpu":
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier arms freed is no longer resident
+        self.memory.append(peak_bytes(timed, device))
 
 
 def finish(device: torch.device) -> None:
