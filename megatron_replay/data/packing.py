@@ -229,8 +229,13 @@ def plan_packs(
 def forest_of(
     corpus: Corpus, documents: Pack, lengths: npt.NDArray[np.int32], *, share: bool
 ) -> Forest:
-    """``documents`` with what they share (``--share-prefixes``), or each by itself."""
-    return plant(corpus, documents, lengths) if share else without_sharing(documents, lengths)
+    """``documents`` with what they share (``--share-prefixes``), or each by itself, in order."""
+    alone = without_sharing(documents, lengths)
+    if not share:
+        return alone
+    forest = plant(corpus, documents, lengths)
+    # Where nothing is shared, the given order fills as many packs as were planned.
+    return forest if forest.computed < alone.computed else alone
 
 
 @dataclass(frozen=True, eq=False)

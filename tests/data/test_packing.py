@@ -267,3 +267,10 @@ def test_an_epoch_has_every_document_once(lengths, gbs, group, together):
     order = document_order(len(lengths), seed=5, epoch=0, stem_D=stem_D, group=group)
     assert joined(found) == [d for d in order.tolist() if lengths[d]]
     assert together or all(len(documents) == gbs for documents in found[:-1])
+
+
+def test_documents_that_share_nothing_keep_their_order():
+    corpus = forests.Documents([((9, 8, 7), 1), ((3, 2, 1, 0), 2), ((3, 3, 3), 2)])
+    order = np.array([2, 0, 1])
+    assert forest_of(corpus, order[:2], corpus.lengths, share=True).document_D.tolist() == [2, 0]
+    assert forest_of(corpus, order, corpus.lengths, share=True).document_D.tolist() == [0, 1, 2]
