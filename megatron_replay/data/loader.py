@@ -140,10 +140,11 @@ class Loader(Generic[T]):
     up at the step it belongs to. Batches made ahead and never used are dropped, errors included.
     Use it as a context manager: leaving the block ends the thread.
 
-    Memory: at most ``depth`` batches besides the one in use. Of a global batch of T positions, N of
-    them selected with C candidates in all, a data-parallel rank holds its share of
-    25 T + 40 N + 4 C bytes: 7.4 MB for 16 packs of 4,096 positions of which one in five has a set
-    of 100.
+    Memory: at most ``depth`` batches besides the one in use. Of a global batch of T computed rows,
+    N of them selected with C candidates in all, a data-parallel rank holds its share of
+    21 T + 40 N + 4 C bytes, 7.1 MB for 65,536 rows of which one in five has a set of 100, and
+    attention's masks: at most 256 bytes a row where nothing is shared, and one more for each
+    position of a shared prefix.
 
     Args:
         make: runs in the loader's thread, one call at a time.
