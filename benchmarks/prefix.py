@@ -111,7 +111,7 @@ QWEN3 = {
 
 def plain_forward(ours: Ours, corpus: Corpus) -> None:
     """The logits of every position with loss, discarded; packed, nothing shared."""
-    for pack in forest(corpus, share=False).packs(SEQ_LENGTH):
+    for pack in forest(corpus, share=False).cut(SEQ_LENGTH):
         batch = pack_batch(corpus, pack, corpus.lengths, multiple=1)
         rows_N = eligible_rows(batch)
 

@@ -68,7 +68,7 @@ class Case:
         """Every logit of every position; ``then`` is done with a chunk of them."""
         corpus = self.corpus
         forest = forest_of(corpus, np.arange(len(corpus)), corpus.lengths, share=False)
-        for pack in forest.packs(SEQ_LENGTH):
+        for pack in forest.cut(SEQ_LENGTH):
             batch = pack_batch(corpus, pack, corpus.lengths, multiple=1)
             rows_N = eligible_rows(batch)
 

@@ -51,7 +51,7 @@ def stage0(config: Stage0Config) -> str:
     def micro_batches(shard: int) -> list[Forest]:
         documents = numbers[shard * size : (shard + 1) * size]
         forest = forest_of(corpus, documents, fitted.lengths, share=data.share_prefixes)
-        return forest.packs(data.micro_batch_size * data.seq_length)
+        return forest.cut(data.micro_batch_size * data.seq_length)
 
     num_shards = -(-len(corpus) // size)
     plan = _plan(config, shape, corpus, fitted.lengths, "shard", num_shards, micro_batches)
@@ -87,7 +87,7 @@ def stage1(config: Stage1Config) -> str:
     def micro_batches(step: int) -> list[Forest]:
         documents = batches.documents(step)
         forest = forest_of(corpus, documents, lengths, share=data.share_prefixes)
-        return forest.balanced_packs(data.micro_batch_size * data.seq_length, multiple=dp)
+        return forest.balanced_cut(data.micro_batch_size * data.seq_length, multiple=dp)
 
     plan = _plan(config, shape, corpus, lengths, "step", train_iters, micro_batches)
     width, masters = (2, 4) if config.model.bf16 else (4, 0)
@@ -135,7 +135,8 @@ def layer_activations(
     gathered = 0 if documents.key_rows is None else 2 * len(documents.key_rows)
     pairs = (rows * groups + gathered) * shape.num_query_groups * channels
     ffn = 5 * rows * shape.ffn_hidden_size
-    masks = sum(s.mask.numel() for s in documents.segments if s.mask is not None)
+    masked = [s for s in documents.segments if s.mask is not None or s.prefix]
+    masks = sum((s.stop - s.start) * s.num_keys for s in masked)
     return (whole + (queries + pairs + ffn) // tp + masks) * width
 
 

@@ -3,11 +3,11 @@
     torchrun --nproc_per_node 4 -m megatron_replay.stage0 \\
         --load CHECKPOINT --data-path PREFIX --store DIR --tensor-model-parallel-size 4
 
-corpus -> shards of documents -> packs -> hidden states -> logits, a chunk of positions at a time
+corpus -> shards of documents -> micro-batches -> hidden states -> logits, a chunk at a time
 -> candidate sets (selection.candidates) -> one record per document (store.CandidateWriter).
 
-A shard is a fixed range of documents and is packed by itself, so its bytes do not depend on the
-number of processes, nor on which shards an interrupted run had already finished.
+A shard is a fixed range of documents and shares prefixes only within itself, so its bytes do not
+depend on the number of processes, nor on which shards an interrupted run had already finished.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
         --load CHECKPOINT --data-path PREFIX --store DIR --save DIR --lr 1.25e-6 \\
         --tensor-model-parallel-size 4 --optimizer moclip --loss restricted
 
-corpus joined with the store -> packs -> hidden states -> loss at the selected positions -> one step
-of the update rule. Stopping (SIGTERM, Ctrl-C, a crash) loses at most the steps since the last
-checkpoint; the same command continues from there, in the same order of data.
+corpus joined with the store -> micro-batches -> hidden states -> loss at the selected positions
+-> one step of the update rule. Stopping (SIGTERM, Ctrl-C, a crash) loses at most the steps since
+the last checkpoint; the same command continues from there, in the same order of data.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stage 0's work from documents to records: pack, forward, and select candidates in the head.
+"""Stage 0's work from documents to records: share prefixes, forward, select in the head.
 
 The device selects candidates at the wanted positions of a micro-batch. The host then cuts them into
 one record per document, where the records are written (``collection.stream``).
@@ -114,7 +114,7 @@ class Collector:
         """
         data, corpus, lengths = self._data, self._corpus, self._lengths
         forest = forest_of(corpus, documents, lengths, share=data.share_prefixes)
-        planned = forest.packs(data.micro_batch_size * data.seq_length)
+        planned = forest.cut(data.micro_batch_size * data.seq_length)
         self.positions += forest.positions
         stages = self._groups.pp_size
         per_call = _MICRO_BATCHES_PER_STAGE * stages if stages > 1 else 1

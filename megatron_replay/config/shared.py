@@ -145,7 +145,9 @@ class DataConfig(Section):
         ("error", "drop", "truncate"),
     )
     micro_batch_size: int = option(
-        "packs of computed positions in one forward pass on one device", 1, within="[1, 65536]"
+        "a micro-batch computes at most so many times --seq-length positions",
+        1,
+        within="[1, 65536]",
     )
     share_prefixes: bool = option(
         "compute the tokens with which documents begin in common once: exact, and cheaper", True

@@ -142,9 +142,8 @@ class Loader(Generic[T]):
 
     Memory: at most ``depth`` batches besides the one in use. Of a global batch of T computed rows,
     N of them selected with C candidates in all, a data-parallel rank holds its share of
-    21 T + 40 N + 4 C bytes, 7.1 MB for 65,536 rows of which one in five has a set of 100, and
-    attention's masks: at most 256 bytes a row where nothing is shared, and one more for each
-    position of a shared prefix.
+    21 T + 40 N + 4 C bytes, 7.1 MB for 65,536 rows of which one in five has a set of 100; and what
+    attention needs: a byte for each pair of a row and a key under a mask, 8 for each gathered key.
 
     Args:
         make: runs in the loader's thread, one call at a time.

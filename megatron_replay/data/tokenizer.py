@@ -43,7 +43,7 @@ class Tokenizer(ABC):
         vocab_size: ids are in [0, vocab_size); a model's embedding may have more rows.
         eos_id: the end-of-sequence token.
         pad_id: the token at empty positions; the EOS where the tokenizer names no padding token.
-            That is harmless: padding is recognised by its document id (-1), never by its token.
+            That is harmless: padding carries no loss, and no document attends to it.
         special_ids: control tokens (turn markers, BOS, EOS, padding).
         files: SHA-256 by name of each file that decides the ids.
         fingerprint: SHA-256 of all of them.

@@ -22,6 +22,7 @@ from megatron_replay.kernels.packed_attention import (
     AttentionBackend,
     Documents,
     RowSegment,
+    gather_rows,
 )
 
 try:
@@ -47,14 +48,12 @@ def _masked(device: torch.device) -> Tensor:
 def _attend(
     operands: Sequence[Tensor], query_ends: list[int], key_ends: list[int], scale: float
 ) -> Tensor:
-    """[T, N, D] of query [T, N, D], key and value [keys, G, D]; document d is ``[ends[d - 1]`` to
-    ``ends[d])`` of either.
-    """
+    """[T, N, D] of query [T, N, D], key and value [keys, G, D]; where documents end in both."""
     if len(query_ends) > MOST_DOCUMENTS:
         query_stop, key_stop = query_ends[MOST_DOCUMENTS - 1], key_ends[MOST_DOCUMENTS - 1]
         stops = (query_stop, key_stop, key_stop)
-        first = [x[:stop] for x, stop in zip(operands, stops, strict=True)]
-        others = [x[stop:] for x, stop in zip(operands, stops, strict=True)]
+        cut = (x.split([stop, len(x) - stop]) for x, stop in zip(operands, stops, strict=True))
+        first, others = zip(*cut, strict=True)
         query_left = [end - query_stop for end in query_ends[MOST_DOCUMENTS:]]
         key_left = [end - key_stop for end in key_ends[MOST_DOCUMENTS:]]
         done = _attend(first, query_ends[:MOST_DOCUMENTS], key_ends[:MOST_DOCUMENTS], scale)
@@ -86,11 +85,11 @@ def packed_attention(
     Memory: where anything is shared, the keys and values of every path, once a layer.
     """
     query_ends, key_ends, pairs = documents.stops, documents.path_stops, (key_TGD, value_TGD)
-    padding = torch.arange(documents.rows, len(query_TND), device=key_TGD.device)
     if documents.path_rows is not None:
+        padding = torch.arange(documents.rows, len(query_TND), device=key_TGD.device)
         rows = torch.cat([documents.path_rows, padding])
-        pairs = (key_TGD.index_select(0, rows), value_TGD.index_select(0, rows))
-    if len(padding):
+        pairs = (gather_rows(key_TGD, rows), gather_rows(value_TGD, rows))
+    if documents.rows < len(query_TND):
         query_ends, key_ends = [*query_ends, len(query_TND)], [*key_ends, len(pairs[0])]
     return _attend([query_TND, *pairs], query_ends, key_ends, scale)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -123,13 +123,38 @@ class Documents:
     def keys_of(self, x_TGD: Tensor) -> list[Tensor]:
         """The keys, or values, of each segment: [K, G, D].
 
-        Gathered by one operation, and its backward adds the gradients of a key that several
-        segments have. Memory: one [sum K, G, D] a layer where anything is shared, else nothing.
+        Memory: one [sum K, G, D] a layer where anything is shared, else nothing.
         """
         sizes = [segment.num_keys for segment in self.segments]
         if self.key_rows is None:
             return list(x_TGD[: self.rows].split(sizes))
-        return list(x_TGD.index_select(0, self.key_rows).split(sizes))
+        return list(gather_rows(x_TGD, self.key_rows).split(sizes))
+
+
+def gather_rows(x_TGD: Tensor, rows_K: Tensor) -> Tensor:
+    """``x_TGD[rows_K]``; in backward a row's gradients are added in fp32, in the order of rows."""
+    gathered_KGD: Tensor = _GatherRows.apply(x_TGD, rows_K)  # type: ignore[no-untyped-call]
+    return gathered_KGD
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TGD: Tensor, rows_K: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_K)
+        ctx.length = len(x_TGD)
+        return x_TGD.index_select(0, rows_K)
+
+    @staticmethod
+    def backward(ctx: Any, grad_KGD: Tensor) -> tuple[Tensor, None]:
+        (rows_K,) = ctx.saved_tensors
+        dtype = torch.promote_types(grad_KGD.dtype, torch.float32)
+        summed_TGD = grad_KGD.new_zeros((ctx.length, *grad_KGD.shape[1:]), dtype=dtype)
+        grad = grad_KGD.to(dtype)
+        if grad.is_cpu:
+            summed_TGD.index_add_(0, rows_K, grad)
+        else:  # index_add_ would add in any order there
+            summed_TGD.index_put_((rows_K,), grad, accumulate=True)
+        return summed_TGD.to(grad_KGD.dtype), None
 
 
 def _size(path: Path) -> int:
@@ -295,7 +320,7 @@ def _attend(
     """[L, N, D]; causal from the lower right where there is no mask."""
     is_causal = mask is None and len(query_LND) == len(key_KGD)
     if mask is None and not is_causal:
-        # A mask on a CPU, as large as [L, K]; fused kernels on a GPU need none.
+        # On a CPU, and where a GPU has no fused kernel for the dtype, a mask as large as [L, K].
         mask = causal_lower_right(len(query_LND), len(key_KGD))
     # Groups are shared by the kernel, not repeated in memory.
     return F.scaled_dot_product_attention(

@@ -58,7 +58,7 @@ def require_vocabulary(
 def require_context(lengths: npt.NDArray[np.int32], model: ModelConfig) -> None:
     """Raise ConfigError when a document is longer than the model's context.
 
-    A pack may be longer: attention stays inside a document, and rotary positions are relative.
+    A micro-batch may be longer: rotary positions count from a document's first token.
     """
     longest = int(lengths.max()) - 1
     if longest > model.max_position_embeddings:

@@ -86,7 +86,7 @@ class BatchBuilder:
         share = settings.share_prefixes
         forest = forest_of(data.corpus, documents, data.lengths, share=share)
         capacity = settings.micro_batch_size * settings.seq_length
-        parts = forest.balanced_packs(capacity, multiple=groups.dp_size)
+        parts = forest.balanced_cut(capacity, multiple=groups.dp_size)
         own = [self._micro_batch(part) for part in parts[groups.dp_rank :: groups.dp_size]]
         return StepBatch(own, parts, forest.positions)
 

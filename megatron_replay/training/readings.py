@@ -200,7 +200,7 @@ def _micro_batches(
 ) -> list[PackedBatch]:
     """``documents`` in micro-batches."""
     forest = forest_of(corpus, documents, lengths, share=data.share_prefixes)
-    packs = forest.packs(data.micro_batch_size * data.seq_length)
+    packs = forest.cut(data.micro_batch_size * data.seq_length)
     return [pack_batch(corpus, pack, lengths, multiple=multiple) for pack in packs]
 
 

@@ -76,7 +76,7 @@ def global_batch(corpus: Corpus, k: int = 0) -> Forest:
 
 def micro_batches(groups: parallel.Parallel, corpus: Corpus, k: int = 0) -> list[PackedBatch]:
     """This rank's micro-batches of global batch ``k``."""
-    parts = global_batch(corpus, k).balanced_packs(SEQ_LENGTH, groups.dp_size)
+    parts = global_batch(corpus, k).balanced_cut(SEQ_LENGTH, groups.dp_size)
     own = parts[groups.dp_rank :: groups.dp_size]
     return [pack_batch(corpus, part, corpus.lengths, multiple=groups.tp_size) for part in own]
 
