@@ -113,7 +113,7 @@ RUNS: list[tuple[str, dict[str, int], float]] = [
     ("--sequence-parallel --micro-batch-size 2", {"tp": 2, "dp": 2}, 5e-6),
     ("--loss full", {"pp": 2, "dp": 2}, 5e-6),
     ("--sequence-parallel --recompute-granularity full", {"tp": 4, "pp": 2}, 5e-6),
-    ("--optimizer muonclip --qk-clip-threshold 0.5", {"dp": 2}, 5e-6),
+    ("--optimizer muonclip", {"dp": 2}, 5e-6),
     ("--bf16 --use-distributed-optimizer", {"dp": 2}, 5e-3),
 ]
 
@@ -142,7 +142,7 @@ def test_a_run_is_the_same_with_and_without(folder, tmp_path, flags, layout, nea
     assert [x["positions"] for x in shared] == [x["positions"] for x in alone]
     assert [x["tokens"] for x in shared] == [x["tokens"] for x in alone]
     assert [x["computed_tokens"] for x in alone] == [x["tokens"] for x in alone]
-    assert sum(x["computed_tokens"] for x in shared) < 0.8 * sum(x["tokens"] for x in shared)
+    assert sum(x["computed_tokens"] for x in shared) < 0.9 * sum(x["tokens"] for x in shared)
     losses = [x["loss"] for x in alone]
     assert len(losses) == 10
     assert [x["loss"] for x in shared] == pytest.approx(losses, abs=near)
