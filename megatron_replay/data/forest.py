@@ -131,13 +131,13 @@ def stems(corpus: Corpus, lengths: npt.NDArray[np.int32]) -> Ints:
     """int64 [D of the corpus]: documents of one number have a prefix in common.
 
     In lexicographic order a document belongs to the one before if they have in common at least half
-    of its positions before the first label; without those, of both, that all documents have in
-    common (a system prompt). Documents of no length have numbers of their own.
+    of its positions before the first label. Positions that all documents have in common (a system
+    prompt) do not count. Documents of no length have numbers of their own.
     """
     forest = plant(corpus, np.arange(len(lengths)), lengths)
     stem_D = np.arange(len(lengths)) + len(forest) + 1
     shareable_D = np.minimum(corpus.first_labels[forest.document_D] - 1, forest.positions_D)
-    everywhere = forest.shared_D[1:].min(initial=np.iinfo(np.int64).max)
+    everywhere = int(forest.shared_D[1:].min()) if len(forest) > 1 else 0
     begins_D = 2 * (forest.shared_D - everywhere) < shareable_D - everywhere
     stem_D[forest.document_D] = np.cumsum(begins_D)
     return stem_D
