@@ -7,6 +7,10 @@ bytes, which does not favour short options. Prompt and option are encoded apart,
 are, so all options follow the same tokens; the end of the sequence is not scored. Of equal scores
 the first option's wins; a question with a score that is not a number counts as wrong.
 
+A single option is right if it is the greedy continuation (LAMBADA's rule). It is compared with
+
+    score(greedy) = Σ_t max_j log p(j | prompt, option_<t)
+
 Shapes: B questions of a batch, P tokens of their prompts, R options of a batch, O tokens of the
 longest option, V vocabulary.
 """
@@ -17,7 +21,9 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -52,8 +58,8 @@ def read_choices(path: Path, tokenizer: Tokenizer) -> list[Choice]:
     for where, line in read_lines(path):
         row = parse_row(where, line)
         prompt, options = row.text("prompt"), row.checked(row.fields, "options", list)
-        if len(options) < 2:
-            raise row.error("too few options", expected="two or more", found=len(options))
+        if not options:
+            raise row.error("no options")
         texts = [row.checked({"options": text}, "options", str) for text in options]
         question, tokens = tokenizer.encode(prompt), [tokenizer.encode(text) for text in texts]
         if not question or not all(tokens):
@@ -77,24 +83,28 @@ def read_choices(path: Path, tokenizer: Tokenizer) -> list[Choice]:
 
 def score_choices(
     model: PreTrainedModel, choices: Sequence[Choice], *, batch_size: int = 16, show: str = ""
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
     """Answer every question and count.
 
     Returns:
-        ``questions``; ``correct`` and ``accuracy`` with its ``standard_error``, by the score;
-        ``correct_per_byte`` and ``accuracy_per_byte``, by the score over the option's bytes.
+        ``questions``; ``correct`` and ``accuracy`` with its ``standard_error``, by the score, and
+        ``hits``, a 0 or 1 for each question; ``correct_per_byte`` and ``accuracy_per_byte``, by the
+        score over the option's bytes.
 
     Raises:
         DataError: a question is longer than the model's context, or holds ids it lacks.
     """
     scores = option_scores(model, choices, batch_size=batch_size, show=show)
-    correct = correct_per_byte = 0
+    hits, correct_per_byte = "", 0
     for choice, totals in zip(choices, scores, strict=True):
-        rates = [total / n for total, n in zip(totals, choice.num_bytes, strict=True)]
-        correct += _likeliest(totals) == choice.answer
+        # The greedy continuation, which is compared with a single option, has its length.
+        rates = [total / n for total, n in zip(totals, cycle(choice.num_bytes), strict=False)]
+        hits += str(int(_likeliest(totals) == choice.answer))
         correct_per_byte += _likeliest(rates) == choice.answer
+    correct = hits.count("1")
     return {
         "questions": len(choices),
+        "hits": hits,
         "correct": correct,
         "accuracy": correct / len(choices),
         "standard_error": standard_error(correct, len(choices)),
@@ -111,7 +121,7 @@ def _likeliest(scores: Sequence[float]) -> int | None:
 def option_scores(
     model: PreTrainedModel, choices: Sequence[Choice], *, batch_size: int = 16, show: str = ""
 ) -> list[list[float]]:
-    """Σ log p of every option, in nats.
+    """Σ log p of every option, in nats; of a single option, and of the greedy continuation.
 
     A prompt is read once for all its options. Prompts of one length form a batch of at most
     ``batch_size``: no padding before what is scored. Memory: keys and values of the options'
@@ -152,8 +162,19 @@ def _batch_scores(model: PreTrainedModel, choices: Sequence[Choice]) -> list[lis
         cache.batch_select_indices(question_R)
         later = model(labels_RO[:, :-1].clamp(min=0), past_key_values=cache, use_cache=True).logits
         logits_ROV = torch.cat([logits_ROV, later], dim=1)
+    totals = iter(_totals(logits_ROV, labels_RO))
+    found = [[next(totals) for _ in choice.options] for choice in choices]
+    alone = [row for row, number in enumerate(question_R.tolist()) if len(found[number]) == 1]
+    greedy_RO = logits_ROV[alone].argmax(-1).where(labels_RO[alone] >= 0, labels_RO[alone])
+    for row, total in zip(alone, _totals(logits_ROV[alone], greedy_RO), strict=True):
+        found[int(question_R[row])].append(total)
+    return found
+
+
+def _totals(logits_ROV: torch.Tensor, labels_RO: torch.Tensor) -> list[float]:
+    """Σ log p of each row's labels."""
     losses_RO = torch.nn.functional.cross_entropy(  # 0 at padding, whose label is -100
         logits_ROV.float().flatten(0, 1), labels_RO.flatten(), reduction="none"
     ).view(labels_RO.shape)
-    totals = iter((-losses_RO.double().sum(1)).tolist())
-    return [[next(totals) for _ in choice.options] for choice in choices]
+    totals: list[float] = (-losses_RO.double().sum(1)).tolist()
+    return totals

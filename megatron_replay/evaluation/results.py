@@ -33,7 +33,7 @@ _IS: dict[str, Callable[[Any], bool]] = {
 }
 _BENCHMARK: Result = {
     "questions": _COUNT + _OR_NULL, "standard_error": _NUMBER + _OR_NULL, "general": _FLAG,
-    "empty_gold": _COUNT, "unfinished": _COUNT, "failures": {"*": _COUNT},
+    "hits": _TEXT, "empty_gold": _COUNT, "unfinished": _COUNT, "failures": {"*": _COUNT},
 }  # fmt: skip
 _PERPLEXITY: Result = {
     "perplexity!": _NUMBER, "delta_perplexity": _NUMBER, "loss": _NUMBER, "accuracy": _NUMBER

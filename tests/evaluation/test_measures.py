@@ -88,6 +88,7 @@ def test_scores_equal_plain_loops(model, logprobs, batch_size):
     result = score_choices(model, choices, batch_size=batch_size)
     assert (result["questions"], result["accuracy"]) == (12, result["correct"] / 12)
     assert result["correct"] == (answers == raw).sum()
+    assert result["hits"] == "".join(str(int(hit)) for hit in answers == raw)
     assert result["correct_per_byte"] == (answers == per_byte).sum()
 
 
@@ -100,6 +101,21 @@ def test_first_of_equals_wins_and_no_number_is_wrong(site):
     assert score_choices(model, twins)["correct"] == score_choices(model, twins[:1])["correct"] == 1
     model.get_input_embeddings().weight.data.fill_(float("nan"))
     assert score_choices(model, twins)["correct"] == 0
+
+
+def test_a_single_option_is_right_if_it_is_the_greedy_continuation(model, logprobs):
+    def alone(prompt: list[int], option: list[int]) -> Choice:
+        return Choice(where="", prompt=prompt, options=[option], num_bytes=[2], answer=0)
+
+    asked, expected = random_choices(3), ""  # of several options, beside them in a batch
+    for prompt in ([1], [2], [3]):
+        greedy: list[int] = []
+        for _ in range(3):
+            greedy.append(int(logprobs(prompt + greedy)[-1].argmax()))
+        other = [*greedy[:2], (greedy[2] + 1) % VOCAB_SIZE]
+        asked += [alone(prompt, greedy), alone(prompt, other), alone(prompt, greedy[:1])]
+        expected += "101"
+    assert score_choices(model, asked)["hits"][3:] == expected
 
 
 def test_pieces_of_a_document_keep_every_label(model):
@@ -190,7 +206,7 @@ def test_rows_are_tokenized_as_training_rows_are(site, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"options": ["b"]}, "too few options (expected two or more; found 1)"),
+        ({"options": []}, "no options"),
         ({"options": "bc"}, "'options' has the wrong type"),
         ({"options": ["b", 1]}, "'options' has the wrong type (expected a string"),
         ({"options": ["b", ""]}, "option 1 is empty"),

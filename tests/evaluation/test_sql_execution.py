@@ -195,7 +195,7 @@ def test_counts(database):
         ("select title from book order by title", "select title from book"),  # equal as a set
         (TENS, "drop table book"),
     )
-    assert (result["matches"], result["questions"]) == (1, 5)
+    assert (result["matches"], result["questions"], result["hits"]) == (1, 5, "10000")
     assert result["failures"] == {"other answer": 3, "not a query": 1}
     assert (result["accuracy"], result["set_accuracy"]) == (0.2, 0.6)
     # Agresti-Coull by hand: p = 3/9, √(3/9 · 6/9 / 9).

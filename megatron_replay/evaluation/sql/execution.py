@@ -89,7 +89,8 @@ def execution_match(
         predictions: one query for each question.
 
     Returns:
-        ``questions`` and ``matches``, their counts; ``accuracy`` with its ``standard_error``;
+        ``questions`` and ``matches``, their counts; ``hits``, a 1 for each question that matches
+        and a 0 for each other; ``accuracy`` with its ``standard_error``;
         ``set_accuracy``, which compares answers as sets of rows, as BIRD's evaluator does;
         ``failures``: predictions that do not match, by reason ("other answer": the query ran).
 
@@ -97,7 +98,7 @@ def execution_match(
         DataError: a gold query fails or finds nothing (its question is named), or a database
             cannot be read.
     """
-    matches = set_matches = 0
+    hits, set_matches = "", 0
     failures = Counter[str]()
     with (
         QueryProcess(limits) as process,
@@ -107,18 +108,21 @@ def execution_match(
             if not _has_answer(process, question):
                 found = question.gold[:_SHOWN]
                 raise DataError(f"the gold answer is empty: {found}", where=question.where)
+            same = False
             try:
                 same, same_set = process.compare(predicted)
             except QueryError as error:
                 failures[error.reason] += 1
             else:
-                matches += same
                 set_matches += same_set
                 if not same:
                     failures["other answer"] += 1
+            hits += str(int(same))
             bar.advance()
+    matches = hits.count("1")
     return {
         "questions": len(questions),
+        "hits": hits,
         "matches": matches,
         "accuracy": matches / len(questions),
         "standard_error": standard_error(matches, len(questions)),
