@@ -197,8 +197,6 @@ def write_random(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """A randomly initialised model: norms are ones, matrices normal with ``init_std``."""
-    final = Path(directory)
-    staged = start_directory(final)
     generator = torch.Generator().manual_seed(seed)
     tensors = (
         (name, torch.ones(shape))
@@ -206,7 +204,27 @@ def write_random(
         else (name, torch.randn(shape, generator=generator) * init_std)
         for name, shape in hf_tensor_shapes(config).items()
     )
+    write_new(directory, config, tensors, tokenizer=tokenizer, dtype=dtype)
+
+
+def write_new(
+    directory: str | Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    tokenizer: str | Path,
+    dtype: torch.dtype,
+) -> None:
+    """Write a model that was not loaded from a checkpoint; ``tokenizer``: its directory.
+
+    Raises:
+        CheckpointError: ``tokenizer`` cannot be read, or a weight exceeds ``dtype``.
+        OutputError: ``directory`` is not empty, or cannot be written.
+    """
+    final = Path(directory)
+    staged = start_directory(final)
     written = write_weights(staged, tensors, dtype=dtype)
+    assert written.keys() == hf_tensor_shapes(config).keys()
     write_model_files(staged, written, Path(tokenizer), dtype=dtype, config=config.to_hf_dict())
     publish(staged, final, overwrite=False)
 
