@@ -2,6 +2,7 @@
 """Convert between Hugging Face directories and Megatron checkpoints.
 
     python tools/convert_checkpoint.py --load runs/stage1 --save exported      # to Hugging Face
+    python tools/convert_checkpoint.py --load run --save half --blend Qwen3-4B --blend-weight 0.5
     python tools/convert_checkpoint.py --load Qwen3-4B --save mcore --save-model-type mcore
     python tools/convert_checkpoint.py --load-model-type hf --save-model-type mg \\
         --load-dir Qwen3-4B --save-dir mg --target-tensor-parallel-size 4
@@ -9,7 +10,8 @@
 mcore is megatron-core's resharding format, that of Stage 1's checkpoints; a model larger than one
 device's memory needs torchrun and the layout's flags. mg is Megatron's one file per rank, with
 MindSpeed-LLM's flags: one process converts it, a parameter at a time. What was written is read back
-and compared with the source, unless --no-verify is given.
+and compared with the source, unless --no-verify is given. --blend writes weights between a base and
+the model of --load, an mcore or a Hugging Face directory; tools/blend.py finds the weight.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Convert; returns the exit code."""
     try:
         options = _parser().parse_args(argv)
-        require_apart(options.save_dir, [("--load-dir", options.load_dir)], flag="--save-dir")
+        read = [("--load-dir", options.load_dir), ("--blend", options.blend)]
+        require_apart(
+            options.save_dir, [one for one in read if one[1] is not None], flag="--save-dir"
+        )
         found = find_type(options)
         require_used(options, found)
         if "mg" in (found, options.save_model_type):
@@ -74,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: as stored, tensor by tensor (mg), or as in config.json (mcore)",
     )
+    add("--blend", metavar="BASE", help="write (1-W)*BASE + W*(the model of --load); to hf only")
+    add("--blend-weight", type=float, metavar="W", help="between 0, the base, and 1")
     add("--overwrite", action="store_true", help="replace an earlier conversion")
     add("--verify", action=argparse.BooleanOptionalAction, default=True,
         help="compare what was written with the source (default: on)")  # fmt: skip
@@ -130,7 +137,7 @@ def find_type(options: argparse.Namespace) -> str:
             expected=found,
             found=options.load_model_type,
         )
-    if found == target:
+    if found == target and options.blend is None:
         raise ConfigError(f"{directory} is {target} already", where="--save-model-type")
     if {found, target} == {"mg", "mcore"}:
         raise ConfigError(
@@ -152,6 +159,7 @@ _APPLIES = {
     ),
     "reading mg": ("hf_cfg_dir", "trust_pickle"),
     "reading mcore": ("iteration",),
+    "writing hf from mcore or hf": ("blend", "blend_weight"),
     "hf <-> mcore": ("tensor_model_parallel_size", "pipeline_model_parallel_size", "platform"),
 }
 
@@ -161,6 +169,7 @@ def require_used(options: argparse.Namespace, found: str) -> None:
     target, directory = options.save_model_type, Path(options.load_dir)
     applying = {f"writing {target}", f"reading {found}"}
     applying |= set() if "mg" in (found, target) else {"hf <-> mcore"}
+    applying |= {"writing hf from mcore or hf"} if found != "mg" and target == "hf" else set()
     defaults = _parser()
     for use, flags in _APPLIES.items():
         for flag in flags:
@@ -171,6 +180,15 @@ def require_used(options: argparse.Namespace, found: str) -> None:
                     found=f"{found} to {target}",
                     fix="Leave it out",
                 )
+    if (options.blend is None) != (options.blend_weight is None):
+        raise ConfigError("--blend and --blend-weight are given together or not")
+    if options.blend is not None and not 0 < options.blend_weight < 1:
+        raise ConfigError(
+            "not a blend of the two",
+            where="--blend-weight",
+            expected="a number between 0 and 1",
+            found=options.blend_weight,
+        )
     if options.iteration is not None and options.iteration not in iterations(directory):
         raise ConfigError(
             "no such iteration",
@@ -199,6 +217,7 @@ def convert_models(options: argparse.Namespace) -> None:
     )
     groups = parallel.initialize(config, platform.select(config.platform))
     # These import megatron.core, which the platform must be prepared for.
+    from megatron_replay.checkpoint.blend import blend_into
     from megatron_replay.checkpoint.convert_models import require_logits, write_mcore
     from megatron_replay.checkpoint.export import export_hf
     from megatron_replay.checkpoint.load import load_model, model_files
@@ -206,6 +225,8 @@ def convert_models(options: argparse.Namespace) -> None:
     dtype = _dtype(options.params_dtype, model_files(options.load_dir))
     source = ModelConfigSource(load=options.load_dir, bf16=dtype is torch.bfloat16)
     model = load_model(source, config, groups, iteration=options.iteration)
+    if options.blend is not None:
+        groups.agreed(lambda: blend_into(model, options.blend, options.blend_weight, groups))
     target, overwrite = Path(options.save_dir), options.overwrite
     if options.save_model_type == "mcore":
         write_mcore(

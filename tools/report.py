@@ -52,9 +52,18 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--run", action="append", default=[], metavar="NAME=DIR",
         help="Stage 1's --save of a model, for cost and stability; repeatable")  # fmt: skip
+    flags.add_argument("--line", action="append", default=[], type=_line, metavar="NAME,NAME,…",
+        help="models that a line joins, such as base, blends and tuned; repeatable")  # fmt: skip
     flags.add_argument("--timings", type=Path, help='JSON to report: {"part": seconds, …}')
     flags.add_argument("--output-dir", type=Path, required=True, help="directory to write")
     return flags
+
+
+def _line(text: str) -> list[str]:
+    names = text.split(",")
+    if len(names) < 2:
+        raise argparse.ArgumentTypeError(f"expected two names or more; found {text}")
+    return names
 
 
 def one_report(argv: list[str], command: str) -> str:
@@ -64,6 +73,7 @@ def one_report(argv: list[str], command: str) -> str:
     report = build_report(
         read_evaluation(given.evaluation),
         {name: summarize_run(directory) for name, directory in runs.items()},
+        lines=given.line,
         timings=read_timings(given.timings) if given.timings else {},
         command=command,
     )

@@ -26,7 +26,7 @@ def start_directory(final: Path, *, overwrite: bool = False) -> Path:
             that were added or changed since are never removed.
     """
     staged = staging_directory(final)
-    _require_replaceable(final, overwrite=overwrite)
+    require_replaceable(final, overwrite=overwrite)
     if (ours := _locks.pop(staged, None)) is not None:  # an earlier attempt failed
         ours.release()
     with reported(final):
@@ -39,7 +39,8 @@ def start_directory(final: Path, *, overwrite: bool = False) -> Path:
     return staged
 
 
-def _require_replaceable(final: Path, *, overwrite: bool) -> None:
+def require_replaceable(final: Path, *, overwrite: bool) -> None:
+    """Raise OutputError unless ``start_directory`` may build ``final``."""
     with reported(final):
         held = _contents(final) if final.exists() else {}
     if held and not overwrite:

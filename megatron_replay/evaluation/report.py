@@ -91,29 +91,37 @@ def build_report(
     evaluation: Mapping[str, Any],
     runs: Mapping[str, RunSummary],
     *,
+    lines: Sequence[Sequence[str]],
     timings: Mapping[str, float],
     command: str,
 ) -> Report:
-    """Join an evaluation with its runs, by the models' names, and with timings.
+    """Join an evaluation with its runs and lines, by the models' names, and with timings.
+
+    Args:
+        lines: names of the models that each line of the figure joins.
 
     Raises:
-        ConfigError: no model of a run's name was evaluated.
+        ConfigError: no model of this name was evaluated.
     """
     methods = {
         model["name"]: {key: value for key, value in model.items() if key != "key"}
         for model in evaluation["models"]
     }
-    for name, summary in runs.items():
+    named = [("--run", name) for name in runs]
+    named += [("--line", name) for line in lines for name in line]
+    for flag, name in named:
         if name not in methods:
             raise ConfigError(
-                f"the run {name!r} was not evaluated",
-                where="--run",
+                f"the model {name!r} was not evaluated",
+                where=flag,
                 expected=" or ".join(methods),
                 found=name,
             )
+    for name, summary in runs.items():
         methods[name]["run"] = asdict(summary)
     return {
         "methods": list(methods.values()),
+        "lines": [list(line) for line in lines],
         "timings": dict(timings),
         "inputs": evaluation["inputs"],
         "settings": evaluation["settings"],
@@ -204,8 +212,8 @@ def render_markdown(report: Report) -> str:
 def report_figure(report: Report) -> Figure:
     """The figure, 1600 x 700 pixels.
 
-    Left: gain against Δ perplexity on general text, with one standard error. Right: relative L2 and
-    outside mass, or the time of the parts where only the base was measured.
+    Left: gain against Δ perplexity on general text, with one standard error, and the lines. Right:
+    relative L2 and outside mass, or the time of the parts where only the base was measured.
 
     Raises:
         DataError: there is no gain or no forgetting to draw.
@@ -214,7 +222,7 @@ def report_figure(report: Report) -> Figure:
     with rc_context(_STYLE):
         figure = Figure(figsize=(16, 7), dpi=100, layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        _draw_gain(left, methods)
+        _draw_gain(left, methods, report["lines"])
         if any(method["relative_l2_percent"] > 0 for method in methods):
             _draw_movement(right, methods)
         else:
@@ -226,7 +234,9 @@ def report_figure(report: Report) -> Figure:
     return figure
 
 
-def _draw_gain(axes: Axes, methods: Sequence[Mapping[str, Any]]) -> None:
+def _draw_gain(
+    axes: Axes, methods: Sequence[Mapping[str, Any]], lines: Sequence[Sequence[str]]
+) -> None:
     base = methods[0]
     tasks, drawn = list(scores(base, general=False)), _drawn(base)
     if _FORGETTING not in drawn or len(drawn) < 2:
@@ -247,6 +257,9 @@ def _draw_gain(axes: Axes, methods: Sequence[Mapping[str, Any]]) -> None:
             x, y, yerr=gain[1], fmt="o", markersize=12, capsize=5, linewidth=2, color=colour
         )
         points.append((y, x, method["name"], colour))
+    places = {name: (x, y) for y, x, name, _ in points}
+    for line in lines:
+        axes.plot(*zip(*(places[name] for name in line), strict=True), color="#888888", zorder=0)
     axes.margins(x=0.12, y=0.12)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     _label_points(axes, points)

@@ -72,7 +72,8 @@ def evaluate(
     known = {one["key"]: one for one in [*earlier["models"], *earlier.get("kept", [])]}
     for path in requested.values():
         require_model(path)
-    _require_one_tokenizer(base, models)
+    for name, path in models.items():
+        require_one_tokenizer(base, path, flag=f"--model {name}")
     hashes = {name: sha256_of_files(of) for name, of in files.items()}
     sha256 = {name: model_sha256(path) for name, path in requested.items()}
     tokens = load_tokenizer(base)
@@ -126,22 +127,20 @@ def _write(
     write_json(output, strict(document))
 
 
-def _require_one_tokenizer(base: Path, models: Mapping[str, Path]) -> None:
-    """Raise DataError where a model has another tokenizer than the base, whose is used for all."""
-    ours = tokenizer_digests(base)
-    for name, path in models.items():
-        theirs = tokenizer_digests(path)
-        names = differing(ours, theirs)
-        if not (ours and theirs and names):
-            continue
-        if load_tokenizer(base).rules() != load_tokenizer(path).rules():
-            raise DataError(
-                f"--model {name} has another tokenizer than --base, by {few(names)}",
-                where=path,
-                expected=f"the tokenizer of {base}: all models are read with one",
-                fix="Give it the --base that it was made from; if the base's tokenizer is meant, "
-                "remove these files from the model",
-            )
+def require_one_tokenizer(base: Path, model: Path, *, flag: str) -> None:
+    """Raise DataError if ``model``, given as ``flag``, has another tokenizer than the base."""
+    ours, theirs = tokenizer_digests(base), tokenizer_digests(model)
+    names = differing(ours, theirs)
+    if not (ours and theirs and names):
+        return
+    if load_tokenizer(base).rules() != load_tokenizer(model).rules():
+        raise DataError(
+            f"{flag} has another tokenizer than --base, by {few(names)}",
+            where=model,
+            expected=f"the tokenizer of {base}: all models are read with one",
+            fix="Give it the --base that it was made from; if the base's tokenizer is meant, "
+            "remove these files from the model",
+        )
 
 
 def _read(

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.report import COLOURS
+from megatron_replay.evaluation.report import COLOURS, build_report, report_figure
 from megatron_replay.evaluation.results import domain_mean, read_evaluation, scores
 from tests.markdown import table
 from tests.test_run_log import STABILITY, steps, write_run
@@ -126,6 +126,7 @@ def test_the_whole_report(tmp_path, capsys):
     flags = [
         f"--evaluation={evaluation_file(tmp_path)}",
         f"--run=full softmax={run}",
+        "--line=base,replay,full softmax",
         f"--timings={timings}",
         f"--output-dir={tmp_path / 'out'}",
     ]
@@ -160,6 +161,14 @@ def test_the_whole_report(tmp_path, capsys):
         assert np.isclose(image[..., :3], to_rgb(colour), atol=0.003).all(-1).sum() > 50
 
 
+def test_a_line_joins_the_models_in_its_order(tmp_path):
+    document = read_evaluation(evaluation_file(tmp_path))
+    named = ["base", "replay", "full softmax"]
+    built = build_report(document, {}, lines=[named], timings={}, command="")
+    [line] = [x for x in report_figure(built).axes[0].lines if len(x.get_xdata()) == 3]
+    assert np.allclose(line.get_xydata(), [[0, 2], [0.3, 19.5], [0.6, 21]])
+
+
 PIPE = "expected a regular file; found a pipe"
 
 
@@ -171,7 +180,9 @@ def without_general_text(document):
 @pytest.mark.parametrize(
     ("flag", "code", "message"),
     [
-        ("--run=other={run}", 2, "the run 'other' was not evaluated"),
+        ("--run=other={run}", 2, "--run: the model 'other' was not evaluated"),
+        ("--line=base,other", 2, "--line: the model 'other' was not evaluated"),
+        ("--line=base", 2, "expected two names or more; found base"),
         ("--run=full softmax", 2, "expected NAME=DIR"),
         ("--runs=x", 2, "unrecognized arguments: --runs=x"),
         ("--run=\udce9=x", 2, "this name is not UTF-8 (found '\\udce9')"),
