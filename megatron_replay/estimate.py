@@ -24,7 +24,7 @@ from megatron_replay.data.packing import (
     FittedDocuments,
     PackedBatch,
     fit_documents,
-    forest_of,
+    micro_batches_of,
     pack_batch,
     usable_documents,
 )
@@ -50,8 +50,7 @@ def stage0(config: Stage0Config) -> str:
 
     def micro_batches(shard: int) -> list[Forest]:
         documents = numbers[shard * size : (shard + 1) * size]
-        forest = forest_of(corpus, documents, fitted.lengths, share=data.share_prefixes)
-        return forest.cut(data.micro_batch_size * data.seq_length)
+        return micro_batches_of(corpus, documents, fitted.lengths, data)
 
     num_shards = -(-len(corpus) // size)
     plan = _plan(config, shape, corpus, fitted.lengths, "shard", num_shards, micro_batches)
@@ -82,12 +81,9 @@ def stage1(config: Stage1Config) -> str:
     batches = global_batches(config, corpus, lengths)
     train_iters = config.training.train_iters or batches.num_batches
     require_iterations(config, train_iters)
-    data = config.data
 
     def micro_batches(step: int) -> list[Forest]:
-        documents = batches.documents(step)
-        forest = forest_of(corpus, documents, lengths, share=data.share_prefixes)
-        return forest.balanced_cut(data.micro_batch_size * data.seq_length, multiple=dp)
+        return micro_batches_of(corpus, batches.documents(step), lengths, config.data, multiple=dp)
 
     plan = _plan(config, shape, corpus, lengths, "step", train_iters, micro_batches)
     width, masters = (2, 4) if config.model.bf16 else (4, 0)

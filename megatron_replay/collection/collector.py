@@ -24,7 +24,7 @@ from megatron_replay.collection import LOGITS_CHUNK_SIZE
 from megatron_replay.collection.stream import Records
 from megatron_replay.config import CandidatesConfig, DataConfig
 from megatron_replay.data.corpus import Corpus
-from megatron_replay.data.packing import PackedBatch, forest_of, pack_batch
+from megatron_replay.data.packing import PackedBatch, micro_batches_of, pack_batch
 from megatron_replay.data.replay import eligible_rows
 from megatron_replay.forward import MicroBatch, forward_only
 from megatron_replay.model.selected_rows import HiddenStates, SelectedRows
@@ -112,10 +112,8 @@ class Collector:
         The work is done as the iterator advances. It yields on the rank that writes, and nothing on
         the other ranks of a model copy.
         """
-        data, corpus, lengths = self._data, self._corpus, self._lengths
-        forest = forest_of(corpus, documents, lengths, share=data.share_prefixes)
-        planned = forest.cut(data.micro_batch_size * data.seq_length)
-        self.positions += forest.positions
+        corpus, lengths = self._corpus, self._lengths
+        planned = micro_batches_of(corpus, documents, lengths, self._data)
         stages = self._groups.pp_size
         per_call = _MICRO_BATCHES_PER_STAGE * stages if stages > 1 else 1
         for first in range(0, len(planned), per_call):
@@ -126,6 +124,7 @@ class Collector:
             wanted = [self._wanted(batch) for batch in batches]
             work = [self._work(batch, some) for batch, some in zip(batches, wanted, strict=True)]
             outputs = forward_only(self._model.module, work)
+            self.positions += sum(batch.forest.positions for batch in batches)
             self.computed += sum(batch.forest.computed for batch in batches)
             if not self.writes:
                 continue

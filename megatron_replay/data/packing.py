@@ -238,6 +238,23 @@ def forest_of(
     return forest if forest.computed < alone.computed else alone
 
 
+def micro_batches_of(
+    corpus: Corpus,
+    documents: Pack,
+    lengths: npt.NDArray[np.int32],
+    data: DataConfig,
+    *,
+    multiple: int | None = None,
+) -> list[Forest]:
+    """The documents of each micro-batch: as few as fit, of --micro-batch-size x --seq-length rows.
+
+    ``multiple``: so many, or two, three, ... times as many, and as equal in rows as they can be.
+    """
+    forest = forest_of(corpus, documents, lengths, share=data.share_prefixes)
+    capacity = data.micro_batch_size * data.seq_length
+    return forest.cut(capacity) if multiple is None else forest.balanced_cut(capacity, multiple)
+
+
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
     """A micro-batch: the own positions of each document of ``forest``, one after another.

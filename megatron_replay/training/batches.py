@@ -13,7 +13,7 @@ from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.forest import Forest
 from megatron_replay.data.loader import GlobalBatches
-from megatron_replay.data.packing import PackedBatch, forest_of, pack_batch, to_device
+from megatron_replay.data.packing import PackedBatch, micro_batches_of, pack_batch, to_device
 from megatron_replay.data.replay import ReplayTargets, full_targets, join_candidates
 from megatron_replay.forward import MicroBatch
 from megatron_replay.loss.backends import HeadBackend
@@ -31,12 +31,15 @@ class StepBatch(NamedTuple):
     Attributes:
         parts: the documents of each micro-batch of the whole global batch; rank r of DP computes
             r, r + DP, ...
-        tokens: of the global batch.
     """
 
     micro_batches: list[MicroBatch]
     parts: list[Forest]
-    tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the global batch."""
+        return sum(part.positions for part in self.parts)
 
     @property
     def computed_tokens(self) -> int:
@@ -81,14 +84,15 @@ class BatchBuilder:
         Raises:
             StoreError: a record is damaged, or belongs to another corpus.
         """
-        data, settings, groups = self.data, self.config.data, self.groups
-        documents = data.batches.documents(iteration)
-        share = settings.share_prefixes
-        forest = forest_of(data.corpus, documents, data.lengths, share=share)
-        capacity = settings.micro_batch_size * settings.seq_length
-        parts = forest.balanced_cut(capacity, multiple=groups.dp_size)
-        own = [self._micro_batch(part) for part in parts[groups.dp_rank :: groups.dp_size]]
-        return StepBatch(own, parts, forest.positions)
+        data, dp_rank, dp_size = self.data, self.groups.dp_rank, self.groups.dp_size
+        parts = micro_batches_of(
+            data.corpus,
+            data.batches.documents(iteration),
+            data.lengths,
+            self.config.data,
+            multiple=dp_size,
+        )
+        return StepBatch([self._micro_batch(part) for part in parts[dp_rank::dp_size]], parts)
 
     def _micro_batch(self, documents: Forest) -> MicroBatch:
         """A micro-batch with the head that computes its loss."""

@@ -24,7 +24,7 @@ from megatron_replay.checkpoint.load import LoadedModel, weight_reader
 from megatron_replay.checkpoint.weight_distance import relative_distance, squared_sums
 from megatron_replay.config import DataConfig, Stage1Config
 from megatron_replay.data.corpus import Corpus, pick_documents
-from megatron_replay.data.packing import PackedBatch, forest_of, pack_batch
+from megatron_replay.data.packing import PackedBatch, micro_batches_of, pack_batch
 from megatron_replay.data.replay import full_targets, join_candidates
 from megatron_replay.errors import CheckpointError, ConfigError, DataError, ReplayError
 from megatron_replay.forward import MicroBatch, forward_only
@@ -199,9 +199,8 @@ def _micro_batches(
     multiple: int,
 ) -> list[PackedBatch]:
     """``documents`` in micro-batches."""
-    forest = forest_of(corpus, documents, lengths, share=data.share_prefixes)
-    packs = forest.cut(data.micro_batch_size * data.seq_length)
-    return [pack_batch(corpus, pack, lengths, multiple=multiple) for pack in packs]
+    parts = micro_batches_of(corpus, documents, lengths, data)
+    return [pack_batch(corpus, part, lengths, multiple=multiple) for part in parts]
 
 
 class Distance:
