@@ -98,7 +98,8 @@ def _check(given: argparse.Namespace) -> tuple[Inputs, Path]:
             found=given.max_delta_perplexity,
         )
     inputs = Inputs(general_text=given.general_text, data=given.data)
-    curve = given.save.with_name(f"{given.save.name}.curve.json")
+    save = given.save.resolve()
+    curve = save.with_name(f"{save.name}.curve.json")
     models = {"--base": given.base, "--tuned": given.tuned}
     require_apart(given.save, models.items(), flag="--save")
     read = [(flag_name(name), file) for name, files in inputs.files().items() for file in files]

@@ -108,6 +108,7 @@ def test_a_tuned_model_within_the_budget_is_taken(site, tmp_path):
         ("nan", [], 2, "expected a number above 0; found nan"),
         ("1", ["--save={site}/base"], 2, "the output is also read, as --base"),
         ("1", ["--save={site}"], 6, "the directory is not empty"),
+        ("1", ["--save=."], 6, "the directory is not empty"),
         ("1", ["--data={site}/nothing"], 3, "no such file, given as --data"),
         ("1", ["--tuned={site}/text.jsonl"], 4, "no Hugging Face model here"),
     ],
