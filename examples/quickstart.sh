@@ -114,7 +114,7 @@ launch() { # launch PROCESSES MODULE FLAGS...
 preprocess() { # preprocess PREFIX FLAGS...
     local prefix=$1
     shift
-    "$PYTHON" tools/preprocess_data.py --output-prefix "$prefix" "$@"
+    "$PYTHON" tools/preprocess_data.py --output-prefix "$prefix" "${STYLE[@]}" "$@"
 }
 
 # ---------------------------------------------------------------- base model and domain data
@@ -123,6 +123,7 @@ if [[ -z $HF_CHECKPOINT ]]; then
     BASE=$CACHE/hf TOKENIZER=$CACHE/data/tokenizer DATA=$CACHE/data
     SEQ_LENGTH=${SEQ_LENGTH:-512} LR=${LR:-2e-4} MICRO_BATCH=2 WARMUP=10
     GLOBAL_BATCH=${GLOBAL_BATCH:-2} EPOCHS=${EPOCHS:-2}
+    STYLE=(--no-chat-template) # this base model has read plain text only
     part "$DATA/domain_test/questions.jsonl" "data" \
         "$PYTHON" -m examples.quickstart.make_data --output "$DATA"
     part "$CACHE/corpus.json" "base: corpus" \
@@ -138,6 +139,7 @@ else
     BASE=$HF_CHECKPOINT TOKENIZER=$HF_CHECKPOINT
     SEQ_LENGTH=${SEQ_LENGTH:-1024} LR=${LR:-1e-5} MICRO_BATCH=1 WARMUP=0
     GLOBAL_BATCH=${GLOBAL_BATCH:-4} EPOCHS=${EPOCHS:-1}
+    STYLE=() # the chat template, if the tokenizer has one
     part "$OUT/data/train.jsonl" "data: hold out every tenth row" \
         "$PYTHON" -m examples.quickstart.split_data --input "$DATA" --output "$OUT/data"
     TRAIN_ROWS=$OUT/data/train.jsonl
@@ -185,7 +187,7 @@ for arm in "${ARMS[@]}"; do
     MODELS+=(--model "$arm=$OUT/$arm/export") RUNS+=(--run "$arm=$OUT/$arm")
 done
 part "$OUT/evaluation.json" "evaluation" \
-    env OMP_NUM_THREADS="$(nproc)" "$PYTHON" tools/evaluate.py --base "$BASE" "${MODELS[@]}" "${EVALUATE[@]}" \
+    env OMP_NUM_THREADS="$(nproc)" "$PYTHON" tools/evaluate.py --base "$BASE" "${MODELS[@]}" "${EVALUATE[@]}" "${STYLE[@]}" \
     --data-path "$OUT/corpus" --store "$OUT/store" --output "$OUT/evaluation.json"
 printf '{%s}\n' "$(paste -sd, "$TIMINGS")" >"$OUT/timings.json"
 part "$OUT/report.png" "report" \

@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -58,9 +58,7 @@ def parse(root: type[Config], argv: Sequence[str], *, program: str) -> Invocatio
     )
     sections = typing.get_type_hints(root)
     for name, section in sections.items():
-        group = parser.add_argument_group(name, section.__doc__)
-        for field, kind in _fields(section).values():
-            _add_flag(group, field, kind)
+        add_flags(parser.add_argument_group(name, section.__doc__), section)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
@@ -101,8 +99,19 @@ def _fields(section: type[Any]) -> dict[str, tuple[dataclasses.Field[Any], type[
     }
 
 
+def add_flags(group: argparse._ActionsContainer, section: type[Any]) -> None:
+    """A flag for each field of ``section``; `from_flags` reads them."""
+    for field, kind in _fields(section).values():
+        _add_flag(group, field, kind)
+
+
+def from_flags(section: type[Config], given: Mapping[str, Any]) -> Config:
+    """``section`` with those of its fields that were ``given``; the others keep their defaults."""
+    return section(**{name: given[name] for name in _fields(section) if name in given})
+
+
 def _add_flag(
-    group: argparse._ArgumentGroup, field: dataclasses.Field[Any], kind: type[Any]
+    group: argparse._ActionsContainer, field: dataclasses.Field[Any], kind: type[Any]
 ) -> None:
     required = field.default is dataclasses.MISSING
     text = field.metadata["help"] + (" (required)" if required else f" (default {field.default})")

@@ -15,7 +15,6 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,21 @@ from megatron_replay.evaluation.inputs import FLAGS, Inputs, Settings, named_pat
 from megatron_replay.evaluation.results import BASE, printable, scores, value_at
 from megatron_replay.evaluation.suite import evaluate
 from megatron_replay.files import make_directory
-from megatron_replay.flags import Parser
+from megatron_replay.flags import Parser, add_flags, from_flags
 
+_TEXTS = FLAGS.keys() - {"data_path", "store", "lm_eval_include_path"}
+_PROMPTS = _TEXTS - {"general_choices", "general_text"}
 #: The inputs that read a setting; the others are read by all.
 _READ_BY = {
-    "batch_size": FLAGS.keys() - {"data_path", "store", "lm_eval_include_path"},
+    "batch_size": _TEXTS,
+    "chat_template": _PROMPTS,
+    "system_prompt": _PROMPTS,
+    "add_bos": _TEXTS,
     "max_new_tokens": {"sql"},
+    "unwrap": {"sql"},
     "query_seconds": {"sql"},
+    "gold_seconds": {"sql"},
+    "leave_out": {"sql"},
 }
 
 
@@ -52,11 +59,7 @@ def parser() -> argparse.ArgumentParser:
         elif metavar == "PATH":
             how["type"] = Path
         inputs.add_argument(flag_name(name), **how)
-    settings = flags.add_argument_group("settings")
-    for one in fields(Settings):
-        text = f"{one.metadata['help']} (default: {one.default})"
-        kind = type(one.default)
-        settings.add_argument(flag_name(one.name), type=kind, default=argparse.SUPPRESS, help=text)
+    add_flags(flags.add_argument_group("settings"), Settings)
     return flags
 
 
@@ -81,8 +84,7 @@ def _settings(given: Mapping[str, Any]) -> Settings:
                 where=flag_name(name),
                 fix=f"Add {flags}, or leave it out",
             )
-    names = [one.name for one in fields(Settings)]
-    return Settings(**{name: given[name] for name in names if name in given})
+    return from_flags(Settings, given)
 
 
 def _line(model: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_replay.config import flag_name
 from megatron_replay.data.corpus import Corpus, Document, corpus_file
 from megatron_replay.data.corpus_writer import CorpusWriter, require_ours, written_files
 from megatron_replay.data.forest import plant, stems
-from megatron_replay.data.row_formats import CHAT_FORMATS, FORMATS, detect_format, tokenize_row
+from megatron_replay.data.prompts import PromptStyle
+from megatron_replay.data.row_formats import FORMATS, detect_format, tokenize_row
 from megatron_replay.data.rows import parse_row, read_lines
 from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, DataError, ReplayError
 from megatron_replay.evaluation.sql.sets import LAYOUTS, read_questions
 from megatron_replay.files import require_apart, require_regular, sha256_of_files
-from megatron_replay.flags import Parser
+from megatron_replay.flags import Parser, add_flags, from_flags
 from megatron_replay.progress import Progress
 
 _GREEN, _PLAIN = "\033[32m", "\033[0m"
@@ -67,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--max-document-tokens", type=int, metavar="N",
         help="split text rows into documents of at most N tokens")  # fmt: skip
+    add_flags(parser, PromptStyle)
     return parser
 
 
@@ -101,12 +105,14 @@ def _require_output(options: argparse.Namespace, tokenizer: Tokenizer) -> None:
     require_ours(options.output_prefix)
 
 
-def _lines(inputs: Sequence[Path], row_format: str) -> Iterator[tuple[str, bytes]]:
+def _lines(
+    inputs: Sequence[Path], row_format: str, *, chat: bool = False
+) -> Iterator[tuple[str, bytes]]:
     for path in inputs:
         if row_format not in LAYOUTS:
             yield from read_lines(path)
             continue
-        for question in read_questions(path, row_format):
+        for question in read_questions(path, row_format, chat=chat):
             row = {"prompt": question.prompt, "completion": question.gold}
             yield question.where, json.dumps(row).encode()
 
@@ -136,6 +142,32 @@ def _row_format(options: argparse.Namespace) -> str:
     return found
 
 
+def _style(options: argparse.Namespace, row_format: str, tokenizer: Tokenizer) -> PromptStyle:
+    """How the rows become tokens, once nothing that was requested is without effect on them.
+
+    Raises:
+        ConfigError: something is; or the tokenizer lacks what is requested.
+    """
+    style = from_flags(PromptStyle, vars(options))
+    if row_format in ("alpaca", "text"):
+        for name in ("chat_template", "system_prompt"):
+            if getattr(style, name):
+                raise ConfigError(
+                    f"has no effect on {row_format} rows, which are plain text",
+                    where=flag_name(name),
+                )
+        style = replace(style, chat_template=False)
+    style = style.for_tokenizer(tokenizer)
+    if not style.chat_template:
+        return style
+    if vars(options).get("add_bos"):
+        raise ConfigError(
+            "has no effect on conversations: a chat template writes its own BOS token",
+            where="--add-bos",
+        )
+    return replace(style, add_bos=False)
+
+
 def _first_format(options: argparse.Namespace) -> str:
     for where, line in _lines(options.input, options.format):
         try:
@@ -149,13 +181,18 @@ def _first_format(options: argparse.Namespace) -> str:
 
 
 def _write(
-    options: argparse.Namespace, tokenizer: Tokenizer, source: dict[str, Any], num_lines: int
+    options: argparse.Namespace,
+    row_format: str,
+    style: PromptStyle,
+    tokenizer: Tokenizer,
+    source: dict[str, Any],
+    num_lines: int,
 ) -> int:
     """Write the corpus; return the number of rows left out."""
-    row_format, num_skipped = _row_format(options), 0
+    num_skipped = 0
     ignored = frozenset(options.ignore_fields)
     unseen = set(ignored)
-    if row_format in CHAT_FORMATS and "strftime_now" in (tokenizer.chat_template or ""):
+    if style.chat_template and "strftime_now" in (tokenizer.chat_template or ""):
         print(
             "the chat template writes today's date: the same rows give other tokens tomorrow. "
             "Keep this corpus, or put a fixed date into the template",
@@ -167,11 +204,11 @@ def _write(
             options.output_prefix, tokenizer, row_format=row_format, source=source
         ) as writer,
     ):
-        for where, line in _lines(options.input, options.format):
+        for where, line in _lines(options.input, options.format, chat=bool(style.chat_template)):
             unseen -= {name for name in unseen if _may_have(line, name)}
             try:
                 row = parse_row(where, line, ignored)
-                document = tokenize_row(row, row_format, tokenizer)
+                document = tokenize_row(row, row_format, tokenizer, style)
             except DataError as error:
                 if options.on_bad_row == "error":
                     raise
@@ -262,6 +299,8 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     _require_output(options, tokenizer)
     num_lines = sum(1 for _ in _lines(options.input, options.format))
+    row_format = _row_format(options)
+    style = _style(options, row_format, tokenizer)
     source = {
         "inputs": [_described(path, options.format) for path in options.input],
         "tokenizer": tokenizer.fingerprint,
@@ -269,10 +308,11 @@ def run(options: argparse.Namespace) -> None:
         "on_bad_row": options.on_bad_row,
         "ignore_fields": sorted(set(options.ignore_fields)),
         "max_document_tokens": options.max_document_tokens,
+        "prompts": asdict(style),
     }
     corpus, outcome = _existing(options.output_prefix, source), "up to date"
     if corpus is None:
-        num_skipped = _write(options, tokenizer, source, num_lines)
+        num_skipped = _write(options, row_format, style, tokenizer, source, num_lines)
         corpus = Corpus(options.output_prefix)
         outcome = f"written, {num_skipped} of {num_lines} rows skipped"
     if options.show:
@@ -280,7 +320,7 @@ def run(options: argparse.Namespace) -> None:
         _show_sharing(corpus)
     about = corpus.description
     print(
-        f"{options.output_prefix}: {about.num_documents} documents ({about.format}), "
+        f"{options.output_prefix}: {about.num_documents} documents ({about.format}, {style}), "
         f"{about.num_tokens} tokens, {about.num_loss_tokens} with loss, "
         f"longest {corpus.lengths.max()}, fingerprint {about.fingerprint[:12]}; {outcome}"
     )

@@ -29,6 +29,8 @@ from tools import evaluate, preprocess_data
 ROW = "row.csv"
 #: Fine-tuning: packs of this length, one a step, once over the data.
 SEQ_LENGTH, WARMUP = 512, 10
+#: The bases have read plain text only; their tokenizer has a chat template.
+PLAIN = "--no-chat-template"
 
 
 class Failed(Exception):  # noqa: N818 - the program has printed the reason
@@ -54,7 +56,7 @@ def make_corpora(data: Path) -> None:
         prefix = _corpus(data, name)
         prefix.parent.mkdir(exist_ok=True)
         argv = ["--input", str(rows), "--tokenizer", str(data / "tokenizer"), *flags]
-        argv += ["--output-prefix", str(prefix)]
+        argv += ["--output-prefix", str(prefix), PLAIN]
         _call(preprocess_data.main, "tools/preprocess_data.py", argv)
 
 
@@ -95,7 +97,7 @@ def _evaluate(base: Path, models: Sequence[str], data: Path, domain: str, output
         "--base", str(base), *(word for model in models for word in ("--model", model)), *flags,
         "--general-text", str(data / "general_heldout.jsonl"),
         *(("--max-new-tokens", "96") if sql else ()), "--batch-size", "150",
-        "--device", "cpu", "--output", str(output),
+        "--device", "cpu", "--output", str(output), PLAIN,
     ]  # fmt: skip
     _call(evaluate.main, "tools/evaluate.py", argv)
 

@@ -46,15 +46,20 @@ class Turn:
     has_loss: bool
 
 
-def tokenize_conversation(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer) -> Document:
+def tokenize_conversation(
+    row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, **variables: Any
+) -> Document:
     """Render the ``turns`` of ``row``; the tokens of those with loss carry it.
+
+    Args:
+        variables: others that the template may read.
 
     Raises:
         DataError: the template does not write all of the conversation, or is not prefix-stable on
             it.
         TextError: the template fails on the conversation.
     """
-    rendering = _Rendering(row, turns, tokenizer)
+    rendering = _Rendering(row, turns, tokenizer, variables)
     document = rendering.tokenize()
     rendering.require_contents_written()
     rendering.require_fields_written()
@@ -64,11 +69,17 @@ def tokenize_conversation(row: Row, turns: Sequence[Turn], tokenizer: Tokenizer)
 class _Rendering:
     """The text a template writes for a conversation, whole and up to each answer."""
 
-    def __init__(self, row: Row, turns: Sequence[Turn], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, row: Row, turns: Sequence[Turn], tokenizer: Tokenizer, variables: dict[str, Any]
+    ) -> None:
         self._row, self._turns, self._tokenizer = row, turns, tokenizer
+        self._variables = variables
         self._messages = [turn.message for turn in turns]
         self._answers = [i for i, turn in enumerate(turns) if turn.has_loss]
-        self._text = tokenizer.render_chat(self._messages, False)
+        self._text = self._render(self._messages, False)
+
+    def _render(self, messages: Sequence[dict[str, Any]], header: bool) -> str:
+        return self._tokenizer.render_chat(messages, header, **self._variables)
 
     def tokenize(self) -> Document:
         encode = self._tokenizer.encode
@@ -167,7 +178,7 @@ class _Rendering:
                 done = end
             marked.append({**message, "content": "".join([*pieces, content[done:]])})
         try:
-            text = self._tokenizer.render_chat(marked, False)
+            text = self._render(marked, False)
         except TextError:
             text = ""
         found = {int(n) for n in _MARKED.findall(text)}
@@ -218,7 +229,7 @@ class _Rendering:
         """Whether the rendering stays as it is with ``message`` in place of message ``i``."""
         messages = [*self._messages[:i], message, *self._messages[i + 1 :]]
         try:
-            return self._tokenizer.render_chat(messages, False) == self._text
+            return self._render(messages, False) == self._text
         except TextError:
             return False
 
@@ -230,7 +241,7 @@ class _Rendering:
             )
         if stop == len(self._turns) and not header:
             return self._text
-        return self._tokenizer.render_chat(self._messages[:stop], header)
+        return self._render(self._messages[:stop], header)
 
     def _answer_tokens(self, ids: Sequence[int]) -> int:
         """How many of ``ids``, which start with an answer, are its own: up to a special token.

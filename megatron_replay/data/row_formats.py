@@ -10,9 +10,9 @@ format         row                                                 what carries 
 ``text``       ``{"text": "…"}``                                   every token and EOS
 =============  ==================================================  =============================
 
-Prompt and completion are encoded apart, as a model meets them when it generates. The two chat
-formats use the tokenizer's chat template (``chat.py``) and take a ``system`` or ``system_prompt``
-beside the messages; alpaca rows use the prompt they were published with, which needs none.
+Prompt and completion are plain text or a conversation (``prompts.py``). The two chat formats use
+the tokenizer's chat template (``chat.py``) and take a ``system`` or ``system_prompt`` beside the
+messages; alpaca rows are plain text in the prompt they were published with.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from megatron_replay.data.chat import Turn, tokenize_conversation
 from megatron_replay.data.corpus import Document
+from megatron_replay.data.prompts import PromptStyle
 from megatron_replay.data.rows import Row, is_empty
 from megatron_replay.data.tokenizer import TextError, Tokenizer
+from megatron_replay.errors import ConfigError
 
 # github.com/tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT.
 _ALPACA = (
@@ -41,6 +41,8 @@ _ALPACA_WITH_INPUT = (
 )
 #: Keys of a message that set whether an answer carries loss: OpenAI's, axolotl's, ms-swift's.
 _LOSS_KEYS = ("weight", "train", "loss")
+#: Prompts as plain text, without BOS.
+PLAIN = PromptStyle()
 _SYSTEM_KEYS = ("system", "system_prompt")
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -55,7 +57,7 @@ class RowFormat(NamedTuple):
     """How a format is recognised (the keys it must have) and read (with what else it carries)."""
 
     keys: tuple[str, ...]
-    read: Callable[[Row, Tokenizer], Document]
+    read: Callable[[Row, Tokenizer, PromptStyle], Document]
     also: tuple[str, ...] = ()
 
 
@@ -75,13 +77,17 @@ def detect_format(row: Row) -> str:
     raise row.error("no known format", expected=f"the keys of one of {known}", found=keys)
 
 
-def tokenize_row(row: Row, row_format: str, tokenizer: Tokenizer) -> Document:
+def tokenize_row(
+    row: Row, row_format: str, tokenizer: Tokenizer, style: PromptStyle = PLAIN
+) -> Document:
     """One row to one document of at least two tokens, at least one of them with loss.
 
     Args:
         row_format: a key of ``FORMATS``.
+        style: of prompts and plain text; conversations are always in the chat template.
 
     Raises:
+        ConfigError: the row is a conversation, and ``style`` refuses the template.
         DataError: the row does not fit the format, has content that would be lost, or has nothing
             to learn.
     """
@@ -89,7 +95,7 @@ def tokenize_row(row: Row, row_format: str, tokenizer: Tokenizer) -> Document:
     if row.fields.keys() >= set(form.keys):
         row.refuse_unread(row_format, (*form.keys, *form.also))
     try:
-        document = form.read(row, tokenizer)
+        document = form.read(row, tokenizer, style)
     except TextError as error:
         raise row.error(str(error)) from error
     if not document.loss_mask[1:].any():
@@ -97,28 +103,28 @@ def tokenize_row(row: Row, row_format: str, tokenizer: Tokenizer) -> Document:
     return document
 
 
-def _from_prompt(row: Row, tokenizer: Tokenizer) -> Document:
+def _from_prompt(row: Row, tokenizer: Tokenizer, style: PromptStyle) -> Document:
     prompt, completion = row.text("prompt"), _answer(row, "completion")
     if not prompt:
         raise row.error("'prompt' is empty", fix='Write raw text as {"text": …} rows')
-    return _document(prompt, completion, tokenizer)
+    return style.document(row, prompt, completion, tokenizer)
 
 
-def _from_alpaca(row: Row, tokenizer: Tokenizer) -> Document:
+def _from_alpaca(row: Row, tokenizer: Tokenizer, style: PromptStyle) -> Document:
     instruction = row.text("instruction")
     context = "" if row.fields.get("input") is None else row.text("input")
     if not instruction:
         raise row.error("'instruction' is empty")
     template = _ALPACA_WITH_INPUT if context else _ALPACA
     prompt = template.format(instruction=instruction, input=context)
-    return _document(prompt, _answer(row, "output"), tokenizer)
+    return style.plain_document(prompt, _answer(row, "output"), tokenizer)
 
 
-def _from_text(row: Row, tokenizer: Tokenizer) -> Document:
+def _from_text(row: Row, tokenizer: Tokenizer, style: PromptStyle) -> Document:
     text = row.text("text")
     if not text:
         raise row.error("'text' is empty")
-    return _document("", text, tokenizer)
+    return style.plain_document("", text, tokenizer)
 
 
 def _answer(row: Row, name: str) -> str:
@@ -128,17 +134,22 @@ def _answer(row: Row, name: str) -> str:
     return answer
 
 
-def _document(prompt: str, answer: str, tokenizer: Tokenizer) -> Document:
-    """Prompt tokens without loss, then answer tokens and EOS with loss."""
-    prompt_ids = tokenizer.encode(prompt) if prompt else []
-    tokens = np.array([*prompt_ids, *tokenizer.encode(answer), tokenizer.eos_id], dtype=np.int32)
-    return Document(tokens, np.arange(len(tokens)) >= len(prompt_ids))
-
-
 def _from_conversation(
-    row: Row, tokenizer: Tokenizer, *, name: str, role_key: str, content_key: str
+    row: Row,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    *,
+    name: str,
+    role_key: str,
+    content_key: str,
 ) -> Document:
     """The document of the messages under ``name``, whose role and content have these keys."""
+    if style.chat_template is False and tokenizer.chat_template is not None:
+        raise ConfigError(
+            f"{name!r} rows are conversations, which only a chat template writes",
+            where="--no-chat-template",
+            fix="Leave the flag out",
+        )
     turns = [
         _turn(row, message, f"{name}[{i}].", f"message {i}", role_key, content_key)
         for i, message in enumerate(row.checked(row.fields, name, list))
@@ -157,7 +168,7 @@ def _from_conversation(
             )
     if not any(answer.has_loss for answer in answers):
         raise row.error("no answer token: every answer is marked to carry no loss")
-    return tokenize_conversation(row, _with_system(row, turns), tokenizer)
+    return tokenize_conversation(row, style.with_system(_with_system(row, turns)), tokenizer)
 
 
 FORMATS = {
@@ -175,8 +186,6 @@ FORMATS = {
     ),
     "text": RowFormat(("text",), _from_text),
 }
-#: The formats that the tokenizer's chat template writes.
-CHAT_FORMATS = ("sharegpt", "messages")
 
 
 def _turn(row: Row, message: Any, inside: str, name: str, role_key: str, content_key: str) -> Turn:

@@ -42,6 +42,8 @@ class Tokenizer(ABC):
         path: the directory or file it was loaded from.
         vocab_size: ids are in [0, vocab_size); a model's embedding may have more rows.
         eos_id: the end-of-sequence token.
+        bos_id: the beginning-of-sequence token; None where there is none.
+        adds_bos: the tokenizer itself puts it before a text, as its model expects.
         pad_id: the token at empty positions; the EOS where the tokenizer names no padding token.
             That is harmless: padding carries no loss, and no document attends to it.
         special_ids: control tokens (turn markers, BOS, EOS, padding).
@@ -52,6 +54,8 @@ class Tokenizer(ABC):
 
     vocab_size: int
     eos_id: int
+    bos_id: int | None
+    adds_bos: bool = False
     pad_id: int
     special_ids: frozenset[int]
     chat_template: str | None = None
@@ -79,8 +83,13 @@ class Tokenizer(ABC):
         """What decides ids and text, whatever the files' notation; equal: one tokenizer."""
         return self.fingerprint
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def render_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool, **variables: Any
+    ) -> str:
         """A conversation as the tokenizer's own template writes it, within ``render_limits``.
+
+        Args:
+            variables: others that the template may read, such as ``enable_thinking``.
 
         Raises:
             TextError: there is no template, it fails on the conversation, or writes too much.
@@ -148,6 +157,8 @@ class _HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(backend.get_vocab().values()) + 1
         require_ids([self.vocab_size - 1], self.path)
         self.eos_id = _require_eos(backend.eos_token_id, self.path)
+        self.bos_id = backend.bos_token_id
+        self.adds_bos = self.bos_id is not None and backend.encode("a")[0] == self.bos_id
         pad_id = backend.pad_token_id
         self.pad_id = self.eos_id if pad_id is None else pad_id
         added = backend.added_tokens_decoder
@@ -184,7 +195,9 @@ class _HuggingFaceTokenizer(Tokenizer):
         content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
         return json.dumps([content, self.eos_id, self.chat_template], sort_keys=True)
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def render_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool, **variables: Any
+    ) -> str:
         if self.chat_template is None:
             return super().render_chat(messages, add_generation_prompt)
         with (
@@ -195,6 +208,7 @@ class _HuggingFaceTokenizer(Tokenizer):
                 [dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
+                **variables,
             )
         if len(text) > MAX_TEXT:
             raise TextError(
@@ -223,6 +237,8 @@ class _SentencePieceTokenizer(Tokenizer):
         eos_id, pad_id = self._backend.eos_id(), self._backend.pad_id()  # -1: there is none
         self.eos_id = _require_eos(None if eos_id < 0 else eos_id, path)
         self.pad_id = self.eos_id if pad_id < 0 else pad_id
+        bos_id = self._backend.bos_id()
+        self.bos_id = None if bos_id < 0 else bos_id
         self.special_ids = frozenset(filter(self._backend.IsControl, range(self.vocab_size)))
 
     def encode(self, text: str) -> list[int]:

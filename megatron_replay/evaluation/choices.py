@@ -3,9 +3,10 @@
     score(option) = Σ_t log p(option_t | prompt, option_<t)
 
 ``accuracy`` chooses by that sum, ``accuracy_per_byte`` by the sum over the option's length in UTF-8
-bytes, which does not favour short options. Prompt and option are encoded apart, as training rows
-are, so all options follow the same tokens; the end of the sequence is not scored. Of equal scores
-the first option's wins; a question with a score that is not a number counts as wrong.
+bytes, which does not favour short options. Prompt and option become tokens as the prompt and
+completion of a training row do, so all options follow the same tokens; the end of the sequence or
+turn is not scored. Of equal scores the first option's wins; a question with a score that is not a
+number counts as wrong.
 
 A single option is right if it is the greedy continuation (LAMBADA's rule). It is compared with
 
@@ -29,7 +30,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from megatron_replay.data.rows import parse_row, read_lines
+from megatron_replay.data.corpus import Document
+from megatron_replay.data.prompts import PromptStyle, prompt_of
+from megatron_replay.data.row_formats import PLAIN, tokenize_row
+from megatron_replay.data.rows import Row, parse_row, read_lines
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.language_model import require_readable
@@ -48,7 +52,7 @@ class Choice:
     answer: int
 
 
-def read_choices(path: Path, tokenizer: Tokenizer) -> list[Choice]:
+def read_choices(path: Path, tokenizer: Tokenizer, style: PromptStyle = PLAIN) -> list[Choice]:
     """Read rows ``{"prompt": "…", "options": ["…", …], "answer": 0}``.
 
     Raises:
@@ -61,10 +65,15 @@ def read_choices(path: Path, tokenizer: Tokenizer) -> list[Choice]:
         if not options:
             raise row.error("no options")
         texts = [row.checked({"options": text}, "options", str) for text in options]
-        question, tokens = tokenizer.encode(prompt), [tokenizer.encode(text) for text in texts]
-        if not question or not all(tokens):
-            empty = "'prompt'" if not question else f"option {tokens.index([])}"
-            raise row.error(f"{empty} is empty")
+        if empty := [number for number, text in enumerate(texts) if not text.strip()]:
+            raise row.error(f"option {empty[0]} is {'blank' if texts[empty[0]] else 'empty'}")
+        documents = [
+            tokenize_row(
+                Row(where, {"prompt": prompt, "completion": text}), "prompt", tokenizer, style
+            )
+            for text in texts
+        ]
+        tokens = [_without_end(document, tokenizer) for document in documents]
         answer = row.fields.get("answer")
         if type(answer) is not int or not 0 <= answer < len(options):  # True is an int in Python
             raise row.error(
@@ -74,11 +83,23 @@ def read_choices(path: Path, tokenizer: Tokenizer) -> list[Choice]:
             )
         num_bytes = [len(text.encode()) for text in texts]
         choices.append(
-            Choice(where=where, prompt=question, options=tokens, num_bytes=num_bytes, answer=answer)
+            Choice(
+                where=where,
+                prompt=prompt_of(documents[0]),
+                options=tokens,
+                num_bytes=num_bytes,
+                answer=answer,
+            )
         )
     if not choices:
         raise DataError("no questions", where=path)
     return choices
+
+
+def _without_end(document: Document, tokenizer: Tokenizer) -> list[int]:
+    """The option's tokens: those with loss, up to the special token that ends them."""
+    tokens: list[int] = document.tokens[document.loss_mask].tolist()
+    return tokens[:-1] if tokens[-1] in tokenizer.special_ids else tokens
 
 
 def score_choices(

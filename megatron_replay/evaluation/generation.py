@@ -5,7 +5,7 @@ Shapes: B prompts of a batch, L its longest prompt, H key-value heads, D channel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice, takewhile
 from operator import eq
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from megatron_replay.progress import Progress
 
 
 class Answer(NamedTuple):
-    """Generated tokens without the end-of-sequence token; ``finished``: that token came."""
+    """Generated tokens before the first that ends an answer; ``finished``: such a token came."""
 
     tokens: list[int]
     finished: bool
@@ -30,12 +30,14 @@ def greedy_answers(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
     *,
-    eos_id: int,
+    stop_ids: Collection[int],
     max_new_tokens: int,
     batch_size: int = 16,
     show: str = "",
 ) -> list[Answer]:
     """The most probable continuation of each prompt, token by token, in the order of ``prompts``.
+
+    An answer ends before the first of ``stop_ids``, or after ``max_new_tokens``.
 
     The prompts are sorted by their tokens. Each one's forward pass continues from the tokens that
     it shares with the one before, so what many prompts begin with (a database's schema) is computed
@@ -46,8 +48,12 @@ def greedy_answers(
     answers: dict[int, Answer] = {}
     ordered = sorted(range(len(prompts)), key=lambda number: prompts[number])
     caches = _caches(model, [prompts[number] for number in ordered])
+    pad_id = min(stop_ids)
     greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=eos_id
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stop_ids),
+        pad_token_id=pad_id,
     )
     generate: Any = model.generate
     with (
@@ -59,7 +65,7 @@ def greedy_answers(
             rows = [torch.tensor(prompts[number]) for number in batch]
             tokens_BL, mask_BL = (
                 pad_sequence(of, batch_first=True, padding_value=value, padding_side="left")
-                for of, value in ((rows, eos_id), ([torch.ones_like(row) for row in rows], 0))
+                for of, value in ((rows, pad_id), ([torch.ones_like(row) for row in rows], 0))
             )
             found = generate(
                 tokens_BL.to(model.device),
@@ -67,7 +73,7 @@ def greedy_answers(
                 past_key_values=_batched(list(islice(caches, len(batch)))),
             )
             for number, tokens in zip(batch, found[:, tokens_BL.shape[1] :].tolist(), strict=True):
-                end = tokens.index(eos_id) if eos_id in tokens else None
+                end = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
                 answers[number] = Answer(tokens[:end], end is not None)
             bar.advance(len(batch))
     return [answers[number] for number in range(len(prompts))]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from megatron_replay.config import Section, flag_name, option
+from megatron_replay.config import flag_name, option
 from megatron_replay.data.corpus import corpus_file
+from megatron_replay.data.prompts import PromptStyle
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation.sql.sets import sql_set_files
 from megatron_replay.files import read_text, require_regular
@@ -151,15 +152,28 @@ def _named_data(tree: yaml.Node | None) -> Iterator[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Section):
-    """How models are measured; part of every result's key."""
+class Settings(PromptStyle):
+    """How models are measured; part of every result's key.
+
+    The prompts' style is that of what belongs to the domain. General multiple-choice rows and texts
+    are plain, as harnesses read them; lm-eval has a chat template only if it is requested by flag.
+    """
 
     device: str = option("torch device; auto: this machine's accelerator, or its CPU", "auto")
     # float32 everywhere: bfloat16 rounds away part of what a small learning rate changed.
     dtype: str = option("the number format of the models", "float32", ("float32", "bfloat16"))
     batch_size: int = option("documents or prompts in a batch", 16, within="[1, 1048576]")
     max_new_tokens: int = option("most tokens of a generated query", 128, within="[1, 1048576]")
-    query_seconds: float = option("time limit of a query, up to a day", 2.0, within="(0, 86400]")
+    unwrap: bool = option("run the query inside a code fence, or behind 'SQL:'", True)
+    query_seconds: float = option(
+        "time limit of a generated query, up to a day", 2.0, within="(0, 86400]"
+    )
+    gold_seconds: float = option(
+        "time limit of a gold query, up to a day", 30.0, within="(0, 86400]"
+    )
+    leave_out: str | None = option(
+        "SQL questions to leave out: NAME:NUMBER,… as errors print them", None
+    )
 
     def resolved(self) -> Settings:
         """These settings with the device that "auto" is here: two devices give two results."""

@@ -28,7 +28,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 
 from megatron_replay.errors import ConfigError, DataError
-from megatron_replay.evaluation.inputs import Inputs
+from megatron_replay.evaluation.inputs import Inputs, Settings
 from megatron_replay.evaluation.language_model import replaced
 
 Result = dict[str, Any]
@@ -175,13 +175,14 @@ def run_tasks(
     tokenizer: Path,
     inputs: Inputs,
     metrics: Mapping[str, str],
-    *,
-    batch_size: int,
+    settings: Settings,
 ) -> Result:
     """Score of every task: ``{task: {"score", "metric", "standard_error", …}}``.
 
     Args:
         metrics: what `read_metrics` decided.
+        settings: a chat template and a BOS token that it does not decide are the harness's matter:
+            no template, and the tokenizer's BOS.
 
     Raises:
         DataError: a task cannot be run, or has no score.
@@ -195,8 +196,15 @@ def run_tasks(
             # The harness would generate beyond the answer, up to its batch's longest.
             model.generation_config.eos_token_id = backend.eos_token_id
         results = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=backend, batch_size=batch_size),
+            HFLM(
+                pretrained=model,
+                tokenizer=backend,
+                batch_size=settings.batch_size,
+                add_bos_token=settings.add_bos,
+            ),
             tasks=list(metrics),
+            apply_chat_template=bool(settings.chat_template),
+            system_instruction=settings.system_prompt if settings.chat_template else None,
             task_manager=manager,
             log_samples=False,
             bootstrap_iters=_BOOTSTRAP_ITERATIONS,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from operator import ne
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,10 +16,11 @@ from transformers import PreTrainedModel
 from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.checkpoint.model_files import digests_of, require_store_of_base
 from megatron_replay.data.corpus import Corpus, Document, pick_documents
-from megatron_replay.data.row_formats import detect_format, tokenize_row
-from megatron_replay.data.rows import parse_row, read_lines
+from megatron_replay.data.prompts import PromptStyle, prompt_of
+from megatron_replay.data.row_formats import PLAIN, detect_format, tokenize_row
+from megatron_replay.data.rows import Row, parse_row, read_lines
 from megatron_replay.data.tokenizer import Tokenizer
-from megatron_replay.errors import DataError, StoreError
+from megatron_replay.errors import ConfigError, DataError, StoreError
 from megatron_replay.evaluation.choices import read_choices, score_choices
 from megatron_replay.evaluation.generation import greedy_answers
 from megatron_replay.evaluation.inputs import Inputs, Settings
@@ -29,8 +32,10 @@ from megatron_replay.evaluation.language_model import (
 from megatron_replay.evaluation.lm_eval_tasks import run_tasks
 from megatron_replay.evaluation.results import Result
 from megatron_replay.evaluation.sql.execution import execution_match, with_answers
+from megatron_replay.evaluation.sql.gold_answers import GoldAnswers
 from megatron_replay.evaluation.sql.server import Limits
 from megatron_replay.evaluation.sql.sets import SqlQuestion, read_sql_set
+from megatron_replay.evaluation.sql.unwrap import unwrapped
 from megatron_replay.loss.candidate_sets import CandidateSets
 from megatron_replay.loss.sharded import outside_mass
 from megatron_replay.model.compatibility import require_vocabulary
@@ -58,7 +63,9 @@ class Measurement(NamedTuple):
     also: Mapping[str, Any] = MappingProxyType({})
 
 
-def read_documents(path: Path, tokenizer: Tokenizer, *, row_format: str | None) -> list[Document]:
+def read_documents(
+    path: Path, tokenizer: Tokenizer, *, row_format: str | None, style: PromptStyle = PLAIN
+) -> list[Document]:
     """Tokenize all rows of a JSONL file; ``row_format`` None: the first row decides.
 
     Raises:
@@ -68,7 +75,7 @@ def read_documents(path: Path, tokenizer: Tokenizer, *, row_format: str | None) 
     for where, line in read_lines(path):
         row = parse_row(where, line)
         row_format = row_format or detect_format(row)
-        documents.append(tokenize_row(row, row_format, tokenizer))
+        documents.append(tokenize_row(row, row_format, tokenizer, style))
     if not documents:
         raise DataError("no rows", where=path)
     return documents
@@ -80,22 +87,28 @@ def read_measurements(
     tokenizer: Tokenizer,
     settings: Settings,
     metrics: Mapping[str, str],
+    gold: GoldAnswers,
 ) -> list[Measurement]:
     """Read and check every input, and run every gold query, before the first model is loaded.
 
     Args:
         metrics: the metric that is the score of each lm-eval task.
+        gold: answers of gold queries that are known.
 
     Raises:
+        ConfigError: the tokenizer lacks what the settings request, or a question to leave out is
+            not there.
         DataError, StoreError: a row does not fit, a gold query fails, or the store is of another
             corpus, tokenizer or base.
     """
     size, found = settings.batch_size, []
+    style = settings.for_tokenizer(tokenizer)
+    plain = replace(style, chat_template=False, system_prompt=None)
     texts = {}
     if inputs.data:
-        texts["data"] = read_documents(inputs.data, tokenizer, row_format=None)
+        texts["data"] = read_documents(inputs.data, tokenizer, row_format=None, style=style)
     if inputs.general_text:
-        whole = read_documents(inputs.general_text, tokenizer, row_format="text")
+        whole = read_documents(inputs.general_text, tokenizer, row_format="text", style=plain)
         texts["general"] = [piece for text in whole for piece in text.split(WINDOW + 1)]
     for kind, documents in texts.items():
         found.append(Measurement(kind, partial(score, documents=documents, batch_size=size)))
@@ -103,28 +116,68 @@ def read_measurements(
         corpus, store = _corpus_and_store(inputs.data_path, inputs.store, base)
         run = partial(candidate_mass, corpus=corpus, reader=store, num_documents=NUM_DOCUMENTS)
         found.append(Measurement("candidates", run))
-    for general, files in ((False, inputs.choices), (True, inputs.general_choices)):
+    for general, files, of in (
+        (False, inputs.choices, style), (True, inputs.general_choices, plain)
+    ):  # fmt: skip
         for name, file in files.items():
-            choices = read_choices(file, tokenizer)
+            choices = read_choices(file, tokenizer, of)
             run = partial(score_choices, choices=choices, batch_size=size)
             found.append(Measurement("choices", run, name, {"general": general}))
-    for name, directory in inputs.sql.items():
-        asked = read_sql_set(directory)
-        for question in asked:
-            if not tokenizer.encode(question.prompt):
-                raise DataError("the prompt is empty", where=question.where)
-        limits = Limits(seconds=settings.query_seconds)
-        questions = with_answers(asked, limits, show=f"{name}: gold")
-        run = partial(sql_match, questions=questions, tokenizer=tokenizer, settings=settings)
-        left_out = {"empty_gold": len(asked) - len(questions)}
-        found.append(Measurement("sql", run, name, left_out))
+    for name, (asked, left_out) in _sql_questions(inputs, settings, style).items():
+        prompts = {question: _prompt(question, tokenizer, style) for question in asked}
+        questions = with_answers(asked, _limits(settings), gold, show=f"{name}: gold")
+        run = partial(
+            sql_match,
+            prompts={question: prompts[question] for question in questions},
+            tokenizer=tokenizer,
+            settings=settings,
+            gold=gold,
+        )
+        counts = {"empty_gold": len(asked) - len(questions), "left_out": left_out}
+        found.append(Measurement("sql", run, name, counts))
     if metrics:
 
         def run_lm_eval(model: PreTrainedModel, show: str) -> Result:  # it shows its own progress
-            return run_tasks(model, tokenizer.path, inputs, metrics, batch_size=size)
+            return run_tasks(model, tokenizer.path, inputs, metrics, settings)
 
         found.append(Measurement("lm_eval", run_lm_eval))
     return found
+
+
+def _sql_questions(
+    inputs: Inputs, settings: Settings, style: PromptStyle
+) -> dict[str, tuple[list[SqlQuestion], int]]:
+    """The questions of every set, and how many were left out by name."""
+    left_out = set(filter(None, (settings.leave_out or "").split(",")))
+    unknown, found = set(left_out), {}
+    for name, directory in inputs.sql.items():
+        questions = [
+            replace(question, name=f"{name}:{number}")
+            for number, question in enumerate(
+                read_sql_set(directory, chat=bool(style.chat_template)), start=1
+            )
+        ]
+        asked = [question for question in questions if question.name not in left_out]
+        unknown -= {question.name for question in questions}
+        found[name] = asked, len(questions) - len(asked)
+    if unknown:
+        raise ConfigError(
+            "no such question",
+            where="--leave-out",
+            expected="NAME:NUMBER of --sql NAME=DIR, the first question's number being 1",
+            found=", ".join(sorted(unknown)),
+        )
+    return found
+
+
+def _prompt(question: SqlQuestion, tokenizer: Tokenizer, style: PromptStyle) -> list[int]:
+    """What a training row of the question has before its answer."""
+    row = Row(question.where, {"prompt": question.prompt, "completion": question.gold})
+    return prompt_of(tokenize_row(row, "prompt", tokenizer, style))
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(seconds=settings.query_seconds, gold_seconds=settings.gold_seconds)
 
 
 def _corpus_and_store(data_path: Path, store: Path, base: Path) -> tuple[Corpus, CandidateReader]:
@@ -160,28 +213,39 @@ def measure(
 
 def sql_match(
     model: PreTrainedModel,
-    questions: Sequence[SqlQuestion],
+    prompts: Mapping[SqlQuestion, list[int]],
     *,
     tokenizer: Tokenizer,
     settings: Settings,
+    gold: GoldAnswers,
     show: str,
 ) -> Result:
-    """Generate a query for each question and run it; ``unfinished``: answers without an end."""
-    prompts = [tokenizer.encode(question.prompt) for question in questions]
-    for question, prompt in zip(questions, prompts, strict=True):
+    """Generate a query for each question and run it.
+
+    An answer ends at the first special token: EOS, or the chat template's end of turn.
+
+    Returns:
+        `execution_match`'s; ``unfinished``: answers without an end; ``unwrapped``: answers that had
+        more than the query that was run.
+    """
+    for question, prompt in prompts.items():
         require_readable(model, question.where, prompt, len(prompt) + settings.max_new_tokens)
     answers = greedy_answers(
         model,
-        prompts,
-        eos_id=tokenizer.eos_id,
+        list(prompts.values()),
+        stop_ids=tokenizer.special_ids,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         show=f"{show}: generate",
     )
-    queries = [tokenizer.decode(answer.tokens).strip() for answer in answers]
-    limits = Limits(seconds=settings.query_seconds)
-    match = execution_match(questions, queries, limits, show=f"{show}: match")
-    return match | {"unfinished": sum(not answer.finished for answer in answers)}
+    texts = [tokenizer.decode(answer.tokens).strip() for answer in answers]
+    queries = [unwrapped(text) for text in texts] if settings.unwrap else texts
+    limits = _limits(settings)
+    match = execution_match(list(prompts), queries, limits, gold, show=f"{show}: match")
+    return match | {
+        "unfinished": sum(not answer.finished for answer in answers),
+        "unwrapped": sum(map(ne, texts, queries)),
+    }
 
 
 @torch.inference_mode()

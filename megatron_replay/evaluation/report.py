@@ -155,7 +155,10 @@ def _benchmarks(model: Model, *, general: bool | None) -> Cells:
                 cells[name, "questions"] = format(found["questions"], "d")
             if "failures" in found:
                 reasons = ", ".join(f"{n} {reason}" for reason, n in found["failures"].items())
-                counts = (("unfinished", "cut off"), ("empty_gold", "left out"))
+                counts = (
+                    ("unfinished", "cut off"), ("unwrapped", "unwrapped"),
+                    ("empty_gold", "left out"), ("left_out", "left out by name"),
+                )  # fmt: skip
                 more = ", ".join(f"{found[key]} {what}" for key, what in counts if found.get(key))
                 text = " ".join(filter(None, (reasons or "–", more and f"({more})")))
                 cells[name, "failure reason"] = text

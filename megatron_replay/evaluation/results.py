@@ -33,7 +33,8 @@ _IS: dict[str, Callable[[Any], bool]] = {
 }
 _BENCHMARK: Result = {
     "questions": _COUNT + _OR_NULL, "standard_error": _NUMBER + _OR_NULL, "general": _FLAG,
-    "hits": _TEXT, "empty_gold": _COUNT, "unfinished": _COUNT, "failures": {"*": _COUNT},
+    "hits": _TEXT, "empty_gold": _COUNT, "left_out": _COUNT, "unfinished": _COUNT,
+    "unwrapped": _COUNT, "failures": {"*": _COUNT},
 }  # fmt: skip
 _PERPLEXITY: Result = {
     "perplexity!": _NUMBER, "delta_perplexity": _NUMBER, "loss": _NUMBER, "accuracy": _NUMBER

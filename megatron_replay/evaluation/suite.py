@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_replay.checkpoint.hf import HFReader
@@ -33,6 +33,7 @@ from megatron_replay.evaluation.results import (
     read_evaluation,
     strict,
 )
+from megatron_replay.evaluation.sql.gold_answers import GoldAnswers
 from megatron_replay.files import differing, require_apart, sha256_of_files, write_json
 
 
@@ -64,7 +65,6 @@ def evaluate(
     """
     settings = settings.resolved()
     require_device(settings.device)
-    print(f"models run on {settings.device}, in {settings.dtype}", file=sys.stderr)
     requested = {BASE: base, **models}
     files = inputs.files()
     require_apart(output, _read(requested, files), flag="--output")
@@ -77,6 +77,11 @@ def evaluate(
     hashes = {name: sha256_of_files(of) for name, of in files.items()}
     sha256 = {name: model_sha256(path) for name, path in requested.items()}
     tokens = load_tokenizer(base)
+    style = settings.for_tokenizer(tokens)
+    print(
+        f"models run on {settings.device}, in {settings.dtype}; prompts: {style}", file=sys.stderr
+    )
+    known_settings = asdict(replace(settings, **asdict(style)))
     version, metrics = (require_lm_eval(), read_metrics(inputs)) if inputs.tasks else (None, {})
     document: Result = {
         "format": FORMAT,
@@ -85,14 +90,17 @@ def evaluate(
             name: {"path": str(path), "sha256": hashes[name]}
             for name, path in inputs.paths().items()
         },
-        "settings": asdict(settings),
+        "settings": known_settings,
         "lm_eval_version": version,
         "tokenizer": tokens.fingerprint,
     }
-    measurements = read_measurements(inputs, base, tokens, settings, metrics)
-    decisive = [FORMAT, sha256[BASE], tokens.fingerprint, hashes, asdict(settings)]
-    if metrics:
-        decisive.append([version, inputs.lm_eval_tasks, inputs.lm_eval_domain_tasks, metrics])
+    gold = GoldAnswers(output.with_suffix(".gold.json"))
+    measurements = read_measurements(inputs, base, tokens, settings, metrics, gold)
+    decisive = [FORMAT, sha256[BASE], tokens.fingerprint, hashes, known_settings]
+    if metrics:  # which follow a flag, and not the tokenizer
+        by_flag = [settings.chat_template, settings.add_bos]
+        tasks = [inputs.lm_eval_tasks, inputs.lm_eval_domain_tasks]
+        decisive.append([version, *tasks, metrics, by_flag])
     keys = {
         name: hashlib.sha256(json.dumps([sha, *decisive], sort_keys=True).encode()).hexdigest()
         for name, sha in sha256.items()

@@ -6,13 +6,26 @@ import io
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 CHATML = (
     "{% for message in messages %}"
     "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+#: As Qwen3's: a thought comes before the last answer, empty where it has none, and the header may
+#: have it already.
+THINKING = CHATML.replace(
+    "{{ message.content }}",
+    "{% set parts = message.content.split('</think>') %}"
+    "{% if message.role == 'assistant' and loop.last %}"
+    "{{ '<think>\n' + parts[:-1] | join | replace('<think>', '') | trim + '\n</think>\n\n' }}"
+    "{% endif %}{{ parts[-1].lstrip('\n') }}",
+).replace(
+    "assistant\n{% endif",
+    "assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif",
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 #: Ends in a newline, as an answer may begin with some.
@@ -30,13 +43,14 @@ def save_hugging_face(
     *,
     chat_template: str | None = CHATML,
     eos: str | None = "<|endoftext|>",
+    bos: str | None = None,
     blank_lines: bool = False,
     like_sentencepiece: bool = False,
 ) -> Path:
     """A BPE of about 300 ids; padding is the EOS, as in many published models.
 
     Byte-level; or one that writes a blank before each text, as Llama 2's does. With
-    ``blank_lines``, it has tokens of several newlines.
+    ``blank_lines``, it has tokens of several newlines; with ``bos``, it puts that before each text.
     """
     backend = Tokenizer(models.BPE())
     if like_sentencepiece:
@@ -52,9 +66,16 @@ def save_hugging_face(
         show_progress=False,
     )
     backend.train_from_iterator(SENTENCES + BLANK_LINES * blank_lines, trainer)
+    if bos is not None:
+        special = [(bos, backend.token_to_id(bos))]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=special
+        )
     directory.mkdir(parents=True)
     backend.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": eos, "eos_token": eos}
+    if bos is not None:
+        settings["bos_token"] = bos
     if chat_template is not None:
         settings["chat_template"] = chat_template
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))

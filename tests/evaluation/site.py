@@ -23,7 +23,7 @@ from tests.tiny import save_qwen3
 
 VOCAB_SIZE, EOS = 257, 256
 #: No query of these tests is stopped because the machine is busy.
-SLOW_MACHINE = "--query-seconds=600"
+SLOW_MACHINE = ("--query-seconds=600", "--gold-seconds=600")
 
 
 def save_model(directory: Path, *, scale: float = 1.0, **changes: Any) -> Path:

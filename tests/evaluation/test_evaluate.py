@@ -37,7 +37,7 @@ def every_input(site: Path) -> list[str]:
         f"--model=tuned={site}/tuned", f"--sql=books={site}",
         f"--choices=domain={site}/choices.jsonl", f"--general-choices=general={site}/choices.jsonl",
         f"--data={site}/questions.jsonl", f"--data-path={site}/corpus", f"--store={site}/store",
-        "--max-new-tokens=4", SLOW_MACHINE,
+        "--max-new-tokens=4", *SLOW_MACHINE,
     ]  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_every_input_is_read_before_the_first_model(site, tmp_path, run, measuri
     shutil.copy(site / "database.sqlite", tmp_path)
     for prompt, query, message in (
         ("p", "select no from book", "the gold query fails: no such column"),
-        ("", "select 1", "the prompt is empty"),
+        ("", "select 1", "'prompt' is empty"),
     ):
         write_rows(sql, {"prompt": prompt, "completion": query})
         code, error = run(f"--sql=s={tmp_path}")
@@ -136,7 +136,7 @@ def test_a_question_without_an_answer_is_not_asked(site, tmp_path, run):
         {"prompt": "p", "completion": f"select title from book where title = '{t}'"} for t in "aab"
     ]
     write_rows(tmp_path / "questions.jsonl", *rows)
-    assert run(f"--sql=s={tmp_path}", "--max-new-tokens=1", SLOW_MACHINE) == (0, "")
+    assert run(f"--sql=s={tmp_path}", "--max-new-tokens=1", *SLOW_MACHINE) == (0, "")
     found = written(tmp_path)["models"][0]["sql"]["s"]
     assert (found["questions"], found["empty_gold"], found["unfinished"]) == (2, 1, 2)
 
@@ -209,7 +209,7 @@ def test_the_default_device_is_this_machine_s_and_part_of_the_key(
         ("--dtype=half", 2, "--dtype: unusable value (expected one of float32, bfloat16; found"),
         ("--lm-eval-tasks=c", 2, "--lm-eval-include-path are given together"),
         ("--general-choices=c={site}/wrong.jsonl", 3, "benchmark c: the base scores 0"),
-        (f"--sql=s={{site}} --max-new-tokens=510 {SLOW_MACHINE}", 3,
+        (f"--sql=s={{site}} --max-new-tokens=510 {' '.join(SLOW_MACHINE)}", 3,
          "questions.jsonl:1: longer than the model's context"),
         ("--batch-size=0", 2, "--batch-size: unusable value (expected a number from 1, at most"),
         ("--sql=c={site} --query-seconds=nan", 2, "--query-seconds: unusable value"),

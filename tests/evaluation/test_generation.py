@@ -53,7 +53,7 @@ def test_sql_prompts(model, sql_prompts, batch_size):
     expected = [alone(model, prompt, eos_id, 12) for prompt in sql_prompts]
     assert {answer.finished for answer in expected} == {True, False}
     found = greedy_answers(
-        model, sql_prompts, eos_id=eos_id, max_new_tokens=12, batch_size=batch_size
+        model, sql_prompts, stop_ids={eos_id}, max_new_tokens=12, batch_size=batch_size
     )
     assert found == expected
 
@@ -69,7 +69,7 @@ def test_any_prompts(model, prompts, batch_size, max_new_tokens):
     eos_id = alone(model, prompts[0], EOS, 3).tokens[-1]
     expected = [alone(model, prompt, eos_id, max_new_tokens) for prompt in prompts]
     found = greedy_answers(
-        model, prompts, eos_id=eos_id, max_new_tokens=max_new_tokens, batch_size=batch_size
+        model, prompts, stop_ids={eos_id}, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
     assert found == expected
 
@@ -81,7 +81,7 @@ def test_shared_tokens_pass_through_the_model_once(model, sql_prompts, batch_siz
     embedding = model.get_input_embeddings()
     hook = embedding.register_forward_pre_hook(lambda _, given: counts.append(given[0].numel()))
     with hook:
-        greedy_answers(model, sql_prompts, eos_id=EOS, max_new_tokens=1, batch_size=batch_size)
+        greedy_answers(model, sql_prompts, stop_ids={EOS}, max_new_tokens=1, batch_size=batch_size)
     beginnings = {tuple(prompt[: n + 1]) for prompt in sql_prompts for n in range(len(prompt))}
     assert sum(counts) == len(beginnings) + len(sql_prompts)
     assert len(beginnings) < sum(map(len, sql_prompts)) / 2
@@ -89,8 +89,8 @@ def test_shared_tokens_pass_through_the_model_once(model, sql_prompts, batch_siz
 
 def test_generation_config_is_ignored_and_kept(site, sql_prompts):
     model = load_model(site / "base").double()
-    expected = greedy_answers(model, sql_prompts, eos_id=EOS, max_new_tokens=5)
+    expected = greedy_answers(model, sql_prompts, stop_ids={EOS}, max_new_tokens=5)
     model.generation_config.do_sample = True
     model.generation_config.repetition_penalty = 5.0
-    assert greedy_answers(model, sql_prompts, eos_id=EOS, max_new_tokens=5) == expected
+    assert greedy_answers(model, sql_prompts, stop_ids={EOS}, max_new_tokens=5) == expected
     assert model.generation_config.do_sample

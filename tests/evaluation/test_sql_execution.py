@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.sql.database import open_read_only
 from megatron_replay.evaluation.sql.execution import execution_match, with_answers
+from megatron_replay.evaluation.sql.gold_answers import GoldAnswers
 from megatron_replay.evaluation.sql.server import (
     Limits,
     QueryError,
@@ -44,7 +45,9 @@ def questions(database, *gold):
 
 def match(database, *pairs):
     asked = questions(database, *(gold for gold, _ in pairs))
-    return execution_match(asked, [predicted for _, predicted in pairs], Limits(seconds=600))
+    return execution_match(
+        asked, [predicted for _, predicted in pairs], Limits(seconds=600, gold_seconds=600)
+    )
 
 
 def outcome(database, sql, **limits):
@@ -131,7 +134,7 @@ def test_deadline_of_one_query_does_not_reach_the_next(database):
             run_query(connection, "select 1", Limits(seconds=1e-9))
         assert caught.value.reason == "timeout"
         sql = "select count(*) from book a, book b, book c"
-        assert run_query(connection, sql, Limits(seconds=600)) == [(64,)]
+        assert run_query(connection, sql, Limits(seconds=600, gold_seconds=600)) == [(64,)]
 
 
 @pytest.mark.parametrize("unclosed", ["[", "'", '"', "`", "/*", "--", "(", "['", '[" --\n'])
@@ -205,7 +208,7 @@ def test_counts(database):
 def test_questions_without_an_answer_are_left_out(database):
     empty = ("select title from book where pages > 99", "select max(pages) from book where 0")
     asked = questions(database, "select 1", *empty, "select null, 0")
-    assert with_answers(asked, Limits(seconds=600)) == [asked[0], asked[3]]
+    assert with_answers(asked, Limits(seconds=600, gold_seconds=600)) == [asked[0], asked[3]]
     with pytest.raises(DataError, match=r"every gold answer is empty \(found 2 questions\)"):
         with_answers(asked[1:3])
 
@@ -252,3 +255,48 @@ def test_a_database_that_is_damaged_further_on(database):
     for pair in ((whole, damaged), (damaged, whole)):
         with pytest.raises(DataError, match=r"shop.*cannot read the database: .*malformed"):
             match(database, pair)
+
+
+STORED = "select title, pages, 0.1, 9e999, x'00ff' from book order by pages, title"
+
+
+def test_slow_gold_answers_are_kept_in_a_file(database, tmp_path):
+    """Recalled, they are what they were: text that is not UTF-8, null, float, infinity, bytes."""
+    write_database(database, "insert into book values (cast(x'61ed' as text), 7)")
+    file, asked = tmp_path / "eval.gold.json", questions(database, STORED)
+    all_slow = Limits(seconds=600, gold_seconds=600, slow_seconds=-1.0)
+    no_time = Limits(seconds=600, gold_seconds=1e-9)
+    with_answers(asked, all_slow, GoldAnswers(file))
+    found = execution_match(asked, [STORED], no_time, GoldAnswers(file))
+    assert (found["matches"], found["failures"]) == (1, {})
+    other = STORED.replace("0.1", "0.10000000000000002")
+    found = execution_match(asked, [other], no_time, GoldAnswers(file))
+    assert found["failures"] == {"other answer": 1}
+    found = execution_match(
+        asked, [f"select * from ({STORED}) order by 2 desc"], no_time, GoldAnswers(file)
+    )
+    assert (found["matches"], found["set_accuracy"]) == (0, 1.0)
+    write_database(database, "insert into book values ('new', 8)")
+    with pytest.raises(DataError, match="the gold query fails"):
+        with_answers(asked, no_time, GoldAnswers(file))
+
+
+def test_fast_and_large_gold_answers_are_not_kept(database, tmp_path):
+    file, asked = tmp_path / "eval.gold.json", questions(database, STORED)
+    slow = {"seconds": 600, "gold_seconds": 600, "slow_seconds": -1.0}
+    for limits in (
+        Limits(seconds=600, gold_seconds=600, slow_seconds=600),
+        Limits(**slow, max_kept_rows=3),
+        Limits(**slow, max_kept_length=20),
+    ):
+        assert with_answers(asked, limits, GoldAnswers(file)) == asked
+        assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"gold_answers": {"a": [1, "b"]}}', '{"gold_answers": {"a": 1}}']
+)
+def test_gold_answers_that_are_damaged_or_another_file(tmp_path, content):
+    (tmp_path / "file").write_text(content)
+    with pytest.raises(DataError, match=r"file: damaged.*Remove it, or choose another --output"):
+        GoldAnswers(tmp_path / "file")

@@ -59,7 +59,7 @@ def outcome(process: QueryProcess, sql: str) -> str:
 @pytest.mark.parametrize("sql", [MINUTES, COLLIDING])
 def test_what_cannot_be_interrupted_is_killed(database, sql, monkeypatch):
     before = children(os.getpid())
-    with QueryProcess(Limits(seconds=HANG_SECONDS)) as process:
+    with QueryProcess(Limits(seconds=HANG_SECONDS, gold_seconds=HANG_SECONDS)) as process:
         assert process.gold(database, COLLIDING if sql == COLLIDING else "select 1")
         [first] = children(os.getpid()) - before
         with monkeypatch.context() as patch:  # the query may take minutes, its process must not
@@ -79,7 +79,10 @@ def test_memory_and_temporary_files_are_bounded(database):
         "select count(distinct i || hex(zeroblob(5000))) from t"
     )
     limits = Limits(
-        seconds=HANG_SECONDS, max_memory_bytes=150_000_000, max_temporary_bytes=1_000_000
+        seconds=HANG_SECONDS,
+        gold_seconds=HANG_SECONDS,
+        max_memory_bytes=150_000_000,
+        max_temporary_bytes=1_000_000,
     )
     with QueryProcess(limits) as process:
         for sql in (wide, sorted_):
@@ -88,13 +91,13 @@ def test_memory_and_temporary_files_are_bounded(database):
         for length in (100_000, 100_000_000):  # the second is beyond the process's memory
             with pytest.raises(QueryError, match=r"more than 100000 characters|ended with"):
                 process.gold(database, "select " + "1" * length)
-    with QueryProcess(Limits(seconds=HANG_SECONDS)) as process:
+    with QueryProcess(Limits(seconds=HANG_SECONDS, gold_seconds=HANG_SECONDS)) as process:
         assert process.gold(database, sorted_)
 
 
 def test_a_process_that_is_killed_is_said_and_replaced(database):
     before = children(os.getpid())
-    with QueryProcess(Limits(seconds=HANG_SECONDS)) as process:
+    with QueryProcess(Limits(seconds=HANG_SECONDS, gold_seconds=HANG_SECONDS)) as process:
         assert process.gold(database, "select 1")
         [child] = children(os.getpid()) - before
         os.kill(child, signal.SIGKILL)
@@ -118,7 +121,7 @@ import sys
 from pathlib import Path
 from megatron_replay.evaluation.sql.execution import QueryProcess
 from megatron_replay.evaluation.sql.server import Limits
-with QueryProcess(Limits(seconds=600)) as process:
+with QueryProcess(Limits(seconds=600, gold_seconds=600)) as process:
     process.gold(Path(sys.argv[1]), "select 1")
     print("ready", flush=True)
     process.compare(sys.argv[2]) if sys.argv[2] else sys.stdin.read()

@@ -22,7 +22,12 @@ SUFFIXES = ("bin", "idx", "loss_mask", "json")
 
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory):
-    return save_hugging_face(tmp_path_factory.mktemp("hf") / "tokenizer")
+    return save_hugging_face(tmp_path_factory.mktemp("hf") / "tokenizer", chat_template=None)
+
+
+@pytest.fixture(scope="module")
+def chat_dir(tmp_path_factory):
+    return save_hugging_face(tmp_path_factory.mktemp("hf") / "chat")
 
 
 @pytest.fixture
@@ -66,7 +71,7 @@ def test_rows_of_all_inputs_in_order(run, write_rows, tmp_path, tokenizer_dir):
     ]
     about = corpus.description
     assert out.strip() == (
-        f"{tmp_path}/deep/corpus: 5 documents (prompt), {about.num_tokens} tokens, "
+        f"{tmp_path}/deep/corpus: 5 documents (prompt, plain text), {about.num_tokens} tokens, "
         f"{about.num_loss_tokens} with loss, longest {corpus.lengths.max()}, fingerprint "
         f"{about.fingerprint[:12]}; written, 0 of 5 rows skipped"
     )
@@ -89,7 +94,7 @@ def test_what_is_the_same_is_kept_and_what_changed_is_written_again(run, write_r
         assert "; written" in out
         assert err.startswith("writing again: ")
         assert contents(tmp_path) == whole
-    other = save_hugging_face(tmp_path / "other", chat_template="{{ messages }}")
+    other = save_hugging_face(tmp_path / "other")
     assert "; written" in run(rows, tokenizer=other)[0]
     assert "; written" in run(rows, flags=["--on-bad-row", "skip"])[0]
     assert "; written" in run(write_rows(ROWS[:4]), flags=["--on-bad-row", "skip"])[0]
@@ -250,13 +255,61 @@ def test_ignored_fields_are_part_of_what_a_corpus_was_made_from(run, write_rows,
 def test_an_ignored_field_does_not_decide_the_format(run, write_rows):
     rows = write_rows([{**row, "text": "a"} for row in ROWS])
     assert "fits the formats prompt and text" in run(rows, code=3)[1]
-    assert "(prompt)" in run(rows, flags=["--ignore-fields", "text"])[0]
+    assert "(prompt, plain text)" in run(rows, flags=["--ignore-fields", "text"])[0]
 
 
-def test_a_template_that_writes_the_date_is_said(run, write_rows, tmp_path):
+def test_a_template_that_writes_the_date_is_said(run, write_rows, tmp_path, chat_dir):
     dated = save_hugging_face(tmp_path / "dated", chat_template="{{ strftime_now('%F') }}" + CHATML)
     said = "the chat template writes today's date"
     chats = write_rows([CHAT])
     assert run(chats, tokenizer=dated)[1].count(said) == 1
-    assert said not in run(chats)[1]
-    assert said not in run(write_rows(ROWS), tokenizer=dated, prefix="no-chat")[1]
+    assert said not in run(chats, tokenizer=chat_dir)[1]
+    plain = run(write_rows(ROWS), tokenizer=dated, flags=["--no-chat-template"])
+    assert said not in plain[1]
+
+
+def test_prompts_are_conversations_where_the_tokenizer_has_a_template(
+    run, write_rows, tmp_path, chat_dir
+):
+    rows, system = write_rows(ROWS), ["--system-prompt", "Be brief."]
+    tokenizer = load_tokenizer(chat_dir)
+
+    def first(*flags):
+        out, _ = run(rows, tokenizer=chat_dir, flags=flags)
+        assert "; written" in out
+        return out, tokenizer.decode(Corpus(tmp_path / "corpus")[0].tokens.tolist())
+
+    asked = "<|im_start|>user\nwhat is 0 + 1?<|im_end|>\n<|im_start|>assistant\n1<|im_end|>\n"
+    out, text = first()
+    assert ("(prompt, chat template)" in out, text) == (True, asked)
+    out, text = first(*system)
+    assert "(prompt, chat template with a system prompt)" in out
+    assert text == f"<|im_start|>system\nBe brief.<|im_end|>\n{asked}"
+    out, text = first("--no-chat-template")
+    assert ("(prompt, plain text)" in out, text) == (True, "what is 0 + 1? 1<|endoftext|>")
+    assert "; up to date" in run(rows, tokenizer=chat_dir, flags=["--no-chat-template"])[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "message"),
+    [
+        ({"text": "a b"}, ["--chat-template"], "--chat-template: has no effect on text rows"),
+        ({"text": "a b"}, ["--system-prompt=a"], "--system-prompt: has no effect on text rows"),
+        (ROWS[0], ["--no-chat-template", "--system-prompt=a"], "has no effect on plain text"),
+        (ROWS[0], ["--no-chat-template", "--add-bos"], "the tokenizer has no BOS token"),
+        (CHAT, ["--no-chat-template"], "'messages' rows are conversations"),
+        (ROWS[0], ["--system-prompt="], "--system-prompt: unusable value"),
+    ],
+)
+def test_styles_that_cannot_be_had(run, write_rows, chat_dir, row, flags, message):
+    _, err = run(write_rows([row] * 2), tokenizer=chat_dir, flags=["--on-bad-row=skip", *flags],
+                 code=2)  # fmt: skip
+    assert message in err
+
+
+def test_what_the_tokenizer_lacks_or_the_template_writes(run, write_rows, tmp_path):
+    both = save_hugging_face(tmp_path / "both", bos="<|endoftext|>")
+    _, err = run(write_rows(ROWS), tokenizer=both, flags=["--add-bos"], code=2)
+    assert "--add-bos: has no effect on conversations" in err
+    _, err = run(write_rows(ROWS), flags=["--chat-template"], code=2)
+    assert "--chat-template: the tokenizer has no chat template" in err

@@ -23,11 +23,12 @@ from typing import Any
 
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.results import standard_error
+from megatron_replay.evaluation.sql.gold_answers import GoldAnswers
 from megatron_replay.evaluation.sql.server import Limits, QueryError
 from megatron_replay.evaluation.sql.sets import SqlQuestion
 from megatron_replay.progress import Progress
 
-#: Seconds beyond ``Limits.seconds`` until the process is killed: for the messages, and for
+#: Seconds beyond a query's own until the process is killed: for the messages, and for
 #: comparing the answers.
 ALLOWANCE_SECONDS = 1.0
 #: Seconds for starting the process and opening a database (a slow disk, many tables).
@@ -44,13 +45,18 @@ _PROGRAM = (
 
 
 def with_answers(
-    questions: Sequence[SqlQuestion], limits: Limits | None = None, *, show: str = ""
+    questions: Sequence[SqlQuestion],
+    limits: Limits | None = None,
+    gold: GoldAnswers | None = None,
+    *,
+    show: str = "",
 ) -> list[SqlQuestion]:
     """Return the questions whose gold answer holds a value.
 
     Any query that finds nothing would match the others.
 
     Args:
+        gold: answers that are known, and to which slow ones are added.
         show: description of the progress bar; none is shown without one.
 
     Raises:
@@ -59,7 +65,7 @@ def with_answers(
     """
     found = []
     with (
-        QueryProcess(limits) as process,
+        QueryProcess(limits, gold) as process,
         Progress(show, len(questions), "questions", enabled=bool(show)) as bar,
     ):
         for question in questions:
@@ -79,6 +85,7 @@ def execution_match(
     questions: Sequence[SqlQuestion],
     predictions: Sequence[str],
     limits: Limits | None = None,
+    gold: GoldAnswers | None = None,
     *,
     show: str = "",
 ) -> dict[str, Any]:
@@ -87,6 +94,7 @@ def execution_match(
     Args:
         questions: those that `with_answers` returned.
         predictions: one query for each question.
+        gold: as for `with_answers`.
 
     Returns:
         ``questions`` and ``matches``, their counts; ``hits``, a 1 for each question that matches
@@ -101,7 +109,7 @@ def execution_match(
     hits, set_matches = "", 0
     failures = Counter[str]()
     with (
-        QueryProcess(limits) as process,
+        QueryProcess(limits, gold) as process,
         Progress(show, len(questions), "questions", enabled=bool(show)) as bar,
     ):
         for question, predicted in zip(questions, predictions, strict=True):
@@ -136,10 +144,12 @@ def _has_answer(process: QueryProcess, question: SqlQuestion) -> bool:
     try:
         return process.gold(question.database, question.gold)
     except QueryError as error:
+        is_late = error.reason == "timeout"
+        fix = "Give it more time with --gold-seconds, or leave" if is_late else "Leave"
         raise DataError(
             f"the gold query fails: {error}: {question.gold[:_SHOWN]}",
             where=question.where,
-            fix="Give it more time with --query-seconds" if error.reason == "timeout" else None,
+            fix=f"{fix} the question out: --leave-out {question.name}",
         ) from error
 
 
@@ -150,8 +160,8 @@ class QueryProcess:
     the database cannot be opened or read.
     """
 
-    def __init__(self, limits: Limits | None = None) -> None:
-        self._limits = limits or Limits()
+    def __init__(self, limits: Limits | None = None, gold: GoldAnswers | None = None) -> None:
+        self._limits, self._known = limits or Limits(), gold or GoldAnswers()
         self._child: subprocess.Popen[bytes] | None = None
         self._pipe: Connection
         self._database: Path | None = None
@@ -163,7 +173,7 @@ class QueryProcess:
         self._end()
 
     def gold(self, database: Path, sql: str) -> bool:
-        """Run a gold query, keep its answer, and return whether it holds a value.
+        """Run a gold query, or recall its answer, and return whether that holds a value.
 
         Raises:
             QueryError: as `run_query`, and "crash" where its process ended by itself.
@@ -179,7 +189,13 @@ class QueryProcess:
             raise DataError(
                 f"cannot start a process that runs queries on it: {error}", where=database
             ) from error
-        return bool(self._request("gold", sql, self._limits.seconds + ALLOWANCE_SECONDS))
+        if (kept := self._known.get(database, sql)) is not None:
+            return bool(self._request("recall", kept, _OPEN_SECONDS))
+        seconds = self._limits.gold_seconds + ALLOWANCE_SECONDS
+        has_value, kept = self._request("gold", sql, seconds)
+        if kept is not None:
+            self._known.add(database, sql, kept)
+        return bool(has_value)
 
     def compare(self, sql: str) -> tuple[bool, bool]:
         """Run a predicted query; is its answer the last gold query's, and as a set of rows?

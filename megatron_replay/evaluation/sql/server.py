@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,10 @@ class Limits:
     """What one query may cost."""
 
     seconds: float = 2.0  # wall-clock time
+    gold_seconds: float = 30.0  # of a gold query
+    slow_seconds: float = 1.0  # beyond which a gold query's answer is kept, if it is small:
+    max_kept_rows: int = 1_000
+    max_kept_length: int = 1_000_000  # characters of its JSON
     max_rows: int = 100_000  # of an answer
     max_bytes: int = 200_000_000  # of an answer, as Python's objects
     max_value_bytes: int = 1_000_000  # of one string or blob, stored ones too
@@ -215,11 +219,24 @@ class _Server:
         self._database = database
         self._connection = self._opened.enter_context(open_read_only(Path(database)))
 
-    def gold(self, sql: str) -> bool:
+    def gold(self, sql: str) -> tuple[bool, str | None]:
+        """Whether the answer holds a value; and, of a slow query, what `recall` reads."""
         self._gold = []  # its memory is needed
-        self._gold = run_query(self._connection, sql, self._limits)
-        self._is_ordered = is_ordered(sql)
-        return any(value is not None for row in self._gold for value in row)
+        start, limits = time.monotonic(), self._limits
+        rows = run_query(self._connection, sql, replace(limits, seconds=limits.gold_seconds))
+        kept = None
+        if time.monotonic() - start > limits.slow_seconds and len(rows) <= limits.max_kept_rows:
+            kept = json.dumps([sql, rows], default=lambda blob: {"hex": blob.hex()})
+        is_small = kept is not None and len(kept) <= limits.max_kept_length
+        return self._keep(sql, rows), kept if is_small else None
+
+    def recall(self, kept: str) -> bool:
+        sql, rows = json.loads(kept, object_hook=lambda blob: bytes.fromhex(blob["hex"]))
+        return self._keep(sql, list(map(tuple, rows)))
+
+    def _keep(self, sql: str, rows: list[Row]) -> bool:
+        self._gold, self._is_ordered = rows, is_ordered(sql)
+        return any(value is not None for row in rows for value in row)
 
     def compare(self, sql: str) -> tuple[bool, bool]:
         answer = run_query(self._connection, sql, self._limits)

@@ -8,7 +8,7 @@ Spider     ``dev.json``: question, query, db_id             ``database/ID/ID.sql
 BIRD       ``dev.json``: question, SQL, db_id, evidence     ``dev_databases/ID/ID.sqlite``
 =========  ===============================================  ======================================
 
-A plain prompt is used as it is. Spider's and BIRD's are built from the database itself:
+A plain layout's prompt is used as it is. Spider's and BIRD's are built from the database itself:
 
     CREATE TABLE book (title text, pages integer);
     …
@@ -16,6 +16,8 @@ A plain prompt is used as it is. Spider's and BIRD's are built from the database
     Evidence: BIRD's hint beside the question; the line is left out where there is none
     Question: how many books have more than 100 pages?
     SQL:
+
+A conversation asks for the query in a sentence, in place of the last line.
 """
 
 from __future__ import annotations
@@ -38,12 +40,16 @@ _ROWS, _DATABASE, _DEV = "questions.jsonl", "database.sqlite", "dev.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SqlQuestion:
-    """One question: what the model reads, and ``gold``, the query that answers it."""
+    """One question: what the model reads, and ``gold``, the query that answers it.
+
+    ``name``: what --leave-out knows it by.
+    """
 
     where: str
     database: Path
     prompt: str
     gold: str
+    name: str = ""
 
 
 class Layout(NamedTuple):
@@ -59,20 +65,25 @@ LAYOUTS = {
 }
 
 
-def sql_prompt(schema: list[str], question: str, evidence: str = "") -> str:
-    """The prompt of a question, the same in preprocessing and in evaluation."""
+def sql_prompt(schema: list[str], question: str, evidence: str = "", *, chat: bool = False) -> str:
+    """The prompt of a question, the same in preprocessing and in evaluation.
+
+    Args:
+        chat: it is a user's message; otherwise the query continues it.
+    """
     tables = "".join(f"{line};\n" for line in schema)
     hint = f"Evidence: {evidence.strip()}\n" if evidence.strip() else ""
-    return f"{tables}\n{hint}Question: {question.strip()}\nSQL:\n"
+    ending = "Answer with one SQL query and nothing else." if chat else "SQL:\n"
+    return f"{tables}\n{hint}Question: {question.strip()}\n{ending}"
 
 
-def read_sql_set(directory: Path) -> list[SqlQuestion]:
-    """Read a directory in one of the three layouts.
+def read_sql_set(directory: Path, *, chat: bool = False) -> list[SqlQuestion]:
+    """Read a directory in one of the three layouts; ``chat``: as in `sql_prompt`.
 
     Raises:
         DataError: it has none of them, a question lacks something, or a database is missing.
     """
-    questions = list(_layout(directory)[1])
+    questions = list(_layout(directory, chat)[1])
     if not questions:
         raise DataError("no questions", where=directory)
     return questions
@@ -85,10 +96,10 @@ def sql_set_files(directory: Path) -> list[Path]:
         DataError: as `read_sql_set`.
     """
     databases = {question.database for question in read_sql_set(directory)}
-    return [_layout(directory)[0], *sorted(databases)]
+    return [_layout(directory, False)[0], *sorted(databases)]
 
 
-def _layout(directory: Path) -> tuple[Path, Iterator[SqlQuestion]]:
+def _layout(directory: Path, chat: bool) -> tuple[Path, Iterator[SqlQuestion]]:
     """The file that holds a set's questions, and the questions, which are not yet read."""
     rows, dev = directory / _ROWS, directory / _DEV
     found: list[tuple[Path, Iterator[SqlQuestion]]] = []
@@ -96,7 +107,7 @@ def _layout(directory: Path) -> tuple[Path, Iterator[SqlQuestion]]:
         found.append((rows, _read_plain(directory)))
     for name, layout in LAYOUTS.items():
         if dev.exists() and (directory / layout.folders[0]).exists():
-            found.append((dev, read_questions(dev, name)))
+            found.append((dev, read_questions(dev, name, chat=chat)))
     if len(found) != 1:
         inside = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else None
         raise DataError(
@@ -120,12 +131,13 @@ def _read_plain(directory: Path) -> Iterator[SqlQuestion]:
         )
 
 
-def read_questions(file: Path, layout: str) -> Iterator[SqlQuestion]:
+def read_questions(file: Path, layout: str, *, chat: bool = False) -> Iterator[SqlQuestion]:
     """The questions of one file of Spider or BIRD, such as ``train_spider.json``.
 
     Args:
         file: a JSON list; the databases are in a folder next to it.
         layout: a key of ``LAYOUTS``.
+        chat: as in `sql_prompt`.
 
     Raises:
         DataError: the file has another format, a question lacks something, or a database is
@@ -147,7 +159,7 @@ def read_questions(file: Path, layout: str) -> Iterator[SqlQuestion]:
         yield SqlQuestion(
             where=row.where,
             database=database,
-            prompt=sql_prompt(schema(database), row.text("question"), evidence),
+            prompt=sql_prompt(schema(database), row.text("question"), evidence, chat=chat),
             gold=row.text(query),
         )
 
