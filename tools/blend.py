@@ -23,6 +23,7 @@ import torch
 from megatron_replay.checkpoint.blend import Blend
 from megatron_replay.checkpoint.staging import require_replaceable
 from megatron_replay.config import flag_name
+from megatron_replay.data.prompts import PromptStyle
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
 from megatron_replay.evaluation.inputs import FLAGS, Inputs, Settings
@@ -31,7 +32,7 @@ from megatron_replay.evaluation.measurements import read_measurements
 from megatron_replay.evaluation.results import Result, add_differences, printable, strict, value_at
 from megatron_replay.evaluation.suite import require_one_tokenizer
 from megatron_replay.files import make_directory, require_apart, write_json
-from megatron_replay.flags import Parser
+from megatron_replay.flags import Parser, add_flags, from_flags
 
 #: Measured whatever they give: the base is 0, the tuned model 1.
 _GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         if one.name in ("device", "dtype", "batch_size"):
             text = f"{one.metadata['help']} (default: {one.default})"
             add(flag_name(one.name), type=type(one.default), default=one.default, help=text)
+    add_flags(flags, PromptStyle)
     return flags
 
 
@@ -121,8 +123,7 @@ def measure_blends(
         DataError: an input does not fit the models.
         CheckpointError: a model cannot be loaded.
     """
-    settings = Settings(device=given.device, dtype=given.dtype, batch_size=given.batch_size)
-    settings = settings.resolved()
+    settings = from_flags(Settings, vars(given)).resolved()
     read = read_measurements(inputs, given.base, load_tokenizer(given.base), settings, {})
     load = partial(load_model, device=settings.device, dtype=settings.dtype)
     model, curve = load(given.base), dict[float, Result]()

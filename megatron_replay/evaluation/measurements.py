@@ -87,13 +87,13 @@ def read_measurements(
     tokenizer: Tokenizer,
     settings: Settings,
     metrics: Mapping[str, str],
-    gold: GoldAnswers,
+    gold: GoldAnswers | None = None,
 ) -> list[Measurement]:
     """Read and check every input, and run every gold query, before the first model is loaded.
 
     Args:
         metrics: the metric that is the score of each lm-eval task.
-        gold: answers of gold queries that are known.
+        gold: answers of slow gold queries, for the measurements to read and to add to.
 
     Raises:
         ConfigError: the tokenizer lacks what the settings request, or a question to leave out is
@@ -217,7 +217,7 @@ def sql_match(
     *,
     tokenizer: Tokenizer,
     settings: Settings,
-    gold: GoldAnswers,
+    gold: GoldAnswers | None,
     show: str,
 ) -> Result:
     """Generate a query for each question and run it.
