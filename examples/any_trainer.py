@@ -53,7 +53,7 @@ def main(argv=None):
         RestrictedLoss(model, corpus, reader), settings, collate, reader.stops().nonzero()[0],
         optimizer_cls_and_kwargs=(MoClip, {"lr": args.lr, "betas": (0.9, 0.95), "clip_grad": 1.0}),
     ).train()  # fmt: skip
-    model.save_pretrained(args.save)
+    model.save_pretrained(args.save, is_main_process=settings.should_save)
 
 
 if __name__ == "__main__":
