@@ -49,6 +49,7 @@ class RunSummary:
     general_perplexity: float | None  # of the run's sample of general text, at the last reading
     delta_ppl: float | None  # the same less that of the weights the run started from
     probes: list[Line]  # the lines of the run's own probe, in order
+    outside_mass: float | None  # outside the candidate sets, at the last probe
     config: str  # the file of the run's resolved configuration
 
 
@@ -137,6 +138,7 @@ def summarize_run(directory: Path) -> RunSummary:
         general_perplexity=general.get("perplexity"),
         delta_ppl=general.get("delta_ppl"),
         probes=[line for line in lines if line.get("probe")],
+        outside_mass=(_last(lines, "probe") or {}).get("outside_mass"),
         config=str(config),
         **{name: stability.get(name) for name in _STABILITY},
     )

@@ -37,9 +37,9 @@ def steps(count: int = 40) -> list[dict[str, Any]]:
 
 def test_totals_and_last_readings(tmp_path: Path) -> None:
     lines = steps()
-    probe = {"outside_mass": 0.01, "restricted_loss": 0.1, "full_loss": 0.11}
     for at, distance, perplexity in ((40, 0.0123, 21.5), (20, 0.01, 20.0), (0, None, 19.25)):
         general = {"perplexity": perplexity, "delta_ppl": perplexity - 19.25, "sample": "5" * 16}
+        probe = {"outside_mass": at / 1000, "restricted_loss": 0.1, "full_loss": 0.11}
         reading = {"iteration": at, "general": general, "probe": probe}
         reading["stability"] = STABILITY if at == 40 else {"loss_std": 9.0}
         lines.insert(at, reading | ({} if distance is None else {"relative_l2": distance}))
@@ -55,6 +55,7 @@ def test_totals_and_last_readings(tmp_path: Path) -> None:
         0.0123, 21.5, 2.25,
     )  # fmt: skip
     assert [line["iteration"] for line in summary.probes] == [0, 20, 40]
+    assert summary.outside_mass == 0.04
 
 
 def test_what_was_not_logged_is_none(tmp_path: Path) -> None:
@@ -69,6 +70,7 @@ def test_what_was_not_logged_is_none(tmp_path: Path) -> None:
     assert (
         summary.loss_std is summary.non_finite is summary.relative_l2 is summary.delta_ppl is None
     )
+    assert summary.outside_mass is None
 
 
 DAMAGED = [

@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--line", action="append", default=[], type=_line, metavar="NAME,NAME,…",
         help="models that a line joins, such as base, blends and tuned; repeatable")  # fmt: skip
     flags.add_argument("--timings", type=Path, help='JSON to report: {"part": seconds, …}')
+    flags.add_argument("--note", default="", help="what a reader should know first")
     flags.add_argument("--output-dir", type=Path, required=True, help="directory to write")
     return flags
 
@@ -76,6 +77,7 @@ def one_report(argv: list[str], command: str) -> str:
         lines=given.line,
         timings=read_timings(given.timings) if given.timings else {},
         command=command,
+        note=given.note,
     )
     figure, markdown = report_figure(report), printable(render_markdown(report))
     inputs = [("--evaluation", given.evaluation), *_run_files(runs.values())]

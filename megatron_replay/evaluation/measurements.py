@@ -45,6 +45,8 @@ from megatron_replay.store import CandidateReader, DocumentCandidates
 
 #: General text is cut into pieces of this many predicted tokens.
 WINDOW = 128
+#: The first questions of an SQL set, whose answers are kept.
+NUM_SAMPLES = 3
 #: Documents of the corpus whose outside mass is measured.
 NUM_DOCUMENTS = 200
 
@@ -226,7 +228,8 @@ def sql_match(
 
     Returns:
         `execution_match`'s; ``unfinished``: answers without an end; ``unwrapped``: answers that had
-        more than the query that was run.
+        more than the query that was run; ``samples``: the first questions (the last paragraph of
+        the prompt), each with its gold query, the answer, and whether it is right.
     """
     for question, prompt in prompts.items():
         require_readable(model, question.where, prompt, len(prompt) + settings.max_new_tokens)
@@ -242,7 +245,13 @@ def sql_match(
     queries = [unwrapped(text) for text in texts] if settings.unwrap else texts
     limits = _limits(settings)
     match = execution_match(list(prompts), queries, limits, gold, show=f"{show}: match")
+    samples = [
+        {"question": asked.prompt.rpartition("\n\n")[2], "gold": asked.gold, "answer": text,
+         "right": hit == "1"}
+        for asked, text, hit in zip(prompts, texts, match["hits"], strict=True)
+    ]  # fmt: skip
     return match | {
+        "samples": samples[:NUM_SAMPLES],
         "unfinished": sum(not answer.finished for answer in answers),
         "unwrapped": sum(map(ne, texts, queries)),
     }

@@ -38,6 +38,7 @@ _KEPT = (
     ("outside mass %", "candidates.outside_mass", ".2f", 100),
     ("restricted loss", "candidates.restricted_loss", ".4f", 1),
     ("full loss", "candidates.full_loss", ".4f", 1),
+    ("run: outside mass %", "run.outside_mass", ".2f", 100),
     ("run: relative L2 %", "run.relative_l2", ".2f", 100),
     ("run: general perplexity", "run.general_perplexity", ".2f", 1),
     ("run: Δ perplexity", "run.delta_ppl", "+.2f", 1),
@@ -68,6 +69,8 @@ _NOTE = (
     "its own values (run:) on its own sample of general text, with fp32 weights."
 )
 
+#: Characters of a question or an answer that are shown.
+_SHOWN = 200
 _STYLE: Any = {
     "font.size": 16, "axes.titlesize": 17, "legend.fontsize": 15, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False,
@@ -84,6 +87,7 @@ _FORGETTING, _NEXT_TOKEN = "general.delta_perplexity", "data.accuracy"
 _MOVEMENT = (
     ("relative L2 to the base, %", "relative_l2_percent", 1.0),
     ("mass outside the candidates, %", "candidates.outside_mass", 100.0),
+    ("mass outside the candidates in the run, %", "run.outside_mass", 100.0),
 )
 
 
@@ -94,11 +98,13 @@ def build_report(
     lines: Sequence[Sequence[str]],
     timings: Mapping[str, float],
     command: str,
+    note: str = "",
 ) -> Report:
     """Join an evaluation with its runs and lines, by the models' names, and with timings.
 
     Args:
         lines: names of the models that each line of the figure joins.
+        note: what a reader should know first.
 
     Raises:
         ConfigError: no model of this name was evaluated.
@@ -122,6 +128,7 @@ def build_report(
     return {
         "methods": list(methods.values()),
         "lines": [list(line) for line in lines],
+        "note": note,
         "timings": dict(timings),
         "inputs": evaluation["inputs"],
         "settings": evaluation["settings"],
@@ -182,10 +189,35 @@ def _table(lines: Mapping[str, Cells]) -> list[str]:
     return table
 
 
+def _samples(methods: Mapping[str, Model]) -> list[str]:
+    """What each model answers to the first questions of each SQL set."""
+    tables: dict[str, list[str]] = {}
+    for name, method in methods.items():
+        for task, found in method.get("sql", {}).items():
+            for sample in found.get("samples", []):
+                table = tables.setdefault(
+                    f"**{task}**: {_line(sample['question'])}",
+                    [_row(["method", "answer", "right"]), "|---|---|---|",
+                     _row(["gold query", f"`{_line(sample['gold'])}`", ""])],
+                )  # fmt: skip
+                right = "yes" if sample["right"] else "no"
+                table.append(_row([name, f"`{_line(sample['answer'])}`", right]))
+    lines = ["## What it answers", ""] if tables else []
+    for question, table in tables.items():
+        lines += [question, "", *table, ""]
+    return lines
+
+
+def _line(text: str) -> str:
+    """The text on one line, cut, without what would end code."""
+    return " ".join(text.replace("`", "'").split())[:_SHOWN]
+
+
 def render_markdown(report: Report) -> str:
     """The report as Markdown; ``report.png`` is expected in the same directory."""
     methods = {method["name"]: method for method in report["methods"]}
     lines = ["# Report", "", "![gain against forgetting](report.png)", ""]
+    lines += [report["note"], ""] if report["note"] else []
     for title, general, columns in (
         ("What it gained", False, _GAINED),
         ("What it kept", True, _KEPT),
@@ -197,7 +229,7 @@ def render_markdown(report: Report) -> str:
             for name, method in methods.items()
         }
         lines += [f"## {title}", "", *_table(cells), ""]
-    lines += [_NOTE, ""]
+    lines += [_NOTE, "", *_samples(methods)]
     if report["timings"]:
         lines += ["## Time of the parts", "", "| part | seconds |", "|---|---:|"]
         timings = report["timings"] | {"all": sum(report["timings"].values())}

@@ -31,10 +31,12 @@ _IS: dict[str, Callable[[Any], bool]] = {
     _COUNT: lambda value: isinstance(value, int) and is_number(value),
     _FLAG: lambda value: isinstance(value, bool),
 }
+_SAMPLE: Result = {"question!": _TEXT, "gold!": _TEXT, "answer!": _TEXT, "right!": _FLAG}
 _BENCHMARK: Result = {
     "questions": _COUNT + _OR_NULL, "standard_error": _NUMBER + _OR_NULL, "general": _FLAG,
     "hits": _TEXT, "empty_gold": _COUNT, "left_out": _COUNT, "unfinished": _COUNT,
     "unwrapped": _COUNT, "failures": {"*": _COUNT},
+    "samples": [_SAMPLE],
 }  # fmt: skip
 _PERPLEXITY: Result = {
     "perplexity!": _NUMBER, "delta_perplexity": _NUMBER, "loss": _NUMBER, "accuracy": _NUMBER

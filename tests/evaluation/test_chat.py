@@ -168,9 +168,13 @@ def test_unwrapped_answers_are_counted(sets, answers, measured):
     answers["texts"] = [GOLD[0], f"Sure!\n```sql\n{GOLD[1]}\n```"]
     found = measured(directory)
     assert (found["accuracy"], found["unwrapped"]) == (1.0, 1)
+    assert [sample["answer"] for sample in found["samples"]] == answers["texts"]
+    assert [sample["gold"] for sample in found["samples"]] == GOLD
+    assert all(sample["right"] for sample in found["samples"])
     found = measured(directory, "--no-unwrap")
     assert (found["accuracy"], found["unwrapped"]) == (0.5, 0)
     assert found["failures"] == {"not a query": 1}
+    assert [sample["right"] for sample in found["samples"]] == [True, False]
 
 
 # ------------------------------------------------------------------------- slow gold queries

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from megatron_replay.errors import DataError
 from megatron_replay.evaluation.report import COLOURS, build_report, report_figure
 from megatron_replay.evaluation.results import domain_mean, read_evaluation, scores
-from tests.markdown import table
+from tests.markdown import parsed, table
 from tests.test_run_log import STABILITY, steps, write_run
 from tools import report
 
@@ -118,8 +118,29 @@ def test_scores_of_the_domain_and_of_general_benchmarks_are_apart():
     assert domain_mean({"choices": {"b": {"accuracy": 0.5}}}) == (50.0, None)
 
 
+def test_what_each_model_answers_is_shown(tmp_path):
+    asked = {"question": "How many\n*books*?", "gold": "select 1"}
+    right, wrong = asked | {"answer": "select 1", "right": True}, asked | {"right": False}
+    wrong["answer"] = "Sure:\n```sql\nselect 2 | " + 300 * "x"
+
+    def change(document: dict[str, Any]) -> None:
+        for model, sample in zip(document["models"], (wrong, right), strict=False):
+            model["sql"]["shop.v1"]["samples"] = [sample]
+
+    evaluation = evaluation_file(tmp_path, change)
+    assert report.main([f"--evaluation={evaluation}", f"--output-dir={tmp_path / 'out'}"]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    _, found, after = text.partition("**shop.v1**: How many *books*?\n\n")
+    assert found
+    gold, base, tuned = parsed(after.partition("\n\n")[0])
+    assert gold == {"method": "gold query", "answer": "`select 1`", "right": ""}
+    assert (base["right"], tuned["right"], tuned["answer"]) == ("no", "yes", "`select 1`")
+    assert base["answer"].startswith("`Sure: '''sql select 2 \\| xxx")
+    assert len(base["answer"]) < 250
+
+
 def test_the_whole_report(tmp_path, capsys):
-    last = {"iteration": 40, "stability": STABILITY}
+    last = {"iteration": 40, "stability": STABILITY, "probe": {"outside_mass": 0.02}}
     run = write_run(tmp_path / "run", [*steps(), last])
     timings = tmp_path / "timings.json"
     timings.write_text(json.dumps({"base": 180.25, "stage 0": 12}))
@@ -128,6 +149,7 @@ def test_the_whole_report(tmp_path, capsys):
         f"--run=full softmax={run}",
         "--line=base,replay,full softmax",
         f"--timings={timings}",
+        "--note=On a tiny model.",
         f"--output-dir={tmp_path / 'out'}",
     ]
     assert report.main(flags) == 0
@@ -139,7 +161,9 @@ def test_the_whole_report(tmp_path, capsys):
     assert [line["failure reason"] for line in gained] == [
         "1 other answer, 1 sql error (3 cut off, 2 left out)", "2 timeout", "– (2 left out)", "–",
     ]  # fmt: skip
-    *_, replay, ghost = table(text, "What it kept")
+    assert text.index("On a tiny model.") < text.index("What it gained")
+    _, full, replay, ghost = table(text, "What it kept")
+    assert (full["run: outside mass %"], replay["run: outside mass %"]) == ("2.00", "–")
     assert (replay["cloze %"], replay["Δ perplexity"]) == ("50.0 ± 2.0", "+0.30")
     assert (replay["relative L2 %"], replay["outside mass %"]) == ("1.57", "7.00")
     assert (ghost["method"], ghost["outside mass %"]) == (r"replay\|ghost", "–")
