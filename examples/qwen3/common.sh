@@ -17,6 +17,7 @@
 #   MODEL_SIZE=tiny a small model of Qwen3's proportions and its own data, for a CPU
 #
 # Flags after a script's name are appended to its command: stage1_qwen3_4b_4K_ptd.sh --lr 1e-6
+# Those of prompts (--no-chat-template, --system-prompt) belong to data_convert and evaluate alike.
 # shellcheck shell=bash disable=SC2034  # the scripts use these variables
 set -euo pipefail
 
