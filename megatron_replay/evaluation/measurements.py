@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from operator import ne
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,13 +15,12 @@ from transformers import PreTrainedModel
 from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.checkpoint.model_files import digests_of, require_store_of_base
 from megatron_replay.data.corpus import Corpus, Document, pick_documents
-from megatron_replay.data.prompts import PromptStyle, prompt_of
+from megatron_replay.data.prompts import PromptStyle
 from megatron_replay.data.row_formats import PLAIN, detect_format, tokenize_row
-from megatron_replay.data.rows import Row, parse_row, read_lines
+from megatron_replay.data.rows import parse_row, read_lines
 from megatron_replay.data.tokenizer import Tokenizer
-from megatron_replay.errors import ConfigError, DataError, StoreError
+from megatron_replay.errors import DataError, StoreError
 from megatron_replay.evaluation.choices import read_choices, score_choices
-from megatron_replay.evaluation.generation import greedy_answers
 from megatron_replay.evaluation.inputs import Inputs, Settings
 from megatron_replay.evaluation.language_model import (
     load_model,
@@ -31,11 +29,8 @@ from megatron_replay.evaluation.language_model import (
 )
 from megatron_replay.evaluation.lm_eval_tasks import run_tasks
 from megatron_replay.evaluation.results import Result
-from megatron_replay.evaluation.sql.execution import execution_match, with_answers
 from megatron_replay.evaluation.sql.gold_answers import GoldAnswers
-from megatron_replay.evaluation.sql.server import Limits
-from megatron_replay.evaluation.sql.sets import SqlQuestion, read_sql_set
-from megatron_replay.evaluation.sql.unwrap import unwrapped
+from megatron_replay.evaluation.sql.measurement import sql_measurements
 from megatron_replay.loss.candidate_sets import CandidateSets
 from megatron_replay.loss.sharded import outside_mass
 from megatron_replay.model.compatibility import require_vocabulary
@@ -45,8 +40,6 @@ from megatron_replay.store import CandidateReader, DocumentCandidates
 
 #: General text is cut into pieces of this many predicted tokens.
 WINDOW = 128
-#: The first questions of an SQL set, whose answers are kept.
-NUM_SAMPLES = 3
 #: Documents of the corpus whose outside mass is measured.
 NUM_DOCUMENTS = 200
 
@@ -125,18 +118,8 @@ def read_measurements(
             choices = read_choices(file, tokenizer, of)
             run = partial(score_choices, choices=choices, batch_size=size)
             found.append(Measurement("choices", run, name, {"general": general}))
-    for name, (asked, left_out) in _sql_questions(inputs, settings, style).items():
-        prompts = {question: _prompt(question, tokenizer, style) for question in asked}
-        questions = with_answers(asked, _limits(settings), gold, show=f"{name}: gold")
-        run = partial(
-            sql_match,
-            prompts={question: prompts[question] for question in questions},
-            tokenizer=tokenizer,
-            settings=settings,
-            gold=gold,
-        )
-        counts = {"empty_gold": len(asked) - len(questions), "left_out": left_out}
-        found.append(Measurement("sql", run, name, counts))
+    for name, (match, counts) in sql_measurements(inputs.sql, tokenizer, settings, gold).items():
+        found.append(Measurement("sql", match, name, counts))
     if metrics:
 
         def run_lm_eval(model: PreTrainedModel, show: str) -> Result:  # it shows its own progress
@@ -144,42 +127,6 @@ def read_measurements(
 
         found.append(Measurement("lm_eval", run_lm_eval))
     return found
-
-
-def _sql_questions(
-    inputs: Inputs, settings: Settings, style: PromptStyle
-) -> dict[str, tuple[list[SqlQuestion], int]]:
-    """The questions of every set, and how many were left out by name."""
-    left_out = set(filter(None, (settings.leave_out or "").split(",")))
-    unknown, found = set(left_out), {}
-    for name, directory in inputs.sql.items():
-        questions = [
-            replace(question, name=f"{name}:{number}")
-            for number, question in enumerate(
-                read_sql_set(directory, chat=bool(style.chat_template)), start=1
-            )
-        ]
-        asked = [question for question in questions if question.name not in left_out]
-        unknown -= {question.name for question in questions}
-        found[name] = asked, len(questions) - len(asked)
-    if unknown:
-        raise ConfigError(
-            "no such question",
-            where="--leave-out",
-            expected="NAME:NUMBER of --sql NAME=DIR, the first question's number being 1",
-            found=", ".join(sorted(unknown)),
-        )
-    return found
-
-
-def _prompt(question: SqlQuestion, tokenizer: Tokenizer, style: PromptStyle) -> list[int]:
-    """What a training row of the question has before its answer."""
-    row = Row(question.where, {"prompt": question.prompt, "completion": question.gold})
-    return prompt_of(tokenize_row(row, "prompt", tokenizer, style))
-
-
-def _limits(settings: Settings) -> Limits:
-    return Limits(seconds=settings.query_seconds, gold_seconds=settings.gold_seconds)
 
 
 def _corpus_and_store(data_path: Path, store: Path, base: Path) -> tuple[Corpus, CandidateReader]:
@@ -211,50 +158,6 @@ def measure(
         else:
             result.setdefault(one.kind, {})[one.name] = found
     return result
-
-
-def sql_match(
-    model: PreTrainedModel,
-    prompts: Mapping[SqlQuestion, list[int]],
-    *,
-    tokenizer: Tokenizer,
-    settings: Settings,
-    gold: GoldAnswers | None,
-    show: str,
-) -> Result:
-    """Generate a query for each question and run it.
-
-    An answer ends at the first special token: EOS, or the chat template's end of turn.
-
-    Returns:
-        `execution_match`'s; ``unfinished``: answers without an end; ``unwrapped``: answers that had
-        more than the query that was run; ``samples``: the first questions (the last paragraph of
-        the prompt), each with its gold query, the answer, and whether it is right.
-    """
-    for question, prompt in prompts.items():
-        require_readable(model, question.where, prompt, len(prompt) + settings.max_new_tokens)
-    answers = greedy_answers(
-        model,
-        list(prompts.values()),
-        stop_ids=tokenizer.special_ids,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        show=f"{show}: generate",
-    )
-    texts = [tokenizer.decode(answer.tokens).strip() for answer in answers]
-    queries = [unwrapped(text) for text in texts] if settings.unwrap else texts
-    limits = _limits(settings)
-    match = execution_match(list(prompts), queries, limits, gold, show=f"{show}: match")
-    samples = [
-        {"question": asked.prompt.rpartition("\n\n")[2], "gold": asked.gold, "answer": text,
-         "right": hit == "1"}
-        for asked, text, hit in zip(prompts, texts, match["hits"], strict=True)
-    ]  # fmt: skip
-    return match | {
-        "samples": samples[:NUM_SAMPLES],
-        "unfinished": sum(not answer.finished for answer in answers),
-        "unwrapped": sum(map(ne, texts, queries)),
-    }
 
 
 @torch.inference_mode()

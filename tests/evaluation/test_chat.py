@@ -14,6 +14,7 @@ from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.evaluation import measurements
 from megatron_replay.evaluation.choices import read_choices
 from megatron_replay.evaluation.generation import Answer
+from megatron_replay.evaluation.sql import measurement
 from megatron_replay.evaluation.sql.unwrap import unwrapped
 from tests.data.tiny_tokenizers import CHATML, THINKING
 from tests.evaluation.site import SLOW_MACHINE, save_model, write_database, write_rows
@@ -64,7 +65,7 @@ def answers(monkeypatch, tokenizer):
         found["prompts"], found["stop_ids"] = prompts, stop_ids
         return [Answer(tokenizer.encode(text), True) for text in found["texts"]]
 
-    monkeypatch.setattr(measurements, "greedy_answers", answer)
+    monkeypatch.setattr(measurement, "greedy_answers", answer)
     return found
 
 
