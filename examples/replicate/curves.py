@@ -1,8 +1,15 @@
 """Forgetting at equal gain: learning-rate sweeps, compared as curves.
 
-A method that forgets less and learns less may only have had a lower learning rate. So at one domain
-score, each seed's forgetting is interpolated between the neighbouring learning rates of that seed,
-and the differences from the reference's are averaged over seeds. Nothing is extrapolated.
+A method that forgets less and learns less may only have had a lower learning rate. So its
+forgetting is interpolated between neighbouring learning rates at one domain score, and full
+softmax's with AdamW at the same score is subtracted. Nothing is extrapolated.
+
+An interval covers the questions and the order of the data: each replicate of the bootstrap draws
+the domain's questions, those of each general benchmark, and at each rate the seeds, with
+replacement; the same questions for all methods. The text of the perplexity is not drawn again.
+
+Shapes: B replicates, the first of which counts everything once; N questions, R learning rates, C
+the gain and each of `MEASURES`.
 """
 
 from __future__ import annotations
@@ -10,21 +17,79 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-import pandas as pd
+import numpy as np
+import numpy.typing as npt
 
-from examples.replicate.tables import GROUP, in_table, interval, reference_of
+from examples.replicate.results import Row
 
 #: Where two curves are compared, as shares of the range of scores that both reach.
 SHARES = (0.25, 0.5, 0.75)
+REPLICATES = 1000
+#: A score that either curve misses in more of the replicates has no interval.
+MOST_MISSED = 0.1
 Point = tuple[float, float]
+Counts = npt.NDArray[np.int64]
+Values = npt.NDArray[np.float64]
 
 
-def curve(rows: pd.DataFrame, seed: int) -> list[Point]:
-    """(domain mean, forgetting) of one seed's runs, by learning rate."""
-    own = rows[rows.seed == seed].sort_values("lr")
-    points = zip(own.domain_mean, own.forgetting, strict=True)
-    return [(x, y) for x, y in points if not math.isnan(x)]
+class Draws(NamedTuple):
+    """How often each question counts in each replicate: the domain's, the general benchmarks'."""
+
+    hits_BN: Counts
+    general_BN: dict[str, Counts]
+
+
+def draw(base: Row, replicates: int = REPLICATES) -> Draws:
+    """As many questions as there are, with replacement, for all models of the base's domain."""
+    rng = np.random.default_rng(0)
+
+    def counts(n: int) -> Counts:
+        some = rng.multinomial(n, [1 / n] * n, size=replicates)
+        return np.concatenate([np.ones((1, n), dtype=some.dtype), some])
+
+    return Draws(
+        counts(len(base.hits)), {name: counts(len(of)) for name, of in base.general.items()}
+    )
+
+
+def gain(row: Row, draws: Draws) -> Values:
+    """The domain's score in per cent, [B]."""
+    return 100 * (draws.hits_BN @ row.hits) / len(row.hits)
+
+
+def forgetting(row: Row, base: Row, draws: Draws) -> Values:
+    """ΔPPL of general text, [B]."""
+    return np.full(len(draws.hits_BN), row.perplexity - base.perplexity)
+
+
+def lost(row: Row, base: Row, draws: Draws) -> Values:
+    """100 less the retention, [B]: the mean over benchmarks of 100 · score / the base's score."""
+    kept = [
+        (counts_BN @ row.general[name]) / np.maximum(counts_BN @ base.general[name], 1)
+        for name, counts_BN in draws.general_BN.items()
+    ]
+    return 100 - 100 * np.mean(kept, axis=0)
+
+
+#: What is compared at equal gain, by title.
+MEASURES = {"ΔPPL": forgetting, "retention lost, points": lost}
+
+
+def curve(rows: Sequence[Row], base: Row, draws: Draws) -> Values:
+    """Means over seeds at each rate, in their order, [B, R, C]."""
+    rng, points = np.random.default_rng(1), []
+    for rate in sorted({row.lr for row in rows}):
+        seeds_SBC = np.array([
+            np.stack([gain(row, draws), *(of(row, base, draws) for of in MEASURES.values())], -1)
+            for row in rows if row.lr == rate
+        ])  # fmt: skip
+        count, replicates, _ = seeds_SBC.shape
+        chosen_SB = rng.integers(count, size=(count, replicates))
+        chosen_SB[:, 0] = np.arange(count)
+        points.append(np.take_along_axis(seeds_SBC, chosen_SB[..., None], axis=0).mean(0))
+    return np.stack(points, axis=1)
 
 
 def rising(points: Sequence[Point]) -> list[tuple[Point, Point]]:
@@ -56,78 +121,40 @@ def common_range(curves: Sequence[Sequence[Point]]) -> tuple[float, float] | Non
     return (low, high) if -math.inf < low <= high < math.inf else None
 
 
-def differences(
-    ours: Sequence[Sequence[Point]], reference: Sequence[Sequence[Point]], at: Sequence[float]
-) -> list[float] | None:
-    """Our forgetting less the reference's at the score ``at`` of each seed.
-
-    None where any seed's curve does not reach it: leaving such seeds out would compare lucky ones.
-    """
-    found = []
-    for a, b, x in zip(ours, reference, at, strict=True):
-        # A single run is compared at its own score.
-        y_a = a[0][1] if len(a) == 1 and a[0][0] == x else interpolate(a, x)
-        y_b = interpolate(b, x)
-        if y_a is None or y_b is None:
-            return None
-        found.append(y_a - y_b)
-    return found
-
-
 def compare(
-    own: pd.DataFrame, reference: pd.DataFrame, floor: float
-) -> Iterator[tuple[float | None, list[float] | str]]:
-    """(score, differences over seeds, or the reason why there are none).
+    own: Sequence[Row], reference: Sequence[Row], base: Row
+) -> Iterator[tuple[float, dict[str, Values]]]:
+    """(score, replicates [B] of the difference in each of `MEASURES`), the first the estimate.
 
-    The scores are at `SHARES` of the range that both curves reach with every seed they share and
-    that is above ``floor``, the base's score. A method with one learning rate is compared at each
-    seed's own score, and its mean is given.
+    The scores are at `SHARES` of the range that both curves reach and that is above the base's. A
+    difference is NaN in a replicate in which either curve does not reach the score.
     """
-    seeds = sorted(set(own.seed) & set(reference.seed))
-    ours, theirs = ([curve(rows, seed) for seed in seeds] for rows in (own, reference))
-    if not seeds or not all(ours):
-        yield None, "no seed in common"
-    elif own.lr.nunique() == 1:
-        scores = [points[0][0] for points in ours]
-        at = math.fsum(scores) / len(scores)
-        if at <= floor:
-            yield at, "no gain over the base"
-        else:
-            yield at, differences(ours, theirs, scores) or "the reference does not reach it"
-    else:
-        reached = common_range([*ours, *theirs])
-        if reached is None:
-            yield None, "no score that both reach with every seed"
-        elif reached[1] <= floor:
-            yield None, "no gain over the base that both reach with every seed"
-        else:
-            low = max(reached[0], floor)
-            for share in SHARES:
-                at = low + share * (reached[1] - low)
-                yield at, differences(ours, theirs, [at] * len(seeds)) or "not reached"
+    draws = draw(base)
+    pair = [curve(rows, base, draws) for rows in (own, reference)]
+    reached = common_range([[(x, 0.0) for x in of_BRC[0, :, 0]] for of_BRC in pair])
+    floor = gain(base, draws)[0]
+    if reached is None or reached[1] <= floor:
+        return
+    low = max(reached[0], floor)
+    for share in SHARES:
+        score = low + share * (reached[1] - low)
+        found = {}
+        for column, name in enumerate(MEASURES, start=1):
+            ours, theirs = (
+                [interpolate(points[:, [0, column]].tolist(), score) for points in of_BRC]
+                for of_BRC in pair
+            )
+            found[name] = np.array([
+                math.nan if a is None or b is None else a - b
+                for a, b in zip(ours, theirs, strict=True)
+            ])  # fmt: skip
+        yield score, found
 
 
-def equal_gain(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every method's sweep against the reference's, for each base and size."""
-    found = []
-    for group, of_group in rows.groupby(GROUP, sort=False):
-        own = in_table(of_group, "sweep")
-        floor = of_group[of_group.method == "Base"].domain_mean.iloc[-1]
-        own = own[own.method != "Base"]
-        name = reference_of(own)
-        reference = own[own.method == name]
-        if reference.lr.nunique() < 2:
-            continue
-        for method, its in own[own.method != name].groupby("method", observed=True):
-            for at, result in compare(its, reference, -math.inf if math.isnan(floor) else floor):
-                found.append({
-                    **dict(zip(GROUP, group, strict=True)),
-                    "method": method,
-                    "against": name,
-                    "domain mean, %": "–" if at is None else f"{at:.1f}",
-                    "ΔPPL difference": result
-                    if isinstance(result, str)
-                    else interval(result, "+.2f"),
-                    "n": "–" if isinstance(result, str) else str(len(result)),
-                })  # fmt: skip
-    return pd.DataFrame(found)
+def interval(values: Values) -> tuple[float, float] | None:
+    """The 95 % percentile interval of ``values`` without NaN; None where too many are missing."""
+    known = values[~np.isnan(values)]
+    if len(known) < (1 - MOST_MISSED) * len(values):
+        return None
+    low, high = np.percentile(known, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,192 +1,116 @@
-"""The study's figures: forgetting against gain, the methods, the ablations."""
+"""The study's figures: forgetting against gain, retention, and the mass outside during training."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, SymmetricalLogLocator
 from PIL import Image
 
-from examples.replicate.tables import ABLATIONS, GROUP, in_table
+from examples.replicate.curves import curve, draw
+from examples.replicate.plan import CLAIMED, FULL, LR
+from examples.replicate.results import Row
+from examples.replicate.tables import base_of, grouped
+from megatron_replay.evaluation.results import BASE
 from megatron_replay.files import atomic_file
 
-FONT = 16
+FONT = 14
 #: Okabe and Ito (2008), its yellow darkened for a white page, and four of Paul Tol's muted colours,
 #: which the colour-blind can tell apart.
 COLOURS = (
-    "#000000", "#56B4E9", "#0072B2", "#CC79A7", "#E69F00", "#009E73", "#999999", "#882255",
-    "#D55E00", "#44AA99", "#B5A300", "#332288", "#999933",
+    "#000000", "#56B4E9", "#D55E00", "#CC79A7", "#E69F00", "#009E73", "#999999", "#882255",
+    "#0072B2", "#44AA99", "#B5A300", "#332288", "#999933",
 )  # fmt: skip
 MARKERS = "osD^vP<X*>hpd"
-#: Where the labels of the first, second, ... curve are, in points from its markers.
-_LABELS = ((9, -16, "left"), (-9, 7, "right"), (-9, -16, "right"), (9, 7, "left"))
-#: Forgetting has a logarithmic scale where it spans more than this factor.
-_LOG_FROM = 10.0
-_MEASURES = {
-    "forgetting": "ΔPPL", "loss_std": "loss std", "gradient_norm_cv": "gradient-norm CV",
-    "step_seconds": "seconds a step", "all_seconds": "s, with Stage 0",
-}  # fmt: skip
+#: ΔPPL has a linear scale up to this, and a logarithmic one beyond.
+LINEAR_TO = 1.0
 
 
-def draw_figures(rows: pd.DataFrame, output: Path) -> list[str]:
-    """Draw every figure that has at least two methods, or runs, to compare; returns the names."""
-    figures: dict[str, Figure | None] = {
-        f"forgetting-{size}.png": forgetting(own) for size, own in rows.groupby("size", sort=False)
-    }
-    for group, own in rows.groupby(GROUP, sort=False):
-        where = "-".join(group).replace(", ", "-")
-        figures[f"methods-{where}.png"] = methods(own)
-        figures[f"ablations-{where}.png"] = ablations(own)
-    drawn = {name: figure for name, figure in figures.items() if figure is not None}
-    for name, figure in drawn.items():
+def draw_figures(rows: Sequence[Row], output: Path) -> list[str]:
+    """Draw every figure, a panel for each domain; returns their names."""
+    domains = list(dict.fromkeys(row.domain for row in rows))
+    for name, (title, panel) in FIGURES.items():
+        figure = Figure(figsize=(7 * len(domains), 8.5), dpi=80, layout="constrained")
+        figure.suptitle(title, fontsize=FONT + 2)
+        legend: dict[str, object] = {}
+        panels = figure.subplots(1, len(domains), squeeze=False)[0]
+        for axes, domain in zip(panels, domains, strict=True):
+            panel(axes, [row for row in rows if row.domain == domain])
+            axes.set_title(domain, fontsize=FONT)
+            axes.tick_params(labelsize=FONT - 1)
+            axes.spines[["top", "right"]].set_visible(False)
+            legend |= {label: handle for handle, label in zip(
+                *axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center",
+                      ncols=min(4, 2 * len(domains)), fontsize=FONT - 2, frameon=False)  # fmt: skip
         drawing = io.BytesIO()
         figure.savefig(drawing, format="png")
         with atomic_file(output / name) as handle:  # 64 colours: a third of the bytes
             Image.open(drawing).convert("RGB").quantize(64).save(handle, "png", optimize=True)
-    return list(drawn)
+    return list(FIGURES)
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
-    """A bare Figure draws without a display and without global state; sizes are in inches."""
-    figure = Figure(figsize=(width, height), dpi=80, layout="constrained")
-    figure.suptitle(f"{title}: mean ± standard deviation over seeds", fontsize=FONT + 2)
-    return figure
-
-
-def _tidy(axes: Axes, title: str) -> None:
-    axes.set_title(title, fontsize=FONT + 1)
-    axes.tick_params(labelsize=FONT)
-    axes.xaxis.label.set_fontsize(FONT)
-    axes.yaxis.label.set_fontsize(FONT)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _where(rows: pd.DataFrame) -> str:
-    return ", ".join(rows[GROUP].iloc[0])
-
-
-def forgetting(rows: pd.DataFrame) -> Figure | None:
-    """Forgetting against gain, a panel for each base, a curve over learning rates for each method.
-
-    None where no method was run at two learning rates.
-    """
-    swept = in_table(rows, "sweep")
-    swept = swept[(swept.method != "Base") & swept.domain_mean.notna()]
-    points = swept.groupby(["base", "method", "lr"], sort=False, observed=True)[
-        ["domain_mean", "forgetting"]
-    ].agg(["mean", "std"])
-    rates = points.groupby(level=["base", "method"], sort=False, observed=True).size()
-    panels = [base for base, counts in rates.groupby(level="base", sort=False) if max(counts) > 1]
-    if not panels:
-        return None
-    by_rates = rates.groupby(level="method", observed=True).max()
-    by_rates = by_rates.sort_values(ascending=False, kind="stable")
-    look = {  # after thirteen methods, colours come again with other markers
-        name: (COLOURS[i % 13], MARKERS[(i + 5 * (i // 13)) % 13])
-        for i, name in enumerate(by_rates.index)
+def _look(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each method, the same in every panel that has the same methods."""
+    names = sorted({row.method for row in rows} - {BASE}, key=lambda name: (name != FULL, name))
+    return {
+        name: (COLOURS[i % 13], MARKERS[(i + 5 * (i // 13)) % 13]) for i, name in enumerate(names)
     }
-    columns, high = min(2, len(panels)), -(-len(panels) // 2)
-    figure = _figure(10 * columns, 7.5 * high + 1.6, "Forgetting against gain")
-    grid = figure.subplots(high, columns, squeeze=False).ravel()
-    for axes, base in zip(grid, panels, strict=False):
-        _draw_curves(axes, points.loc[base], look)
-        _tidy(axes, base)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
-    found = {
-        label: handle
-        for axes in grid[: len(panels)]
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        found.values(), found.keys(), loc="outside lower center", ncols=2 * columns, fontsize=FONT,
-        frameon=False, title="right and down is better; labels: least and largest learning rate",
-        title_fontsize=FONT,
-    )  # fmt: skip
-    return figure
 
 
-def _draw_curves(axes: Axes, points: pd.DataFrame, look: dict[str, tuple[str, str]]) -> None:
-    for i, (name, own) in enumerate(points.groupby(level="method", sort=False, observed=True)):
-        own = own.droplevel("method").sort_index()
-        x, y = own["domain_mean"], own["forgetting"]
-        (colour, marker), is_curve = look[name], len(own) > 1
-        axes.errorbar(
-            x["mean"], y["mean"], xerr=x["std"].fillna(0), yerr=y["std"].fillna(0), label=name,
-            color=colour, marker=marker, markersize=11, linewidth=2.2 if is_curve else 0,
-            elinewidth=1.2, capsize=3, markeredgewidth=1.8,
-            markerfacecolor=colour if is_curve else "white",
-        )  # fmt: skip
-        right, up, alignment = _LABELS[i % len(_LABELS)]
-        for end in (0, -1) if is_curve else ():
-            label = f"{own.index[end]:.1e}".replace(".0e", "e").replace("e-0", "e-")
-            axes.annotate(
-                label, (x["mean"].iloc[end], y["mean"].iloc[end]), xytext=(right, up),
-                ha=alignment, textcoords="offset points", fontsize=FONT - 3, color=colour,
-                path_effects=[withStroke(linewidth=3, foreground="white")], zorder=4,
-            )  # fmt: skip
-    y = points["forgetting"]["mean"]
-    if y.min() > 0 and y.max() > _LOG_FROM * y.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-    # Never a fraction of a point magnified to the whole axis.
-    high = max(axes.get_xlim()[1], 1.0)
-    axes.set_xlim(max(axes.get_xlim()[0], -0.03 * high), high)
-    axes.set_xlabel("domain score, mean, %")
-    axes.set_ylabel(f"ΔPPL on general text{', log scale' if axes.get_yscale() == 'log' else ''}")
+def forgetting(axes: Axes, rows: Sequence[Row]) -> None:
+    """ΔPPL against the score: a curve over learning rates for each method that has two."""
+    base, look = base_of(rows, rows[0].domain), _look(rows)
+    for (method,), own in grouped(rows, "method").items():
+        if method == BASE or len({row.lr for row in own}) < 2:
+            continue
+        points = curve(own, base, draw(base, 0))[0]
+        colour, marker = look[str(method)]
+        axes.plot(points[:, 0], points[:, 1], color=colour, marker=marker, markersize=8,
+                  linewidth=3 if method == FULL else 1.6, label=str(method))  # fmt: skip
+    axes.axvline(100 * base.hits.mean(), color="#bbbbbb", linestyle=":")
+    axes.set_yscale("symlog", linthresh=LINEAR_TO)
+    axes.yaxis.set_major_locator(
+        SymmetricalLogLocator(base=10, linthresh=LINEAR_TO, subs=(1, 2, 5))
+    )
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("domain score, %  (dotted: the base)", fontsize=FONT)
+    axes.set_ylabel("ΔPPL of general text", fontsize=FONT)
     axes.grid(alpha=0.25)
 
 
-def methods(rows: pd.DataFrame) -> Figure | None:
-    """A panel of bars for each measure: scores, forgetting, steadiness and time of every method."""
-    own = in_table(rows, "methods")
-    tasks = [name for name in own if name.startswith(("domain/", "general/"))]
-    wanted = [name for name in (*tasks, *_MEASURES) if own[name].notna().any()]
-    if own.method.nunique() < 3:
-        return None
-    seeds = own.groupby("method", observed=True)[wanted]
-    mean, std = seeds.mean(), seeds.std().fillna(0)
-    columns = -(-len(wanted) // 2)
-    figure = _figure(3.2 * columns + 3.5, 2 * (1.4 + 0.4 * len(mean)), _where(own))
-    panels = figure.subplots(2, columns, sharey=True).ravel()
-    for axes, name in zip(panels, wanted, strict=False):
-        axes.barh(mean.index, mean[name], xerr=std[name], color=COLOURS[1], capsize=3)
-        axes.set_xlim(left=0)
-        axes.locator_params(axis="x", nbins=3)
-        _tidy(axes, _MEASURES.get(name) or f"{name.partition('/')[2]}, %")
-    for axes in panels[len(wanted) :]:
-        axes.set_visible(False)
-    panels[0].invert_yaxis()
-    return figure
+def retention(axes: Axes, rows: Sequence[Row]) -> None:
+    """Bars: the retention of each method at the rate that all have."""
+    base, look = base_of(rows, rows[0].domain), _look(rows)
+    own = [row for row in rows if row.lr == LR]
+    for (method,), seeds in grouped(own, "method").items():
+        kept = 100 - curve(seeds, base, draw(base, 0))[0, 0, 2]
+        axes.barh(str(method), kept, height=0.5, color=look[str(method)][0])
+    axes.axvline(100, color="#bbbbbb", linestyle=":")
+    axes.invert_yaxis()
+    axes.set_xlabel(f"retention at the rate {LR:g}, %", fontsize=FONT)
 
 
-def ablations(rows: pd.DataFrame) -> Figure | None:
-    """A panel for each ablation: bars of the domain mean, points of forgetting."""
-    found = {table: in_table(rows, table) for table in ABLATIONS}
-    found = {table: own for table, own in found.items() if own.variant.nunique() > 1}
-    if not found:
-        return None
-    figure = _figure(8 * len(found), 7, _where(rows))
-    for axes, (table, own) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(),
-                                  strict=True):  # fmt: skip
-        number = pd.to_numeric(own.variant, errors="coerce")
-        own = own.assign(number=number).sort_values("number")
-        seeds = own.groupby("variant", sort=False)[["domain_mean", "forgetting"]]
-        mean, std = seeds.mean(), seeds.std().fillna(0)
-        axes.bar(mean.index, mean.domain_mean, yerr=std.domain_mean, color=COLOURS[1], capsize=4)
-        axes.set_ylabel("domain mean, %  (bars)")
-        right = axes.twinx()
-        right.errorbar(mean.index, mean.forgetting, yerr=std.forgetting, fmt="D", color="black",
-                       markersize=11, markerfacecolor="white", capsize=4)  # fmt: skip
-        right.set_ylabel("ΔPPL  (points)", fontsize=FONT)
-        right.set_ylim(bottom=0)
-        right.tick_params(labelsize=FONT)
-        _tidy(axes, table)
-    return figure
+def outside(axes: Axes, rows: Sequence[Row]) -> None:
+    """The probability outside the candidate sets during training, at the rate that all have."""
+    look = _look(rows)
+    for row in rows:
+        if row.method in (FULL, *CLAIMED) and (row.lr, row.seed) == (LR, 0):
+            colour, marker = look[row.method]
+            axes.plot(list(row.outside), list(row.outside.values()), color=colour, marker=marker,
+                      label=row.method)  # fmt: skip
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("step", fontsize=FONT)
+    axes.set_ylabel("probability outside the candidate sets, %", fontsize=FONT)
+    axes.grid(alpha=0.25)
+
+
+FIGURES: dict[str, tuple[str, Callable[[Axes, Sequence[Row]], None]]] = {
+    "forgetting.png": ("Forgetting against gain: right and down is better", forgetting),
+    "retention.png": ("General abilities that are kept", retention),
+    "outside.png": ("Probability outside the candidate sets", outside),
+}

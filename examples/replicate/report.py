@@ -11,49 +11,45 @@ import argparse
 import sys
 from pathlib import Path
 
-import pandas as pd
-
-from examples.replicate import curves, tables
+from examples.replicate import tables
 from examples.replicate.figures import draw_figures
+from examples.replicate.results import read_rows
 from megatron_replay.errors import EXIT_INTERRUPTED, DataError, ReplayError
 from megatron_replay.files import atomic_file, make_directory
 from tools.report import require_replaceable
 
 _TITLE = "# Tables of the study\n"
 _NOTE = """
-± is the sample standard deviation over the n seeds; in brackets is the 95 % confidence interval of
-the mean. Differences are paired by seed. ΔPPL is the perplexity of general text less the base's.
-Equal gain: ΔPPL of the method's sweep less the reference's at one domain score, interpolated
-between neighbouring learning rates of each seed; nothing is extrapolated.
+In brackets is the 95 % interval of a bootstrap over questions and seeds. ΔPPL is the perplexity of
+general text less the base's; retention is the mean over general benchmarks of the score in per cent
+of the base's. α is the weight of the tuned model in its average with the base.
+
+At equal gain: the method's curve over learning rates less that of full softmax with AdamW, at one
+score, interpolated between neighbouring rates; below 0 the method forgets less. Nothing is
+extrapolated.
 """
 
 
-def all_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Every table that the rows suffice for, by title."""
-    found = tables.paper_tables(rows) | {"Remedies": tables.remedies(rows)} | tables.sweeps(rows)
-    found["Against full softmax at one rate"] = tables.at_one_rate(rows)
-    found["Forgetting at equal gain"] = curves.equal_gain(rows)
-    return {title: table for title, table in found.items() if not table.empty}
-
-
-def write_report(paths: list[Path], output: Path) -> list[str]:
+def write_report(path: Path, output: Path) -> list[str]:
     """Write ``tables.md`` and the figures into ``output``; returns the figures' names.
 
     Raises:
-        DataError: the rows cannot be read, or suffice for no table.
+        DataError: the rows cannot be read, or there are none.
         OutputError: the directory holds files that are not from an earlier report.
     """
-    rows = tables.load_rows(paths)
-    found = all_tables(rows)
-    if not found:
-        raise DataError("no table has a line", where=", ".join(map(str, paths)))
-    require_replaceable(
-        output, ["tables.md"], {"tables.md": (_TITLE,)}, [("--rows", path) for path in paths]
-    )
+    rows = read_rows(path)
+    if not rows:
+        raise DataError("no rows", where=path)
+    found = {
+        f"Runs: {domain}": tables.runs(rows, domain)
+        for domain in dict.fromkeys(row.domain for row in rows)
+    }
+    found["At equal gain"] = tables.equal_gain(rows)
+    require_replaceable(output, ["tables.md"], {"tables.md": (_TITLE,)}, [("--rows", path)])
     make_directory(output)
     drawn = draw_figures(rows, output)
     parts = [_TITLE, _NOTE]
-    parts += [f"\n## {title}\n\n{tables.markdown(table)}" for title, table in found.items()]
+    parts += [f"\n## {name}\n\n{tables.markdown(table)}" for name, table in found.items() if table]
     parts += ["\n## Figures\n\n", *(f"![{name}]({name})\n" for name in drawn)]
     with atomic_file(output / "tables.md", "w") as handle:
         handle.writelines(parts)
@@ -63,7 +59,7 @@ def write_report(paths: list[Path], output: Path) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=Path, action="append", required=True, help="repeatable")
+    parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--output-dir", type=Path, required=True)
     options = parser.parse_args(argv)
     try:

@@ -1,8 +1,8 @@
 """Run the study; after an interruption, the same command resumes it.
 
-    python -m examples.replicate.run --plan paper --output runs/replicate
+    python -m examples.replicate.run --plan quick --data DATA --base MODEL --output runs/study
 
-data -> corpora -> bases -> Stage 0 for each store -> Stage 1 for each run -> evaluation -> row.
+data -> corpora -> base -> Stage 0 for each store -> Stage 1 for each run -> evaluation -> rows.
 Every part is one of the framework's own programs with its own flags, in a process with one thread,
 and there are as many processes as cores. A finished part is not repeated. All rows go to rows.csv,
 of which ``examples.replicate.report`` makes tables and figures.
@@ -25,15 +25,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 
 import torch
 
-from examples.replicate import plan
-from megatron_replay import platform
+from examples.replicate.plan import PLANS, Run
+from examples.replicate.study import Failed, Job, Study
 from megatron_replay.errors import EXIT_INTERRUPTED, ReplayError
 from megatron_replay.files import make_directory
-
-platform.select("cpu").prepare()  # before megatron-core is imported, which forks then share
-
-from examples.replicate.parts import Failed  # noqa: E402
-from examples.replicate.study import Job, Study  # noqa: E402
 
 
 def _exit_code(process: int) -> int:
@@ -150,31 +145,48 @@ def _do(action: Callable[[], None]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--plan", choices=tuple(plan.PLANS), default="paper")
-    add("--output", type=Path, default=Path("runs/replicate"))
+    add("--plan", choices=tuple(PLANS), default="quick")
+    add("--data", type=Path, required=True, help="a folder for each published set: see data.py")
+    add("--base", type=Path, required=True, help="Hugging Face directory of SmolLM2-135M-Instruct")
+    add("--output", type=Path, required=True, help="directory of the study")
+    add("--device", default="cpu", help="cpu, cuda or npu, which all processes share")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
     add("--only", nargs="+", default=["*"], metavar="GLOB", help="runs, by the names of --list")
-    add("--list", action="store_true", help="print the runs' names, and which are done")
+    add("--list", action="store_true", help="print the runs, which are done, and the time it takes")
     return parser
 
 
-def main() -> int:
+def _list(study: Study, runs: Sequence[Run], workers: int) -> None:
+    for run in runs:
+        print(
+            "done" if study.rows_of(run).exists() else "open", f"{run.minutes:4.0f} min", run.name
+        )
+    minutes = sum(run.minutes for run in runs if not study.rows_of(run).exists())
+    print(f"open: {minutes / 60:.1f} core-hours, {minutes / 60 / workers:.1f} hours on "
+          f"{workers} cores like those of plan.py")  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     parser = _parser()
-    options = parser.parse_args()
-    study, runs = Study(options.output), plan.plan(options.plan, options.only)
+    options = parser.parse_args(argv)
+    plan = PLANS[options.plan]
+    study, runs = Study(options.output, plan, device=options.device), plan.named(options.only)
     if not runs:
         parser.error(
             f"--only: no run of plan {options.plan} has such a name; --list prints all names"
         )
     if options.list:
-        for run in runs:
-            print("done" if study.row_path(run).exists() else "open", run.name)
+        _list(study, runs, options.workers)
         return 0
+    if study.device == "cpu":
+        study.parts()  # imported once for all processes
     try:
-        if code := _exit_code(_fork(lambda: _do(study.prepare))):
+        if code := _exit_code(
+            _fork(lambda: _do(lambda: study.prepare(options.data, options.base)))
+        ):
             return code
-        pool = Pool(study.jobs(runs), workers=options.workers)
+        pool = Pool(study.jobs(runs, options.base), workers=options.workers)
         try:
             pool.run()
         finally:

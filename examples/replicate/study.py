@@ -6,14 +6,23 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-from examples.replicate import bases, parts, plan
-from examples.replicate.make_data import MANIFEST, make_data
-from examples.replicate.plan import Run, Store
-from examples.replicate.results import Row, read_rows, row_of_model, write_rows
+from examples.replicate.data import GENERAL_SETS, SETS_OF, Sources, write_data
+from examples.replicate.plan import Plan, Run, Store
+from examples.replicate.results import ROWS, base_evaluation, base_row, read_rows, write_rows
+from megatron_replay import platform
+from megatron_replay.checkpoint.hf import HFReader
+from megatron_replay.checkpoint.staging import publish, start_directory
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.results import read_evaluation
 from megatron_replay.files import sha256_of_files, write_json
+
+
+class Failed(Exception):  # noqa: N818 - the program has printed the reason
+    """A program ended with this exit code."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -27,98 +36,110 @@ class Job:
 
 
 class Study:
-    """The directory of a study: data, corpora, bases, stores, runs, and the rows of all runs."""
+    """The directory of a study: data, corpora, base, stores, runs, and the rows of all runs."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.data = folder, folder / "data"
+    def __init__(self, folder: Path, plan: Plan, *, device: str) -> None:
+        self.folder, self.plan, self.device = folder, plan, device
+        self.data, self.base = folder / "data", folder / "base"
         self.rows_path = folder / "rows.csv"
 
-    def prepare(self) -> None:
-        """Write the data, and the corpora that are made of them.
+    def parts(self) -> ModuleType:
+        """parts.py, which imports megatron-core: after this process has its device.
+
+        A process with a CUDA context cannot fork, so for an accelerator only a part's own process
+        calls this.
+        """
+        platform.select(self.device).prepare()
+        from examples.replicate import parts
+
+        return parts
+
+    def prepare(self, published: Path, base: Path) -> None:
+        """Write the data and the corpora; ``published`` has the sets, ``base`` is the model.
 
         Raises:
-            DataError: this directory's models were made from other data.
+            DataError: a set is missing, or what is here was made from other data or another base.
+            CheckpointError: ``base`` has no model.
         """
-        make_data(self.data, seed=0)
-        made_from = {"data": sha256_of_files([self.data / MANIFEST])}
+        sources, domains = Sources(published), self.plan.domains
+        sets = [*(SETS_OF[domain] for domain in domains), *GENERAL_SETS]
+        made_from = {
+            "sets": sha256_of_files(sources.files(sets)),
+            "base": sha256_of_files(HFReader(base).files()),
+            "databases": self.plan.databases,
+            "items": self.plan.items,
+            "device": self.device,
+        }
         settled = self.folder / "study.json"
         if not settled.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(settled, made_from)
         elif json.loads(settled.read_text()) != made_from:
             raise DataError(
-                "the models here were made from other data", where=self.folder,
-                fix="Give another directory as --output",
+                "this study was made from other data, another base, or on another device",
+                where=settled, fix="Give another directory as --output",
             )  # fmt: skip
-        parts.make_corpora(self.data)
+        if not self.data.exists():
+            staged = start_directory(self.data)
+            write_data(staged, sources, domains=domains, databases=self.plan.databases,
+                       items=self.plan.items)  # fmt: skip
+            publish(staged, self.data, overwrite=False)
+        self.parts().make_corpora(self.data, base, domains)
 
-    def jobs(self, runs: Sequence[Run]) -> list[Job]:
+    def jobs(self, runs: Sequence[Run], base: Path) -> list[Job]:
         """Everything that ``runs`` need, each part before those that need it."""
         jobs: dict[Path, Job] = {}
         for run in runs:
-            for job in (self._base(run.store), self._store(run.store), self._run(run)):
+            for job in (self._base(base), self._store(run.store), self._run(run)):
                 jobs.setdefault(job.product, job)
         return list(jobs.values())
 
-    def row_path(self, run: Run) -> Path:
-        """Where a finished run leaves its row."""
-        return self.folder / "runs" / run.name / parts.ROW
-
-    def _base_path(self, store: Store) -> Path:
-        return self.folder / "bases" / f"{store.base}-{store.size}"
+    def rows_of(self, run: Run) -> Path:
+        """Where a finished run leaves its rows."""
+        return self.folder / "runs" / run.name / ROWS
 
     def _store_path(self, store: Store) -> Path:
         return self.folder / "stores" / store.name
 
-    def _base(self, store: Store) -> Job:
-        folder, size = self._base_path(store), bases.SIZES[store.size]
+    def _is_measured(self) -> Path:
+        """The last thing that the base's job writes."""
+        return base_evaluation(self.base, self.plan.domains[-1])
+
+    def _base(self, source: Path) -> Job:
+        domains = self.plan.domains
         return Job(
-            f"base {store.base} {store.size}",
-            parts.base_evaluation(folder, "all"),
-            lambda: parts.make_base(folder, size, store.base, self.data),
+            "base",
+            self._is_measured(),
+            lambda: self.parts().make_base(self.base, source, self.data, domains, self.device),
         )
 
     def _store(self, store: Store) -> Job:
-        folder, base = self._store_path(store), self._base_path(store)
+        folder = self._store_path(store)
         return Job(
             f"Stage 0 {store.name}",
             folder / "manifest.json",
-            lambda: parts.make_store(folder, store, base, self.data),
-            needs=[parts.base_evaluation(base, "all")],
+            lambda: self.parts().make_store(folder, store, self.base, self.data, self.device),
+            needs=[self._is_measured()],
         )
 
     def _run(self, run: Run) -> Job:
-        base, store, row = (
-            self._base_path(run.store),
-            self._store_path(run.store),
-            self.row_path(run),
-        )
-        matched = [self.row_path(other) for other in plan.matching(run)] if run.lr is None else []
+        store, rows = self._store_path(run.store), self.rows_of(run)
         return Job(
             run.name,
-            row,
-            lambda: parts.make_run(row.parent, run, base, store, self.data, matched),
-            needs=[parts.base_evaluation(base, "all"), store / "manifest.json", *matched],
+            rows,
+            lambda: self.parts().make_run(
+                rows.parent, run, self.base, store, self.data, self.device
+            ),
+            needs=[self._is_measured(), store / "manifest.json"],
         )
 
     def collect(self, runs: Sequence[Run]) -> int:
-        """Write rows.csv: every base and every finished run of this directory, of whatever plan.
+        """Write rows.csv: the base and every finished run of this directory.
 
         Returns how many of ``runs`` are finished.
         """
-        rows = [_base_row(path) for path in sorted(self.folder.glob("bases/*/evaluation-*.json"))]
-        for path in sorted(self.folder.glob(f"runs/*/*/*/{parts.ROW}")):
+        rows = [base_row(path) for path in sorted(self.base.glob("evaluation-*.json"))]
+        for path in sorted(self.folder.glob(f"runs/*/*/*/{ROWS}")):
             rows += read_rows(path)
         write_rows(self.rows_path, rows)
-        return sum(self.row_path(run).exists() for run in runs)
-
-
-def _base_row(path: Path) -> Row:
-    base, _, size = path.parent.name.rpartition("-")
-    store = Store(base=base, size=size, domain=path.stem.removeprefix("evaluation-"))
-    is_all = store.domain == "all"
-    return row_of_model(
-        read_evaluation(path)["models"][0],
-        name=f"base {base}-{size}" + ("" if is_all else f" {store.domain}"),
-        method="Base", tables="methods remedies sweep" if is_all else "sweep",
-        variant="", base=store.setting, size=size, seed=0, lr=None,
-    )  # fmt: skip
+        return sum(self.rows_of(run).exists() for run in runs)

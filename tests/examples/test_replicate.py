@@ -1,90 +1,160 @@
-"""The study: questions have their answers, runs are distinct, the pool stops and goes on."""
+"""The study: its data come from the published formats, its runs are distinct, its pool goes on."""
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import io
+import json
 import math
 import os
-import shutil
+import re
 import signal
-import sqlite3
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from examples.quickstart import nl2sql
-from examples.replicate import choices, joins, make_data, parts, plan
-from examples.replicate.results import read_rows, write_rows
+from examples.replicate import data, plan, run
+from examples.replicate.data import DATABASES, Sources
+from examples.replicate.plan import PLANS
+from examples.replicate.results import Row, read_rows, write_rows
 from examples.replicate.run import Pool
-from examples.replicate.study import Job, Study
-from megatron_replay.checkpoint.staging import WRITTEN, staging_directory
-from megatron_replay.errors import DataError, OutputError
-from megatron_replay.locks import DirectoryLock
+from examples.replicate.study import Failed, Job, Study
+from megatron_replay.errors import DataError
 from tests import processes
+from tests.evaluation.site import save_model, write_database
 
-ONE = "ignorant-small-*/lrmatched-seed2"
+QUICK = PLANS["quick"]
 
 
-@pytest.mark.parametrize(
-    ("name", "only"), [*((name, "*") for name in plan.PLANS), ("paper", ONE), ("paper", "nothing*")]
-)
-def test_runs_of_a_plan_have_their_own_directories_and_all_they_need(name, only, tmp_path) -> None:
-    runs = plan.plan(name, only=[only])
+def lines(path: Path, *values: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = (value if isinstance(value, str) else json.dumps(value) for value in values)
+    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+
+
+def publish(folder: Path) -> Path:
+    """A few rows of every set, in its published format."""
+    asked = []
+    for name in DATABASES:
+        file = folder / "spider" / "database" / name / f"{name}.sqlite"
+        write_database(file, "create table t (a int)", "insert into t values (1), (2)")
+        for number in range(9):
+            row = {"db_id": name, "query": f"SELECT a + {number} FROM t"}
+            asked += [row | {"question": f"what is {n} plus {number}?"} for n in ("a", "the a")]
+    lines(folder / "spider" / "dev.json", json.dumps(asked))
+    oran = folder / "oran-bench-13k" / "Benchmark"
+    options = ["1. core", "2.  edge", "3. radio", "4. cloud"]
+    for number, name in enumerate("EMH"):
+        lines(oran / f"fin_{name}.json", [f"where is {number}?", options, "3"],
+              ["where is 0?", options, "1"], ["a twin?", ["1. a", "2. a", "3. b", "4. c"], "3"],
+              ["none?", [], "3"])  # fmt: skip
+    facts = [f"V\tpfcp.cause\t{n}\tfact {n}" for n in range(9)]
+    lines(folder / "wireshark-telecom" / "tshark_G_values.telecom.tsv", *facts,
+          "V\tpfcp.cause\t9\tReserved", "V\tother.cause\t1\tno")  # fmt: skip
+    text = ["", " = A title = ", f" {'a b ' * 90} . <unk> c . d"]
+    for file in ("raw/wikitext-test.txt", "valid.txt"):
+        lines(folder / "wikitext2" / file, *text * 60)
+    lines(folder / "lambada" / "lambada_test.jsonl", {"text": "it was a long day"})
+    # Each answer is right once: a model that always gives the same one is right sometimes.
+    (folder / "hellaswag").mkdir()
+    scenes = "".join(f"He runs.\n{n}\nno\nto win\nnever\nnot\n" for n in range(4))
+    file = folder / "hellaswag" / "hellaswag_val_full.txt.bz2"
+    file.write_bytes(bz2.compress(scenes.encode()))
+    question = {"query": "Question: Is it?", "choices": ["yes", "no"]}
+    lines(folder / "arc_easy" / "arc_easy.jsonl", *(question | {"gold": n} for n in range(2)))
+    way = {"goal": "eat", "sol1": "chew", "sol2": "sing"}
+    lines(folder / "piqa" / "valid.jsonl", way | {"sol2": "x" * 500}, way, way)
+    lines(folder / "piqa" / "valid-labels.lst", "1", "0", "1")
+    task = {"input": "Which is it?\nOptions:\n(A) red\n(B) blue (sky)"}
+    tasks = [task | {"target": f"({letter})"} for letter in "AB"]
+    lines(folder / "bbh" / "hyperbaton.json", {"canary": "", "examples": tasks})
+    lines(folder / "dolly" / "rows.jsonl",
+          *[{"instruction": "Say hi.", "context": "", "response": "hi"}] * 60)  # fmt: skip
+    return folder
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def right(row: dict[str, Any]) -> str:
+    return str(row["options"][row["answer"]])
+
+
+def test_data_are_made_of_the_published_formats(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(data, "ORAN_TRAIN", 2)
+    monkeypatch.setattr(data, "ORAN_TEST", 1)
+    monkeypatch.setattr(data, "NUM_FACTS", 5)
+    sources, made = Sources(publish(tmp_path / "sets")), tmp_path / "made"
+    given = {"domains": ["spider", "oran", "causes"], "databases": 2, "items": 4}
+    data.write_data(made, sources, **given)
+    train, test = (
+        json.loads((made / "spider" / f).read_text()) for f in ("train.json", "dev.json")
+    )
+    queries = ({(row["db_id"], row["query"]) for row in rows} for rows in (train, test))
+    assert set.isdisjoint(*queries)
+    assert (len(train), len(test)) == (24, 12)
+    assert {row["db_id"] for row in test} == set(DATABASES[:2])
+    assert len(list((made / "spider" / "database").rglob("*.sqlite"))) == 2
+    (asked,), trained = rows_of(made / "choices" / "oran.jsonl"), rows_of(made / "oran.jsonl")
+    assert right(asked) == "radio"
+    assert {row["completion"] for row in trained} == {"radio"}  # of two equal questions, the first
+    assert len({row["prompt"] for row in (asked, *trained)}) == 3
+    assert asked["prompt"].splitlines()[1:] == [f"- {option}" for option in asked["options"]]
+    facts, new = rows_of(made / "causes.jsonl"), rows_of(made / "choices" / "causes.jsonl")
+    known = {row["completion"] for row in facts}
+    assert (len(known), len(facts), len(new)) == (5, 30, 10)
+    assert {right(row) for row in new} == known
+    assert {row["prompt"] for row in facts}.isdisjoint(row["prompt"] for row in new)
+    for row in new:
+        assert len(set(row["options"])) == 4
+        assert re.findall(r"\d+", row["prompt"]) == [right(row).removeprefix("fact ")]
+    found = {path.stem: rows_of(path) for path in (made / "general").iterdir()}
+    assert {name: {right(row) for row in rows} for name, rows in found.items()} == {
+        "lambada": {" day"}, "hellaswag": {" no", " to win", " never", " not"},
+        "arc_easy": {" yes", " no"}, "piqa": {" chew", " sing"}, "bbh": {" red", " blue (sky)"},
+    }  # fmt: skip
+    assert found["lambada"][0]["prompt"] == "it was a long"
+    assert found["bbh"][0]["prompt"] == "Question: Which is it?\nAnswer:"
+    for name in ("general_text", "heal_text"):
+        texts = {row["text"] for row in rows_of(made / f"{name}.jsonl")}
+        assert texts == {f"{'a b ' * 90} . d"}
+    assert rows_of(made / "heal_chat.jsonl")[0] == {"prompt": "Say hi.", "completion": "hi"}
+    data.write_data(tmp_path / "again", sources, **given)
+    for path in filter(Path.is_file, made.rglob("*")):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(made)).read_bytes()
+
+
+def test_a_missing_set_is_named_with_its_origin(tmp_path: Path) -> None:
+    sources = Sources(publish(tmp_path))
+    sources.files(data.SETS)
+    (tmp_path / "piqa" / "valid.jsonl").unlink()
+    with pytest.raises(DataError, match=r"piqa: no valid\.jsonl .*published here: https://github"):
+        sources.files(data.SETS)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_runs_of_a_plan_have_their_own_directories_and_all_they_need(name, tmp_path) -> None:
+    runs = PLANS[name].named()
     assert len({run.name for run in runs}) == len(runs)
-    jobs = Study(tmp_path).jobs(runs)
+    jobs = Study(tmp_path, PLANS[name], device="cpu").jobs(runs, tmp_path)
     made = [job.product for job in jobs]
     assert len(set(made)) == len(made)
-    assert {need for job in jobs for need in job.needs} <= set(made)
-    if only == ONE:  # with those that it needs
-        methods = ["AdamW (SFT)", "AdamW, matched", "Dyn. Top-K + MoClip"]
-        assert sorted(run.method for run in runs) == methods
-        assert {(run.store.base, run.seed) for run in runs} == {("ignorant", 2)}
-    assert bool(runs) == (only != "nothing*")
+    for number, job in enumerate(jobs):
+        assert set(job.needs) <= set(made[:number])
+    assert PLANS[name].named(["nothing*"]) == []
+    assert {run.lr for run in PLANS[name].named(["*lr0.0003-seed0"])} == {plan.LR}
 
 
-def test_joined_questions_are_answered_by_their_database(tmp_path: Path) -> None:
-    database = tmp_path / "database.sqlite"
-    joins.write_database(database, seed=0)
-    pools = nl2sql.only_answerable(joins.question_pools(joins.NEW_PAIRS), database)
-    assert all(len(pool) > 20 for pool in pools)
-    texts = [question.text for pool in pools for question in pool]
-    assert len(set(texts)) == len(texts)
-    with sqlite3.connect(database) as connection:
-        for pool in joins.question_pools(joins.practice_pairs(1, seed=0)):
-            with pytest.raises(sqlite3.OperationalError, match="no such table"):
-                connection.execute(pool[0].sql)
-
-
-def test_choices_hold_the_right_answer_once() -> None:
-    known = choices.facts(communication=True)[:40]
-    rows = choices.questions(known, [name for name, _ in known], seed=0)
-    assert len({row["answer"] for row in rows}) > 1
-    for row, (name, _) in zip(rows, known, strict=True):
-        assert row["options"][row["answer"]] == name
-    train, test = choices.recall(known, seed=0)
-    answers = {row["completion"] for row in train}
-    assert all(row["options"][row["answer"]] in answers for row in test)
-    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
-    sums = choices.arithmetic(seed=0)
-    for row in sums:
-        a, b = row["prompt"].removeprefix("add ").removesuffix(": ").split(" and ")
-        assert row["options"][row["answer"]] == str(int(a) + int(b))
-    copies = choices.copying(nl2sql.PRACTICE_VALUES.split(), 50, seed=0)
-    for row in copies:
-        assert row["prompt"] == f"repeat {row['options'][row['answer']]}: "
-    for row in (*rows, *test, *sums, *copies):
-        assert len(set(row["options"])) == choices.OPTIONS
-
-
-def test_cloze_hides_the_next_word_of_the_text() -> None:
-    text = "word " * 40 + "the quick brown fox jumps over lazy dogs while every single bird sings."
-    (row,) = choices.cloze([text], 1, seed=0)
-    assert row["prompt"] + row["options"][row["answer"]] in text
-    with pytest.raises(ValueError, match="2 texts needed, 1 fit"):
-        choices.cloze([text], 2, seed=0)
+@pytest.mark.parametrize(("name", "hours"), [("quick", 80 / 60), ("whole", 20)])
+def test_a_plan_keeps_its_time(name, hours) -> None:
+    assert sum(map(PLANS[name].minutes, PLANS[name].named())) <= 60 * hours
 
 
 def _touching(path: Path, *needs: Path) -> Job:
@@ -108,7 +178,7 @@ def _runs_what_is_open(folder: Path) -> None:
 
 
 def _refused() -> None:
-    raise parts.Failed(4)
+    raise Failed(4)
 
 
 def _killed() -> None:
@@ -147,56 +217,68 @@ def test_pool_refuses_to_fork_beside_a_thread(tmp_path: Path) -> None:
         thread.join()
 
 
-def test_data_are_written_whole_and_nothing_else_is_touched(tmp_path, monkeypatch) -> None:
-    def write(folder: Path, seed: int) -> None:
-        (folder / "rows.jsonl").write_text(f"{seed}\n")
-
-    monkeypatch.setattr(make_data, "write_everything", write)
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
-    (theirs / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"theirs: not empty, and without a data\.json"):
-        make_data.make_data(theirs, seed=0)
-    assert (theirs / "thesis.txt").read_text() == "mine"
-    ours, cut = tmp_path / "ours", staging_directory(tmp_path / "ours")
-    cut.mkdir()
-    (cut / "half.jsonl").touch()
-    with pytest.raises(OutputError, match="holds other files"):
-        make_data.make_data(ours, seed=0)
-    DirectoryLock(cut, purpose="data").release()  # left by a run that was killed
-    make_data.make_data(ours, seed=0)
-    make_data.make_data(ours, seed=0)
-    assert sorted(path.name for path in ours.iterdir()) == [WRITTEN, "data.json", "rows.jsonl"]
-    assert not cut.exists()
-    with pytest.raises(DataError, match="changed, or made with another seed"):
-        make_data.make_data(ours, seed=1)
-    (ours / "rows.jsonl").write_text("other\n")
-    with pytest.raises(DataError, match="changed, or made with another seed"):
-        make_data.make_data(ours, seed=0)
+def _one_run(folder: Path) -> None:
+    """Without LAMBADA, of which a random model gets nothing right: retention needs some."""
+    del data.GENERAL["lambada"]
+    warnings.simplefilter("ignore")  # megatron-core's; the parts' own tests refuse ours
+    argv = [
+        "--plan", "quick", "--data", str(folder / "sets"), "--base", str(folder / "model"),
+        "--output", str(folder / "study"), "--workers", "1", "--only", "*full-*lr0.0003*",
+    ]  # fmt: skip
+    assert run.main(argv) == 0
+    rows = read_rows(folder / "study" / "rows.csv")
+    methods = ["base", *(f"full softmax{blend}" for blend in ("", ", α 0.3", ", α 0.5", ", α 0.7"))]
+    assert [row.method for row in rows] == methods
+    base, tuned, *blends = rows
+    assert len({row.weights for row in rows}) == 5
+    assert tuned.relative_l2_percent > 0
+    shares = [row.relative_l2_percent / tuned.relative_l2_percent for row in blends]
+    assert shares == pytest.approx([0.3, 0.5, 0.7], rel=1e-3)
+    assert tuned.outside
+    assert len(tuned.hits) == len(base.hits) == 36
+    made = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert run.main(argv) == 0  # nothing is made again
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == made
+    assert not [*folder.rglob("iter_*"), *(folder / "study" / "runs").rglob("*.safetensors")]
 
 
-def test_a_study_of_other_data_is_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(make_data, "write_everything", lambda folder, seed: None)
-    monkeypatch.setattr(parts, "make_corpora", lambda data: None)
-    study = Study(tmp_path)
-    study.prepare()
-    study.prepare()
-    shutil.rmtree(study.data)  # made again by another version
-    monkeypatch.setattr(
-        make_data, "write_everything", lambda folder, seed: (folder / "new").touch()
-    )
-    with pytest.raises(DataError, match="the models here were made from other data"):
-        study.prepare()
+def test_one_run_from_published_sets_to_rows(tmp_path: Path, capfd) -> None:
+    publish(tmp_path / "sets")
+    save_model(tmp_path / "model", max_position_embeddings=2048)
+    assert processes.wait(processes.fork(_one_run, tmp_path)) == 0, capfd.readouterr()
+
+
+def test_a_study_of_other_data_is_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Study, "parts", lambda _: type("", (), {"make_corpora": print}))
+    publish(tmp_path / "sets")
+    save_model(tmp_path / "model")
+    study = Study(tmp_path / "study", QUICK, device="cpu")
+    study.prepare(tmp_path / "sets", tmp_path / "model")
+    study.prepare(tmp_path / "sets", tmp_path / "model")
+    lines(tmp_path / "sets" / "lambada" / "lambada_test.jsonl", {"text": "another"})
+    with pytest.raises(DataError, match=r"study\.json: this study was made from other data"):
+        study.prepare(tmp_path / "sets", tmp_path / "model")
+
+
+def row(method: str = "m", **more: Any) -> Row:
+    given: dict[str, Any] = {
+        "name": f"{method}-{more}", "method": method, "domain": "shop", "lr": 3e-4, "seed": 0,
+        "weights": "ab", "perplexity": 20.0, "relative_l2_percent": 1.0, "outside": {},
+        "loss_std": None, "gradient_norm_cv": None, "steps": None, "seconds": None,
+        "stage0_seconds": None, "hits": np.array([True, False]), "general": {},
+    }  # fmt: skip
+    return Row(**given | more)
 
 
 def test_rows_are_collected_from_all_runs_that_are_done(tmp_path: Path) -> None:
-    """A run that was done again has its new row; runs of another plan stay."""
-    first, second, *_ = plan.plan("paper")
-    study = Study(tmp_path)
-    for run, method in ((first, "old"), (first, "new"), (second, "other")):
-        path = study.row_path(run)
+    """A run that was done again has its new rows; runs of another plan stay."""
+    first, second, *_ = QUICK.named()
+    study = Study(tmp_path, QUICK, device="cpu")
+    for one, method in ((first, "old"), (first, "new"), (second, "other")):
+        path = study.rows_of(one)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(path, [parts.made_with(run) | {"method": method, "perplexity": math.inf}])
+        write_rows(path, [row(method, perplexity=math.inf)])
         assert study.collect([first]) == 1
-    assert sorted(row["method"] for row in read_rows(study.rows_path)) == ["new", "other"]
-    assert {row["perplexity"] for row in read_rows(study.rows_path)} == {"inf"}
+    rows = read_rows(study.rows_path)
+    assert sorted(row.method for row in rows) == ["new", "other"]
+    assert {row.perplexity for row in rows} == {math.inf}

@@ -1,153 +1,97 @@
-"""The study's rows, tables, curves and figures: the committed evidence, and a few rows by hand."""
+"""The study's rows, curves, tables and figures, from rows whose results are found by hand."""
 
 from __future__ import annotations
 
-import csv
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from examples.replicate import curves, plan, report, tables
-from examples.replicate.results import read_rows, row_of_model, write_rows
+from examples.replicate import curves, report, tables
+from examples.replicate.plan import FULL, LR
+from examples.replicate.results import Row, read_rows, row_of_model, write_rows
 from megatron_replay.errors import DataError
-from tests.markdown import parsed, table
+from tests.markdown import table
 
-EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
+QUESTIONS = 100
 
 
-def row(method: str, seed: int = 0, *, shop: float | None = None, **more: Any) -> dict[str, Any]:
-    """One run: score of the task ``shop`` in per cent, perplexity 20 more than ``change``."""
-    change = more.pop("change", 0.0)
-    given = {
-        "name": f"{method}-{seed}-{more}", "method": method, "tables": "methods", "variant": "",
-        "base": "b", "size": "s", "seed": seed, "lr": 1e-4, "weights": "0", "domain/shop": shop,
-        "general/cloze": 40.0, "perplexity": 20.0 + change, "relative_l2_percent": 1.0,
-        "steps": 100, "seconds": 50.0, "stage0_seconds": None, "outside_percent": None,
-        "loss_std": 0.1, "gradient_norm_cv": 0.2, "loss_spikes": 0, "gradient_spikes": 1,
+def hits(percent: float, questions: int = QUESTIONS) -> np.ndarray:
+    return np.arange(questions) < round(percent * questions / 100)
+
+
+def row(method: str, score: float, change: float = 0.0, *, kept: float = 50.0, **more: Any) -> Row:
+    """Score of the domain and of a general benchmark in per cent; perplexity 20 + ``change``."""
+    given: dict[str, Any] = {
+        "name": f"{method}{more}", "method": method, "domain": "shop", "lr": LR, "seed": 0,
+        "weights": "ab", "perplexity": 20.0 + change, "relative_l2_percent": 1.0,
+        "outside": {8: 1.5, 12: 2.5}, "loss_std": 0.1, "gradient_norm_cv": 0.2, "steps": 12,
+        "seconds": 60.0, "stage0_seconds": None, "hits": hits(score),
+        "general": {"cloze": hits(kept)},
     }  # fmt: skip
-    return given | more
+    return Row(**given | more)
 
 
-def base(shop: float | None = 10.0, **more: Any) -> dict[str, Any]:
-    return row("Base", shop=shop, tables="methods remedies sweep", lr=None) | {
-        "steps": None, "seconds": None, "general/cloze": 50.0, **more,
-    }  # fmt: skip
+def base(score: float = 10.0) -> Row:
+    return row("base", score, lr=0.0, outside={}, steps=None, seconds=None)
 
 
-def load(tmp_path: Path, *rows: dict[str, Any]) -> pd.DataFrame:
-    write_rows(tmp_path / "rows.csv", rows)
-    return tables.load_rows([tmp_path / "rows.csv"])
-
-
-def curve_rows(method: str, seed: int, *points: tuple[float, float]) -> list[dict[str, Any]]:
+def sweep(method: str, *points: tuple[float, float], seed: int = 0) -> list[Row]:
     return [
-        row(method, seed, shop=x, change=y, lr=(i + 1) * 1e-4, tables="sweep")
+        row(method, x, y, lr=(i + 1) * LR, seed=seed, name=f"{method}{i}-{seed}")
         for i, (x, y) in enumerate(points)
     ]
 
 
-def test_rows_are_written_and_read_again(tmp_path: Path) -> None:
+@given(st.lists(st.booleans(), min_size=1), st.floats(allow_nan=False))
+def test_rows_are_written_and_read_again(tmp_path_factory, of: list[bool], perplexity) -> None:
+    path = tmp_path_factory.mktemp("rows") / "rows.csv"
+    one = row("m, 1", 0, hits=np.array(of), perplexity=perplexity, outside={3: 0.25, 5: 12.5})
+    write_rows(path, [one, base()])
+    first, second = read_rows(path)
+    assert first.hits.tolist() == of
+    assert first.perplexity == pytest.approx(perplexity, rel=1e-5)
+    assert first.general["cloze"].tolist() == hits(50).tolist()
+    same = {name: getattr(one, name) for name in ("name", "method", "lr", "outside", "steps")}
+    assert {name: getattr(first, name) for name in same} == same
+    assert (second.steps, second.seconds, second.outside) == (None, None, {})
+
+
+def test_a_row_has_an_evaluation_s_numbers() -> None:
     entry = {
         "sha256": "ab" * 32,
-        "sql": {"shop": {"accuracy": 1 / 3}},
-        "choices": {"cloze": {"accuracy": 0.5, "general": True}},
+        "sql": {"shop": {"accuracy": 0.5, "hits": "10"}},
+        "choices": {"cloze": {"accuracy": 0.5, "general": True, "hits": "011"}},
         "general": {"perplexity": math.inf},
         "relative_l2_percent": 1.25,
     }
-    made_with = {"name": "n", "method": "m, 1", "tables": "", "variant": "", "base": "b"}
-    one = row_of_model(entry, **made_with, size="s", seed=3, lr=2e-4)
-    write_rows(tmp_path / "rows.csv", [one])
-    (read,) = read_rows(tmp_path / "rows.csv")
-    assert (read["method"], read["weights"], read["lr"]) == ("m, 1", "ab" * 6, "0.0002")
-    assert float(read["domain/shop"]) == pytest.approx(100 / 3, rel=1e-6)
-    assert (read["general/cloze"], read["perplexity"], read["steps"]) == ("50", "inf", "")
+    found = row_of_model(entry, name="n", method="m", domain="shop")
+    assert (found.weights, found.perplexity, found.relative_l2_percent) == (
+        "ab" * 6,
+        math.inf,
+        1.25,
+    )
+    assert found.hits.tolist() == [True, False]
+    assert {name: of.tolist() for name, of in found.general.items()} == {
+        "cloze": [False, True, True]
+    }
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seed": "x"}, "column seed: not a number"),
-        ({"base": "another"}, "another, s: no row of the base model"),
-    ],
+    ("text", "message"),
+    [("a,b\n1,2\n", r"rows\.csv: not rows of the study"), (None, r"rows\.csv:2: damaged")],
 )
-def test_mistakes_in_rows_are_one_line(tmp_path, change, message) -> None:
+def test_mistakes_in_rows_are_one_line(tmp_path, text, message) -> None:
+    path = tmp_path / "rows.csv"
+    write_rows(path, [base()])
+    path.write_text(text or path.read_text().replace("20,", "x,", 1))
     with pytest.raises(DataError, match=message):
-        load(tmp_path, base(), row("TAM", shop=1.0) | change)
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match=r"other\.csv: not rows of the study"):
-        read_rows(tmp_path / "other.csv")
-
-
-def test_a_line_is_the_mean_and_deviation_of_its_seeds(tmp_path: Path) -> None:
-    scores = {"AdamW (SFT)": (40.0, 42.0, 44.0), "TAM": (45.0, None)}
-    rows = [row(m, s, shop=x, change=0.5 * s) for m, of in scores.items() for s, x in enumerate(of)]
-    found = tables.paper_tables(load(tmp_path, *rows, base()))
-    assert parsed(tables.markdown(found["Table 1: domain scores (b, s)"])) == [
-        {"method": "Base", "shop, %": "10.0", "domain mean, %": "10.0", "n": "1"},
-        {"method": "AdamW (SFT)", "shop, %": "42.0 ± 2.0", "domain mean, %": "42.0 ± 2.0",
-         "n": "3"},
-        {"method": "TAM", "shop, %": "45.0 [n = 1]", "domain mean, %": "45.0 [n = 1]", "n": "2"},
-    ]  # fmt: skip
-    (_, adamw, _) = parsed(tables.markdown(found["Table 2: general benchmarks (b, s)"]))
-    assert adamw["retention, %"] == "80.0 ± 0.0"
-    assert adamw["general perplexity"] == "20.50 ± 0.50"
-    (adamw, _) = parsed(tables.markdown(found["Table 3: distance and forgetting (b, s)"]))
-    assert adamw["ΔPPL"] == "+0.50 ± 0.50"
-    (adamw, _) = parsed(tables.markdown(found["Cost (b, s)"]))
-    assert (adamw["s/step"], adamw["both, s"]) == ("0.500 ± 0.000", "50.0 ± 0.0")
-
-
-def test_intervals_are_those_of_student_t() -> None:
-    """t of 1, 2 and 9 degrees of freedom as printed in tables; 1, 2, 6 has the variance 14/2."""
-    mean, std, half, n = tables.spread([1.0, math.nan, 2.0, 6.0])
-    assert (mean, n) == (3.0, 3)
-    assert std == pytest.approx(statistics.stdev([1, 2, 6])) == pytest.approx(math.sqrt(7))
-    assert half == pytest.approx(4.3027 * math.sqrt(7 / 3), rel=1e-4)
-    assert tables.spread([0.0, 2.0])[2] == pytest.approx(12.7062, rel=1e-4)
-    ten = tables.spread(range(10))
-    assert ten[2] == pytest.approx(2.2622 * statistics.stdev(range(10)) / 10**0.5, rel=1e-4)
-    assert math.isnan(tables.spread([5.0])[2])
-
-
-def test_remedies_are_compared_seed_by_seed(tmp_path: Path) -> None:
-    """Differences of 1 and 3 points over the seeds 1 and 2, which both methods have."""
-    ours = [row("document", s, shop=x, tables="remedies") for s, x in ((1, 11.0), (2, 103.0))]
-    full = [row("full softmax", s, shop=x, tables="remedies") for s, x in ((1, 10.0), (2, 100.0))]
-    rows = load(tmp_path, *ours, *full, row("full softmax", 3, shop=9, tables="remedies"), base())
-    *_, document = parsed(tables.markdown(tables.remedies(rows)))
-    assert document["domain mean, %, paired"] == "+2.0 [-10.7, +14.7]"
-
-
-def test_ablations_are_lines_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    rows = [
-        row("m", shop=x, tables="angles", variant=v)
-        for v, x in (("90", 1.0), ("", 2.0), ("100", 3.0), ("30", 4.0))
-    ]
-    found = tables.paper_tables(load(tmp_path, *rows, base()))
-    lines = parsed(tables.markdown(found["Table 5: largest angle (b, s)"]))
-    assert [line["variant"] for line in lines] == ["30", "45", "90", "100"]
-
-
-def test_two_runs_of_one_seed_in_a_line_are_refused(tmp_path: Path) -> None:
-    rows = [row("TAM", shop=1.0), row("TAM", shop=2.0, lr=0.1), base()]
-    with pytest.raises(DataError, match=r"TAM-0.*two runs in one line"):
-        tables.paper_tables(load(tmp_path, *rows))
-    # The same run listed twice counts once, and the last row counts.
-    rows = load(tmp_path, row("TAM", shop=1.0), row("TAM", shop=2.0), base())
-    assert rows[rows.method == "TAM"].domain_mean.tolist() == [2.0]
-
-
-def test_a_row_that_lacks_a_task_has_no_domain_mean(tmp_path: Path) -> None:
-    rows = load(tmp_path, row("TAM", shop=30.0, **{"domain/quiz": 50.0}), row("MoFO", shop=1.0),
-                base(**{"domain/quiz": 0.0}))  # fmt: skip
-    assert rows.set_index("method").domain_mean.reindex(["TAM", "Base"]).tolist() == [40.0, 5.0]
-    assert np.isnan(rows.set_index("method").domain_mean["MoFO"])
+        read_rows(path)
 
 
 def test_interpolation_never_leaves_the_curve() -> None:
@@ -163,123 +107,86 @@ def test_interpolation_never_leaves_the_curve() -> None:
     assert curves.interpolate([(10.0, 1.0), (20.0, math.nan)], 10.0) == 1.0
 
 
-def test_sweeps_are_compared_at_equal_gain(tmp_path: Path) -> None:
-    """Both reach 30 to 60: at 45, ours forgets 1.75 and full softmax 3.5, with every seed."""
-    rows = [base()]
-    for seed in (0, 1):
-        rows += curve_rows("full softmax", seed, (20, 1), (60, 5))
-        rows += curve_rows("ours", seed, (30, 1), (70, 3))
-        rows += curve_rows("one", seed, (40, 2))
-        rows += curve_rows("low", seed, (15, 2))
-        rows += curve_rows("worse", seed, (0, 1), (10, 2))
-    rows += curve_rows("one", 2, (90, 9))  # a seed that the reference lacks
-    found = [
-        (line["method"], line["domain mean, %"], line["ΔPPL difference"], line["n"])
-        for line in parsed(tables.markdown(curves.equal_gain(load(tmp_path, *rows))))
-    ]
-    assert found == [
-        ("ours", "37.5", "-1.38 [-1.38, -1.38]", "2"),
-        ("ours", "45.0", "-1.75 [-1.75, -1.75]", "2"),
-        ("ours", "52.5", "-2.12 [-2.12, -2.12]", "2"),
-        ("one", "40.0", "-1.00 [-1.00, -1.00]", "2"),
-        ("low", "15.0", "the reference does not reach it", "–"),
-        ("worse", "–", "no score that both reach with every seed", "–"),
-    ]
+def test_curves_are_means_over_seeds_and_compared_at_equal_gain() -> None:
+    """Both reach 30 to 60: at 45, ours forgets 1.75 and full softmax 3.5."""
+    ours = sweep("ours", (20, 0.5), (60, 2)) + sweep("ours", (40, 1.5), (80, 4), seed=1)
+    reference = sweep(FULL, (20, 1), (60, 5))
+    found = {
+        score: differences["ΔPPL"][0]
+        for score, differences in curves.compare(ours, reference, base())
+    }
+    assert found == pytest.approx({37.5: 1.375 - 2.75, 45.0: 1.75 - 3.5, 52.5: 2.125 - 4.25})
 
 
-@pytest.mark.parametrize(
-    ("base_score", "expected"),
-    [
-        (10, ["30.0", "40.0", "50.0"]),
-        (40, ["45.0", "50.0", "55.0"]),  # only what is above the base is a gain
-        (60, ["–"]),
-        (None, ["30.0", "40.0", "50.0"]),
-    ],
-)
-def test_curves_are_compared_above_the_base(tmp_path, base_score, expected) -> None:
-    rows = [base(base_score)]
-    for method in ("full softmax", "ours"):
-        rows += curve_rows(method, 0, (20, 2), (60, 6))
-    found = curves.equal_gain(load(tmp_path, *rows))
-    assert found["domain mean, %"].tolist() == expected
+def test_only_scores_above_the_base_are_compared() -> None:
+    pair = [sweep(name, (20, 2), (60, 6)) for name in ("ours", FULL)]
+    scores = [[score for score, _ in curves.compare(*pair, base(of))] for of in (10, 40, 60)]
+    assert scores == [[30, 40, 50], [45, 50, 55], []]
+    assert list(curves.compare(sweep("ours", (70, 2), (80, 6)), pair[1], base())) == []
 
 
-def test_the_page_s_numbers_come_from_the_committed_rows(tmp_path: Path) -> None:
-    """Some of docs/evidence.md, by plain means over the CSV; and report writes all files."""
-    with (EVIDENCE / "rows.csv").open() as handle:
-        rows = list(csv.DictReader(handle))
-    assert (EVIDENCE / "rows.csv").stat().st_size <= 300_000
+def test_the_interval_covers_the_questions() -> None:
+    """A share p of n questions has the standard deviation √(p(1-p)/n): 4 points here."""
+    values = curves.curve([row("m", 20)], base(), curves.draw(base(), 4000))[:, 0, 0]
+    assert values[0] == 20
+    assert values[1:].std() == pytest.approx(4.0, abs=0.2)
+    low, high = curves.interval(values[1:])
+    assert (low, high) == pytest.approx((20 - 1.96 * 4, 20 + 1.96 * 4), abs=1.1)
+    missing = [np.where(np.arange(100) < n, np.nan, 1.0) for n in (10, 11)]
+    assert [curves.interval(of) for of in missing] == [(1.0, 1.0), None]
 
-    def domain(method: str) -> float:
-        names = ("domain/tables", "domain/joins", "domain/protocols")
-        of = [r for r in rows if r["method"] == method and r["base"] == "competent"
-              and "methods" in r["tables"].split()]  # fmt: skip
-        assert {r["seed"] for r in of} == {"0", "1", "2"}
-        return statistics.mean(float(r[name]) for r in of for name in names)
 
-    assert domain("AdamW (SFT)") == pytest.approx(71.1, abs=0.05)
-    assert domain("Dyn. Top-K + MoClip") == pytest.approx(46.3, abs=0.05)
-    given = ["--rows", str(EVIDENCE / "rows.csv"), "--output-dir", str(tmp_path / "out")]
-    assert report.main(given) == report.main(given) == 0  # it replaces its own
-    text = (tmp_path / "out" / "tables.md").read_text()
-    _, adamw, *_ = table(text, "Table 1: domain scores (competent, small)")
-    assert (adamw["method"], adamw["domain mean, %"]) == ("AdamW (SFT)", "71.1 ± 0.5")
-    for name in ("forgetting-small.png", "forgetting-large.png"):
-        image = imread(tmp_path / "out" / name)
-        assert image.shape[1] >= 1000
-        assert 0.01 < (image[..., :3].min(-1) < 0.9).mean() < 0.5
-        assert (EVIDENCE / name).exists()
-    (tmp_path / "out" / "tables.md").write_text("mine")
+def test_the_interval_covers_the_seeds() -> None:
+    """Of two seeds with ΔPPL 0 and 4, the mean of two draws is 0, 2, 4: half of them 2."""
+    rows = [row("m", 20, change, seed=seed) for seed, change in enumerate((0.0, 4.0))]
+    values = curves.curve(rows, base(), curves.draw(base(), 4000))[:, 0, 1]
+    assert values[0] == 2.0
+    assert set(values) == {0.0, 2.0, 4.0}
+    assert (values == 2.0).mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_methods_share_their_questions() -> None:
+    """Of equal answers the difference is 0 in every replicate; only the retention differs."""
+    ours, reference = (sweep(name, (20, 2), (60, 6)) for name in ("ours", FULL))
+    worse = [one._replace(general={"cloze": hits(25)}) for one in ours]
+    for _, differences in curves.compare(worse, reference, base()):
+        reached = differences["ΔPPL"][~np.isnan(differences["ΔPPL"])]
+        assert set(reached) == {0.0}
+        lost = differences["retention lost, points"]
+        assert lost[0] == 50.0  # 25 of the base's 50 per cent
+        assert np.nanstd(lost) > 0
+
+
+def test_the_tables_have_means_and_intervals(tmp_path: Path) -> None:
+    rows = [base(), row(FULL, 30, 1.0, kept=45), row(FULL, 40, 2.0, kept=35, seed=1)]
+    first, second = tables.runs(rows, "shop")
+    assert (first["method"], first["rate"], first["score, %"]) == ("base", "–", "10.0 [5.0, 16.0]")
+    assert second["score, %"].startswith("35.0 [")
+    shown = {"ΔPPL": "+1.50", "retention, %": "80.0", "cloze, %": "40.0", "seeds": "2",
+             "outside mass, %": "2.50", "rate": "0.0003"}  # fmt: skip
+    assert {name: second[name] for name in shown} == shown
+    with pytest.raises(DataError, match="domain shop: no row of the base"):
+        tables.runs(rows[1:], "shop")
+
+
+def test_the_report_has_tables_and_figures_and_replaces_its_own(tmp_path: Path) -> None:
+    rows = [base(), *sweep(FULL, (20, 1), (60, 5)), *sweep("ours", (20, 1), (60, 3))]
+    rows += [one._replace(domain="quiz") for one in rows[:3]]
+    write_rows(tmp_path / "rows.csv", rows)
+    output = tmp_path / "out"
+    given = ["--rows", str(tmp_path / "rows.csv"), "--output-dir", str(output)]
+    assert report.main(given) == report.main(given) == 0
+    text = (output / "tables.md").read_text()
+    assert [line["rate"] for line in table(text, "Runs: quiz")] == ["–", "0.0003", "0.0006"]
+    lines = table(text, "At equal gain")
+    assert [(line["method"], line["score, %"]) for line in lines] == [
+        ("ours", "30.0"), ("ours", "40.0"), ("ours", "50.0")
+    ]  # fmt: skip
+    assert lines[1]["ΔPPL"].startswith("-1.00 [")
+    for name in ("forgetting.png", "retention.png", "outside.png"):
+        image = imread(output / name)
+        assert 0.01 < (image[..., :3].min(-1) < 0.9).mean() < 0.6
+        assert f"![{name}]" in text
+    (output / "tables.md").write_text("mine")
     assert report.main(given) == 6
-    assert (tmp_path / "out" / "tables.md").read_text() == "mine"
-
-
-def test_the_page_s_table_of_remedies_comes_from_the_committed_rows() -> None:
-    """Change of forgetting and of accuracy against full softmax, by plain means over the CSV."""
-    rows = read_rows(EVIDENCE / "rows.csv")
-
-    def change(base: str, domain: str, size: str, method: str, lr: str) -> tuple[str, str]:
-        own, full = (
-            {r["seed"]: r for r in rows if (r["base"], r["size"], r["method"], r["lr"]) ==
-             (f"{base}, {domain}", size, name, lr)}
-            for name in (method, "full softmax")
-        )  # fmt: skip
-        of_base = ("Base", f"{base}, {domain}", size)
-        (start,) = (float(r["perplexity"]) for r in rows
-                    if (r["method"], r["base"], r["size"]) == of_base)  # fmt: skip
-        seeds = own.keys() & full.keys()
-        forgot, of_full = (
-            statistics.mean(float(r[seed]["perplexity"]) - start for seed in seeds)
-            for r in (own, full)
-        )
-        score = f"domain/{domain}"
-        points = statistics.mean(float(own[s][score]) - float(full[s][score]) for s in seeds)
-        return f"{100 * (forgot / of_full - 1):+.0f}", f"{points:+.1f}"
-
-    page = (EVIDENCE.parent / "evidence.md").read_text().replace("−", "-")
-    lines = page.partition("| base, domain, size |")[2].partition("\n\n")[0].splitlines()[2:]
-    assert len(lines) == 10
-    for line in lines:
-        where, _, _, *cells = (cell.strip(" %") for cell in line.strip("|").split("|"))
-        found = [text for cell in cells for text in cell.split()]
-        of = where.split(", ")
-        expected = [*change(*of, "position (the paper's)", "0.0004")]
-        for method in ("document + ghost", plan.DIVERGENCE):
-            changes = [change(*of, method, lr) for lr in ("0.0002", "0.0004", "0.0008")]
-            expected += [forgot for forgot, _ in changes] + [points for _, points in changes]
-        assert [float(x) for x in found] == pytest.approx([float(x) for x in expected]), where
-
-
-def test_the_committed_rows_are_runs_of_the_plan() -> None:
-    """But for the 40 runs of options that were removed, whose names are in no plan."""
-    runs = {run.name: run for name in plan.PLANS for run in plan.plan(name)}
-    rows = [r for r in read_rows(EVIDENCE / "rows.csv") if r["method"] != "Base"]
-    unknown = [r["name"] for r in rows if r["name"] not in runs]
-    removed = ("-tile-", "-micro-batch-", "-sampled-", "-full-loss-every-")
-    assert len(unknown) == 40
-    assert all(any(part in name for part in removed) for name in unknown)
-    for r in rows:
-        if run := runs.get(r["name"]):
-            assert (run.method, " ".join(run.tables), str(run.seed)) == (
-                r["method"], r["tables"], r["seed"],
-            )  # fmt: skip
+    assert (output / "tables.md").read_text() == "mine"
