@@ -28,18 +28,19 @@ COLOURS = (
 MARKERS = "osD^vP<X*>hpd"
 #: ΔPPL has a linear scale up to this, and a logarithmic one beyond.
 LINEAR_TO = 1.0
+Look = dict[str, tuple[str, str]]
 
 
 def draw_figures(rows: Sequence[Row], output: Path) -> list[str]:
     """Draw every figure, a panel for each domain; returns their names."""
-    domains = list(dict.fromkeys(row.domain for row in rows))
+    domains, look = list(dict.fromkeys(row.domain for row in rows)), _look(rows)
     for name, (title, panel) in FIGURES.items():
         figure = Figure(figsize=(7 * len(domains), 8.5), dpi=80, layout="constrained")
         figure.suptitle(title, fontsize=FONT + 2)
         legend: dict[str, object] = {}
         panels = figure.subplots(1, len(domains), squeeze=False)[0]
         for axes, domain in zip(panels, domains, strict=True):
-            panel(axes, [row for row in rows if row.domain == domain])
+            panel(axes, [row for row in rows if row.domain == domain], look)
             axes.set_title(domain, fontsize=FONT)
             axes.tick_params(labelsize=FONT - 1)
             axes.spines[["top", "right"]].set_visible(False)
@@ -54,17 +55,17 @@ def draw_figures(rows: Sequence[Row], output: Path) -> list[str]:
     return list(FIGURES)
 
 
-def _look(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each method, the same in every panel that has the same methods."""
+def _look(rows: Sequence[Row]) -> Look:
+    """Colour and marker of each method, the same in every panel."""
     names = sorted({row.method for row in rows} - {BASE}, key=lambda name: (name != FULL, name))
     return {
         name: (COLOURS[i % 13], MARKERS[(i + 5 * (i // 13)) % 13]) for i, name in enumerate(names)
     }
 
 
-def forgetting(axes: Axes, rows: Sequence[Row]) -> None:
+def forgetting(axes: Axes, rows: Sequence[Row], look: Look) -> None:
     """ΔPPL against the score: a curve over learning rates for each method that has two."""
-    base, look = base_of(rows, rows[0].domain), _look(rows)
+    base = base_of(rows, rows[0].domain)
     for (method,), own in grouped(rows, "method").items():
         if method == BASE or len({row.lr for row in own}) < 2:
             continue
@@ -83,9 +84,9 @@ def forgetting(axes: Axes, rows: Sequence[Row]) -> None:
     axes.grid(alpha=0.25)
 
 
-def retention(axes: Axes, rows: Sequence[Row]) -> None:
+def retention(axes: Axes, rows: Sequence[Row], look: Look) -> None:
     """Bars: the retention of each method at the rate that all have."""
-    base, look = base_of(rows, rows[0].domain), _look(rows)
+    base = base_of(rows, rows[0].domain)
     own = [row for row in rows if row.lr == LR]
     for (method,), seeds in grouped(own, "method").items():
         kept = 100 - curve(seeds, base, draw(base, 0))[0, 0, 2]
@@ -95,9 +96,8 @@ def retention(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlabel(f"retention at the rate {LR:g}, %", fontsize=FONT)
 
 
-def outside(axes: Axes, rows: Sequence[Row]) -> None:
+def outside(axes: Axes, rows: Sequence[Row], look: Look) -> None:
     """The probability outside the candidate sets during training, at the rate that all have."""
-    look = _look(rows)
     for row in rows:
         if row.method in (FULL, *CLAIMED) and (row.lr, row.seed) == (LR, 0):
             colour, marker = look[row.method]
@@ -109,7 +109,7 @@ def outside(axes: Axes, rows: Sequence[Row]) -> None:
     axes.grid(alpha=0.25)
 
 
-FIGURES: dict[str, tuple[str, Callable[[Axes, Sequence[Row]], None]]] = {
+FIGURES: dict[str, tuple[str, Callable[[Axes, Sequence[Row], Look], None]]] = {
     "forgetting.png": ("Forgetting against gain: right and down is better", forgetting),
     "retention.png": ("General abilities that are kept", retention),
     "outside.png": ("Probability outside the candidate sets", outside),

@@ -144,7 +144,8 @@ def make_run(folder: Path, run: Run, base: Path, store: Path, data: Path, device
         blended = {} if weight == "1" else {"base": base / "hf", "weight": float(weight)}
         _export(folder / "run", target, device, **blended)
     output = folder / "evaluation.json"
-    shutil.copy(base_evaluation(base, domain), output)  # the base is not measured again
+    if not output.exists():  # the base is not measured again
+        shutil.copy(base_evaluation(base, domain), output)
     _evaluate(base / "hf", exports, data, domain, output, device)
     found = {model["name"]: model for model in read_evaluation(output)["models"]}
     cost = json.loads((store / "cost.json").read_text())["seconds"]

@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="a folder for each published set: see data.py")
     add("--base", type=Path, required=True, help="Hugging Face directory of SmolLM2-135M-Instruct")
     add("--output", type=Path, required=True, help="directory of the study")
-    add("--device", default="cpu", help="cpu, cuda or npu, which all processes share")
+    add("--device", default="cpu", help="a platform of Stage 1, whose device all processes share")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
     add("--only", nargs="+", default=["*"], metavar="GLOB", help="runs, by the names of --list")
     add("--list", action="store_true", help="print the runs, which are done, and the time it takes")
