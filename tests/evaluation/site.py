@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.checkpoint.model_files import digests_of
@@ -18,6 +18,7 @@ from megatron_replay.data.corpus import Corpus, Document
 from megatron_replay.data.corpus_writer import CorpusWriter
 from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.store import DocumentCandidates
+from tests.data.tiny_tokenizers import CHATML
 from tests.store.examples import describe, write_store
 from tests.tiny import save_qwen3
 
@@ -38,6 +39,16 @@ def save_model(directory: Path, *, scale: float = 1.0, **changes: Any) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(directory)
     file = directory / "model.safetensors"
     save_file({k: scale * v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    return directory
+
+
+def save_chat_model(directory: Path, **changes: Any) -> Path:
+    """Bytes, turn markers and ChatML; as in Qwen3's base models, EOS ends no turn."""
+    save_model(directory, vocab_size=VOCAB_SIZE + 2, **changes)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(directory)
     return directory
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 
 import pytest
-from transformers import AutoTokenizer
 
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.prompts import PromptStyle, prompt_of
@@ -17,22 +16,15 @@ from megatron_replay.evaluation.generation import Answer
 from megatron_replay.evaluation.sql import measurement
 from megatron_replay.evaluation.sql.unwrap import unwrapped
 from tests.data.tiny_tokenizers import CHATML, THINKING
-from tests.evaluation.site import SLOW_MACHINE, save_model, write_database, write_rows
+from tests.evaluation.site import SLOW_MACHINE, save_chat_model, write_database, write_rows
 from tools import evaluate, preprocess_data
 
 GOLD = ["select 1", "select 2"]
-TURNS = ["<|im_start|>", "<|im_end|>"]
 
 
 @pytest.fixture(scope="module")
 def chat_base(tmp_path_factory):
-    """A base of bytes and turn markers, whose EOS ends no turn, as Qwen3's base models have it."""
-    base = save_model(tmp_path_factory.mktemp("chat") / "base", vocab_size=259)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_special_tokens({"additional_special_tokens": TURNS})
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(base)
-    return base
+    return save_chat_model(tmp_path_factory.mktemp("chat") / "base")
 
 
 @pytest.fixture

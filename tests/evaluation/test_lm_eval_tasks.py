@@ -14,7 +14,7 @@ from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation import suite
 from megatron_replay.evaluation.inputs import task_files
 from megatron_replay.evaluation.lm_eval_tasks import require_lm_eval, share_metric, task_score
-from tests.evaluation.site import save_model, write_rows
+from tests.evaluation.site import save_chat_model, write_rows
 from tools import evaluate
 
 DECLARED = {"metadata": {"version": 1, "share": True}}
@@ -160,7 +160,7 @@ def harness(tmp_path, monkeypatch):
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm_eval: see requirements/eval.txt")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    save_model(tmp_path / "base", scale=8.0)
+    save_chat_model(tmp_path / "base", scale=8.0)
     (tmp_path / "tasks").mkdir()
     return [
         f"--base={tmp_path / 'base'}", f"--output={tmp_path / 'eval.json'}",
@@ -183,9 +183,12 @@ def task_of(directory, *metrics, **more):
 
 
 @pytest.mark.filterwarnings("default")  # the harness's libraries have their own
-def test_a_real_run_agrees_with_our_own_choices(tmp_path, harness):
+@pytest.mark.parametrize(
+    "style", [["--no-chat-template"], ["--chat-template", "--system-prompt=Be brief."]]
+)
+def test_a_real_run_agrees_with_our_own_choices(tmp_path, harness, style):
     (tmp_path / "tasks" / "rows.yaml").write_text(task_of(tmp_path, "acc"))
-    given = [*harness, "--lm-eval-tasks=rows", f"--choices=ours={tmp_path / 'rows.jsonl'}"]
+    given = [*harness, *style, "--lm-eval-tasks=rows", f"--choices=ours={tmp_path / 'rows.jsonl'}"]
     scores = []
     for shift in range(3):  # the second and third time, no cache may answer
         rows = [
