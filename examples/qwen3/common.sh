@@ -159,9 +159,9 @@ launch() { # launch MODULE FLAGS...: on every device of this node, or on none wi
 tiny_inputs() { # with MODEL_SIZE=tiny, make the data and, once, the checkpoint
     [[ $MODEL_SIZE == tiny ]] || return 0
     [[ -d $TINY ]] || run python -m examples.quickstart.make_data --output "$TINY" \
-        --base-questions 500 --practice-tables 20 --domain-train 96 --domain-test 8 --general-train 200 --general-heldout 8
-    [[ -f $HF_DIR/config.json ]] || run python examples/quickstart/init_base.py \
-        --shape "qwen3-$QWEN3" --tokenizer "$TINY/tokenizer" --output "$HF_DIR"
+        --train 96 --test 8 --general 8
+    [[ -f $HF_DIR/config.json ]] || run python -m examples.quickstart.init_base \
+        --shape "qwen3-$QWEN3" --output "$HF_DIR"
 }
 
 # ---------------------------------------------------------------- steps, in the order the data flows
