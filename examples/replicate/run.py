@@ -25,7 +25,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 
 import torch
 
-from examples.replicate.plan import PLANS, Run
+from examples.replicate.plan import PLANS, Plan, Run
 from examples.replicate.study import Failed, Job, Study
 from megatron_replay.errors import EXIT_INTERRUPTED, ReplayError
 from megatron_replay.files import make_directory
@@ -156,12 +156,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _list(study: Study, runs: Sequence[Run], workers: int) -> None:
+def _list(study: Study, plan: Plan, runs: Sequence[Run], workers: int) -> None:
     for run in runs:
         print(
-            "done" if study.rows_of(run).exists() else "open", f"{run.minutes:4.0f} min", run.name
+            "done" if study.rows_of(run).exists() else "open",
+            f"{plan.minutes(run):4.0f} min",
+            run.name,
         )
-    minutes = sum(run.minutes for run in runs if not study.rows_of(run).exists())
+    minutes = sum(plan.minutes(run) for run in runs if not study.rows_of(run).exists())
     print(f"open: {minutes / 60:.1f} core-hours, {minutes / 60 / workers:.1f} hours on "
           f"{workers} cores like those of plan.py")  # fmt: skip
 
@@ -177,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--only: no run of plan {options.plan} has such a name; --list prints all names"
         )
     if options.list:
-        _list(study, runs, options.workers)
+        _list(study, plan, runs, options.workers)
         return 0
     if study.device == "cpu":
         study.parts()  # imported once for all processes
