@@ -109,7 +109,7 @@ launch() { # launch MODULE FLAGS...: in two processes
 # ---------------------------------------------------------------- base model and data
 NOTE=()
 if [[ -z $HF_CHECKPOINT ]]; then
-    BASE=runs/quickstart-base$TINY DATA=$OUT/data # the base is made once, for every --output
+    BASE=runs/smollm2$TINY DATA=$OUT/data # the base is made once, for every --output
     SEQ_LENGTH=${SEQ_LENGTH:-512} LR=${LR:-3e-4} WARMUP=3
     GLOBAL_BATCH=${GLOBAL_BATCH:-16} EPOCHS=${EPOCHS:-1}
     PACKS=(--no-pack-documents) MICRO_BATCH=4 # a step is one micro-batch: the schema once a process
@@ -179,8 +179,11 @@ part "$OUT/evaluation.json" "evaluation" \
     --model "adamw=$OUT/adamw/export" --model "adamw-half=$OUT/adamw-half" \
     --model "replay-moclip=$OUT/replay-moclip/export" "${EVALUATE[@]}" --output "$OUT/evaluation.json"
 printf '{%s}\n' "$(paste -sd, "$TIMINGS")" >"$OUT/timings.json"
+report() { # its tables are printed below, on every run
+    "$PYTHON" tools/report.py "$@" >/dev/null
+}
 part "$OUT/report.png" "report" \
-    "$PYTHON" tools/report.py --evaluation "$OUT/evaluation.json" --line base,adamw-half,adamw \
+    report --evaluation "$OUT/evaluation.json" --line base,adamw-half,adamw \
     --run "adamw=$OUT/adamw" --run "replay-moclip=$OUT/replay-moclip" "${NOTE[@]}" \
     --timings "$OUT/timings.json" --output-dir "$OUT"
 cat "$OUT/report.md"
