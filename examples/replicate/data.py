@@ -72,8 +72,8 @@ ASKED_IN_TEST = (
 )
 #: Most characters of a general question with its options: time goes to the long ones.
 GENERAL_LENGTH = 300
-#: Characters of each kind of text that heals the base, about 30,000 tokens.
-HEALING = 120_000
+#: Characters of each kind of text that heals the base, about 20,000 tokens.
+HEALING = 80_000
 Row = dict[str, Any]
 
 
