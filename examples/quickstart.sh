@@ -3,7 +3,7 @@
 # SmolLM2-135M, Stage 0, Stage 1 with two recipes, export, evaluation, report.
 #
 #   bash examples/quickstart.sh                                   # 10 minutes on two cores, 6 GB
-#   bash examples/quickstart.sh --tiny                            # the same path in a minute or two
+#   bash examples/quickstart.sh --tiny                            # the same path in a few minutes
 #   bash examples/quickstart.sh --hf-checkpoint DIR --data FILE.jsonl   # with your own
 #
 # Run it again after Ctrl-C: finished parts are kept, unfinished ones go on where they stopped.
@@ -74,10 +74,11 @@ TIMINGS=$OUT/timings.txt # a line a part; a part run again comes last and counts
 STARTED=$SECONDS
 
 # One output directory holds one experiment: other settings need another directory.
-SETTINGS="seed=$SEED tp=$TP tiny=$TINY hf_checkpoint=$HF_CHECKPOINT data=$DATA $CONTENT \
+SETTINGS="seed=$SEED tp=$TP tiny=$TINY hf_checkpoint=$HF_CHECKPOINT data=$DATA content=$CONTENT \
 seq_length=$SEQ_LENGTH lr=$LR long=$LONG epochs=$EPOCHS global_batch=$GLOBAL_BATCH"
 if [[ -f $OUT/settings && $(<"$OUT/settings") != "$SETTINGS" ]]; then
-    fail "$OUT holds a run with other settings ($(<"$OUT/settings")); give another --output"
+    OTHERS=$(diff <(tr ' ' '\n' <"$OUT/settings") <(tr ' ' '\n' <<<"$SETTINGS") | sed -n 's/^< //p')
+    fail "$OUT holds a run with other settings ($(paste -sd' ' <<<"$OTHERS")); give another --output"
 fi
 echo "$SETTINGS" >"$OUT/settings"
 
@@ -93,7 +94,8 @@ part() { # part PRODUCT NAME COMMAND...: unless PRODUCT exists, run COMMAND and 
     start=$(date +%s%N)
     "$@" || status=$?
     if ((status)); then
-        echo "== $name stopped (exit code $status); run the same command again to go on" >&2
+        echo "== $name stopped (exit code $status); what is finished is kept for the next run" >&2
+        [[ $(ls "$OUT") != settings ]] || rm "$OUT/settings" # nothing was made with them
         exit "$status"
     fi
     local milliseconds=$((($(date +%s%N) - start) / 1000000))

@@ -32,6 +32,7 @@ class RunSummary:
     iterations: int  # the last one logged
     logged: int  # iterations that have a line: tokens and seconds are None unless all have one
     tokens: int | None
+    computed_share: float | None  # of the tokens, where documents share prefixes
     seconds: float | None  # in training steps
     tokens_per_second: float  # over the logged iterations
     data_wait_share: float | None  # of the steps' time
@@ -94,7 +95,7 @@ def _parsed(line: bytes) -> Line | None:
         return None
     numbers = [value.get("relative_l2"), *readings["update"].values()]
     numbers += [readings[name].get(key) for name, keys in _READINGS.items() for key in keys]
-    required = [value.get("data_wait_seconds", 0)]
+    required = [value.get("data_wait_seconds", 0), value.get("computed_tokens", 0)]
     if "loss" in value:
         numbers += [value["loss"], value.get("grad_norm")]
         required += [value.get("seconds"), value.get("positions")]
@@ -125,11 +126,13 @@ def summarize_run(directory: Path) -> RunSummary:
     tokens, seconds = (_total(steps, name, path) for name in ("tokens", "seconds"))
     is_complete = steps[-1]["iteration"] == len(steps)
     waits: list[Any] = [step.get("data_wait_seconds") for step in steps]
+    computed: list[Any] = [step.get("computed_tokens") for step in steps]
     general, stability = _last(lines, "general") or {}, _last(lines, "stability") or {}
     return RunSummary(
         iterations=steps[-1]["iteration"],
         logged=len(steps),
         tokens=int(tokens) if is_complete else None,
+        computed_share=None if None in computed else sum(computed) / tokens,
         seconds=seconds if is_complete else None,
         tokens_per_second=tokens / seconds,
         data_wait_share=None if None in waits else math.fsum(waits) / seconds,

@@ -43,8 +43,12 @@ def test_totals_and_last_readings(tmp_path: Path) -> None:
         reading = {"iteration": at, "general": general, "probe": probe}
         reading["stability"] = STABILITY if at == 40 else {"loss_std": 9.0}
         lines.insert(at, reading | ({} if distance is None else {"relative_l2": distance}))
+    for line in lines:
+        if "loss" in line:  # prefixes are shared
+            line["computed_tokens"] = line["tokens"] / 4
     summary = summarize_run(write_run(tmp_path / "run", lines))
     assert (summary.iterations, summary.logged) == (40, 40)
+    assert summary.computed_share == 0.25
     assert summary.tokens == sum(100 + i for i in range(1, 41))
     assert summary.seconds == pytest.approx(20.0)
     assert summary.tokens_per_second == pytest.approx(summary.tokens / 20)
@@ -66,6 +70,7 @@ def test_what_was_not_logged_is_none(tmp_path: Path) -> None:
     summary = summarize_run(write_run(tmp_path / "run", lines))
     assert (summary.iterations, summary.logged) == (60, 30)
     assert summary.tokens is summary.seconds is summary.data_wait_share is None
+    assert summary.computed_share is None
     assert summary.tokens_per_second > 200
     assert (
         summary.loss_std is summary.non_finite is summary.relative_l2 is summary.delta_ppl is None
@@ -77,6 +82,7 @@ DAMAGED = [
     {"iteration": "1"}, {"iteration": None}, {"general": [1]}, {"probe": 3}, {"relative_l2": True},
     {"general": {"perplexity": "low", "sample": ""}}, {"stability": {"loss_std": "low"}},
     {"loss": "low"}, {"grad_norm": 10**400}, {"data_wait_seconds": "x"},
+    {"computed_tokens": "x"},
     b"[1]", b"3", b"[" * 99_999, b"\xff", b'{"iteration": 1, "x": NaN',
 ]  # fmt: skip
 

@@ -47,7 +47,7 @@ def require_replaceable(final: Path, *, overwrite: bool) -> None:
         raise OutputError(
             "the directory is not empty",
             where=final,
-            fix="Choose another, or convert with --overwrite to replace an earlier conversion",
+            fix="Choose another, or give --overwrite to replace an earlier conversion",
         )
     written = read_json(final / WRITTEN, OutputError) if (final / WRITTEN).exists() else {}
     strange = [name for name in sorted(held) if held[name] != written.get(name)]

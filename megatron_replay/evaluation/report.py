@@ -46,6 +46,7 @@ _KEPT = (
 _COST = (
     ("iterations", "run.iterations", "d", 1),
     ("tokens", "run.tokens", ",d", 1),
+    ("computed %", "run.computed_share", ".1f", 100),
     ("seconds", "run.seconds", ".1f", 1),
     ("tokens/s", "run.tokens_per_second", ",.0f", 1),
     ("waiting for data %", "run.data_wait_share", ".2f", 100),
