@@ -2,7 +2,7 @@
 # The whole method on this machine: a real model learns to query a database that it has never seen.
 # SmolLM2-135M, Stage 0, Stage 1 with two recipes, export, evaluation, report.
 #
-#   bash examples/quickstart.sh                                   # 10 minutes on two cores, 6 GB
+#   bash examples/quickstart.sh                                   # a quarter of an hour on two cores, 6 GB
 #   bash examples/quickstart.sh --tiny                            # the same path in a few minutes
 #   bash examples/quickstart.sh --hf-checkpoint DIR --data FILE.jsonl   # with your own
 #
