@@ -57,6 +57,21 @@ def launch(
         return 1
 
 
+def exit_code_of(work: Callable[[], str], *, interrupted: str = "nothing was written") -> int:
+    """Do a tool's work and print what it returns, or one line for its error; the exit code."""
+    try:
+        print(work().removesuffix("\n"), flush=True)
+    except ReplayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of a pipe, such as head, has exited
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
 #: Seconds between SIGTERM and SIGKILL, as in torchrun.
 GRACE_SECONDS = 30.0
 

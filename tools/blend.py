@@ -22,10 +22,11 @@ import torch
 
 from megatron_replay.checkpoint.blend import Blend
 from megatron_replay.checkpoint.staging import require_replaceable
+from megatron_replay.cli import exit_code_of
 from megatron_replay.config import flag_name
 from megatron_replay.data.prompts import PromptStyle
 from megatron_replay.data.tokenizer import load_tokenizer
-from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
+from megatron_replay.errors import ConfigError
 from megatron_replay.evaluation.inputs import FLAGS, Inputs, Settings
 from megatron_replay.evaluation.language_model import load_model, require_model
 from megatron_replay.evaluation.measurements import read_measurements
@@ -189,15 +190,7 @@ def find_blend(given: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Find the blend and write it."""
-    try:
-        print(printable(find_blend(parser().parse_args(argv))))
-    except ReplayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+    return exit_code_of(lambda: printable(find_blend(parser().parse_args(argv))))
 
 
 if __name__ == "__main__":

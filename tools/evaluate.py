@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_replay.cli import exit_code_of
 from megatron_replay.config import flag_name
-from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError
+from megatron_replay.errors import ConfigError
 from megatron_replay.evaluation.inputs import FLAGS, Inputs, Settings, named_paths
 from megatron_replay.evaluation.results import BASE, printable, scores, value_at
 from megatron_replay.evaluation.suite import evaluate
@@ -100,34 +101,30 @@ def _line(model: Mapping[str, Any]) -> str:
     return f"{model['name']}: {', '.join(found)}"
 
 
+def run(argv: list[str]) -> str:
+    """Evaluate, and return one line per model."""
+    given = vars(parser().parse_args(argv))
+    models = named_paths(given["model"], flag="--model")
+    if BASE in models:
+        raise ConfigError("this name is the base's own", where="--model", found=BASE)
+    settings, inputs = _settings(given), _inputs(given)
+    make_directory(given["output"].absolute().parent)
+    document = evaluate(
+        given["base"],
+        models,
+        inputs,
+        settings,
+        output=given["output"],
+        command=shlex.join(["python", "tools/evaluate.py", *argv]),
+    )
+    written = printable(f"{given['output']}: {len(document['models'])} models")
+    return "\n".join([*map(_line, document["models"]), written])
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate, and print one line per model."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        given = vars(parser().parse_args(argv))
-        models = named_paths(given["model"], flag="--model")
-        if BASE in models:
-            raise ConfigError("this name is the base's own", where="--model", found=BASE)
-        settings, inputs = _settings(given), _inputs(given)
-        make_directory(given["output"].absolute().parent)
-        document = evaluate(
-            given["base"],
-            models,
-            inputs,
-            settings,
-            output=given["output"],
-            command=shlex.join(["python", "tools/evaluate.py", *argv]),
-        )
-    except ReplayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: finished models are not measured again", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    for model in document["models"]:
-        print(_line(model))
-    print(printable(f"{given['output']}: {len(document['models'])} models"))
-    return 0
+    """Run the command line; return the exit code."""
+    given = sys.argv[1:] if argv is None else argv
+    return exit_code_of(lambda: run(given), interrupted="finished models are not measured again")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, ReplayError, StoreError
+from megatron_replay.cli import exit_code_of
+from megatron_replay.errors import ConfigError, StoreError
 from megatron_replay.flags import Parser
 from megatron_replay.progress import Progress
 from megatron_replay.store import CandidateReader
@@ -271,16 +272,7 @@ def run(arguments: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    try:
-        print(run(sys.argv[1:] if arguments is None else arguments), flush=True)
-    except ReplayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:  # the reader of a pipe, such as head, has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return 0
+    return exit_code_of(lambda: run(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

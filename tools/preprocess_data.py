@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_replay.cli import exit_code_of
 from megatron_replay.config import flag_name
 from megatron_replay.data.corpus import Corpus, Document, corpus_file
 from megatron_replay.data.corpus_writer import CorpusWriter, require_ours, written_files
@@ -29,7 +30,7 @@ from megatron_replay.data.prompts import PromptStyle
 from megatron_replay.data.row_formats import FORMATS, detect_format, tokenize_row
 from megatron_replay.data.rows import parse_row, read_lines
 from megatron_replay.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_replay.errors import EXIT_INTERRUPTED, ConfigError, DataError, ReplayError
+from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation.sql.sets import LAYOUTS, read_questions
 from megatron_replay.files import require_apart, require_regular, sha256_of_files
 from megatron_replay.flags import Parser, add_flags, from_flags
@@ -289,8 +290,8 @@ def _marked(document: Document, tokenizer: Tokenizer, *, colour: bool) -> str:
     return "".join(pieces)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Write or reuse the corpus; print samples, what sharing prefixes saves, and a summary line.
+def run(options: argparse.Namespace) -> str:
+    """Write or reuse the corpus; print samples and what sharing prefixes saves; return a summary.
 
     Raises:
         ReplayError: the corpus cannot be written.
@@ -319,7 +320,7 @@ def run(options: argparse.Namespace) -> None:
         _show(corpus, tokenizer, options.show)
         _show_sharing(corpus)
     about = corpus.description
-    print(
+    return (
         f"{options.output_prefix}: {about.num_documents} documents ({about.format}, {style}), "
         f"{about.num_tokens} tokens, {about.num_loss_tokens} with loss, "
         f"longest {corpus.lengths.max()}, fingerprint {about.fingerprint[:12]}; {outcome}"
@@ -328,15 +329,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    try:
-        run(_parser().parse_args(argv))
-    except ReplayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+    return exit_code_of(lambda: run(_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

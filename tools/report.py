@@ -19,7 +19,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from megatron_replay.errors import EXIT_INTERRUPTED, DataError, OutputError, ReplayError
+from megatron_replay.cli import exit_code_of
+from megatron_replay.errors import DataError, OutputError
 from megatron_replay.evaluation.inputs import named_paths
 from megatron_replay.evaluation.report import build_report, render_markdown, report_figure
 from megatron_replay.evaluation.results import printable, read_evaluation, strict
@@ -156,17 +157,11 @@ def _run_files(runs: Iterable[Path]) -> list[tuple[str, Path]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        text = one_report(argv, shlex.join(["python", "tools/report.py", *argv]))
-    except ReplayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    print(printable(text), end="")
-    return 0
+    given = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "tools/report.py", *given])
+    return exit_code_of(
+        lambda: printable(one_report(given, command)), interrupted="run the same command again"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from examples.quickstart import network
 from examples.quickstart.general_text import general_texts
 from megatron_replay.checkpoint.export import write_random
-from megatron_replay.errors import ReplayError
+from megatron_replay.cli import exit_code_of
 from megatron_replay.model.config import ModelConfig
 
 SMALL: dict[str, Any] = {
@@ -89,15 +89,14 @@ def main() -> int:
         layernorm_epsilon=1e-6,
         **SHAPES[options.shape],
     )
-    try:
+
+    def write() -> str:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer().save_pretrained(folder)
             write_random(options.output, config, seed=0, init_std=0.02, tokenizer=folder)
-    except ReplayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"{options.output}: {config.num_parameters():,} parameters")
-    return 0
+        return f"{options.output}: {config.num_parameters():,} parameters"
+
+    return exit_code_of(write)
 
 
 if __name__ == "__main__":

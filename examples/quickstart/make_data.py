@@ -23,7 +23,8 @@ from typing import Any
 from examples.quickstart import abilities, network
 from examples.quickstart.general_text import general_texts
 from megatron_replay.checkpoint.staging import publish, start_directory
-from megatron_replay.errors import ConfigError, ReplayError
+from megatron_replay.cli import exit_code_of
+from megatron_replay.errors import ConfigError
 from megatron_replay.files import atomic_file, make_directory
 
 COUNTS = {"train": 176, "test": 100, "general": 20}
@@ -63,18 +64,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=count, help=f"rows (default {count})")
     given = vars(parser.parse_args(argv))
     output: Path = given.pop("output")
-    try:
+
+    def write() -> str:
         for name in COUNTS:
             if given[name] < 1:
                 raise ConfigError("must be positive", where=f"--{name}", found=given[name])
         staged = start_directory(output)
         write_everything(staged, **given)
         publish(staged, output, overwrite=False)
-    except ReplayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"{output}: {given['train']} questions to train on, {given['test']} held out")
-    return 0
+        return f"{output}: {given['train']} questions to train on, {given['test']} held out"
+
+    return exit_code_of(write)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerFast
 
 from examples.quickstart.gguf import Array, Gguf, read_gguf
 from megatron_replay.checkpoint.export import write_new
-from megatron_replay.errors import DataError, ReplayError
+from megatron_replay.cli import exit_code_of
+from megatron_replay.errors import DataError
 from megatron_replay.model.config import ModelConfig
 
 PINNED = Path(__file__).parents[2] / "requirements/quickstart.txt"
@@ -158,13 +159,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     output: Path = parser.parse_args().output
-    try:
-        config = convert(download(), output)
-    except ReplayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"{output}: {config.num_parameters():,} parameters")
-    return 0
+    return exit_code_of(
+        lambda: f"{output}: {convert(download(), output).num_parameters():,} parameters"
+    )
 
 
 if __name__ == "__main__":

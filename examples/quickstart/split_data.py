@@ -16,8 +16,9 @@ from pathlib import Path
 
 from examples.quickstart.general_text import general_texts
 from megatron_replay.checkpoint.staging import publish, start_directory
+from megatron_replay.cli import exit_code_of
 from megatron_replay.data.rows import read_lines
-from megatron_replay.errors import DataError, ReplayError
+from megatron_replay.errors import DataError
 from megatron_replay.files import atomic_file
 
 EVERY, MOST_HELD_OUT, GENERAL_TEXTS = 10, 200, 200
@@ -50,13 +51,12 @@ def main() -> int:
     parser.add_argument("--input", type=Path, required=True, help="JSONL rows of any known format")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    try:
+
+    def write() -> str:
         num_train, num_heldout = split(options.input, options.output)
-    except ReplayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"{options.output}: {num_train} rows to train on, {num_heldout} held out")
-    return 0
+        return f"{options.output}: {num_train} rows to train on, {num_heldout} held out"
+
+    return exit_code_of(write)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from pathlib import Path
 from examples.replicate import tables
 from examples.replicate.figures import draw_figures
 from examples.replicate.results import read_rows
-from megatron_replay.errors import EXIT_INTERRUPTED, DataError, ReplayError
+from megatron_replay.cli import exit_code_of
+from megatron_replay.errors import DataError
 from megatron_replay.files import atomic_file, make_directory
 from tools.report import require_replaceable
 
@@ -62,16 +63,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--output-dir", type=Path, required=True)
     options = parser.parse_args(argv)
-    try:
+
+    def write() -> str:
         drawn = write_report(options.rows, options.output_dir)
-    except ReplayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    print(f"{options.output_dir}: tables.md and {len(drawn)} figures")
-    return 0
+        return f"{options.output_dir}: tables.md and {len(drawn)} figures"
+
+    return exit_code_of(write, interrupted="run the same command again")
 
 
 if __name__ == "__main__":
