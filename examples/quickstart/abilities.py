@@ -42,11 +42,11 @@ ABILITIES = {
     "capitals": ("The capital of {} is", _CAPITALS),
     "opposites": ("The opposite of {} is", _OPPOSITES),
 }
-_OPTIONS = 4
+_OPTIONS, _QUESTIONS = 4, 60
 
 
 def questions(ability: str, *, seed: int) -> list[dict[str, Any]]:
-    """Rows ``{"prompt", "options", "answer"}``; the wrong options are other questions' answers."""
+    """Rows ``{"prompt", "options", "answer"}``; wrong options are answers to other questions."""
     sentence, written = ABILITIES[ability]
     pairs = [pair.replace("_", " ").split(":") for pair in written.split()]
     rng, rows = random.Random(seed), []
@@ -57,4 +57,4 @@ def questions(ability: str, *, seed: int) -> list[dict[str, Any]]:
         options.insert(place, right)
         prompt = sentence.format(asked)
         rows.append({"prompt": prompt, "options": [f" {o}" for o in options], "answer": place})
-    return rows
+    return rng.sample(rows, _QUESTIONS)

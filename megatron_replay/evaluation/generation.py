@@ -6,16 +6,22 @@ Shapes: B prompts of a batch, L its longest prompt, H key-value heads, D channel
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from itertools import islice, takewhile
+from itertools import islice, pairwise, takewhile
 from operator import eq
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from megatron_replay.evaluation.language_model import replaced
 from megatron_replay.progress import Progress
+
+#: Tokens of prompts that pass through the model at once.
+ROW = 512
+#: Of each layer, a prompt's keys and values ``[H, length, D]``.
+States = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Answer(NamedTuple):
@@ -39,15 +45,14 @@ def greedy_answers(
 
     An answer ends before the first of ``stop_ids``, or after ``max_new_tokens``.
 
-    The prompts are sorted by their tokens. Each one's forward pass continues from the tokens that
-    it shares with the one before, so what many prompts begin with (a database's schema) is computed
-    once. Neighbours are then answered as one batch, padded on the left; the other prompts of
-    a batch change an answer only by rounding. generation_config.json is ignored. Memory: the keys
-    and values of a batch, twice.
+    The prompts are sorted by their tokens, so each shares its first tokens with the one before, and
+    what many begin with (a database's schema) is computed once. Neighbours are then answered as one
+    batch, padded on the left; the other prompts of a batch change an answer only by rounding.
+    generation_config.json is ignored. Memory: the keys and values of a batch, twice.
     """
     answers: dict[int, Answer] = {}
     ordered = sorted(range(len(prompts)), key=lambda number: prompts[number])
-    caches = _caches(model, [prompts[number] for number in ordered])
+    states = _states(model, [prompts[number] for number in ordered])
     pad_id = min(stop_ids)
     greedy = GenerationConfig(
         do_sample=False,
@@ -70,7 +75,7 @@ def greedy_answers(
             found = generate(
                 tokens_BL.to(model.device),
                 attention_mask=mask_BL.to(model.device),
-                past_key_values=_batched(list(islice(caches, len(batch)))),
+                past_key_values=_cache(list(islice(states, len(batch))), max_new_tokens),
             )
             for number, tokens in zip(batch, found[:, tokens_BL.shape[1] :].tolist(), strict=True):
                 end = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
@@ -79,25 +84,92 @@ def greedy_answers(
     return [answers[number] for number in range(len(prompts))]
 
 
-def _caches(model: PreTrainedModel, prompts: Sequence[list[int]]) -> Iterator[DynamicCache]:
-    """Keys and values of each prompt, ``[1, H, length, D]``, continued from the prompt before."""
-    cache, before = DynamicCache(), list[int]()
-    for prompt in prompts:
-        shared = len(list(takewhile(bool, map(eq, before, prompt))))
-        cache = DynamicCache([(k[:, :, :shared], v[:, :, :shared]) for k, v, _ in cache])
-        if rest := prompt[shared:]:
-            tokens = torch.tensor([rest], device=model.device)
-            model.base_model(tokens, past_key_values=cache, use_cache=True)
-        before = prompt
-        yield cache
+def _states(model: PreTrainedModel, prompts: Sequence[list[int]]) -> Iterator[States]:
+    """Keys and values of each prompt; the tokens that it shares with the one before have its.
+
+    The new tokens of several prompts pass through the model as one row, since the weights are read
+    once a row: each attends to the tokens before it in its own prompt.
+    """
+    shared = [0, *(_common(one, two) for one, two in pairwise(prompts))]
+    own = [len(prompt) - n for prompt, n in zip(prompts, shared, strict=True)]
+    last: States = []
+    for first, stop in _rows(own):
+        kept, size = shared[first], sum(own[first:stop])  # of the prompt before; new in this row
+        cache = DynamicCache([(k[None, :, :kept], v[None, :, :kept]) for k, v in last])
+        sees = torch.zeros(size, kept + size, dtype=torch.bool)
+        tokens, positions, paths = list[int](), list[int](), [list(range(kept))]
+        for prompt, n in zip(prompts[first:stop], shared[first:stop], strict=True):
+            start = len(tokens)
+            tokens += prompt[n:]
+            positions += range(n, len(prompt))
+            path = [*paths[-1][:n], *range(kept + start, kept + len(tokens))]
+            sees[start : len(tokens), path] = torch.ones(len(prompt) - n, len(path)).tril(n).bool()
+            paths.append(path)
+        if tokens:
+            mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, -torch.inf)
+            model.base_model(
+                torch.tensor([tokens], device=model.device),
+                attention_mask=mask[None, None].to(model.device),
+                position_ids=torch.tensor([positions], device=model.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        for path in paths[1:]:
+            last = [(k[0, :, path], v[0, :, path]) for k, v, _ in cache]
+            yield last
 
 
-def _batched(caches: Sequence[DynamicCache]) -> DynamicCache:
-    """One cache ``[B, H, L - 1, D]``: generation reads the last token, and needs its logits."""
+def _common(one: Sequence[int], two: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return len(list(takewhile(bool, map(eq, one, two))))
 
-    def padded(states: Sequence[torch.Tensor]) -> torch.Tensor:
-        rows = [state[0, :, :-1].transpose(0, 1) for state in states]
-        return pad_sequence(rows, batch_first=True, padding_side="left").transpose(1, 2)
 
-    layers = [zip(*layer, strict=True) for layer in zip(*caches, strict=True)]
-    return DynamicCache([(padded(keys), padded(values)) for keys, values, _ in layers])
+def _rows(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Bounds of consecutive stretches of at most ``ROW`` tokens, or of one prompt."""
+    first, size = 0, 0
+    for number, more in enumerate(sizes):
+        if number > first and size + more > ROW:
+            yield first, number
+            first, size = number, 0
+        size += more
+    yield first, len(sizes)
+
+
+class _Layer(DynamicLayer):
+    """A layer's keys and values of a batch, padded on the left, with room for ``room`` more.
+
+    They are written in place: a concatenation would copy all for every token of the answers.
+    """
+
+    def __init__(self, states: Sequence[tuple[torch.Tensor, torch.Tensor]], room: int) -> None:
+        super().__init__()
+        # Generation reads the last token of a prompt, because it needs its logits.
+        length = max(keys.shape[1] for keys, _ in states) - 1
+        self.all = [_padded(of, length, room) for of in zip(*states, strict=True)]
+        self.keys, self.values = (of[:, :, :length] for of in self.all)
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append; returns all keys and values, ``[B, H, length, D]``."""
+        start = self.get_seq_length()
+        stop = start + key_states.shape[2]
+        for whole, new in zip(self.all, (key_states, value_states), strict=True):
+            whole[:, :, start:stop] = new
+        self.keys, self.values = (of[:, :, :stop] for of in self.all)
+        return self.keys, self.values
+
+
+def _padded(states: Sequence[torch.Tensor], length: int, room: int) -> torch.Tensor:
+    """``[B, H, length + room, D]`` of states ``[H, n + 1, D]``, without the last of each."""
+    heads, _, channels = states[0].shape
+    whole = states[0].new_zeros(len(states), heads, length + room, channels)
+    for row, state in zip(whole, states, strict=True):
+        row[:, length + 1 - state.shape[1] : length] = state[:, :-1]
+    return whole
+
+
+def _cache(states: Sequence[States], room: int) -> Cache:
+    """One cache of a batch of prompts."""
+    return Cache(layers=[_Layer(layer, room) for layer in zip(*states, strict=True)])
