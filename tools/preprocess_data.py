@@ -313,9 +313,11 @@ def run(options: argparse.Namespace) -> str:
     }
     corpus, outcome = _existing(options.output_prefix, source), "up to date"
     if corpus is None:
+        is_another = corpus_file(options.output_prefix, "json").exists()
         num_skipped = _write(options, row_format, style, tokenizer, source, num_lines)
         corpus = Corpus(options.output_prefix)
-        outcome = f"written, {num_skipped} of {num_lines} rows skipped"
+        instead = " in place of an earlier corpus" if is_another else ""
+        outcome = f"written{instead}, {num_skipped} of {num_lines} rows skipped"
     if options.show:
         _show(corpus, tokenizer, options.show)
         _show_sharing(corpus)

@@ -107,7 +107,16 @@ def global_batches(
 ) -> GlobalBatches:
     """The batches of a whole run: of --train-epochs, or without an end under --train-iters."""
     training = config.training
-    group = training.group_prefixes
+    group, stem_D = training.group_prefixes, None
+    if group > 1:
+        stem_D = stems(corpus, lengths)
+        if len(np.unique(stem_D)) == len(stem_D):
+            raise ConfigError(
+                "no two documents begin alike enough: groups would change nothing",
+                where="--group-prefixes",
+                found=group,
+                fix="Leave it out",
+            )
     return GlobalBatches(
         lengths,
         seq_length=config.data.seq_length,
@@ -115,7 +124,7 @@ def global_batches(
         seed=training.seed,
         epochs=None if training.train_iters is not None else training.train_epochs or 1,
         pack_documents=training.pack_documents,
-        stem_D=stems(corpus, lengths) if group > 1 else None,
+        stem_D=stem_D,
         group=group,
     )
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from megatron_replay.checkpoint.directories import LATEST
 from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.data.corpus import Document
 from megatron_replay.errors import CheckpointError, ConfigError, DataError, few
@@ -78,7 +79,13 @@ def require_model(directory: Path) -> None:
         if file.exists() and not file.is_dir():
             require_regular(file, CheckpointError)
     if not (directory / CONFIG).is_file():
-        raise CheckpointError("no Hugging Face model here", where=directory, expected=CONFIG)
+        export = f"Export the run: tools/convert_checkpoint.py --load {directory} --save DIR"
+        raise CheckpointError(
+            "no Hugging Face model here",
+            where=directory,
+            expected=CONFIG,
+            fix=export if (directory / LATEST).exists() else None,
+        )
     if (directory / GENERATION).exists():  # transformers takes its defaults for a damaged one
         read_json(directory / GENERATION, CheckpointError)
     config = ModelConfig.from_hf(directory)

@@ -58,6 +58,7 @@ class Monitor:
         self._stability = Stability(warmup_iters=config.optimizer.lr_warmup_iters)
         self._updates = UpdateWarnings()
         self._seconds = self._waited = 0.0  # over logged steps; waited: for data
+        self._tokens = self._computed_tokens = 0
         if groups.writer:
             keep_lines_until(directory / SKIPPED, iteration)
             self._log = MetricsLog(directory, resume_iteration=iteration)
@@ -163,6 +164,8 @@ class Monitor:
             return {}, []
         self._seconds += line["seconds"]
         self._waited += line.get("data_wait_seconds", 0.0)
+        self._tokens += line.get("tokens", 0)
+        self._computed_tokens += line.get("computed_tokens", 0)
         spikes = self._stability.add(line)
         value = {"loss": line["loss"], "gradient": line["grad_norm"]}
         title = {"loss": "loss", "gradient": "gradient norm"}
@@ -207,6 +210,9 @@ class Monitor:
         if self._seconds:
             share = self._waited / self._seconds
             summary += f" Steps waited for data for {100 * share:.2g} % of their time."
+        if self._computed_tokens < self._tokens:
+            share = self._computed_tokens / self._tokens
+            summary += f" Shared prefixes: {100 * share:.1f} % of the tokens were computed."
         if "relative_l2" in readings:
             summary += (
                 f" Relative L2 from the first weights: {100 * readings['relative_l2']:.3g} %."

@@ -191,4 +191,6 @@ def test_questions_are_left_out_by_name(sets, answers, measured, chat_base, tmp_
     found = measured(directory, "--leave-out=s:1")
     assert (found["questions"], found["left_out"], found["accuracy"]) == (2, 1, 1.0)
     assert evaluate.main([*given, "--leave-out=s:1,s:4,t:1"]) == 2
-    assert "--leave-out: no such question" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--leave-out: no such question (expected" in error
+    assert "s:1 to s:3; found s:4, t:1)" in error

@@ -10,6 +10,7 @@ import struct
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_replay.checkpoint.directories import LATEST
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.evaluation.language_model import load_model, require_model
 from tests.evaluation.site import save_model
@@ -44,6 +45,9 @@ def test_sizes_that_fit(model, tmp_path):
     require_model(model)
     require_model(save_model(tmp_path / "untied", tied=False))
     with pytest.raises(CheckpointError, match="no Hugging Face model here"):
+        load_model(tmp_path)
+    (tmp_path / LATEST).write_text("2")
+    with pytest.raises(CheckpointError, match=r"Export the run: .*convert_checkpoint"):
         load_model(tmp_path)
 
 

@@ -95,7 +95,7 @@ def test_what_is_the_same_is_kept_and_what_changed_is_written_again(run, write_r
         assert err.startswith("writing again: ")
         assert contents(tmp_path) == whole
     other = save_hugging_face(tmp_path / "other")
-    assert "; written" in run(rows, tokenizer=other)[0]
+    assert "; written in place of an earlier corpus, 0 of 5" in run(rows, tokenizer=other)[0]
     assert "; written" in run(rows, flags=["--on-bad-row", "skip"])[0]
     assert "; written" in run(write_rows(ROWS[:4]), flags=["--on-bad-row", "skip"])[0]
 

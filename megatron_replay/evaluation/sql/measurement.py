@@ -68,7 +68,7 @@ def _questions(
 ) -> dict[str, tuple[list[SqlQuestion], int]]:
     """The questions of every set, and how many were left out by name."""
     left_out = set(filter(None, (settings.leave_out or "").split(",")))
-    unknown, found = set(left_out), {}
+    unknown, found, counts = set(left_out), {}, []
     for name, directory in sets.items():
         questions = [
             replace(question, name=f"{name}:{number}")
@@ -78,12 +78,13 @@ def _questions(
         ]
         asked = [question for question in questions if question.name not in left_out]
         unknown -= {question.name for question in questions}
+        counts.append(f"{name}:1 to {name}:{len(questions)}")
         found[name] = asked, len(questions) - len(asked)
     if unknown:
         raise ConfigError(
             "no such question",
             where="--leave-out",
-            expected="NAME:NUMBER of --sql NAME=DIR, the first question's number being 1",
+            expected=f"NAME:NUMBER of --sql NAME=DIR: {', '.join(counts)}",
             found=", ".join(sorted(unknown)),
         )
     return found
