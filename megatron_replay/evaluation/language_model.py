@@ -1,6 +1,7 @@
 """Loads a Hugging Face causal language model, and scores documents with it.
 
-Shapes: B documents of a batch, L its longest document less one, V vocabulary.
+Shapes: B documents of a batch, L its longest document less one, N labels with loss, R of them, H
+hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from megatron_replay.model.config import ModelConfig
 from megatron_replay.progress import Progress
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+#: Labels whose logits are in memory at once.
+_ROWS = 256
 #: Of exp in float64.
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
@@ -143,7 +146,7 @@ def score(
     """How well a model predicts the labels that carry loss; each label weighs the same.
 
     Documents of similar length form a batch, padded on the right: with causal attention padding
-    there changes nothing before it, so no mask is needed. Memory: a batch's logits, ``B·L·V``.
+    there changes nothing before it, so no mask is needed. Memory: the logits of 256 labels.
 
     Returns:
         ``loss``: mean −log p(label), in nats; ``perplexity``: exp(loss), infinite where a diverged
@@ -157,19 +160,23 @@ def score(
     for number, document in enumerate(documents):
         require_readable(model, f"document {number}", document.tokens, len(document) - 1)
     loss_sum, num_labels, correct = 0.0, 0, 0
+    head = model.get_output_embeddings()
     ordered = sorted(documents, key=len, reverse=True)
     with Progress(show, len(documents), "documents", enabled=bool(show)) as bar:
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]
-            rows = [torch.from_numpy(document.tokens.astype("int64")) for document in batch]
+            tokens = [torch.from_numpy(document.tokens.astype("int64")) for document in batch]
             masks = [torch.from_numpy(document.loss_mask.copy()) for document in batch]
-            tokens_BL1 = pad_sequence(rows, batch_first=True).to(model.device)
+            tokens_BL1 = pad_sequence(tokens, batch_first=True).to(model.device)
             carries_BL = pad_sequence(masks, batch_first=True)[:, 1:].to(model.device)
-            logits_BLV = model(tokens_BL1[:, :-1], use_cache=False).logits
-            logits_NV, labels_N = logits_BLV[carries_BL].float(), tokens_BL1[:, 1:][carries_BL]
-            losses_N = nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
-            loss_sum += losses_N.double().sum().item()
-            correct += int((logits_NV.argmax(-1) == labels_N).sum())
+            hidden_BLH = model.base_model(tokens_BL1[:, :-1], use_cache=False).last_hidden_state
+            hidden_NH, labels_N = hidden_BLH[carries_BL], tokens_BL1[:, 1:][carries_BL]
+            rows = zip(hidden_NH.split(_ROWS), labels_N.split(_ROWS), strict=True)
+            for hidden_RH, labels_R in rows:
+                logits_RV = head(hidden_RH).float()
+                losses_R = nn.functional.cross_entropy(logits_RV, labels_R, reduction="none")
+                loss_sum += losses_R.double().sum().item()
+                correct += int((logits_RV.argmax(-1) == labels_R).sum())
             num_labels += len(labels_N)
             bar.advance(len(batch))
     if num_labels == 0:
