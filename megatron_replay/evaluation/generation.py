@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice, pairwise, takewhile
 from operator import eq
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from megatron_replay.evaluation.language_model import replaced
 from megatron_replay.progress import Progress
 
 #: Tokens of prompts that pass through the model at once.
@@ -53,35 +51,59 @@ def greedy_answers(
     answers: dict[int, Answer] = {}
     ordered = sorted(range(len(prompts)), key=lambda number: prompts[number])
     states = _states(model, [prompts[number] for number in ordered])
-    pad_id = min(stop_ids)
-    greedy = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stop_ids),
-        pad_token_id=pad_id,
-    )
-    generate: Any = model.generate
-    with (
-        replaced(vars(model), generation_config=greedy),
-        Progress(show, len(prompts), "answers", enabled=bool(show)) as bar,
-    ):
+    with Progress(show, len(prompts), "answers", enabled=bool(show)) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = ordered[start : start + batch_size]
-            rows = [torch.tensor(prompts[number]) for number in batch]
-            tokens_BL, mask_BL = (
-                pad_sequence(of, batch_first=True, padding_value=value, padding_side="left")
-                for of, value in ((rows, pad_id), ([torch.ones_like(row) for row in rows], 0))
+            last = [prompts[number][-1] for number in batch]
+            found = _answers(
+                model, last, list(islice(states, len(batch))), stop_ids, max_new_tokens
             )
-            found = generate(
-                tokens_BL.to(model.device),
-                attention_mask=mask_BL.to(model.device),
-                past_key_values=_cache(list(islice(states, len(batch))), max_new_tokens),
-            )
-            for number, tokens in zip(batch, found[:, tokens_BL.shape[1] :].tolist(), strict=True):
-                end = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
-                answers[number] = Answer(tokens[:end], end is not None)
+            answers |= zip(batch, found, strict=True)
             bar.advance(len(batch))
     return [answers[number] for number in range(len(prompts))]
+
+
+def _answers(
+    model: PreTrainedModel,
+    last: Sequence[int],
+    states: Sequence[States],
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+) -> list[Answer]:
+    """Answers to a batch of prompts, given the last token of each and its keys and values.
+
+    Where half of the answers have ended, the other half goes on alone.
+    """
+    cache = Cache(layers=[_Layer(layer, max_new_tokens) for layer in zip(*states, strict=True)])
+    width = cache.get_seq_length()
+    position_B = torch.tensor([prompt[0][0].shape[1] - 1 for prompt in states], device=model.device)
+    mask_BL = torch.arange(width + max_new_tokens, device=model.device) >= (
+        width - position_B[:, None]
+    )
+    token_B = torch.tensor(last, device=model.device)
+    answers, rows = [Answer([], False) for _ in last], list(range(len(last)))
+    for step in range(max_new_tokens):
+        logits_B1V = model(
+            token_B[:, None],
+            attention_mask=mask_BL[:, : width + step + 1],
+            position_ids=(position_B + step)[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        token_B = logits_B1V[:, 0].argmax(-1)
+        for row, token in zip(rows, token_B.tolist(), strict=True):
+            if token in stop_ids:
+                answers[row] = answers[row]._replace(finished=True)
+            elif not answers[row].finished:
+                answers[row].tokens.append(token)
+        going = [place for place, row in enumerate(rows) if not answers[row].finished]
+        if not going:
+            break
+        if 2 * len(going) <= len(rows):
+            rows = [rows[place] for place in going]
+            cache.batch_select_indices(torch.tensor(going, device=model.device))
+            token_B, position_B, mask_BL = token_B[going], position_B[going], mask_BL[going]
+    return answers
 
 
 def _states(model: PreTrainedModel, prompts: Sequence[list[int]]) -> Iterator[States]:
@@ -142,12 +164,17 @@ class _Layer(DynamicLayer):
     """
 
     def __init__(self, states: Sequence[tuple[torch.Tensor, torch.Tensor]], room: int) -> None:
-        super().__init__()
-        # Generation reads the last token of a prompt, because it needs its logits.
+        super().__init__()  # type: ignore[no-untyped-call]
+        # The last token of a prompt is read again, because its logits are needed.
         length = max(keys.shape[1] for keys, _ in states) - 1
-        self.all = [_padded(of, length, room) for of in zip(*states, strict=True)]
-        self.keys, self.values = (of[:, :, :length] for of in self.all)
-        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+        self._whole = [_padded(of, length, room) for of in zip(*states, strict=True)]
+        self.dtype, self.device, self.is_initialized = states[0][0].dtype, states[0][0].device, True
+        self._show(length)
+
+    def _show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (of[:, :, :length] for of in self._whole)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
@@ -155,10 +182,15 @@ class _Layer(DynamicLayer):
         """Append; returns all keys and values, ``[B, H, length, D]``."""
         start = self.get_seq_length()
         stop = start + key_states.shape[2]
-        for whole, new in zip(self.all, (key_states, value_states), strict=True):
+        for whole, new in zip(self._whole, (key_states, value_states), strict=True):
             whole[:, :, start:stop] = new
-        self.keys, self.values = (of[:, :, :stop] for of in self.all)
-        return self.keys, self.values
+        return self._show(stop)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these prompts of the batch."""
+        length = self.get_seq_length()
+        self._whole = [of[indices] for of in self._whole]
+        self._show(length)
 
 
 def _padded(states: Sequence[torch.Tensor], length: int, room: int) -> torch.Tensor:
@@ -168,8 +200,3 @@ def _padded(states: Sequence[torch.Tensor], length: int, room: int) -> torch.Ten
     for row, state in zip(whole, states, strict=True):
         row[:, length + 1 - state.shape[1] : length] = state[:, :-1]
     return whole
-
-
-def _cache(states: Sequence[States], room: int) -> Cache:
-    """One cache of a batch of prompts."""
-    return Cache(layers=[_Layer(layer, room) for layer in zip(*states, strict=True)])
