@@ -70,14 +70,14 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false # everything is local
 make --silent setup
 PYTHON=.venv/bin/python
 mkdir -p "$OUT"
-TIMINGS=$OUT/timings.txt # a line a part; a part run again comes last and counts
+TIMINGS=$OUT/timings.txt # a line a part; a part that was interrupted has several
 STARTED=$SECONDS
 
 # One output directory holds one experiment: other settings need another directory.
 SETTINGS="seed=$SEED tp=$TP tiny=$TINY hf_checkpoint=$HF_CHECKPOINT data=$DATA content=$CONTENT \
 seq_length=$SEQ_LENGTH lr=$LR long=$LONG epochs=$EPOCHS global_batch=$GLOBAL_BATCH"
 if [[ -f $OUT/settings && $(<"$OUT/settings") != "$SETTINGS" ]]; then
-    OTHERS=$(diff <(tr ' ' '\n' <"$OUT/settings") <(tr ' ' '\n' <<<"$SETTINGS") | sed -n 's/^< //p')
+    OTHERS=$(comm -23 <(tr ' ' '\n' <"$OUT/settings" | sort) <(tr ' ' '\n' <<<"$SETTINGS" | sort))
     fail "$OUT holds a run with other settings ($(paste -sd' ' <<<"$OTHERS")); give another --output"
 fi
 echo "$SETTINGS" >"$OUT/settings"
@@ -93,15 +93,15 @@ part() { # part PRODUCT NAME COMMAND...: unless PRODUCT exists, run COMMAND and 
     echo "== $name"
     start=$(date +%s%N)
     "$@" || status=$?
+    local milliseconds=$((($(date +%s%N) - start) / 1000000))
     if ((status)); then
         echo "== $name stopped (exit code $status); what is finished is kept for the next run" >&2
         [[ $(ls "$OUT") != settings ]] || rm "$OUT/settings" # nothing was made with them
-        exit "$status"
     fi
-    local milliseconds=$((($(date +%s%N) - start) / 1000000))
-    printf '== %s: %d.%03d s\n' "$name" $((milliseconds / 1000)) $((milliseconds % 1000))
-    printf '"%s": %d.%03d\n' \
+    [[ ! -f $OUT/settings ]] || printf '"%s": %d.%03d\n' \
         "$name" $((milliseconds / 1000)) $((milliseconds % 1000)) >>"$TIMINGS"
+    ((status == 0)) || exit "$status"
+    printf '== %s: %d.%03d s\n' "$name" $((milliseconds / 1000)) $((milliseconds % 1000))
 }
 
 launch() { # launch MODULE FLAGS...: in two processes
@@ -137,6 +137,11 @@ else
         "$PYTHON" -m examples.quickstart.split_data --input "$DATA" --output "$OUT/data"
     TRAIN_ROWS=$OUT/data/train.jsonl
     EVALUATE=(--data "$OUT/data/heldout.jsonl" --general-text "$OUT/data/general_heldout.jsonl")
+fi
+if [[ -n $CONTENT && $EPOCHS$GLOBAL_BATCH =~ ^[0-9]+$ ]] &&
+    (($(wc -l <"$TRAIN_ROWS") * EPOCHS < 20 * GLOBAL_BATCH)); then
+    echo "warning: $(wc -l <"$TRAIN_ROWS") rows are less than 20 steps, which may change nothing:" \
+        "raise --epochs or --lr, or lower --global-batch-size" >&2
 fi
 part "$OUT/corpus.json" "corpus" \
     "$PYTHON" tools/preprocess_data.py --output-prefix "$OUT/corpus" --input "$TRAIN_ROWS" \
@@ -176,11 +181,16 @@ part "$OUT/adamw-half/config.json" "AdamW's weights, half way back to the base" 
     --blend "$BASE" --blend-weight 0.5 --no-verify
 
 # ---------------------------------------------------------------- what was gained, kept, paid
-part "$OUT/evaluation.json" "evaluation" \
+evaluate() { # evaluation.json is written after every model; the empty file when all are there
     env OMP_NUM_THREADS="$(nproc)" "$PYTHON" tools/evaluate.py --base "$BASE" \
-    --model "adamw=$OUT/adamw/export" --model "adamw-half=$OUT/adamw-half" \
-    --model "replay-moclip=$OUT/replay-moclip/export" "${EVALUATE[@]}" --output "$OUT/evaluation.json"
-printf '{%s}\n' "$(paste -sd, "$TIMINGS")" >"$OUT/timings.json"
+        --model "adamw=$OUT/adamw/export" --model "adamw-half=$OUT/adamw-half" \
+        --model "replay-moclip=$OUT/replay-moclip/export" "${EVALUATE[@]}" \
+        --output "$OUT/evaluation.json" && touch "$OUT/evaluated"
+}
+part "$OUT/evaluated" "evaluation" evaluate
+awk -F '": ' '!($1 in sum) {name[++n] = $1} {sum[$1] += $2}
+    END {for (i = 1; i <= n; i++) printf "%s%s\": %.3f", (i > 1 ? ", " : "{"), name[i], sum[name[i]]
+         print "}"}' "$TIMINGS" >"$OUT/timings.json"
 report() { # its tables are printed below, on every run
     "$PYTHON" tools/report.py "$@" >/dev/null
 }

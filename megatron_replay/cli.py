@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,18 +59,32 @@ def launch(
 
 
 def exit_code_of(work: Callable[[], str], *, interrupted: str = "nothing was written") -> int:
-    """Do a tool's work and print what it returns, or one line for its error; the exit code."""
+    """Do a tool's work and print what it returns, or one line for its error; the exit code.
+
+    A reader that exits (head) interrupts the work if the work prints, and is no error afterwards.
+    """
     try:
-        print(work().removesuffix("\n"), flush=True)
+        text = work()
     except ReplayError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # the reader of a pipe, such as head, has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print(f"interrupted: {interrupted}", file=sys.stderr)
+    except (KeyboardInterrupt, BrokenPipeError):
+        with suppress(BrokenPipeError):
+            print(f"interrupted: {interrupted}", file=sys.stderr)
+        _print_no_more()
         return EXIT_INTERRUPTED
+    try:
+        print(text.removesuffix("\n"), flush=True)
+    except BrokenPipeError:
+        _print_no_more()
     return 0
+
+
+def _print_no_more() -> None:
+    """So that Python does not complain of a closed pipe when it exits."""
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 #: Seconds between SIGTERM and SIGKILL, as in torchrun.

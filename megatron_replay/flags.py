@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,15 @@ class Invocation(typing.Generic[Config]):
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are ConfigErrors, so that main prints one line."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As ArgumentParser's; an unknown flag is named also where a required one is missing."""
+        argv = list(sys.argv[1:] if args is None else args)
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in (argument.split("=")[0] for argument in argv):
+            if word.startswith("--") and not any(option.startswith(word) for option in known):
+                self.error(f"unknown flag {word}{_nearest(word, known)}")
+        return super().parse_args(argv, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError; argparse would print its usage and exit."""

@@ -35,7 +35,7 @@ from megatron_replay.evaluation.suite import require_one_tokenizer
 from megatron_replay.files import make_directory, require_apart, write_json
 from megatron_replay.flags import Parser, add_flags, from_flags
 
-#: Measured whatever they give: the base is 0, the tuned model 1.
+#: Where the first crossing is looked for: the base is 0, the tuned model 1.
 _GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: The weight is found to this; each halving costs a measurement.
 _RESOLUTION = 1 / 64
@@ -100,6 +100,13 @@ def _check(given: argparse.Namespace) -> tuple[Inputs, Path]:
             expected="a number above 0",
             found=given.max_delta_perplexity,
         )
+    for name in ("chat_template", "system_prompt"):
+        if getattr(given, name, None) is not None and given.data is None:
+            raise ConfigError(
+                "has no effect on general text, which is plain",
+                where=flag_name(name),
+                fix="Add --data, or leave it out",
+            )
     inputs = Inputs(general_text=given.general_text, data=given.data)
     save = given.save.resolve()
     curve = save.with_name(f"{save.name}.curve.json")
@@ -190,7 +197,9 @@ def find_blend(given: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Find the blend and write it."""
-    return exit_code_of(lambda: printable(find_blend(parser().parse_args(argv))))
+    return exit_code_of(
+        lambda: printable(find_blend(parser().parse_args(argv))), interrupted="no model was written"
+    )
 
 
 if __name__ == "__main__":

@@ -29,11 +29,12 @@ from megatron_replay.flags import Parser, add_flags, from_flags
 
 _TEXTS = FLAGS.keys() - {"data_path", "store", "lm_eval_include_path"}
 _PROMPTS = _TEXTS - {"general_choices", "general_text"}
+_LM_EVAL = {"lm_eval_tasks", "lm_eval_domain_tasks"}
 #: The inputs that read a setting; the others are read by all.
 _READ_BY = {
     "batch_size": _TEXTS,
     "chat_template": _PROMPTS,
-    "system_prompt": _PROMPTS,
+    "system_prompt": _PROMPTS - _LM_EVAL,
     "add_bos": _TEXTS,
     "max_new_tokens": {"sql"},
     "unwrap": {"sql"},
@@ -78,6 +79,8 @@ def _inputs(given: Mapping[str, Any]) -> Inputs:
 
 def _settings(given: Mapping[str, Any]) -> Settings:
     for name, readers in _READ_BY.items():
+        if name == "system_prompt" and given.get("chat_template"):
+            readers = readers | _LM_EVAL  # plain text otherwise
         if name in given and not any(given[reader] for reader in readers):
             flags = " or ".join(map(flag_name, sorted(readers)))
             raise ConfigError(

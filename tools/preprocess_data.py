@@ -331,7 +331,9 @@ def run(options: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return exit_code_of(lambda: run(_parser().parse_args(argv)))
+    return exit_code_of(
+        lambda: run(_parser().parse_args(argv)), interrupted="run the same command again"
+    )
 
 
 if __name__ == "__main__":

@@ -42,10 +42,10 @@ ABILITIES = {
     "capitals": ("The capital of {} is", _CAPITALS),
     "opposites": ("The opposite of {} is", _OPPOSITES),
 }
-_OPTIONS, _QUESTIONS = 4, 60
+_OPTIONS = 4
 
 
-def questions(ability: str, *, seed: int) -> list[dict[str, Any]]:
+def questions(ability: str, *, seed: int, count: int = 60) -> list[dict[str, Any]]:
     """Rows ``{"prompt", "options", "answer"}``; wrong options are answers to other questions."""
     sentence, written = ABILITIES[ability]
     pairs = [pair.replace("_", " ").split(":") for pair in written.split()]
@@ -57,4 +57,4 @@ def questions(ability: str, *, seed: int) -> list[dict[str, Any]]:
         options.insert(place, right)
         prompt = sentence.format(asked)
         rows.append({"prompt": prompt, "options": [f" {o}" for o in options], "answer": place})
-    return rng.sample(rows, _QUESTIONS)
+    return rng.sample(rows, min(count, len(rows)))

@@ -4,9 +4,11 @@ A method that forgets less and learns less may only have had a lower learning ra
 forgetting is interpolated between neighbouring learning rates at one domain score, and full
 softmax's with AdamW at the same score is subtracted. Nothing is extrapolated.
 
-An interval covers the questions and the order of the data: each replicate of the bootstrap draws
-the domain's questions, those of each general benchmark, and at each rate the seeds, with
-replacement; the same questions for all methods. The text of the perplexity is not drawn again.
+Each replicate of the bootstrap draws the domain's questions, those of each general benchmark, and
+at each rate the seeds, with replacement; the same questions for all methods. So an interval covers
+the order of the data only where a rate has several seeds; it is up to √2 too narrow where two
+questions ask for one thing (Spider's paraphrases, the causes). The text of the perplexity is not
+drawn again.
 
 Shapes: B replicates, the first of which counts everything once; N questions, R learning rates, C
 the gain and each of `MEASURES`.

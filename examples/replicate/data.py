@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.quickstart.make_data import write_rows
 from megatron_replay.errors import DataError
 from megatron_replay.files import atomic_file, make_directory
 
 #: Each set's folder, its files, and where they are published.
 SETS = {
-    "spider": (("dev.json", "*.sqlite"), "https://yale-lily.github.io/spider"),
+    "spider": (("dev.json",), "https://yale-lily.github.io/spider"),
     "oran-bench-13k": (("fin_E.json", "fin_M.json", "fin_H.json"),
                        "https://github.com/prnshv/ORAN-Bench-13K"),
     "wireshark-telecom": (("tshark_G_values.telecom.tsv",), "the output of `tshark -G values`"),
@@ -100,11 +101,13 @@ class Sources:
 
     def lines(self, name: str, pattern: str) -> list[str]:
         """Its lines, without their ends."""
-        return self.find(name, pattern).read_text(encoding="utf-8").splitlines()
+        return self.find(name, pattern).read_text(encoding="utf-8").rstrip("\n").split("\n")
 
-    def files(self, names: Iterable[str]) -> list[Path]:
+    def files(self, names: Iterable[str], databases: int) -> list[Path]:
         """Every file that these sets are made of; raises DataError where one is missing."""
-        return [self.find(name, pattern) for name in names for pattern in SETS[name][0]]
+        used = [f"{database}.sqlite" for database in DATABASES[:databases]]
+        patterns = {name: (*SETS[name][0], *(used if name == "spider" else ())) for name in names}
+        return [self.find(name, pattern) for name, of in patterns.items() for pattern in of]
 
 
 def write_data(folder: Path, sources: Sources, *, domains: Sequence[str], databases: int,
@@ -142,10 +145,9 @@ def write_data(folder: Path, sources: Sources, *, domains: Sequence[str], databa
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
-    """One JSON object a line."""
+    """One JSON object a line; makes the directory."""
     make_directory(path.parent)
-    with atomic_file(path, "w") as handle:
-        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_rows(path, rows)
 
 
 def _some(rows: list[Row]) -> list[Row]:
@@ -248,7 +250,7 @@ def hellaswag(sources: Sources) -> list[Row]:
     """How a scene goes on: six lines a question (scene, number of the right ending, endings)."""
     with bz2.open(sources.find("hellaswag", "hellaswag_val_full.txt.bz2"), "rt",
                   encoding="utf-8") as handle:  # fmt: skip
-        lines = handle.read().splitlines()
+        lines = handle.read().rstrip("\n").split("\n")
     return [
         _choice(scene, [f" {ending}" for ending in endings], f" {endings[int(right)]}")
         for scene, right, *endings in (lines[i : i + 6] for i in range(0, len(lines), 6))

@@ -1,6 +1,7 @@
 """The parts of the study, each one of the framework's own programs; an interrupted part resumes.
 
-A part writes its product last and atomically, so it is either done or not.
+A part writes its product atomically when all else is done. What a run leaves beside its rows, if it
+is killed while it clears up, only takes space.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from megatron_replay.checkpoint.export import export_hf
 from megatron_replay.checkpoint.load import load_model
 from megatron_replay.config import ModelConfigSource, ParallelConfig
 from megatron_replay.evaluation.results import read_evaluation
+from megatron_replay.files import atomic_file
 from tools import evaluate, preprocess_data
 
 #: A step: so many documents, computed in micro-batches of up to so many positions.
@@ -145,7 +147,8 @@ def make_run(folder: Path, run: Run, base: Path, store: Path, data: Path, device
         _export(folder / "run", target, device, **blended)
     output = folder / "evaluation.json"
     if not output.exists():  # the base is not measured again
-        shutil.copy(base_evaluation(base, domain), output)
+        with atomic_file(output, "w") as handle:
+            handle.write(base_evaluation(base, domain).read_text())
     _evaluate(base / "hf", exports, data, domain, output, device)
     found = {model["name"]: model for model in read_evaluation(output)["models"]}
     cost = json.loads((store / "cost.json").read_text())["seconds"]
@@ -158,6 +161,6 @@ def make_run(folder: Path, run: Run, base: Path, store: Path, data: Path, device
                      method=f"{run.method}, α {weight:g}", lr=run.lr, seed=run.seed)
         for weight in run.blends
     ]  # fmt: skip
+    write_rows(folder / ROWS, rows)
     for path in *exports.values(), *(folder / "run").glob("iter_*"):
         shutil.rmtree(path)
-    write_rows(folder / ROWS, rows)

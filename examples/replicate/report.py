@@ -1,6 +1,6 @@
 """Write the study's tables and figures from its rows.
 
-    python -m examples.replicate.report --rows docs/evidence/rows.csv --output-dir OUT
+    python -m examples.replicate.report --rows OUT/rows.csv --output-dir OUT
 
 Writes ``tables.md`` and the figures as PNG, and replaces only files of an earlier report.
 """
@@ -21,7 +21,9 @@ from tools.report import require_replaceable
 
 _TITLE = "# Tables of the study\n"
 _NOTE = """
-In brackets is the 95 % interval of a bootstrap over questions and seeds. ΔPPL is the perplexity of
+In brackets is the 95 % interval of a bootstrap over questions, and over seeds where a rate has
+several. Questions are drawn one by one, although some of Spider's share a query and each cause is
+asked twice: the intervals are up to √2 too narrow. ΔPPL is the perplexity of
 general text less the base's; retention is the mean over general benchmarks of the score in per cent
 of the base's. α is the weight of the tuned model in its average with the base.
 

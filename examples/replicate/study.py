@@ -64,7 +64,7 @@ class Study:
         sources, domains = Sources(published), self.plan.domains
         sets = [*(SETS_OF[domain] for domain in domains), *GENERAL_SETS]
         made_from = {
-            "sets": sha256_of_files(sources.files(sets)),
+            "sets": sha256_of_files(sources.files(sets, self.plan.databases)),
             "base": sha256_of_files(HFReader(base).files()),
             "databases": self.plan.databases,
             "items": self.plan.items,

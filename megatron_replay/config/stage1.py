@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from megatron_replay.config.shared import SET, Section, Settings, option
+from megatron_replay.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +53,12 @@ class LossConfig(Section):
     )
 
     def _check(self) -> None:
-        self.require(
-            self.loss == "full" or self.store is not None, "store", "a store for --loss restricted"
-        )
+        if self.loss == "restricted" and self.store is None:
+            raise ConfigError(
+                "--loss restricted, the default, reads the candidates of a store",
+                where="--store",
+                fix="Give the store that Stage 0 made, or train with --loss full",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

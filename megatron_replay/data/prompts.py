@@ -67,9 +67,11 @@ class PromptStyle(Section):
         return PromptStyle(chat_template=chat, system_prompt=self.system_prompt, add_bos=bos)
 
     def __str__(self) -> str:
+        bos = "BOS" if self.add_bos else ""
+        if not self.chat_template:
+            return f"plain text{bos and f', {bos}'}"
         system = " with a system prompt" if self.system_prompt else ""
-        prompts = f"chat template{system}" if self.chat_template else "plain text"
-        return prompts + (", BOS" if self.add_bos else "")
+        return f"chat template{system}{bos and f'; plain text with {bos}'}"
 
     def document(self, row: Row, prompt: str, completion: str, tokenizer: Tokenizer) -> Document:
         """The document of a prompt, without loss, and its completion, with loss.

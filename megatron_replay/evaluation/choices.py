@@ -22,7 +22,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,9 @@ def read_choices(path: Path, tokenizer: Tokenizer, style: PromptStyle = PLAIN) -
 
 
 def _without_end(document: Document, tokenizer: Tokenizer) -> list[int]:
-    """The option's tokens: those with loss, up to the special token that ends them."""
+    """The option's tokens: those with loss, up to the first special token."""
     tokens: list[int] = document.tokens[document.loss_mask].tolist()
-    return tokens[:-1] if tokens[-1] in tokenizer.special_ids else tokens
+    return list(takewhile(lambda token: token not in tokenizer.special_ids, tokens))
 
 
 def score_choices(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -109,6 +110,7 @@ def read_measurements(
         found.append(Measurement(kind, partial(score, documents=documents, batch_size=size)))
     if inputs.data_path and inputs.store:
         corpus, store = _corpus_and_store(inputs.data_path, inputs.store, base)
+        _warn_of_another_style(corpus, style)
         run = partial(candidate_mass, corpus=corpus, reader=store, num_documents=NUM_DOCUMENTS)
         found.append(Measurement("candidates", run))
     for general, files, of in (
@@ -127,6 +129,21 @@ def read_measurements(
 
         found.append(Measurement("lm_eval", run_lm_eval))
     return found
+
+
+def _warn_of_another_style(corpus: Corpus, style: PromptStyle) -> None:
+    """Print that the model is asked in another way than it was trained to answer in."""
+    names = ("chat_template", "system_prompt")
+    trained = corpus.description.source.get("prompts", {})
+    if corpus.description.format == "prompt" and any(
+        name in trained and trained[name] != getattr(style, name) for name in names
+    ):
+        print(
+            f"warning: prompts are asked as {style}, but the corpus was written as "
+            f"{PromptStyle(**trained)}: give tools/evaluate.py the flags of "
+            "tools/preprocess_data.py",
+            file=sys.stderr,
+        )
 
 
 def _corpus_and_store(data_path: Path, store: Path, base: Path) -> tuple[Corpus, CandidateReader]:

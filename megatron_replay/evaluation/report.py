@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from matplotlib import rc_context
@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from megatron_replay.data.prompts import PromptStyle
 from megatron_replay.errors import ConfigError, DataError
 from megatron_replay.evaluation.results import KINDS, domain_mean, scores, value_at
 from megatron_replay.run_log import RunSummary
@@ -192,20 +193,21 @@ def _table(lines: Mapping[str, Cells]) -> list[str]:
 
 def _samples(methods: Mapping[str, Model]) -> list[str]:
     """What each model answers to the first questions of each SQL set."""
-    tables: dict[str, list[str]] = {}
+    tables: dict[tuple[str, int], list[str]] = {}
     for name, method in methods.items():
         for task, found in method.get("sql", {}).items():
-            for sample in found.get("samples", []):
+            for number, sample in enumerate(found.get("samples", [])):
                 table = tables.setdefault(
-                    f"**{task}**: {_line(sample['question'])}",
-                    [_row(["method", "answer", "right"]), "|---|---|---|",
+                    (task, number),
+                    [f"**{task}**: {_line(sample['question'])}", "",
+                     _row(["method", "answer", "right"]), "|---|---|---|",
                      _row(["gold query", f"`{_line(sample['gold'])}`", ""])],
                 )  # fmt: skip
                 right = "yes" if sample["right"] else "no"
                 table.append(_row([name, f"`{_line(sample['answer'])}`", right]))
     lines = ["## What it answers", ""] if tables else []
-    for question, table in tables.items():
-        lines += [question, "", *table, ""]
+    for table in tables.values():
+        lines += [*table, ""]
     return lines
 
 
@@ -237,6 +239,8 @@ def render_markdown(report: Report) -> str:
         lines += [_row([part, f"{seconds:.1f}"]) for part, seconds in timings.items()]
         lines += [""]
     lines += ["## Where the numbers come from", "", "```", *report["commands"], "```", ""]
+    style = {one.name: report["settings"][one.name] for one in fields(PromptStyle)}
+    lines.append(f"- prompts: {PromptStyle(**style)}")
     for name, entry in report["inputs"].items():
         lines.append(f"- {name}: `{entry['path']}`, SHA-256 `{entry['sha256'][:16]}…`")
     for name, method in methods.items():

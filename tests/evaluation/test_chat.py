@@ -95,6 +95,26 @@ def test_a_model_is_asked_what_it_was_trained_on(
         assert end in answers["stop_ids"]
 
 
+def test_plain_text_begins_with_one_bos(chat_base, sets, answers, measured, tmp_path):
+    base = shutil.copytree(chat_base, tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<|im_start|>"}))
+    (file, directory), flags = sets["prompt"], ["--no-chat-template", "--add-bos"]
+    given = [f"--input={file}", f"--tokenizer={base}", f"--output-prefix={tmp_path}/corpus"]
+    assert preprocess_data.main([*given, *flags]) == 0
+    measured(directory, *flags, base=base)
+    corpus, bos = Corpus(tmp_path / "corpus"), load_tokenizer(base).bos_id
+    assert answers["prompts"] == [prompt_of(corpus[number]) for number in range(len(corpus))]
+    assert all((prompt[0], prompt.count(bos)) == (bos, 1) for prompt in answers["prompts"])
+
+
+def test_a_system_prompt_without_effect_is_refused(chat_base, tmp_path, capsys):
+    given = [f"--base={chat_base}", f"--output={tmp_path}/eval.json", "--lm-eval-tasks=t"]
+    given += [f"--lm-eval-include-path={tmp_path}", "--system-prompt=Be brief."]
+    assert evaluate.main(given) == 2
+    assert "--system-prompt: has no effect on what is measured" in capsys.readouterr().err
+
+
 def test_a_conversation_asks_for_the_query_in_a_sentence(sets, answers, measured, tokenizer):
     question = "CREATE TABLE book (title text);\n\nQuestion: Which select 1?\n"
     sentence = "Answer with one SQL query and nothing else."

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from examples.quickstart import init_base, make_data, network, split_data
+from examples.quickstart import abilities, init_base, make_data, network, split_data
 from megatron_replay.checkpoint.staging import WRITTEN
 from megatron_replay.errors import OutputError
 from megatron_replay.evaluation.sql.execution import execution_match
@@ -95,15 +95,22 @@ def test_every_answer_counts(data: Path) -> None:
         assert (result["matches"], result["questions"]) == (len(gold), len(gold))
 
 
-@pytest.mark.parametrize("ability", ["capitals", "opposites"])
-def test_a_choice_has_one_right_option(data: Path, ability: str) -> None:
+@pytest.mark.parametrize(
+    ("ability", "prompt", "answer"),
+    [
+        ("capitals", "The capital of Peru is", " Lima"),
+        ("opposites", "The opposite of hot is", " cold"),
+    ],
+)
+def test_a_choice_has_one_right_option(data: Path, ability: str, prompt: str, answer: str) -> None:
     found = rows(data, ability)
     assert len(found) == 60
     assert {row["answer"] for row in found} == {0, 1, 2, 3}
     assert all(len(set(row["options"])) == 4 for row in found)
-    by_prompt = {row["prompt"]: row["options"][row["answer"]] for row in found}
-    assert by_prompt.get("The capital of Peru is", " Lima") == " Lima"
-    assert by_prompt.get("The opposite of hot is", " cold") == " cold"
+    every = abilities.questions(ability, seed=0, count=10**3)
+    assert {row["prompt"] for row in found} <= {row["prompt"] for row in every}
+    by_prompt = {row["prompt"]: row["options"][row["answer"]] for row in every}
+    assert by_prompt[prompt] == answer
 
 
 def test_the_tokenizer_of_a_model_made_on_the_spot(tmp_path: Path) -> None:

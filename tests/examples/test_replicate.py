@@ -156,9 +156,8 @@ def test_runs_of_a_plan_have_their_own_directories_and_all_they_need(name, tmp_p
 def test_a_plan_keeps_its_time(name, hours, tmp_path, capfd) -> None:
     given = ["--data", "D", "--base", "B", "--output", str(tmp_path), "--workers", "2"]
     assert run.main(["--plan", name, *given, "--list"]) == 0
-    *runs, total = capfd.readouterr().out.splitlines()
+    *runs, _ = capfd.readouterr().out.splitlines()
     assert [line.split()[3] for line in runs] == [one.name for one in PLANS[name].named()]
-    assert f", {sum(map(PLANS[name].minutes, PLANS[name].named())) / 120:.1f} hours on 2" in total
     assert sum(map(PLANS[name].minutes, PLANS[name].named())) <= 60 * hours
 
 

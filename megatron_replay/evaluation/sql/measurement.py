@@ -77,6 +77,8 @@ def _questions(
             )
         ]
         asked = [question for question in questions if question.name not in left_out]
+        if not asked:
+            raise ConfigError("every question is left out", where="--leave-out", found=name)
         unknown -= {question.name for question in questions}
         counts.append(f"{name}:1 to {name}:{len(questions)}")
         found[name] = asked, len(questions) - len(asked)

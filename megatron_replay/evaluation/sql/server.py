@@ -94,6 +94,14 @@ class QueryError(Exception):
         self.reason = reason
 
 
+#: A query whose answer may be another one later; that of a slow gold query is not kept.
+_CHANGING = re.compile(
+    r"'now'|\bcurrent_(date|time|timestamp)\b|\b(random|randomblob|changes)\s*\("
+    r"|\b(date|time|datetime|julianday|unixepoch)\s*\(\s*\)|\bstrftime\s*\(\s*'[^']*'\s*\)",
+    re.IGNORECASE,
+)
+
+
 def run_query(connection: sqlite3.Connection, sql: str, limits: Limits) -> list[Row]:
     """Run one SELECT (or WITH … SELECT) on a connection of `open_read_only`; return its rows.
 
@@ -225,7 +233,8 @@ class _Server:
         start, limits = time.monotonic(), self._limits
         rows = run_query(self._connection, sql, replace(limits, seconds=limits.gold_seconds))
         kept = None
-        if time.monotonic() - start > limits.slow_seconds and len(rows) <= limits.max_kept_rows:
+        is_slow = time.monotonic() - start > limits.slow_seconds
+        if is_slow and len(rows) <= limits.max_kept_rows and not _CHANGING.search(sql):
             kept = json.dumps([sql, rows], default=lambda blob: {"hex": blob.hex()})
         is_small = kept is not None and len(kept) <= limits.max_kept_length
         return self._keep(sql, rows), kept if is_small else None
