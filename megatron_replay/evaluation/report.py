@@ -239,8 +239,9 @@ def render_markdown(report: Report) -> str:
         lines += [_row([part, f"{seconds:.1f}"]) for part, seconds in timings.items()]
         lines += [""]
     lines += ["## Where the numbers come from", "", "```", *report["commands"], "```", ""]
-    style = {one.name: report["settings"][one.name] for one in fields(PromptStyle)}
-    lines.append(f"- prompts: {PromptStyle(**style)}")
+    style = {one.name: report["settings"].get(one.name) for one in fields(PromptStyle)}
+    if style["chat_template"] is not None:
+        lines.append(f"- prompts: {PromptStyle(**style)}")
     for name, entry in report["inputs"].items():
         lines.append(f"- {name}: `{entry['path']}`, SHA-256 `{entry['sha256'][:16]}…`")
     for name, method in methods.items():

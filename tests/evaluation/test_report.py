@@ -125,7 +125,7 @@ def test_what_each_model_answers_is_shown(tmp_path):
 
     def change(document: dict[str, Any]) -> None:
         for model, sample in zip(document["models"], (wrong, right), strict=False):
-            model["sql"]["shop.v1"]["samples"] = [sample]
+            model["sql"]["shop.v1"]["samples"] = [sample, sample | {"gold": "select 2"}]
 
     evaluation = evaluation_file(tmp_path, change)
     assert report.main([f"--evaluation={evaluation}", f"--output-dir={tmp_path / 'out'}"]) == 0
@@ -137,6 +137,9 @@ def test_what_each_model_answers_is_shown(tmp_path):
     assert (base["right"], tuned["right"], tuned["answer"]) == ("no", "yes", "`select 1`")
     assert base["answer"].startswith("`Sure: '''sql select 2 \\| xxx")
     assert len(base["answer"]) < 250
+    # Two questions may be asked in the same words.
+    _, _, second = after.partition("**shop.v1**: How many *books*?\n\n")
+    assert parsed(second.partition("\n\n")[0])[0]["answer"] == "`select 2`"
 
 
 def test_the_whole_report(tmp_path, capsys):
@@ -208,7 +211,7 @@ def without_general_text(document):
         ("--line=base,other", 2, "--line: the model 'other' was not evaluated"),
         ("--line=base", 2, "expected two names or more; found base"),
         ("--run=full softmax", 2, "expected NAME=DIR"),
-        ("--runs=x", 2, "unrecognized arguments: --runs=x"),
+        ("--runs=x", 2, "unknown flag --runs (did you mean --run?)"),
         ("--run=\udce9=x", 2, "this name is not UTF-8 (found '\\udce9')"),
         ("--timings={run}/metrics.jsonl", 3, "not JSON"),
         ("--timings={run}/../eval.json", 3, "not timings"),

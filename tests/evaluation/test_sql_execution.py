@@ -293,6 +293,14 @@ def test_fast_and_large_gold_answers_are_not_kept(database, tmp_path):
         assert not file.exists()
 
 
+@pytest.mark.parametrize("sql", ["select date('now')", "select Current_Date", "select time()"])
+def test_gold_answers_that_time_changes_are_not_kept(database, tmp_path, sql):
+    file, asked = tmp_path / "eval.gold.json", questions(database, sql)
+    all_slow = Limits(seconds=600, gold_seconds=600, slow_seconds=-1.0)
+    assert with_answers(asked, all_slow, GoldAnswers(file)) == asked
+    assert not file.exists()
+
+
 @pytest.mark.parametrize(
     "content", ["{}", "[]", '{"gold_answers": {"a": [1, "b"]}}', '{"gold_answers": {"a": 1}}']
 )

@@ -133,10 +133,10 @@ def test_data_are_made_of_the_published_formats(tmp_path: Path, monkeypatch) -> 
 
 def test_a_missing_set_is_named_with_its_origin(tmp_path: Path) -> None:
     sources = Sources(publish(tmp_path))
-    sources.files(data.SETS)
+    sources.files(data.SETS, 2)
     (tmp_path / "piqa" / "valid.jsonl").unlink()
     with pytest.raises(DataError, match=r"piqa: no valid\.jsonl .*published here: https://github"):
-        sources.files(data.SETS)
+        sources.files(data.SETS, 2)
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -111,6 +111,7 @@ def test_a_tuned_model_within_the_budget_is_taken(site, tmp_path):
         ("1", ["--save=."], 6, "the directory is not empty"),
         ("1", ["--data={site}/nothing"], 3, "no such file, given as --data"),
         ("1", ["--tuned={site}/text.jsonl"], 4, "no Hugging Face model here"),
+        ("1", ["--chat-template"], 2, "--chat-template: has no effect on general text"),
     ],
 )
 def test_mistakes_are_one_line(site, tmp_path, capsys, budget, flags, code, message):
