@@ -66,9 +66,9 @@ bench-prefix: $(PEERS)  ## what shared prefixes save; on Spider: python -m bench
 
 PLAN ?= quick
 BASE ?= runs/smollm2
-STUDY = runs/study-$(if $(filter whole,$(PLAN)),whole,small)
+STUDY = runs/study-$(PLAN)
 
-study: setup  ## the methods on a real model and real data: make study DATA=DIR [PLAN=quick | spider | whole] [BASE=DIR]
+study: setup  ## the methods on a real model and real data: make study DATA=DIR [PLAN=quick | small | whole] [BASE=DIR]
 	@test -d "$(DATA)" || { echo "error: DATA=DIR is missing: a folder for each published set, see examples/replicate/README.md" >&2; exit 1; }
 	test -e $(BASE) || $(BIN)/python -m examples.quickstart.smollm2 --output $(BASE)
 	$(BIN)/python -m examples.replicate.run --plan $(PLAN) --data $(DATA) --base $(BASE) --output $(STUDY)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from examples.replicate.data import DATABASES
 
@@ -120,16 +120,16 @@ def ablations(domain: str) -> Iterator[Run]:
 
 
 def _quick() -> Iterator[Run]:
+    yield from runs_of("causes", [FULL], RATES, blends=(0.5,))
+    yield from runs_of("causes", CLAIMED, [LR])
+
+
+def _small() -> Iterator[Run]:
+    """The quick plan's runs, the claimed methods' curves, and another domain."""
+    yield from _quick()
+    yield from runs_of("causes", CLAIMED, [1e-3, 1e-4])
     yield from runs_of("spider", [FULL], RATES, blends=(0.5,))
     yield from runs_of("spider", CLAIMED, [LR])
-
-
-def _spider() -> Iterator[Run]:
-    """The quick plan's runs, curves of the methods that the paper speaks of, and other seeds."""
-    yield from _quick()
-    yield from runs_of("spider", CLAIMED, [1e-3, 1e-4])
-    yield from runs_of("spider", [FULL], [LR], seeds=[1, 2], blends=(0.5,))
-    yield from runs_of("spider", [PAPER], [LR], seeds=[1, 2])
 
 
 def _whole() -> Iterator[Run]:
@@ -185,10 +185,11 @@ class Plan:
         return list(self.costs)
 
 
-_SMALL: dict[str, Any] = {"databases": 6, "items": 60, "costs": {"spider": Cost(7, 2.5)}}
 PLANS = {
-    "quick": Plan(runs=_quick, **_SMALL),
-    "spider": Plan(runs=_spider, **_SMALL),
+    "quick": Plan(runs=_quick, databases=6, items=60, costs={"causes": Cost(6, 2.5)}),
+    "small": Plan(
+        runs=_small, databases=6, items=60, costs={"spider": Cost(7, 4), "causes": Cost(6, 2.5)}
+    ),
     "whole": Plan(
         runs=_whole, databases=len(DATABASES), items=150,
         costs={"spider": Cost(14, 5), "oran": Cost(25, 7), "causes": Cost(5.5, 4.5, muon=18)},

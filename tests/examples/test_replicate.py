@@ -13,6 +13,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ from megatron_replay.errors import DataError
 from tests import processes
 from tests.evaluation.site import save_model, write_database
 
-QUICK = PLANS["quick"]
+#: On the domain whose published rows are the easiest to make up.
+SPIDER = replace(
+    PLANS["quick"],
+    runs=lambda: plan.runs_of("spider", [plan.FULL], plan.RATES, blends=(0.5,)),
+    costs={"spider": plan.Cost(1, 1)},
+)
 
 
 def lines(path: Path, *values: Any) -> None:
@@ -152,7 +158,7 @@ def test_runs_of_a_plan_have_their_own_directories_and_all_they_need(name, tmp_p
     assert {run.lr for run in PLANS[name].named(["*lr0.0003-seed0"])} == {plan.LR}
 
 
-@pytest.mark.parametrize(("name", "hours"), [("quick", 80 / 60), ("whole", 20)])
+@pytest.mark.parametrize(("name", "hours"), [("quick", 80 / 60), ("small", 4), ("whole", 20)])
 def test_a_plan_keeps_its_time(name, hours, tmp_path, capfd) -> None:
     given = ["--data", "D", "--base", "B", "--output", str(tmp_path), "--workers", "2"]
     assert run.main(["--plan", name, *given, "--list"]) == 0
@@ -224,6 +230,7 @@ def test_pool_refuses_to_fork_beside_a_thread(tmp_path: Path) -> None:
 def _one_run(folder: Path) -> None:
     """Without LAMBADA, of which a random model gets nothing right: retention needs some."""
     del data.GENERAL["lambada"]
+    PLANS["quick"] = SPIDER
     warnings.simplefilter("ignore")  # megatron-core's; the parts' own tests refuse ours
     argv = [
         "--plan", "quick", "--data", str(folder / "sets"), "--base", str(folder / "model"),
@@ -254,7 +261,7 @@ def test_a_study_of_other_data_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(Study, "parts", lambda _: type("", (), {"make_corpora": print}))
     publish(tmp_path / "sets")
     save_model(tmp_path / "model")
-    study = Study(tmp_path / "study", QUICK, device="cpu")
+    study = Study(tmp_path / "study", SPIDER, device="cpu")
     study.prepare(tmp_path / "sets", tmp_path / "model")
     study.prepare(tmp_path / "sets", tmp_path / "model")
     lines(tmp_path / "sets" / "lambada" / "lambada_test.jsonl", {"text": "another"})
@@ -274,8 +281,8 @@ def row(method: str = "m", **more: Any) -> Row:
 
 def test_rows_are_collected_from_all_runs_that_are_done(tmp_path: Path) -> None:
     """A run that was done again has its new rows; runs of another plan stay."""
-    first, second, *_ = QUICK.named()
-    study = Study(tmp_path, QUICK, device="cpu")
+    first, second, *_ = SPIDER.named()
+    study = Study(tmp_path, SPIDER, device="cpu")
     for one, method in ((first, "old"), (first, "new"), (second, "other")):
         path = study.rows_of(one)
         path.parent.mkdir(parents=True, exist_ok=True)
