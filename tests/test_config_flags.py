@@ -101,7 +101,7 @@ def test_a_mistake_gives_one_line(argv, message):
 def test_a_missing_flag_is_named():
     for left_out, message in (
         ("--load m ", "--load is required"),
-        ("--store t ", "--store: unusable value (expected a store for --loss restricted"),
+        ("--store t ", "--store: --loss restricted, the default, reads the candidates of a store"),
     ):
         with pytest.raises(ConfigError) as error:
             parse(STAGE1.replace(left_out, ""))
