@@ -81,10 +81,11 @@ def exit_code_of(work: Callable[[], str], *, interrupted: str = "nothing was wri
 
 
 def _print_no_more() -> None:
-    """So that Python does not complain of a closed pipe when it exits."""
-    with suppress(BrokenPipeError):
+    """Where standard output is a closed pipe, so that Python does not complain when it exits."""
+    try:
         sys.stdout.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 #: Seconds between SIGTERM and SIGKILL, as in torchrun.

@@ -181,7 +181,7 @@ def test_raw_text_is_split(run, write_rows, tmp_path):
         (["--max-document-tokens", "10"], "splits raw text only (expected text rows; found prompt"),
         (["--max-document-tokens", "1"], "too small (expected 2 or more; found 1)"),
         (["--show", "-1"], "--show: negative"),
-        (["--tokeniser", "x"], "error: unrecognized arguments: --tokeniser x"),
+        (["--tokeniser", "x"], "error: unknown flag --tokeniser (did you mean --tokenizer?)"),
         (["--ignore-fields", "a", "--format", "spider"], "--ignore-fields: has no effect"),
     ],
 )
