@@ -5,6 +5,9 @@ STAMP := .venv/.ready
 PEERS := .venv/.peers
 BUILD_KERNELS := $(or $(MEGATRON_REPLAY_BUILD_KERNELS),1)
 
+# Without the cache that this forbids, each process compiles the Python of torch, for 15 seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup test mutation check bench bench-optim bench-head bench-select bench-store bench-stage0 bench-stage1 bench-prefix study clean
 
 setup: $(STAMP)  ## create .venv with pinned packages and this package in place

@@ -65,6 +65,7 @@ fi
 
 # Spinning OpenMP threads of several ranks on few cores slow each other down several times.
 export GOMP_SPINCOUNT=0 OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # without its cache, Python compiles for 15 s in each process
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false # everything is local
 
 make --silent setup
