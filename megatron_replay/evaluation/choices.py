@@ -11,23 +11,18 @@ number counts as wrong.
 A single option is right if it is the greedy continuation (LAMBADA's rule). It is compared with
 
     score(greedy) = Σ_t max_j log p(j | prompt, option_<t)
-
-Shapes: B questions of a batch, P tokens of their prompts, R options of a batch, O tokens of the
-longest option, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
+import numpy as np
 from transformers import PreTrainedModel
 
 from megatron_replay.data.corpus import Document
@@ -36,9 +31,8 @@ from megatron_replay.data.row_formats import PLAIN, tokenize_row
 from megatron_replay.data.rows import Row, parse_row, read_lines
 from megatron_replay.data.tokenizer import Tokenizer
 from megatron_replay.errors import DataError
-from megatron_replay.evaluation.language_model import require_readable
+from megatron_replay.evaluation.language_model import label_losses, require_readable
 from megatron_replay.evaluation.results import standard_error
-from megatron_replay.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,64 +132,28 @@ def _likeliest(scores: Sequence[float]) -> int | None:
     return None if any(map(math.isnan, scores)) else scores.index(max(scores))
 
 
-@torch.inference_mode()
 def option_scores(
     model: PreTrainedModel, choices: Sequence[Choice], *, batch_size: int = 16, show: str = ""
 ) -> list[list[float]]:
     """Σ log p of every option, in nats; of a single option, and of the greedy continuation.
 
-    A prompt is read once for all its options. Prompts of one length form a batch of at most
-    ``batch_size``: no padding before what is scored. Memory: keys and values of the options'
-    prompts, and their logits, ``R·O·V`` numbers.
+    A prompt is computed once for all its options, and what prompts begin with once for all.
 
     Raises:
         DataError: a question is longer than the model's context, or holds ids it lacks.
     """
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for number, choice in enumerate(choices):
+    documents = []
+    for choice in choices:
         tokens = [*choice.prompt, *(token for option in choice.options for token in option)]
         longest = max(map(len, choice.options))
         require_readable(model, choice.where, tokens, len(choice.prompt) + longest - 1)
-        by_length[len(choice.prompt)].append(number)
-    scores: dict[int, list[float]] = {}
-    with Progress(show, len(choices), "questions", enabled=bool(show)) as bar:
-        for _, numbers in sorted(by_length.items()):
-            for start in range(0, len(numbers), batch_size):
-                batch = numbers[start : start + batch_size]
-                found = _batch_scores(model, [choices[number] for number in batch])
-                scores |= zip(batch, found, strict=True)
-                bar.advance(len(batch))
-    return [scores[number] for number in range(len(choices))]
-
-
-def _batch_scores(model: PreTrainedModel, choices: Sequence[Choice]) -> list[list[float]]:
-    """`option_scores` of questions whose prompts have one length."""
-    options = [torch.tensor(option) for choice in choices for option in choice.options]
-    labels_RO = pad_sequence(options, batch_first=True, padding_value=-100).to(model.device)
-    question_R = torch.tensor(
-        [row for row, choice in enumerate(choices) for _ in choice.options], device=model.device
-    )
-    prompts_BP = torch.tensor([choice.prompt for choice in choices], device=model.device)
-    output = model(prompts_BP, use_cache=True, logits_to_keep=1)
-    logits_ROV = output.logits[question_R]
-    if labels_RO.shape[1] > 1:
-        cache = output.past_key_values
-        cache.batch_select_indices(question_R)
-        later = model(labels_RO[:, :-1].clamp(min=0), past_key_values=cache, use_cache=True).logits
-        logits_ROV = torch.cat([logits_ROV, later], dim=1)
-    totals = iter(_totals(logits_ROV, labels_RO))
-    found = [[next(totals) for _ in choice.options] for choice in choices]
-    alone = [row for row, number in enumerate(question_R.tolist()) if len(found[number]) == 1]
-    greedy_RO = logits_ROV[alone].argmax(-1).where(labels_RO[alone] >= 0, labels_RO[alone])
-    for row, total in zip(alone, _totals(logits_ROV[alone], greedy_RO), strict=True):
-        found[int(question_R[row])].append(total)
-    return found
-
-
-def _totals(logits_ROV: torch.Tensor, labels_RO: torch.Tensor) -> list[float]:
-    """Σ log p of each row's labels."""
-    losses_RO = torch.nn.functional.cross_entropy(  # 0 at padding, whose label is -100
-        logits_ROV.float().flatten(0, 1), labels_RO.flatten(), reduction="none"
-    ).view(labels_RO.shape)
-    totals: list[float] = (-losses_RO.double().sum(1)).tolist()
-    return totals
+        for option in choice.options:
+            whole = np.array([*choice.prompt, *option], dtype=np.int32)
+            documents.append(Document(whole, np.arange(len(whole)) >= len(choice.prompt)))
+    losses = iter(label_losses(model, documents, batch_size=batch_size, show=show, unit="options"))
+    scores = []
+    for choice in choices:
+        own = [(-next(losses).sum(1)).tolist() for _ in choice.options]
+        greedy = [largest for _, largest, _ in own] if len(own) == 1 else []
+        scores.append([total for total, _, _ in own] + greedy)
+    return scores

@@ -5,21 +5,16 @@ Shapes: B prompts of a batch, L its longest prompt, H key-value heads, D channel
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from itertools import islice, pairwise, takewhile
-from operator import eq
+from collections.abc import Collection, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from megatron_replay.evaluation.shared_prefixes import Passed, forward_sorted
 from megatron_replay.progress import Progress
-
-#: Tokens of prompts that pass through the model at once.
-ROW = 512
-#: Of each layer, a prompt's keys and values ``[H, length, D]``.
-States = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Answer(NamedTuple):
@@ -50,13 +45,14 @@ def greedy_answers(
     """
     answers: dict[int, Answer] = {}
     ordered = sorted(range(len(prompts)), key=lambda number: prompts[number])
-    states = _states(model, [prompts[number] for number in ordered])
+    ours = [prompts[number] for number in ordered]
+    passed = forward_sorted(model, ours, batch_size=batch_size)
     with Progress(show, len(prompts), "answers", enabled=bool(show)) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = ordered[start : start + batch_size]
             last = [prompts[number][-1] for number in batch]
             found = _answers(
-                model, last, list(islice(states, len(batch))), stop_ids, max_new_tokens
+                model, last, list(islice(passed, len(batch))), stop_ids, max_new_tokens
             )
             answers |= zip(batch, found, strict=True)
             bar.advance(len(batch))
@@ -66,17 +62,18 @@ def greedy_answers(
 def _answers(
     model: PreTrainedModel,
     last: Sequence[int],
-    states: Sequence[States],
+    passed: Sequence[Passed],
     stop_ids: Collection[int],
     max_new_tokens: int,
 ) -> list[Answer]:
-    """Answers to a batch of prompts, given the last token of each and its keys and values.
+    """Answers to a batch of prompts, given the last token of each and what was computed of it.
 
     Where half of the answers have ended, the other half goes on alone.
     """
-    cache = Cache(layers=[_Layer(layer, max_new_tokens) for layer in zip(*states, strict=True)])
+    layers = zip(*(prompt.layers for prompt in passed), strict=True)
+    cache = Cache(layers=[_Layer(layer, max_new_tokens) for layer in layers])
     width = cache.get_seq_length()
-    position_B = torch.tensor([prompt[0][0].shape[1] - 1 for prompt in states], device=model.device)
+    position_B = torch.tensor([len(prompt.hidden_LC) - 1 for prompt in passed], device=model.device)
     mask_BL = torch.arange(width + max_new_tokens, device=model.device) >= (
         width - position_B[:, None]
     )
@@ -104,57 +101,6 @@ def _answers(
             cache.batch_select_indices(torch.tensor(going, device=model.device))
             token_B, position_B, mask_BL = token_B[going], position_B[going], mask_BL[going]
     return answers
-
-
-def _states(model: PreTrainedModel, prompts: Sequence[list[int]]) -> Iterator[States]:
-    """Keys and values of each prompt; the tokens that it shares with the one before have its.
-
-    The new tokens of several prompts pass through the model as one row, since the weights are read
-    once a row: each attends to the tokens before it in its own prompt.
-    """
-    shared = [0, *(_common(one, two) for one, two in pairwise(prompts))]
-    own = [len(prompt) - n for prompt, n in zip(prompts, shared, strict=True)]
-    last: States = []
-    for first, stop in _rows(own):
-        kept, size = shared[first], sum(own[first:stop])  # of the prompt before; new in this row
-        cache = DynamicCache([(k[None, :, :kept], v[None, :, :kept]) for k, v in last])
-        sees = torch.zeros(size, kept + size, dtype=torch.bool)
-        tokens, positions, paths = list[int](), list[int](), [list(range(kept))]
-        for prompt, n in zip(prompts[first:stop], shared[first:stop], strict=True):
-            start = len(tokens)
-            tokens += prompt[n:]
-            positions += range(n, len(prompt))
-            path = [*paths[-1][:n], *range(kept + start, kept + len(tokens))]
-            sees[start : len(tokens), path] = torch.ones(len(prompt) - n, len(path)).tril(n).bool()
-            paths.append(path)
-        if tokens:
-            mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, -torch.inf)
-            model.base_model(
-                torch.tensor([tokens], device=model.device),
-                attention_mask=mask[None, None].to(model.device),
-                position_ids=torch.tensor([positions], device=model.device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        for path in paths[1:]:
-            last = [(k[0, :, path], v[0, :, path]) for k, v, _ in cache]
-            yield last
-
-
-def _common(one: Sequence[int], two: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return len(list(takewhile(bool, map(eq, one, two))))
-
-
-def _rows(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Bounds of consecutive stretches of at most ``ROW`` tokens, or of one prompt."""
-    first, size = 0, 0
-    for number, more in enumerate(sizes):
-        if number > first and size + more > ROW:
-            yield first, number
-            first, size = number, 0
-        size += more
-    yield first, len(sizes)
 
 
 class _Layer(DynamicLayer):

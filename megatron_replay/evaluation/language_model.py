@@ -1,7 +1,7 @@
 """Loads a Hugging Face causal language model, and scores documents with it.
 
-Shapes: B documents of a batch, L its longest document less one, N labels with loss, R of them, H
-hidden size, V vocabulary.
+Shapes: L tokens of a document less one, N labels with loss, R of them at a time, H hidden size, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_replay.checkpoint.directories import LATEST
 from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.data.corpus import Document
 from megatron_replay.errors import CheckpointError, ConfigError, DataError, few
+from megatron_replay.evaluation.shared_prefixes import forward_sorted
 from megatron_replay.files import read_json, require_regular
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.progress import Progress
@@ -140,13 +140,64 @@ def replaced(values: MutableMapping[str, Any], **new: Any) -> Iterator[None]:
 
 
 @torch.inference_mode()
+def label_losses(
+    model: PreTrainedModel,
+    documents: Sequence[Document],
+    *,
+    batch_size: int,
+    show: str = "",
+    unit: str = "documents",
+) -> list[torch.Tensor]:
+    """Of each document ``[3, N]``, float64, for its labels with loss, in their order:
+
+    −log p(label) in nats; −log of the largest p; whether the label is the most probable token.
+
+    Tokens that documents begin with alike are computed once. Memory: the logits of 256 labels, and
+    that of `forward_sorted`.
+    """
+    found: dict[int, torch.Tensor] = {}
+    waiting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    inputs = [document.tokens[:-1].tolist() for document in documents]
+    ordered = sorted(range(len(documents)), key=inputs.__getitem__)
+    passes = forward_sorted(model, [inputs[n] for n in ordered], batch_size=batch_size)
+    with Progress(show, len(documents), unit, enabled=bool(show)) as bar:
+        for number, passed in zip(ordered, passes, strict=True):
+            document = documents[number]
+            labels_N = torch.from_numpy(document.tokens[1:][document.loss_mask[1:]].astype("int64"))
+            carries_L = torch.from_numpy(document.loss_mask[1:].copy()).to(model.device)
+            waiting[number] = passed.hidden_LC[carries_L], labels_N.to(model.device)
+            if sum(len(labels_N) for _, labels_N in waiting.values()) >= _ROWS:
+                found |= _losses(model, waiting)
+                waiting = {}
+            bar.advance()
+        found |= _losses(model, waiting)
+    return [found[number] for number in range(len(documents))]
+
+
+def _losses(
+    model: PreTrainedModel, waiting: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
+) -> dict[int, torch.Tensor]:
+    """`label_losses` of the hidden states ``[N, H]`` and labels ``[N]`` that wait."""
+    if not waiting:
+        return {}
+    hidden_NH, labels_N = (torch.cat(of) for of in zip(*waiting.values(), strict=True))
+    head, parts = model.get_output_embeddings(), []
+    for hidden_RH, labels_R in zip(hidden_NH.split(_ROWS), labels_N.split(_ROWS), strict=True):
+        logits_RV = head(hidden_RH).float()
+        largest = logits_RV.max(-1)
+        losses_2R = [
+            nn.functional.cross_entropy(logits_RV, of_R, reduction="none").double()
+            for of_R in (labels_R, largest.indices)
+        ]
+        parts.append(torch.stack([*losses_2R, (largest.indices == labels_R).double()]).cpu())
+    sizes = [len(labels_N) for _, labels_N in waiting.values()]
+    return dict(zip(waiting, torch.cat(parts, dim=1).split(sizes, dim=1), strict=True))
+
+
 def score(
     model: PreTrainedModel, documents: Sequence[Document], *, batch_size: int = 16, show: str = ""
 ) -> dict[str, float | int]:
     """How well a model predicts the labels that carry loss; each label weighs the same.
-
-    Documents of similar length form a batch, padded on the right: with causal attention padding
-    there changes nothing before it, so no mask is needed. Memory: the logits of 256 labels.
 
     Returns:
         ``loss``: mean −log p(label), in nats; ``perplexity``: exp(loss), infinite where a diverged
@@ -159,34 +210,15 @@ def score(
     """
     for number, document in enumerate(documents):
         require_readable(model, f"document {number}", document.tokens, len(document) - 1)
-    loss_sum, num_labels, correct = 0.0, 0, 0
-    head = model.get_output_embeddings()
-    ordered = sorted(documents, key=len, reverse=True)
-    with Progress(show, len(documents), "documents", enabled=bool(show)) as bar:
-        for start in range(0, len(ordered), batch_size):
-            batch = ordered[start : start + batch_size]
-            tokens = [torch.from_numpy(document.tokens.astype("int64")) for document in batch]
-            masks = [torch.from_numpy(document.loss_mask.copy()) for document in batch]
-            tokens_BL1 = pad_sequence(tokens, batch_first=True).to(model.device)
-            carries_BL = pad_sequence(masks, batch_first=True)[:, 1:].to(model.device)
-            hidden_BLH = model.base_model(tokens_BL1[:, :-1], use_cache=False).last_hidden_state
-            hidden_NH, labels_N = hidden_BLH[carries_BL], tokens_BL1[:, 1:][carries_BL]
-            rows = zip(hidden_NH.split(_ROWS), labels_N.split(_ROWS), strict=True)
-            for hidden_RH, labels_R in rows:
-                logits_RV = head(hidden_RH).float()
-                losses_R = nn.functional.cross_entropy(logits_RV, labels_R, reduction="none")
-                loss_sum += losses_R.double().sum().item()
-                correct += int((logits_RV.argmax(-1) == labels_R).sum())
-            num_labels += len(labels_N)
-            bar.advance(len(batch))
-    if num_labels == 0:
+    losses_3N = torch.cat(label_losses(model, documents, batch_size=batch_size, show=show), dim=1)
+    if losses_3N.shape[1] == 0:
         raise DataError("no token carries loss", where=show or None)
-    loss = loss_sum / num_labels
+    loss, _, accuracy = losses_3N.mean(1).tolist()
     return {
         "perplexity": math.exp(loss) if not loss > _LARGEST_EXPONENT else math.inf,
         "loss": loss,
-        "accuracy": correct / num_labels,
-        "tokens": num_labels,
+        "accuracy": accuracy,
+        "tokens": losses_3N.shape[1],
     }
 
 
