@@ -64,10 +64,10 @@ def _look(rows: Sequence[Row]) -> Look:
 
 
 def forgetting(axes: Axes, rows: Sequence[Row], look: Look) -> None:
-    """ΔPPL against the score: a curve over learning rates for each method that has two."""
+    """ΔPPL against the score: a curve over learning rates for each method; one rate is a point."""
     base = base_of(rows, rows[0].domain)
     for (method,), own in grouped(rows, "method").items():
-        if method == BASE or len({row.lr for row in own}) < 2:
+        if method == BASE:
             continue
         points = curve(own, base, draw(base, 0))[0]
         colour, marker = look[str(method)]

@@ -162,7 +162,11 @@ class Settings(PromptStyle):
     device: str = option("torch device; auto: this machine's accelerator, or its CPU", "auto")
     # float32 everywhere: bfloat16 rounds away part of what a small learning rate changed.
     dtype: str = option("the number format of the models", "float32", ("float32", "bfloat16"))
-    batch_size: int = option("documents or prompts in a batch", 16, within="[1, 1048576]")
+    batch_size: int = option(
+        "prompts answered together; 32 times as many tokens pass through the model at once",
+        16,
+        within="[1, 1048576]",
+    )
     max_new_tokens: int = option("most tokens of a generated query", 128, within="[1, 1048576]")
     unwrap: bool = option("run the query inside a code fence, or behind 'SQL:'", True)
     query_seconds: float = option(
