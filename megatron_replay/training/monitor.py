@@ -220,7 +220,7 @@ class Monitor:
         if "general" in readings:
             perplexity, delta = (readings["general"][x] for x in ("perplexity", "delta_ppl"))
             summary += f" Perplexity of general text {perplexity:.2f} ({delta:+.2f})."
-        return f"{summary} Saved: {self._directory}; tools/convert_checkpoint.py exports it."
+        return f"{summary} Saved; tools/convert_checkpoint.py exports it."
 
     def _record_skipped(
         self, state: TrainState, own_sums: torch.Tensor | None, parts: Sequence[Forest]
