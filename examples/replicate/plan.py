@@ -186,9 +186,9 @@ class Plan:
 
 
 PLANS = {
-    "quick": Plan(runs=_quick, databases=6, items=60, costs={"causes": Cost(6, 2.5)}),
+    "quick": Plan(runs=_quick, databases=6, items=60, costs={"causes": Cost(6.5, 3.5)}),
     "small": Plan(
-        runs=_small, databases=6, items=60, costs={"spider": Cost(7, 4), "causes": Cost(6, 2.5)}
+        runs=_small, databases=6, items=60, costs={"spider": Cost(7, 4), "causes": Cost(6.5, 3.5)}
     ),
     "whole": Plan(
         runs=_whole, databases=len(DATABASES), items=150,
