@@ -50,8 +50,8 @@ def draw_figures(rows: Sequence[Row], output: Path) -> list[str]:
                       ncols=min(4, 2 * len(domains)), fontsize=FONT - 2, frameon=False)  # fmt: skip
         drawing = io.BytesIO()
         figure.savefig(drawing, format="png")
-        with atomic_file(output / name) as handle:  # 64 colours: a third of the bytes
-            Image.open(drawing).convert("RGB").quantize(64).save(handle, "png", optimize=True)
+        with atomic_file(output / name) as handle:  # fewer colours would join two of ours
+            Image.open(drawing).convert("RGB").quantize(256).save(handle, "png", optimize=True)
     return list(FIGURES)
 
 
@@ -65,16 +65,18 @@ def _look(rows: Sequence[Row]) -> Look:
 
 def forgetting(axes: Axes, rows: Sequence[Row], look: Look) -> None:
     """ΔPPL against the score: a curve over learning rates for each method; one rate is a point."""
-    base = base_of(rows, rows[0].domain)
+    base, lowest = base_of(rows, rows[0].domain), 0.0
     for (method,), own in grouped(rows, "method").items():
         if method == BASE:
             continue
         points = curve(own, base, draw(base, 0))[0]
+        lowest = min(lowest, float(points[:, 1].min()))
         colour, marker = look[str(method)]
         axes.plot(points[:, 0], points[:, 1], color=colour, marker=marker, markersize=8,
                   linewidth=3 if method == FULL else 1.6, label=str(method))  # fmt: skip
     axes.axvline(100 * base.hits.mean(), color="#bbbbbb", linestyle=":")
     axes.set_yscale("symlog", linthresh=LINEAR_TO)
+    axes.set_ylim(bottom=lowest - 0.2)
     axes.yaxis.set_major_locator(
         SymmetricalLogLocator(base=10, linthresh=LINEAR_TO, subs=(1, 2, 5))
     )
