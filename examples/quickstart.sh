@@ -167,7 +167,7 @@ train() { # train ARM FLAGS...: to the end, then export
     launch megatron_replay.stage1 "${COMMON[@]}" "${PACKS[@]}" \
         --save "$OUT/$arm" --seed "$SEED" --global-batch-size "$GLOBAL_BATCH" \
         --train-epochs "$EPOCHS" --lr "$LR" --lr-decay-style linear --lr-warmup-iters "$WARMUP" \
-        --weight-decay 0.0 --probe-interval 1000 --probe-documents 16 "$@" &&
+        --weight-decay 0.0 --probe-interval 1000 --probe-documents 32 "$@" &&
         # transformers loads every export below, to evaluate it; no need to load it here as well
         "$PYTHON" tools/convert_checkpoint.py --load "$OUT/$arm" --save "$OUT/$arm/export" \
             --overwrite --no-verify

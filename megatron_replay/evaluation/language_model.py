@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_replay.checkpoint.directories import LATEST
@@ -184,12 +183,11 @@ def _losses(
     head, parts = model.get_output_embeddings(), []
     for hidden_RH, labels_R in zip(hidden_NH.split(_ROWS), labels_N.split(_ROWS), strict=True):
         logits_RV = head(hidden_RH).float()
-        largest = logits_RV.max(-1)
-        losses_2R = [
-            nn.functional.cross_entropy(logits_RV, of_R, reduction="none").double()
-            for of_R in (labels_R, largest.indices)
-        ]
-        parts.append(torch.stack([*losses_2R, (largest.indices == labels_R).double()]).cpu())
+        total_R, largest = logits_RV.logsumexp(-1), logits_RV.max(-1)
+        label_R = logits_RV.gather(1, labels_R[:, None])[:, 0]
+        is_largest_R = (largest.indices == labels_R).float()
+        found_3R = torch.stack([total_R - label_R, total_R - largest.values, is_largest_R])
+        parts.append(found_3R.double().cpu())
     sizes = [len(labels_N) for _, labels_N in waiting.values()]
     return dict(zip(waiting, torch.cat(parts, dim=1).split(sizes, dim=1), strict=True))
 

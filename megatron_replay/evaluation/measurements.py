@@ -110,7 +110,7 @@ def read_measurements(
         found.append(Measurement(kind, partial(score, documents=documents, batch_size=size)))
     if inputs.data_path and inputs.store:
         corpus, store = _corpus_and_store(inputs.data_path, inputs.store, base)
-        _warn_of_another_style(corpus, style)
+        warn_of_another_style(corpus, style)
         run = partial(candidate_mass, corpus=corpus, reader=store, num_documents=NUM_DOCUMENTS)
         found.append(Measurement("candidates", run))
     for general, files, of in (
@@ -131,7 +131,7 @@ def read_measurements(
     return found
 
 
-def _warn_of_another_style(corpus: Corpus, style: PromptStyle) -> None:
+def warn_of_another_style(corpus: Corpus, style: PromptStyle) -> None:
     """Print that the model is asked in another way than it was trained to answer in."""
     names = ("chat_template", "system_prompt")
     trained = corpus.description.source.get("prompts", {})

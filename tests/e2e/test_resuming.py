@@ -111,7 +111,9 @@ def test_grouped_documents_resume_bitwise(grouped, tmp_path):
     save = shutil.copytree(grouped / "parts", tmp_path / "run")
     whole = stages.steps(grouped / "whole")
     assert len(whole) // 2 < STOP < len(whole)
-    stages.succeed("stage1", *argv(grouped, save, *GROUPED))
+    printed = stages.succeed("stage1", *argv(grouped, save, *GROUPED))
+    computed, tokens = (sum(x[name] for x in whole) for name in ("computed_tokens", "tokens"))
+    assert f"Shared prefixes: {100 * computed / tokens:.1f} % of the tokens" in printed
     assert stages.losses(save) == stages.losses(grouped / "whole")
     assert stages.weights(save) == stages.weights(grouped / "whole")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -106,6 +107,17 @@ def test_plain_text_begins_with_one_bos(chat_base, sets, answers, measured, tmp_
     corpus, bos = Corpus(tmp_path / "corpus"), load_tokenizer(base).bos_id
     assert answers["prompts"] == [prompt_of(corpus[number]) for number in range(len(corpus))]
     assert all((prompt[0], prompt.count(bos)) == (bos, 1) for prompt in answers["prompts"])
+
+
+def test_another_style_than_the_corpus_is_warned_of(chat_base, sets, capsys, tmp_path):
+    given = [f"--input={sets['prompt'][0]}", f"--tokenizer={chat_base}"]
+    assert preprocess_data.main([*given, f"--output-prefix={tmp_path}/corpus"]) == 0
+    corpus, style = Corpus(tmp_path / "corpus"), PromptStyle()
+    for flags, warns in (({}, False), ({"chat_template": False}, True)):
+        measurements.warn_of_another_style(
+            corpus, replace(style, **flags).for_tokenizer(load_tokenizer(chat_base))
+        )
+        assert ("warning: prompts are asked as plain text" in capsys.readouterr().err) == warns
 
 
 def test_a_system_prompt_without_effect_is_refused(chat_base, tmp_path, capsys):
