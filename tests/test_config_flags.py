@@ -74,7 +74,6 @@ MISTAKES = [
             ("--kl-weight -1", "a number from 0; found -1.0)"),
             ("--train-epochs 2 --train-iters 5", "no value together with --train-iters"),
             ("--tail ghost --loss full", "none, as only --loss restricted uses it; found"),
-            ("--kl-weight 1 --loss full", "0.0, as only --loss restricted uses it; found 1.0)"),
             ("--head-backend cpu --loss full", "auto, as only --loss restricted uses it"),
             ("--store t --loss full --probe-interval 0", "no store with --loss full and"),
             ("--mofo-fraction 0.5", "0.2, as only --optimizer mofo uses it; found 0.5)"),

@@ -74,6 +74,7 @@ DOCUMENT_GHOST = (*REPLAY, "--candidate-scope", "document", "--tail", "ghost")
 ADAMW, MOCLIP = ("--optimizer", "adamw"), ("--optimizer", "moclip")
 TOP_K, PAPER = "Dyn. Top-K", "Dyn. Top-K, MoClip"
 GHOST, DIVERGENCE = "document + ghost", "document + ghost + KL 0.5"
+FULL_DIVERGENCE = "full softmax + KL 0.5"
 #: Flags of the loss and of the optimizer.
 METHODS = {
     FULL: (FULL_LOSS, ADAMW),
@@ -83,6 +84,9 @@ METHODS = {
     GHOST: (DOCUMENT_GHOST, ADAMW),
     "document + ghost + KL 0.25": ((*DOCUMENT_GHOST, "--kl-weight", "0.25"), ADAMW),
     "document + ghost + KL 1": ((*DOCUMENT_GHOST, "--kl-weight", "1.0"), ADAMW),
+    FULL_DIVERGENCE: ((*FULL_LOSS, "--kl-weight", "0.5"), ADAMW),
+    "full softmax + KL 0.25": ((*FULL_LOSS, "--kl-weight", "0.25"), ADAMW),
+    "full softmax + KL 1": ((*FULL_LOSS, "--kl-weight", "1.0"), ADAMW),
     "full softmax, MoClip": (FULL_LOSS, MOCLIP),
     "full softmax, MoFO": (FULL_LOSS, ("--optimizer", "mofo")),
     "full softmax, TAM": (FULL_LOSS, ("--optimizer", "tam")),
@@ -93,6 +97,8 @@ METHODS = {
     ),
 }  # fmt: skip
 CLAIMED = (PAPER, TOP_K, DIVERGENCE)
+#: Tried at one rate only.
+OTHER_WEIGHTS = [name for name in METHODS if name.endswith(("KL 0.25", "KL 1"))]
 
 
 def runs_of(
@@ -128,6 +134,7 @@ def _small() -> Iterator[Run]:
     """The quick plan's runs, the claimed methods' curves, and another domain."""
     yield from _quick()
     yield from runs_of("causes", CLAIMED, [1e-3, 1e-4])
+    yield from runs_of("causes", [FULL_DIVERGENCE], [LR, 1e-4])
     yield from runs_of("spider", [FULL], RATES, blends=(0.5,))
     yield from runs_of("spider", CLAIMED, [LR])
 
@@ -148,7 +155,9 @@ def _whole() -> Iterator[Run]:
         yield from runs_of(domain, [FULL], FURTHER_RATES, blends=(0.5,))
         yield from runs_of(domain, [FULL], [LR], seeds=[1, 2], blends=(0.5,))
     yield from runs_of("causes", CLAIMED, [LR], seeds=[1, 2])
-    yield from runs_of("causes", [m for m in METHODS if m not in (FULL, *CLAIMED)], RATES)
+    yield from runs_of("causes", OTHER_WEIGHTS, [LR])
+    done = (FULL, *CLAIMED, *OTHER_WEIGHTS)
+    yield from runs_of("causes", [name for name in METHODS if name not in done], RATES)
     yield from ablations("causes")
 
 

@@ -18,7 +18,8 @@ class LossConfig(Section):
         ("restricted", "full"),
     )
     store: str | None = option(
-        "candidate store of this corpus; with --loss full, only the probe reads it", None
+        "candidate store of this corpus; with --loss full, only the probe and --kl-weight read it",
+        None,
     )
     allow_other_store: bool = option(
         "accept a store that Stage 0 made with another base model than --load",
@@ -39,10 +40,10 @@ class LossConfig(Section):
     )
     kl_weight: float = option(
         "weight of the KL divergence from the base model's stored logits (Stage 0 "
-        "--store-logits); the logged loss includes it",
+        "--store-logits), at the store's positions alone; the logged loss includes it",
         0.0,
         within="[0, inf)",
-        used_with={"loss": ("restricted",)},
+        used_with={"store": SET},
     )
     head_backend: str = option(
         "restricted-head backend; auto: the fastest for this device, union: dense products over "
@@ -51,6 +52,11 @@ class LossConfig(Section):
         ("auto", "torch", "union", "cpu", "triton", "ascend"),
         used_with={"loss": ("restricted",)},
     )
+
+    @property
+    def trains_on_store(self) -> bool:
+        """Whether the loss is that of the store's positions, and needs their records."""
+        return self.loss == "restricted" or self.kl_weight > 0
 
     def _check(self) -> None:
         if self.loss == "restricted" and self.store is None:
@@ -227,9 +233,9 @@ class Stage1Config(Settings):
         """Check the branches against each other."""
         super().__post_init__()
         # A store or a sample that the run does not read.
-        probe, store, full = self.probe, self.loss.store, self.loss.loss == "full"
+        probe, store = self.probe, self.loss.store
         self.loss.require(
-            not full or store is None or probe.probe_interval > 0,
+            store is None or self.loss.trains_on_store or probe.probe_interval > 0,
             "store",
             "no store with --loss full and --probe-interval 0, which do not read it",
         )

@@ -131,8 +131,8 @@ def usable_documents(
 ) -> tuple[FittedDocuments, npt.NDArray[np.int32]]:
     """The documents that Stage 1 may use, and the tokens it computes of each: int32 [D].
 
-    ``--dry-run`` predicts a run with the same function. Under the restricted loss the tokens end
-    with a document's last recorded position.
+    ``--dry-run`` predicts a run with the same function. Where the loss is that of the store's
+    positions, the tokens end with a document's last recorded one.
 
     Args:
         reader: the candidate store; None where there is none yet.
@@ -141,7 +141,7 @@ def usable_documents(
         DataError: nothing is left to learn.
     """
     fitted = fit_documents(corpus, config.data)
-    if config.loss.loss != "restricted" or reader is None:
+    if not config.loss.trains_on_store or reader is None:
         return fitted, fitted.lengths
     lengths, stops = fitted.lengths, reader.stops()
     recorded = stops > 0

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,6 +80,13 @@ class SoftTargets:
         block = self.coefficients.new_zeros(num_positions * num_rows)
         block[self.blocks.places[span.pairs]] = self.coefficients[span.pairs]
         return block.view(-1, num_rows)
+
+
+class Divergence(NamedTuple):
+    """A term of a loss: ``weight`` times KL(q || p~), with q of ``targets``."""
+
+    targets: SoftTargets
+    weight: float
 
 
 def with_divergence(

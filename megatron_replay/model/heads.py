@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_replay.loss.backends import HeadBackend
 from megatron_replay.loss.candidate_sets import CandidateSets
-from megatron_replay.loss.divergence import SoftTargets, with_divergence
+from megatron_replay.loss.divergence import Divergence, with_divergence
 from megatron_replay.loss.sharded import (
     cross_entropy_of_sets,
     outside_mass,
@@ -30,19 +30,18 @@ def restricted_loss(
     *,
     backend: HeadBackend,
     tail_logit_N: Tensor | None = None,
-    soft_targets: SoftTargets | None = None,
-    kl_weight: float = 0.0,
+    divergence: Divergence | None = None,
 ) -> Head:
     """Loss [N] of each position over its candidates (``loss.definition``).
 
     Args:
         sets: cut to this rank's rows.
         tail_logit_N: the ghost term's logit, if there is one.
-        soft_targets: those of the divergence, which is added ``kl_weight`` times.
+        divergence: what is added to the loss, if anything.
     """
 
     def head(hidden: HiddenStates, weight_VH: Tensor) -> Tensor:
-        hidden_NH, weight_grad_out = hidden[rows_N], _main_grad(weight_VH)
+        hidden_NH = hidden[rows_N]
         loss_N = cross_entropy_of_sets(
             hidden_NH,
             weight_VH,
@@ -51,30 +50,22 @@ def restricted_loss(
             tail_logit_N=tail_logit_N,
             tp_group=parallel.tp_group,
             reduce_hidden_grad=False,  # HiddenStates does it
-            weight_grad_out=weight_grad_out,
+            weight_grad_out=_main_grad(weight_VH),
         )
-        if soft_targets is None:
-            return loss_N
-        return with_divergence(
-            loss_N,
-            hidden_NH,
-            weight_VH,
-            soft_targets,
-            kl_weight=kl_weight,
-            tp_group=parallel.tp_group,
-            reduce_hidden_grad=False,
-            weight_grad_out=weight_grad_out,
-        )
+        return _with(divergence, loss_N, hidden_NH, weight_VH, parallel)
 
     return head
 
 
-def full_loss(rows_N: Tensor, labels_N: Tensor, parallel: Parallel) -> Head:
-    """Loss [N] of the full softmax at ``rows_N``."""
+def full_loss(
+    rows_N: Tensor, labels_N: Tensor, parallel: Parallel, *, divergence: Divergence | None = None
+) -> Head:
+    """Loss [N] of the full softmax at ``rows_N``, and the divergence, if there is one."""
 
     def head(hidden: HiddenStates, weight_VH: Tensor) -> Tensor:
-        return vocab_parallel_cross_entropy(
-            hidden[rows_N],
+        hidden_NH = hidden[rows_N]
+        loss_N = vocab_parallel_cross_entropy(
+            hidden_NH,
             weight_VH,
             labels_N,
             vocab_start=parallel.tp_rank * len(weight_VH),
@@ -82,8 +73,31 @@ def full_loss(rows_N: Tensor, labels_N: Tensor, parallel: Parallel) -> Head:
             weight_grad_out=_main_grad(weight_VH),
             reduce_hidden_grad=False,
         )
+        return _with(divergence, loss_N, hidden_NH, weight_VH, parallel)
 
     return head
+
+
+def _with(
+    divergence: Divergence | None,
+    loss_N: Tensor,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    parallel: Parallel,
+) -> Tensor:
+    """The loss and the divergence, if there is one."""
+    if divergence is None:
+        return loss_N
+    return with_divergence(
+        loss_N,
+        hidden_NH,
+        weight_VH,
+        divergence.targets,
+        kl_weight=divergence.weight,
+        tp_group=parallel.tp_group,
+        reduce_hidden_grad=False,
+        weight_grad_out=_main_grad(weight_VH),
+    )
 
 
 def probe(rows_N: Tensor, sets: CandidateSets, parallel: Parallel) -> Head:

@@ -17,7 +17,8 @@ from megatron_replay.data.packing import PackedBatch, micro_batches_of, pack_bat
 from megatron_replay.data.replay import ReplayTargets, full_targets, join_candidates
 from megatron_replay.forward import MicroBatch
 from megatron_replay.loss.backends import HeadBackend
-from megatron_replay.loss.divergence import SoftTargets
+from megatron_replay.loss.candidate_sets import CandidateSets
+from megatron_replay.loss.divergence import Divergence, SoftTargets
 from megatron_replay.model import heads
 from megatron_replay.model.gpt import Head
 from megatron_replay.model.selected_rows import SelectedRows
@@ -99,21 +100,27 @@ class BatchBuilder:
         data = self.data
         batch = pack_batch(data.corpus, documents, data.lengths, multiple=self.groups.tp_size)
         loss = self.config.loss
-        if loss.loss == "full":
-            rows_N, labels_N = full_targets(batch)
-            rows = self._rows(rows_N, batch)
-            head = heads.full_loss(rows.rows_N, self._to_device(labels_N), self.groups)
-        else:
-            assert self.data.reader is not None
+        targets = None
+        if loss.trains_on_store:
+            assert data.reader is not None
             targets = join_candidates(
                 batch,
-                self.data.reader,
+                data.reader,
                 vocab_size=self.vocab_size,
                 scope=loss.candidate_scope,
                 logits=loss.kl_weight > 0,
             )
-            rows = self._rows(targets.rows_N, batch)
-            head = self._restricted_loss(targets, rows.rows_N)
+            rows_N, labels_N = targets.rows_N, targets.sets.labels_N
+        else:
+            rows_N, labels_N = full_targets(batch)
+        rows = self._rows(rows_N, batch)
+        divergence = None if targets is None else self._divergence(targets.own_sets)
+        if loss.loss == "full":
+            labels_N = self._to_device(labels_N)
+            head = heads.full_loss(rows.rows_N, labels_N, self.groups, divergence=divergence)
+        else:
+            assert targets is not None
+            head = self._restricted_loss(targets, rows.rows_N, divergence)
         # QK-Clip needs the attention logits of every position.
         is_every = self.config.optimizer.qk_clip_threshold is not None
         return MicroBatch(batch.to(self.groups.device), head, None if is_every else rows)
@@ -129,18 +136,15 @@ class BatchBuilder:
         )
         return rows.to(self.groups.device)
 
-    def _restricted_loss(self, targets: ReplayTargets, rows_N: torch.Tensor) -> Head:
+    def _restricted_loss(
+        self, targets: ReplayTargets, rows_N: torch.Tensor, divergence: Divergence | None
+    ) -> Head:
         """Cuts the sets to this rank's shard on the host, so a step never waits for the device."""
         groups, loss = self.groups, self.config.loss
         num_rows = self.vocab_size // groups.tp_size
         sets = targets.sets.shard(groups.tp_rank * num_rows, num_rows)
-        soft_targets = None
-        if groups.last_stage:
-            if self.backend.reads_transpose:
-                sets = sets.with_transpose()
-            if targets.own_sets is not None:
-                cut = SoftTargets.of(targets.own_sets, sets.vocab_start, num_rows)
-                soft_targets = cut.moved(self._to_device)
+        if groups.last_stage and self.backend.reads_transpose:
+            sets = sets.with_transpose()
         is_ghost = loss.tail == "ghost"
         return heads.restricted_loss(
             rows_N,
@@ -148,9 +152,16 @@ class BatchBuilder:
             groups,
             backend=self.backend,
             tail_logit_N=self._to_device(targets.tail_logit_N) if is_ghost else None,
-            soft_targets=soft_targets,
-            kl_weight=loss.kl_weight,
+            divergence=divergence,
         )
+
+    def _divergence(self, own_sets: CandidateSets | None) -> Divergence | None:
+        """What ``--kl-weight`` adds, cut to this rank's shard; None before the last stage."""
+        if own_sets is None or not self.groups.last_stage:
+            return None
+        num_rows = self.vocab_size // self.groups.tp_size
+        targets = SoftTargets.of(own_sets, self.groups.tp_rank * num_rows, num_rows)
+        return Divergence(targets.moved(self._to_device), self.config.loss.kl_weight)
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return to_device(tensor, self.groups.device)

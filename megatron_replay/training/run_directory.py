@@ -142,7 +142,7 @@ def identity(
     }
     if base:
         agreed[BASE] = base
-    if config.loss.loss == "restricted":
+    if config.loss.trains_on_store:
         assert reader is not None
         store = reader.description
         # What determines the ids and positions in a store of any format.

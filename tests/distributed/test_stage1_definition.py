@@ -43,6 +43,7 @@ LOSSES = {
     "document ghost": "--candidate-scope document --tail ghost",
     "document ghost and divergence": "--candidate-scope document --tail ghost --kl-weight 0.5",
     "full": "--loss full",
+    "full and divergence": "--loss full --kl-weight 0.5",
 }
 #: A global batch holds all documents, one a pack or in eight packs; they are computed together,
 #: with shared prefixes or without.
@@ -72,13 +73,17 @@ RESTRICTED: dict[int, list[Case]] = {
         for loss in ("position", "document")
     ]
     + [(Layout(), "tied", "unpacked", "ghost and divergence")]
+    + [(Layout(), "tied", "packed", "full and divergence")]
     + [(Layout(), "untied", "unshared", "full")],
     2: [(layout, "tied", packing, "position") for layout in (TP2, TP2SP) for packing in PACKING]
     + [(TP2, "tied", "packed", "ghost"), (TP2SP, "tied", "packed", "document ghost")]
     + [(TP2SP, "tied", "unpacked", "ghost and divergence"), (PP2, "tied", "packed", "document")],
     4: [(Layout(tp=2, dp=2), "untied", "packed", "position")],
     8: [(layout, "tied", packing, "position") for layout in GRIDS[8] for packing in PACKING]
-    + [(GRIDS[8][1], "tied", "packed", "document ghost and divergence")],
+    + [
+        (GRIDS[8][1], "tied", "packed", f"{loss} and divergence")
+        for loss in ("document ghost", "full")
+    ],
 }
 LLAMA: dict[int, list[Case]] = {
     1: [(Layout(), model, "packed", "full") for model in ("tied llama", "llama")],
@@ -110,7 +115,7 @@ def document_loss(
     N, offsets = len(labels_N), record.offsets.tolist()
     if loss == "full":
         return logits_NV.logsumexp(1) - logits_NV[torch.arange(N), labels_N]
-    mask_NV = torch.zeros(logits_NV.shape, dtype=torch.bool)
+    mask_NV = torch.full(logits_NV.shape, "full" in loss)
     spans = [slice(a, b) for a, b in itertools.pairwise(offsets)]
     for n, span in enumerate(spans):
         span = slice(0, offsets[-1]) if "document" in loss else span
@@ -209,7 +214,7 @@ def step(case: Case, folder: Path, save: Path) -> dict[str, Any]:
         *LOSSES[loss].split(), *PACKING[packing].split(),
         "--tensor-model-parallel-size", layout.tp, "--pipeline-model-parallel-size", layout.pp,
         *["--sequence-parallel"] * layout.sequence_parallel, *["--bf16"] * layout.bf16,
-        *["--head-backend", "torch"] * (packing == "unpacked" and loss != "full"),
+        *["--head-backend", "torch"] * (packing == "unpacked" and "full" not in loss),
     ]  # fmt: skip
     config = flags.parse(Stage1Config, list(map(str, argv)), program="stage1").config
     built = build_run(config, groups)
