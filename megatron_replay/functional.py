@@ -75,7 +75,8 @@ def restricted_cross_entropy(
     """Loss of each position over its candidate set, without ever forming [T, V].
 
     The gradient in the logits is p~ - y inside S and exactly 0 outside. Computed in fp32 whatever
-    the operands' dtype; bitwise the same on every run. T positions, V rows, H hidden channels.
+    the operands' dtype (but see ``loss.blocks`` for dense products of bf16 on accelerators);
+    bitwise the same on every run. T positions, V rows, H hidden channels.
 
     Args:
         hidden_TH: [T, H], whole on every rank of ``tp_group``.

@@ -52,9 +52,10 @@ class Softmax(NamedTuple):
 class ShardHead(Protocol):
     """A backend bound to one batch. ``forward`` comes first, ``backward`` once after it.
 
-    Computes in fp32 whatever the operands' dtype. Equal input gives equal bits on every run: for
-    any number of threads where the arithmetic is the backend's own; for the same number of threads
-    where BLAS computes it, because BLAS splits its sums over threads.
+    Computes in fp32 whatever the operands' dtype, except that ``blocks`` multiplies bf16 as it is
+    on accelerators. Equal input gives equal bits on every run: for any number of threads where the
+    arithmetic is the backend's own; for the same number of threads where BLAS computes it, because
+    BLAS splits its sums over threads.
     """
 
     def forward(self, hidden_NH: Tensor, weight_VH: Tensor) -> Partials:

@@ -77,7 +77,9 @@ def vocab_parallel_cross_entropy(
     reduce_hidden_grad: bool = True,
     chunk_rows: int = 1024,
 ) -> Tensor:
-    """L = -z[x] + log sum_j exp z[j] over the whole vocabulary, in fp32.
+    """L = -z[x] + log sum_j exp z[j] over the whole vocabulary, with logits and softmax in fp32.
+
+    ``blocks`` says which products are of bf16.
 
     Args:
         hidden_NH: [N, H], whole on every rank of ``tp_group``.
@@ -96,8 +98,8 @@ def vocab_parallel_cross_entropy(
 
     Communication over ``tp_group``: all-reduce MAX fp32 [N], SUM fp32 [2, N]; in backward SUM fp32
     [N, H] if ``reduce_hidden_grad``. Memory beyond operands and gradients: logits fp32 [chunk_rows,
-    16384], 64 MiB, computed again in backward, and, if the weight is not fp32, 16384 rows of it in
-    fp32.
+    16384], 64 MiB, computed again in backward. With bf16 operands, either the slopes in bf16 as
+    well, or, where products are of fp32, 16384 rows of the weight in fp32.
     """
     if chunk_rows < 1:
         raise ConfigError(
@@ -254,7 +256,7 @@ def is_shared(tp_group: dist.ProcessGroup | None, num_positions: int) -> bool:
 
 
 def without_autocast(tensor: Tensor) -> torch.autocast:
-    """Operands are multiplied in fp32, whatever the caller's autocast."""
+    """The head chooses the dtype of its products, whatever the caller's autocast."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 

@@ -31,6 +31,7 @@ from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import global_batches, require_iterations
 from megatron_replay.data.packing import report_long_documents, usable_documents
 from megatron_replay.locks import DirectoryLock
+from megatron_replay.loss.blocks import product_dtype
 from megatron_replay.model.attention import record_max_logits
 from megatron_replay.model.compatibility import (
     require_context,
@@ -185,6 +186,8 @@ def _print_backends(config: Stage1Config, optimizer: MegatronOptimizer, like: to
         head = kernels.HEAD.describe(config.loss.head_backend, like)
         dense = config.loss.candidate_scope != "position"
         print(f"restricted head: {head}" + ", by dense products" * dense)
+    else:
+        print(f"full softmax: products of {product_dtype(like)}, summed in fp32")
 
 
 def _print_resumption(config: Stage1Config, iteration: int, train_iters: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +25,54 @@ def test_against_float64_autograd(seed: int, N: int, V: int, chunk_rows: int) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharded, "BLOCK_ROWS", 17)  # several blocks of a small vocabulary
         case.check(case.run_full(chunk_rows=chunk_rows), case.dense_full())
+
+
+@pytest.fixture
+def multiplied() -> Iterator[list[set[torch.dtype]]]:
+    """Lets the CPU return fp32 sums of bf16 products, as accelerators do; the operands' dtypes."""
+    dtypes = []
+
+    def mm(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+        dtypes.append({left.dtype, right.dtype})
+        return left.to(out_dtype) @ right.to(out_dtype)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype", mm, "CPU")
+    yield dtypes
+    library._destroy()
+
+
+@pytest.mark.parametrize("scale", [1.0, 6.0])
+def test_bf16_products_round_the_slopes_and_nothing_else(
+    multiplied: list[set[torch.dtype]], monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    """Four products a tile, of bf16. Each term of a gradient is within 2^-8 of its exact value."""
+    monkeypatch.setattr(sharded, "BLOCK_ROWS", 64)
+    case = head_case(T=40, V=128, H=16, seed=3, scale=scale)
+    case.hidden_TH, case.weight_VH = (x.bfloat16() for x in (case.hidden_TH, case.weight_VH))
+    dW_VH = torch.zeros(128, 16)
+    loss_T, dH_TH, _ = case.run_full(dtype=torch.bfloat16, chunk_rows=20, weight_grad_out=dW_VH)
+    assert multiplied == [{torch.bfloat16}] * 4 * 4
+    exact_loss_T, exact_dH_TH, exact_dW_VH = case.dense_full()
+    assert (loss_T - exact_loss_T).abs().max() < 1e-5
+    hidden_TH, weight_VH = case.hidden_TH.double(), case.weight_VH.double()
+    slope_TV = (hidden_TH @ weight_VH.T).softmax(1)
+    slope_TV[torch.arange(40), case.labels_T] -= 1
+    slope_TV *= case.upstream_T.double()[:, None]
+    error_TH, error_VH = (dH_TH - exact_dH_TH).abs(), (dW_VH - exact_dW_VH).abs()
+    rounded_TH = exact_dH_TH.abs() * 2**-8  # dH is bf16, as H is
+    assert (error_TH <= slope_TV.abs() @ weight_VH.abs() * 2**-8 + rounded_TH + 1e-5).all()
+    assert (error_VH <= slope_TV.abs().T @ hidden_TH.abs() * 2**-8 + 1e-5).all()
+
+
+def test_a_cpu_multiplies_bf16_in_fp32() -> None:
+    case = head_case(T=40, V=128, H=16, seed=3)
+    case.hidden_TH, case.weight_VH = (x.bfloat16() for x in (case.hidden_TH, case.weight_VH))
+    dW_VH = torch.zeros(128, 16)
+    loss_T, _, _ = case.run_full(dtype=torch.bfloat16, weight_grad_out=dW_VH)
+    exact_loss_T, _, exact_dW_VH = case.dense_full()
+    assert (loss_T - exact_loss_T).abs().max() < 1e-5
+    assert (dW_VH - exact_dW_VH).abs().max() < 1e-5
 
 
 def test_strided_operands_and_labels() -> None:
