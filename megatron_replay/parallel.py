@@ -250,7 +250,11 @@ def build_groups(config: ParallelConfig, device: torch.device) -> Parallel:
 
     tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
-        tp, pp, distributed_timeout_minutes=config.distributed_timeout_minutes
+        tp,
+        pp,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+        # Nothing here uses them: their tensors would travel by the hosts.
+        create_gloo_process_groups=False,
     )
     # megatron-core draws initial weights from these generators; a checkpoint overwrites them.
     model_parallel_cuda_manual_seed(1234)

@@ -17,7 +17,7 @@ FOLDERS = ("megatron_replay", "tools", "examples")
 STAGES = {"stage0": 0, "collection": 0, "stage1": 1, "training": 1}
 #: A module imports from its own row or one above. "" is the package's __init__.
 LAYERS = [
-    {"errors", "files", "locks", "progress", ""},
+    {"errors", "files", "locks", "optional", "progress", ""},
     {"config", "flags", "cli"},
     {"selection", "loss", "store", "platform"},
     {"parallel", "kernels", "optim", "data", "model", "checkpoint", "forward", "run_log"},

@@ -29,6 +29,7 @@ from typing import Any
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 try:
+    from megatron_replay.errors import ReplayError
     from megatron_replay.platform import Platform, examination
     from megatron_replay.platform.examination import Finding, Machine
     from megatron_replay.platform.megatron_core import SUPPORTED_VERSION
@@ -129,13 +130,16 @@ def compiled_kernels(platform: Platform) -> Iterator[Finding]:
     from megatron_replay import kernels
     from megatron_replay.optim.momentum_step import OPTIMIZER
 
-    for backends in (kernels.HEAD, OPTIMIZER, kernels.SELECTION):
+    for backends in (kernels.HEAD, OPTIMIZER, kernels.SELECTION, kernels.ATTENTION):
         for name in (name for name in backends.compiled if kernels.DEVICE[name] == platform.name):
-            reason = backends.why_not(name)
             subject = f"kernels of {backends.what}"
+            try:
+                reason = backends.why_not(name)
+            except ReplayError as error:
+                yield Finding(subject, "error", str(error), "Runs end with this error")
+                continue
             if reason:
-                advice = "Runs use slower ones; pip install -e . --no-build-isolation builds these"
-                yield Finding(subject, "warning", f"{name}: {reason}", advice)
+                yield Finding(subject, "warning", f"{name}: {reason}", "Runs use slower ones")
             else:
                 yield Finding(subject, "ok", name)
 

@@ -59,7 +59,9 @@ def build(output: Path, folder: Path) -> str | None:
     cmake = shutil.which("cmake")
     found = "no cmake"
     if cmake is not None:
-        steps = [["-S", str(HERE), "-B", str(folder), *configure], ["--build", str(folder)]]
+        # CANN reads the link.txt that only this generator writes: not CMAKE_GENERATOR's.
+        source = ["-G", "Unix Makefiles", "-S", str(HERE), "-B", str(folder)]
+        steps = [[*source, *configure], ["--build", str(folder)]]
         with log.open("w") as output_log:
             for step in steps:
                 if subprocess.run([cmake, *step], stdout=output_log, stderr=output_log).returncode:

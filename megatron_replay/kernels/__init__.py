@@ -2,15 +2,15 @@
 
 A backend chosen by name runs or is refused with the reason; it is never replaced by another. "auto"
 is the one compiled for the tensor's device, or else one that runs anywhere; ``describe`` names it,
-and the reason if it is not the fastest, for the caller to print once.
+and the reason if it is not the fastest, for the caller to print once. A backend that is installed
+and cannot be loaded is an error, also under "auto".
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -20,16 +20,21 @@ from megatron_replay.errors import ConfigError
 from megatron_replay.kernels.packed_attention import TORCH_ATTENTION, AttentionBackend
 from megatron_replay.loss.backends import HeadBackend
 from megatron_replay.loss.blocks import DENSE, UNION
+from megatron_replay.optional import BUILD, optional_module
 from megatron_replay.selection.shard_selection import TORCH_SELECTION, SelectionBackend
 
 Backend = TypeVar("Backend")
 
 #: The type of device that each compiled backend runs on.
 DEVICE = {"cpu": "cpu", "triton": "cuda", "ascend": "npu"}
-_MISSING = {
-    "cpu": "was not built; pip install -e . --no-build-isolation builds it",
-    "triton": "needs triton",
-    "ascend": "was not built, or finds no CANN (csrc/ascend/README.md)",
+_CPU, _ASCEND = f"{__name__}._cpu", f"{__name__}._ascend"
+#: What a compiled backend needs, unless its ``Backends.needs`` says otherwise.
+_NEEDS = {"cpu": _CPU, "triton": "triton", "ascend": "torch_npu"}
+_INSTALL = {
+    _CPU: BUILD,
+    _ASCEND: f"source CANN's set_env.sh, then {BUILD} (csrc/ascend/README.md)",
+    "triton": "pip install triton",
+    "torch_npu": "pip install torch_npu, of the release for your CANN (docs/ascend.md)",
 }
 _ALL = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,6 +51,7 @@ class Backends(Generic[Backend]):
         module: of a compiled backend, ``kernels/<name>_<module>.py``.
         bind: makes the backend out of its name and module; its module's ``backend()``.
         contiguous: whether compiled backends need contiguous tensors.
+        needs: the module that a backend needs, where it is not that of ``_NEEDS``.
     """
 
     what: str
@@ -54,6 +60,7 @@ class Backends(Generic[Backend]):
     module: str
     bind: Callable[[str, Any], Backend] = lambda _, module: module.backend()
     contiguous: bool = False
+    needs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,7 +71,7 @@ class Backends(Generic[Backend]):
         """``name``, or for "auto" the best backend that can run for tensors such as ``like``.
 
         Raises:
-            ConfigError: no such backend, or it cannot run for ``like``.
+            ConfigError: no such backend, it cannot run for ``like``, or it cannot be loaded.
         """
         if name not in self.names:
             raise ConfigError(
@@ -88,7 +95,7 @@ class Backends(Generic[Backend]):
         return self.anywhere[name] if name in self.anywhere else cast(Backend, load(self, name))
 
     def why_not(self, name: str, *tensors: Tensor) -> str | None:
-        """Why the backend cannot run for ``tensors``; None where it can."""
+        """Why the backend cannot run for ``tensors``; None where it can. Raises as ``load``."""
         if name in self.anywhere:
             return None
         for tensor in tensors:
@@ -118,20 +125,24 @@ class Backends(Generic[Backend]):
 
 @functools.cache
 def load(backends: Backends[Backend], name: str) -> Any:
-    """The compiled backend, imported at its first use; or a string, why it cannot be imported."""
-    try:
-        module = importlib.import_module(f"{__name__}.{name}_{backends.module}")
-        return backends.bind(name, module)
-    except ImportError as error:
-        return f"a module that {_MISSING[name]} ({error})"
-    except ConfigError as error:
-        return str(error)
+    """The compiled backend, imported at its first use; or a string, if it is not installed.
+
+    Raises:
+        ConfigError: it is installed and cannot be imported.
+    """
+    needed = backends.needs.get(name, _NEEDS[name])
+    install = _INSTALL[needed]
+    if optional_module(needed, install=install) is None:
+        return f"{needed} is not installed (to install it: {install})"
+    module = optional_module(f"{__name__}.{name}_{backends.module}", install=install)
+    return backends.bind(name, module)
 
 
 #: The restricted head; "torch" is its definition, at the cost of the full softmax.
 HEAD = Backends[HeadBackend](
     what="the restricted head", anywhere={"torch": DENSE, "union": UNION},
     compiled={"cpu": _ALL[:2], "triton": _ALL, "ascend": _ALL}, module="head",
+    needs={"ascend": _ASCEND},
 )  # fmt: skip
 #: Candidate selection in Stage 0.
 SELECTION = Backends[SelectionBackend](

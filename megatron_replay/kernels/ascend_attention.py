@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch_npu import npu_fusion_attention
 
-from megatron_replay.errors import ConfigError
 from megatron_replay.kernels.packed_attention import (
     TORCH_ATTENTION,
     AttentionBackend,
@@ -24,13 +24,6 @@ from megatron_replay.kernels.packed_attention import (
     RowSegment,
     gather_rows,
 )
-
-try:
-    from torch_npu import npu_fusion_attention
-except ImportError as error:
-    raise ConfigError(
-        "no fused attention", expected="torch_npu.npu_fusion_attention", found=str(error)
-    ) from error
 
 #: The limit of one call in the operator's documentation.
 MOST_DOCUMENTS = 1024

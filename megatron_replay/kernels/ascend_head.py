@@ -10,7 +10,6 @@ Run on an emulated core (tests/ascemu); not run on an NPU yet. Shapes as in ``lo
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -30,29 +29,9 @@ MAX_CHANNELS = 8192
 
 
 def backend() -> HeadBackend:
-    """The head of NPUs. Raises ConfigError: ``compiled``."""
-    compiled()
+    """The head of NPUs."""
     operators = PairOperators()
     return pair_backend(operators.gather_dot, operators.segment_axpy_)
-
-
-@functools.cache
-def compiled() -> Any:
-    """The module of csrc/ascend/bindings.cpp; all arguments are integers, a tensor its address.
-
-    Raises:
-        ConfigError: it was not built, or CANN's libraries are not found.
-    """
-    try:
-        return importlib.import_module("megatron_replay.kernels._ascend")
-    except ImportError as error:
-        raise ConfigError(
-            "the compiled operators cannot be loaded",
-            where=WHERE,
-            found=error,
-            fix="Source CANN's set_env.sh, and build them: pip install -e . --no-build-isolation "
-            "(csrc/ascend/README.md)",
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -62,7 +41,8 @@ class PairOperators:
     The methods raise ConfigError for a tensor of another dtype, shape or device.
 
     Attributes:
-        module: an emulated module, for tensors on a CPU; None for the one compiled for NPUs.
+        module: an emulated module, for tensors on a CPU; None for the one compiled for NPUs,
+            csrc/ascend/bindings.cpp. All arguments are integers, a tensor its address.
     """
 
     module: Any = None
@@ -120,7 +100,7 @@ class PairOperators:
             raise ConfigError(
                 "the tensors are elsewhere", where=WHERE, expected="an NPU", found=like.device
             )
-        module = compiled() if self.module is None else self.module
+        module = self.module or importlib.import_module("megatron_replay.kernels._ascend")
         blocks = module.vector_cores(like.device.index or 0)
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         stream, device = 0, contextlib.nullcontext()

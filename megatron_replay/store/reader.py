@@ -6,6 +6,7 @@ checked when the shard is first used; a record's crc32 when it is first read, it
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import resource
@@ -16,12 +17,14 @@ from contextlib import suppress
 from dataclasses import replace
 from operator import index as as_int
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_replay.errors import StoreError
 from megatron_replay.files import open_regular
+from megatron_replay.optional import BUILD, optional_module
 from megatron_replay.store.document import (
     CandidateBatch,
     DocumentCandidates,
@@ -48,11 +51,6 @@ from megatron_replay.store.manifest import (
     read_manifest,
     refuse_differences,
 )
-
-try:
-    from megatron_replay.store._records import decode_records
-except ImportError:  # installed without compiled kernels
-    decode_records = None  # type: ignore[assignment]
 
 #: A mapping takes a file descriptor: a quarter of the process's limit, which is commonly 1,024.
 MAX_MAPPED_SHARDS = max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
@@ -212,6 +210,12 @@ class CandidateReader:
         return content
 
 
+@functools.cache
+def compiled_records() -> ModuleType | None:
+    """The module of csrc/store; None if it was not built. Raises ConfigError: it is broken."""
+    return optional_module("megatron_replay.store._records", install=BUILD)
+
+
 def decode_batch(
     records: Sequence[memoryview],
     description: StoreDescription,
@@ -237,10 +241,11 @@ def decode_batch(
         with located(where(i)):
             return decode_record(records[i], vocab_size=vocab_size, logits=kind)
 
-    if decode_records is None:
+    compiled = compiled_records()
+    if compiled is None:
         batch = CandidateBatch.of([one(i) for i in range(len(records))])
         return batch if logits else replace(batch, logits=None)
-    found = decode_records(
+    found = compiled.decode_records(
         records, vocab_size=vocab_size, high_bits=high_bits(vocab_size), has_logits=kind != "none"
     )
     first_bad = found if isinstance(found, int) else 0

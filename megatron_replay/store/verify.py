@@ -19,12 +19,7 @@ from megatron_replay.progress import Progress
 from megatron_replay.store.document import CandidateBatch, located, missing_label, require
 from megatron_replay.store.format import BIN_HEADER
 from megatron_replay.store.manifest import bin_path
-from megatron_replay.store.reader import CandidateReader
-
-try:
-    from megatron_replay.store._records import joined_crc
-except ImportError:  # installed without compiled kernels
-    joined_crc = None  # type: ignore[assignment]
+from megatron_replay.store.reader import CandidateReader, compiled_records
 
 _FIX = "Use the corpus that the store was made from"
 
@@ -81,11 +76,12 @@ def verify_shard(reader: CandidateReader, shard: int, corpus: Labels | None = No
         if corpus is not None:
             with located(path):
                 require_labels(documents, batch, corpus)
-    if joined_crc is None:
+    compiled = compiled_records()
+    if compiled is None:
         crc = zlib.crc32(content)
     else:  # of the checked crc32s of the records: no byte is read twice
         header = zlib.crc32(content[: BIN_HEADER.size])
-        crc = joined_crc(header, index.record_crcs, np.diff(index.offsets))
+        crc = compiled.joined_crc(header, index.record_crcs, np.diff(index.offsets))
     require(crc == index.bin_crc, "damaged: crc32 differs", where=path)
 
 

@@ -13,8 +13,13 @@ from megatron_replay.kernels.ascend_head import PairOperators
 from tests.ascemu import cases
 from tests.ascemu.compiled import CSRC, HERE, INCLUDE
 
-#: The CMake functions of CANN that the build calls; here the kernels run on the emulator.
+#: What the build needs of CANN: the setting that it leaves, and its CMake functions, which here
+#: compile the kernels for the emulator.
 ASCENDC = f"""
+set(CMAKE_SKIP_RPATH TRUE)
+if(NOT CMAKE_GENERATOR STREQUAL "Unix Makefiles")
+  message(FATAL_ERROR "no link.txt of ${{CMAKE_GENERATOR}}")
+endif()
 function(ascendc_library name kind)
   add_library(${{name}} ${{kind}} ${{ARGN}} {HERE}/launches.cpp)
   target_include_directories(${{name}} PRIVATE {INCLUDE})
@@ -54,6 +59,7 @@ def test_cann_is_found_where_its_releases_put_it(tmp_path, monkeypatch, where):
 @needs_cmake
 def test_the_built_module_computes(tmp_path, monkeypatch):
     put_ascendc(tmp_path, PLACES[1], ASCENDC)
+    monkeypatch.setenv("CMAKE_GENERATOR", "Ninja")
     shutil.copytree(INCLUDE / "acl", tmp_path / "cann" / "include" / "acl")
     libraries = tmp_path / "cann" / "lib64"
     libraries.mkdir()
