@@ -2,6 +2,7 @@
 
     python tools/doctor.py
     python tools/doctor.py --json
+    python tools/doctor.py --compare-gradients
 
 Each finding is ok, a warning or an error, with what to do. The exit code is 1 if any is an error.
 """
@@ -246,7 +247,16 @@ def head_smoke(platform: Platform) -> Finding:
     return Finding("head", "ok", found)
 
 
-def examine(machine: Machine, platform_name: str, folder: Path) -> Iterator[Finding]:
+def layers(platform: Platform) -> Iterator[Finding]:
+    """Compares a wide model's activations and gradients with the CPU's, layer by layer."""
+    from megatron_replay.training.layer_errors import compare
+
+    yield from compare(platform)
+
+
+def examine(
+    machine: Machine, platform_name: str, folder: Path, *, compare_gradients: bool = False
+) -> Iterator[Finding]:
     """All findings, cheap ones first; a check that fails itself is an error."""
     first, platform = examination.chosen_platform(platform_name)
     yield first
@@ -260,7 +270,8 @@ def examine(machine: Machine, platform_name: str, folder: Path) -> Iterator[Find
     else:
         yield examination.NO_ASCEND
     if platform is not None:
-        for of_platform in (compiled_kernels, collective, head_smoke):
+        last = (layers,) if compare_gradients else ()
+        for of_platform in (compiled_kernels, collective, head_smoke, *last):
             checks.append(functools.partial(of_platform, platform))
     for check in checks:
         try:
@@ -282,9 +293,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--folder", type=Path, default=Path("."),
         help="directory whose free space is checked")  # fmt: skip
+    parser.add_argument("--compare-gradients", action="store_true",
+        help="also compare each layer's activations and gradients on the device with the CPU's, in "
+        "a model as wide as Qwen3-4B: a minute or more, and 8 GB of memory")  # fmt: skip
     options = parser.parse_args(arguments)
     findings = []
-    for finding in examine(Machine(), options.platform, options.folder):
+    found = examine(
+        Machine(), options.platform, options.folder, compare_gradients=options.compare_gradients
+    )
+    for finding in found:
         findings.append(finding)
         if not options.json:
             label = "ok" if finding.status == "ok" else finding.status.upper()

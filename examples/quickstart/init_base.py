@@ -1,8 +1,9 @@
-"""Write a small model of Qwen3's architecture with random weights and a tokenizer of its own.
+"""Write a model of Qwen3's architecture with random weights and a small tokenizer of its own.
 
     python -m examples.quickstart.init_base --output DIR
 
-It shows that a path works, in seconds; it knows nothing.
+It shows that a path works; it knows nothing. The small shapes take seconds. The true shapes of
+Qwen3-4B and 8B, in bf16, take minutes, 8 or 16 GB of disk and about 6 GB of memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +24,11 @@ from megatron_replay.checkpoint.export import write_random
 from megatron_replay.cli import exit_code_of
 from megatron_replay.model.config import ModelConfig
 
+VOCAB_SIZE = 1024  # of the tokenizer
 SMALL: dict[str, Any] = {
+    "num_layers": 4,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 1024,
     "hidden_size": 128,
     "ffn_hidden_size": 384,
     "num_attention_heads": 4,
@@ -31,21 +37,26 @@ SMALL: dict[str, Any] = {
     "rotary_base": 10_000.0,
     "tie_embeddings": True,
 }
-#: Qwen3-4B and 8B keep heads and groups, so that their layouts fit, and are 32 times narrower.
-QWEN3 = SMALL | {
-    "num_attention_heads": 32,
-    "num_query_groups": 8,
-    "kv_channels": 4,
-    "rotary_base": 1e6,
+QWEN3 = SMALL | {"num_attention_heads": 32, "num_query_groups": 8, "rotary_base": 1e6}
+#: Of Qwen3-4B and 8B: heads and groups are kept, so that their layouts fit; 32 times narrower.
+TINY = QWEN3 | {"kv_channels": 4}
+#: The shapes of the published config.json.
+TRUE = QWEN3 | {
+    "num_layers": 36,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "kv_channels": 128,
 }
+UNTIED = {"tie_embeddings": False}
 SHAPES = {
     "quickstart": SMALL,
-    "qwen3-4b": QWEN3 | {"hidden_size": 80, "ffn_hidden_size": 304},
-    "qwen3-8b": QWEN3 | {"tie_embeddings": False},
+    "qwen3-4b-tiny": TINY | {"hidden_size": 80, "ffn_hidden_size": 304},
+    "qwen3-8b-tiny": TINY | UNTIED,
+    "qwen3-4b-random": TRUE | {"hidden_size": 2560, "ffn_hidden_size": 9728},
+    "qwen3-8b-random": TRUE | UNTIED | {"hidden_size": 4096, "ffn_hidden_size": 12288},
 }
 
 
-VOCAB_SIZE = 1024
 PAD, EOS = "<|pad|>", "<|im_end|>"
 SPECIAL_TOKENS = [PAD, "<|im_start|>", EOS]
 CHAT_TEMPLATE = (
@@ -82,18 +93,15 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="quickstart")
     options = parser.parse_args()
-    config = ModelConfig(
-        num_layers=4,
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=1024,
-        layernorm_epsilon=1e-6,
-        **SHAPES[options.shape],
-    )
+    config = ModelConfig(layernorm_epsilon=1e-6, **SHAPES[options.shape])
+    dtype = torch.bfloat16 if options.shape.endswith("-random") else torch.float32
 
     def write() -> str:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer().save_pretrained(folder)
-            write_random(options.output, config, seed=0, init_std=0.02, tokenizer=folder)
+            write_random(
+                options.output, config, seed=0, init_std=0.02, tokenizer=folder, dtype=dtype
+            )
         return f"{options.output}: {config.num_parameters():,} parameters"
 
     return exit_code_of(write)

@@ -6,7 +6,7 @@
 #   PLATFORM        npu, cuda or cpu (default: detected)
 #   OPTIMIZER       moclip (default), or a baseline: adamw, mofo, muonclip, adamuon, tam
 #   NPUS_PER_NODE   processes on this node (TP x PP x DP / NNODES)
-#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT      as for torchrun
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT      as for torchrun; on one node, any free port
 #   HF_DIR          the Hugging Face checkpoint to start from
 #   TOKENIZER_PATH  its tokenizer, or a sentencepiece model
 #   INPUT_FILE      your rows (README.md describes the formats)
@@ -14,7 +14,8 @@
 #   DATA_PATH       prefix of the corpus; STORE_DIR the candidate store
 #   CKPT_LOAD_DIR CKPT_SAVE_DIR   what a script reads and writes
 #   DRY_RUN=1       print the commands without running them
-#   MODEL_SIZE=tiny a small model of Qwen3's proportions and its own data, for a CPU
+#   MODEL_SIZE=tiny a small model of Qwen3's proportions and its own data, for a CPU;
+#              =random  the true shape with random weights, and the same data
 #
 # Flags after a script's name are appended to its command: stage1_qwen3_4b_4K_ptd.sh --lr 1e-6
 # Those of prompts (--no-chat-template, --system-prompt) belong to data_convert and evaluate alike.
@@ -90,7 +91,10 @@ NPUS_PER_NODE=${NPUS_PER_NODE:-$((TP * PP))}
 NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
-MASTER_PORT=${MASTER_PORT:-6000}
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+if [[ -z ${MASTER_PORT:-} ]]; then # all nodes must name the same one
+    if ((NNODES == 1)); then MASTER_PORT=$(free_port); else MASTER_PORT=6000; fi
+fi
 ((NPUS_PER_NODE * NNODES % (TP * PP) == 0)) ||
     fail "NPUS_PER_NODE=$NPUS_PER_NODE x NNODES=$NNODES processes are no multiple of TP=$TP x PP=$PP"
 LAYOUT=(
@@ -104,12 +108,12 @@ if ((TP > 1)); then LAYOUT+=(--sequence-parallel); fi
 # ---------------------------------------------------------------- paths
 MODEL_SIZE=${MODEL_SIZE:-full}
 case $MODEL_SIZE in
-    full) SEQ_LENGTH=${SEQ_LENGTH:-4096} ;;
+    full | random) SEQ_LENGTH=${SEQ_LENGTH:-4096} ;;
     tiny) SEQ_LENGTH=${SEQ_LENGTH:-256} ;;
-    *) fail "MODEL_SIZE=$MODEL_SIZE is neither full nor tiny" ;;
+    *) fail "MODEL_SIZE=$MODEL_SIZE is none of full, random, tiny" ;;
 esac
 RUN_DIR=${RUN_DIR:-runs/qwen3-$QWEN3}
-[[ $MODEL_SIZE == full ]] || HF_DIR=${HF_DIR:-$RUN_DIR/tiny/hf}
+[[ $MODEL_SIZE == full ]] || HF_DIR=${HF_DIR:-$RUN_DIR/$MODEL_SIZE/hf}
 HF_DIR=${HF_DIR:-Qwen3-${QWEN3^^}}
 TOKENIZER_PATH=${TOKENIZER_PATH:-$HF_DIR}
 MCORE_DIR=$RUN_DIR/mcore # written by ckpt_convert_..._hf2mcore.sh
@@ -118,8 +122,8 @@ if [[ -d $MCORE_DIR ]]; then MODEL_DIR=$MCORE_DIR; fi
 DATA_PATH=${DATA_PATH:-$RUN_DIR/corpus}
 STORE_DIR=${STORE_DIR:-$RUN_DIR/store}
 LOG_DIR=${LOG_DIR:-$RUN_DIR/logs}
-if [[ $MODEL_SIZE == tiny ]]; then
-    TINY=${TINY:-$RUN_DIR/tiny/data}
+if [[ $MODEL_SIZE != full ]]; then
+    TINY=${TINY:-$RUN_DIR/$MODEL_SIZE/data}
     INPUT_FILE=${INPUT_FILE:-$TINY/domain_train.jsonl}
     SQL_DIR=${SQL_DIR:-$TINY/domain_test}
     GENERAL_TEXT=${GENERAL_TEXT:-$TINY/general_heldout.jsonl}
@@ -152,34 +156,37 @@ launch() { # launch MODULE FLAGS...: on every device of this node, or on none wi
             return
         fi
     done
+    if [[ ${DRY_RUN:-0} != 1 && $NODE_RANK == 0 ]] && (: <"/dev/tcp/localhost/$MASTER_PORT") 2>/dev/null; then
+        fail "MASTER_PORT=$MASTER_PORT: another program listens there; choose another port, the same on all nodes"
+    fi
     run torchrun --nproc_per_node "$NPUS_PER_NODE" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
         --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" -m "$module" "$@"
 }
 
-tiny_inputs() { # with MODEL_SIZE=tiny, make the data and, once, the checkpoint
-    [[ $MODEL_SIZE == tiny ]] || return 0
+made_inputs() { # with MODEL_SIZE=tiny or random, make the data and, once, the checkpoint
+    [[ $MODEL_SIZE != full ]] || return 0
     [[ -d $TINY ]] || run python -m examples.quickstart.make_data --output "$TINY" \
         --train 96 --test 8 --general 8
     [[ -f $HF_DIR/config.json ]] || run python -m examples.quickstart.init_base \
-        --shape "qwen3-$QWEN3" --output "$HF_DIR"
+        --shape "qwen3-$QWEN3-$MODEL_SIZE" --output "$HF_DIR"
 }
 
 # ---------------------------------------------------------------- steps, in the order the data flows
 convert_to_mcore() { # Hugging Face -> a checkpoint that loads into any layout
-    tiny_inputs
+    made_inputs
     run python tools/convert_checkpoint.py --load-model-type hf --save-model-type mcore \
         --load-dir "$HF_DIR" --save-dir "${CKPT_SAVE_DIR:-$MCORE_DIR}" "$@"
 }
 
 convert_to_mg() { # Hugging Face -> one file per rank, for MindSpeed-LLM
-    tiny_inputs
+    made_inputs
     run python tools/convert_checkpoint.py --load-model-type hf --save-model-type mg \
         --load-dir "$HF_DIR" --save-dir "${CKPT_SAVE_DIR:-$RUN_DIR/mg}" \
         --target-tensor-parallel-size "$TP" --target-pipeline-parallel-size "$PP" "$@"
 }
 
 convert_data() { # rows -> corpus $DATA_PATH.{bin,idx,loss_mask,json}; only answers carry loss
-    tiny_inputs
+    made_inputs
     [[ -n ${INPUT_FILE:-} ]] || fail "INPUT_FILE is not set: a JSON-lines file of prompt/completion, alpaca, sharegpt or messages rows"
     run python tools/preprocess_data.py --input "$INPUT_FILE" --tokenizer "$TOKENIZER_PATH" \
         --output-prefix "$DATA_PATH" --show 2 "$@"

@@ -201,7 +201,7 @@ def write_random(
     tensors = (
         (name, torch.ones(shape))
         if len(shape) == 1
-        else (name, torch.randn(shape, generator=generator) * init_std)
+        else (name, torch.randn(shape, generator=generator).mul_(init_std))
         for name, shape in hf_tensor_shapes(config).items()
     )
     write_new(directory, config, tensors, tokenizer=tokenizer, dtype=dtype)
