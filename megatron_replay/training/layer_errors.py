@@ -14,7 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,10 +78,24 @@ class Errors(NamedTuple):
     gradient: float
 
 
-def compare(platform: Platform, shape: ModelConfig = SHAPE) -> Iterator[Finding]:
+def in_new_process(device: str, folder: Path) -> int:
+    """The passes on ``device`` in a fresh process, which must not be a fork: its exit code."""
+    process = multiprocessing.get_context("spawn").Process(target=run_on, args=(device, folder))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def compare(
+    platform: Platform,
+    shape: ModelConfig = SHAPE,
+    *,
+    run: Callable[[str, Path], int] = in_new_process,
+) -> Iterator[Finding]:
     """A finding for each part of a model of ``shape``; an error where a device is off.
 
-    Of the CPU it shows the errors of rounding alone.
+    Of the CPU it shows the errors of rounding alone. ``run`` runs ``run_on`` somewhere.
     """
     devices = dict.fromkeys(["cpu", platform.name])
     passes: list[Pass] = []
@@ -97,14 +111,9 @@ def compare(platform: Platform, shape: ModelConfig = SHAPE) -> Iterator[Finding]
             dtype=torch.bfloat16,  # so that all passes have equal weights
         )
         for device in devices:
-            process = multiprocessing.get_context("spawn").Process(
-                target=_run, args=(device, folder)
-            )
-            process.start()
-            process.join()
-            if process.exitcode != 0:
+            if (code := run(device, folder)) != 0:
                 advice = "Its error is printed above"
-                found = f"the pass on {device} failed (exit code {process.exitcode})"
+                found = f"the pass on {device} failed (exit code {code})"
                 yield Finding("layers", "error", found, advice)
                 return
             passes += torch.load(folder / device, weights_only=False)
@@ -147,8 +156,8 @@ def judge(
             yield Finding(part, "error", text, advice)
 
 
-def _run(device: str, folder: Path) -> None:
-    """In a process of its own: the passes on ``device``."""
+def run_on(device: str, folder: Path) -> None:
+    """Run the passes of ``folder``'s model on ``device``; write them into a file of its name."""
     groups = parallel.initialize(ParallelConfig(), select(device))
     if device == "cpu":
         passes = [_one_pass(folder / "model", groups, is_rounded=x) for x in (False, True)]
@@ -166,7 +175,7 @@ class _Round(torch.autograd.Function):
         return x.bfloat16().float()
 
     @staticmethod
-    def backward(_: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(_: Any, grad: Tensor) -> Tensor:
         return grad.bfloat16().float()
 
 

@@ -12,8 +12,10 @@ import os
 import re
 import runpy
 import shlex
+import socket
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,7 @@ def test_the_true_model_fits_64_gb_at_the_scripts_settings(
         assert layout in (tmp_path / "logs" / f"{name}.node0.log").read_text()
 
 
-@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*_*.sh")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*_4K*.sh")), ids=lambda path: path.stem)
 def test_dry_run_prints_the_command_and_touches_nothing(path: Path, tmp_path: Path) -> None:
     [words] = commands(path.stem, tmp_path, INPUT_FILE="rows.jsonl")
     assert list(tmp_path.iterdir()) == []
@@ -173,6 +175,63 @@ def test_mistakes_end_a_script(tmp_path: Path) -> None:
         ("error: no CANN", {"PLATFORM": "npu"}),
     ):
         assert found in run_script(stage1, tmp_path, code=2, **variables)
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        given = {"MASTER_PORT": port, "CKPT_LOAD_DIR": tmp_path}
+        assert f"MASTER_PORT={port}: another" in run_script(stage1, tmp_path, code=2, **given)
     output = run_script(stage1, tmp_path, DRY_RUN=1, PLATFORM="npu")
     assert "note: no CANN" in output
     assert "--platform npu" in output
+
+
+def test_two_jobs_on_a_node_take_ports_of_their_own_and_nodes_the_same_one(tmp_path: Path) -> None:
+    def port(**variables: object) -> str:
+        [words] = commands("stage0_qwen3_4b_4K_ptd", tmp_path, **variables)
+        return words[words.index("--master_port") + 1]
+
+    assert 1024 < int(port()) < 65536
+    assert {port() for _ in range(5)} != {port()}
+    assert port(NNODES=2) == port(NNODES=2, NODE_RANK=1) == "6000"
+    assert port(MASTER_PORT=6001) == "6001"
+
+
+#: Stands in for torchrun and python -m pip: takes no time, and fails as the variable says.
+STAND_IN = """#!/usr/bin/env bash
+case "$0 $*" in
+    *"-c import socket"*) exec {python} "$@" ;;
+esac
+echo "$(basename "$0") $*" >>"$HOME/calls"
+mkdir -p "$RUN_DIR/store" "$RUN_DIR/moclip/iter_0000003" "$RUN_DIR/random/hf"
+touch "$RUN_DIR/moclip/metrics.jsonl" "$RUN_DIR/moclip/iter_0000003/weights.distcp"
+touch "$RUN_DIR/store/cost.json" "$RUN_DIR/store/part.bin" "$RUN_DIR/random/hf/model.safetensors"
+[[ -z ${{FAILS:-}} || "$*" != *"$FAILS"* ]]
+"""
+
+
+def test_the_first_run_goes_on_after_a_failure_and_repeats_only_that(tmp_path: Path) -> None:
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    for name in ("python", "torchrun"):
+        (binaries / name).write_text(STAND_IN.format(python=sys.executable))
+        (binaries / name).chmod(0o755)
+    run = tmp_path / "first_run-4b"
+    # The weights of a run of yours, which the first run must not read.
+    given = {"PATH": f"{binaries}:/usr/bin:/bin", "HF_DIR": tmp_path / "mine"}
+    (run / "random" / "hf").mkdir(parents=True)
+    output = run_script("first_run", tmp_path, code=1, FAILS="megatron_replay.stage0", **given)
+    lines = [line.split() for line in (run / "logs" / "summary.txt").read_text().splitlines()]
+    steps = ["machine", "doctor", "build", "layers", "inputs", "stage0", "store"]
+    assert [name for name, *_ in lines] == [*steps, "dry_run", "stage1", "resume"]
+    assert [name for name, result, *_ in lines if result != "ok"] == ["stage0"], output
+    with tarfile.open(run / "first_run-4b.tar.gz") as archive:
+        names = set(archive.getnames())
+    assert {"logs/summary.txt", "logs/stage0.log", "./moclip/metrics.jsonl"} <= names
+    assert not {name for name in names if not name.endswith((".log", ".txt", ".json", ".jsonl"))}
+    calls = (tmp_path / "calls").read_text()
+    assert "mine" not in calls
+    assert calls.count("megatron_replay.stage1") == 3  # dry run, three steps, resumed
+
+    run_script("first_run", tmp_path, **given)
+    again = (tmp_path / "calls").read_text().removeprefix(calls).splitlines()
+    assert len(again) == 1, again
+    assert "megatron_replay.stage0" in again[0]

@@ -7,6 +7,7 @@ go to FOLDER/found.json.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -124,6 +125,29 @@ def misdeeds() -> list[str]:
     return [rule for rule, _ in guard.found]
 
 
+#: A model that takes no time.
+NARROW = {
+    "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8,
+    "num_query_groups": 4, "kv_channels": 16, "vocab_size": 512,
+}  # fmt: skip
+
+
+def layers() -> list[Any]:
+    """The findings of tools/doctor.py --compare-gradients, and the guard's."""
+    from megatron_replay.training import layer_errors
+
+    def run(device: str, folder: Path) -> int:
+        if device == "cpu":
+            return layer_errors.in_new_process(device, folder)
+        with guard:
+            layer_errors.run_on(device, folder)
+        return 0
+
+    guard, shape = Guard(), dataclasses.replace(layer_errors.SHAPE, **NARROW)
+    found = list(layer_errors.compare(select("npu"), shape, run=run))
+    return [(f.subject, f.status, f.found) for f in found] + list(guard.found)
+
+
 def doctor() -> list[Any]:
     """The findings of tools/doctor.py about two NPUs and the head on one, and the guard's."""
     from tools.doctor import collective, head_smoke
@@ -155,6 +179,7 @@ def main() -> None:
         "found": sorted(total),
         "doctor": doctor(),
         "misdeeds": misdeeds(),
+        "layers": layers(),
         "mindspeed": [name for name in sys.modules if "mindspeed" in name],
     }
     (folder / "found.json").write_text(json.dumps(answer, indent=1))

@@ -70,6 +70,15 @@ def test_the_doctor_examines_npus(journey):
     assert compared.startswith("ascend ")
 
 
+def test_the_doctor_compares_each_layer_with_the_cpu(journey):
+    subjects = [subject for subject, *_ in journey["layers"]]
+    assert subjects == ["embedding", "layer 0", "layer 1", "head"], journey["layers"]
+    for _, status, found in journey["layers"]:
+        assert status == "ok", found
+        assert found.startswith("npu in bf16: activations ")
+    assert "activations 0.0e+00" not in journey["layers"][-1][2]  # it did round
+
+
 def test_the_guard_finds_mistakes(journey):
     assert journey["misdeeds"] == [
         "numpy() of a tensor on the device",

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# The first run on a new node: checks it, builds the kernels, compares layers with the CPU's, then
+# runs both stages in the real layout on random weights of the true shape, and packs the logs.
+#
+#   bash examples/qwen3/first_run.sh             # Qwen3-4B, TP 4, four devices
+#   QWEN3=8b bash examples/qwen3/first_run.sh    # Qwen3-8B, TP 4 x PP 2, eight devices
+#
+# A step that fails does not stop the next ones. Run it again to repeat only what failed. It writes
+# into $RUN_DIR/first_run-$QWEN3, by default in runs/: for 4b 120 GB (two checkpoints of 56 GB), for
+# 8b 250 GB; remove it afterwards. docs/ascend.md says what is in the archive.
+set -euo pipefail
+export QWEN3=${QWEN3:-4b} MODEL_SIZE=${MODEL_SIZE:-random} TP=${TP:-4}
+[[ $QWEN3 == 8b ]] && PP=${PP:-2}
+export PP=${PP:-1} RUN_DIR=${RUN_DIR:-runs}/first_run-$QWEN3
+# It has inputs and outputs of its own, never those of your runs.
+unset HF_DIR TOKENIZER_PATH INPUT_FILE DATA_PATH STORE_DIR CKPT_LOAD_DIR CKPT_SAVE_DIR LOG_DIR TINY OPTIMIZER
+scripts=$(realpath "$(dirname "${BASH_SOURCE[0]}")")
+# shellcheck source=examples/qwen3/common.sh
+source "$scripts/common.sh"
+export PLATFORM RUN_DIR
+unset MASTER_PORT # each launch takes a free one
+[[ $PLATFORM != npu ]] || export ASCEND_PROCESS_LOG_PATH=${ASCEND_PROCESS_LOG_PATH:-$LOG_DIR/cann}
+
+failed=0
+step() { # step NAME COMMAND...: run it and keep its output, unless it has succeeded before
+    local name=$1 start=$SECONDS result=ok
+    shift
+    echo "== $name"
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        show "$@"
+        return
+    fi
+    if [[ -e $LOG_DIR/$name.ok ]]; then
+        result="ok before"
+    elif "$@" 2>&1 | tee -i "$LOG_DIR/$name.log"; then
+        touch "$LOG_DIR/$name.ok"
+    else
+        result=FAILED failed=1
+    fi
+    printf '%-8s %-10s %6d s\n' "$name" "$result" $((SECONDS - start)) >>"$LOG_DIR/summary.txt"
+}
+
+# shellcheck disable=SC2329  # a step
+machine() { # what the other logs do not say; npu-smi and git may be absent
+    uname -a
+    git log -1 --format=%H 2>/dev/null || echo "no git"
+    npu-smi info 2>/dev/null || echo "no npu-smi"
+    python -m pip list --format freeze
+    env | grep -E '^(ASCEND|ATB|CPU_AFF|CUDA|GLOO|HCCL|LD_LIB|NPU|OMP|P2P|PYTHON|PYTORCH|SOC|TASK|TORCH)' | sort
+}
+
+if [[ ${DRY_RUN:-0} != 1 ]]; then
+    mkdir -p "$LOG_DIR"
+    : >"$LOG_DIR/summary.txt"
+fi
+of_model=qwen3_${QWEN3}_4K
+stage1=(bash "$scripts/stage1_${of_model}_ptd.sh" --train-iters 4 --exit-interval 3
+    --global-batch-size 4 --keep-last 1)
+step machine machine
+step doctor python tools/doctor.py --platform "$PLATFORM" --folder "$RUN_DIR"
+step build python -m pip install --no-build-isolation --no-deps -e .
+step layers python tools/doctor.py --platform "$PLATFORM" --folder "$RUN_DIR" --compare-gradients
+step inputs bash "$scripts/data_convert_${of_model}_instruction.sh"
+step stage0 bash "$scripts/stage0_${of_model}_ptd.sh"
+step store python tools/inspect_store.py "$STORE_DIR"
+step dry_run "${stage1[@]}" --dry-run
+step stage1 "${stage1[@]}" # three steps, then a checkpoint
+step resume "${stage1[@]}" # from that checkpoint, one step
+[[ ${DRY_RUN:-0} != 1 ]] || exit 0
+
+archive=$RUN_DIR/first_run-$QWEN3.tar.gz
+(cd "$RUN_DIR" && find logs -type f ! -name '*.ok' &&
+    find . -maxdepth 2 \( -name metrics.jsonl -o -name resolved_config.yaml -o -name cost.json \)) |
+    tar -C "$RUN_DIR" -czf "$archive" -T -
+tar -tzf "$archive"
+cat "$LOG_DIR/summary.txt"
+echo "$archive: logs and measurements, with paths and this machine's name; no weights and no data of yours"
+exit $failed
