@@ -31,6 +31,7 @@ from megatron_replay.data.packing import (
 from megatron_replay.model.compatibility import require_context, require_store
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.parallel import data_parallel_size
+from megatron_replay.platform import kind_of
 from megatron_replay.store import CandidateReader
 
 Rows = list[tuple[str, str]]
@@ -41,7 +42,7 @@ MOST_PLANNED = 16
 
 def stage0(config: Stage0Config) -> str:
     """The estimate for Stage 0, as text."""
-    shape, local, _, rows = _layout(config)
+    shape, local, dp, rows = _layout(config)
     corpus, data = Corpus(config.data.data_path), config.data
     fitted = fit_documents(corpus, data)
     require_context(fitted.lengths, shape)
@@ -60,6 +61,7 @@ def stage0(config: Stage0Config) -> str:
         "weights": local * width,
         "activations of one layer": plan.layer,
         "one chunk of logits": logits // config.parallel.tensor_model_parallel_size,
+        **_communicators(shape, config.parallel, dp),
     }
     rows += [*_document_rows(fitted, fitted.lengths), *plan.report]
     return _text("Stage 0", rows, memory)
@@ -99,6 +101,7 @@ def stage1(config: Stage1Config) -> str:
         "weights": local * width,
         "gradients, masters, optimizer": local * 4 + local * (masters + 8) // copies,
         "activations, about": activations,
+        **_communicators(shape, config.parallel, dp),
     }
     checkpoint = shape.num_parameters() * (width + masters + 8)
     rows += [
@@ -108,6 +111,19 @@ def stage1(config: Stage1Config) -> str:
         ("disk per checkpoint", _gib(checkpoint)),
     ]
     return _text("Stage 1", rows, memory)
+
+
+def _communicators(shape: ModelConfig, parallel: ParallelConfig, dp: int) -> dict[str, int]:
+    """Bytes that collectives hold on a device, where they hold much.
+
+    A communicator for each group of several processes that communicates: of all, TP, PP, DP,
+    TP x PP, TP x DP and, between the stages that hold tied embeddings, theirs.
+    """
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    sizes = (tp * pp * dp, tp, pp, dp, tp * pp, tp * dp, pp if shape.tie_embeddings else 1)
+    count = sum(size > 1 for size in sizes)
+    size = count * kind_of(parallel.platform).communicator_bytes()
+    return {f"buffers of {count} communicators": size} if size else {}
 
 
 def layer_activations(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_replay import stage1
+from megatron_replay import stage0, stage1
 from megatron_replay.config import ParallelConfig
 from megatron_replay.data.packing import forest_of, pack_batch
 from megatron_replay.estimate import layer_activations
@@ -42,6 +43,35 @@ def kept(rank: int, world_size: int, folder: Path, layers: int, bf16: bool) -> i
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         assert stage1.main(arguments) == 0
     return sum(s.nbytes() for s in {s.data_ptr(): s for s in storages.values()}.values())
+
+
+@pytest.mark.parametrize(
+    ("tied", "layout", "processes", "expected"),
+    [
+        (True, (1, 1), 1, ""),
+        (True, (2, 2), 4, "6"),
+        (False, (2, 2), 4, "5"),
+        (True, (2, 1), 4, "5"),
+    ],
+)
+def test_each_communicator_of_an_npu_has_two_buffers(
+    tmp_path, monkeypatch, capsys, tied, layout, processes, expected
+) -> None:
+    save_qwen3(tmp_path / "model", tied=tied)
+    save_corpus(tmp_path / "corpus", num_documents=4)
+    monkeypatch.setenv("HCCL_BUFFSIZE", "1024")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    tp, pp = map(str, layout)
+    printed = {}
+    for platform in ("cpu", "npu"):
+        argv = ["--load", str(tmp_path / "model"), "--data-path", str(tmp_path / "corpus")]
+        argv += ["--store", str(tmp_path / "store"), "--platform", platform, "--dry-run"]
+        argv += ["--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp]
+        assert stage0.main(argv) == 0
+        printed[platform] = capsys.readouterr().out
+    assert "communicators" not in printed["cpu"]
+    found = re.findall(r"buffers of (\d) communicators +(\d+).00 GiB", printed["npu"])
+    assert found == ([(expected, str(2 * int(expected)))] if expected else [])
 
 
 @pytest.mark.parametrize("bf16", [False, True])

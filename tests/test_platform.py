@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_replay import platform
 from megatron_replay.errors import ConfigError
-from megatron_replay.platform import PLATFORMS, megatron_core
+from megatron_replay.platform import PLATFORMS, devices, megatron_core
 from megatron_replay.platform.devices import CPU, CUDA, NPU
 
 
@@ -45,6 +45,16 @@ def test_auto_takes_the_accelerator_and_a_name_is_never_replaced(monkeypatch):
             if kind not in present:
                 with pytest.raises(ConfigError, match=f"--platform: .* {kind.name} "):
                     platform.select(kind.name)
+
+
+def test_a_restarted_rank_waits_before_it_opens_its_npu(monkeypatch):
+    waited = []
+    monkeypatch.setattr(devices.time, "sleep", waited.append)
+    for restarts, seconds in (("0", []), ("2", [10.0])):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        with pytest.raises(ModuleNotFoundError, match="torch_npu"):
+            NPU().prepare(0)
+        assert waited == seconds
 
 
 @pytest.mark.parametrize("name", ["gpu", "CPU", ""])

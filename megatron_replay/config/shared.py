@@ -123,6 +123,11 @@ class ParallelConfig(Section):
     distributed_timeout_minutes: float = option(
         "minutes a collective waits for a rank before the run fails", 10.0, within="[0.01, 10080]"
     )
+    batch_p2p_comm: bool = option(
+        "a pipeline stage sends and receives in one batched call; off: one call each",
+        True,
+        used_with={"pipeline_model_parallel_size": ABOVE_ONE},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

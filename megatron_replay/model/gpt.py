@@ -135,6 +135,7 @@ def transformer_config(
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        batch_p2p_comm=parallel.batch_p2p_comm,
         # Micro-batches of their own lengths; megatron-core then asks for this dispatcher, though
         # there are no experts.
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,

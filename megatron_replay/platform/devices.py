@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import resource
+import time
 import warnings
 from typing import Any, ClassVar
 
@@ -15,6 +16,9 @@ from torch.profiler import ProfilerActivity
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.platform.megatron_core import check_version, install
+
+#: An NPU is free again so long after the process that used it has ended.
+RESTART_SECONDS = 10.0
 
 
 class Platform(abc.ABC):
@@ -48,6 +52,11 @@ class Platform(abc.ABC):
     @abc.abstractmethod
     def peak_memory_bytes(self) -> int:
         """Peak bytes that this process has held on its device (in host memory, for cpu)."""
+
+    @classmethod
+    def communicator_bytes(cls) -> int:
+        """Device memory that the collectives of each process group hold; 0 where it is small."""
+        return 0
 
     def profiler(self) -> Any:
         """A profiler of host and device with torch.profiler's start, stop, export_chrome_trace."""
@@ -144,13 +153,24 @@ class NPU(Platform):
         ``transfer_to_npu`` maps cuda to npu and nccl to hccl everywhere in torch, except in the
         result of ``Tensor.type()``, which megatron-core compares with ``torch.cuda.FloatTensor``,
         and in the RNG tracker's ``default_generators``. ``install`` patches both.
+
+        After a restart by torchrun it waits first: HCCL's error EJ0001 asks for so many seconds
+        between the end of one process on a device and the start of the next.
         """
+        is_first = self.device.type == "cpu"
+        if is_first and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            time.sleep(RESTART_SECONDS)
         # Its import sets a filter that shows every warning, then warns at length: discard both.
         with warnings.catch_warnings(record=True):
             importlib.import_module("torch_npu.contrib.transfer_to_npu")
         self.device = torch.device("npu", local_rank)
         _npu().set_device(self.device)
         install(_npu(), self.device, extra={})
+
+    @classmethod
+    def communicator_bytes(cls) -> int:
+        """A buffer of HCCL_BUFFSIZE MiB to send and one to receive (CANN's documentation)."""
+        return 2 * int(os.environ.get("HCCL_BUFFSIZE", "200")) << 20
 
     def peak_memory_bytes(self) -> int:
         """Peak bytes of torch_npu's caching allocator."""

@@ -28,6 +28,8 @@ VARIABLES = {
     "TASK_QUEUE_ENABLE": ("2", "the host launches ahead of the device"),
     "CPU_AFFINITY_CONF": ("1", "ranks keep to their own cores"),
 }
+#: Packages that CANN's installation guide names beside those that this project needs.
+CANN_IMPORTS = ("attrs", "decorator", "scipy", "sympy", "cffi", "protobuf", "absl-py")
 #: Device files that a container needs in addition to /dev/davinci0 and so on.
 _SHARED_DEVICES = ("davinci_manager", "devmm_svm", "hisi_hdc")
 _SMI = tuple(f"{place}/npu-smi" for place in ("usr/local/bin", "usr/local/sbin", "usr/bin"))
@@ -134,6 +136,24 @@ def ascend_devices(machine: Machine) -> Finding:
     return Finding(subject, "ok", f"{found}, driver and npu-smi")
 
 
+def ascend_python(machine: Machine) -> Finding:
+    """CANN's own Python modules, and the packages that they import, can be found.
+
+    Where they cannot, operators that CANN compiles at run time fail with EC0010 or 500001.
+    """
+    subject = "CANN's Python modules"
+    folders = machine.environment.get("PYTHONPATH", "").split(os.pathsep)
+    found = [x for x in folders if "/Ascend/" in x and (machine.root / x.lstrip("/")).is_dir()]
+    if not found:
+        advice = "Source CANN's set_env.sh, after the virtual environment was activated"
+        return Finding(subject, "error", "no folder of CANN in PYTHONPATH", advice)
+    missing = [name for name in CANN_IMPORTS if machine.distribution(name) is None]
+    if missing:
+        advice = f"pip install {' '.join(missing)}: a virtual environment has none of the system's"
+        return Finding(subject, "error", f"they import {', '.join(missing)}", advice)
+    return Finding(subject, "ok", f"in {', '.join(found)}")
+
+
 def ascend_environment(machine: Machine) -> Finding:
     """The variables that ``VARIABLES`` lists."""
     subject = "Ascend environment"
@@ -171,4 +191,4 @@ def space(folder: Path) -> Finding:
 #: The finding on a machine with nothing of Ascend.
 NO_ASCEND = Finding("Ascend", "ok", "no Ascend device, CANN or torch_npu here")
 #: The checks of one with anything of it, in the doctor's order.
-ASCEND_CHECKS = (ascend_versions, ascend_devices, ascend_environment)
+ASCEND_CHECKS = (ascend_versions, ascend_python, ascend_devices, ascend_environment)

@@ -32,6 +32,7 @@ BOTH: dict[str, list[str]] = {
     "pipeline_model_parallel_size": ["2"],
     "platform": ["nonsense"],
     "distributed_timeout_minutes": ["3"],
+    "batch_p2p_comm": ["no"],
     "bf16": [""],
     "seq_length": ["40"],
     "long_documents": ["truncate", "--seq-length", "24"],
