@@ -57,6 +57,21 @@ def test_a_run_logs_its_steps_its_probes_and_its_waits(folder, finished):
     assert logged == pytest.approx(stages.losses(save), rel=1e-6)
 
 
+def _without_batched_sends(_: int) -> None:
+    def refuse(_: object) -> None:
+        raise AssertionError("a batched call")
+
+    torch.distributed.batch_isend_irecv = refuse
+
+
+def test_stages_send_one_by_one_as_in_a_batch(folder, tmp_path):
+    two = ["--train-iters", 2, "--probe-interval", 0, "--store", folder / "store"]
+    stages.succeed("stage1", *argv(folder, tmp_path / "batched", *two), pp=2)
+    one_by_one = argv(folder, tmp_path / "single", *two, "--no-batch-p2p-comm")
+    stages.succeed("stage1", *one_by_one, pp=2, before=_without_batched_sends)
+    assert weights(tmp_path / "single") == weights(tmp_path / "batched")
+
+
 def test_drifting_mass_is_warned_of(folder, tmp_path):
     flags = ["--optimizer", "adamw", "--train-epochs", 6]
     out = stages.succeed("stage1", *argv(folder, tmp_path / "run", *flags))
