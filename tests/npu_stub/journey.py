@@ -132,7 +132,7 @@ NARROW = {
 }  # fmt: skip
 
 
-def layers() -> list[Any]:
+def layers() -> tuple[list[Any], list[tuple[str, str]]]:
     """The findings of tools/doctor.py --compare-gradients, and the guard's."""
     from megatron_replay.training import layer_errors
 
@@ -145,7 +145,7 @@ def layers() -> list[Any]:
 
     guard, shape = Guard(), dataclasses.replace(layer_errors.SHAPE, **NARROW)
     found = list(layer_errors.compare(select("npu"), shape, run=run))
-    return [(f.subject, f.status, f.found) for f in found] + list(guard.found)
+    return [(f.subject, f.status, f.found) for f in found], list(guard.found)
 
 
 def doctor() -> list[Any]:
@@ -173,13 +173,16 @@ def main() -> None:
             codes.append(answer["code"])
             attention += answer["attention"]
             total.update(map(tuple, answer["found"]))
+    examined = doctor()  # first: it forks, and the other leaves threads
+    compared, found = layers()
+    total.update(found)
     answer = {
         "codes": codes,
         "attention": attention,
         "found": sorted(total),
-        "doctor": doctor(),
+        "doctor": examined,
         "misdeeds": misdeeds(),
-        "layers": layers(),
+        "layers": compared,
         "mindspeed": [name for name in sys.modules if "mindspeed" in name],
     }
     (folder / "found.json").write_text(json.dumps(answer, indent=1))
