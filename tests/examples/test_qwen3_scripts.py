@@ -21,7 +21,9 @@ from typing import Any
 
 import pytest
 
+from examples.quickstart import init_base
 from megatron_replay.errors import CheckpointError
+from megatron_replay.model.config import ModelConfig
 from megatron_replay.store import CandidateReader
 from tests import pool, tiny
 from tests.e2e import stages
@@ -193,6 +195,15 @@ def test_two_jobs_on_a_node_take_ports_of_their_own_and_nodes_the_same_one(tmp_p
     assert {port() for _ in range(5)} != {port()}
     assert port(NNODES=2) == port(NNODES=2, NODE_RANK=1) == "6000"
     assert port(MASTER_PORT=6001) == "6001"
+
+
+@pytest.mark.parametrize("qwen3", ["4b", "8b"])
+def test_random_weights_have_the_true_shape(tmp_path: Path, qwen3: str) -> None:
+    name = f"data_convert_qwen3_{qwen3}_4K_instruction"
+    _, init_base_command, _ = commands(name, tmp_path, MODEL_SIZE="random")
+    shape = init_base_command[init_base_command.index("--shape") + 1]
+    (tmp_path / "config.json").write_text(json.dumps(TRUE_SHAPE | TRUE_SHAPES[qwen3]))
+    assert init_base.config(shape) == ModelConfig.from_hf(tmp_path)
 
 
 #: Stands in for torchrun and python -m pip: takes no time, and fails as the variable says.
