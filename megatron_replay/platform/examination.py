@@ -142,8 +142,10 @@ def ascend_python(machine: Machine) -> Finding:
     Where they cannot, operators that CANN compiles at run time fail with EC0010 or 500001.
     """
     subject = "CANN's Python modules"
-    folders = machine.environment.get("PYTHONPATH", "").split(os.pathsep)
-    found = [x for x in folders if "/Ascend/" in x and (machine.root / x.lstrip("/")).is_dir()]
+    home = cann.home(machine.root, machine.environment)
+    listed = machine.environment.get("PYTHONPATH", "").split(os.pathsep)
+    folders = [(machine.root / folder.lstrip("/")).resolve() for folder in listed if folder]
+    found = [x for x in folders if home and x.is_relative_to(home.resolve()) and x.is_dir()]
     if not found:
         advice = "Source CANN's set_env.sh, after the virtual environment was activated"
         return Finding(subject, "error", "no folder of CANN in PYTHONPATH", advice)
@@ -151,7 +153,7 @@ def ascend_python(machine: Machine) -> Finding:
     if missing:
         advice = f"pip install {' '.join(missing)}: a virtual environment has none of the system's"
         return Finding(subject, "error", f"they import {', '.join(missing)}", advice)
-    return Finding(subject, "ok", f"in {', '.join(found)}")
+    return Finding(subject, "ok", f"in {', '.join(map(str, found))}")
 
 
 def ascend_environment(machine: Machine) -> Finding:
