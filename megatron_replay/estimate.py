@@ -133,9 +133,9 @@ def layer_activations(
 
     The factors were counted, not derived: how many hidden states, query heads, key-value groups
     and ffn channels per row autograd saves on a CPU (tests/test_estimate.py). In bf16, parts of the
-    norms and of the rotary embedding are kept in fp32. Where documents share prefixes, the keys and
-    values gathered for attention are kept as well; so are the masks of torch's attention, whole on
-    each rank.
+    norms are kept in fp32. The fused operators of NPUs keep less (``kernels.ascend_layers``). Where
+    documents share prefixes, the keys and values gathered for attention are kept as well; so are
+    the masks of torch's attention, whole on each rank.
     """
     tp, rows = parallel.tensor_model_parallel_size, len(batch.token_T)
     hidden, heads, groups = (6, 6, 4) if width == 4 else (10, 8, 7)
@@ -146,7 +146,7 @@ def layer_activations(
     queries = rows * heads * shape.num_attention_heads * channels
     gathered = 0 if documents.key_rows is None else 2 * len(documents.key_rows)
     pairs = (rows * groups + gathered) * shape.num_query_groups * channels
-    ffn = 5 * rows * shape.ffn_hidden_size
+    ffn = 4 * rows * shape.ffn_hidden_size
     masked = [s for s in documents.segments if s.mask is not None or s.prefix]
     masks = sum((s.stop - s.start) * s.num_keys for s in masked)
     return (whole + (queries + pairs + ffn) // tp + masks) * width

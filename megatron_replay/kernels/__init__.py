@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_replay.errors import ConfigError
+from megatron_replay.kernels.layers import TORCH_LAYERS, LayerBackend
 from megatron_replay.kernels.packed_attention import TORCH_ATTENTION, AttentionBackend
 from megatron_replay.loss.backends import HeadBackend
 from megatron_replay.loss.blocks import DENSE, UNION
@@ -153,4 +154,9 @@ SELECTION = Backends[SelectionBackend](
 ATTENTION = Backends[AttentionBackend](
     what="attention", anywhere={"torch": TORCH_ATTENTION},
     compiled={"ascend": _ALL}, module="attention",
+)  # fmt: skip
+#: Norm, activation and rotation of a layer.
+LAYERS = Backends[LayerBackend](
+    what="norm, activation and rotation", anywhere={"torch": TORCH_LAYERS},
+    compiled={"ascend": _ALL}, module="layers",
 )  # fmt: skip

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -26,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_replay import kernels
+from megatron_replay.kernels.layers import Rotation
 from megatron_replay.kernels.packed_attention import Documents
 from megatron_replay.model.selected_rows import SelectedRows
 
@@ -36,7 +36,10 @@ class PackedDocuments(PackedSeqParams):
     Attributes:
         documents: for attention.
         rows: the rows that the head uses; None: any.
+        rotation: of every row, from its position; set by the model.
     """
+
+    rotation: Rotation
 
     def __init__(self, documents: Documents, rows: SelectedRows | None, length: int) -> None:
         super().__init__(max_seqlen_q=length, max_seqlen_kv=length)
@@ -46,7 +49,8 @@ class PackedDocuments(PackedSeqParams):
 class PackedAttention(MegatronModule):
     """softmax(Q K^T / sqrt(D)) V along each document's path (``kernels.packed_attention``).
 
-    By the backend that is best for the queries' device and dtype (``kernels.ATTENTION``).
+    Rotates Q and K first. By the backends that are best for the queries' device and dtype
+    (``kernels.ATTENTION``, ``kernels.LAYERS``).
 
     Attributes:
         record_max_logits: whether to record, at each pass with gradients, the largest logits. The
@@ -81,7 +85,8 @@ class PackedAttention(MegatronModule):
         **_: Any,
     ) -> Tensor:
         """[T, 1, N * D]; any finite numbers at padding."""
-        documents = packed_seq_params.documents
+        documents, rotation = packed_seq_params.documents, packed_seq_params.rotation
+        query_T1ND, key_T1GD = _rotate(query_T1ND, rotation), _rotate(key_T1GD, rotation)
         query_TND, key_TGD, value_TGD = (x[:, 0] for x in (query_T1ND, key_T1GD, value_T1GD))
         # Under recomputation a layer runs twice, and with gradients once.
         if self.record_max_logits and torch.is_grad_enabled():
@@ -93,17 +98,19 @@ class PackedAttention(MegatronModule):
         return out_TND.flatten(1)[:, None]
 
     def at_rows(
-        self, query_RND: Tensor, key_TGD: Tensor, value_TGD: Tensor, packed: PackedDocuments
+        self, query_R1ND: Tensor, key_T1GD: Tensor, value_T1GD: Tensor, packed: PackedDocuments
     ) -> Tensor:
-        """[R, N * D]: what ``forward`` gives at the head's rows; zeros behind the last."""
+        """[R, 1, N * D]: what ``forward`` gives at the head's rows; zeros behind the last."""
         documents, rows = packed.documents, packed.rows
         assert rows is not None
-        backend = kernels.ATTENTION.choose("auto", query_RND)
-        operands = (query_RND, key_TGD, value_TGD)
+        query_R1ND = _rotate(query_R1ND, packed.rotation.at(rows.rows_R))
+        key_T1GD = _rotate(key_T1GD, packed.rotation)
+        backend = kernels.ATTENTION.choose("auto", query_R1ND)
+        operands = (x[:, 0] for x in (query_R1ND, key_T1GD, value_T1GD))
         out_RND = backend.at_rows(
             *operands, documents, rows.rows_N, rows.segments, scale=self.scale
         )
-        return out_RND.flatten(1)
+        return out_RND.flatten(1)[:, None]
 
 
 class LastLayer(TransformerLayer):
@@ -117,7 +124,6 @@ class LastLayer(TransformerLayer):
         self,
         hidden_states: Tensor,
         *args: Any,
-        rotary_pos_emb: Tensor,
         packed_seq_params: PackedDocuments,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -125,30 +131,18 @@ class LastLayer(TransformerLayer):
         rows = packed_seq_params.rows
         if rows is None:
             return super()._forward_attention(
-                hidden_states,
-                *args,
-                rotary_pos_emb=rotary_pos_emb,
-                packed_seq_params=packed_seq_params,
-                **kwargs,
+                hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
             )
         residual_M1H = rows.of_residual(hidden_states)[:, None]
         attended_R1H = _attend_at_rows(
-            self.self_attention,
-            self.input_layernorm(hidden_states),
-            rotary_pos_emb,
-            packed_seq_params,
-            rows,
+            self.self_attention, self.input_layernorm(hidden_states), packed_seq_params, rows
         )
         projected_M1H, _ = self.self_attention.linear_proj(attended_R1H)
         return residual_M1H + projected_M1H, None
 
 
 def _attend_at_rows(
-    attention: SelfAttention,
-    normed_T1H: Tensor,
-    rotary_T11D: Tensor,
-    packed: PackedDocuments,
-    rows: SelectedRows,
+    attention: SelfAttention, normed_T1H: Tensor, packed: PackedDocuments, rows: SelectedRows
 ) -> Tensor:
     """What ``attention`` computes before its projection, at ``rows``: [R, 1, heads * D]."""
     group = attention.tp_group
@@ -168,18 +162,14 @@ def _attend_at_rows(
         query_R1ND = attention.q_layernorm(query_R1ND)
     if attention.k_layernorm is not None:
         key_T1GD = attention.k_layernorm(key_T1GD)
-    query_R1ND = _rotate(query_R1ND, rotary_T11D[rows.rows_R], attention)
-    key_T1GD = _rotate(key_T1GD, rotary_T11D, attention)
-    attended_RH = attention.core_attention.at_rows(
-        query_R1ND[:, 0], key_T1GD[:, 0], value_T1GD[:, 0], packed
+    attended_R1H: Tensor = attention.core_attention.at_rows(
+        query_R1ND, key_T1GD, value_T1GD, packed
     )
-    return attended_RH[:, None]
+    return attended_R1H
 
 
-def _rotate(heads: Tensor, angles: Tensor, attention: SelfAttention) -> Tensor:
-    return apply_rotary_pos_emb(
-        heads, angles, config=attention.config, cp_group=attention.pg_collection.cp
-    )
+def _rotate(heads_T1ND: Tensor, rotation: Rotation) -> Tensor:
+    return kernels.LAYERS.choose("auto", heads_T1ND).rotate(heads_T1ND, rotation)
 
 
 @torch.no_grad()

@@ -23,7 +23,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.profiler import record_function
 
+from megatron_replay import kernels
 from megatron_replay.config import ParallelConfig
+from megatron_replay.kernels.layers import Rotation
 from megatron_replay.model.attention import LastLayer, PackedAttention, PackedDocuments
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.model.selected_rows import HiddenStates, WordEmbeddings
@@ -47,17 +49,30 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
+    def forward(self, x: Tensor) -> Tensor:
+        """By the backend that is best for the device (``kernels.LAYERS``)."""
+        assert self.eps is not None
+        return kernels.LAYERS.choose("auto", x).rms_norm(x, self.weight, self.eps)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(a) * b of x = [a, b], by the backend that is best for the device."""
+    return kernels.LAYERS.choose("auto", x).swiglu(x)
+
 
 class RotaryOfPositions(RotaryEmbedding):
-    """Rotary angles by position inside the document, as rows are not in the order of positions."""
+    """Rotates by position inside the document, as rows are not in the order of positions.
 
-    position_T: Tensor | None = None
+    ``PackedAttention`` does it, with cosines and sines made once a micro-batch; megatron-core would
+    make them twice a layer.
+    """
 
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        """[T, 1, 1, D]: position times inverse frequency, twice."""
-        assert self.position_T is not None
-        angles = torch.outer(self.position_T.to(self.inv_freq.dtype), self.inv_freq)
-        return torch.cat([angles, angles], dim=-1)[:, None, None]
+    def forward(self, *_: Any, **__: Any) -> None:
+        """Gives megatron-core nothing to rotate by."""
+
+    def rotation(self, position_T: Tensor, dtype: torch.dtype) -> Rotation:
+        """By the angles position times inverse frequency."""
+        return Rotation.of(torch.outer(position_T.to(self.inv_freq.dtype), self.inv_freq), dtype)
 
 
 class ReplayGPTModel(GPTModel):
@@ -78,11 +93,12 @@ class ReplayGPTModel(GPTModel):
     ) -> Any:
         """Hidden states on all stages but the last; there, what ``head`` returns."""
         self._head, self._documents = head, documents
-        self.rotary_pos_emb.position_T = position_T
+        dtype = self.config.params_dtype
+        documents.rotation = self.rotary_pos_emb.rotation(position_T, dtype)
         try:
             return super().forward(token_T[None], None, None, packed_seq_params=documents)
         finally:
-            self._head = self._documents = self.rotary_pos_emb.position_T = None
+            self._head = self._documents = None
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Any:
         if not self.post_process:
@@ -127,6 +143,7 @@ def transformer_config(
         layernorm_epsilon=model.layernorm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # the layer spec's, which need not be TransformerEngine's
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -167,6 +184,7 @@ def build_model(
     layer = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.mlp.submodules.activation_func = swiglu
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if model.qk_layernorm:

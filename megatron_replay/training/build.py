@@ -181,6 +181,7 @@ def _find_state(
 
 def _print_backends(config: Stage1Config, optimizer: MegatronOptimizer, like: torch.Tensor) -> None:
     print(f"attention: {kernels.ATTENTION.describe('auto', like)}")
+    print(f"{kernels.LAYERS.what}: {kernels.LAYERS.describe('auto', like)}")
     print(f"optimizer: {config.optimizer.optimizer}, {kernels_of(optimizer)}")
     if config.loss.loss == "restricted":
         head = kernels.HEAD.describe(config.loss.head_backend, like)

@@ -10,7 +10,7 @@ import torch
 
 from megatron_replay import kernels
 from megatron_replay.errors import ConfigError
-from megatron_replay.kernels import ATTENTION, HEAD, SELECTION
+from megatron_replay.kernels import ATTENTION, HEAD, LAYERS, SELECTION
 from megatron_replay.optim.momentum_step import OPTIMIZER, Coefficients
 
 FINE = torch.zeros(4, 4)
@@ -26,6 +26,7 @@ NAMES = {
     HEAD: ("auto", "torch", "union", "cpu", "triton", "ascend"),
     SELECTION: ("auto", "torch", "cpu", "triton"),
     ATTENTION: ("auto", "torch", "ascend"),
+    LAYERS: ("auto", "torch", "ascend"),
 }
 
 

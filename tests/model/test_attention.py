@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_replay.config import ParallelConfig
+from megatron_replay.kernels.layers import Rotation
 from megatron_replay.kernels.packed_attention import Documents
 from megatron_replay.model.attention import PackedAttention, PackedDocuments, largest_logits
 from megatron_replay.model.config import ModelConfig
@@ -92,6 +93,7 @@ def test_recording_over_micro_batches_with_gradients_changes_nothing(monkeypatch
     config = transformer_config(shape, ParallelConfig())
     attention = PackedAttention(config, 1, AttnMaskType.causal, "self")
     documents = PackedDocuments(Documents.of(*forest), None, LENGTH)
+    documents.rotation = Rotation.of(torch.zeros(LENGTH, CHANNELS // 2), torch.float32)
 
     def run(seed: int) -> tuple[Tensor, Tensor]:
         """Output and expected maxima of one micro-batch."""

@@ -3,8 +3,9 @@
     pip download --no-deps --python-version 3.11 --only-binary :all: torch_npu==2.13.0
     python -m tests.npu_stub.check_wheels torch_npu-*.whl
 
-Last run on the wheels of 2.12.0 and 2.13.0. Needs neither CANN nor an NPU: a wheel has its Python
-sources, and the schema of npu_fusion_attention in a list of operators.
+Last run on the wheels of 2.9.0.post6, 2.12.0 and 2.13.0. Earlier ones have operators with fewer
+optional arguments, none of which is given here, and no ``mm.dtype``. Needs neither CANN nor an NPU:
+a wheel has its Python sources, and schemas in a list of operators.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import sys
 import zipfile
 from pathlib import Path
 
-from tests.npu_stub.fusion_attention import NAME, SCHEMA
+from tests.npu_stub import fusion_attention, layers
 
 STUB = Path(__file__).parent / "path" / "torch_npu" / "npu.py"
 SCHEMAS = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 OURS = {"device_was_set"}
+#: torch's own operator, which ``loss.blocks`` calls where the device has it.
+PRODUCT = "mm.dtype(Tensor self, Tensor mat2, ScalarType output_dtype) -> Tensor"
 
 
 def definitions(source: str) -> dict[str, str]:
@@ -51,8 +54,12 @@ def differences(wheel: Path) -> list[str]:
         for name, parameters in ours.items()
         if name not in OURS and theirs.get(name) != parameters
     ]
-    schema = re.findall(rf"func: {NAME}(\(.*)", schemas)
-    return found + [f"{wheel.name}: {NAME}{x}, here {SCHEMA}" for x in schema if x != SCHEMA]
+    theirs_by_name = {x.partition("(")[0]: x for x in re.findall(r"func: ([\w.]+\(.*)", schemas)}
+    for schema in (fusion_attention.SCHEMA, *layers.SCHEMAS, PRODUCT):
+        schema_there = theirs_by_name.get(schema.partition("(")[0])
+        if schema_there != schema:
+            found.append(f"{wheel.name}: {schema_there}, here {schema}")
+    return found
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """A stand-in for ``torch_npu.npu_fusion_attention``: layout TND, mask mode 3, no dropout.
 
 Written from torch_npu's documentation of the operator (``_op_plugin_docs.py`` in its wheels).
-``SCHEMA`` is the wheel's own, so torch itself refuses an argument of another name or type; what the
-documentation rules out is a RuntimeError. Computes in float64.
 
 Shapes: T positions of all documents, N query heads, G of keys and values, D channels.
 """
@@ -18,19 +16,18 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tests.npu_stub.guard import mark, on_npu
+from tests.npu_stub.stand_in import DTYPES, Float64, require, stand_in
 
 NAME = "npu_fusion_attention"
 SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, int head_num, str input_layout, Tensor? pse=None,"
-    " Tensor? padding_mask=None, Tensor? atten_mask=None, float scale=1., float keep_prob=1.,"
-    " int pre_tockens=2147483647, int next_tockens=2147483647, int inner_precise=0,"
-    " int[]? prefix=None, int[]? actual_seq_qlen=None, int[]? actual_seq_kvlen=None,"
-    " int sparse_mode=0, bool gen_mask_parallel=True, bool sync=False,"
-    ' str softmax_layout="", Tensor? sink=None, Tensor? dropout_mask=None, int seed=0,'
-    " int offset=0) -> (Tensor, Tensor, Tensor, Tensor, int, int, int)"
+    "npu_fusion_attention(Tensor query, Tensor key, Tensor value, int head_num,"
+    " str input_layout, Tensor? pse=None, Tensor? padding_mask=None, Tensor? atten_mask=None,"
+    " float scale=1., float keep_prob=1., int pre_tockens=2147483647, int next_tockens=2147483647,"
+    " int inner_precise=0, int[]? prefix=None, int[]? actual_seq_qlen=None,"
+    " int[]? actual_seq_kvlen=None, int sparse_mode=0, bool gen_mask_parallel=True,"
+    ' bool sync=False, str softmax_layout="", Tensor? sink=None, Tensor? dropout_mask=None,'
+    " int seed=0, int offset=0) -> (Tensor, Tensor, Tensor, Tensor, int, int, int)"
 )
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 #: The most documents of a call, channels and query heads.
 MOST_DOCUMENTS, MOST_CHANNELS, MOST_HEADS = 1024, 768, 256
 #: Arguments that the stand-in does not implement, and the only values it takes.
@@ -38,30 +35,10 @@ _FIXED = {
     "input_layout": "TND", "sparse_mode": 3, "keep_prob": 1.0, "pse": None, "padding_mask": None,
     "prefix": None, "sink": None, "dropout_mask": None,
 }  # fmt: skip
-calls = 0
+_require = functools.partial(require, name=NAME)
 
 
-def npu_fusion_attention(*args: Any, **kwargs: Any) -> Any:
-    """As torch_npu's function of this name; ``calls`` counts."""
-    global calls
-    calls += 1
-    return _operator()(*args, **kwargs)
-
-
-@functools.cache
-def _operator() -> Any:
-    library = torch.library.Library("npu", "DEF")
-    library.define(NAME + SCHEMA)
-    library.impl(NAME, _check_and_attend, "CompositeImplicitAutograd")
-    _operator.library = library  # type: ignore[attr-defined]  # it ends with its last reference
-    return getattr(torch.ops.npu, NAME)
-
-
-def _check_and_attend(*values: Any) -> tuple[Any, ...]:
-    # torch leaves out the arguments behind the last that is not its default.
-    parameters = getattr(torch.ops.npu, NAME).default._schema.arguments
-    given = {parameter.name: parameter.default_value for parameter in parameters}
-    given |= dict(zip(given, values, strict=False))
+def _check_and_attend(**given: Any) -> tuple[Any, ...]:
     query, key, value, mask = (given[x] for x in ("query", "key", "value", "atten_mask"))
     ends, key_ends = given["actual_seq_qlen"], given["actual_seq_kvlen"]
     with _disable_current_modes():
@@ -84,13 +61,9 @@ def _check_and_attend(*values: Any) -> tuple[Any, ...]:
         # nothing.
         sizes = [[b - a for a, b in itertools.pairwise([0, *of])] for of in (ends, key_ends)]
         _require(all(q <= k for q, k in zip(*sizes, strict=True)), "more queries than keys")
-    out = _Attend.apply(query, key, value, given["scale"], list(ends), list(key_ends))
+    attend = functools.partial(_attend, scale=given["scale"], ends=ends, key_ends=key_ends)
+    out = Float64.apply(NAME, attend, query, key, value)
     return out, *[query.new_empty(0) for _ in range(3)], 0, 0, 0
-
-
-def _require(fulfilled: bool, what: str) -> None:
-    if not fulfilled:
-        raise RuntimeError(f"{NAME}: {what}")
 
 
 @functools.cache
@@ -98,8 +71,9 @@ def _compressed() -> Tensor:
     return torch.ones(2048, 2048, dtype=torch.bool).triu(1)
 
 
-def _attend(operands: list[Tensor], scale: float, ends: list[int], key_ends: list[int]) -> Tensor:
-    query, *pairs = operands
+def _attend(
+    query: Tensor, *pairs: Tensor, scale: float, ends: list[int], key_ends: list[int]
+) -> Tensor:
     spans = zip(itertools.pairwise([0, *ends]), itertools.pairwise([0, *key_ends]), strict=True)
     documents = []
     for (start, end), (first, last) in spans:
@@ -112,24 +86,4 @@ def _attend(operands: list[Tensor], scale: float, ends: list[int], key_ends: lis
     return torch.cat(documents)
 
 
-class _Attend(torch.autograd.Function):
-    """One operator for the guard: it sees neither the float64 inside nor the steps."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.rest = rest
-        with _disable_current_modes():
-            out = _attend([x.double() for x in (query, key, value)], *rest).to(query.dtype)
-            mark(out, on_npu(query))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        with _disable_current_modes(), torch.enable_grad():
-            leaves = [x.detach().double().requires_grad_() for x in ctx.saved_tensors]
-            grads = torch.autograd.grad(_attend(leaves, *ctx.rest), leaves, grad.double())
-            made = [x.to(grad.dtype).contiguous() for x in grads]
-            for x in made:
-                mark(x, on_npu(grad))
-        return (*made, None, None, None)
+npu_fusion_attention = stand_in(SCHEMA, _check_and_attend)

@@ -14,10 +14,15 @@ from torch.distributed import distributed_c10d
 torch.utils.rename_privateuse1_backend("npu")
 
 from tests.npu_stub.fusion_attention import npu_fusion_attention  # noqa: E402
+from tests.npu_stub.layers import npu_rms_norm, npu_rotary_mul, npu_swiglu  # noqa: E402
 from torch_npu import npu  # noqa: E402
 
-__all__ = ["npu", "npu_fusion_attention"]
+__all__ = ["npu", "npu_fusion_attention", "npu_rms_norm", "npu_rotary_mul", "npu_swiglu"]
 torch._register_device_module("npu", npu)
+# bf16 products with fp32 sums, as from 2.9.0.post6 on.
+_aten = torch.library.Library("aten", "IMPL")
+for key in ("CPU", "PrivateUse1"):
+    _aten.impl("mm.dtype", lambda left, right, dtype: left.to(dtype) @ right.to(dtype), key)
 torch.Tensor.npu = lambda self, device=None, non_blocking=False: self.to(device or "npu")
 
 
