@@ -1,5 +1,6 @@
 # The commands of this project. Each one sets up what it needs.
-PYTHON ?= python3
+# The interpreter of .venv, 3.10 to 3.13: make setup PYTHON=python3.12
+PYTHON ?= $(firstword $(wildcard .venv/bin/python) python3)
 BIN := .venv/bin
 STAMP := .venv/.ready
 PEERS := .venv/.peers
@@ -12,10 +13,20 @@ unexport PYTHONDONTWRITEBYTECODE
 
 setup: $(STAMP)  ## create .venv with pinned packages and this package in place
 
+VERSION = -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+
+# Without PYTHON, the .venv that is there stays.
+.PHONY: interpreter
+interpreter:
+ifneq ($(origin PYTHON),file)
+	@! test -e $(BIN)/python || test "$$($(PYTHON) $(VERSION))" = "$$($(BIN)/python $(VERSION))" || \
+		{ echo "error: .venv is of Python $$($(BIN)/python $(VERSION)), not of $(PYTHON); run make clean first" >&2; exit 1; }
+endif
+
 $(STAMP): requirements/cpu.txt setup.py \
-		$(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/store/*.cpp csrc/ascend/*.* csrc/ascend/*/*.*)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-		{ echo "error: the pinned packages are for Python 3.11, found $$($(PYTHON) --version); name one with PYTHON=..." >&2; exit 1; }
+		$(wildcard csrc/cpu/*.cpp csrc/cpu/*.h csrc/store/*.cpp csrc/ascend/*.* csrc/ascend/*/*.*) | interpreter
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "error: Python 3.10 to 3.13 is needed, found $$($(PYTHON) --version 2>&1); choose one: make setup PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 		{ echo "error: the venv module is missing; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	@test $(BUILD_KERNELS) = 0 || command -v $(CXX) >/dev/null || \

@@ -74,7 +74,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["megatron_replay", "megatron_replay.*"]),
     **kernels(),
-    python_requires=">=3.10",
+    python_requires=">=3.10,<3.14",  # those for which megatron-core has wheels
     install_requires=[
         "torch>=2.6",
         # Extended by subclassing private hooks: the version is exact, and checked at start.

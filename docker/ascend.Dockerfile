@@ -2,7 +2,7 @@
 #   docker build -f docker/ascend.Dockerfile -t megatron-replay:ascend .
 #   docker/run.sh megatron-replay:ascend
 # CANN, torch_npu and Python must fit each other (megatron_replay/platform/cann.py, docs/ascend.md):
-# the first step checks it. This project has neither built nor run it.
+# the first step refuses a pair known not to, and warns of one that is not known. This project has neither built nor run it.
 ARG CANN=9.1.0
 ARG PYTHON=3.11
 FROM quay.io/ascend/cann:${CANN}-910b-ubuntu22.04-py${PYTHON}
@@ -11,8 +11,6 @@ ARG PYTHON
 ARG TORCH_NPU=2.12.0
 # 1 builds the kernels of csrc/ascend with CANN's compiler; 0 leaves them out.
 ARG KERNELS=1
-# 1 builds Ascend's apex (https://gitcode.com/Ascend/apex), which is optional.
-ARG APEX=0
 ARG SOC_VERSION=Ascend910B3
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 
@@ -21,7 +19,7 @@ RUN python3 /tmp/cann.py --cann "${CANN}" --torch-npu "${TORCH_NPU}" --python "$
 
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ make cmake git \
+    && apt-get install --yes --no-install-recommends g++ make cmake \
     && rm -rf /var/lib/apt/lists/*
 
 # torch first, of the release that torch_npu was built for: CPU wheels, NPUs need no other.
@@ -35,7 +33,7 @@ WORKDIR /workspace/megatron_replay
 COPY . .
 # set_env.sh sets ASCEND_HOME_PATH, with which setup.py builds the NPU's kernels. torch's autoload of
 # torch_npu is off, because there is no device while an image is built.
-RUN docker/steps/ascend.sh "${KERNELS}" "${APEX}"
+RUN docker/steps/ascend.sh "${KERNELS}"
 
 ENV CUDA_DEVICE_MAX_CONNECTIONS=1 \
     HCCL_CONNECT_TIMEOUT=3600 \

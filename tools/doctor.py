@@ -31,7 +31,7 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 try:
     from megatron_replay.errors import ReplayError
-    from megatron_replay.platform import Platform, examination
+    from megatron_replay.platform import Platform, cann, examination
     from megatron_replay.platform.examination import Finding, Machine
     from megatron_replay.platform.megatron_core import SUPPORTED_VERSION
 except (ImportError, OSError) as error:
@@ -40,9 +40,12 @@ except (ImportError, OSError) as error:
 
 def versions(machine: Machine) -> Iterator[Finding]:
     """Python, and the packages without which nothing runs."""
-    old = sys.version_info < (3, 10)
-    advice = "Use 3.10 or 3.11" if old else ""
-    yield Finding("Python", "error" if old else "ok", host.python_version(), advice)
+    python = host.python_version()
+    if ".".join(python.split(".")[:2]) in cann.PYTHONS:
+        yield Finding("Python", "ok", python)
+    else:
+        advice = f"Use {' or '.join(cann.PYTHONS)}: megatron-core has wheels for these"
+        yield Finding("Python", "error", python, advice)
     for name, fits, wanted in (
         ("torch", lambda _: True, "torch"),
         ("megatron-core", lambda x: x == SUPPORTED_VERSION, f"megatron-core=={SUPPORTED_VERSION}"),
@@ -114,7 +117,7 @@ def optional_packages(machine: Machine) -> Iterator[Finding]:
         advice = "pip uninstall apex: PyPI's package of that name has nothing to do with training"
         yield Finding("apex", "warning", f"another package, in {places[0]}", advice)
     else:
-        yield Finding("apex", "ok", f"in {places[0]}" if places else absent)
+        yield Finding("apex", "ok", f"in {places[0]}, of use on CUDA only" if places else absent)
 
 
 def package_folders(name: str) -> list[Path]:

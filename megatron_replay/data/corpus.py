@@ -90,7 +90,8 @@ def pick_documents(lengths: npt.NDArray[np.int32], number: int) -> npt.NDArray[n
     usable = np.flatnonzero(lengths > 1)
     number = min(number, len(usable))
     picks = np.unique(np.linspace(0, len(usable) - 1, number).round().astype(np.int64))
-    return usable[picks]
+    found: npt.NDArray[np.int64] = usable[picks]
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

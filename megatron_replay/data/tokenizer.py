@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from megatron_replay.data.tokenizer_limits import (
     MAX_TEXT,
@@ -114,7 +114,7 @@ def tokenizer_digests(path: str | os.PathLike[str]) -> dict[str, str]:
     for file in tokenizer_files(path):
         with open_regular(file, DataError) as handle:
             name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
-            digests[name] = hashlib.file_digest(cast(Any, handle), "sha256").hexdigest()
+            digests[name] = hashlib.sha256(handle.read()).hexdigest()
     return digests
 
 

@@ -1,4 +1,4 @@
-"""Which torch_npu fits which CANN: the wrong pair fails at import with an undefined symbol.
+"""Which torch_npu is made for which CANN: another one fails at import with an undefined symbol.
 
 Needs only Python, so that a Dockerfile can run it before anything is installed:
 
@@ -12,31 +12,60 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
-#: The torch_npu releases made for each CANN, from the release notes of both. This project has run
-#: none of them.
+#: The torch_npu releases made for each CANN, from 2.6 on, as in COMPATIBILITY.md of Ascend/pytorch
+#: (August 2026). This project has run none of them.
 COMPATIBLE = {
     "9.1.0": ("2.7.1.post8", "2.9.0.post6", "2.10.0.post4", "2.11.0", "2.12.0"),
     "9.0.0": ("2.7.1.post4", "2.8.0.post4", "2.9.0.post2"),
     "8.5.0": ("2.6.0.post5", "2.7.1.post2", "2.8.0.post2", "2.9.0"),
+    "8.3.RC1": ("2.6.0.post3", "2.7.1", "2.8.0"),
+    "8.2.RC1": ("2.6.0",),
 }
-#: megatron-core 0.16.1 is the last with wheels for these, and CANN's images have them.
-PYTHONS = ("3.10", "3.11")
+#: megatron-core 0.16.1 has wheels for these.
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 #: Where CANN installs itself: since 8.5, and before.
 HOMES = ("usr/local/Ascend/cann", "usr/local/Ascend/ascend-toolkit/latest")
 
 
-def why_not(cann: str, torch_npu: str, python: str) -> str | None:
-    """Why these three do not fit each other, and what would; None if they do."""
+def compare(
+    cann: str, torch_npu: str, python: str
+) -> tuple[Literal["ok", "warning", "error"], str]:
+    """Whether the three fit each other, and the reason if not.
+
+    An error where they are known not to: the table has both releases, apart from each other. A
+    warning with the nearest known pair where the table lacks one of them.
+    """
     if python not in PYTHONS:
-        return f"Python {python}, where megatron-core 0.16.1 needs {' or '.join(PYTHONS)}"
-    release = re.match(r"\d+\.\d+\.\d+", cann)
-    made_for = COMPATIBLE.get(release[0] if release else cann)
-    if made_for is None:
-        return f"CANN {cann}, where {', '.join(COMPATIBLE)} are known"
-    if torch_npu.partition("+")[0] not in made_for:
-        return f"torch_npu {torch_npu} on CANN {cann}, which takes {', '.join(made_for)}"
-    return None
+        return "error", f"Python {python}, where megatron-core 0.16.1 needs {' or '.join(PYTHONS)}"
+    release = re.match(r"\d+\.\d+\.(RC)?\d+", cann)
+    cann, torch_npu = release[0] if release else cann, torch_npu.partition("+")[0]
+    if _number(cann) < min(map(_number, COMPATIBLE)):
+        return "error", f"CANN {cann}, for which no torch_npu from 2.6 on is made"
+    made_for = COMPATIBLE.get(cann, ())
+    if torch_npu in made_for:
+        return "ok", ""
+    others = [other for other, releases in COMPATIBLE.items() if torch_npu in releases]
+    if made_for and others:
+        reason = f"torch_npu {torch_npu} is made for CANN {others[0]}; CANN {cann} takes"
+        return "error", f"{reason} {', '.join(made_for)}"
+    pairs = [(known, fitting) for known, fits in COMPATIBLE.items() for fitting in fits]
+    near = min(
+        pairs,
+        key=lambda pair: (
+            abs(_number(pair[0]) - _number(cann)),
+            abs(_number(pair[1]) - _number(torch_npu)),
+        ),
+    )
+    reason = f"nothing is known of torch_npu {torch_npu} on CANN {cann}"
+    return "warning", f"{reason}; the nearest known pair is torch_npu {near[1]} on CANN {near[0]}"
+
+
+def _number(release: str) -> int:
+    """2.9.0.post6 -> 2_009_000_006: for the order of releases and their distance."""
+    parts = [int(part) for part in re.findall(r"\d+", release)]
+    return sum(part * 1000 ** (3 - i) for i, part in enumerate(parts[:4]))
 
 
 def torch_for(torch_npu: str) -> str:
@@ -61,15 +90,15 @@ def version(home: Path) -> str | None:
 
 
 def main() -> int:
-    """Check one triple; the exit code is 2 where it does not fit."""
+    """Check one triple; the exit code is 2 where it is known not to fit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for flag in ("--cann", "--torch-npu", "--python"):
         parser.add_argument(flag, required=True)
     options = parser.parse_args()
-    reason = why_not(options.cann, options.torch_npu, options.python)
+    status, reason = compare(options.cann, options.torch_npu, options.python)
     if reason:
-        print(f"error: {reason}", file=sys.stderr)
-    return 2 if reason else 0
+        print(f"{status}: {reason}", file=sys.stderr)
+    return 2 if status == "error" else 0
 
 
 if __name__ == "__main__":

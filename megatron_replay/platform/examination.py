@@ -102,7 +102,8 @@ def ascend_versions(machine: Machine) -> Finding:
         advice = "Check by hand: no ascend_toolkit_install.info names the release of CANN"
         return Finding(subject, "warning", found, advice)
     python = ".".join(host.python_version_tuple()[:2])
-    if reason := cann.why_not(release, torch_npu, python):
+    status, reason = cann.compare(release, torch_npu, python)
+    if status == "error":
         return Finding(subject, "error", f"{found}: {reason}", "Install a pair of docs/ascend.md")
     torch = (machine.distribution("torch") or "none").partition("+")[0]
     if torch != cann.torch_for(torch_npu):
@@ -111,6 +112,9 @@ def ascend_versions(machine: Machine) -> Finding:
     if not machine.environment.get("ASCEND_HOME_PATH"):
         advice = f"source {place}/set_env.sh, or its parent's"
         return Finding(subject, "error", f"{found}; set_env.sh was not sourced", advice)
+    if status == "warning":
+        advice = "If torch_npu fails with an undefined symbol, install that pair"
+        return Finding(subject, "warning", f"{found}: {reason}", advice)
     return Finding(subject, "ok", found)
 
 

@@ -53,7 +53,12 @@ def install(monkeypatch, **versions: str | None) -> None:
         ("9.1.0", "2.9.0.post6", "2.9.0", SOURCED, "ok", "2.9.0.post6"),
         ("9.1.0", "2.9.0", "2.9.0", SOURCED, "error", "2.7.1.post8"),
         ("8.5.0", "2.12.0", "2.12.0", SOURCED, "error", "2.6.0.post5"),
-        ("8.1.RC1", "2.12.0", "2.12.0", SOURCED, "error", "8.5.0"),
+        ("8.1.RC1", "2.12.0", "2.12.0", SOURCED, "error", "from 2.6 on"),
+        ("9.1.0", "2.9.0.post9", "2.9.0", SOURCED, "warning", "2.9.0.post6 on CANN 9.1.0"),
+        ("9.1.0", "2.14.0", "2.14.0", SOURCED, "warning", "2.12.0 on CANN 9.1.0"),
+        ("9.0.1", "2.9.0.post4", "2.9.0", SOURCED, "warning", "2.9.0.post2 on CANN 9.0.0"),
+        ("9.0.1", "2.9.0.post4", "2.12.0", SOURCED, "error", "torch==2.9.0"),
+        ("8.3.RC1", "2.7.1", "2.7.1", SOURCED, "ok", "CANN 8.3.RC1"),
         ("9.1.0", "2.12.0", "2.13.0", SOURCED, "error", "torch==2.12.0"),
         ("9.1.0", "2.12.0", "2.12.0", {}, "error", "set_env.sh"),
         ("9.1.0", None, "2.12.0", SOURCED, "error", "2.7.1.post8"),
@@ -74,7 +79,18 @@ def test_cann_of_old_places_and_none(tmp_path, monkeypatch):
     assert examination.ascend_versions(Machine(tmp_path, {})).status == "error"
     with_cann(tmp_path, "9.0.0", place="usr/local/Ascend/ascend-toolkit/latest")
     assert cann.version(cann.home(tmp_path, {})) == "9.0.0"
-    assert cann.why_not("9.1.0", "2.12.0", "3.12").startswith("Python 3.12")
+
+
+@pytest.mark.parametrize(
+    ("python", "status"),
+    [("3.9.1", "error"), ("3.10.13", "ok"), ("3.13.0", "ok"), ("3.14.0", "error")],
+)
+def test_pythons(monkeypatch, python, status):
+    monkeypatch.setattr(doctor.host, "python_version", lambda: python)
+    found = next(iter(doctor.versions(Machine())))
+    assert (found.subject, found.status) == ("Python", status)
+    fits = cann.compare("9.1.0", "2.12.0", python.rpartition(".")[0])
+    assert fits[0] == status
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -33,7 +34,11 @@ def open_read_only(database: Path) -> Iterator[sqlite3.Connection]:
         ConfigError: this Python cannot limit the length of a value.
     """
     if not hasattr(sqlite3.Connection, "setlimit"):
-        raise ConfigError("SQL execution needs sqlite3.Connection.setlimit", expected="Python 3.11")
+        raise ConfigError(
+            "SQL databases need sqlite3.Connection.setlimit",
+            expected="Python 3.11 or later",
+            found=f"Python {platform.python_version()}",
+        )
     if not os.path.exists(database):
         raise DataError("no such database", where=database)
     require_regular(database, DataError)

@@ -51,17 +51,18 @@ _FUNCTION_NAMES = (
     "json_group_array json_group_object json_object json_quote json_type json_valid -> ->> "
 )
 _ALLOWED_FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
+# By number, because Python 3.10 has no names for SQLite's errors.
+_ERROR = 1
 _REASONS = {
-    sqlite3.SQLITE_INTERRUPT: "timeout",
-    sqlite3.SQLITE_TOOBIG: "too large",
-    sqlite3.SQLITE_IOERR_WRITE: "too large",  # a temporary file beyond the process's limit
-    sqlite3.SQLITE_IOERR_NOMEM: "too large",
+    9: "timeout",  # INTERRUPT
+    18: "too large",  # TOOBIG
+    778: "too large",  # IOERR_WRITE: a temporary file beyond the process's limit
+    3082: "too large",  # IOERR_NOMEM
 }
-#: Errors that are the file's or the machine's, and never the query's.
-_DAMAGE = {
-    sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_CANTOPEN,
-}  # fmt: skip
+#: Errors that are the file's or the machine's, and never the query's: IOERR, CORRUPT, FULL,
+#: CANTOPEN, NOTADB.
+_DAMAGE = {10, 11, 13, 14, 26}
+_LIMIT_LENGTH = 0
 # The handler runs every so many virtual-machine instructions, about 10 µs: 10,000 are no faster,
 # 100 cost a tenth of the time.
 _INSTRUCTIONS_PER_CHECK = 1_000
@@ -126,7 +127,8 @@ def run_query(connection: sqlite3.Connection, sql: str, limits: Limits) -> list[
 
     connection.set_authorizer(authorize)
     connection.set_progress_handler(lambda: time.monotonic() > deadline, _INSTRUCTIONS_PER_CHECK)
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, limits.max_value_bytes)
+    # ``open_read_only`` refuses Python 3.10, which lacks it.
+    connection.setlimit(_LIMIT_LENGTH, limits.max_value_bytes)  # type: ignore[attr-defined]
     try:
         with closing(connection.execute(sql)) as cursor:
             return _fetch(cursor, limits, deadline)
@@ -136,7 +138,7 @@ def run_query(connection: sqlite3.Connection, sql: str, limits: Limits) -> list[
         # ValueError: a NUL or a lone surrogate, which never reach SQLite.
         if denied:
             raise QueryError("denied", f"denied: {error}") from error
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+        code = getattr(error, "sqlite_errorcode", _ERROR)
         reason = _REASONS.get(code, "sql error")
         if reason == "sql error" and code & 0xFF in _DAMAGE:
             raise
