@@ -15,6 +15,7 @@ import torch
 
 from megatron_replay.platform import cann, examination, select
 from megatron_replay.platform.examination import Machine
+from megatron_replay.training import layer_errors
 from tests import processes
 from tests.docker.test_docker import node
 from tools import doctor
@@ -142,6 +143,16 @@ def test_a_machine_without_ascend_needs_none_of_its_checks(tmp_path, monkeypatch
     found = {f.subject: f.status for f in doctor.examine(Machine(tmp_path, {}), "cpu", tmp_path)}
     assert found["Ascend"] == "ok"
     assert not [subject for subject in found if "CANN" in subject or "Ascend " in subject]
+
+
+def test_layers_are_compared_where_that_is_asked_for(tmp_path, monkeypatch):
+    found = examination.Finding("layer 0", "ok", "compared")
+    monkeypatch.setattr(layer_errors, "compare", lambda _: iter([found]))
+    monkeypatch.setattr(doctor, "collective", doctor.head_smoke)
+    for asked in (False, True):
+        machine = Machine(tmp_path, {})
+        findings = list(doctor.examine(machine, "cpu", tmp_path, compare_gradients=asked))
+        assert (found in findings) == asked
 
 
 @pytest.mark.parametrize(
