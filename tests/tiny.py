@@ -13,8 +13,12 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -31,7 +35,6 @@ _SETTINGS: dict[str, Any] = {
     "num_attention_heads": 8,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-6,
-    "attention_bias": False,
     "initializer_range": 0.08,
 }
 
@@ -59,6 +62,29 @@ def save_llama(directory: Path, *, tied: bool, seed: int = 0, **changes: Any) ->
     return _save(directory, LlamaForCausalLM, LlamaConfig(**settings), seed)
 
 
+def save_qwen2(directory: Path, *, tied: bool, seed: int = 0, **changes: Any) -> Path:
+    """Save a randomly initialised Qwen2: queries, keys and values have biases, which are not 0."""
+    settings: dict[str, Any] = {
+        **_SETTINGS,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": tied,
+        **changes,
+    }
+    return _save(directory, Qwen2ForCausalLM, Qwen2Config(**settings), seed)
+
+
+def save_mistral(directory: Path, *, tied: bool, seed: int = 0, **changes: Any) -> Path:
+    """Save a randomly initialised Mistral without a sliding window."""
+    settings: dict[str, Any] = {
+        **_SETTINGS,
+        "num_key_value_heads": 2,
+        "sliding_window": None,
+        "tie_word_embeddings": tied,
+        **changes,
+    }
+    return _save(directory, MistralForCausalLM, MistralConfig(**settings), seed)
+
+
 def _save(
     directory: Path, model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int
 ) -> Path:
@@ -67,7 +93,7 @@ def _save(
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms start at one, where a missing norm would go unseen
+            if parameter.dim() == 1:  # at ones and zeros, a missing norm or bias would go unseen
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(directory)
     return directory

@@ -168,13 +168,16 @@ def write_model_files(
 ) -> None:
     """Write config.json and the index of all shards; copy tokenizer files from ``source``.
 
-    ``config``: content of config.json; None: that of ``source``.
+    ``config``: content of config.json; None: that of ``source``, with RoPE's keys in the places
+    where transformers 4 and 5 read them.
 
     Raises:
         CheckpointError: ``source`` cannot be read.
         OutputError: ``staged`` cannot be written.
     """
-    config = config or read_json(source / "config.json", CheckpointError)
+    if config is None:
+        config = read_json(source / "config.json", CheckpointError)
+        config |= ModelConfig.from_hf(source).rope_keys()
     for name in side_files(source):
         if name != "config.json":
             copy_side_file(source / name, staged / name)

@@ -20,6 +20,7 @@ from megatron_replay.checkpoint.names import EMBEDDING, HEAD, Mapping, hf_tensor
 from megatron_replay.errors import CheckpointError, few
 from megatron_replay.files import read_json, require_regular
 from megatron_replay.model.config import ModelConfig
+from megatron_replay.model.rotary import inverse_frequencies
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: Dtypes of stored weights; another dtype, such as an integer, would be cast silently.
@@ -156,9 +157,8 @@ class HFReader:
         return self.stored.keys() - {HEAD}
 
     def _rotary_frequencies(self, config: ModelConfig) -> set[str]:
-        """Names of stored rotary frequencies; rope_theta^(-2i / D) for channel pair i of D / 2."""
-        channels = config.kv_channels
-        expected = config.rotary_base ** -(torch.arange(0, channels, 2).double() / channels)
+        """Names of stored rotary frequencies, which must be those of the model."""
+        expected = inverse_frequencies(config.rotary_base, config.kv_channels, config.rope_scaling)
         names = {name for name in self.stored if _ROTARY.fullmatch(name)}
         for name in sorted(names):
             tensor = self.stored[name]
@@ -166,12 +166,11 @@ class HFReader:
             if (
                 tensor.dtype not in DTYPES
                 or tensor.shape != tuple(expected.shape)
-                or not torch.allclose(tensor.mapped().double(), expected, rtol=1e-2, atol=1e-6)
+                or not torch.allclose(tensor.mapped().float(), expected, rtol=1e-2, atol=1e-6)
             ):
                 raise CheckpointError(
                     f"{name} differs from the frequencies of config.json's rope_theta",
                     where=tensor.path,
-                    expected=f"{config.rotary_base} ** -(2i / {channels})",
                 )
         return names
 

@@ -39,7 +39,7 @@ class Mapping:
     def places(self, shard: Tensor, size: int) -> Sequence[Tensor]:
         """For each Hugging Face tensor, a view of its part of a shard; ``size`` ranks in all."""
         if len(self.names) == 3:
-            grouped = shard.view(self.groups // size, -1, self.channels, shard.shape[-1])
+            grouped = shard.unflatten(0, (self.groups // size, -1, self.channels))
             return grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:]
         return shard.chunk(len(self.names))
 
@@ -56,7 +56,8 @@ class Mapping:
         if self.dim is None:
             return [shards[0]]
         parts = zip(*(self.places(shard, len(shards)) for shard in shards), strict=True)
-        return [torch.cat([place.flatten(0, -2) for place in part], self.dim) for part in parts]
+        rows = -shards[0].dim()  # of a place, whose last dimensions are a shard's
+        return [torch.cat([place.flatten(0, rows) for place in part], self.dim) for part in parts]
 
     def shard_shape(self, shapes: Sequence[Sequence[int]], size: int) -> tuple[int, ...]:
         """The shape of each rank's shard of tensors with ``shapes``."""
@@ -95,7 +96,14 @@ def layer_mappings(config: ModelConfig) -> dict[str, Mapping]:
     """The mappings of a layer's parameters in the model's order, norms under both their names."""
     before = Mapping(("input_layernorm.weight",), dim=None)
     after = Mapping(("post_attention_layernorm.weight",), dim=None)
-    qkv = tuple(f"self_attn.{x}_proj.weight" for x in "qkv")
+    qkv = {
+        f"self_attention.linear_qkv.{kind}": Mapping(
+            tuple(f"self_attn.{x}_proj.{kind}" for x in "qkv"),
+            groups=config.num_query_groups,
+            channels=config.kv_channels,
+        )
+        for kind in ("weight", *["bias"] * config.qkv_bias)
+    }
     qk_norms = {
         f"self_attention.{x}_layernorm.weight": Mapping((f"self_attn.{x}_norm.weight",), dim=None)
         for x in ("qk" if config.qk_layernorm else "")
@@ -104,9 +112,7 @@ def layer_mappings(config: ModelConfig) -> dict[str, Mapping]:
         "input_layernorm.weight": before,
         "self_attention.linear_qkv.layer_norm_weight": before,  # TransformerEngine's name
         "self_attention.linear_proj.weight": Mapping(("self_attn.o_proj.weight",), dim=1),
-        "self_attention.linear_qkv.weight": Mapping(
-            qkv, groups=config.num_query_groups, channels=config.kv_channels
-        ),
+        **qkv,
         **qk_norms,
         "pre_mlp_layernorm.weight": after,
         "mlp.linear_fc1.layer_norm_weight": after,  # TransformerEngine's name
@@ -130,6 +136,12 @@ def hf_tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj.weight": (config.ffn_hidden_size, hidden),
         "mlp.down_proj.weight": (hidden, config.ffn_hidden_size),
     }
+    if config.qkv_bias:
+        layer |= {
+            "self_attn.q_proj.bias": (queries,),
+            "self_attn.k_proj.bias": (keys,),
+            "self_attn.v_proj.bias": (keys,),
+        }
     if config.qk_layernorm:
         layer |= {"self_attn.q_norm.weight": (channels,), "self_attn.k_norm.weight": (channels,)}
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}

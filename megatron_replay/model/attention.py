@@ -151,13 +151,18 @@ def _attend_at_rows(
     else:
         normed_T1H = copy_to_tensor_model_parallel_region(normed_T1H, group=group)
     groups, channels = attention.num_query_groups_per_partition, attention.config.kv_channels
-    # The weight has its rows by group: the group's queries, its key, its value.
+    # Weight and bias have their rows by group: the group's queries, its key, its value.
     weight = attention.linear_qkv.weight.unflatten(0, (groups, -1, channels))
     query_weight, pair_weight = weight[:, :-2].flatten(0, 2), weight[:, -2:].flatten(0, 2)
-    pairs = F.linear(normed_T1H, pair_weight).unflatten(-1, (groups, 2, channels))
+    query_bias = pair_bias = None
+    if attention.linear_qkv.bias is not None:
+        bias = attention.linear_qkv.bias.unflatten(0, (groups, -1, channels))
+        query_bias, pair_bias = bias[:, :-2].flatten(), bias[:, -2:].flatten()
+    pairs = F.linear(normed_T1H, pair_weight, pair_bias).unflatten(-1, (groups, 2, channels))
     key_T1GD, value_T1GD = pairs.unbind(3)
     query_RH = normed_T1H[:, 0][rows.rows_R]
-    query_R1ND = F.linear(query_RH, query_weight).unflatten(-1, (-1, channels))[:, None]
+    query_RND = F.linear(query_RH, query_weight, query_bias).unflatten(-1, (-1, channels))
+    query_R1ND = query_RND[:, None]
     if attention.q_layernorm is not None:
         query_R1ND = attention.q_layernorm(query_R1ND)
     if attention.k_layernorm is not None:
@@ -212,8 +217,8 @@ def record_max_logits(model: torch.nn.Module, record: bool = True) -> None:
         layer.core_attention.max_logits = None
 
 
-def take_max_logits(model: torch.nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """For each layer of this stage, its ``linear_qkv.weight`` and its heads' largest logits [N].
+def take_max_logits(model: torch.nn.Module) -> list[tuple[list[Tensor], Tensor]]:
+    """For each layer of this stage, weight and bias of ``linear_qkv`` and largest logits [N].
 
     Over all micro-batches since the last call; no copy to the host.
     """
@@ -221,7 +226,7 @@ def take_max_logits(model: torch.nn.Module) -> list[tuple[Tensor, Tensor]]:
     for layer in _attention_layers(model):
         attention = layer.core_attention
         assert attention.max_logits is not None, "no pass with gradients since recording began"
-        taken.append((layer.linear_qkv.weight, attention.max_logits))
+        taken.append((list(layer.linear_qkv.parameters()), attention.max_logits))
         attention.max_logits = None
     return taken
 

@@ -1,15 +1,29 @@
-"""The shape of a Qwen3 or Llama model, read from a Hugging Face config.json."""
+"""The shape of a Qwen or Llama model, read from a Hugging Face config.json."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.files import read_json
+from megatron_replay.model.rotary import Llama3Scaling
 
-SUPPORTED_MODEL_TYPES = ("qwen3", "llama")
+#: What transformers assumes for keys that config.json leaves out, by supported model type. A number
+#: of key heads or of channels that is null follows from the other sizes.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+    "qwen2": {"num_key_value_heads": 32, "head_dim": None, "max_position_embeddings": 32768},
+    "llama": {"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048},
+    "mistral": {
+        "num_key_value_heads": 8,
+        "head_dim": None,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+}
+_COMMON_DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 #: The largest integer that every JSON parser reads exactly.
 _LARGEST = 2**53
 _KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}
@@ -32,9 +46,12 @@ _KEYS: dict[str, tuple[str, type[int | float | bool]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A dense decoder with grouped-query attention, RMSNorm, SwiGLU, RoPE and no biases.
+    """A dense decoder with grouped-query attention, RMSNorm, SwiGLU and RoPE.
 
-    ``qk_layernorm``, a norm of each query and key head: Qwen3 has it, Llama does not.
+    Attributes:
+        qk_layernorm: a norm of each query and key head, as in Qwen3.
+        qkv_bias: a bias of queries, keys and values, as in Qwen2; no other matrix has one.
+        rope_scaling: as in Llama 3.1 and later.
     """
 
     num_layers: int
@@ -49,6 +66,8 @@ class ModelConfig:
     layernorm_epsilon: float
     tie_embeddings: bool
     qk_layernorm: bool = True
+    qkv_bias: bool = False
+    rope_scaling: Llama3Scaling | None = None
 
     def __post_init__(self) -> None:
         heads, groups = self.num_attention_heads, self.num_query_groups
@@ -69,18 +88,26 @@ class ModelConfig:
         """
         path = Path(directory) / "config.json"
         content = read_json(path, CheckpointError)
+        model_type = content.get("model_type")
+        if model_type not in _DEFAULTS:
+            raise ConfigError(
+                "unsupported model", where=path, expected=" or ".join(_DEFAULTS), found=model_type
+            )
+        content = {**_COMMON_DEFAULTS, **_DEFAULTS[model_type], **content}
         _refuse_unsupported(content, path)
-        is_llama = content["model_type"] == "llama"
-        if is_llama:
-            content = _with_llama_defaults(content, path)
-        # transformers 5 moved rope_theta into rope_parameters.
+        # transformers 4 has rope_theta and rope_scaling, transformers 5 has rope_parameters.
         rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
-        if "rope_theta" in rope:
-            content = {**content, "rope_theta": rope["rope_theta"]}
+        content = _with_derived_sizes(content, path)
+        content["rope_theta"] = rope.get("rope_theta", content["rope_theta"])
         fields: dict[str, Any] = {
             field: _read(content, key, kind, path) for field, (key, kind) in _KEYS.items()
         }
-        return cls(**fields, qk_layernorm=not is_llama)
+        return cls(
+            **fields,
+            qk_layernorm=model_type == "qwen3",
+            qkv_bias=model_type == "qwen2",
+            rope_scaling=_read_scaling(rope, path),
+        )
 
     def num_parameters(self) -> int:
         """Parameters of the whole model; tied embeddings count once."""
@@ -91,6 +118,7 @@ class ModelConfig:
         heads, groups, channels = self.num_attention_heads, self.num_query_groups, self.kv_channels
         matrices = self.hidden_size * channels * (2 * heads + 2 * groups)
         matrices += 3 * self.hidden_size * self.ffn_hidden_size
+        matrices += channels * (heads + 2 * groups) * self.qkv_bias
         norms = 2 * self.hidden_size + 2 * channels * self.qk_layernorm
         embedding = self.vocab_size * self.hidden_size // tp
         # With PP, first and last stage have one each, tied or not; without PP, one stage has both.
@@ -118,36 +146,44 @@ class ModelConfig:
 
     def to_hf_dict(self) -> dict[str, Any]:
         """A config.json that transformers 4 and 5 load."""
+        family = "Qwen3" if self.qk_layernorm else "Qwen2" if self.qkv_bias else "Llama"
         return {
-            "architectures": ["Qwen3ForCausalLM" if self.qk_layernorm else "LlamaForCausalLM"],
-            "model_type": "qwen3" if self.qk_layernorm else "llama",
+            "architectures": [f"{family}ForCausalLM"],
+            "model_type": family.lower(),
             **{key: getattr(self, field) for field, (key, _) in _KEYS.items()},
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rotary_base},
-            "attention_bias": False,
+            **self.rope_keys(),
             "hidden_act": "silu",
+        }
+
+    def rope_keys(self) -> dict[str, Any]:
+        """The keys of config.json about RoPE: transformers 4 reads two of them, 5 the third."""
+        scaling = None
+        if self.rope_scaling is not None:
+            scaling = {"rope_type": "llama3", **asdict(self.rope_scaling)}
+        parameters = {"rope_type": "default"} if scaling is None else scaling
+        return {
+            "rope_theta": self.rotary_base,
+            "rope_scaling": scaling,
+            "rope_parameters": {**parameters, "rope_theta": self.rotary_base},
         }
 
 
 def _refuse_unsupported(content: dict[str, Any], path: Path) -> None:
-    if content.get("model_type") not in SUPPORTED_MODEL_TYPES:
-        raise ConfigError(
-            "unsupported model",
-            where=path,
-            expected=" or ".join(SUPPORTED_MODEL_TYPES),
-            found=content.get("model_type"),
-        )
     for key in ("rope_parameters", "rope_scaling"):
         _refuse_unsupported_rope(content.get(key) or {}, key, path)
-    for key, expected in (
-        ("attention_bias", False),
-        ("mlp_bias", False),
-        ("use_sliding_window", False),
-        ("hidden_act", "silu"),
-        ("partial_rotary_factor", 1.0),
-        ("quantization_config", None),
+    model_type = content["model_type"]
+    for key, expected, is_read in (
+        # Qwen2's biases are fixed. Llama's are those of the output projection as well.
+        ("attention_bias", False, model_type != "qwen2"),
+        ("mlp_bias", False, True),
+        ("use_sliding_window", False, True),
+        ("sliding_window", None, model_type == "mistral"),
+        ("hidden_act", "silu", True),
+        ("partial_rotary_factor", 1.0, True),
+        ("quantization_config", None, True),
     ):
         found = content.get(key) or expected
-        if found != expected:
+        if is_read and found != expected:
             raise ConfigError(f"unsupported {key}", where=path, expected=expected, found=found)
     layer_types = content.get("layer_types") or []
     for found in layer_types if isinstance(layer_types, list) else [layer_types]:
@@ -160,35 +196,62 @@ def _refuse_unsupported(content: dict[str, Any], path: Path) -> None:
 def _refuse_unsupported_rope(rope: Any, key: str, path: Path) -> None:
     if not isinstance(rope, dict):
         raise CheckpointError(f"unusable {key}", where=path, expected="a mapping", found=rope)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for name, found, expected in (
-        ("rope_type", rope_type, "default"),
-        ("partial_rotary_factor", rope.get("partial_rotary_factor") or 1.0, 1.0),
-    ):
-        if found != expected:
-            raise ConfigError(f"unsupported {name}", where=path, expected=expected, found=found)
-
-
-def _with_llama_defaults(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Adds LlamaConfig's defaults for absent or null keys, which Llama 1 and 2 lack."""
-    content = {key: value for key, value in content.items() if value is not None}
-    hidden, heads = (
-        _read(content, key, int, path) for key in ("hidden_size", "num_attention_heads")
-    )
-    if hidden % heads:
+    if _rope_type(rope) not in ("default", "llama3"):
         raise ConfigError(
-            "the attention heads do not divide hidden_size",
+            "unsupported rope_type",
             where=path,
-            expected=f"a multiple of {heads}",
-            found=hidden,
+            expected="default or llama3",
+            found=_rope_type(rope),
         )
-    return {
-        "num_key_value_heads": heads,
-        "head_dim": hidden // heads,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        **content,
-    }
+    if (found := rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ConfigError(
+            "unsupported partial_rotary_factor", where=path, expected=1.0, found=found
+        )
+
+
+def _rope_type(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _read_scaling(rope: dict[str, Any], path: Path) -> Llama3Scaling | None:
+    if _rope_type(rope) == "default":
+        return None
+    factor, low, high = (
+        _read(rope, key, float, path) for key in ("factor", "low_freq_factor", "high_freq_factor")
+    )
+    context = _read(rope, "original_max_position_embeddings", int, path)
+    if not low < high:
+        raise ConfigError(
+            "unusable high_freq_factor", where=path, expected=f"a number above {low}", found=high
+        )
+    return Llama3Scaling(
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=context,
+    )
+
+
+def _with_derived_sizes(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """As many key heads as heads, and hidden_size / heads channels, where these are null."""
+    heads, groups, channels = (
+        content.get(key) for key in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    if groups is None:
+        groups = heads
+    if channels is None:
+        hidden, heads = (
+            _read(content, key, int, path) for key in ("hidden_size", "num_attention_heads")
+        )
+        channels, rest = divmod(hidden, heads)
+        if rest:
+            raise ConfigError(
+                "the attention heads do not divide hidden_size",
+                where=path,
+                expected=f"a multiple of {heads}",
+                found=hidden,
+            )
+    return {**content, "num_key_value_heads": groups, "head_dim": channels}
 
 
 def _read(content: dict[str, Any], key: str, kind: type[int | float | bool], path: Path) -> Any:

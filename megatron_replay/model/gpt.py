@@ -1,4 +1,4 @@
-"""Qwen3 or Llama as a megatron-core GPTModel whose head is a function that the caller passes.
+"""Qwen or Llama as a megatron-core GPTModel whose head is a function that the caller passes.
 
 Stage 0 selects candidates in the head, Stage 1 computes a loss, the probe both; none of them needs
 the [S, B, V] logits that megatron-core would compute.
@@ -28,6 +28,7 @@ from megatron_replay.config import ParallelConfig
 from megatron_replay.kernels.layers import Rotation
 from megatron_replay.model.attention import LastLayer, PackedAttention, PackedDocuments
 from megatron_replay.model.config import ModelConfig
+from megatron_replay.model.rotary import inverse_frequencies
 from megatron_replay.model.selected_rows import HiddenStates, WordEmbeddings
 from megatron_replay.parallel import Parallel
 
@@ -139,6 +140,7 @@ def transformer_config(
         num_query_groups=model.num_query_groups,
         kv_channels=model.kv_channels,
         qk_layernorm=model.qk_layernorm,
+        add_qkv_bias=model.qkv_bias,
         normalization="RMSNorm",
         layernorm_epsilon=model.layernorm_epsilon,
         gated_linear_unit=True,
@@ -193,7 +195,7 @@ def build_model(
     if parallel.last_stage:
         layers[-1] = dataclasses.replace(layer, module=LastLayer)
     block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
-    return ReplayGPTModel(
+    gpt = ReplayGPTModel(
         config,
         block,
         vocab_size=model.vocab_size,
@@ -202,5 +204,9 @@ def build_model(
         post_process=parallel.last_stage,
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="rope",
-        rotary_base=model.rotary_base,
     )
+    # megatron-core computes its own on the device, and scales them for one Llama only.
+    gpt.rotary_pos_emb.inv_freq = inverse_frequencies(
+        model.rotary_base, model.kv_channels, model.rope_scaling
+    ).to(parallel.device)
+    return gpt

@@ -107,19 +107,19 @@ def qk_clip_factors(
 
 
 @torch.no_grad()
-def scale_query_key_(weight: Tensor, query_N: Tensor, key_G: Tensor) -> None:
+def scale_query_key_(fused: Tensor, query_N: Tensor, key_G: Tensor) -> None:
     """Scale a fused projection in place; value heads keep every bit.
 
     Args:
-        weight: [(N + 2 G) D, H], per group its query heads, key head, value head: one TP rank's
-            shard of megatron-core's ``linear_qkv``, or its fp32 master.
+        fused: [(N + 2 G) D, H], or a bias without H; per group its query heads, key head, value
+            head: one TP rank's shard of megatron-core's ``linear_qkv``, or its fp32 master, whole.
         query_N, key_G: of ``qk_clip_factors``.
     """
-    assert weight.dim() == 2, "a whole projection, not ZeRO-1's flat part of a master"
     groups, heads_of_a_group = len(key_G), len(query_N) // len(key_G)
-    heads = weight.unflatten(0, (groups, heads_of_a_group + 2, -1))  # [G, N / G + 2, D, H], a view
-    heads[:, :-2].mul_(query_N.view(groups, -1, 1, 1))
-    heads[:, -2].mul_(key_G.view(-1, 1, 1))
+    heads = fused.unflatten(0, (groups, heads_of_a_group + 2, -1))  # [G, N / G + 2, D, ...], a view
+    channels = [1] * fused.dim()
+    heads[:, :-2].mul_(query_N.view(groups, -1, *channels))
+    heads[:, -2].mul_(key_G.view(-1, *channels))
 
 
 def max_over_replicas(

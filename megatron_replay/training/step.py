@@ -151,19 +151,21 @@ def _global_mean(sums: torch.Tensor | None, parallel: Parallel) -> tuple[float |
 
 
 def _clip_attention(
-    measured: list[tuple[torch.Tensor, torch.Tensor]],
+    measured: list[tuple[list[torch.Tensor], torch.Tensor]],
     model: DistributedDataParallel,
     parallel: Parallel,
     *,
     threshold: float,
 ) -> None:
     """QK-Clip of every layer of this stage, on its fp32 masters. One all-reduce over DP."""
-    weights, logits = zip(*measured, strict=True)
-    channels = model.config.kv_channels
-    for weight, logits_N in zip(weights, max_over_replicas(logits, parallel.dp_group), strict=True):
-        groups = (weight.shape[0] // channels - len(logits_N)) // 2
+    projections, logits = zip(*measured, strict=True)
+    groups = model.config.num_query_groups // parallel.tp_size
+    for tensors, logits_N in zip(
+        projections, max_over_replicas(logits, parallel.dp_group), strict=True
+    ):
         factors = qk_clip_factors(logits_N, threshold=threshold, num_query_groups=groups)
-        master = getattr(weight, "main_param", weight)
-        scale_query_key_(master, *factors)
-        if master is not weight:
-            weight.data.copy_(master)
+        for tensor in tensors:
+            master = getattr(tensor, "main_param", tensor)
+            scale_query_key_(master, *factors)
+            if master is not tensor:
+                tensor.data.copy_(master)

@@ -20,6 +20,7 @@ TE_NORMS = (
     "self_attention.linear_qkv.layer_norm_weight",
     "mlp.linear_fc1.layer_norm_weight",
 )
+QK_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")
 
 
 def empty_stage(config: ModelConfig, tp: int, pp: int, stage: int, te: bool) -> dict[str, Tensor]:
@@ -30,11 +31,13 @@ def empty_stage(config: ModelConfig, tp: int, pp: int, stage: int, te: bool) -> 
         **dict.fromkeys(TE_NORMS if te else LOCAL_NORMS, (hidden,)),
         "self_attention.linear_qkv.weight": ((queries + 2 * groups) * channels, hidden),
         "self_attention.linear_proj.weight": (hidden, queries * channels),
-        "self_attention.q_layernorm.weight": (channels,),
-        "self_attention.k_layernorm.weight": (channels,),
         "mlp.linear_fc1.weight": (2 * config.ffn_hidden_size // tp, hidden),
         "mlp.linear_fc2.weight": (hidden, config.ffn_hidden_size // tp),
     }
+    if config.qk_layernorm:
+        layer |= dict.fromkeys(QK_NORMS, (channels,))
+    if config.qkv_bias:
+        layer["self_attention.linear_qkv.bias"] = ((queries + 2 * groups) * channels,)
     vocabulary = (config.vocab_size // tp, hidden)
     shapes: dict[str, tuple[int, ...]] = {}
     if stage == 0:

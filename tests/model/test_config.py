@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_replay import parallel
 from megatron_replay.checkpoint.hf import HFReader
@@ -19,6 +19,7 @@ from megatron_replay.config import ParallelConfig
 from megatron_replay.errors import CheckpointError, ConfigError
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.model.gpt import build_model, transformer_config
+from megatron_replay.model.rotary import inverse_frequencies
 from tests import pool, tiny
 from tests.checkpoint.grid import empty_stage
 
@@ -28,31 +29,42 @@ TINY: dict[str, Any] = {
     "rotary_base": 10000.0, "layernorm_epsilon": 1e-6,
 }  # fmt: skip
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+MISTRAL = {"model_type": "mistral"}
 #: From the config.json each is published with: layers, hidden and FFN size, heads, groups,
-#: vocabulary, positions, theta, epsilon, tied, QK-norm; and its number of parameters.
+#: channels, vocabulary, tied, QK-norm, QKV bias; and its number of parameters.
 PUBLISHED = {
-    "Qwen3 4B": (36, 2560, 9728, 32, 8, 151936, 40960, 1e6, 1e-6, True, True, 4_022_468_096),
-    "Qwen3 8B": (36, 4096, 12288, 32, 8, 151936, 40960, 1e6, 1e-6, False, True, 8_190_735_360),
-    "Llama 2 7B": (32, 4096, 11008, 32, 32, 32000, 4096, 1e4, 1e-5, False, False, 6_738_415_616),
-    "Llama 3 8B": (32, 4096, 14336, 32, 8, 128256, 8192, 5e5, 1e-5, False, False, 8_030_261_248),
+    "Qwen3 4B": (36, 2560, 9728, 32, 8, 128, 151936, True, True, False, 4_022_468_096),
+    "Qwen3 8B": (36, 4096, 12288, 32, 8, 128, 151936, False, True, False, 8_190_735_360),
+    "Qwen2.5 0.5B": (24, 896, 4864, 14, 2, 64, 151936, True, False, True, 494_032_768),
+    "Qwen2.5 7B": (28, 3584, 18944, 28, 4, 128, 152064, False, False, True, 7_615_616_512),
+    "Llama 2 7B": (32, 4096, 11008, 32, 32, 128, 32000, False, False, False, 6_738_415_616),
+    "Llama 3 8B": (32, 4096, 14336, 32, 8, 128, 128256, False, False, False, 8_030_261_248),
+    "Llama 3.2 1B": (16, 2048, 8192, 32, 8, 64, 128256, True, False, False, 1_235_814_400),
+    "Mistral 7B v0.3": (32, 4096, 14336, 32, 8, 128, 32768, False, False, False, 7_248_023_552),
 }
-QK_NORMS = ("q_layernorm.weight", "k_layernorm.weight")
-#: Kinds of models: (tied, QK-norm).
-KINDS = [(True, True), (False, True), (True, False)]
+#: Kinds of models: (tied, QK-norm, QKV bias).
+KINDS = [(True, True, False), (False, True, False), (True, False, False), (True, False, True)]
+#: The scaling of Llama 3.2, for a context of 32 tokens.
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 GRIDS = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2), (1, 4)]}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_totals(name):
-    *sizes, tied, qk_layernorm, parameters = PUBLISHED[name]
-    layers, hidden, ffn, heads, groups, vocab, positions, theta, epsilon = sizes
+    layers, hidden, ffn, heads, groups, channels, vocab, *kind, parameters = PUBLISHED[name]
     model = ModelConfig(
         num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=heads,
-        num_query_groups=groups, kv_channels=128, vocab_size=vocab,
-        max_position_embeddings=positions, rotary_base=theta, layernorm_epsilon=epsilon,
-        tie_embeddings=tied, qk_layernorm=qk_layernorm,
+        num_query_groups=groups, kv_channels=channels, vocab_size=vocab,
+        max_position_embeddings=4096, rotary_base=1e4, layernorm_epsilon=1e-6, **of_kind(*kind),
     )  # fmt: skip
     assert model.num_parameters() == model.parameters_per_device(1, 1) == parameters
+
+
+def of_kind(tied: bool, qk_layernorm: bool, qkv_bias: bool) -> dict[str, bool]:
+    return {"tie_embeddings": tied, "qk_layernorm": qk_layernorm, "qkv_bias": qkv_bias}
 
 
 def real_shapes(rank: int, world_size: int) -> dict[tuple, tuple[int, dict[str, tuple[int, ...]]]]:
@@ -63,11 +75,11 @@ def real_shapes(rank: int, world_size: int) -> dict[tuple, tuple[int, dict[str, 
             parallel_state.destroy_model_parallel()
         layout = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
         groups = parallel.build_groups(layout, torch.device("cpu"))
-        for tied, qk_layernorm in KINDS:
-            shape = ModelConfig(**TINY, tie_embeddings=tied, qk_layernorm=qk_layernorm)
+        for kind in KINDS:
+            shape = ModelConfig(**TINY, **of_kind(*kind))
             model = build_model(shape, transformer_config(shape, layout), groups)
             named = {name: tuple(p.shape) for name, p in model.named_parameters()}
-            shapes[(tied, qk_layernorm), tp, pp] = (groups.pp_rank, named)
+            shapes[kind, tp, pp] = (groups.pp_rank, named)
     return shapes
 
 
@@ -76,14 +88,13 @@ def real_shapes(rank: int, world_size: int) -> dict[tuple, tuple[int, dict[str, 
 def test_counts_are_those_of_megatron_core(world_size):
     per_rank = pool.run(world_size, real_shapes)
     for kind, tp, pp in per_rank[0]:
-        config = ModelConfig(**TINY, tie_embeddings=kind[0], qk_layernorm=kind[1])
+        config = ModelConfig(**TINY, **of_kind(*kind))
         counts = []
         for ranks in per_rank:
             stage, named = ranks[kind, tp, pp]
             fake = {
                 name: tuple(tensor.shape)
                 for name, tensor in empty_stage(config, tp, pp, stage, te=False).items()
-                if config.qk_layernorm or not name.endswith(QK_NORMS)
             }
             assert named == fake, (kind, tp, pp, stage)
             counts.append(sum(torch.Size(shape).numel() for shape in named.values()))
@@ -93,11 +104,16 @@ def test_counts_are_those_of_megatron_core(world_size):
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, LLAMA3], ids=["default", "llama3"])
 @pytest.mark.parametrize(
-    ("save", "groups"), [(tiny.save_qwen3, (4, 16)), (tiny.save_llama, (2, 8))]
-)
-def test_reads_what_transformers_writes_and_back(tmp_path, save, groups, tied):
-    save(tmp_path, tied=tied, rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    ("save", "groups"),
+    [
+        (tiny.save_qwen3, (4, 16)), (tiny.save_qwen2, (4, 8)), (tiny.save_llama, (2, 8)),
+        (tiny.save_mistral, (2, 8)),
+    ],
+)  # fmt: skip
+def test_reads_what_transformers_writes_and_back(tmp_path, save, groups, rope, tied):
+    save(tmp_path, tied=tied, rope_parameters={"rope_theta": 5e5, **rope})
     config, model = ModelConfig.from_hf(tmp_path), tiny.load_reference(tmp_path)
     assert config.num_parameters() == model.num_parameters()
     assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (4, 64, 96)
@@ -107,30 +123,52 @@ def test_reads_what_transformers_writes_and_back(tmp_path, save, groups, tied):
     assert (config.vocab_size, config.max_position_embeddings) == (512, 512)
     assert config.tie_embeddings is tied
     assert config.qk_layernorm == (save is tiny.save_qwen3)
+    assert config.qkv_bias == (save is tiny.save_qwen2)
+    ours = inverse_frequencies(config.rotary_base, config.kv_channels, config.rope_scaling)
+    assert torch.equal(ours, model.model.rotary_emb.inv_freq)
+    tokens = torch.arange(40)[None]
+    expected = model(tokens).logits
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf_dict()))
     assert ModelConfig.from_hf(tmp_path) == config
-    again = type(model.config).from_pretrained(tmp_path)
-    for key in {*config.to_hf_dict(), "rope_parameters", "hidden_act"} - {"rope_theta"}:
-        assert getattr(again, key) == getattr(model.config, key), key
+    # Mistral is written as Llama, which it then is.
+    assert torch.equal(tiny.load_reference(tmp_path)(tokens).logits, expected)
+    # The keys of transformers 4 alone.
+    old = {k: v for k, v in config.to_hf_dict().items() if k != "rope_parameters"}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert ModelConfig.from_hf(tmp_path) == config
+    assert torch.equal(tiny.load_reference(tmp_path)(tokens).logits, expected)
 
 
-def test_what_old_llama_files_leave_out(tmp_path):
-    """As LlamaConfig reads it: as many key heads as heads, their size, theta, tied or not."""
-    silent = {
-        "model_type": "llama", "hidden_size": 48, "intermediate_size": 96, "vocab_size": 64,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 16,
-        "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_scaling": None, "pretraining_tp": 1,
+#: The keys of config.json that may be left out, and their fields.
+OPTIONAL = {
+    "num_key_value_heads": "num_query_groups", "head_dim": "kv_channels",
+    "max_position_embeddings": "max_position_embeddings", "rope_parameters": "rotary_base",
+    "rms_norm_eps": "layernorm_epsilon", "tie_word_embeddings": "tie_embeddings",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama", "mistral"])
+@pytest.mark.parametrize("key", OPTIONAL)
+def test_what_files_leave_out_is_as_in_transformers(tmp_path, model_type, key):
+    content = {
+        "model_type": model_type, "hidden_size": 256, "intermediate_size": 96, "vocab_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 64, "num_key_value_heads": 2, "head_dim": 8,
+        "max_position_embeddings": 16, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 5e5}, "sliding_window": None,
     }  # fmt: skip
-    nulls = {"head_dim": None, "num_key_value_heads": None, "rope_parameters": None}
-    for number, content in enumerate((silent, silent | nulls)):
-        directory = tmp_path / str(number)
-        directory.mkdir()
-        (directory / "config.json").write_text(json.dumps(content))
-        config, theirs = ModelConfig.from_hf(directory), LlamaConfig.from_pretrained(directory)
-        assert (config.kv_channels, config.num_query_groups) == (12, 4)
-        assert (theirs.head_dim, theirs.num_key_value_heads) == (12, 4)
-        assert config.rotary_base == theirs.rope_parameters["rope_theta"] == 1e4
-        assert config.tie_embeddings is theirs.tie_word_embeddings is False
+    del content[key]
+    nulls = [{}] if key not in ("num_key_value_heads", "rope_parameters") else [{}, {key: None}]
+    for change in nulls:
+        (tmp_path / "config.json").write_text(json.dumps({**content, **change}))
+        config, theirs = ModelConfig.from_hf(tmp_path), AutoConfig.from_pretrained(tmp_path)
+        if key == "head_dim":  # Qwen2 has no such attribute: its attention computes it
+            attention = AutoModelForCausalLM.from_config(theirs).model.layers[0].self_attn
+            expected = attention.head_dim
+        elif key == "rope_parameters":
+            expected = theirs.rope_parameters["rope_theta"]
+        else:
+            expected = getattr(theirs, key)
+        assert getattr(config, OPTIONAL[key]) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -172,7 +210,8 @@ def test_spelling_of_older_files(tmp_path):
 
 #: (changes of config.json, what is printed): features that this project does not implement.
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "mistral"}, r"model \(expected qwen3 or llama; found mistral\)"),
+    ({"model_type": "qwen3_moe"},
+     r"model \(expected qwen3 or qwen2 or llama or mistral; found qwen3_moe\)"),
     ({"model_type": "absent"}, "unsupported model"),
     ({"attention_bias": True}, r"unsupported attention_bias \(expected False; found True\)"),
     ({"use_sliding_window": True}, "unsupported use_sliding_window"),
@@ -188,15 +227,18 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"head_dim": 7}, "channels in pairs"),
     (LLAMA | {"mlp_bias": True}, r"unsupported mlp_bias \(expected False; found True\)"),
     (LLAMA | {"attention_bias": True}, "unsupported attention_bias"),
-    (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type .*found llama3"),
+    (MISTRAL | {"sliding_window": 4096}, r"sliding_window \(expected None; found 4096\)"),
+    (MISTRAL, "unsupported sliding_window .*found 4096"),
+    ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+     r"unusable high_freq_factor \(expected a number above 1.0; found 1.0\)"),
     (LLAMA | {"head_dim": "absent", "num_attention_heads": 5},
      r"heads do not divide hidden_size \(expected a multiple of 5; found 32\)"),
 ]  # fmt: skip
 #: The same for keys that are missing or make no sense.
 UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": "absent"}, "lacks the key hidden_size"),
-    ({"tie_word_embeddings": "absent"}, "lacks the key tie_word_embeddings"),
-    ({"rope_parameters": "absent", "rope_theta": "absent"}, "lacks the key rope_theta"),
+    (LLAMA | {"rope_scaling": {"rope_type": "llama3"}}, "lacks the key factor"),
+    ({"rope_scaling": LLAMA3 | {"factor": "8"}}, "unusable factor .*expected a positive number"),
     ({"rope_parameters": {"rope_theta": 0}}, "unusable rope_theta .*found 0"),
     ({"rope_parameters": [1]}, "unusable rope_parameters .*expected a mapping"),
     ({"hidden_size": 32.5}, r"unusable hidden_size \(expected a positive integer; found 32\.5"),
@@ -208,7 +250,7 @@ UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 10**30}, "unusable vocab_size"),
     ({"rms_norm_eps": float("nan")}, "unusable rms_norm_eps .*expected a positive number"),
     ({"rms_norm_eps": float("inf")}, "unusable rms_norm_eps"),
-    (LLAMA | {"hidden_size": None}, "lacks the key hidden_size"),
+    (LLAMA | {"hidden_size": None}, "unusable hidden_size .*found None"),
     (LLAMA | {"rope_parameters": {"rope_theta": None}}, "unusable rope_theta .*found None"),
     ({"tie_word_embeddings": "false"}, "unusable tie_word_embeddings .*expected true or false"),
 ]
