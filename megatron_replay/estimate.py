@@ -56,11 +56,12 @@ def stage0(config: Stage0Config) -> str:
     num_shards = -(-len(corpus) // size)
     plan = _plan(config, shape, corpus, fitted.lengths, "shard", num_shards, micro_batches)
     # A chunk of logits exists as computed, in fp32, and as int64 masses.
-    logits = LOGITS_CHUNK_SIZE * shape.vocab_size * (width + 4 + 8)
+    rows_V = shape.vocabulary_rows(config.parallel.tensor_model_parallel_size)
+    logits = LOGITS_CHUNK_SIZE * rows_V * (width + 4 + 8)
     memory = {
         "weights": local * width,
         "activations of one layer": plan.layer,
-        "one chunk of logits": logits // config.parallel.tensor_model_parallel_size,
+        "one chunk of logits": logits,
         **_communicators(shape, config.parallel, dp),
     }
     rows += [*_document_rows(fitted, fitted.lengths), *plan.report]
@@ -94,9 +95,9 @@ def stage1(config: Stage1Config) -> str:
     if config.training.recompute_granularity == "full":
         inputs = shape.num_layers * plan.rows * shape.hidden_size * width
         activations = plan.layer + inputs
-    else:  # the first of pp stages holds layers / pp of each of up to pp micro-batches in flight
+    else:  # the first of pp stages holds its layers of each of up to pp micro-batches in flight
         pp = config.parallel.pipeline_model_parallel_size
-        activations = plan.layer * shape.num_layers // pp * pp
+        activations = plan.layer * shape.layers_of_stages(pp)[0] * pp
     memory = {
         "weights": local * width,
         "gradients, masters, optimizer": local * 4 + local * (masters + 8) // copies,
@@ -213,6 +214,7 @@ def _layout(config: Settings) -> tuple[ModelConfig, int, int, Rows]:
     rows = [
         ("parameters", f"{shape.num_parameters():,}"),
         ("layout", f"TP {tp} x PP {pp} x DP {dp} = {tp * pp * dp} processes"),
+        ("layers of each stage", ", ".join(map(str, shape.layers_of_stages(pp)))),
         ("parameters per device", f"{local:,}"),
     ]
     return shape, local, dp, rows

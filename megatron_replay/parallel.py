@@ -62,6 +62,16 @@ class Parallel:
         """Whether this process writes logs and prints progress."""
         return self.last_stage and self.tp_rank == 0 and self.dp_rank == 0
 
+    def vocabulary_shard(self, vocab_size: int) -> range:
+        """The ids whose rows of the embedding and the output layer this TP rank has.
+
+        As in Megatron, each rank's weights have ceil(V / TP) rows. Where TP does not divide V, the
+        last rank's end with padding: rows of zeros, which no loss reads and no gradient reaches.
+        """
+        rows = -(-vocab_size // self.tp_size)
+        start = self.tp_rank * rows
+        return range(start, min(start + rows, vocab_size))
+
     @property
     def store(self) -> dist.Store:  # type: ignore[name-defined]
         """The key-value store that this run's processes share; each access costs a message."""

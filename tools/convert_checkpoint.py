@@ -94,7 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         help="TP of the mg to write")  # fmt: skip
     add("--target-pipeline-parallel-size", type=_positive, default=1, metavar="PP",
         help="PP of the mg to write")  # fmt: skip
-    add("--num-layer-list", type=_numbers, help="layers of each stage, e.g. 17,19; default: equal")
+    add(
+        "--num-layer-list",
+        type=_numbers,
+        help="layers of each stage, e.g. 17,19; default: as even as can be",
+    )
     add("--transformer-impl", choices=("local", "transformer_engine"), default="local",
         help="whose names of norms to write; both are read")  # fmt: skip
     add(

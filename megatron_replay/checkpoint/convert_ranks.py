@@ -9,7 +9,6 @@ wrote, and the other way round.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,13 +63,12 @@ def grid_for(
     """The layout to write; the vocabulary is padded to a multiple of ``vocabulary_multiple`` x TP.
 
     Raises:
-        ConfigError: TP or PP do not divide the model, or ``layers`` do not add up to it.
+        ConfigError: TP or PP cannot split the model, or ``layers`` do not add up to it.
     """
     multiple = vocabulary_multiple * tp
     vocabulary = -(-config.vocab_size // multiple) * multiple
-    padded = dataclasses.replace(config, vocab_size=vocabulary)
-    padded.check_layout(tp, pp if layers is None else 1, flag="--target-{}-parallel-size")
-    layers = layers or (config.num_layers // pp,) * pp
+    config.check_layout(tp, pp if layers is None else 1, flag="--target-{}-parallel-size")
+    layers = layers or config.layers_of_stages(pp)
     if len(layers) != pp or sum(layers) != config.num_layers or min(layers) < 1:
         raise ConfigError(
             "the stages' layers do not make up the model",
@@ -206,12 +204,7 @@ def _shard(
                 fix="Give --params-dtype",
             )
     shard = torch.empty(grid.shard_shape(name), dtype=dtype or whole[0].dtype)
-    if name in (EMBEDDING, HEAD):  # zeros beyond the vocabulary
-        held = whole[0][rank * len(shard) : (rank + 1) * len(shard)]
-        shard[: len(held)].copy_(held)
-        shard[len(held) :].zero_()
-    else:
-        mapping.fill(shard, whole, rank, grid.tp)
+    mapping.fill(shard, whole, rank, grid.tp)
     return shard
 
 
@@ -235,10 +228,7 @@ def _joined(
                     raise CheckpointError(
                         f"{name} differs from its copy in {ranks[0].path}", where=file.path
                     )
-        joined = mapping.join([file[name] for file in ranks])
-        if name in (EMBEDDING, HEAD):
-            joined = [joined[0][: config.vocab_size]]
-        yield from zip(mapping.names, joined, strict=True)
+        yield from zip(mapping.names, mapping.join([file[name] for file in ranks]), strict=True)
     if config.tie_embeddings and stage == grid.pp - 1:
         for rank, file in enumerate(ranks):
             if HEAD in file.shapes and not same_bits(file[HEAD], files[0, rank][EMBEDDING]):

@@ -198,13 +198,16 @@ def _from_checkpoint(path: Path, model: LoadedModel, parallel: Parallel) -> Call
     def read(name: str) -> Tensor:
         # Its data are the weights as they are now: read into a copy.
         entry = described[name]
-        entry = dataclasses.replace(entry, data=torch.empty_like(entry.data, device="cpu"))
+        entry = dataclasses.replace(entry, data=torch.zeros_like(entry.data, device="cpu"))
         # A factory describes parts that are stored apart: the halves of SwiGLU.
         is_joint = isinstance(entry, ShardedTensorFactory)
         parts: list[ShardedTensor] = entry.build() if is_joint else [entry]
         for part in parts:
             file = stored.state_dict_metadata.get(part.key)
-            if not isinstance(file, TensorStorageMetadata) or file.size != part.global_shape:
+            # The vocabulary's padding is that of the layout that wrote it.
+            if not isinstance(file, TensorStorageMetadata) or not (
+                part.allow_shape_mismatch or file.size == part.global_shape
+            ):
                 raise CheckpointError(f"no tensor {part.key} of the model's shape", where=path)
             target = part.data.view((1,) * part.prepend_axis_num + tuple(part.local_shape))
             chunk = ChunkStorageMetadata(torch.Size(part.global_offset), target.shape)

@@ -29,12 +29,14 @@ class Mapping:
             heads, its key head, its value head.
         dim: the dimension of the Hugging Face tensors that is split over TP; None: replicated.
         groups, channels: query groups over all ranks and channels of a head, for the last kind.
+        vocab_size: of an embedding or output layer: rows of shards beyond it are padding, zeros.
     """
 
     names: tuple[str, ...]
     dim: int | None = 0
     groups: int = 0
     channels: int = 0
+    vocab_size: int = 0
 
     def places(self, shard: Tensor, size: int) -> Sequence[Tensor]:
         """For each Hugging Face tensor, a view of its part of a shard; ``size`` ranks in all."""
@@ -45,6 +47,11 @@ class Mapping:
 
     def fill(self, shard: Tensor, whole: Sequence[Tensor], rank: int, size: int) -> None:
         """Write this rank's shard into ``shard``, cast to its dtype; reads no more than that."""
+        if self.vocab_size:
+            held = whole[0][rank * len(shard) : (rank + 1) * len(shard)]
+            shard[: len(held)].copy_(held)
+            shard[len(held) :].zero_()
+            return
         for place, tensor in zip(self.places(shard, size), whole, strict=True):
             if self.dim is not None:
                 length = tensor.shape[self.dim] // size
@@ -56,6 +63,8 @@ class Mapping:
         if self.dim is None:
             return [shards[0]]
         parts = zip(*(self.places(shard, len(shards)) for shard in shards), strict=True)
+        if self.vocab_size:
+            return [torch.cat(list(shards))[: self.vocab_size]]
         rows = -shards[0].dim()  # of a place, whose last dimensions are a shard's
         return [torch.cat([place.flatten(0, rows) for place in part], self.dim) for part in parts]
 
@@ -63,7 +72,7 @@ class Mapping:
         """The shape of each rank's shard of tensors with ``shapes``."""
         shape = list(shapes[0])
         if self.dim is not None:
-            shape[self.dim] = sum(each[self.dim] // size for each in shapes)
+            shape[self.dim] = sum(-(-each[self.dim] // size) for each in shapes)
         return tuple(shape)
 
     def rows(self, num_rows: int, size: int) -> list[list[range]]:
@@ -79,9 +88,10 @@ def mapping_of(parameter: str, config: ModelConfig, layer_offset: int) -> Mappin
         CheckpointError: no such parameter.
     """
     if parameter == "embedding.word_embeddings.weight":
-        return Mapping((EMBEDDING,))
+        return Mapping((EMBEDDING,), vocab_size=config.vocab_size)
     if parameter == "output_layer.weight":
-        return Mapping((EMBEDDING if config.tie_embeddings else HEAD,))
+        name = EMBEDDING if config.tie_embeddings else HEAD
+        return Mapping((name,), vocab_size=config.vocab_size)
     if parameter == "decoder.final_layernorm.weight":
         return Mapping((FINAL_NORM,), dim=None)
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter)

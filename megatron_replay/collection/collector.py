@@ -174,7 +174,7 @@ class Collector:
 
         Logits exist for ``LOGITS_CHUNK_SIZE`` positions at a time, never for all.
         """
-        vocab_start = self._groups.tp_rank * weight_VH.shape[0]
+        vocab_start = self._groups.vocabulary_shard(self._model.shape.vocab_size).start
         sets, logits, size = [], [], LOGITS_CHUNK_SIZE
         for rows, labels in zip(rows_N.split(size), labels_N.split(size), strict=True):
             logits_NV = hidden[rows] @ weight_VH.T

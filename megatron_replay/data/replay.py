@@ -79,7 +79,7 @@ def join_candidates(
         batch: whole or truncated documents; recorded positions that truncation cut off are left
             out.
         reader: the candidate store of the corpus the batch was read from.
-        vocab_size: rows of the output layer, over all ranks.
+        vocab_size: the model's.
         scope: "position": each position has its recorded set. "document": all positions of a
             document share the union of every set recorded for it, cut-off positions included, so
             that the union depends on nothing but the store.

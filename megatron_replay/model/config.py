@@ -120,27 +120,54 @@ class ModelConfig:
         matrices += 3 * self.hidden_size * self.ffn_hidden_size
         matrices += channels * (heads + 2 * groups) * self.qkv_bias
         norms = 2 * self.hidden_size + 2 * channels * self.qk_layernorm
-        embedding = self.vocab_size * self.hidden_size // tp
+        embedding = self.vocabulary_rows(tp) * self.hidden_size
         # With PP, first and last stage have one each, tied or not; without PP, one stage has both.
         copies = 1 if pp > 1 or self.tie_embeddings else 2
-        layers = self.num_layers // pp * (matrices // tp + norms)
-        return layers + copies * embedding + self.hidden_size
+        stages = self.layers_of_stages(pp)
+        # The last stage has the final norm, and is the largest unless it has fewer layers.
+        final_norm = self.hidden_size if stages[0] == stages[-1] else 0
+        return stages[0] * (matrices // tp + norms) + copies * embedding + final_norm
+
+    def layers_of_stages(self, pp: int) -> tuple[int, ...]:
+        """Layers of each pipeline stage: as even as can be, the first stages have one more.
+
+        So the last stage, which also computes the loss, never has more than another.
+        """
+        least, rest = divmod(self.num_layers, pp)
+        return (least + 1,) * rest + (least,) * (pp - rest)
+
+    def vocabulary_rows(self, tp: int) -> int:
+        """Rows of the embedding on each TP rank, with padding where TP does not divide them."""
+        return -(-self.vocab_size // tp)
 
     def check_layout(self, tp: int, pp: int, *, flag: str = "--{}-model-parallel-size") -> None:
-        """Raise ConfigError unless TP and PP, given by ``flag``, divide what they split."""
-        flags = {"TP": flag.format("tensor"), "PP": flag.format("pipeline")}
-        for kind, size, what, value in (
-            ("TP", tp, "attention heads", self.num_attention_heads),
-            ("TP", tp, "query groups", self.num_query_groups),
-            ("TP", tp, "vocabulary", self.vocab_size),
-            ("TP", tp, "ffn_hidden_size", self.ffn_hidden_size),
-            ("PP", pp, "layers", self.num_layers),
+        """Raise ConfigError unless TP and PP, given by ``flag``, can split the model.
+
+        TP divides all but the vocabulary, of which each rank must have a token; PP divides nothing,
+        but each stage must have a layer.
+        """
+        for what, value in (
+            ("attention heads", self.num_attention_heads),
+            ("query groups", self.num_query_groups),
+            ("ffn_hidden_size", self.ffn_hidden_size),
         ):
-            if value % size:
+            if value % tp:
                 raise ConfigError(
-                    f"{kind} does not divide the model's {what}",
-                    where=flags[kind],
+                    f"TP does not divide the model's {what}",
+                    where=flag.format("tensor"),
                     expected=f"a divisor of {value}",
+                    found=tp,
+                )
+        for kind, size, fits, parts in (
+            ("tensor", tp, (tp - 1) * self.vocabulary_rows(tp) < self.vocab_size,
+             f"{self.vocab_size} tokens"),
+            ("pipeline", pp, pp <= self.num_layers, f"{self.num_layers} layers"),
+        ):  # fmt: skip
+            if not fits:
+                raise ConfigError(
+                    "too many ranks",
+                    where=flag.format(kind),
+                    expected=f"fewer for {parts}",
                     found=size,
                 )
 

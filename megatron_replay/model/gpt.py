@@ -79,6 +79,8 @@ class RotaryOfPositions(RotaryEmbedding):
 class ReplayGPTModel(GPTModel):
     """GPTModel with a head passed at each call instead of logits or a full-softmax loss."""
 
+    #: Rows of this rank's output layer that are tokens; the others are padding.
+    num_tokens = 0
     _head: Head | None = None
     _documents: PackedDocuments | None = None
 
@@ -116,10 +118,17 @@ class ReplayGPTModel(GPTModel):
             return self._head(hidden, self.output_weight())
 
     def output_weight(self) -> Tensor:
-        """This rank's rows of the output layer, tied or not. [V / TP, H]."""
+        """This rank's rows of the output layer, tied or not, without padding: [V, H]."""
         if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+            weight = self.shared_embedding_or_output_weight()
+        else:
+            weight = self.output_layer.weight
+        if self.num_tokens == len(weight):
+            return weight
+        tokens = weight[: self.num_tokens]
+        if hasattr(weight, "main_grad"):  # the heads add to it
+            tokens.main_grad = weight.main_grad[: self.num_tokens]
+        return tokens
 
 
 def transformer_config(
@@ -132,6 +141,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of ``model`` on this layout."""
     dtype = torch.bfloat16 if bf16 else torch.float32
+    stages = model.layers_of_stages(parallel.pipeline_model_parallel_size)
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -151,6 +161,10 @@ def transformer_config(
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        # Megatron's spelling of uneven stages: E embedding, t a layer, L the loss.
+        pipeline_model_parallel_layout="E" + "|".join("t" * layers for layers in stages) + "L"
+        if len({*stages}) > 1
+        else None,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -198,13 +212,14 @@ def build_model(
     gpt = ReplayGPTModel(
         config,
         block,
-        vocab_size=model.vocab_size,
+        vocab_size=model.vocabulary_rows(parallel.tp_size) * parallel.tp_size,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel.first_stage,
         post_process=parallel.last_stage,
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="rope",
     )
+    gpt.num_tokens = len(parallel.vocabulary_shard(model.vocab_size))
     # megatron-core computes its own on the device, and scales them for one Llama only.
     gpt.rotary_pos_emb.inv_freq = inverse_frequencies(
         model.rotary_base, model.kv_channels, model.rope_scaling

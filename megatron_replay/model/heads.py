@@ -58,7 +58,12 @@ def restricted_loss(
 
 
 def full_loss(
-    rows_N: Tensor, labels_N: Tensor, parallel: Parallel, *, divergence: Divergence | None = None
+    rows_N: Tensor,
+    labels_N: Tensor,
+    parallel: Parallel,
+    *,
+    vocab_size: int,
+    divergence: Divergence | None = None,
 ) -> Head:
     """Loss [N] of the full softmax at ``rows_N``, and the divergence, if there is one."""
 
@@ -68,7 +73,7 @@ def full_loss(
             hidden_NH,
             weight_VH,
             labels_N,
-            vocab_start=parallel.tp_rank * len(weight_VH),
+            vocab_start=parallel.vocabulary_shard(vocab_size).start,
             tp_group=parallel.tp_group,
             weight_grad_out=_main_grad(weight_VH),
             reduce_hidden_grad=False,

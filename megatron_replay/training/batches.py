@@ -70,7 +70,7 @@ class TrainingData:
 class BatchBuilder:
     """``make_batch(iteration)``, called by the loader's thread, which alone uses ``batches``.
 
-    ``vocab_size``: rows of the output layer, over all ranks.
+    ``vocab_size``: the model's.
     """
 
     config: Stage1Config
@@ -117,7 +117,13 @@ class BatchBuilder:
         divergence = None if targets is None else self._divergence(targets.own_sets)
         if loss.loss == "full":
             labels_N = self._to_device(labels_N)
-            head = heads.full_loss(rows.rows_N, labels_N, self.groups, divergence=divergence)
+            head = heads.full_loss(
+                rows.rows_N,
+                labels_N,
+                self.groups,
+                vocab_size=self.vocab_size,
+                divergence=divergence,
+            )
         else:
             assert targets is not None
             head = self._restricted_loss(targets, rows.rows_N, divergence)
@@ -141,8 +147,8 @@ class BatchBuilder:
     ) -> Head:
         """Cuts the sets to this rank's shard on the host, so a step never waits for the device."""
         groups, loss = self.groups, self.config.loss
-        num_rows = self.vocab_size // groups.tp_size
-        sets = targets.sets.shard(groups.tp_rank * num_rows, num_rows)
+        shard = groups.vocabulary_shard(self.vocab_size)
+        sets = targets.sets.shard(shard.start, len(shard))
         if groups.last_stage and self.backend.reads_transpose:
             sets = sets.with_transpose()
         is_ghost = loss.tail == "ghost"
@@ -159,8 +165,8 @@ class BatchBuilder:
         """What ``--kl-weight`` adds, cut to this rank's shard; None before the last stage."""
         if own_sets is None or not self.groups.last_stage:
             return None
-        num_rows = self.vocab_size // self.groups.tp_size
-        targets = SoftTargets.of(own_sets, self.groups.tp_rank * num_rows, num_rows)
+        shard = self.groups.vocabulary_shard(self.vocab_size)
+        targets = SoftTargets.of(own_sets, shard.start, len(shard))
         return Divergence(targets.moved(self._to_device), self.config.loss.kl_weight)
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -69,8 +69,7 @@ class Monitor:
         if data.reader is not None and config.probe.probe_interval > 0:
             self._samples["probe"] = Probe(config, groups, data)
         if (prefix := config.probe.general_data_path) is not None:
-            context = model.shape.max_position_embeddings
-            general = GeneralText(config, groups, prefix, data.corpus, context)
+            general = GeneralText(config, groups, prefix, data.corpus, model.shape)
             self._samples["general"] = general
             log = self._log if iteration > 0 else None
             groups.agreed(lambda: general.resume(log.kept, directory) if log else None)

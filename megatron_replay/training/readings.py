@@ -29,6 +29,7 @@ from megatron_replay.data.replay import full_targets, join_candidates
 from megatron_replay.errors import CheckpointError, ConfigError, DataError, ReplayError
 from megatron_replay.forward import MicroBatch, forward_only
 from megatron_replay.model import heads
+from megatron_replay.model.config import ModelConfig
 from megatron_replay.optim.build import counts_once
 from megatron_replay.parallel import Parallel
 from megatron_replay.training.batches import TrainingData
@@ -51,14 +52,14 @@ class Probe:
         self._work: list[MicroBatch] = []
         base_mass, count = 0.0, 0
         vocab_size = reader.description.vocab_size
-        num_rows = vocab_size // parallel.tp_size
+        shard = parallel.vocabulary_shard(vocab_size)
         for batch in _micro_batches(
             data.corpus, sample, data.lengths, config.data, parallel.tp_size
         ):
             targets = join_candidates(batch, reader, vocab_size=vocab_size, scope="position")
             base_mass += (targets.tail_logit_N - targets.lse_N).exp().double().sum().item()
             count += len(targets.rows_N)
-            sets = targets.sets.shard(parallel.tp_rank * num_rows, num_rows)
+            sets = targets.sets.shard(shard.start, len(shard))
             sets = sets.moved(lambda tensor: tensor.to(device))
             head = heads.probe(targets.rows_N.to(device), sets, parallel)
             self._work.append(MicroBatch(batch.to(device), head))
@@ -110,7 +111,7 @@ class GeneralText:
     Args:
         prefix: the general text's.
         corpus: the training corpus.
-        context: the model's context; only the first ``context`` positions of a document are scored.
+        shape: the model's; only a document's positions inside its context are scored.
 
     Raises:
         ConfigError: the two corpora are of different tokenizers.
@@ -118,11 +119,16 @@ class GeneralText:
     """
 
     def __init__(
-        self, config: Stage1Config, parallel: Parallel, prefix: str, corpus: Corpus, context: int
+        self,
+        config: Stage1Config,
+        parallel: Parallel,
+        prefix: str,
+        corpus: Corpus,
+        shape: ModelConfig,
     ) -> None:
         text = Corpus(prefix)
         _require_same_tokenizer(text, corpus)
-        longest = min(config.data.seq_length, context)
+        longest = min(config.data.seq_length, shape.max_position_embeddings)
         lengths = np.minimum(text.lengths, longest + 1)
         sample = pick_documents(lengths, config.probe.probe_documents)
         num_truncated = int((text.lengths[sample] > lengths[sample]).sum())
@@ -140,7 +146,7 @@ class GeneralText:
         for batch in _micro_batches(text, sample, lengths, config.data, parallel.tp_size):
             rows_N, labels_N = (tensor.to(parallel.device) for tensor in full_targets(batch))
             self._num_labels += len(rows_N)
-            head = heads.full_loss(rows_N, labels_N, parallel)
+            head = heads.full_loss(rows_N, labels_N, parallel, vocab_size=shape.vocab_size)
             self._work.append(MicroBatch(batch.to(parallel.device), head))
         if not self._num_labels:
             raise DataError("no token of the sample carries loss", where=text.prefix)

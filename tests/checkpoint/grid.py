@@ -38,11 +38,11 @@ def empty_stage(config: ModelConfig, tp: int, pp: int, stage: int, te: bool) -> 
         layer |= dict.fromkeys(QK_NORMS, (channels,))
     if config.qkv_bias:
         layer["self_attention.linear_qkv.bias"] = ((queries + 2 * groups) * channels,)
-    vocabulary = (config.vocab_size // tp, hidden)
+    vocabulary = (-(-config.vocab_size // tp), hidden)
     shapes: dict[str, tuple[int, ...]] = {}
     if stage == 0:
         shapes["embedding.word_embeddings.weight"] = vocabulary
-    for number in range(config.num_layers // pp):
+    for number in range(config.layers_of_stages(pp)[stage]):
         shapes |= {f"decoder.layers.{number}.{name}": shape for name, shape in layer.items()}
     if stage == pp - 1:
         shapes["decoder.final_layernorm.weight"] = (hidden,)
@@ -61,7 +61,7 @@ def load_grid(
         grid[stage] = [empty_stage(config, tp, pp, stage, te) for _ in range(tp)]
         for rank, parameters in enumerate(grid[stage]):
             for name, parameter in parameters.items():
-                mapping = mapping_of(name, config, stage * config.num_layers // pp)
+                mapping = mapping_of(name, config, sum(config.layers_of_stages(pp)[:stage]))
                 reader.fill(parameter, mapping, rank, tp)
     return grid
 
@@ -83,7 +83,7 @@ def save_grid(
         for name in ranks[0]:
             if name == "output_layer.weight" and config.tie_embeddings:
                 continue
-            mapping = mapping_of(name, config, stage * config.num_layers // len(grid))
+            mapping = mapping_of(name, config, sum(config.layers_of_stages(len(grid))[:stage]))
             joined = mapping.join([rank[name] for rank in ranks])
             tensors += zip(mapping.names, joined, strict=True)
         written |= write_weights(staged, tensors, dtype=dtype, stage=stage)

@@ -14,24 +14,24 @@ from megatron_replay.checkpoint.export import export_hf
 from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.errors import ReplayError
 from megatron_replay.model.config import ModelConfig
-from tests import pool
+from tests import pool, tiny
 from tests.distributed.layouts import Layout, build, join_groups
 from tests.same_weights import require_equal
 
 LAYOUTS = (Layout(tp=2, pp=2), Layout(tp=4), Layout(tp=2, dp=2))
 
 
-def export_all(rank: int, world_size: int, cases: dict[bool, Path], folder: Path) -> list[str]:
+def export_all(rank: int, world_size: int, cases: dict[str, Path], folder: Path) -> list[str]:
     """Export every layout; then fail three ways, and return the lines this rank's user reads."""
     for layout in LAYOUTS:
         groups = join_groups(layout)
-        for tied, source in cases.items():
+        for name, source in cases.items():
             model = build(layout, groups, source)
-            export_model(model, groups, folder / f"{layout}-{tied}")
+            export_model(model, groups, folder / f"{layout}-{name}")
     layout = LAYOUTS[0]
     groups = join_groups(layout)
-    model = build(layout, groups, cases[True])
-    lines = [refusal(model, groups, folder / f"{layout}-True")]
+    model = build(layout, groups, cases["tied"])
+    lines = [refusal(model, groups, folder / f"{layout}-tied")]
     save_file = export.save_file
     export.save_file = no_space if (groups.pp_rank, groups.tp_rank) == (1, 0) else save_file
     lines.append(refusal(model, groups, folder / "full"))
@@ -59,12 +59,17 @@ def no_space(*_: object, **__: object) -> None:
 
 
 @pytest.mark.distributed
-def test_export_over_ranks(sharded_qwen3, qwen3, tmp_path):
-    lines = pool.run(4, export_all, sharded_qwen3, tmp_path)
+def test_export_over_ranks(sharded_qwen3, tmp_path):
+    cases = {"tied": sharded_qwen3[True], "untied": sharded_qwen3[False]}
+    # Padded and in unequal stages; with biases.
+    cases["odd"] = tiny.save_qwen2(
+        tmp_path / "model", tied=True, num_hidden_layers=3, vocab_size=513
+    )
+    lines = pool.run(4, export_all, cases, tmp_path)
     for layout in LAYOUTS:
-        for tied in (True, False):
-            exported = tmp_path / f"{layout}-{tied}"
-            require_equal(exported, qwen3[tied])
+        for name, source in cases.items():
+            exported = tmp_path / f"{layout}-{name}"
+            require_equal(exported, source)
             HFReader(exported).check(ModelConfig.from_hf(exported))  # each tensor in one file
             stages = {path.name.split("-")[1] for path in exported.glob("model-*")}
             assert stages == {f"{stage:03d}" for stage in range(layout.pp)}

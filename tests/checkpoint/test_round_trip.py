@@ -73,6 +73,24 @@ def test_each_rank_holds_its_heads_and_columns(qwen3, tp):
             assert torch.equal(parameters[name], tensor), (rank, name)
 
 
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_biases_are_beside_their_rows(tmp_path, tp):
+    """A bias is filled as the first column of its matrix would be."""
+    source = tiny.save_qwen2(tmp_path, tied=True, num_hidden_layers=1)
+    weights = load_file(source / "model.safetensors")
+    for x in "qkv":
+        name = f"model.layers.0.self_attn.{x}_proj"
+        weights[f"{name}.weight"][:, 0] = weights[f"{name}.bias"]
+    save_file(weights, source / "model.safetensors")
+    [ranks] = load_grid(source, tp, 1).values()
+    for parameters in ranks:
+        weight, bias = (
+            parameters[f"decoder.layers.0.self_attention.linear_qkv.{kind}"]
+            for kind in ("weight", "bias")
+        )
+        assert torch.equal(weight[:, 0], bias)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_loads_the_export(qwen3, tmp_path, tied):
     source, final = qwen3[tied], tmp_path / "exported"
@@ -86,7 +104,9 @@ def test_transformers_loads_the_export(qwen3, tmp_path, tied):
         assert (final / name).read_text() == content
     assert not (final / "pytorch_model.bin.index.json").exists()
     exported = json.loads((final / "config.json").read_text())
-    assert exported == {**original, "dtype": "float32", "torch_dtype": "float32"}
+    # transformers 4 reads rope_theta and rope_scaling.
+    old = {"rope_theta": original["rope_parameters"]["rope_theta"], "rope_scaling": None}
+    assert exported == {**original, **old, "dtype": "float32", "torch_dtype": "float32"}
     index = json.loads((final / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 4 * config.num_parameters()
     assert index["weight_map"].keys() == hf_tensor_shapes(config).keys()

@@ -23,6 +23,7 @@ from megatron_replay.data.replay import full_targets
 from megatron_replay.forward import MicroBatch
 from megatron_replay.model import heads
 from megatron_replay.model.selected_rows import SelectedRows
+from tests.tiny import VOCAB_SIZE
 
 SEQ_LENGTH = 64
 
@@ -102,6 +103,7 @@ def full_loss_work(
     groups: parallel.Parallel,
     batches: list[PackedBatch],
     *,
+    vocab_size: int = VOCAB_SIZE,
     last_layer_at_selected: bool = True,
     empty: int | None = None,
 ) -> list[MicroBatch]:
@@ -115,7 +117,7 @@ def full_loss_work(
             rows_N, batch.documents, len(batch.token_T), groups.tp_group,
             sequence_parallel=layout.sequence_parallel,
         )  # fmt: skip
-        head = heads.full_loss(rows.rows_N, labels_N, groups)
+        head = heads.full_loss(rows.rows_N, labels_N, groups, vocab_size=vocab_size)
         work.append(MicroBatch(batch, head, rows if last_layer_at_selected else None))
     return work
 

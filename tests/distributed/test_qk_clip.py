@@ -54,13 +54,13 @@ def transformers_max_logits(checkpoint: Path, corpus: Corpus) -> Tensor:
 
 def measure(
     layout: Layout, groups: Any, ddp: torch.nn.Module, corpus: Corpus
-) -> list[tuple[Tensor, Tensor]]:
-    """The weight and the largest logits of each layer of this rank."""
+) -> list[tuple[list[Tensor], Tensor]]:
+    """Weight and bias, and the largest logits, of each layer of this rank."""
     batches = layouts.micro_batches(groups, corpus)
     work = layouts.full_loss_work(layout, groups, batches, last_layer_at_selected=False)
     forward_backward(ddp, work)
-    weights, maxima = zip(*take_max_logits(ddp), strict=True)
-    return list(zip(weights, max_over_replicas(maxima, groups.dp_group), strict=True))
+    projections, maxima = zip(*take_max_logits(ddp), strict=True)
+    return list(zip(projections, max_over_replicas(maxima, groups.dp_group), strict=True))
 
 
 def measure_and_clip(
@@ -75,10 +75,11 @@ def measure_and_clip(
         ddp = wrap_for_training(model)
         record_max_logits(ddp)
         before = measure(layout, groups, ddp, corpus)
-        weight, maxima_N = before[0]
+        projection, maxima_N = before[0]
         local_groups = model.shape.num_query_groups // layout.tp
         factors = qk_clip_factors(maxima_N, threshold=threshold, num_query_groups=local_groups)
-        scale_query_key_(weight, *factors)
+        for tensor in projection:
+            scale_query_key_(tensor, *factors)
         after = measure(layout, groups, ddp, corpus)
         tables = (torch.stack([maxima for _, maxima in part]) for part in (before, after))
         results.append((groups.tp_rank, groups.pp_rank, *tables))
@@ -86,8 +87,9 @@ def measure_and_clip(
 
 
 @pytest.mark.distributed
-def test_max_logits_are_those_of_transformers_and_clipping_bounds_them(tmp_path):
-    tiny.save_llama(tmp_path / "model", tied=True)
+@pytest.mark.parametrize("save", [tiny.save_llama, tiny.save_qwen2])
+def test_max_logits_are_those_of_transformers_and_clipping_bounds_them(tmp_path, save):
+    save(tmp_path / "model", tied=True)
     corpus = tiny.save_corpus(tmp_path / "corpus", num_documents=40, stems=3)
     forest = layouts.global_batch(corpus)
     assert forest.computed < 0.9 * forest.positions

@@ -4,7 +4,8 @@ The reference runs transformers on each document alone, with every token of it, 
 over [N, V] with the sets as masks, which it makes from the store's records. It reads no packs, and
 has none of Stage 1's savings: shared prefixes computed once, unread tokens left out, and the last
 layer, the head and the gradient of the output weight computed where they count. Qwen3 has two
-layers, so that a stage of a pipeline has one; Llama, which has no QK-norm, has four.
+layers, so that a stage of a pipeline has one; Llama, which has no QK-norm, has four. The others
+have a number of layers and of tokens that no layout divides.
 
 Shapes: N recorded positions of a document, V vocabulary.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,20 @@ from tests.distributed.layouts import Layout, join_groups, save_tensors, worst_g
 from tests.e2e import stages
 
 NUM_DOCUMENTS, SEQ_LENGTH = 10, 64
-MODELS = ("tied", "untied", "tied llama", "llama")
+ODD = {"num_hidden_layers": 3, "vocab_size": 513}
+LLAMA3 = {
+    "rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+#: How each is saved; the first two are those of most cases.
+MODELS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
+    "tied": (tiny.save_qwen3, {"tied": True, "num_hidden_layers": 2}),
+    "untied": (tiny.save_qwen3, {"tied": False, "num_hidden_layers": 2}),
+    "tied llama": (tiny.save_llama, {"tied": True}),
+    "llama": (tiny.save_llama, {"tied": False}),
+    "qwen2": (tiny.save_qwen2, {"tied": True, **ODD}),
+    "llama 3": (tiny.save_llama, {"tied": False, "rope_parameters": LLAMA3, **ODD}),
+}
 #: By loss: flags of Stage 1.
 LOSSES = {
     "position": "",
@@ -85,27 +100,31 @@ RESTRICTED: dict[int, list[Case]] = {
         for loss in ("document ghost", "full")
     ],
 }
-LLAMA: dict[int, list[Case]] = {
-    1: [(Layout(), model, "packed", "full") for model in ("tied llama", "llama")],
+OTHERS: dict[int, list[Case]] = {
+    1: [(Layout(), model, "packed", "full") for model in [*MODELS][2:]],
     2: [
         (TP2, "tied llama", "packed", "position"), (TP2SP, "llama", "packed", "full"),
         (PP2, "tied llama", "packed", "full"), (PP2, "llama", "unpacked", "position"),
         (Layout(tp=2, bf16=True), "llama", "packed", "full"),
+        (TP2, "qwen2", "packed", "position"), (TP2SP, "qwen2", "unpacked", "full"),
+        (PP2, "qwen2", "packed", "full"), (TP2SP, "llama 3", "packed", "ghost and divergence"),
+        (TP2, "llama 3", "packed", "full"), (PP2, "llama 3", "packed", "position"),
     ],
-    4: [], 8: [],
+    4: [(GRIDS[4][0], "qwen2", "packed", "full"), (GRIDS[4][1], "llama 3", "packed", "position")],
+    8: [(grid, "qwen2", "packed", loss) for grid in GRIDS[8] for loss in ("document", "full")],
 }  # fmt: skip
 
 
 def cases_of(world_size: int) -> list[Case]:
     """Besides those above, each grid in fp32 and in bf16 under the full loss."""
     full = [
-        (replace(grid, bf16=bf16), MODELS[(number + bf16) % 2], packing, "full")
+        (replace(grid, bf16=bf16), [*MODELS][(number + bf16) % 2], packing, "full")
         for number, (grid, packing) in enumerate(
             itertools.product(GRIDS[world_size], ("unpacked", "packed"))
         )
         for bf16 in (False, True)
     ]
-    return RESTRICTED[world_size] + LLAMA[world_size] + full
+    return RESTRICTED[world_size] + OTHERS[world_size] + full
 
 
 def document_loss(
@@ -167,11 +186,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By model: checkpoint, corpus, and a store of a share of the positions."""
     some = "--position-strategy random --position-fraction 0.3 --coverage 0.3 --store-logits fp16"
     folders = {}
-    for model in MODELS:
+    for model, (save, settings) in MODELS.items():
         folder = folders[model] = tmp_path_factory.mktemp("definition")
-        save = tiny.save_llama if "llama" in model else tiny.save_qwen3
-        layers = {} if "llama" in model else {"num_hidden_layers": 2}
-        save(folder / "model", tied="untied" not in model and "tied" in model, **layers)
+        save(folder / "model", **settings)
         tiny.save_corpus(folder / "corpus", num_documents=NUM_DOCUMENTS, longest=32, stems=3)
         store = ["--store", folder / "store", *some.split()]
         stages.succeed("stage0", *stages.inputs(folder), *store)
@@ -186,14 +203,13 @@ def references(folders: dict[str, Path]) -> dict[tuple[str, str], dict[str, Any]
 
 
 def worst_logit(
-    model: torch.nn.Module, work: list[MicroBatch], tp_rank: int, reference: Path
+    model: torch.nn.Module, work: list[MicroBatch], shard: range, reference: Path
 ) -> float:
     """Largest difference of a logit, of this rank's shard, at any position of any document."""
     expected: list[Tensor] = torch.load(reference)
     every = [MicroBatch(x.batch, lambda hidden, weight: hidden.all() @ weight.T) for x in work]
     worst = 0.0
     for micro_batch, logits_TV in zip(work, forward_only(model, every), strict=False):
-        columns = tp_rank * logits_TV.shape[1] + torch.arange(logits_TV.shape[1])
         forest, path = micro_batch.batch.forest, []
         first = itertools.accumulate(forest.own_D.tolist(), initial=0)
         for number, shared, (start, stop) in zip(
@@ -201,7 +217,9 @@ def worst_logit(
         ):
             path = [*path[:shared], *range(start, stop)]
             found = logits_TV[path].double()
-            worst = max(worst, (found - expected[number][:, columns]).abs().max().item())
+            worst = max(
+                worst, (found - expected[number][:, shard.start : shard.stop]).abs().max().item()
+            )
     return worst
 
 
@@ -224,7 +242,8 @@ def step(case: Case, folder: Path, save: Path) -> dict[str, Any]:
     logit = 0.0
     if loss == "full":
         reference = folder / loss / "logits.pt"
-        logit = worst_logit(built.model.module, batch.micro_batches, groups.tp_rank, reference)
+        shard = groups.vocabulary_shard(built.model.shape.vocab_size)
+        logit = worst_logit(built.model.module, batch.micro_batches, shard, reference)
     sums = forward_backward(built.wrapped, batch.micro_batches)
     if sums is not None:
         dist.all_reduce(sums, group=groups.dp_group)

@@ -24,8 +24,8 @@ from tests import pool, tiny
 from tests.checkpoint.grid import empty_stage
 
 TINY: dict[str, Any] = {
-    "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 8,
-    "num_query_groups": 4, "kv_channels": 6, "vocab_size": 64, "max_position_embeddings": 16,
+    "num_layers": 5, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 8,
+    "num_query_groups": 4, "kv_channels": 6, "vocab_size": 66, "max_position_embeddings": 16,
     "rotary_base": 10000.0, "layernorm_epsilon": 1e-6,
 }  # fmt: skip
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -157,8 +157,10 @@ def test_what_files_leave_out_is_as_in_transformers(tmp_path, model_type, key):
         "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 5e5}, "sliding_window": None,
     }  # fmt: skip
     del content[key]
-    nulls = [{}] if key not in ("num_key_value_heads", "rope_parameters") else [{}, {key: None}]
-    for change in nulls:
+    may_be_null = {"num_key_value_heads", "rope_parameters"}
+    if model_type == "mistral":  # whose null transformers 5 refuses
+        may_be_null.remove("num_key_value_heads")
+    for change in [{}, {key: None}] if key in may_be_null else [{}]:
         (tmp_path / "config.json").write_text(json.dumps({**content, **change}))
         config, theirs = ModelConfig.from_hf(tmp_path), AutoConfig.from_pretrained(tmp_path)
         if key == "head_dim":  # Qwen2 has no such attribute: its attention computes it
@@ -273,12 +275,25 @@ def test_what_is_refused(tmp_path, error, changes, message):
     [
         ({}, 3, 1, "attention heads .expected a divisor of 8; found 3"),
         ({}, 8, 1, "query groups .expected a divisor of 4; found 8"),
-        ({"vocab_size": 63}, 4, 1, "vocabulary .expected a divisor of 63; found 4"),
+        (
+            {"vocab_size": 9},
+            4,
+            1,
+            "--tensor-.*too many ranks .expected fewer for 9 tokens; found 4",
+        ),
         ({"ffn_hidden_size": 50}, 4, 1, "ffn_hidden_size .expected a divisor of 50; found 4"),
-        ({}, 1, 3, "--pipeline-model-parallel-size: PP does not .*a divisor of 4; found 3"),
+        ({}, 1, 6, "--pipeline-model-parallel-size: too many .*fewer for 5 layers; found 6"),
     ],
 )
 def test_layouts_that_cannot_be(changes, tp, pp, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig(**TINY | changes, tie_embeddings=True).check_layout(tp, pp)
-    ModelConfig(**TINY, tie_embeddings=True).check_layout(4, 4)
+    ModelConfig(**TINY, tie_embeddings=True).check_layout(4, 5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages"), [(36, (18, 18)), (5, (3, 2)), (7, (2, 2, 2, 1)), (2, (1, 1))]
+)
+def test_layers_are_spread_over_the_stages(layers, stages):
+    config = ModelConfig(**TINY | {"num_layers": layers}, tie_embeddings=True)
+    assert config.layers_of_stages(len(stages)) == stages

@@ -56,7 +56,9 @@ def describe(_: int, __: int, checkpoint: Path, corpus_prefix: Path) -> dict[Any
             before = [p.detach().clone() for p in masters]
             batches = layouts.micro_batches(groups, Corpus(corpus_prefix))
             work = [
-                MicroBatch(batch, heads.full_loss(*full_targets(batch), groups))
+                MicroBatch(
+                    batch, heads.full_loss(*full_targets(batch), groups, vocab_size=tiny.VOCAB_SIZE)
+                )
                 for batch in batches
             ]
             result = train_step(wrapped, optimizer, work, groups, lr=0.01)
