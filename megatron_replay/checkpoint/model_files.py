@@ -1,4 +1,4 @@
-"""The files next to the weights (config.json, tokenizer, generation settings), and fingerprints.
+"""The files next to the weights (config.json, tokenizer, licence), and their fingerprints.
 
 A directory of checkpoints keeps these files in ``hf/``, for export. Each checkpoint records their
 SHA-256 in its train_state.json and is not loaded with others: weights under another ``rope_theta``
@@ -26,6 +26,8 @@ from megatron_replay.store import CandidateReader
 
 FOLDER = "hf"
 _SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+#: What a tuned model must be passed on with, whatever the suffix.
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 #: A larger file is data that happens to be in the model's directory.
 _MOST_BYTES = 1 << 30
 
@@ -37,7 +39,11 @@ def side_files(source: Path) -> list[str]:
         CheckpointError: the directory cannot be read.
     """
     try:
-        found = [path for path in source.iterdir() if path.suffix in _SUFFIXES]
+        found = [
+            path
+            for path in source.iterdir()
+            if path.suffix in _SUFFIXES or path.name.upper().startswith(_LICENCES)
+        ]
     except OSError as error:
         raise CheckpointError(f"cannot read: {error.strerror}", where=source) from error
     found += source.glob("additional_chat_templates/*.jinja")

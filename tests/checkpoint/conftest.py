@@ -17,6 +17,10 @@ SIDE_FILES = {
     "merges.txt": "a b\n",
     "chat_template.jinja": "{{ messages }}",
     "tokenizer.model": "\x00",
+    "vocab.tiktoken": "YQ== 0",
+    "additional_chat_templates/rag.jinja": "{{ documents }}",
+    "LICENSE": "Terms",
+    "Use_Policy.md": "Not for",
 }
 
 
@@ -28,7 +32,9 @@ def qwen3(tmp_path_factory) -> dict[bool, Path]:
     for tied in (True, False):
         directories[tied] = tiny.save_qwen3(folder / f"tied-{tied}", tied=tied)
         for name, content in SIDE_FILES.items():
+            (directories[tied] / name).parent.mkdir(exist_ok=True)
             (directories[tied] / name).write_text(content)
+        (directories[tied] / "README.md").write_text("the base's card, which is not copied")
         (directories[tied] / "pytorch_model.bin.index.json").write_text("{}")
     return directories
 
