@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_replay.errors import CheckpointError, ConfigError
+from megatron_replay.errors import CheckpointError, ConfigError, few
 from megatron_replay.files import read_json
 from megatron_replay.model.rotary import Llama3Scaling
 
@@ -89,7 +89,7 @@ class ModelConfig:
         path = Path(directory) / "config.json"
         content = read_json(path, CheckpointError)
         model_type = content.get("model_type")
-        if model_type not in _DEFAULTS:
+        if model_type not in [*_DEFAULTS]:  # compared, as it may be a list
             raise ConfigError(
                 "unsupported model", where=path, expected=" or ".join(_DEFAULTS), found=model_type
             )
@@ -229,6 +229,10 @@ def _refuse_unsupported_rope(rope: Any, key: str, path: Path) -> None:
             where=path,
             expected="default or llama3",
             found=_rope_type(rope),
+        )
+    if nested := sorted(name for name, value in rope.items() if isinstance(value, dict)):
+        raise ConfigError(
+            f"unsupported {key}", where=path, expected="one for all layers", found=few(nested)
         )
     if (found := rope.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ConfigError(
