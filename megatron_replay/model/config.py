@@ -204,10 +204,10 @@ def _refuse_unsupported(content: dict[str, Any], path: Path) -> None:
         ("attention_bias", False, model_type != "qwen2"),
         ("mlp_bias", False, True),
         ("use_sliding_window", False, True),
-        ("sliding_window", None, model_type == "mistral"),
+        ("sliding_window", "null", model_type == "mistral"),
         ("hidden_act", "silu", True),
         ("partial_rotary_factor", 1.0, True),
-        ("quantization_config", None, True),
+        ("quantization_config", "null", True),
     ):
         found = content.get(key) or expected
         if is_read and found != expected:

@@ -232,7 +232,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
     ({"head_dim": 7}, "channels in pairs"),
     (LLAMA | {"mlp_bias": True}, r"unsupported mlp_bias \(expected False; found True\)"),
     (LLAMA | {"attention_bias": True}, "unsupported attention_bias"),
-    (MISTRAL | {"sliding_window": 4096}, r"sliding_window \(expected None; found 4096\)"),
+    (MISTRAL | {"sliding_window": 512}, r"sliding_window \(expected null; found 512\)"),
     (MISTRAL, "unsupported sliding_window .*found 4096"),
     ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
      r"unusable high_freq_factor \(expected a number above 1.0; found 1.0\)"),
