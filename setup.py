@@ -95,8 +95,9 @@ setup(
         "report": REPORT,
         # tools/evaluate.py --lm-eval-tasks, which reads what this release returns.
         "eval": ["lm_eval[hf]==0.4.13"],
-        # The torch_npu release must match the installed CANN.
-        "npu": ["torch_npu"],
+        # The torch_npu release must match the installed CANN, whose own Python modules import the
+        # others (platform/examination.py).
+        "npu": "torch_npu attrs decorator scipy sympy cffi protobuf absl-py".split(),
         "test": [
             *REPORT,
             "accelerate",  # examples/any_trainer.py

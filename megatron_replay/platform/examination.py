@@ -28,7 +28,8 @@ VARIABLES = {
     "TASK_QUEUE_ENABLE": ("2", "the host launches ahead of the device"),
     "CPU_AFFINITY_CONF": ("1", "ranks keep to their own cores"),
 }
-#: Packages that CANN's installation guide names beside those that this project needs.
+#: Packages that CANN's installation guide names beside those that this project needs; setup.py
+#: installs them with the extra "npu".
 CANN_IMPORTS = ("attrs", "decorator", "scipy", "sympy", "cffi", "protobuf", "absl-py")
 #: Device files that a container needs in addition to /dev/davinci0 and so on.
 _SHARED_DEVICES = ("davinci_manager", "devmm_svm", "hisi_hdc")
@@ -152,11 +153,11 @@ def ascend_python(machine: Machine) -> Finding:
     found = [x for x in folders if home and x.is_relative_to(home.resolve()) and x.is_dir()]
     if not found:
         advice = "Source CANN's set_env.sh, after the virtual environment was activated"
-        return Finding(subject, "error", "no folder of CANN in PYTHONPATH", advice)
+        return Finding(subject, "warning", "no folder of CANN in PYTHONPATH", advice)
     missing = [name for name in CANN_IMPORTS if machine.distribution(name) is None]
     if missing:
         advice = f"pip install {' '.join(missing)}: a virtual environment has none of the system's"
-        return Finding(subject, "error", f"they import {', '.join(missing)}", advice)
+        return Finding(subject, "warning", f"they import {', '.join(missing)}", advice)
     return Finding(subject, "ok", f"in {', '.join(map(str, found))}")
 
 

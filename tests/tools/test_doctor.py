@@ -117,10 +117,10 @@ def test_cann_s_python_modules(tmp_path, monkeypatch):
     assert "PYTHONPATH" in examination.ascend_python(good).found  # no such folder
     (tmp_path / folder[1:]).mkdir(parents=True)
     assert examination.ascend_python(good).status == "ok"
-    assert examination.ascend_python(Machine(tmp_path, {})).status == "error"
+    assert examination.ascend_python(Machine(tmp_path, {})).status == "warning"
     install(monkeypatch, **dict.fromkeys(map(_variable, examination.CANN_IMPORTS)))
     found = examination.ascend_python(good)
-    assert found.status == "error"
+    assert found.status == "warning"
     assert found.advice.startswith("pip install attrs decorator ")
 
 
