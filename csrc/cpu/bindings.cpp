@@ -115,23 +115,25 @@ PYBIND11_MODULE(_cpu, module) {
     module.def(
         "shard_tokens",
         [](const Rows& logits, std::int64_t vocab_start, std::int64_t count, bool given,
-           Address maxima, Address totals, Address keys, int threads) {
+           Address maxima, Address totals, Address values, Address ids, int threads) {
             shard_tokens(rows(logits), vocab_start, count, given, pointer<float>(maxima),
-                         pointer<std::int64_t>(totals), pointer<std::int64_t>(keys), threads);
+                         pointer<std::int64_t>(totals), pointer<float>(values),
+                         pointer<std::int32_t>(ids), threads);
         },
         without_gil);
     module.def(
         "cut_tokens",
-        [](Address keys, std::int64_t rows, std::int64_t count, Address totals, Address maxima,
-           Address labels, Address label_logits, double uncovered, Address ids, Address offsets,
-           Address num_candidates, Address label_appended, Address inside, int threads) {
+        [](Address values, Address candidate_ids, std::int64_t rows, std::int64_t count,
+           Address totals, Address maxima, Address labels, Address label_logits, double uncovered,
+           Address ids, Address offsets, Address num_candidates, Address label_appended,
+           Address inside, int threads) {
             const Cut cut{pointer<std::int32_t>(ids), pointer<std::int64_t>(offsets),
                           pointer<std::int64_t>(num_candidates),
                           pointer<std::uint8_t>(label_appended), pointer<std::int64_t>(inside)};
-            cut_tokens(pointer<const std::int64_t>(keys), rows, count,
-                       pointer<const std::int64_t>(totals), pointer<const float>(maxima),
-                       pointer<const std::int64_t>(labels), pointer<const float>(label_logits), uncovered,
-                       cut, threads);
+            cut_tokens(pointer<const float>(values), pointer<const std::int32_t>(candidate_ids),
+                       rows, count, pointer<const std::int64_t>(totals),
+                       pointer<const float>(maxima), pointer<const std::int64_t>(labels),
+                       pointer<const float>(label_logits), uncovered, cut, threads);
         },
         without_gil);
     py::class_<RestrictedHead>(module, "RestrictedHead")

@@ -12,8 +12,9 @@
 
 namespace {
 
-struct KeyRow {
-    const std::int64_t* keys;
+struct TokenRow {
+    const float* values;
+    const std::int32_t* ids;
     std::int64_t count, total, label;
     float max, label_logit;
     double uncovered;
@@ -31,14 +32,11 @@ INLINE std::int64_t rounded(float mass) {
 }
 
 // Returns the size of the set.
-INLINE std::int64_t cut_body(const KeyRow& row, SetRow& set, std::int64_t* masses,
+INLINE std::int64_t cut_body(const TokenRow& row, SetRow& set, std::int64_t* masses,
                              std::int32_t* ids) {
 #pragma omp simd
-    for (std::int64_t i = 0; i < row.count; ++i) {
-        const std::int64_t key = row.keys[i];
-        masses[i] = rounded(mass(value_of(static_cast<std::int32_t>(key >> 32)), row.max));
-        ids[i] = static_cast<std::int32_t>(kMaxVocabSize - (key & 0xffffffff));
-    }
+    for (std::int64_t i = 0; i < row.count; ++i) masses[i] = rounded(mass(row.values[i], row.max));
+    std::copy(row.ids, row.ids + row.count, ids);
     const auto allowed =
         static_cast<std::int64_t>(static_cast<double>(row.total) * row.uncovered);
     std::int64_t n = 0, inside = 0;
@@ -63,12 +61,12 @@ INLINE std::int64_t cut_body(const KeyRow& row, SetRow& set, std::int64_t* masse
 }
 
 FOR_EVERY_LEVEL(std::int64_t, cut_row,
-                (const KeyRow& row, SetRow& set, std::int64_t* masses, std::int32_t* ids), cut_body,
-                (row, set, masses, ids))
+                (const TokenRow& row, SetRow& set, std::int64_t* masses, std::int32_t* ids),
+                cut_body, (row, set, masses, ids))
 
 }  // namespace
 
-void cut_tokens(const std::int64_t* keys, std::int64_t rows, std::int64_t count,
+void cut_tokens(const float* values, const std::int32_t* ids, std::int64_t rows, std::int64_t count,
                 const std::int64_t* totals, const float* maxima, const std::int64_t* labels,
                 const float* label_logits, double uncovered, const Cut& cut, int threads) {
     // A row takes 2 us: of fewer, a thread's start is not worth it.
@@ -76,13 +74,13 @@ void cut_tokens(const std::int64_t* keys, std::int64_t rows, std::int64_t count,
 #pragma omp parallel num_threads(static_cast<int>(team))
     {
         std::vector<std::int64_t> masses(count);
-        std::vector<std::int32_t> ids(count + 1);
+        std::vector<std::int32_t> set_ids(count + 1);
 #pragma omp for schedule(static)
         for (std::int64_t i = 0; i < rows; ++i) {
-            const KeyRow row{keys + i * count, count,    totals[i], labels[i],
-                             maxima[i],        label_logits[i], uncovered};
+            const TokenRow row{values + i * count, ids + i * count, count,           totals[i],
+                               labels[i],          maxima[i],       label_logits[i], uncovered};
             SetRow set{cut.ids + i * (count + 1), 0, 0, false};
-            cut.offsets[i + 1] = cut_row(row, set, masses.data(), ids.data());
+            cut.offsets[i + 1] = cut_row(row, set, masses.data(), set_ids.data());
             cut.num_candidates[i] = set.num_candidates;
             cut.inside[i] = set.inside;
             cut.label_appended[i] = set.label_appended;

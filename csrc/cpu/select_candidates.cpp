@@ -182,9 +182,14 @@ struct Scratch {
           keys(std::min<std::int64_t>(count, block_maxima.size()) * kBlock) {}
 };
 
-// keys[0 .. count) = the largest of ``found``, descending; all differ.
-INLINE void sort_largest(std::int64_t* found, std::int64_t n, std::int64_t count,
-                         std::int64_t* keys) {
+// A token as an integer, of which there are no two alike: it sorts as (value, id descending).
+INLINE std::int64_t key_of(float value, std::int64_t id) {
+    return (static_cast<std::int64_t>(ordered(value)) << 32) + (kMaxVocabSize - id);
+}
+
+// values[0 .. count), ids[0 .. count) = the tokens of the largest of ``found``, descending.
+INLINE void sort_largest(std::int64_t* found, std::int64_t n, std::int64_t count, float* values,
+                         std::int32_t* ids) {
     if (n > 2 * count) {
         std::nth_element(found, found + count, found + n, std::greater<std::int64_t>());
         n = count;
@@ -196,7 +201,9 @@ INLINE void sort_largest(std::int64_t* found, std::int64_t n, std::int64_t count
         std::int64_t place = 0;
 #pragma omp simd reduction(+ : place)
         for (std::int64_t j = 0; j < n; ++j) place += found[j] > key;
-        if (place < count) keys[place] = key;
+        if (place >= count) continue;
+        values[place] = value_of(static_cast<std::int32_t>(key >> 32));
+        ids[place] = static_cast<std::int32_t>(kMaxVocabSize - (key & 0xffffffff));
     }
 }
 
@@ -205,7 +212,7 @@ INLINE void sort_largest(std::int64_t* found, std::int64_t n, std::int64_t count
 template <class Type>
 INLINE void first_tokens(const typename Type::Stored* x, std::int64_t size, float max,
                          std::int64_t vocab_start, std::int64_t count, Scratch& scratch,
-                         std::int64_t* keys) {
+                         float* values, std::int32_t* ids) {
     const std::int64_t blocks = static_cast<std::int64_t>(scratch.block_maxima.size());
     const float* const maxima = scratch.block_maxima.data();
     std::int64_t* const found = scratch.keys.data();
@@ -226,15 +233,14 @@ INLINE void first_tokens(const typename Type::Stored* x, std::int64_t size, floa
             std::min(kBlock, size - start),
             [&](std::int64_t i) { return Type::widen(x[start + i]) >= bound; },
             [&](std::int64_t i) {
-                const std::int64_t value = ordered(Type::widen(x[start + i]));
-                found[n++] = (value << 32) + (kMaxVocabSize - (vocab_start + start + i));
+                found[n++] = key_of(Type::widen(x[start + i]), vocab_start + start + i);
             });
     };
     for (std::int64_t b = 0; b < blocks; b += kBlock)
         for_each(
             std::min(kBlock, blocks - b), [&](std::int64_t i) { return maxima[b + i] >= bound; },
             [&](std::int64_t i) { take(b + i); });
-    sort_largest(found, n, count, keys);
+    sort_largest(found, n, count, values, ids);
 }
 
 struct Row {
@@ -242,7 +248,9 @@ struct Row {
     std::int64_t size, vocab_start, count;
     bool given;
     float* max;
-    std::int64_t *total, *keys;
+    std::int64_t* total;
+    float* values;
+    std::int32_t* ids;
 };
 
 template <class Type>
@@ -253,10 +261,12 @@ INLINE void row_body(const Row& row, Scratch& scratch) {
     const float max = *row.max;
     if (!std::isfinite(max) || !(found <= max)) {
         *row.total = 0;
-        std::fill(row.keys, row.keys + row.count, 0);
+        std::fill(row.values, row.values + row.count, 0.0f);
+        std::fill(row.ids, row.ids + row.count, 0);
         return;
     }
-    first_tokens<Type>(x, row.size, found, row.vocab_start, row.count, scratch, row.keys);
+    first_tokens<Type>(x, row.size, found, row.vocab_start, row.count, scratch, row.values,
+                       row.ids);
     *row.total = total_mass<Type>(x, row.size, max, scratch.block_maxima.data(),
                                   static_cast<const typename Type::Stored*>(row.next));
 }
@@ -302,7 +312,8 @@ void row_maxima(const Logits& logits, float* maxima, int threads) {
 }
 
 void shard_tokens(const Logits& logits, std::int64_t vocab_start, std::int64_t count, bool given,
-                  float* maxima, std::int64_t* totals, std::int64_t* keys, int threads) {
+                  float* maxima, std::int64_t* totals, float* values, std::int32_t* ids,
+                  int threads) {
 #pragma omp parallel num_threads(team_size(logits, threads))
     {
         Scratch scratch(logits.size, count);
@@ -317,7 +328,8 @@ void shard_tokens(const Logits& logits, std::int64_t vocab_start, std::int64_t c
                           given,
                           maxima + i,
                           totals + i,
-                          keys + i * count};
+                          values + i * count,
+                          ids + i * count};
             switch (logits.type) {
                 case LogitType::fp32: row_Fp32(row, scratch); break;
                 case LogitType::bf16: row_Bf16(row, scratch); break;

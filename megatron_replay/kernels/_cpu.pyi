@@ -32,11 +32,13 @@ def shard_tokens(
     given: bool,
     maxima: int,
     totals: int,
-    keys: int,
+    values: int,
+    ids: int,
     threads: int,
 ) -> None: ...
 def cut_tokens(
-    keys: int,
+    values: int,
+    candidate_ids: int,
     rows: int,
     count: int,
     totals: int,

@@ -38,7 +38,7 @@ def shard_tokens(
     assert maxima_T.is_cpu
     assert (maxima_T.dtype, maxima_T.shape) == (torch.float32, (T,))
     total_T = torch.empty(T, dtype=torch.int64)
-    keys_TK = torch.empty(T, count, dtype=torch.int64)
+    values_TK, ids_TK = torch.empty(T, count), torch.empty(T, count, dtype=torch.int32)
     _cpu.shard_tokens(
         _rows(logits_TV),
         vocab_start,
@@ -46,14 +46,16 @@ def shard_tokens(
         max_T is not None,
         maxima_T.data_ptr(),
         total_T.data_ptr(),
-        keys_TK.data_ptr(),
+        values_TK.data_ptr(),
+        ids_TK.data_ptr(),
         torch.get_num_threads(),
     )
-    return ShardTokens(maxima_T, total_T, keys_TK)
+    return ShardTokens(maxima_T, total_T, values_TK, ids_TK)
 
 
 def cut_tokens(
-    keys_TK: Tensor,
+    values_TK: Tensor,
+    ids_TK: Tensor,
     total_T: Tensor,
     max_T: Tensor,
     labels_T: Tensor,
@@ -62,12 +64,13 @@ def cut_tokens(
     coverage: float,
 ) -> Cut:
     """As ``selection.shard_selection``'s."""
-    T, K = keys_TK.shape
-    keys_TK, total_T, max_T = keys_TK.contiguous(), total_T.contiguous(), max_T.contiguous()
+    T, K = ids_TK.shape
+    values_TK, ids_TK = values_TK.contiguous(), ids_TK.contiguous()
+    total_T, max_T = total_T.contiguous(), max_T.contiguous()
     labels_T, label_logit_T = labels_T.long().contiguous(), label_logit_T.contiguous()
-    assert keys_TK.dtype == total_T.dtype == torch.int64
-    assert max_T.dtype == label_logit_T.dtype == torch.float32
-    for part in (keys_TK, total_T, max_T, labels_T, label_logit_T):
+    assert (ids_TK.dtype, total_T.dtype) == (torch.int32, torch.int64)
+    assert values_TK.dtype == max_T.dtype == label_logit_T.dtype == torch.float32
+    for part in (values_TK, ids_TK, total_T, max_T, labels_T, label_logit_T):
         assert part.is_cpu
         assert len(part) == T
     ids = torch.empty(T * (K + 1), dtype=torch.int32)
@@ -79,7 +82,8 @@ def cut_tokens(
         inside_T=torch.empty(T, dtype=torch.int64),
     )
     _cpu.cut_tokens(
-        keys_TK.data_ptr(),
+        values_TK.data_ptr(),
+        ids_TK.data_ptr(),
         T,
         K,
         total_T.data_ptr(),

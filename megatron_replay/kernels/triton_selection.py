@@ -81,11 +81,11 @@ def shard_tokens(
             enable_fp_fusion=False,
         )
     rows = max(1, CHUNK_ENTRIES // (count * BLOCK))
-    keys = [
+    tokens = [
         first_tokens(logits, maxima, vocab_start, count)
         for logits, maxima in zip(logits_TV.split(rows), maxima_TB.split(rows), strict=True)
     ]
-    return ShardTokens(max_T, total_T, torch.cat(keys))
+    return ShardTokens(max_T, total_T, *map(torch.cat, zip(*tokens, strict=True)))
 
 
 @triton.jit

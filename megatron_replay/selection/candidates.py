@@ -33,7 +33,7 @@ from megatron_replay.selection.shard_selection import (
     MAX_VOCAB_SIZE,
     TORCH_SELECTION,
     SelectionBackend,
-    token_keys,
+    first,
 )
 
 #: The store has one byte for the number of a set's other members.
@@ -91,9 +91,9 @@ def select_candidates(
         backend: what does this rank's part.
 
     Returns:
-        The sets; on equal logits, bitwise the same for every sharding and backend. On another
-        device, fp32 fields may round differently, as its fp64 logarithm does; sets, K and tails do
-        not.
+        The sets, on the device of the logits; on equal logits, bitwise the same for every sharding
+        and backend. On another host, fp32 fields may round differently, as its fp64 logarithm does;
+        sets, K and tails do not.
 
     Raises:
         ConfigError: ``coverage`` or ``max_candidates`` is out of range.
@@ -101,8 +101,8 @@ def select_candidates(
         TrainingError: a row has NaN or +inf, or only -inf, or its label has -inf.
 
     Communication over ``tp_group``, whatever T is: all-reduce MAX fp32 [T, 3], all-reduce SUM
-    int64 [T], all-gather int64 [T, max_candidates]. Memory beyond the logits: a chunk's
-    temporaries, and the gathered keys, 8 bytes * T * K_max * TP.
+    int64 [T], all-gather int32 [T, 2 max_candidates]. Memory beyond the logits: a chunk's
+    temporaries, and the gathered tokens, 8 bytes * T * K_max * TP.
     """
     _check_arguments(logits_TV, labels_T, coverage, max_candidates, vocab_start)
     options = {"vocab_start": vocab_start, "count": max_candidates}
@@ -111,25 +111,33 @@ def select_candidates(
         label_logit_T, max_T = _label_and_max(
             logits_TV, labels_T, local_max_T, vocab_start, tp_group
         )
-        _, total_T, keys_TK = backend.shard_tokens(logits_TV, max_T, **options)
+        _, total_T, values_TK, ids_TK = backend.shard_tokens(logits_TV, max_T, **options)
         dist.all_reduce(total_T, group=tp_group)
-        keys_TK = _merge(keys_TK, max_candidates, tp_group)
+        values_TK, ids_TK = _merge(values_TK, ids_TK, max_candidates, tp_group)
     else:
         # No maxima to wait for: a backend can do a row in one go, while it is in the cache.
-        max_T, total_T, keys_TK = backend.shard_tokens(logits_TV, None, **options)
+        max_T, total_T, values_TK, ids_TK = backend.shard_tokens(logits_TV, None, **options)
         label_logit_T, max_T = _label_and_max(logits_TV, labels_T, max_T, vocab_start, None)
-    cut = backend.cut_tokens(keys_TK, total_T, max_T, labels_T, label_logit_T, coverage=coverage)
-    total, outside = total_T.double(), (total_T - cut.inside_T).double()
-    log_total_T = torch.log(total * 2.0**-MASS_BITS)  # the largest has 2^38: log >= 0
+    cut = backend.cut_tokens(
+        values_TK, ids_TK, total_T, max_T, labels_T, label_logit_T, coverage=coverage
+    )
+    total, outside, largest, label = (
+        x.cpu().double() for x in (total_T, total_T - cut.inside_T, max_T, label_logit_T)
+    )
+    log_total = torch.log(total * 2.0**-MASS_BITS)  # the largest has 2^38: log >= 0
+    fields = largest + log_total, label - largest - log_total, 0.0 - log_total, outside / total
+    lse_T, label_logprob_T, max_logprob_T, tail_mass_T = (
+        x.float().to(logits_TV.device) for x in fields
+    )
     return SelectedCandidates(
         ids=cut.ids,
         offsets=cut.offsets,
         num_candidates_T=cut.num_candidates_T,
         label_appended_T=cut.label_appended_T,
-        lse_T=(max_T.double() + log_total_T).float(),
-        label_logprob_T=(label_logit_T.double() - max_T.double() - log_total_T).float(),
-        max_logprob_T=(0.0 - log_total_T).float(),
-        tail_mass_T=(outside / total).float(),
+        lse_T=lse_T,
+        label_logprob_T=label_logprob_T,
+        max_logprob_T=max_logprob_T,
+        tail_mass_T=tail_mass_T,
     )
 
 
@@ -176,17 +184,19 @@ def _label_and_max(
     return label_logit_T, max_T
 
 
-def _merge(keys_TK: Tensor, count: int, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """Keys of the first ``count`` tokens of all shards, descending. One all-gather."""
+def _merge(
+    values_TK: Tensor, ids_TK: Tensor, count: int, tp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """The first ``count`` tokens of all shards. One all-gather."""
     # A shard with fewer tokens sends absent ones, which sort after every token and have mass 0.
-    missing = count - keys_TK.shape[1]
-    absent = torch.tensor(-math.inf), torch.tensor(MAX_VOCAB_SIZE)
-    keys_TK = torch.nn.functional.pad(keys_TK, (0, missing), value=int(token_keys(*absent)))
-    # Sent as pairs of int32: not every device's collectives gather int64.
-    halves = keys_TK.contiguous().view(torch.int32)
-    shards = [torch.empty_like(halves) for _ in range(dist.get_world_size(tp_group))]
-    dist.all_gather(shards, halves, group=tp_group)
-    return torch.cat([shard.view(torch.int64) for shard in shards], 1).topk(count, dim=1).values
+    missing = (0, count - ids_TK.shape[1])
+    values_TK = torch.nn.functional.pad(values_TK, missing, value=-math.inf)
+    ids_TK = torch.nn.functional.pad(ids_TK, missing, value=MAX_VOCAB_SIZE)
+    both = torch.stack([values_TK.view(torch.int32), ids_TK])
+    shards = [torch.empty_like(both) for _ in range(dist.get_world_size(tp_group))]
+    dist.all_gather(shards, both, group=tp_group)
+    bits, ids = torch.cat(shards, 2)
+    return first(bits.view(torch.float32), ids, count)
 
 
 def _is_shared(tp_group: dist.ProcessGroup | None, labels_T: Tensor) -> bool:

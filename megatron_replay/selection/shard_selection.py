@@ -1,7 +1,7 @@
 """What a rank does for candidate selection, without communication, and its torch backend.
 
-Tokens are ordered by (logit descending, id ascending). A key is an int64 that holds both: keys sort
-as tokens do, and each token has its own, so a top-k over keys has one answer.
+Tokens are ordered by (logit descending, id ascending), so every order has one answer. Nothing here
+shifts bits, sorts integers, or sums int64 cumulatively: NPUs do these on a scalar processor.
 
 A token's mass is exp(z - max) in units of 2^-38, an integer with the same bits everywhere.
 ``torch.exp`` differs in its last bit between processors, and between the lanes of one vector
@@ -17,7 +17,7 @@ the power is 0.19, so a mass below that is 0. Whether denormals are flushed to z
 difference.
 
 Shapes: T positions, n of a chunk, V ids of this rank's shard, B blocks of 64 ids (the last may be
-short), C ids of a row's chosen blocks, K = min(count, V).
+short), C tokens to choose from, K = min(count, V).
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ BLOCK = 64
 #: should stay in the cache: chunks of 2^22 take three times as long.
 _CHUNK_ENTRIES = 1 << 22
 _CHUNK_ENTRIES_HOST = 1 << 17
-_ID_BITS = 32
 MASS_BITS = 38
+#: Masses are summed cumulatively in two halves: int32 holds the sums of up to 2^12 of each.
+_HALF = 1 << MASS_BITS // 2
 #: Logit differences below this have mass 0.
 LOWEST = -28.0
 # All constants are fp32 numbers.
@@ -59,16 +60,18 @@ class ShardTokens(NamedTuple):
     Attributes:
         max_T: fp32, the maxima that masses are relative to.
         total_T: int64, sum of the shard's masses.
-        keys_TK: int64, the shard's first K tokens, descending.
+        values_TK: fp32, the logits of the shard's first K tokens, in their order.
+        ids_TK: int32, their ids.
     """
 
     max_T: Tensor
     total_T: Tensor
-    keys_TK: Tensor
+    values_TK: Tensor
+    ids_TK: Tensor
 
 
 class Cut(NamedTuple):
-    """The candidate sets of T positions, cut from their keys.
+    """The candidate sets of T positions, cut from their first tokens.
 
     Attributes:
         ids: int32 [nnz], the sets one after another, each ascending.
@@ -117,8 +120,8 @@ def _chunk_tokens(
 ) -> ShardTokens:
     maxima_nB = _block_maxima(logits_nV)
     max_n = _nan_as_inf(maxima_nB.amax(1)) if max_n is None else max_n
-    keys_nK = first_tokens(logits_nV, maxima_nB, vocab_start, count)
-    return ShardTokens(max_n, token_masses(logits_nV, max_n).sum(1), keys_nK)
+    values_nK, ids_nK = first_tokens(logits_nV, maxima_nB, vocab_start, count)
+    return ShardTokens(max_n, token_masses(logits_nV, max_n).sum(1), values_nK, ids_nK)
 
 
 def _block_maxima(logits_nV: Tensor) -> Tensor:
@@ -128,8 +131,10 @@ def _block_maxima(logits_nV: Tensor) -> Tensor:
     return torch.cat([maxima_nB, tail.amax(1, keepdim=True)], 1) if rest else maxima_nB
 
 
-def first_tokens(logits_nV: Tensor, maxima_nB: Tensor, vocab_start: int, count: int) -> Tensor:
-    """Keys of the first ``count`` tokens (all, if there are fewer), descending.
+def first_tokens(
+    logits_nV: Tensor, maxima_nB: Tensor, vocab_start: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Logits and ids of the first ``count`` tokens (all, if there are fewer), as by ``first``.
 
     They are in the first ``count`` blocks by (maximum descending, block ascending). Suppose one of
     them, t, is in a block b that ``count`` blocks come before. In each of these, the first token
@@ -138,22 +143,40 @@ def first_tokens(logits_nV: Tensor, maxima_nB: Tensor, vocab_start: int, count: 
     """
     V, B = logits_nV.shape[1], maxima_nB.shape[1]
     count = min(count, V)
-    ids = torch.arange(B * BLOCK, device=logits_nV.device)
+    ids = torch.arange(B * BLOCK, dtype=torch.int32, device=logits_nV.device)
     if count >= B:
-        keys = token_keys(logits_nV.float(), ids[:V] + vocab_start)
-    else:
-        blocks_nK = token_keys(maxima_nB, ids[:B]).topk(count, dim=1, sorted=False).indices
-        ids_nC = (blocks_nK[:, :, None] * BLOCK + ids[:BLOCK]).flatten(1)
-        values_nC = logits_nV.gather(1, ids_nC.clamp(max=V - 1)).float()
-        if len(ids) > V:
-            # Absent ids of a short block sort after every token; every block has a token.
-            values_nC.masked_fill_(ids_nC >= V, -math.inf)
-        keys = token_keys(values_nC, ids_nC + vocab_start)
-    return keys.topk(count, dim=1).values
+        return first(logits_nV.float(), ids[:V] + vocab_start, count)
+    _, blocks_nK = first(maxima_nB, ids[:B], count)
+    ids_nC = (blocks_nK[:, :, None] * BLOCK + ids[:BLOCK]).flatten(1)
+    values_nC = logits_nV.gather(1, ids_nC.clamp(max=V - 1).long()).float()
+    if len(ids) > V:
+        # Absent ids of a short block sort after every token; every block has a token.
+        values_nC.masked_fill_(ids_nC >= V, -math.inf)
+    return first(values_nC, ids_nC + vocab_start, count)
+
+
+def first(values_nC: Tensor, ids_nC: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first ``count`` tokens by (value descending, id ascending): fp32 and int32 [n, count].
+
+    Args:
+        values_nC: fp32 [n, C].
+        ids_nC: int32 [n, C] or [C], in any order; below 2^24, so that fp32 represents them.
+    """
+    values_nC = values_nC + 0.0  # -0.0 becomes +0.0: they tie
+    least_n1 = values_nC.topk(count, dim=1).values[:, -1:]
+    # Distinct numbers: the ids above the least value, made negative, come before its ties.
+    ids_nC = ids_nC.float()
+    order_nC = torch.where(values_nC > least_n1, ids_nC - MAX_VOCAB_SIZE, ids_nC)
+    order_nC.masked_fill_(values_nC < least_n1, math.inf)
+    order_nK, places_nK = order_nC.topk(count, dim=1, largest=False)
+    ids_nK = torch.where(order_nK < 0, order_nK + MAX_VOCAB_SIZE, order_nK).int()
+    values_nK, ranks_nK = values_nC.gather(1, places_nK).sort(dim=1, descending=True, stable=True)
+    return values_nK, ids_nK.gather(1, ranks_nK)
 
 
 def cut_tokens(
-    keys_TK: Tensor,
+    values_TK: Tensor,
+    ids_TK: Tensor,
     total_T: Tensor,
     max_T: Tensor,
     labels_T: Tensor,
@@ -164,18 +187,21 @@ def cut_tokens(
     """Cut the ordered tokens where the mass after the cut is at most 1 - coverage; add the labels.
 
     Args:
-        keys_TK: the first K tokens of all shards, descending.
+        values_TK, ids_TK: logits and ids of the first K tokens of all shards, as by ``first``.
         total_T, max_T: mass and maxima over all shards.
         labels_T, label_logit_T: int64 ids of the labels, and their fp32 logits.
     """
-    values_TK, ids_TK = values_and_ids(keys_TK)
     masses_TK = token_masses(values_TK, max_T)
     # The condition is on the mass after the cut, an integer: rho <= 1 - coverage then holds as
     # computed, and a coverage of 1 takes all of the mass rather than a rounding of it.
-    allowed_T = (total_T.double() * (1.0 - coverage)).long()
-    behind_TK = total_T[:, None] - masses_TK.cumsum(1)
-    num_T = ((behind_TK > allowed_T[:, None]).sum(1) + 1).clamp_(max=keys_TK.shape[1])
-    chosen_TK = torch.arange(keys_TK.shape[1], device=ids_TK.device) < num_T[:, None]
+    # In fp64, which NPUs have no vector unit for: on the host.
+    allowed_T = (total_T.cpu().double() * (1.0 - coverage)).long().to(total_T.device)
+    high_TK, low_TK = (
+        half.cumsum(1, dtype=torch.int32) for half in (masses_TK // _HALF, masses_TK % _HALF)
+    )
+    behind_TK = total_T[:, None] - (high_TK.long() * _HALF + low_TK)
+    num_T = ((behind_TK > allowed_T[:, None]).sum(1) + 1).clamp_(max=ids_TK.shape[1])
+    chosen_TK = torch.arange(ids_TK.shape[1], device=ids_TK.device) < num_T[:, None]
     appended_T = ~(chosen_TK & (ids_TK == labels_T[:, None])).any(1)
 
     # One column more for the label; tokens left out sort after every id. Sorted as fp32, which
@@ -186,26 +212,11 @@ def cut_tokens(
     label_mass_T = token_masses(label_logit_T[:, None], max_T).squeeze(1)
     return Cut(
         ids=ordered[ordered < MAX_VOCAB_SIZE],
-        offsets=torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)),
+        offsets=torch.nn.functional.pad(keep.sum(1).cumsum(0, dtype=torch.int32), (1, 0)).long(),
         num_candidates_T=num_T,
         label_appended_T=appended_T,
         inside_T=(masses_TK * chosen_TK).sum(1) + label_mass_T * appended_T,
     )
-
-
-def token_keys(values: Tensor, ids: Tensor) -> Tensor:
-    """int64 keys that sort as (value ascending, id descending): value's bits high, id's low."""
-    bits = (values + 0.0).view(torch.int32)  # -0.0 becomes +0.0: they tie
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats sort backwards as integers
-    return (ordered.long() << _ID_BITS) + (MAX_VOCAB_SIZE - ids.long())
-
-
-def values_and_ids(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 values and int32 ids, the inverse of ``token_keys``."""
-    ordered = (keys >> _ID_BITS).int()
-    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-    ids = MAX_VOCAB_SIZE - (keys & ((1 << _ID_BITS) - 1))
-    return bits.view(torch.float32), ids.int()
 
 
 def token_masses(logits: Tensor, max_T: Tensor) -> Tensor:
@@ -217,7 +228,7 @@ def token_masses(logits: Tensor, max_T: Tensor) -> Tensor:
     square = f * f
     p = (f * c5).add_(c4).mul_(square).add_((f * c3).add_(c2)).mul_(square).add_((f * c1).add_(1.0))
     # A normal fp32 number, whose exponent field is biased by 127: the product is exact.
-    power = k.int().add_(MASS_BITS + 127).bitwise_left_shift_(23).view(torch.float32)
+    power = k.int().add_(MASS_BITS + 127).mul_(1 << 23).view(torch.float32)
     return p.mul_(power).round_().long()
 
 

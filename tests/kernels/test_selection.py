@@ -73,7 +73,7 @@ def differences(
         )
         for backend in (TORCH_SELECTION, kernel)
     )
-    names = ("max_T", "total_T", "keys_TK", "row_maxima")
+    names = ("max_T", "total_T", "values_TK", "ids_TK", "row_maxima")
     return [x for x, *pair in zip(names, expected, found, strict=True) if not same(*pair)]
 
 
@@ -162,7 +162,8 @@ def test_a_row_without_a_finite_maximum_leaves_the_others_right(kernel):
     found = kernel.shard_tokens(logits_TV, None, vocab_start=0, count=2)
     assert found.max_T.tolist() == [math.inf, -math.inf, 2.0]
     alone = TORCH_SELECTION.shard_tokens(logits_TV[2:], None, vocab_start=0, count=2)
-    assert same(found.keys_TK[2:], alone.keys_TK)
+    assert same(found.values_TK[2:], alone.values_TK)
+    assert same(found.ids_TK[2:], alone.ids_TK)
     assert same(found.total_T[2:], alone.total_T)
 
 

@@ -121,12 +121,11 @@ def test_the_first_tokens_are_found_in_few_blocks(seed: int, V: int, cap: int, l
     logits_TV = torch.randint(-levels, levels, (3, V), generator=generator).float()
     logits_TV[1, torch.rand(V, generator=generator) < 0.99] = -math.inf
     logits_TV[1:, int(torch.randint(V, (), generator=generator))] = 3.0
-    _, _, keys_TK = shard_selection.shard_tokens(logits_TV, None, vocab_start=7, count=cap)
-    values_TK, ids_TK = shard_selection.values_and_ids(keys_TK)
+    found = shard_selection.shard_tokens(logits_TV, None, vocab_start=7, count=cap)
     for t, logits_V in enumerate(logits_TV.numpy()):
         expected = first_tokens(logits_V)[:cap]
-        assert np.array_equal(ids_TK[t].numpy(), expected + 7)
-        assert np.array_equal(values_TK[t].numpy(), logits_V[expected])
+        assert np.array_equal(found.ids_TK[t].numpy(), expected + 7)
+        assert np.array_equal(found.values_TK[t].numpy(), logits_V[expected])
 
 
 def test_a_mass_is_the_power_of_e_it_stands_for() -> None:
