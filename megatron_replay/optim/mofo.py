@@ -21,7 +21,8 @@ from megatron_replay.optim.batch import Batch, Scalars
 from megatron_replay.optim.momentum_step import Coefficients
 from megatron_replay.optim.rule import UpdateRule
 
-_DIGIT_BITS = 11
+#: Elements counted at a time: fp32 counts to 2^24. On the host 2^20 stay in the cache.
+_CHUNK, _CHUNK_HOST = 1 << 24, 1 << 20
 #: Number of bits below the sign, and the integer type of that width.
 _PATTERNS = {torch.float32: (31, torch.int32), torch.float64: (63, torch.int64)}
 
@@ -29,8 +30,8 @@ _PATTERNS = {torch.float32: (31, torch.int32), torch.float64: (63, torch.int64)}
 class MoFO(UpdateRule):
     """AdamW over the ``fraction`` of each matrix with the largest momentum.
 
-    A step adds to UpdateRule's communication the three all-reduces of ``kth_largest_magnitudes``,
-    over the processes that share a parameter.
+    A step adds to UpdateRule's communication the 31 all-reduces of ``kth_largest_magnitudes``, over
+    the processes that share a parameter.
 
     Args:
         fraction: share of each matrix that is updated. The other arguments are UpdateRule's.
@@ -104,11 +105,12 @@ def kth_largest_magnitudes(
 ) -> Tensor:
     """The exact ``ranks[i]``-th largest |x| (from 1) of tensor i, for all at once: [tensors].
 
-    Magnitudes sort as their bit patterns do, as integers. So the answer is found digit by digit
-    from the top: a histogram of the next digit over the elements that agree with it so far, summed
-    over the processes, gives the digit of the k-th largest.
+    Magnitudes sort as their bit patterns do, as integers. So the answer is found bit by bit from
+    the top: it is the largest pattern that at least ``ranks[i]`` elements reach. This compares and
+    sums only; NPUs shift integers, and scatter them into a histogram, on a scalar processor.
 
-    Communication: one all-reduce of [tensors, 2048] int32 for each of 3 digits (fp64: 6).
+    Communication: one all-reduce of [tensors] int32 for each of 31 bits (fp64: 63). Memory: fp32
+    and bool of 2^24 elements.
 
     Args:
         parts: the flat pieces of each tensor that this process holds, in one precision; every
@@ -121,34 +123,17 @@ def kth_largest_magnitudes(
     dtype = pieces[0].dtype if pieces else torch.float32
     bits, integers = _PATTERNS[dtype]
     found = torch.zeros(len(parts), dtype=integers, device=device)
-    wanted = torch.tensor(list(ranks), dtype=torch.int64, device=device)
-    while bits > 0:
-        width = min(_DIGIT_BITS, bits)
-        bits -= width
-        counts = torch.zeros(len(parts), 1 << width, dtype=torch.int32, device=device)
-        for i, tensor in enumerate(parts):
-            for piece in tensor:
-                pattern = piece.abs().view(integers)
-                digit = (pattern >> bits) & ((1 << width) - 1)
-                agrees = (pattern >> (bits + width)) == found[i]
-                counts[i] += _histogram(digit, agrees, 1 << width)
+    size = _CHUNK_HOST if found.is_cpu else _CHUNK
+    chunks = [[c for piece in tensor for c in piece.split(size)] for tensor in parts]
+    wanted = torch.tensor(list(ranks), dtype=torch.int32, device=device)
+    for bit in reversed(range(bits)):
+        higher = found + (1 << bit)
+        bounds = higher.view(dtype)
+        counts = torch.zeros(len(parts), dtype=torch.int32, device=device)
+        for i, tensor in enumerate(chunks):
+            for chunk in tensor:
+                counts[i] += chunk.abs().ge_(bounds[i]).sum().int()
         if group is not None:
             dist.all_reduce(counts, group=group)
-        # The bins from the top that together do not reach the wanted rank are above the digit.
-        reached = counts.flip(1).cumsum(1)
-        above = (reached < wanted[:, None]).sum(1)
-        passed = torch.where(
-            above > 0, reached.gather(1, (above - 1).clamp(min=0)[:, None])[:, 0], 0
-        )
-        wanted = wanted - passed
-        found = (found << width) | ((1 << width) - 1 - above).to(integers)
+        found = torch.where(counts >= wanted, higher, found)
     return found.view(dtype)
-
-
-def _histogram(digit: Tensor, agrees: Tensor, bins: int) -> Tensor:
-    """How often each digit occurs where it ``agrees``, int32 [bins]; no copy to the host."""
-    if digit.is_cpu:
-        return torch.bincount(digit[agrees], minlength=bins).int()
-    # A scatter of integers, which an NPU may run on its slow scalar processor (not run on one).
-    counts = torch.zeros(bins, dtype=torch.int32, device=digit.device)
-    return counts.scatter_add_(0, digit.flatten().long(), agrees.flatten().int())
