@@ -176,8 +176,9 @@ class Collector:
         """
         vocab_start = self._groups.vocabulary_shard(self._model.shape.vocab_size).start
         sets, logits, size = [], [], LOGITS_CHUNK_SIZE
-        for rows, labels in zip(rows_N.split(size), labels_N.split(size), strict=True):
-            logits_NV = hidden[rows] @ weight_VH.T
+        chunks = zip(hidden[rows_N].split(size), labels_N.split(size), strict=True)
+        for hidden_NH, labels in chunks:
+            logits_NV = hidden_NH @ weight_VH.T
             selected = select_candidates(
                 logits_NV,
                 labels,

@@ -187,7 +187,7 @@ def _losses(
         label_R = logits_RV.gather(1, labels_R[:, None])[:, 0]
         is_largest_R = (largest.indices == labels_R).float()
         found_3R = torch.stack([total_R - label_R, total_R - largest.values, is_largest_R])
-        parts.append(found_3R.double().cpu())
+        parts.append(found_3R.cpu().double())
     sizes = [len(labels_N) for _, labels_N in waiting.values()]
     return dict(zip(waiting, torch.cat(parts, dim=1).split(sizes, dim=1), strict=True))
 

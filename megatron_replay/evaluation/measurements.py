@@ -247,4 +247,4 @@ def _sums(
     outside_P, full_P = outside_mass(hidden_LH[positions_P], weight_VH, sets)
     # Below one: where rounding puts all mass outside, the loss is large, not infinite.
     restricted_P = full_P + torch.log1p(-outside_P.clamp(max=1 - 2**-24))
-    return torch.stack([outside_P, restricted_P, full_P]).double().sum(1).cpu()
+    return torch.stack([outside_P, restricted_P, full_P]).cpu().double().sum(1)

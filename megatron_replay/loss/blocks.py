@@ -16,12 +16,13 @@ of dH and dW has a relative error of at most 2^-8.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -95,7 +96,7 @@ class Blocks:
     @staticmethod
     def of(sets: CandidateSets) -> Blocks:
         """The blocks of sets that positions do not share; built on the host."""
-        ids, offsets, group_offsets = sets.host
+        ids, offsets, group_offsets, _ = sets.host
         assert group_offsets is None
         positions = slices(0, len(offsets) - 1, Blocks.POSITIONS)
         pairs = [slice(int(offsets[p.start]), int(offsets[p.stop])) for p in positions]
@@ -127,11 +128,13 @@ class Tile:
     Attributes:
         positions: the n positions.
         rows: the U rows of the shard, ascending and distinct; a slice is not copied.
+        label_columns_n: int64, the column of each label; -1 where the tile does not have it.
         places: int64, places n * U + u of the candidates in the flat block; None: all.
     """
 
     positions: slice
     rows: slice | Tensor
+    label_columns_n: Tensor
     places: Tensor | None = None
 
     def logits(self, hidden_nH: Tensor, weight_UH: Tensor) -> Tensor:
@@ -143,22 +146,25 @@ class Tile:
         excluded.view(-1)[self.places] = False
         return logits_nU.masked_fill_(excluded, -math.inf)
 
-    def labels(self, label_rows_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Column [n] of each position's label, and whether the tile has it, bool [n]."""
-        label_n = label_rows_N[self.positions]
-        if isinstance(self.rows, slice):
-            column_n = label_n - self.rows.start
-            found_n = (column_n >= 0) & (label_n < self.rows.stop)
-            return column_n.where(found_n, 0), found_n
-        column_n = torch.searchsorted(self.rows, label_n).clamp_(max=len(self.rows) - 1)
-        return column_n, self.rows[column_n] == label_n
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """Column [n] of each position's label, 0 if there is none; and whether there is one."""
+        return self.label_columns_n.clamp(min=0), self.label_columns_n >= 0
+
+
+def vocabulary_tile(
+    positions: slice, rows: slice, label_rows_N: Tensor, places: Tensor | None = None
+) -> Tile:
+    """A tile of neighbouring rows; labels are on the device, and may be of any row or none."""
+    column_n = label_rows_N[positions] - rows.start
+    found_n = (column_n >= 0) & (column_n < rows.stop - rows.start)
+    return Tile(positions, rows, column_n.where(found_n, -1), places)
 
 
 class TiledHead:
     """A ``ShardHead`` over tiles, in order; a row occurs once in a tile."""
 
-    def __init__(self, tiles: Sequence[Tile], label_rows_N: Tensor) -> None:
-        self._tiles, self._label_rows_N = tiles, label_rows_N
+    def __init__(self, tiles: Sequence[Tile]) -> None:
+        self._tiles = tiles
 
     def forward(self, hidden_NH: Tensor, weight_VH: Tensor) -> Partials:
         """As in ``ShardHead``."""
@@ -167,7 +173,7 @@ class TiledHead:
         for tile in self._tiles:
             at = tile.positions
             logits_nU = tile.logits(hidden_NH[at].to(dtype), weight_VH[tile.rows].to(dtype))
-            column_n, found_n = tile.labels(self._label_rows_N)
+            column_n, found_n = tile.labels()
             label_logit_n = logits_nU.gather(1, column_n[:, None]).squeeze(1)
             label_logit_N[at] = torch.where(found_n, label_logit_n, label_logit_N[at])
             new_max_n = torch.maximum(max_N[at], logits_nU.amax(1))
@@ -194,7 +200,7 @@ class TiledHead:
             hidden_nH, weight_UH = hidden_NH[at].to(dtype), weight_VH[tile.rows].to(dtype)
             slope_nU = tile.logits(hidden_nH, weight_UH).sub_(softmax.top_N[at, None]).exp_()
             slope_nU.div_(softmax.total_N[at, None])
-            column_n, found_n = tile.labels(self._label_rows_N)
+            column_n, found_n = tile.labels()
             positions_n = torch.arange(len(column_n), device=column_n.device)
             slope_nU[positions_n, column_n] -= found_n.float()
             slope_nU *= grad_N[at, None]
@@ -216,31 +222,62 @@ def dense_head(sets: CandidateSets) -> TiledHead:
     if sets.group_offsets is not None:
         inside_NV = inside_NV.repeat_interleave(sets.group_offsets.diff(), 0)
     places = inside_NV.flatten().nonzero().squeeze(1)
-    tiles = [Tile(slice(0, len(inside_NV)), slice(0, V), places)] if len(places) else []
-    return TiledHead(tiles, sets.label_rows_N)
+    whole = vocabulary_tile(slice(0, len(inside_NV)), slice(0, V), sets.label_rows_N, places)
+    return TiledHead([whole] if len(places) else [])
 
 
 def union_head(sets: CandidateSets) -> TiledHead:
-    """Multiplies neighbouring positions by the union of their sets, or by the set they share."""
+    """Multiplies neighbouring positions by the union of their sets, or by the set they share.
+
+    Rows, places and columns come from the host, so that a step does not wait for the device.
+    """
     if sets.group_offsets is not None:
-        return TiledHead(_shared_tiles(sets), sets.label_rows_N)
-    blocks = Blocks.of(sets).moved(lambda tensor: tensor.to(sets.ids.device, non_blocking=True))
-    tiles = [
-        Tile(span.positions, blocks.rows[span.rows], blocks.places[span.pairs])
-        for span in blocks.spans
-    ]
-    return TiledHead(tiles, sets.label_rows_N)
+        return TiledHead(_shared_tiles(sets))
+    blocks = Blocks.of(sets)
+    unions = ((span.positions, blocks.rows[span.rows].numpy()) for span in blocks.spans)
+    column_N = _label_columns(sets, unions)
+    blocks = blocks.moved(lambda tensor: tensor.to(sets.ids.device, non_blocking=True))
+    return TiledHead(
+        [
+            Tile(
+                span.positions,
+                blocks.rows[span.rows],
+                column_N[span.positions],
+                blocks.places[span.pairs],
+            )
+            for span in blocks.spans
+        ]
+    )
 
 
 def _shared_tiles(sets: CandidateSets) -> list[Tile]:
     """Tiles of a document's positions and its set; every product of such a block is used."""
-    _, offsets, group_offsets = sets.host
+    ids, offsets, group_offsets, _ = sets.host
     assert group_offsets is not None
+    groups = [
+        (slice(*positions), slice(*pairs))
+        for positions, pairs in zip(pairwise(group_offsets), pairwise(offsets), strict=True)
+        if pairs[0] < pairs[1]
+    ]
+    column_N = _label_columns(sets, ((positions, ids[pairs]) for positions, pairs in groups))
     tiles = []
-    for ids, positions in zip(pairwise(offsets), pairwise(group_offsets), strict=True):
-        rows = sets.ids[slice(*ids)].long()
-        tiles += [Tile(part, rows) for part in slices(*positions, SHARED_POSITIONS) if len(rows)]
+    for positions, pairs in groups:
+        rows = sets.ids[pairs].long()
+        parts = slices(positions.start, positions.stop, SHARED_POSITIONS)
+        tiles += [Tile(part, rows, column_N[part]) for part in parts]
     return tiles
+
+
+def _label_columns(
+    sets: CandidateSets, blocks: Iterable[tuple[slice, npt.NDArray[np.integer[Any]]]]
+) -> Tensor:
+    """int64 [N], the column of each label among the ascending rows of its block, or -1."""
+    column_N = np.full(len(sets.host.label_rows_N), -1)
+    for positions, rows in blocks:
+        label_n = sets.host.label_rows_N[positions]
+        column_n = np.searchsorted(rows, label_n).clip(max=len(rows) - 1)
+        column_N[positions] = np.where(rows[column_n] == label_n, column_n, -1)
+    return torch.from_numpy(column_N).to(sets.ids.device, non_blocking=True)
 
 
 #: The definition, and the backend that runs anywhere.

@@ -74,7 +74,7 @@ class CandidateSets:
             num_rows=vocab_size,
             values=None if values is None else torch.from_numpy(values),
             label_rows_N=labels,
-            host=HostArrays(ids, offsets, group_offsets),
+            host=HostArrays(ids, offsets, group_offsets, labels_N),
         )
 
     @property
@@ -98,7 +98,8 @@ class CandidateSets:
         if not inside.all():
             rows, offsets = rows[inside], offsets_of_counts(inside)[offsets]
             values = None if values is None else torch.from_numpy(values.numpy()[inside])
-        label_rows_N, found_N = rows_of(self.labels_N.numpy(), vocab_start, num_rows)
+        label_rows_N, found_N = rows_of(self.host.label_rows_N, vocab_start, num_rows)
+        label_rows_N = np.where(found_N, label_rows_N, -1)
         return dataclasses.replace(
             self,
             ids=torch.from_numpy(rows),
@@ -106,8 +107,8 @@ class CandidateSets:
             num_rows=num_rows,
             vocab_start=vocab_start,
             values=values,
-            label_rows_N=torch.from_numpy(np.where(found_N, label_rows_N, -1)),
-            host=HostArrays(rows, offsets, self.host.group_offsets),
+            label_rows_N=torch.from_numpy(label_rows_N),
+            host=HostArrays(rows, offsets, self.host.group_offsets, label_rows_N),
         )
 
     def with_transpose(self) -> CandidateSets:
@@ -130,11 +131,12 @@ class CandidateSets:
 
 
 class HostArrays(NamedTuple):
-    """The arrays that hold the sizes of sets, as in ``CandidateSets``."""
+    """The arrays of this name in ``CandidateSets``."""
 
     ids: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]
     group_offsets: npt.NDArray[np.int64] | None
+    label_rows_N: npt.NDArray[np.int64]
 
 
 class Transpose(NamedTuple):

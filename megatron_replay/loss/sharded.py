@@ -26,7 +26,7 @@ from megatron_replay.loss.backends import (
     rescale,
     zeros,
 )
-from megatron_replay.loss.blocks import UNION, Tile, TiledHead, slices
+from megatron_replay.loss.blocks import UNION, TiledHead, slices, vocabulary_tile
 from megatron_replay.loss.candidate_sets import CandidateSets
 
 #: Rows of the output layer multiplied at one time.
@@ -107,14 +107,14 @@ def vocab_parallel_cross_entropy(
         )
     require_shapes(hidden_NH, weight_VH, labels_N, weight_grad_out=weight_grad_out)
     tiles = [
-        Tile(positions, rows)
+        vocabulary_tile(positions, rows, labels_N - vocab_start)
         for rows in slices(0, weight_VH.shape[0], BLOCK_ROWS)
         for positions in slices(0, hidden_NH.shape[0], chunk_rows)
     ]
     return ShardedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_NH,
         weight_VH,
-        TiledHead(tiles, labels_N - vocab_start),
+        TiledHead(tiles),
         labels_N.long(),
         vocab_start,
         None,

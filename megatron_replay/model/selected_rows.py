@@ -136,22 +136,17 @@ class HiddenStates:
     ) -> None:
         self._hidden_T1H, self._tp_group = hidden_T1H, tp_group
         self._sequence_parallel, self._selected = sequence_parallel, selected
-        self._whole_NH: Tensor | None = None
 
     def __getitem__(self, rows_N: Tensor) -> Tensor:
-        """Hidden states [N, H] of ``rows_N``: int64, distinct.
+        """Hidden states [N, H] of ``rows_N``: int64, distinct; those of ``selected``, if given.
 
         Communication: in backward an all-reduce SUM of [N, H]; with sequence parallelism an
         all-gather of [M, H] from each rank, M the largest number on a rank, and in backward a
-        reduce-scatter of as much. ``selected`` rows are exchanged once, see
-        ``SelectedRows.whole``.
+        reduce-scatter of as much.
         """
         if self._selected is not None:
-            if self._whole_NH is None:
-                self._whole_NH = self._selected.whole(self._hidden_T1H)
-            if rows_N is self._selected.rows_N:
-                return self._whole_NH
-            return self._whole_NH[torch.searchsorted(self._selected.rows_N, rows_N)]
+            assert rows_N is self._selected.rows_N, "only selected rows were computed"
+            return self._selected.whole(self._hidden_T1H)
         hidden_TH = self._hidden_T1H[:, 0]
         if self._sequence_parallel:
             length = len(hidden_TH)
@@ -188,7 +183,8 @@ class _GatherRows(torch.autograd.Function):
         counts: list[int] | None,
     ) -> Tensor:
         if counts is None:
-            counts = torch.bincount(rank_N, minlength=dist.get_world_size(group)).tolist()
+            ranks = torch.arange(dist.get_world_size(group), device=rank_N.device)
+            counts = (rank_N == ranks[:, None]).sum(1).tolist()
         # Rows ordered by rank. Keys are fp32, since NPUs sort integers on a scalar processor.
         order = rank_N.float().argsort(stable=True)
         start, most = sum(counts[: dist.get_rank(group)]), max(counts)

@@ -80,7 +80,7 @@ class Probe:
         outputs = forward_only(model, self._work)
         if not outputs:
             return None
-        outside, restricted, full, count = torch.stack(outputs).double().sum(0).tolist()
+        outside, restricted, full, count = torch.stack(outputs).cpu().double().sum(0).tolist()
         return {
             "outside_mass": outside / count,
             "restricted_loss": restricted / count,
