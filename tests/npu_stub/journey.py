@@ -94,7 +94,7 @@ def jobs(folder: Path) -> list[Job]:
         ("stage1", [*other("mofo"), "--loss", "full", "--bf16"], (2, 1)),
         ("stage1", other("muonclip"), (2, 1)),
         ("stage1", other("adamuon"), (2, 1)),
-        ("stage1", other("tam"), (1, 1)),
+        ("stage1", [*other("tam"), "--head-backend", "union"], (1, 1)),
     ]
 
 
@@ -120,6 +120,14 @@ def misdeeds() -> list[str]:
         there.to("cpu") + torch.ones(4)
         there.topk(2, sorted=False)
         there.int().sort()
+        there.long().topk(2)
+        there.int() << 1
+        there.int().bitwise_right_shift_(1)
+        there.int().cumsum(0, dtype=torch.int32)  # this one is none
+        there.int().cumsum(0)
+        torch.searchsorted(there, there)
+        there.unique()
+        there.double()
         # In backward: the gradient of a product is a product with the other operand.
         _Misplaced.apply(torch.ones(4, device="npu", requires_grad=True)).sum().backward()
     return [rule for rule, _ in guard.found]

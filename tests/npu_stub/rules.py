@@ -1,4 +1,8 @@
-"""What NPUs refuse, or run on their slow scalar processor (AICPU): one rule a line."""
+"""What NPUs refuse, or run on their slow scalar processor (AICPU): one rule a line.
+
+AICPU: for these dtypes the vendor's sources (ops-math and ops-nn of CANN, files op_api/*.cpp) start
+an operator there on a 910B.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import torch
 from torch import Tensor
 
 FP64, FP32, BF16, INT64 = torch.float64, torch.float32, torch.bfloat16, torch.int64
+FLOATS = (FP32, BF16, torch.float16)
 #: Dtypes that HCCL sums.
 REDUCED = (BF16, torch.float16, FP32, torch.int32, INT64, torch.bool)
 #: Operators, with the dtypes that they refuse.
@@ -20,7 +25,26 @@ REFUSED = {
     "aten::atan2": (BF16, FP64),
     "aten::atan2_": (BF16, FP64),
 }
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, INT64)
+#: Operators, with the dtypes of the result that do not run on the AICPU.
+FAST = {
+    "sort": FLOATS,
+    "argsort": FLOATS,
+    "topk": FLOATS,
+    "cumsum": (*FLOATS, torch.int32),
+    "scatter_add": (*FLOATS, torch.int32),
+    "index_put": (*FLOATS, torch.int32, torch.int8, torch.bool),
+    "searchsorted": (),
+    "bincount": (),
+    "__lshift__": (),
+    "__ilshift__": (),
+    "bitwise_left_shift": (),
+    "__rshift__": (),
+    "__irshift__": (),
+    "bitwise_right_shift": (),
+    "_unique2": (),
+    "unique_dim": (),
+    "unique_consecutive": (),
+}
 _TENSOR_COLLECTIVES = ("_allgather_base_", "_reduce_scatter_base_")
 #: World sizes that ``*_into_tensor`` and ``*_tensor`` refuse.
 _ODD_WORLDS = (3, 5, 6, 7)
@@ -41,12 +65,15 @@ def of_operator(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str
     dtype = None if first is None else first.dtype
     if dtype in REFUSED.get(name, ()):
         return f"{name} of {dtype}"
+    if FP64 in (dtype, kwargs.get("dtype")):
+        return f"{name} of {FP64}: AICPU"
     if name == "aten::topk" and not kwargs.get("sorted", args[4] if len(args) > 4 else True):
         return "aten::topk(sorted=False)"
-    if name in ("aten::sort", "aten::argsort") and dtype in _INTEGERS:
+    if name in ("aten::cumsum", "aten::cumsum_") and dtype not in FLOATS:
+        dtype = kwargs.get("dtype") or INT64
+    operator = name.removeprefix("aten::")
+    if dtype not in FAST.get(operator, FAST.get(operator.removesuffix("_"), (dtype,))):
         return f"{name} of {dtype}: AICPU"
-    if name in ("aten::scatter_add", "aten::scatter_add_") and dtype is INT64:
-        return f"{name} of int64: AICPU"
     if name in ("aten::index_put", "aten::index_put_", "aten::_index_put_impl_") and any(
         x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
     ):

@@ -30,7 +30,8 @@ def journey(tmp_path_factory):
     """The findings of tests.npu_stub.journey."""
     folder = tmp_path_factory.mktemp("npu")
     tiny.save_corpus(folder / "corpus", num_documents=24)
-    tiny.save_qwen3(folder / "model", tied=True, num_hidden_layers=2)
+    # More blocks of ids than candidates on each of two ranks.
+    tiny.save_qwen3(folder / "model", tied=True, num_hidden_layers=2, vocab_size=1 << 15)
     path = os.pathsep.join([str(ROOT), str(HERE / "path")])
     done = subprocess.run(
         [sys.executable, "-m", "tests.npu_stub.journey", folder],
@@ -87,5 +88,12 @@ def test_the_guard_finds_mistakes(journey):
         "aten::add of tensors on the device and on the host",
         "aten::topk(sorted=False)",
         "aten::sort of torch.int32: AICPU",
+        "aten::topk of torch.int64: AICPU",
+        "aten::__lshift__ of torch.int32: AICPU",
+        "aten::bitwise_right_shift_ of torch.int32: AICPU",
+        "aten::cumsum of torch.int64: AICPU",
+        "aten::searchsorted of torch.float32: AICPU",
+        "aten::_unique2 of torch.float32: AICPU",
+        "aten::_to_copy of torch.float64: AICPU",
         "aten::mul of tensors on the device and on the host",
     ]
