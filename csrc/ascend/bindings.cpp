@@ -1,10 +1,11 @@
 // megatron_replay.kernels._ascend. Tensors and streams come as integers: nothing of torch's ABI is
-// used, so the module fits every torch and torch_npu. kernels/ascend_head.py checks what it passes; nothing
-// here does.
+// used, so the module fits every torch and torch_npu. kernels/ascend_head.py and ascend_selection.py check
+// what they pass; nothing here does.
 #include <pybind11/pybind11.h>
 
 #include "gather_dot.h"
 #include "segment_axpy.h"
+#include "select_candidates.h"
 
 namespace py = pybind11;
 
@@ -25,7 +26,7 @@ std::int64_t vector_cores(std::uint32_t device) {
 }  // namespace
 
 PYBIND11_MODULE(_ascend, module) {
-    module.doc() = "The restricted head; called through megatron_replay.kernels.ascend_head.";
+    module.doc() = "Called through megatron_replay.kernels.ascend_head and ascend_selection.";
     const py::call_guard<py::gil_scoped_release> without_gil;
 
     module.def("vector_cores", vector_cores);
@@ -45,6 +46,14 @@ PYBIND11_MODULE(_ascend, module) {
             replay::segment_axpy(stream, blocks, static_cast<replay::Dtype>(dtype), source, indices,
                                  coefficients, offsets, rows, out,
                                  {sources, outputs, segments, pairs, channels});
+        },
+        without_gil);
+    module.def(
+        "select_candidates",
+        [](Address stream, Size blocks, int dtype, Address logits, Address largest, Address maxima,
+           Address sums, Size rows, Size size, Size stride, Size lanes) {
+            replay::select_candidates(stream, blocks, static_cast<replay::Dtype>(dtype), logits,
+                                      largest, maxima, sums, {rows, size, stride, lanes});
         },
         without_gil);
 }

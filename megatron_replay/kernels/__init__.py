@@ -30,7 +30,7 @@ Backend = TypeVar("Backend")
 DEVICE = {"cpu": "cpu", "triton": "cuda", "ascend": "npu"}
 _CPU, _ASCEND = f"{__name__}._cpu", f"{__name__}._ascend"
 #: What a compiled backend needs, unless its ``Backends.needs`` says otherwise.
-_NEEDS = {"cpu": _CPU, "triton": "triton", "ascend": "torch_npu"}
+_NEEDS = {"cpu": _CPU, "triton": "triton", "ascend": _ASCEND}
 _INSTALL = {
     _CPU: BUILD,
     _ASCEND: f"source CANN's set_env.sh, then {BUILD} (csrc/ascend/README.md)",
@@ -143,17 +143,16 @@ def load(backends: Backends[Backend], name: str) -> Any:
 HEAD = Backends[HeadBackend](
     what="the restricted head", anywhere={"torch": DENSE, "union": UNION},
     compiled={"cpu": _ALL[:2], "triton": _ALL, "ascend": _ALL}, module="head",
-    needs={"ascend": _ASCEND},
 )  # fmt: skip
 #: Candidate selection in Stage 0.
 SELECTION = Backends[SelectionBackend](
     what="candidate selection", anywhere={"torch": TORCH_SELECTION},
-    compiled={"cpu": _ALL, "triton": _ALL}, module="selection",
+    compiled={"cpu": _ALL, "triton": _ALL, "ascend": _ALL}, module="selection",
 )  # fmt: skip
 #: Attention inside documents.
 ATTENTION = Backends[AttentionBackend](
     what="attention", anywhere={"torch": TORCH_ATTENTION},
-    compiled={"ascend": _ALL}, module="attention",
+    compiled={"ascend": _ALL}, module="attention", needs={"ascend": "torch_npu"},
 )  # fmt: skip
 #: Norm, activation and rotation of a layer.
 LAYERS = Backends[LayerBackend](

@@ -21,7 +21,7 @@ from megatron_replay.errors import ConfigError
 from megatron_replay.loss.backends import HeadBackend
 from megatron_replay.loss.pairs import pair_backend
 
-WHERE = "the head's ascend kernels"
+WHERE = "the ascend kernels"
 #: In the order of Dtype in csrc/ascend/common/host.h.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: The longest row that the tests run.
@@ -54,13 +54,13 @@ class PairOperators:
         hidden_NH, weight_VH = hidden_NH.contiguous(), weight_VH.contiguous()
         channels = _channels("hidden", hidden_NH)
         positions, rows, pairs = len(hidden_NH), len(weight_VH), ids.numel()
-        _check("weight", weight_VH, hidden_NH.dtype, (rows, channels), hidden_NH)
-        _check("ids", ids, torch.int32, (pairs,), hidden_NH)
-        _check("offsets", offsets, torch.int32, (positions + 1,), hidden_NH)
+        check("weight", weight_VH, hidden_NH.dtype, (rows, channels), hidden_NH)
+        check("ids", ids, torch.int32, (pairs,), hidden_NH)
+        check("offsets", offsets, torch.int32, (positions + 1,), hidden_NH)
         z = torch.empty(pairs, dtype=torch.float32, device=hidden_NH.device)
         sizes = (positions, rows, pairs, channels)
         if pairs:
-            self._launch("gather_dot", hidden_NH, weight_VH, ids, offsets, z, sizes=sizes)
+            launch(self.module, "gather_dot", hidden_NH, weight_VH, ids, offsets, z, sizes=sizes)
         return z
 
     def segment_axpy_(
@@ -79,39 +79,48 @@ class PairOperators:
         channels = _channels("source", source_MH)
         outputs, pairs = len(out_RH), indices.numel()
         segments = outputs if rows is None else rows.numel()
-        _check("out", out_RH, torch.float32, (outputs, channels), source_MH)
-        _check("indices", indices, torch.int32, (pairs,), source_MH)
-        _check("coefficients", coefficients, torch.float32, (pairs,), source_MH)
-        _check("offsets", offsets, torch.int32, (segments + 1,), source_MH)
+        check("out", out_RH, torch.float32, (outputs, channels), source_MH)
+        check("indices", indices, torch.int32, (pairs,), source_MH)
+        check("coefficients", coefficients, torch.float32, (pairs,), source_MH)
+        check("offsets", offsets, torch.int32, (segments + 1,), source_MH)
         if rows is not None:
-            _check("rows", rows, torch.int32, (segments,), source_MH)
+            check("rows", rows, torch.int32, (segments,), source_MH)
         tensors = (source_MH, indices, coefficients, offsets, rows, out_RH)
         sizes = (len(source_MH), outputs, segments, pairs, channels)
         if pairs:
-            self._launch("segment_axpy", *tensors, sizes=sizes)
+            launch(self.module, "segment_axpy", *tensors, sizes=sizes)
         return out_RH
 
-    def _launch(self, name: str, *tensors: Tensor | None, sizes: tuple[int, ...]) -> None:
-        """Put an operator into the current stream of the device of the first tensor."""
-        like = tensors[0]
-        assert like is not None
-        is_npu = like.device.type == "npu"
-        if self.module is None and not is_npu:
-            raise ConfigError(
-                "the tensors are elsewhere", where=WHERE, expected="an NPU", found=like.device
-            )
-        module = self.module or importlib.import_module("megatron_replay.kernels._ascend")
-        blocks = module.vector_cores(like.device.index or 0)
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        stream, device = 0, contextlib.nullcontext()
-        if is_npu:
-            npu = torch.get_device_module(like.device)
-            # Reading the address waits until torch_npu has launched what is queued on the host.
-            stream = npu.current_stream(like.device).npu_stream
-            device = npu.device(like.device)
-        with device:
-            dtype = DTYPES.index(like.dtype)
-            getattr(module, name)(stream, blocks, dtype, *addresses, *sizes)
+
+def launch(module: Any, name: str, *tensors: Tensor | None, sizes: tuple[int, ...]) -> None:
+    """Put an operator into the current stream of the device of the first tensor.
+
+    Args:
+        module: as ``PairOperators.module``.
+        tensors: what the operator takes the addresses of; None is the address 0.
+
+    Raises:
+        ConfigError: ``module`` is None, and the tensors are not on an NPU.
+    """
+    like = tensors[0]
+    assert like is not None
+    is_npu = like.device.type == "npu"
+    if module is None and not is_npu:
+        raise ConfigError(
+            "the tensors are elsewhere", where=WHERE, expected="an NPU", found=like.device
+        )
+    module = module or importlib.import_module("megatron_replay.kernels._ascend")
+    blocks = module.vector_cores(like.device.index or 0)
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    stream, device = 0, contextlib.nullcontext()
+    if is_npu:
+        npu = torch.get_device_module(like.device)
+        # Reading the address waits until torch_npu has launched what is queued on the host.
+        stream = npu.current_stream(like.device).npu_stream
+        device = npu.device(like.device)
+    with device:
+        dtype = DTYPES.index(like.dtype)
+        getattr(module, name)(stream, blocks, dtype, *addresses, *sizes)
 
 
 def _channels(name: str, matrix: Tensor) -> int:
@@ -123,11 +132,11 @@ def _channels(name: str, matrix: Tensor) -> int:
             expected=f"rows of 1 to {MAX_CHANNELS} channels, of {', '.join(map(str, DTYPES))}",
             found=f"{matrix.dtype} {list(matrix.shape)}",
         )
-    _check(name, matrix, matrix.dtype, tuple(matrix.shape), matrix)
+    check(name, matrix, matrix.dtype, tuple(matrix.shape), matrix)
     return matrix.shape[1]
 
 
-def _check(
+def check(
     name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor
 ) -> None:
     """Raise ConfigError unless the tensor is what the operators read at its address."""

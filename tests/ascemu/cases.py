@@ -1,16 +1,21 @@
-"""Inputs for the two operators of ``loss.pairs``, and their results in float64.
+"""Inputs for the operators of NPUs, and their results: those of ``loss.pairs`` in float64, those
+of candidate selection by torch.
 
 Shapes: T positions, V rows of the weight, H channels, P pairs.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_replay.kernels.ascend_selection import backend
+from megatron_replay.selection.shard_selection import TORCH_SELECTION
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,14 @@ def make(sizes: list[int], vocabulary: int, channels: int, seed: int = 0) -> Cas
 FOUND = 0.5
 
 
-def on_cores(module: Any, count: int) -> Any:
-    """``module`` as on a device of ``count`` vector cores."""
+def on_cores(module: Any, *counts: int) -> Any:
+    """``module`` as on devices of ``counts`` vector cores, in turn."""
+    turns = itertools.cycle(counts)
     return SimpleNamespace(
-        vector_cores=lambda _: count, gather_dot=module.gather_dot, segment_axpy=module.segment_axpy
+        vector_cores=lambda _: next(turns),
+        gather_dot=module.gather_dot,
+        segment_axpy=module.segment_axpy,
+        select_candidates=module.select_candidates,
     )
 
 
@@ -101,3 +110,12 @@ def require_right(found: tuple[Tensor, ...], case: Case) -> None:
     for one, exact in zip(found, expected(case), strict=True):
         assert one.shape == exact.shape
         assert not exact.numel() or ((one - exact).abs() <= 1e-6 * exact.abs().max()).all()
+
+
+def require_same_selection(logits_TV: Tensor, module: Any) -> None:
+    """The bits of torch, with maxima found, and given by another shard."""
+    for max_T in (None, logits_TV.float().amax(1) + 3):
+        options = {"vocab_start": 7, "count": 5}
+        found = backend(module).shard_tokens(logits_TV, max_T, **options)
+        expected = TORCH_SELECTION.shard_tokens(logits_TV, max_T, **options)
+        assert all(map(torch.equal, found, expected))

@@ -19,11 +19,13 @@ INCLUDE = HERE / "include"
 CSRC = HERE.parents[1] / "csrc" / "ascend"
 GATHER_DOT = CSRC / "gather_dot" / "gather_dot_kernel.cpp"
 SEGMENT_AXPY = CSRC / "segment_axpy" / "segment_axpy_kernel.cpp"
-KERNELS = (GATHER_DOT, SEGMENT_AXPY)
+SELECT_CANDIDATES = CSRC / "select_candidates" / "select_candidates_kernel.cpp"
+KERNELS = (GATHER_DOT, SEGMENT_AXPY, SELECT_CANDIDATES)
 HOST = (
     CSRC / "bindings.cpp",
     CSRC / "gather_dot" / "gather_dot.cpp",
     CSRC / "segment_axpy" / "segment_axpy.cpp",
+    CSRC / "select_candidates" / "select_candidates.cpp",
     HERE / "launches.cpp",
 )
 # make mutation loads many modules at once, which must not share the emulator's state: symbols are

@@ -74,4 +74,26 @@ GATHER_DOT(gather_dot_bf16, bfloat16_t)
 SEGMENT_AXPY(segment_axpy_fp32, float)
 SEGMENT_AXPY(segment_axpy_fp16, half)
 SEGMENT_AXPY(segment_axpy_bf16, bfloat16_t)
+
+#define SELECT_CANDIDATES(NAME, T)                                                                \
+    void NAME(Bytes, Bytes, Bytes, Bytes, std::uint32_t, std::uint32_t, std::uint32_t,            \
+              std::uint32_t);                                                                     \
+    std::uint32_t aclrtlaunch_##NAME(std::uint32_t blocks, void*, Bytes logits, Bytes largest,    \
+                                     Bytes maxima, Bytes sums, std::uint32_t rows,                \
+                                     std::uint32_t size, std::uint32_t stride,                    \
+                                     std::uint32_t lanes) {                                       \
+        const std::size_t all_maxima = bytes<float>(rows, (size + 1023) / 1024 * 16);             \
+        std::memset(maxima, 0xff, all_maxima);                                                    \
+        std::memset(sums, 0xff, bytes<std::int32_t>(rows, 2 * lanes));                            \
+        return launch(#NAME, blocks,                                                              \
+                      {{"logits", logits, bytes<T>(rows - 1, stride) + bytes<T>(size), false},    \
+                       {"largest", largest, bytes<float>(rows), false},                           \
+                       {"maxima", maxima, all_maxima, true},                                      \
+                       {"sums", sums, bytes<std::int32_t>(rows, 2 * lanes), true}},               \
+                      NAME, logits, largest, maxima, sums, rows, size, stride, lanes);            \
+    }
+
+SELECT_CANDIDATES(select_candidates_fp32, float)
+SELECT_CANDIDATES(select_candidates_fp16, half)
+SELECT_CANDIDATES(select_candidates_bf16, bfloat16_t)
 }

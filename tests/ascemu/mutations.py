@@ -1,4 +1,4 @@
-"""Bugs put into the kernels: the emulator, or the comparison with float64, must find each of them.
+"""Bugs put into the kernels: the emulator, or the comparison of results, must find each of them.
 
 Not part of the suite, because it tests the emulator and takes a minute: run ``make mutation`` after
 a change of tests/ascemu or csrc/ascend.
@@ -16,12 +16,19 @@ import torch
 
 from megatron_replay.kernels.ascend_head import PairOperators
 from tests.ascemu import cases
-from tests.ascemu.compiled import CSRC, GATHER_DOT, QUICK, SEGMENT_AXPY, CompileError
+from tests.ascemu.compiled import (
+    CSRC,
+    GATHER_DOT,
+    QUICK,
+    SEGMENT_AXPY,
+    SELECT_CANDIDATES,
+    CompileError,
+)
 
 TILES = CSRC / "common" / "tiles.h"
 WINDOW = CSRC / "common" / "window.h"
 #: The finding where a device would also run the code as written, with wrong numbers.
-DIFFERS = "differs from float64"
+DIFFERS = "differs from the expected result"
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,38 @@ MUTANTS = [
     Mutant("main_grad is replaced", SEGMENT_AXPY,
         "        AscendC::Adds(sum, found, 0.0f, static_cast<int32_t>(count));",
         "        AscendC::Duplicate(sum, 0.0f, static_cast<int32_t>(count));", DIFFERS),
+    Mutant("a mass is added up before it is computed", SELECT_CANDIDATES,
+        "        AscendC::Add(bits, bits, k.ReinterpretCast<int32_t>(), n);\n        Sync();\n",
+        "        AscendC::Add(bits, bits, k.ReinterpretCast<int32_t>(), n);\n",
+        "Cast: missing synchronisation: pipe V reads"),
+    Mutant("maxima are taken before logits are widened", SELECT_CANDIDATES,
+        "RoundMode::CAST_NONE, count);\n            Sync();\n", "RoundMode::CAST_NONE, count);\n",
+        "WholeReduceMax: missing synchronisation: pipe V reads"),
+    Mutant("maxima are stored before they are computed", SELECT_CANDIDATES,
+        "        maxima_queue_.EnQue(maxima);\n"
+        "        maxima = maxima_queue_.template DeQue<float>();\n", "",
+        "DataCopyPad into global memory: missing synchronisation: pipe MTE3 reads"),
+    Mutant("a tile of twice the ids", SELECT_CANDIDATES, "kTile = 4096;", "kTile = 8192;",
+        "InitBuffer: .* bytes do not fit the unified buffer's 196608"),
+    Mutant("a short block is taken for a whole one", SELECT_CANDIDATES,
+        "count / kIds, rest = count % kIds;", "CeilDiv(count, kIds), rest = 0;", DIFFERS),
+    Mutant("value and index of a maximum", SELECT_CANDIDATES, "ORDER_ONLY_VALUE",
+        "ORDER_VALUE_INDEX", "only ORDER_ONLY_VALUE is emulated"),
+    Mutant("rows of maxima overlap", SELECT_CANDIDATES, "kMaximaStep = 16;", "kMaximaStep = 1;",
+        DIFFERS),
+    Mutant("sums of a row are added to those of the one before", SELECT_CANDIDATES,
+        "            AscendC::Duplicate(low_sums_",
+        "            if (row == 0) AscendC::Duplicate(low_sums_", DIFFERS),
+    Mutant("low parts are left out of the last sum", SELECT_CANDIDATES,
+        "AscendC::Add(sums[held], low, low[held], n);", "AscendC::Add(sums[held], low, low, n);",
+        DIFFERS),
+    Mutant("differences have no lower bound", SELECT_CANDIDATES,
+        "        AscendC::Maxs(f, f, kLowest, n);\n", "", DIFFERS),
+    Mutant("a mass is rounded up at a half", SELECT_CANDIDATES, "rint = RoundMode::CAST_RINT",
+        "rint = RoundMode::CAST_ROUND", "only CAST_RINT is emulated"),
+    Mutant("a mass is rounded before it is split", SELECT_CANDIDATES,
+        "        AscendC::Muls(low, low, kUnit, n);\n",
+        "        AscendC::Muls(low, low, 0.0f, n);\n", DIFFERS),
 ]
 # fmt: on
 
@@ -154,18 +193,27 @@ CASES = [
 ]
 
 
+#: Ids, dtypes and cores: a tile and a block that are short; cores with several rows, and with none.
+SELECTED = [(4096 + 65, torch.float32, 1), (5000, torch.bfloat16, 5), (70, torch.float16, 3)]
+
+
 def judge(operators) -> str:
     """The first finding about a module; "" where there is none."""
-    for sizes, channels, dtype, blocks in CASES:
-        case = cases.make(sizes, 211, channels).to(dtype)
-        try:
-            cases.require_right(
-                cases.run(case, PairOperators(cases.on_cores(operators, blocks))), case
-            )
-        except RuntimeError as finding:
-            return str(finding)
-        except AssertionError:
-            return DIFFERS
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for sizes, channels, dtype, blocks in CASES:
+            case = cases.make(sizes, 211, channels).to(dtype)
+            pairs = PairOperators(cases.on_cores(operators, blocks))
+            cases.require_right(cases.run(case, pairs), case)
+        for ids, dtype, blocks in SELECTED:
+            logits_TV = (6 * torch.randn(4, ids, generator=generator)).to(dtype)
+            logits_TV[1, : ids // 2] = -torch.inf
+            logits_TV[2, 0] = -300
+            cases.require_same_selection(logits_TV, cases.on_cores(operators, blocks))
+    except RuntimeError as finding:
+        return str(finding)
+    except AssertionError:
+        return DIFFERS
     return ""
 
 

@@ -72,6 +72,7 @@ def test_the_built_module_computes(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     case = cases.make([3, 0, 2], 7, 40).to(torch.bfloat16)
     cases.require_right(cases.run(case, PairOperators(module)), case)
+    cases.require_same_selection(case.weight_VH, module)
 
 
 def one_line(failure: str) -> str:

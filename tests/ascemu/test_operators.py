@@ -11,6 +11,7 @@ import torch
 
 from megatron_replay.errors import ConfigError
 from megatron_replay.kernels import ascend_head as ascend
+from megatron_replay.kernels import ascend_selection
 from tests.ascemu import cases
 
 GOOD = cases.make([2, 1], 5, 8)
@@ -59,9 +60,36 @@ def test_operands_are_checked(operators, operator, change, message):
         call(*operands)
 
 
+@pytest.mark.parametrize(
+    ("logits_TV", "max_T", "message"),
+    [
+        (TWO.double(), None, "logits .*float64"),
+        (torch.zeros(1, 1).expand(1, 2**22 + 1), None, r"at most 4194304 ids.*\[1, 4194305\]"),
+        (TWO, torch.zeros(2).half(), "max_T .*float32.*float16"),
+        (TWO, torch.zeros(3), r"max_T .*\[2\].*\[3\]"),
+        (TWO, torch.zeros(2, device="meta"), "max_T .*on meta"),
+    ],
+)
+def test_logits_and_maxima_are_checked(operators, logits_TV, max_T, message):
+    shard_tokens = ascend_selection.backend(operators).shard_tokens
+    with pytest.raises(ConfigError, match=message):
+        shard_tokens(logits_TV, max_T, vocab_start=0, count=2)
+
+
+def test_sums_of_the_largest_vocabulary_and_of_equal_logits_fit(operators):
+    """Each of 2^22 masses is 2^38, the largest, in sums of 32 bits."""
+    logits_TV = torch.zeros(1, 2**22, dtype=torch.float16)
+    found = ascend_selection.backend(operators).shard_tokens(
+        logits_TV, None, vocab_start=0, count=2
+    )
+    assert found.total_T.tolist() == [2**60]
+
+
 def test_tensors_on_a_cpu_need_an_emulated_module():
     with pytest.raises(ConfigError, match="expected an NPU; found cpu"):
         ascend.PairOperators().gather_dot(*DOT.values())
+    with pytest.raises(ConfigError, match="expected an NPU; found cpu"):
+        ascend_selection.backend().shard_tokens(TWO, None, vocab_start=0, count=2)
 
 
 def test_the_stream_and_all_cores_are_used(operators):

@@ -24,7 +24,7 @@ UNFIT = {
 NAMES = {
     OPTIMIZER: ("auto", "torch", "cpu", "triton"),
     HEAD: ("auto", "torch", "union", "cpu", "triton", "ascend"),
-    SELECTION: ("auto", "torch", "cpu", "triton"),
+    SELECTION: ("auto", "torch", "cpu", "triton", "ascend"),
     ATTENTION: ("auto", "torch", "ascend"),
     LAYERS: ("auto", "torch", "ascend"),
 }
@@ -90,12 +90,13 @@ def test_without_the_compiled_module_auto_still_runs(monkeypatch):
 
 
 @pytest.mark.usefixtures("fresh")
-def test_the_head_of_npus_needs_its_module(monkeypatch, operators):
+@pytest.mark.parametrize("backends", [HEAD, SELECTION], ids=lambda backends: backends.what)
+def test_the_operators_of_npus_need_their_module(monkeypatch, operators, backends):
     """Without CANN there is none; with an emulated one in its place it loads."""
-    assert re.search(r"set_env.sh.*pip install -e \.", HEAD.why_not("ascend"))
+    assert re.search(r"set_env.sh.*pip install -e \.", backends.why_not("ascend"))
     kernels.load.cache_clear()
     monkeypatch.setitem(sys.modules, "megatron_replay.kernels._ascend", operators)
-    assert HEAD.why_not("ascend") is None
+    assert backends.why_not("ascend") is None
 
 
 @pytest.mark.parametrize("reason", UNFIT)

@@ -1,5 +1,5 @@
 """Compiled candidate selection has the bits of torch's: on every level of the processor, for any
-number of threads, and for any strides of the logits.
+number of threads or of emulated NPU cores, and for any strides of the logits.
 
 test_triton_interpreter.py runs this file for Triton, in its interpreter.
 
@@ -21,6 +21,7 @@ from megatron_replay.errors import ConfigError
 from megatron_replay.functional import SelectedCandidates, select_candidates
 from megatron_replay.kernels import SELECTION
 from megatron_replay.selection.shard_selection import TORCH_SELECTION, SelectionBackend
+from tests.ascemu import cases
 from tests.kernels.levels import LEVELS, at_level, in_threads
 
 IN_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,6 +30,8 @@ SIZES = (1, 2, 63, 64, 65, 127, 128, 129, 511, 1000, 4097)
 #: Sizes of the interpreter's cases, which are slower: with programs as on a GPU, and with programs
 #: so small that 1000 ids take three of them.
 TRITON = {"triton": (1, 65, 128, 511, 4097), "triton, small programs": (129, 1000)}
+#: Cores of an emulated NPU, in turn.
+CORES = (1, 2, 40)
 COUNTS = (1, 2, 20, 64, 200, 255)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("gauss", "peaked", "wide", "tied", "equal", "masked", "zeros of both signs", "edges")
@@ -36,10 +39,17 @@ KINDS = ("gauss", "peaked", "wide", "tied", "equal", "masked", "zeros of both si
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-@pytest.fixture(params=TRITON if IN_TRITON else LEVELS)
+@pytest.fixture(params=TRITON if IN_TRITON else (*LEVELS, "ascend"))
 def kernel(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[SelectionBackend]:
+    if request.param == "ascend":
+        from megatron_replay.kernels import ascend_selection
+
+        module = cases.on_cores(request.getfixturevalue("operators"), *CORES)
+        monkeypatch.setattr(ascend_selection, "CHUNK_ENTRIES", 2 * 20 * 64)
+        yield ascend_selection.backend(module)
+        return
     if not IN_TRITON:
         with at_level(request.param):
             yield SELECTION.choose("cpu", torch.empty(0))
@@ -202,6 +212,7 @@ def test_sets_are_the_same_byte_for_byte(kernel, kind, dtype):
 
 
 @pytest.mark.cpu_backend
+@pytest.mark.parametrize("kernel", LEVELS, indirect=True)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_neither_tokens_nor_sets_depend_on_threads(kernel, threads):
     """There are rows enough for every thread to cut some."""
@@ -219,6 +230,7 @@ def test_no_positions_have_no_sets(kernel):
 
 
 @pytest.mark.cpu_backend
+@pytest.mark.parametrize("kernel", LEVELS, indirect=True)
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 5).double(), torch.zeros(2, 5, device="meta")])
 def test_other_logits_are_refused(kernel, wrong):
     for call in (kernel.row_maxima, lambda x: kernel.shard_tokens(x, None, vocab_start=0, count=2)):

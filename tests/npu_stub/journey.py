@@ -172,8 +172,10 @@ def main() -> None:
     select("npu").prepare(0)
     import megatron_replay.collection.run
     import megatron_replay.training.train  # noqa: F401
+    from megatron_replay.kernels import ascend_selection
 
     sys.modules["megatron_replay.kernels._ascend"] = operators.module()
+    ascend_selection.backend = operators.compared_selection
     total: collections.Counter[tuple[str, str]] = collections.Counter()
     codes, calls = [], collections.Counter[str]()
     for stage, argv, layout in jobs(folder):

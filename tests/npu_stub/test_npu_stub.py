@@ -47,6 +47,8 @@ def journey(tmp_path_factory):
 def test_both_stages_run_to_the_end(journey):
     assert set(journey["codes"]) == {0}, journey["said"]
     assert "restricted head: ascend kernels" in journey["said"]
+    assert "candidate selection: ascend kernels" in journey["said"]
+    assert "selection: the bits of torch" in journey["said"]
     fused = {"npu_fusion_attention", "npu_rms_norm", "npu_rotary_mul", "npu_swiglu"}
     assert journey["calls"].keys() == fused
     assert "full softmax: products of torch.bfloat16, summed in fp32" in journey["said"]

@@ -1,10 +1,13 @@
-// Sums of a repeat: of each of its eight blocks, or of all of it, as binary trees of neighbours.
+// Sums of a repeat: of each of its eight blocks, or of all of it, as binary trees of neighbours; and
+// the maximum of all of it.
 #ifndef ASCEMU_REDUCTIONS_H
 #define ASCEMU_REDUCTIONS_H
 
 #include "vectors.h"
 
 namespace AscendC {
+
+enum class ReduceOrder { ORDER_VALUE_INDEX, ORDER_INDEX_VALUE, ORDER_ONLY_VALUE, ORDER_ONLY_INDEX };
 
 template <typename T>
 constexpr int kBlockLanes = static_cast<int>(ascemu::kBlock / sizeof(T));
@@ -58,13 +61,13 @@ void BlockReduceSum(const LocalTensor<T>& to, const LocalTensor<T>& from, std::i
 }
 
 // Strides in blocks, that of the target in elements.
-template <typename T>
-void WholeReduceSum(const LocalTensor<T>& to, const LocalTensor<T>& from, std::int32_t mask,
-                    std::int32_t repeats, std::int32_t to_stride, std::int32_t from_block_stride,
-                    std::int32_t from_stride) {
-    static_assert(kFloat<T>, "WholeReduceSum takes half and float: Cast first");
+template <typename T, typename Reduce>
+void WholeReduce(const char* call, const LocalTensor<T>& to, const LocalTensor<T>& from,
+                 std::int32_t mask, std::int32_t repeats, std::int32_t to_stride,
+                 std::int32_t from_block_stride, std::int32_t from_stride, Reduce reduce) {
+    static_assert(kFloat<T>, "a 910B reduces half and float: Cast first");
     constexpr int lanes = kBlockLanes<T>;
-    const ascemu::Instruction by("WholeReduceSum", PIPE_V);
+    const ascemu::Instruction by(call, PIPE_V);
     CheckRepeat(repeats, mask, 8 * lanes);
     to.aligned(sizeof(T));
     from.aligned(ascemu::kBlock);
@@ -74,8 +77,29 @@ void WholeReduceSum(const LocalTensor<T>& to, const LocalTensor<T>& from, std::i
             ReadBlock(by, from, (r * from_stride + b * from_block_stride) * lanes,
                       std::min(lanes, mask - b * lanes), values);
         by.writes(to.bytes(r * to_stride, 1), sizeof(T));
-        to.value(r * to_stride) = TreeSum(std::move(values));
+        to.value(r * to_stride) = reduce(std::move(values));
     }
+}
+
+template <typename T>
+void WholeReduceSum(const LocalTensor<T>& to, const LocalTensor<T>& from, std::int32_t mask,
+                    std::int32_t repeats, std::int32_t to_stride, std::int32_t from_block_stride,
+                    std::int32_t from_stride) {
+    WholeReduce("WholeReduceSum", to, from, mask, repeats, to_stride, from_block_stride,
+                from_stride, TreeSum<T>);
+}
+
+template <typename T>
+void WholeReduceMax(const LocalTensor<T>& to, const LocalTensor<T>& from, std::int32_t mask,
+                    std::int32_t repeats, std::int32_t to_stride, std::int32_t from_block_stride,
+                    std::int32_t from_stride,
+                    ReduceOrder order = ReduceOrder::ORDER_VALUE_INDEX) {
+    WholeReduce("WholeReduceMax", to, from, mask, repeats, to_stride, from_block_stride,
+                from_stride, [&](const std::vector<T>& values) {
+                    ascemu::require(order == ReduceOrder::ORDER_ONLY_VALUE,
+                                    "only ORDER_ONLY_VALUE is emulated");
+                    return *std::max_element(values.begin(), values.end());
+                });
 }
 
 }  // namespace AscendC

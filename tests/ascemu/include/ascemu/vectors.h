@@ -2,7 +2,9 @@
 #ifndef ASCEMU_VECTORS_H
 #define ASCEMU_VECTORS_H
 
+#include <cmath>
 #include <functional>
+#include <limits>
 
 #include "tensors.h"
 
@@ -58,6 +60,12 @@ void Add(const LocalTensor<T>& to, const LocalTensor<T>& a, const LocalTensor<T>
 }
 
 template <typename T>
+void Sub(const LocalTensor<T>& to, const LocalTensor<T>& a, const LocalTensor<T>& b,
+         const std::int32_t& count) {
+    Elementwise("Sub", to, a, b, count, std::minus<>());
+}
+
+template <typename T>
 void Mul(const LocalTensor<T>& to, const LocalTensor<T>& a, const LocalTensor<T>& b,
          const std::int32_t& count) {
     Elementwise("Mul", to, a, b, count, std::multiplies<>());
@@ -67,6 +75,20 @@ template <typename T>
 void Adds(const LocalTensor<T>& to, const LocalTensor<T>& a, const T& scalar,
           const std::int32_t& count) {
     Elementwise("Adds", to, a, a, count, [&](const auto& x, const auto&) { return x + scalar; });
+}
+
+template <typename T>
+void Muls(const LocalTensor<T>& to, const LocalTensor<T>& a, const T& scalar,
+          const std::int32_t& count) {
+    Elementwise("Muls", to, a, a, count, [&](const auto& x, const auto&) { return x * scalar; });
+}
+
+// What becomes of NaN is not documented; here it is dropped.
+template <typename T>
+void Maxs(const LocalTensor<T>& to, const LocalTensor<T>& a, const T& scalar,
+          const std::int32_t& count) {
+    Elementwise("Maxs", to, a, a, count,
+                [&](const auto& x, const auto&) { return x > scalar ? x : scalar; });
 }
 
 template <typename T>
@@ -91,17 +113,35 @@ void Axpy(const LocalTensor<T>& to, const LocalTensor<T>& from, const T& scalar,
     }
 }
 
+// Rounded to nearest, halves to even; what an integer cannot hold becomes the nearest it can.
+template <typename T>
+T Rounded(float value) {
+    const float whole = std::nearbyint(value);
+    if constexpr (std::is_same_v<T, float>) return whole;
+    if (whole != whole) return 0;
+    if (whole >= 0x1p31f) return std::numeric_limits<T>::max();
+    return whole < -0x1p31f ? std::numeric_limits<T>::min() : static_cast<T>(whole);
+}
+
 template <typename T, typename U>
 void Cast(const LocalTensor<T>& to, const LocalTensor<U>& from, const RoundMode& mode,
           const std::uint32_t& count) {
-    static_assert(std::is_same_v<T, float> &&
-                      (std::is_same_v<U, half> || std::is_same_v<U, bfloat16_t>),
-                  "of the Casts only those from a 16-bit float to float are emulated");
+    constexpr bool widens =
+        std::is_same_v<T, float> && (std::is_same_v<U, half> || std::is_same_v<U, bfloat16_t>);
+    constexpr bool rounds = std::is_same_v<U, float> &&
+                            (std::is_same_v<T, float> || std::is_same_v<T, std::int32_t>);
+    static_assert(widens || rounds,
+                  "of the Casts only those from a 16-bit float to float, and from float to an "
+                  "integer in float or int32_t, are emulated");
     const ascemu::Instruction by("Cast", PIPE_V);
-    ascemu::require(mode == RoundMode::CAST_NONE, "a Cast that widens takes CAST_NONE");
+    ascemu::require(mode == (widens ? RoundMode::CAST_NONE : RoundMode::CAST_RINT),
+                    widens ? "a Cast that widens takes CAST_NONE" : "only CAST_RINT is emulated");
     const std::uint8_t* source = Source(by, from, count);
     Target(by, to, count, {source});
-    for (std::uint32_t i = 0; i < count; ++i) to.value(i) = static_cast<float>(from.value(i));
+    for (std::uint32_t i = 0; i < count; ++i) {
+        if constexpr (widens) to.value(i) = static_cast<float>(from.value(i));
+        else to.value(i) = Rounded<T>(from.value(i));
+    }
 }
 
 }  // namespace AscendC
