@@ -33,6 +33,7 @@ from megatron_replay.training.build import build_run
 from tests import pool, tiny
 from tests.distributed.layouts import Layout, join_groups, save_tensors, worst_gradient
 from tests.e2e import stages
+from tests.npu_stub import fused
 
 NUM_DOCUMENTS, SEQ_LENGTH = 10, 64
 ODD = {"num_hidden_layers": 3, "vocab_size": 513}
@@ -307,3 +308,28 @@ def test_losses_and_gradients_are_those_of_the_definition(
         lengths = {-(-length // layout.tp) * layout.tp // divisor for length in computed}
         assert {n for r in reports for n in r["lengths"]} == lengths, case
         assert reports[0]["recompute"] == ("full" if packing == "unpacked" else None)
+
+
+FUSED: list[Case] = [
+    (TP2SP, "tied", "unpacked", "full"), (TP2, "llama", "packed", "full"),
+    (replace(TP2SP, bf16=True), "tied", "packed", "full"),
+]  # fmt: skip
+
+
+def run_fused(rank: int, world_size: int, folders: dict[str, Path], save: Path) -> list[Any]:
+    with fused.chosen():
+        return [
+            step(case, folders[case[1]], save / str(number)) for number, case in enumerate(FUSED)
+        ]
+
+
+@pytest.mark.distributed
+def test_the_fused_operators_of_npus_compute_the_same(folders, references, tmp_path):
+    """Norm, activation, rotation and attention, by stand-ins for torch_npu's operators."""
+    per_rank = pool.run(2, run_fused, folders, tmp_path)
+    for number, case in enumerate(FUSED):
+        reports, expected = [ranks[number] for ranks in per_rank], references[case[1], "full"]
+        near = 2e-2 if case[0].bf16 else 2e-6
+        total, count = reports[0]["sums"]
+        assert total / count == pytest.approx(expected["loss"], abs=near), case
+        assert max(r["gradient"] for r in reports) <= (0.2 if case[0].bf16 else 5e-6, "~"), case
