@@ -12,7 +12,10 @@ def table(text: str, title: str) -> list[dict[str, str]]:
 
 def parsed(lines: str) -> list[dict[str, str]]:
     """A table's lines; of columns of one title, the last."""
-    header, _, *rows = (
-        [cell.strip() for cell in line.strip("|").split(" | ")] for line in lines.splitlines()
-    )
+    header, _, *rows = cells(lines)
     return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def cells(lines: str) -> list[list[str]]:
+    """A table's lines, header and rule included, each a list of cells."""
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines.splitlines()]
