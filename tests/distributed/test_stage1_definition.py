@@ -111,7 +111,7 @@ OTHERS: dict[int, list[Case]] = {
         (PP2, "qwen2", "packed", "full"), (TP2SP, "llama 3", "packed", "ghost and divergence"),
         (TP2, "llama 3", "packed", "full"), (PP2, "llama 3", "packed", "position"),
     ],
-    4: [],
+    4: [(GRIDS[4][0], "qwen2", "packed", "full"), (GRIDS[4][1], "qwen2", "packed", "position")],
     8: [(grid, "qwen2", "packed", loss) for grid in GRIDS[8] for loss in ("document", "full")],
 }  # fmt: skip
 

@@ -7,10 +7,13 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from megatron_replay.checkpoint import directories
 from megatron_replay.training import train
+from tests import tiny
 from tests.e2e import stages
 from tests.e2e.stages import argv
 
@@ -91,6 +94,35 @@ def test_a_checkpoint_moves_to_another_layout(folder, tmp_path, flags, first, th
     )
     assert [x[:2] for x in ours] == [x[:2] for x in expected]
     assert [x[2] for x in ours] == pytest.approx([x[2] for x in expected], abs=2e-5)
+
+
+@pytest.mark.parametrize("extra", [[], [SHARDED, "--bf16"]])
+def test_padding_and_stages_move_to_another_layout(tmp_path, extra):
+    """Of 513 tokens, the last of 2 ranks has one row of padding, of 4 ranks three; of 3 layers, the
+    first of 2 stages has two."""
+    tiny.save_corpus(tmp_path / "corpus", num_documents=70)
+    tiny.save_qwen2(tmp_path / "model", tied=False, num_hidden_layers=3, vocab_size=513)
+    flags = ["--loss", "full", "--optimizer", "mofo"]
+    one, many = tmp_path / "one", tmp_path / "many"
+    alone = [flag for flag in extra if flag != SHARDED]
+    stages.succeed("stage1", *argv(tmp_path, one, *flags, *alone))
+    for stop, layout in ((2, {"tp": 2, "pp": 2}), (4, {"tp": 4}), (5, {"dp": 2})):
+        stages.succeed(
+            "stage1", *argv(tmp_path, many, *flags, *extra, "--exit-interval", stop), **layout
+        )
+    assert len(stages.losses(one)) == 5
+    near = 2e-2 if "--bf16" in extra else 2e-5
+    assert stages.losses(many) == pytest.approx(stages.losses(one), abs=near)
+    for save in (one, many):
+        stages.convert(save, tmp_path / f"{save.name}-hf", "--params-dtype", "float32")
+    tuned, expected = (
+        load_file(next((tmp_path / f"{save.name}-hf").glob("*.safetensors")))
+        for save in (many, one)
+    )
+    assert tuned["lm_head.weight"].shape == (513, 64)
+    if "--bf16" not in extra:
+        for name, tensor in expected.items():
+            assert torch.allclose(tuned[name], tensor, atol=2e-5), name
 
 
 #: Two epochs, and where a run stops in the second; neither 2 nor 4 divides the packs of a step.
