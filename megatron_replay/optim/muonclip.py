@@ -10,7 +10,7 @@ largest attention logit of query head h in the step's batch, and g the head's qu
 
     gamma_h = min(1, tau / S_h)              the factor due to the logits of h
     kappa_g = sqrt(max_{h in g} gamma_h)     the factor of the group's key head
-    W_q^h <- gamma_h / kappa_g W_q^h,  W_k^g <- kappa_g W_k^g
+    W_q^h <- gamma_h / kappa_g W_q^h,  W_k^g <- kappa_g W_k^g    and their biases alike
 
 Logits are bilinear in the two, so each head's shrink by gamma_h, and no other head's change. With
 one query head a group, both sides take sqrt(gamma_h), as in Kimi K2. A shared key takes only what
