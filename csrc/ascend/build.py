@@ -14,6 +14,8 @@ HERE = Path(__file__).parent
 NAME = "megatron_replay.kernels._ascend"
 #: The kernels: a library that the module loads from its own folder.
 KERNELS = "libmegatron_replay_ascend.so"
+#: Where the build works. Not in setuptools' folder: an editable install deletes that, with the log.
+FOLDER = HERE.parents[1] / "build" / "ascend"
 
 
 def for_npu(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def for_npu(arguments: dict[str, Any]) -> dict[str, Any]:
             if extension.name != NAME:
                 return super().build_extension(extension)
             folder = Path(self.get_ext_fullpath(NAME)).parent
-            if failure := build(folder, Path(self.build_temp) / "ascend"):
+            if failure := build(folder, FOLDER):
                 sys.exit(failure)
 
         def copy_extensions_to_source(self) -> None:
@@ -44,9 +46,10 @@ def build(output: Path, folder: Path) -> str | None:
 
     Returns:
         None, or one line with what failed and what to do. The compilers' output goes to build.log
-        in ``folder``.
+        in ``folder``, which is emptied first: it may be of another CANN.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     output.mkdir(parents=True, exist_ok=True)
     log = (folder / "build.log").resolve()
     settings = {

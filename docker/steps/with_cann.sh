@@ -3,10 +3,10 @@
 set -euo pipefail
 for file in "${ASCEND_ROOT:-}"/usr/local/Ascend/{cann,ascend-toolkit}/set_env.sh; do
   if [[ -f $file ]]; then
-    set +u # CANN's scripts read variables that may be unset
+    set +euo pipefail # CANN's scripts expect a shell without
     # shellcheck source=/dev/null
     source "$file"
-    set -u
+    set -euo pipefail
     break
   fi
 done

@@ -48,21 +48,23 @@ find_platform() {
 PLATFORM=${PLATFORM:-$(find_platform)}
 case $PLATFORM in
     npu)
+        set +euo pipefail # CANN's scripts expect a shell without
         for settings in /usr/local/Ascend/cann/set_env.sh /usr/local/Ascend/ascend-toolkit/set_env.sh; do
             if [[ -f $settings ]]; then
                 # shellcheck disable=SC1090
-                set +u && source "$settings" && set -u # it reads unset variables
+                source "$settings"
                 break
             fi
         done
+        if [[ -f /usr/local/Ascend/nnal/atb/set_env.sh ]]; then
+            # shellcheck disable=SC1091
+            source /usr/local/Ascend/nnal/atb/set_env.sh
+        fi
+        set -euo pipefail
         if [[ -z ${ASCEND_HOME_PATH:-} ]]; then
             cann="no CANN: expected set_env.sh in /usr/local/Ascend/cann or ascend-toolkit, or its variables set already"
             [[ ${DRY_RUN:-0} == 1 ]] || fail "$cann"
             echo "note: $cann" >&2
-        fi
-        if [[ -f /usr/local/Ascend/nnal/atb/set_env.sh ]]; then
-            # shellcheck disable=SC1091
-            set +u && source /usr/local/Ascend/nnal/atb/set_env.sh && set -u
         fi
         # docs/ascend.md explains each variable.
         export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-3600}

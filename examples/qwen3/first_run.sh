@@ -49,6 +49,14 @@ machine() { # what the other logs do not say; npu-smi and git may be absent
     env | grep -E '^(ASCEND|ATB|CPU_AFF|CUDA|GLOO|HCCL|LD_LIB|NPU|OMP|P2P|PYTHON|PYTORCH|SOC|TASK|TORCH)' | sort
 }
 
+# shellcheck disable=SC2329  # a step
+build() { # pip shows a line of what CANN's compiler says: the rest is in its log
+    local result=0
+    python -m pip install --no-build-isolation --no-deps -e . || result=1
+    [[ ! -f build/ascend/build.log ]] || cat build/ascend/build.log
+    return $result
+}
+
 if [[ ${DRY_RUN:-0} != 1 ]]; then
     mkdir -p "$LOG_DIR"
     : >"$LOG_DIR/summary.txt"
@@ -58,7 +66,7 @@ stage1=(bash "$scripts/stage1_${of_model}_ptd.sh" --train-iters 4 --exit-interva
     --global-batch-size 4 --keep-last 1 --distributed-timeout-minutes 15)
 step machine machine
 step doctor python tools/doctor.py --platform "$PLATFORM" --folder "$RUN_DIR"
-step build python -m pip install --no-build-isolation --no-deps -e .
+step build build
 step layers python tools/doctor.py --platform "$PLATFORM" --folder "$RUN_DIR" --compare-gradients
 step inputs bash "$scripts/data_convert_${of_model}_instruction.sh"
 step stage0 bash "$scripts/stage0_${of_model}_ptd.sh" --distributed-timeout-minutes 15

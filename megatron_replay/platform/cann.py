@@ -23,6 +23,9 @@ COMPATIBLE = {
     "8.3.RC1": ("2.6.0.post3", "2.7.1", "2.8.0"),
     "8.2.RC1": ("2.6.0",),
 }
+#: The first CANN whose image takes any numpy (Ascend/cann-container-image; that of 8.3 has 1.24.0).
+#: With numpy 2 the first use of a device failed on 8.0 and 8.2 (vllm-ascend 472 and 2210).
+NUMPY_2 = "9.0.0"
 #: megatron-core 0.16.1 has wheels for these.
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 #: Where CANN installs itself: since 8.5, and before.
@@ -66,6 +69,11 @@ def _number(release: str) -> int:
     """2.9.0.post6 -> 2_009_000_006: for the order of releases and their distance."""
     parts = [int(part) for part in re.findall(r"\d+", release)]
     return sum(part * 1000 ** (3 - i) for i, part in enumerate(parts[:4]))
+
+
+def runs_with_numpy(cann: str, numpy: str) -> bool:
+    """Whether that CANN's Python modules are known to run with that numpy."""
+    return int(numpy.partition(".")[0]) < 2 or _number(cann) >= _number(NUMPY_2)
 
 
 def torch_for(torch_npu: str) -> str:

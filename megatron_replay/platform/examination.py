@@ -108,7 +108,9 @@ def ascend_versions(machine: Machine) -> Finding:
         return Finding(subject, "error", f"{found}: {reason}", "Install a pair of docs/ascend.md")
     torch = (machine.distribution("torch") or "none").partition("+")[0]
     if torch != cann.torch_for(torch_npu):
-        advice = f"pip install torch=={cann.torch_for(torch_npu)}"
+        # torch_npu's wheels for x86 require torch's CPU build by name.
+        cpu = "--index-url https://download.pytorch.org/whl/cpu"
+        advice = f"pip install torch=={cann.torch_for(torch_npu)} {cpu}"
         return Finding(subject, "error", f"{found}, torch {torch}", advice)
     if not machine.environment.get("ASCEND_HOME_PATH"):
         advice = f"source {place}/set_env.sh, or its parent's"
@@ -158,6 +160,10 @@ def ascend_python(machine: Machine) -> Finding:
     if missing:
         advice = f"pip install {' '.join(missing)}: a virtual environment has none of the system's"
         return Finding(subject, "warning", f"they import {', '.join(missing)}", advice)
+    release, numpy = home and cann.version(home), machine.distribution("numpy")
+    if release and numpy and not cann.runs_with_numpy(release, numpy):
+        advice = "pip install 'numpy<2', if the first use of a device fails with 500001"
+        return Finding(subject, "warning", f"of CANN {release}, with numpy {numpy}", advice)
     return Finding(subject, "ok", f"in {', '.join(map(str, found))}")
 
 

@@ -80,7 +80,8 @@ def test_an_image_must_be_named(tmp_path):
 def test_cann_variables_are_set_before_the_command(tmp_path):
     script = tmp_path / "usr/local/Ascend/cann/set_env.sh"
     script.parent.mkdir(parents=True)
-    script.write_text("export ASCEND_HOME_PATH=$UNSET/here\n")
+    # CANN's scripts read what is unset, and go on after a command, or the first of a pipe, failed.
+    script.write_text("false\nfalse | true && export ASCEND_HOME_PATH=$UNSET/here\n")
     line = ["bash", DOCKER / "steps/with_cann.sh", "printenv", "ASCEND_HOME_PATH"]
     env = {"PATH": os.environ["PATH"], "ASCEND_ROOT": str(tmp_path)}
     done = subprocess.run(line, env=env, capture_output=True, text=True)

@@ -124,6 +124,20 @@ def test_cann_s_python_modules(tmp_path, monkeypatch):
     assert found.advice.startswith("pip install attrs decorator ")
 
 
+@pytest.mark.parametrize(
+    ("release", "numpy", "status"),
+    [("8.5.0", "2.3.1", "warning"), ("8.5.0", "1.26.4", "ok"), ("9.0.0", "2.3.1", "ok")],
+)
+def test_numpy_2_and_a_cann_that_may_not_run_with_it(tmp_path, monkeypatch, release, numpy, status):
+    with_cann(tmp_path, release)
+    machine = Machine(tmp_path, {"PYTHONPATH": "/usr/local/Ascend/cann/aarch64-linux"})
+    installed = dict.fromkeys(map(_variable, examination.CANN_IMPORTS), "1.0")
+    install(monkeypatch, numpy=numpy, **installed)
+    found = examination.ascend_python(machine)
+    assert found.status == status
+    assert found.advice.startswith("pip install 'numpy<2'" if status == "warning" else "")
+
+
 def _variable(distribution: str) -> str:
     return distribution.replace("-", "_")
 
