@@ -294,7 +294,7 @@ def _timeout(config: ParallelConfig) -> datetime.timedelta:
 #: Seconds within which a rank that is alive has registered that it failed as well.
 ANSWER_SECONDS = 15.0
 #: How torch and its backends report a rank that is late or has exited.
-_LOST = re.compile(r"timed? ?out|timeout|closed by peer|connection (reset|refused)", re.I)
+_LOST = re.compile(r"time[ds]? ?out|closed by peer|connection (reset|refused)", re.I)
 
 
 def explain(error: Exception) -> ReplayError | None:

@@ -110,6 +110,18 @@ def test_an_error_of_ranks_that_all_answer_names_none():
         assert pool.run(2, explained, message) == [None, None]
 
 
+def test_hccl_s_timeout_names_the_rank_that_does_not_answer(monkeypatch):
+    """The error's text is that of the vendor's page on EI0002."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(parallel, "ANSWER_SECONDS", 0.0)
+    found = explained(0, 2, "EI0002: The wait execution of the Notify register times out.")
+    assert "rank 1 does not answer" in str(found)
+
+
 def stops(rank: int, world_size: int, signals: dict[int, int]) -> int:
     """The iteration after which this rank stops; ``signals``: the iteration of a rank's signal."""
     request = StopRequest(dist.distributed_c10d._get_default_store())

@@ -70,13 +70,19 @@ def test_the_memory_of_the_cpu_is_in_bytes():
     assert 50 << 20 < cpu.peak_memory_bytes() < 1 << 40
 
 
-def test_a_broken_torch_npu_is_an_error_for_auto_too(monkeypatch, tmp_path):
-    """Otherwise "auto" would choose the CPU."""
-    broken = "raise ImportError('libhccl.so: cannot open shared object file')"
-    (tmp_path / "torch_npu.py").write_text(broken)
+@pytest.mark.parametrize(
+    "error",
+    [
+        "ImportError('libhccl.so: cannot open')",
+        "RuntimeError('Two accelerators\\nERR00007')",
+    ],
+)
+def test_a_broken_torch_npu_is_an_error_for_auto_too(monkeypatch, tmp_path, error):
+    """Otherwise "auto" would choose the CPU. The second: beside torch's CUDA build."""
+    (tmp_path / "torch_npu.py").write_text(f"raise {error}")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("auto", "npu"):
-        with pytest.raises(ConfigError, match=r"libhccl.*set_env\.sh"):
+        with pytest.raises(ConfigError, match=r"(libhccl|Two acc).*set_env\.sh.*CPU build"):
             platform.select(name)
 
 

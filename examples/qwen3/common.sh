@@ -103,7 +103,7 @@ LAYOUT=(
     --tensor-model-parallel-size "$TP"
     --pipeline-model-parallel-size "$PP"
     --platform "$PLATFORM"
-    --distributed-timeout-minutes 60
+    --distributed-timeout-minutes 70 # longer than HCCL's own, whose errors and log say more
 )
 if ((TP > 1)); then LAYOUT+=(--sequence-parallel); fi
 

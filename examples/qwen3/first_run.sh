@@ -62,14 +62,15 @@ if [[ ${DRY_RUN:-0} != 1 ]]; then
     : >"$LOG_DIR/summary.txt"
 fi
 of_model=qwen3_${QWEN3}_4K
-stage1=(bash "$scripts/stage1_${of_model}_ptd.sh" --train-iters 4 --exit-interval 3
+soon=(env HCCL_CONNECT_TIMEOUT=800 HCCL_EXEC_TIMEOUT=800 bash) # before torch's 15 minutes
+stage1=("${soon[@]}" "$scripts/stage1_${of_model}_ptd.sh" --train-iters 4 --exit-interval 3
     --global-batch-size 4 --keep-last 1 --distributed-timeout-minutes 15)
 step machine machine
 step doctor python tools/doctor.py --platform "$PLATFORM" --folder "$RUN_DIR"
 step build build
 step layers python tools/doctor.py --platform "$PLATFORM" --folder "$RUN_DIR" --compare-gradients
 step inputs bash "$scripts/data_convert_${of_model}_instruction.sh"
-step stage0 bash "$scripts/stage0_${of_model}_ptd.sh" --distributed-timeout-minutes 15
+step stage0 "${soon[@]}" "$scripts/stage0_${of_model}_ptd.sh" --distributed-timeout-minutes 15
 step store python tools/inspect_store.py "$STORE_DIR"
 step dry_run "${stage1[@]}" --dry-run
 step stage1 "${stage1[@]}" # three steps, then a checkpoint

@@ -138,12 +138,13 @@ class NPU(Platform):
             return False
         try:
             importlib.import_module("torch_npu")
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: beside a CUDA torch
             # Otherwise "auto" would choose the CPU, and the run would be days slower.
             raise ConfigError(
-                f"torch_npu is installed and cannot be imported: {error}",
+                f"torch_npu is installed and cannot be imported: {str(error).splitlines()[0]}",
                 where="--platform",
-                fix="Source CANN's set_env.sh, or give --platform cpu",
+                fix="Source CANN's set_env.sh, install torch's CPU build (docs/ascend.md), or give "
+                "--platform cpu",
             ) from error
         return bool(_npu().is_available())
 
