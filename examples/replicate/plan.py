@@ -85,7 +85,6 @@ METHODS = {
     "document + ghost + KL 0.25": ((*DOCUMENT_GHOST, "--kl-weight", "0.25"), ADAMW),
     "document + ghost + KL 1": ((*DOCUMENT_GHOST, "--kl-weight", "1.0"), ADAMW),
     FULL_DIVERGENCE: ((*FULL_LOSS, "--kl-weight", "0.5"), ADAMW),
-    "full softmax + KL 0.25": ((*FULL_LOSS, "--kl-weight", "0.25"), ADAMW),
     "full softmax + KL 1": ((*FULL_LOSS, "--kl-weight", "1.0"), ADAMW),
     "full softmax, MoClip": (FULL_LOSS, MOCLIP),
     "full softmax, MoFO": (FULL_LOSS, ("--optimizer", "mofo")),

@@ -157,5 +157,5 @@ ATTENTION = Backends[AttentionBackend](
 #: Norm, activation and rotation of a layer.
 LAYERS = Backends[LayerBackend](
     what="norm, activation and rotation", anywhere={"torch": TORCH_LAYERS},
-    compiled={"ascend": _ALL}, module="layers",
+    compiled={"ascend": _ALL}, module="layers", needs={"ascend": "torch_npu"},
 )  # fmt: skip

@@ -74,6 +74,7 @@ def program(rank: int, world_size: int, argv: list[str]) -> object:
     try:
         if argv[0] == "-m":
             sys.argv = argv[1:]
+            sys.modules.pop(argv[1], None)  # imported by another test; runpy would warn of it
             runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = argv
