@@ -54,7 +54,7 @@ build() { # pip shows a line of what CANN's compiler says: the rest is in its lo
     local result=0
     python -m pip install --no-build-isolation --no-deps -e . || result=1
     [[ ! -f build/ascend/build.log ]] || cat build/ascend/build.log
-    return $result
+    return "$result"
 }
 
 if [[ ${DRY_RUN:-0} != 1 ]]; then
