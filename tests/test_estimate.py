@@ -12,8 +12,10 @@ import torch
 from megatron_replay import stage0, stage1
 from megatron_replay.config import ParallelConfig
 from megatron_replay.data.packing import forest_of, pack_batch
+from megatron_replay.errors import ConfigError
 from megatron_replay.estimate import layer_activations
 from megatron_replay.model.config import ModelConfig
+from megatron_replay.platform.devices import NPU
 from tests import pool
 from tests.tiny import save_corpus, save_qwen3
 
@@ -72,6 +74,12 @@ def test_each_communicator_of_an_npu_has_two_buffers(
     assert "communicators" not in printed["cpu"]
     found = re.findall(r"buffers of (\d) communicators +(\d+).00 GiB", printed["npu"])
     assert found == ([(expected, str(2 * int(expected)))] if expected else [])
+
+
+def test_a_buffer_size_that_is_no_number_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("HCCL_BUFFSIZE", "1G")
+    with pytest.raises(ConfigError, match=r"HCCL_BUFFSIZE.*1G"):
+        NPU.communicator_bytes()
 
 
 @pytest.mark.parametrize("bf16", [False, True])

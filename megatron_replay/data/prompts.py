@@ -76,15 +76,14 @@ class PromptStyle(Section):
     def document(self, row: Row, prompt: str, completion: str, tokenizer: Tokenizer) -> Document:
         """The document of a prompt, without loss, and its completion, with loss.
 
-        In a conversation, the completion loses the one blank that joins it to plain text. The
-        template writes no thought before a completion that has none (``enable_thinking``).
+        The template writes no thought before a completion that has none (``enable_thinking``).
 
         Raises:
             DataError: as `tokenize_conversation`.
         """
         if not self.chat_template:
             return self.plain_document(prompt, completion, tokenizer)
-        answer = completion[1:] if re.match(r" \S", completion) else completion
+        answer = self.answer(completion)
         turns = [
             Turn("the prompt", {"role": "user", "content": prompt}, False),
             Turn("the completion", {"role": "assistant", "content": answer}, True),
@@ -93,6 +92,11 @@ class PromptStyle(Section):
         return tokenize_conversation(
             row, self.with_system(turns), tokenizer, enable_thinking=thinks
         )
+
+    def answer(self, completion: str) -> str:
+        """``completion``; in a conversation without the one blank that joins it to plain text."""
+        joined = self.chat_template and re.match(r" \S", completion)
+        return completion[1:] if joined else completion
 
     def plain_document(self, prompt: str, completion: str, tokenizer: Tokenizer) -> Document:
         """BOS, if requested, and prompt tokens without loss; completion tokens and EOS with it."""

@@ -75,7 +75,7 @@ def read_choices(path: Path, tokenizer: Tokenizer, style: PromptStyle = PLAIN) -
                 expected=f"a number from 0 to {len(options) - 1}",
                 found="none" if answer is None else repr(answer),
             )
-        num_bytes = [len(text.encode()) for text in texts]
+        num_bytes = [len(style.answer(text).encode()) for text in texts]
         choices.append(
             Choice(
                 where=where,

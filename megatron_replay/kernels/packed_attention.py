@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 #: Documents are put into one segment as long as it has at most this many rows: a call of the kernel
 #: costs tens of microseconds, as much as a few hundred rows under a mask.
@@ -320,8 +319,7 @@ def _attend(
     """[L, N, D]; causal from the lower right where there is no mask."""
     is_causal = mask is None and len(query_LND) == len(key_KGD)
     if mask is None and not is_causal:
-        # On a CPU, and where a GPU has no fused kernel for the dtype, a mask as large as [L, K].
-        mask = causal_lower_right(len(query_LND), len(key_KGD))
+        mask = _lower_right(len(query_LND), len(key_KGD), query_LND.device)
     # Groups are shared by the kernel, not repeated in memory.
     return F.scaled_dot_product_attention(
         query_LND.transpose(0, 1)[None],
@@ -332,6 +330,18 @@ def _attend(
         scale=scale,
         enable_gqa=True,
     )[0].transpose(0, 1)
+
+
+def _lower_right(rows: int, keys: int, device: torch.device) -> Tensor:
+    """[L, K], the last row sees every key. A matrix on a CPU, and where a GPU has no fused kernel
+    for the dtype.
+    """
+    if device.type == "cpu":
+        return torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
+    # Here: its import brings torch's compiler, which takes seconds.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(rows, keys)
 
 
 class AttentionBackend(NamedTuple):

@@ -170,8 +170,15 @@ class NPU(Platform):
 
     @classmethod
     def communicator_bytes(cls) -> int:
-        """A buffer of HCCL_BUFFSIZE MiB to send and one to receive (CANN's documentation)."""
-        return 2 * int(os.environ.get("HCCL_BUFFSIZE", "200")) << 20
+        """A buffer of HCCL_BUFFSIZE MiB to send and one to receive (CANN's documentation).
+
+        Raises:
+            ConfigError: it is no number.
+        """
+        size = os.environ.get("HCCL_BUFFSIZE", "200")
+        if not size.isdecimal():
+            raise ConfigError("no number", where="HCCL_BUFFSIZE", expected="MiB", found=size)
+        return 2 * int(size) << 20
 
     def peak_memory_bytes(self) -> int:
         """Peak bytes of torch_npu's caching allocator."""

@@ -147,6 +147,7 @@ def test_choices_are_answers_in_a_conversation(tokenizer, tmp_path):
     assert [tokenizer.decode(choice.prompt) for choice in (plain, asked)] == ["who?", header]
     assert [tokenizer.decode(option) for option in plain.options] == [" you", "me"]
     assert [tokenizer.decode(option) for option in asked.options] == ["you", "me"]
+    assert (plain.num_bytes, asked.num_bytes) == ([4, 2], [3, 2])  # of what is scored
 
 
 def test_general_choices_are_plain_text(chat_base, tmp_path, monkeypatch):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_replay.errors import ConfigError, DataError
+from megatron_replay.errors import DataError
 from megatron_replay.files import require_regular
 
 #: Strings, quoted names and comments. One that is not closed runs to the end, so that no text is
@@ -31,14 +30,7 @@ def open_read_only(database: Path) -> Iterator[sqlite3.Connection]:
     Raises:
         DataError: it is missing, is not SQLite, is damaged, has a name that is not UTF-8, or has a
             journal that ``immutable`` would ignore.
-        ConfigError: this Python cannot limit the length of a value.
     """
-    if not hasattr(sqlite3.Connection, "setlimit"):
-        raise ConfigError(
-            "SQL databases need sqlite3.Connection.setlimit",
-            expected="Python 3.11 or later",
-            found=f"Python {platform.python_version()}",
-        )
     if not os.path.exists(database):
         raise DataError("no such database", where=database)
     require_regular(database, DataError)

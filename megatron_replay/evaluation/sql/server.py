@@ -51,8 +51,13 @@ _FUNCTION_NAMES = (
     "json_group_array json_group_object json_object json_quote json_type json_valid -> ->> "
 )
 _ALLOWED_FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
-# By number, because Python 3.10 has no names for SQLite's errors.
+# By number, because Python 3.10 has no names for SQLite's errors, and gives their messages only.
 _ERROR = 1
+_CODES = {
+    "interrupted": 9, "disk I/O error": 10, "database disk image is malformed": 11,
+    "database or disk is full": 13, "unable to open database file": 14,
+    "string or blob too big": 18, "file is not a database": 26,
+}  # fmt: skip
 _REASONS = {
     9: "timeout",  # INTERRUPT
     18: "too large",  # TOOBIG
@@ -79,7 +84,7 @@ class Limits:
     max_kept_length: int = 1_000_000  # characters of its JSON
     max_rows: int = 100_000  # of an answer
     max_bytes: int = 200_000_000  # of an answer, as Python's objects
-    max_value_bytes: int = 1_000_000  # of one string or blob, stored ones too
+    max_value_bytes: int = 1_000_000  # of one string or blob, stored ones too (Python >= 3.11)
     max_query_length: int = 100_000  # characters
     # Address space of the process: two answers, each at most twice as large as max_bytes, and
     # what SQLite needs.
@@ -127,8 +132,8 @@ def run_query(connection: sqlite3.Connection, sql: str, limits: Limits) -> list[
 
     connection.set_authorizer(authorize)
     connection.set_progress_handler(lambda: time.monotonic() > deadline, _INSTRUCTIONS_PER_CHECK)
-    # ``open_read_only`` refuses Python 3.10, which lacks it.
-    connection.setlimit(_LIMIT_LENGTH, limits.max_value_bytes)  # type: ignore[attr-defined]
+    if sys.version_info >= (3, 11):  # before, the process's memory is the only limit
+        connection.setlimit(_LIMIT_LENGTH, limits.max_value_bytes)
     try:
         with closing(connection.execute(sql)) as cursor:
             return _fetch(cursor, limits, deadline)
@@ -138,7 +143,7 @@ def run_query(connection: sqlite3.Connection, sql: str, limits: Limits) -> list[
         # ValueError: a NUL or a lone surrogate, which never reach SQLite.
         if denied:
             raise QueryError("denied", f"denied: {error}") from error
-        code = getattr(error, "sqlite_errorcode", _ERROR)
+        code = getattr(error, "sqlite_errorcode", _CODES.get(str(error), _ERROR))
         reason = _REASONS.get(code, "sql error")
         if reason == "sql error" and code & 0xFF in _DAMAGE:
             raise
