@@ -70,7 +70,8 @@ case $PLATFORM in
         export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-3600}
         export HCCL_EXEC_TIMEOUT=${HCCL_EXEC_TIMEOUT:-3600}
         export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-        export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}
+        [[ -n ${PYTORCH_ALLOC_CONF:-} ]] || # newer torch_npu refuses to start with both
+            export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}
         export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2}
         export CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-1}
         ;;
@@ -84,7 +85,9 @@ case $PLATFORM in
     *) fail "PLATFORM=$PLATFORM is none of npu, cuda, cpu" ;;
 esac
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false # everything is local
-if [[ -d .venv/bin && -z ${VIRTUAL_ENV:-} ]]; then # made by `make setup`
+ACTIVE=${VIRTUAL_ENV:-} # an environment that the caller chose; conda activates "base" by itself
+[[ ${CONDA_DEFAULT_ENV:-base} == base ]] || ACTIVE=${CONDA_PREFIX:-}
+if [[ -d .venv/bin && -z $ACTIVE ]]; then # made by `make setup`
     export PATH=$PWD/.venv/bin:$PATH
 fi
 

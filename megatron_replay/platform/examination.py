@@ -175,6 +175,10 @@ def ascend_environment(machine: Machine) -> Finding:
         for name, (value, why) in VARIABLES.items()
         if machine.environment.get(name) != value
     ]
+    both = ("PYTORCH_ALLOC_CONF", "PYTORCH_NPU_ALLOC_CONF")
+    if all(machine.environment.get(name) for name in both):
+        advice = f"unset {both[0]}: newer torch_npu ends programs that are given both"
+        return Finding(subject, "warning", f"both {' and '.join(both)} are set", advice)
     if other:
         found = f"{len(other)} of {len(VARIABLES)} variables are not as recommended"
         return Finding(subject, "warning", found, "export " + "; ".join(other))

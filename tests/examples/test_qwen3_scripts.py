@@ -187,6 +187,20 @@ def test_mistakes_end_a_script(tmp_path: Path) -> None:
     assert "--platform npu" in output
 
 
+def test_the_environment_that_the_caller_activated_wins(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"  # what asks for a free port
+    python.write_text("#!/bin/sh\necho 4242\n")
+    python.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
+    given = {"PATH": path, "VIRTUAL_ENV": "", "CONDA_PREFIX": tmp_path}
+    for name, wins in (("mine", True), ("base", not (ROOT / ".venv" / "bin").is_dir())):
+        [words] = commands(
+            "stage0_qwen3_4b_4K_ptd", tmp_path / "run", **given, CONDA_DEFAULT_ENV=name
+        )
+        assert (words[words.index("--master_port") + 1] == "4242") == wins, name
+
+
 def test_two_jobs_on_a_node_take_ports_of_their_own_and_nodes_the_same_one(tmp_path: Path) -> None:
     def port(**variables: object) -> str:
         [words] = commands("stage0_qwen3_4b_4K_ptd", tmp_path, **variables)

@@ -149,6 +149,8 @@ def test_environment(tmp_path):
     assert found.status == "warning"
     assert "TASK_QUEUE_ENABLE=2" in found.advice
     assert "now 9" in found.advice
+    both = examination.ascend_environment(Machine(tmp_path, GOOD | {"PYTORCH_ALLOC_CONF": "a:1"}))
+    assert (both.status, "unset PYTORCH_ALLOC_CONF" in both.advice) == ("warning", True)
 
 
 def test_a_machine_without_ascend_needs_none_of_its_checks(tmp_path, monkeypatch):
