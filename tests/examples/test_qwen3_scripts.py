@@ -100,17 +100,18 @@ def execute(words: list[str]) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize(("qwen3", "ranks"), [("4b", 4), ("8b", 8)])
 def test_from_hugging_face_to_the_report(tmp_path: Path, qwen3: str, ranks: int) -> None:
-    one_step = ["--train-iters", "1", "--global-batch-size", "2"]
+    probe = ["--probe-documents", "2"]
+    one_step = [*probe, "--train-iters", "1", "--global-batch-size", "2"]
     for step, flags, variables in (
         ("ckpt_convert_qwen3_{}_4K_hf2mcore", [], {}),
         ("ckpt_convert_qwen3_{}_4K_hf2mg", [], {}),
         ("data_convert_qwen3_{}_4K_instruction", [], {}),
         ("stage0_qwen3_{}_4K_ptd", [], {}),
-        ("stage1_qwen3_{}_4K_ptd", [], {}),
+        ("stage1_qwen3_{}_4K_ptd", probe, {}),
         ("stage1_qwen3_{}_4K_ptd", one_step, {"OPTIMIZER": "mofo"}),
         ("stage1_qwen3_{}_4K_ptd", one_step, {"OPTIMIZER": "muonclip"}),
         ("ckpt_convert_qwen3_{}_4K_mcore2hf", [], {}),
-        ("evaluate_qwen3_{}_4K_ptd", [], {}),
+        ("evaluate_qwen3_{}_4K_ptd", ["--max-new-tokens", "8"], {}),
         ("report_qwen3_{}_4K", [], {}),
     ):
         if qwen3 == "4b" or "OPTIMIZER" not in variables:
