@@ -298,11 +298,18 @@ _LOST = re.compile(r"time[ds]? ?out|closed by peer|connection (reset|refused)", 
 
 
 def explain(error: Exception) -> ReplayError | None:
-    """An error that names the ranks that a collective waited for in vain; None: another error.
+    """An error that names the ranks that a collective waited for in vain, or what to do where a
+    device is full; None: another error.
 
     Every rank that gets such an error calls this and registers itself in the run's store. A rank
     that has not done so within some seconds is stuck or dead.
     """
+    if isinstance(error, RuntimeError) and "out of memory" in str(error):
+        return TrainingError(
+            str(error).splitlines()[0],
+            fix="--dry-run predicts the memory; lower --micro-batch-size, use "
+            "--recompute-granularity full, or more devices",
+        )
     if not dist.is_initialized() or dist.get_world_size() == 1 or not _LOST.search(str(error)):
         return None
     others = set(range(dist.get_world_size())) - {dist.get_rank()}

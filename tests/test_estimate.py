@@ -77,9 +77,12 @@ def test_each_communicator_of_an_npu_has_two_buffers(
 
 
 def test_a_buffer_size_that_is_no_number_is_refused(monkeypatch) -> None:
-    monkeypatch.setenv("HCCL_BUFFSIZE", "1G")
-    with pytest.raises(ConfigError, match=r"HCCL_BUFFSIZE.*1G"):
-        NPU.communicator_bytes()
+    for size in ("1G", "0", "-1"):
+        monkeypatch.setenv("HCCL_BUFFSIZE", size)
+        with pytest.raises(ConfigError, match=rf"HCCL_BUFFSIZE.*{size}"):
+            NPU.communicator_bytes()
+    monkeypatch.setenv("HCCL_BUFFSIZE", "")
+    assert NPU.communicator_bytes() == 400 << 20
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -110,6 +110,17 @@ def test_an_error_of_ranks_that_all_answer_names_none():
         assert pool.run(2, explained, message) == [None, None]
 
 
+def test_a_full_device_is_said_in_one_line():
+    for kind, message in (
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB.\nSee"),
+        (RuntimeError, "NPU out of memory. Tried to allocate 2 GiB"),
+    ):
+        found = str(parallel.explain(kind(message)))
+        assert "Tried to allocate 2 GiB" in found
+        assert "--micro-batch-size" in found
+        assert "\n" not in found
+
+
 def test_hccl_s_timeout_names_the_rank_that_does_not_answer(monkeypatch):
     """The error's text is that of the vendor's page on EI0002."""
     monkeypatch.setattr(dist, "is_initialized", lambda: True)

@@ -57,6 +57,13 @@ def test_a_restarted_rank_waits_before_it_opens_its_npu(monkeypatch):
         assert waited == seconds
 
 
+def test_a_rank_without_a_device_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    with pytest.raises(ConfigError, match=r"local rank 4 .*found 4 devices, .*=0,1,2,3"):
+        devices.CUDA().prepare(4)
+
+
 @pytest.mark.parametrize("name", ["gpu", "CPU", ""])
 def test_unknown_platform(name):
     with pytest.raises(ConfigError, match=rf"expected auto, npu, cuda, cpu; found '{name}'"):

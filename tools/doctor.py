@@ -35,7 +35,9 @@ try:
     from megatron_replay.platform.examination import Finding, Machine
     from megatron_replay.platform.megatron_core import SUPPORTED_VERSION
 except (ImportError, OSError) as error:
-    sys.exit(f"ERROR   torch: {error}\n        Run make setup, or pip install torch")
+    missing = getattr(error, "name", None) or "torch"
+    advice = "Run make setup; on NPUs follow docs/ascend.md, Install"
+    sys.exit(f"ERROR   {missing}: {error}\n        {advice}")
 
 
 def versions(machine: Machine) -> Iterator[Finding]:
@@ -134,7 +136,8 @@ def compiled_kernels(platform: Platform) -> Iterator[Finding]:
     from megatron_replay import kernels
     from megatron_replay.optim.momentum_step import OPTIMIZER
 
-    for backends in (kernels.HEAD, OPTIMIZER, kernels.SELECTION, kernels.ATTENTION):
+    every = (kernels.HEAD, OPTIMIZER, kernels.SELECTION, kernels.ATTENTION, kernels.LAYERS)
+    for backends in every:
         for name in (name for name in backends.compiled if kernels.DEVICE[name] == platform.name):
             subject = f"kernels of {backends.what}"
             try:

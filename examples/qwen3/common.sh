@@ -50,13 +50,13 @@ case $PLATFORM in
     npu)
         set +euo pipefail # CANN's scripts expect a shell without
         for settings in /usr/local/Ascend/cann/set_env.sh /usr/local/Ascend/ascend-toolkit/set_env.sh; do
-            if [[ -f $settings ]]; then
+            # The CANN that the caller sourced, wherever it is, stays.
+            if [[ -z ${ASCEND_HOME_PATH:-} && -f $settings ]]; then
                 # shellcheck disable=SC1090
                 source "$settings"
-                break
             fi
         done
-        if [[ -f /usr/local/Ascend/nnal/atb/set_env.sh ]]; then
+        if [[ -z ${ATB_HOME_PATH:-} && -f /usr/local/Ascend/nnal/atb/set_env.sh ]]; then
             # shellcheck disable=SC1091
             source /usr/local/Ascend/nnal/atb/set_env.sh
         fi
@@ -90,6 +90,7 @@ ACTIVE=${VIRTUAL_ENV:-} # an environment that the caller chose; conda activates 
 if [[ -d .venv/bin && -z $ACTIVE ]]; then # made by `make setup`
     export PATH=$PWD/.venv/bin:$PATH
 fi
+command -v python >/dev/null || fail "no python on PATH: activate the environment of docs/ascend.md (Install), or run make setup"
 
 # ---------------------------------------------------------------- layout
 NPUS_PER_NODE=${NPUS_PER_NODE:-$((TP * PP))}
@@ -153,6 +154,12 @@ run() { # run COMMAND...: print, run and log it; DRY_RUN=1 only prints
 launch() { # launch MODULE FLAGS...: on every device of this node, or on none with --dry-run
     local module=$1 flag
     shift
+    for flag in "$@"; do
+        if [[ $flag == --help || $flag == -h ]]; then
+            python -m "$module" --help
+            return
+        fi
+    done
     [[ ${DRY_RUN:-0} == 1 || -d ${CKPT_LOAD_DIR:-$MODEL_DIR} ]] ||
         fail "${CKPT_LOAD_DIR:-$MODEL_DIR}: no such directory; set HF_DIR to the Hugging Face checkpoint, or CKPT_LOAD_DIR"
     for flag in "$@"; do

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The first run on a new node: checks it, builds the kernels, compares layers with the CPU's, then
-# runs both stages in the real layout on random weights of the true shape, and packs the logs.
+# The first run on a new node, after Install of docs/ascend.md: checks the node, builds the kernels,
+# compares layers with the CPU's, then runs both stages in the real layout on random weights of the
+# true shape, and packs the logs.
 #
 #   bash examples/qwen3/first_run.sh             # Qwen3-4B, TP 4, four devices
 #   QWEN3=8b bash examples/qwen3/first_run.sh    # Qwen3-8B, TP 4 x PP 2, eight devices
@@ -9,15 +10,21 @@
 # into $RUN_DIR/first_run-$QWEN3, by default in runs/: for 4b 120 GB (two checkpoints of 56 GB), for
 # 8b 250 GB; remove it afterwards. docs/ascend.md says what is in the archive.
 set -euo pipefail
+case ${1:-} in
+    "") ;;
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+    *) echo "error: $1: first_run.sh takes variables, as in QWEN3=8b bash first_run.sh, and no arguments" >&2 && exit 2 ;;
+esac
 export QWEN3=${QWEN3:-4b} MODEL_SIZE=${MODEL_SIZE:-random} TP=${TP:-4}
 [[ $QWEN3 == 8b ]] && PP=${PP:-2}
 export PP=${PP:-1} RUN_DIR=${RUN_DIR:-runs}/first_run-$QWEN3
-# It has inputs and outputs of its own, never those of your runs.
+# It has inputs and outputs of its own, never those of your runs, and this node alone.
 unset HF_DIR TOKENIZER_PATH INPUT_FILE DATA_PATH STORE_DIR CKPT_LOAD_DIR CKPT_SAVE_DIR LOG_DIR TINY OPTIMIZER
+unset NNODES NODE_RANK MASTER_ADDR NPUS_PER_NODE SEQ_LENGTH GBS MBS
 scripts=$(realpath "$(dirname "${BASH_SOURCE[0]}")")
 # shellcheck source=examples/qwen3/common.sh
 source "$scripts/common.sh"
-export PLATFORM RUN_DIR
+export PLATFORM RUN_DIR PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # the doctor runs before the build
 unset MASTER_PORT # each launch takes a free one
 [[ $PLATFORM != npu ]] || export ASCEND_PROCESS_LOG_PATH=${ASCEND_PROCESS_LOG_PATH:-$LOG_DIR/cann}
 
@@ -60,6 +67,10 @@ build() { # pip shows a line of what CANN's compiler says: the rest is in its lo
 if [[ ${DRY_RUN:-0} != 1 ]]; then
     mkdir -p "$LOG_DIR"
     : >"$LOG_DIR/summary.txt"
+    needed=120 free=$(df --output=avail -BG "$RUN_DIR" | tail -n 1 | tr -dc 0-9)
+    [[ $QWEN3 != 8b ]] || needed=250
+    [[ $MODEL_SIZE != random || -e $LOG_DIR/stage1.ok ]] || ((free >= needed)) ||
+        fail "$RUN_DIR: $free GB are free, and $needed are needed; set RUN_DIR to a larger disk"
 fi
 of_model=qwen3_${QWEN3}_4K
 soon=(env HCCL_CONNECT_TIMEOUT=800 HCCL_EXEC_TIMEOUT=800 bash) # before torch's 15 minutes
@@ -74,7 +85,12 @@ step stage0 "${soon[@]}" "$scripts/stage0_${of_model}_ptd.sh" --distributed-time
 step store python tools/inspect_store.py "$STORE_DIR"
 step dry_run "${stage1[@]}" --dry-run
 step stage1 "${stage1[@]}" # three steps, then a checkpoint
-step resume "${stage1[@]}" # from that checkpoint, one step
+# shellcheck disable=SC2329  # a step
+resume() { # from that checkpoint, one step
+    [[ -e $LOG_DIR/stage1.ok ]] || fail "stage1 failed, so there is nothing to resume"
+    "${stage1[@]}"
+}
+step resume resume
 [[ ${DRY_RUN:-0} != 1 ]] || exit 0
 
 archive=$RUN_DIR/first_run-$QWEN3.tar.gz

@@ -66,8 +66,10 @@ def compare(
 
 
 def _number(release: str) -> int:
-    """2.9.0.post6 -> 2_009_000_006: for the order of releases and their distance."""
+    """2.9.0.post6 -> 2_009_500_006: for the order of releases and their distance."""
     parts = [int(part) for part in re.findall(r"\d+", release)]
+    if "RC" not in release:  # 8.2.0 comes after 8.2.RC1
+        parts[2:3] = [part + 500 for part in parts[2:3]]
     return sum(part * 1000 ** (3 - i) for i, part in enumerate(parts[:4]))
 
 

@@ -63,6 +63,16 @@ class Platform(abc.ABC):
         return torch.profiler.profile(activities=[ProfilerActivity.CPU])
 
 
+def _require_device(devices: Any, local_rank: int, variable: str) -> None:
+    """Raise ConfigError unless this node has a device for each of its processes."""
+    if local_rank >= devices.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no device",
+            expected=f"a visible device ({variable}) for each process of --nproc_per_node",
+            found=f"{devices.device_count()} devices, {variable}={os.environ.get(variable, '')}",
+        )
+
+
 class CPU(Platform):
     """The host's processors with gloo; always there, and the reference for the other two."""
 
@@ -111,6 +121,7 @@ class CUDA(Platform):
         check_version()
         # One hardware queue, so that a collective starts before the product that it overlaps with.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        _require_device(torch.cuda, local_rank, "CUDA_VISIBLE_DEVICES")
         self.device = torch.device("cuda", local_rank)
         torch.cuda.set_device(self.device)
 
@@ -164,6 +175,7 @@ class NPU(Platform):
         # Its import sets a filter that shows every warning, then warns at length: discard both.
         with warnings.catch_warnings(record=True):
             importlib.import_module("torch_npu.contrib.transfer_to_npu")
+        _require_device(_npu(), local_rank, "ASCEND_RT_VISIBLE_DEVICES")
         self.device = torch.device("npu", local_rank)
         _npu().set_device(self.device)
         install(_npu(), self.device, extra={})
@@ -173,11 +185,13 @@ class NPU(Platform):
         """A buffer of HCCL_BUFFSIZE MiB to send and one to receive (CANN's documentation).
 
         Raises:
-            ConfigError: it is no number.
+            ConfigError: that is no number above 0.
         """
-        size = os.environ.get("HCCL_BUFFSIZE", "200")
-        if not size.isdecimal():
-            raise ConfigError("no number", where="HCCL_BUFFSIZE", expected="MiB", found=size)
+        size = os.environ.get("HCCL_BUFFSIZE") or "200"
+        if not size.isdecimal() or int(size) < 1:
+            raise ConfigError(
+                "no size", where="HCCL_BUFFSIZE", expected="a number of MiB", found=size
+            )
         return 2 * int(size) << 20
 
     def peak_memory_bytes(self) -> int:

@@ -196,11 +196,12 @@ def memory(machine: Machine) -> Finding:
 
 
 def space(folder: Path) -> Finding:
-    """Free disk where runs write."""
-    free = shutil.disk_usage(folder).free / 1e9
+    """Free disk where runs write; the folder may not exist yet."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free / 1e9
     found = f"{free:.0f} GB free in {folder}"
     if free < 20:
-        advice = "A checkpoint with optimizer state of a 4B model takes 64 GB: choose another disk"
+        advice = "A checkpoint with optimizer state of a 4B model takes 56 GB: choose another disk"
         return Finding("disk", "error" if free < 1 else "warning", found, advice)
     return Finding("disk", "ok", found)
 

@@ -226,6 +226,7 @@ def test_random_weights_have_the_true_shape(tmp_path: Path, qwen3: str) -> None:
 STAND_IN = """#!/usr/bin/env bash
 case "$0 $*" in
     *"-c import socket"*) exec {python} "$@" ;;
+    */df*) echo "${{FREE:-500}}G" && exit ;;
 esac
 echo "$(basename "$0") $*" >>"$HOME/calls"
 mkdir -p "$RUN_DIR/store" "$RUN_DIR/moclip/iter_0000003" "$RUN_DIR/random/hf"
@@ -238,7 +239,7 @@ touch "$RUN_DIR/store/cost.json" "$RUN_DIR/store/part.bin" "$RUN_DIR/random/hf/m
 def test_the_first_run_goes_on_after_a_failure_and_repeats_only_that(tmp_path: Path) -> None:
     binaries = tmp_path / "bin"
     binaries.mkdir()
-    for name in ("python", "torchrun"):
+    for name in ("python", "torchrun", "df"):
         (binaries / name).write_text(STAND_IN.format(python=sys.executable))
         (binaries / name).chmod(0o755)
     run = tmp_path / "first_run-4b"
@@ -262,3 +263,29 @@ def test_the_first_run_goes_on_after_a_failure_and_repeats_only_that(tmp_path: P
     again = (tmp_path / "calls").read_text().removeprefix(calls).splitlines()
     assert len(again) == 1, again
     assert "megatron_replay.stage0" in again[0]
+
+
+def test_the_first_run_resumes_only_what_was_saved_and_needs_room(tmp_path: Path) -> None:
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    for name in ("python", "torchrun", "df"):
+        (binaries / name).write_text(STAND_IN.format(python=sys.executable))
+        (binaries / name).chmod(0o755)
+    given = {"PATH": f"{binaries}:/usr/bin:/bin"}
+    small = run_script("first_run", tmp_path, code=2, FREE=100, **given)
+    assert "100 GB are free, and 120 are needed" in small
+    # Of a shell that runs two nodes.
+    given |= {"NNODES": 2, "MASTER_ADDR": "node0"}
+    run_script("first_run", tmp_path, code=1, FAILS="--nproc_per_node 4 --nnodes 1", **given)
+    lines = (tmp_path / "first_run-4b" / "logs" / "summary.txt").read_text().splitlines()
+    failed = [line.split()[0] for line in lines if "FAILED" in line]
+    assert failed == ["stage0", "stage1", "resume"]
+    calls = (tmp_path / "calls").read_text()
+    assert calls.count("megatron_replay.stage1") == 2  # dry run, three steps
+
+
+def test_help_runs_nothing(tmp_path: Path) -> None:
+    assert "QWEN3=8b" in run_script("first_run", tmp_path, "--help")
+    assert "takes variables" in run_script("first_run", tmp_path, "QWEN3=8b", code=2)
+    assert "--train-iters" in run_script("stage1_qwen3_4b_4K_ptd", tmp_path, "--help")
+    assert list(tmp_path.iterdir()) == []

@@ -15,8 +15,8 @@ import torch
 from tests.ascemu import cases
 
 IN_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
-#: Candidates of each position: none, one, as many as a cap of 200 and the label give; in Triton more
-#: than a position's programs read at once.
+#: Candidates of each position: none, one, as many as a cap of 200 and the label give; in Triton
+#: more than a position's programs read at once.
 SIZES = [3, 0, 1, 41, 9, 0] if IN_TRITON else [3, 0, 1, 17, 0, 0, 201, 40, 9, 0]
 CHANNELS = [1, 8, 513] if IN_TRITON else [1, 8, 9, 129, 2560, 4097, 8192]
 SHORT = [torch.float16, torch.bfloat16]

@@ -157,13 +157,15 @@ def layers() -> tuple[list[Any], list[tuple[str, str]]]:
 
 
 def doctor() -> list[Any]:
-    """The findings of tools/doctor.py about two NPUs and the head on one, and the guard's."""
-    from tools.doctor import collective, head_smoke
+    """The findings of tools/doctor.py about two NPUs, the head on one, and compiled kernels."""
+    from tools.doctor import collective, compiled_kernels, head_smoke
 
     npu = select("npu")
     with Guard() as guard:
         found = [collective(npu, method="fork"), head_smoke(npu)]
-    return [(finding.status, finding.found) for finding in found] + list(guard.found)
+    found += compiled_kernels(npu)
+    assert not guard.found, guard.found
+    return [(finding.status, finding.found, finding.subject) for finding in found]
 
 
 def main() -> None:

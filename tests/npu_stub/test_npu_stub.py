@@ -69,10 +69,12 @@ def test_no_finding_beyond_the_known_ones(journey):
 
 
 def test_the_doctor_examines_npus(journey):
-    (two, added), (head, compared) = journey["doctor"]
+    (two, added, _), (head, compared, _), *kernels = journey["doctor"]
     assert (two, head) == ("ok", "ok"), journey["doctor"]
     assert added.startswith("1 + 2 = 3")
     assert compared.startswith("ascend ")
+    assert "kernels of norm, activation and rotation" in [subject for *_, subject in kernels]
+    assert {(status, found) for status, found, _ in kernels} == {("ok", "ascend")}
 
 
 def test_the_doctor_compares_each_layer_with_the_cpu(journey):
