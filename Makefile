@@ -84,6 +84,7 @@ STUDY = runs/study-$(PLAN)
 
 study: setup  ## the methods on a real model and real data: make study DATA=DIR [PLAN=quick | small | whole] [BASE=DIR]
 	@test -d "$(DATA)" || { echo "error: DATA=DIR is missing: a folder for each published set, see examples/replicate/README.md" >&2; exit 1; }
+	@test -e $(BASE) || test $(BASE) = runs/smollm2 || { echo "error: BASE=$(BASE): no such directory" >&2; exit 1; }
 	test -e $(BASE) || $(BIN)/python -m examples.quickstart.smollm2 --output $(BASE)
 	$(BIN)/python -m examples.replicate.run --plan $(PLAN) --data $(DATA) --base $(BASE) --output $(STUDY)
 	$(BIN)/python -m examples.replicate.report --rows $(STUDY)/rows.csv --output-dir $(STUDY)/report

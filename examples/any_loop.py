@@ -8,7 +8,7 @@ import argparse
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.functional import restricted_cross_entropy
@@ -29,9 +29,8 @@ def document_loss(model, tokens, recorded):
 def main(argv=None):
     """Train for an epoch, in steps of 16 documents: Stage 1 with --no-pack-documents."""
     parser = argparse.ArgumentParser()
-    for name in ("--model", "--data-path", "--store", "--save"):
-        parser.add_argument(name, required=True)
-    parser.add_argument("--lr", required=True, type=float)
+    for name in ("--model", "--data-path", "--store", "--save", "--lr"):
+        parser.add_argument(name, required=True, type=float if name == "--lr" else str)
     args = parser.parse_args(argv)
     corpus, reader = Corpus(args.data_path), CandidateReader(args.store)
     reader.require(corpus_fingerprint=corpus.fingerprint)
@@ -53,7 +52,8 @@ def main(argv=None):
         print(f"loss {mean:.4f}, gradient norm {optimizer.grad_norm:.4f}")
         optimizer.zero_grad()
         scheduler.step()
-    model.save_pretrained(args.save)
+    for part in (model, AutoTokenizer.from_pretrained(args.model)):
+        part.save_pretrained(args.save)
 
 
 if __name__ == "__main__":

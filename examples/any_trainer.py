@@ -6,7 +6,7 @@ python -m examples.any_trainer --model BASE --data-path corpus --store store --l
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from examples.any_loop import document_loss
 from megatron_replay.data.corpus import Corpus
@@ -32,9 +32,8 @@ class RestrictedLoss(torch.nn.Module):
 def main(argv=None):
     """Train for an epoch, in steps of 16 documents on each device; needs accelerate."""
     parser = argparse.ArgumentParser()
-    for name in ("--model", "--data-path", "--store", "--save"):
-        parser.add_argument(name, required=True)
-    parser.add_argument("--lr", required=True, type=float)
+    for name in ("--model", "--data-path", "--store", "--save", "--lr"):
+        parser.add_argument(name, required=True, type=float if name == "--lr" else str)
     args = parser.parse_args(argv)
     corpus, reader = Corpus(args.data_path), CandidateReader(args.store)
     reader.require(corpus_fingerprint=corpus.fingerprint)
@@ -54,6 +53,7 @@ def main(argv=None):
         optimizer_cls_and_kwargs=(MoClip, {"lr": args.lr, "betas": (0.9, 0.95), "clip_grad": 1.0}),
     ).train()  # fmt: skip
     model.save_pretrained(args.save, is_main_process=settings.should_save)
+    AutoTokenizer.from_pretrained(args.model).save_pretrained(args.save)
 
 
 if __name__ == "__main__":

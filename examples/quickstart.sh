@@ -3,7 +3,7 @@
 # SmolLM2-135M, Stage 0, Stage 1 with two recipes, export, evaluation, report.
 #
 #   bash examples/quickstart.sh                                   # a quarter of an hour on two cores, 6 GB
-#   bash examples/quickstart.sh --tiny                            # the same path in a few minutes
+#   bash examples/quickstart.sh --tiny                            # the same path in two minutes
 #   bash examples/quickstart.sh --hf-checkpoint DIR --data FILE.jsonl   # with your own
 #
 # Run it again after Ctrl-C: finished parts are kept, unfinished ones go on where they stopped.
@@ -54,6 +54,16 @@ while (($#)); do
 done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-runs/quickstart$TINY}
+check() { # check OPTION VALUE PATTERN EXPECTED: now, and not after Stage 0
+    [[ -z $2 || $2 =~ ^($3)$ ]] || fail "$1 $2: expected $4"
+}
+check --tp "$TP" '1|2' "1 or 2"
+check --seed "$SEED" '[0-9]+' "a whole number"
+check --lr "$LR" '([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]+)?' "a number"
+check --long-documents "$LONG" 'error|drop|truncate' "error, drop or truncate"
+for of in "--seq-length $SEQ_LENGTH" "--epochs $EPOCHS" "--global-batch-size $GLOBAL_BATCH"; do
+    check "${of%% *}" "${of#* }" '[1-9][0-9]*' "a whole number above 0"
+done
 CONTENT=""
 if [[ -n $HF_CHECKPOINT || -n $DATA ]]; then
     [[ -z $TINY ]] || fail "--tiny makes its own model and data"
@@ -68,11 +78,12 @@ export GOMP_SPINCOUNT=0 OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
 unset PYTHONDONTWRITEBYTECODE # without its cache, Python compiles for 15 s in each process
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false # everything is local
 
+STARTED=$SECONDS
 make --silent setup
+SETUP_SECONDS=$((SECONDS - STARTED))
 PYTHON=.venv/bin/python
 mkdir -p "$OUT"
 TIMINGS=$OUT/timings.txt # a line a part; a part that was interrupted has several
-STARTED=$SECONDS
 
 # One output directory holds one experiment: other settings need another directory.
 SETTINGS="seed=$SEED tp=$TP tiny=$TINY hf_checkpoint=$HF_CHECKPOINT data=$DATA content=$CONTENT \
@@ -82,6 +93,7 @@ if [[ -f $OUT/settings && $(<"$OUT/settings") != "$SETTINGS" ]]; then
     fail "$OUT holds a run with other settings ($(paste -sd' ' <<<"$OTHERS")); give another --output"
 fi
 echo "$SETTINGS" >"$OUT/settings"
+((SETUP_SECONDS < 5)) || echo "\"setup\": $SETUP_SECONDS" >>"$TIMINGS" # it was there already
 
 part() { # part PRODUCT NAME COMMAND...: unless PRODUCT exists, run COMMAND and note how long it took
     # A function called with || runs without set -e: those below chain their commands with &&.
@@ -139,7 +151,7 @@ else
     TRAIN_ROWS=$OUT/data/train.jsonl
     EVALUATE=(--data "$OUT/data/heldout.jsonl" --general-text "$OUT/data/general_heldout.jsonl")
 fi
-if [[ -n $CONTENT && $EPOCHS$GLOBAL_BATCH =~ ^[0-9]+$ ]] &&
+if [[ -n $CONTENT ]] &&
     (($(wc -l <"$TRAIN_ROWS") * EPOCHS < 20 * GLOBAL_BATCH)); then
     echo "warning: $(wc -l <"$TRAIN_ROWS") rows are less than 20 steps, which may change nothing:" \
         "raise --epochs or --lr, or lower --global-batch-size" >&2

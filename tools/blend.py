@@ -12,6 +12,7 @@ docs/evaluation.md says when this fails.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -93,11 +94,11 @@ def largest_within(measure: Callable[[float], float], budget: float) -> tuple[fl
 
 def _check(given: argparse.Namespace) -> tuple[Inputs, Path]:
     """What is measured, and where the curve is written, once nothing stands against it."""
-    if not given.max_delta_perplexity > 0:
+    if not 0 <= given.max_delta_perplexity < math.inf:
         raise ConfigError(
-            "only the base is within this budget",
+            "no budget",
             where="--max-delta-perplexity",
-            expected="a number above 0",
+            expected="a number of at least 0",
             found=given.max_delta_perplexity,
         )
     for name in ("chat_template", "system_prompt"):

@@ -174,6 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     plan = PLANS[options.plan]
     study, runs = Study(options.output, plan, device=options.device), plan.named(options.only)
+    if options.workers < 1:
+        parser.error(f"--workers: expected at least 1; found {options.workers}")
     if not runs:
         parser.error(
             f"--only: no run of plan {options.plan} has such a name; --list prints all names"

@@ -32,14 +32,19 @@ def save_model(directory: Path, *, scale: float = 1.0, **changes: Any) -> Path:
     settings = {"tied": True, "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2,
                 "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
     save_qwen3(directory, **(settings | changes))
+    save_tokenizer(directory)
+    file = directory / "model.safetensors"
+    save_file({k: scale * v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    return directory
+
+
+def save_tokenizer(directory: Path) -> None:
+    """Of bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(directory)
-    file = directory / "model.safetensors"
-    save_file({k: scale * v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
-    return directory
 
 
 def save_chat_model(directory: Path, **changes: Any) -> Path:

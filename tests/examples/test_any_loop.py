@@ -15,11 +15,13 @@ from examples import any_loop, any_trainer
 from megatron_replay import flags
 from megatron_replay.config import Stage1Config
 from megatron_replay.data.packing import document_order
+from megatron_replay.data.tokenizer import load_tokenizer
 from megatron_replay.forward import forward_backward
 from megatron_replay.training.build import build_run
 from tests import pool, same_weights, tiny
 from tests.distributed.layouts import Layout, join_groups, save_tensors, worst_gradient
 from tests.e2e import stages
+from tests.evaluation.site import save_tokenizer
 
 pytestmark = pytest.mark.distributed
 NUM_DOCUMENTS = 40  # three steps, the last of 8
@@ -31,6 +33,7 @@ def folder(request, tmp_path_factory) -> Path:
     """A tied checkpoint, a corpus, a store, and what Stage 1 makes of them."""
     folder = tmp_path_factory.mktemp("any_loop")
     request.param(folder / "model", tied=True, num_hidden_layers=2)
+    save_tokenizer(folder / "model")
     tiny.save_corpus(folder / "corpus", num_documents=NUM_DOCUMENTS)
     stages.succeed("stage0", *stages.inputs(folder), "--store", folder / "store")
     stages.succeed("stage1", *stages.argv(folder, folder / "run", *STAGE1))
@@ -62,8 +65,10 @@ def test_a_loop_of_ones_own_takes_the_steps_of_stage1(example, folder, tmp_path,
     files = {"--model": "model", "--data-path": "corpus", "--store": "store"}
     argv = [text for flag, name in files.items() for text in (flag, str(folder / name))]
     example.main([*argv, "--lr", "1e-3", "--save", str(tmp_path / "tuned")])
+    assert load_tokenizer(tmp_path / "tuned").decode([64, 30]) == "a?"
     hook.remove()
     assert len(gradients) == 3
+    assert len(Path(example.__file__).read_text().splitlines()) <= 60  # shown as a short example
     named = dict(tiny.load_reference(folder / "model").named_parameters())
     names = sorted(named, key=lambda name: named[name].dim() == 1)  # matrices first, as in groups
     first = dict(zip(names, gradients[0], strict=True))

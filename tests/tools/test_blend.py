@@ -104,8 +104,10 @@ def test_a_tuned_model_within_the_budget_is_taken(site, tmp_path):
     ("budget", "flags", "code", "message"),
     [
         ("1e-9", [], 2, "no blend is within the budget, down to weight 0.0156"),
-        ("0", [], 2, "--max-delta-perplexity: only the base is within this budget"),
-        ("nan", [], 2, "expected a number above 0; found nan"),
+        ("0", [], 2, "no blend is within the budget, down to weight 0.0156"),
+        ("-1", [], 2, "--max-delta-perplexity: no budget (expected a number of at least 0; found"),
+        ("nan", [], 2, "expected a number of at least 0; found nan"),
+        ("inf", [], 2, "expected a number of at least 0; found inf"),
         ("1", ["--save={site}/base"], 2, "the output is also read, as --base"),
         ("1", ["--save={site}"], 6, "the directory is not empty"),
         ("1", ["--save=."], 6, "the directory is not empty"),
