@@ -25,7 +25,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 
 import torch
 
-from examples.replicate.plan import PLANS, Plan, Run
+from examples.replicate.plan import PLANS, PREPARATION, Plan, Run
 from examples.replicate.study import Failed, Job, Study
 from megatron_replay.errors import EXIT_INTERRUPTED, ReplayError
 from megatron_replay.files import make_directory
@@ -164,6 +164,7 @@ def _list(study: Study, plan: Plan, runs: Sequence[Run], workers: int) -> None:
             run.name,
         )
     minutes = sum(plan.minutes(run) for run in runs if not study.rows_of(run).exists())
+    minutes += 0.0 if study.is_measured().exists() else PREPARATION
     print(f"open: {minutes / 60:.1f} core-hours, {minutes / 60 / workers:.1f} hours on "
           f"{workers} cores like those of plan.py")  # fmt: skip
 
