@@ -307,8 +307,8 @@ def explain(error: Exception) -> ReplayError | None:
     if isinstance(error, RuntimeError) and "out of memory" in str(error):
         return TrainingError(
             str(error).splitlines()[0],
-            fix="--dry-run predicts the memory; lower --micro-batch-size, use "
-            "--recompute-granularity full, or more devices",
+            fix="--dry-run predicts the memory; lower --micro-batch-size, use more devices, or in "
+            "Stage 1 --recompute-granularity full",
         )
     if not dist.is_initialized() or dist.get_world_size() == 1 or not _LOST.search(str(error)):
         return None
