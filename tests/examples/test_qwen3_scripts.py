@@ -222,7 +222,7 @@ def test_random_weights_have_the_true_shape(tmp_path: Path, qwen3: str) -> None:
     assert init_base.config(shape) == ModelConfig.from_hf(tmp_path)
 
 
-#: Stands in for torchrun and python -m pip: takes no time, and fails as the variable says.
+#: Stands in for torchrun, python and df: takes no time, and fails as the variable says.
 STAND_IN = """#!/usr/bin/env bash
 case "$0 $*" in
     *"-c import socket"*) exec {python} "$@" ;;
@@ -236,15 +236,19 @@ touch "$RUN_DIR/store/cost.json" "$RUN_DIR/store/part.bin" "$RUN_DIR/random/hf/m
 """
 
 
-def test_the_first_run_goes_on_after_a_failure_and_repeats_only_that(tmp_path: Path) -> None:
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
+def stand_ins(folder: Path) -> str:
+    """The PATH of a shell in which nothing runs."""
+    folder.mkdir()
     for name in ("python", "torchrun", "df"):
-        (binaries / name).write_text(STAND_IN.format(python=sys.executable))
-        (binaries / name).chmod(0o755)
+        (folder / name).write_text(STAND_IN.format(python=sys.executable))
+        (folder / name).chmod(0o755)
+    return f"{folder}:/usr/bin:/bin"
+
+
+def test_the_first_run_goes_on_after_a_failure_and_repeats_only_that(tmp_path: Path) -> None:
     run = tmp_path / "first_run-4b"
     # The weights of a run of yours, which the first run must not read.
-    given = {"PATH": f"{binaries}:/usr/bin:/bin", "HF_DIR": tmp_path / "mine"}
+    given = {"PATH": stand_ins(tmp_path / "bin"), "HF_DIR": tmp_path / "mine"}
     (run / "random" / "hf").mkdir(parents=True)
     output = run_script("first_run", tmp_path, code=1, FAILS="megatron_replay.stage0", **given)
     lines = [line.split() for line in (run / "logs" / "summary.txt").read_text().splitlines()]
@@ -266,12 +270,7 @@ def test_the_first_run_goes_on_after_a_failure_and_repeats_only_that(tmp_path: P
 
 
 def test_the_first_run_resumes_only_what_was_saved_and_needs_room(tmp_path: Path) -> None:
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    for name in ("python", "torchrun", "df"):
-        (binaries / name).write_text(STAND_IN.format(python=sys.executable))
-        (binaries / name).chmod(0o755)
-    given = {"PATH": f"{binaries}:/usr/bin:/bin"}
+    given: dict[str, object] = {"PATH": stand_ins(tmp_path / "bin")}
     small = run_script("first_run", tmp_path, code=2, FREE=100, **given)
     assert "100 GB are free, and 120 are needed" in small
     # Of a shell that runs two nodes.
