@@ -154,12 +154,10 @@ run() { # run COMMAND...: print, run and log it; DRY_RUN=1 only prints
 launch() { # launch MODULE FLAGS...: on every device of this node, or on none with --dry-run
     local module=$1 flag
     shift
-    for flag in "$@"; do
-        if [[ $flag == --help || $flag == -h ]]; then
-            python -m "$module" --help
-            return
-        fi
-    done
+    if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+        python -m "$module" --help
+        return
+    fi
     [[ ${DRY_RUN:-0} == 1 || -d ${CKPT_LOAD_DIR:-$MODEL_DIR} ]] ||
         fail "${CKPT_LOAD_DIR:-$MODEL_DIR}: no such directory; set HF_DIR to the Hugging Face checkpoint, or CKPT_LOAD_DIR"
     for flag in "$@"; do

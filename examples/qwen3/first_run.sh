@@ -67,10 +67,12 @@ build() { # pip shows a line of what CANN's compiler says: the rest is in its lo
 if [[ ${DRY_RUN:-0} != 1 ]]; then
     mkdir -p "$LOG_DIR"
     : >"$LOG_DIR/summary.txt"
-    needed=120 free=$(df --output=avail -BG "$RUN_DIR" | tail -n 1 | tr -dc 0-9)
+    needed=120
     [[ $QWEN3 != 8b ]] || needed=250
-    [[ $MODEL_SIZE != random || -e $LOG_DIR/stage1.ok ]] || ((free >= needed)) ||
-        fail "$RUN_DIR: $free GB are free, and $needed are needed; set RUN_DIR to a larger disk"
+    free=$(df --output=avail -BG "$RUN_DIR" | tail -n 1 | tr -dc 0-9)
+    there=$(du -sBG "$RUN_DIR" | cut -f 1 | tr -dc 0-9) # an earlier try wrote a part of it
+    [[ $MODEL_SIZE != random ]] || ((free + there >= needed)) ||
+        fail "$RUN_DIR: $free GB are free, and $((needed - there)) are needed; set RUN_DIR to a larger disk"
 fi
 of_model=qwen3_${QWEN3}_4K
 soon=(env HCCL_CONNECT_TIMEOUT=800 HCCL_EXEC_TIMEOUT=800 bash) # before torch's 15 minutes

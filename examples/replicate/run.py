@@ -164,7 +164,7 @@ def _list(study: Study, plan: Plan, runs: Sequence[Run], workers: int) -> None:
             run.name,
         )
     minutes = sum(plan.minutes(run) for run in runs if not study.rows_of(run).exists())
-    minutes += 0.0 if study.is_measured().exists() else PREPARATION
+    minutes += 0.0 if study.base_product().exists() else PREPARATION
     print(f"open: {minutes / 60:.1f} core-hours, {minutes / 60 / workers:.1f} hours on "
           f"{workers} cores like those of plan.py")  # fmt: skip
 

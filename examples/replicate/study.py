@@ -101,7 +101,7 @@ class Study:
     def _store_path(self, store: Store) -> Path:
         return self.folder / "stores" / store.name
 
-    def is_measured(self) -> Path:
+    def base_product(self) -> Path:
         """The last thing that the base's job writes."""
         return base_evaluation(self.base, self.plan.domains[-1])
 
@@ -109,7 +109,7 @@ class Study:
         domains = self.plan.domains
         return Job(
             "base",
-            self.is_measured(),
+            self.base_product(),
             lambda: self.parts().make_base(self.base, source, self.data, domains, self.device),
         )
 
@@ -119,7 +119,7 @@ class Study:
             f"Stage 0 {store.name}",
             folder / "manifest.json",
             lambda: self.parts().make_store(folder, store, self.base, self.data, self.device),
-            needs=[self.is_measured()],
+            needs=[self.base_product()],
         )
 
     def _run(self, run: Run) -> Job:
@@ -130,7 +130,7 @@ class Study:
             lambda: self.parts().make_run(
                 rows.parent, run, self.base, store, self.data, self.device
             ),
-            needs=[self.is_measured(), store / "manifest.json"],
+            needs=[self.base_product(), store / "manifest.json"],
         )
 
     def collect(self, runs: Sequence[Run]) -> int:

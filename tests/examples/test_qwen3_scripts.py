@@ -222,11 +222,12 @@ def test_random_weights_have_the_true_shape(tmp_path: Path, qwen3: str) -> None:
     assert init_base.config(shape) == ModelConfig.from_hf(tmp_path)
 
 
-#: Stands in for torchrun, python and df: takes no time, and fails as the variable says.
+#: Stands in for torchrun, python, df and du: takes no time, and fails as the variable says.
 STAND_IN = """#!/usr/bin/env bash
 case "$0 $*" in
     *"-c import socket"*) exec {python} "$@" ;;
     */df*) echo "${{FREE:-500}}G" && exit ;;
+    */du*) echo -e "${{THERE:-1}}G\\truns/4" && exit ;;
 esac
 echo "$(basename "$0") $*" >>"$HOME/calls"
 mkdir -p "$RUN_DIR/store" "$RUN_DIR/moclip/iter_0000003" "$RUN_DIR/random/hf"
@@ -239,7 +240,7 @@ touch "$RUN_DIR/store/cost.json" "$RUN_DIR/store/part.bin" "$RUN_DIR/random/hf/m
 def stand_ins(folder: Path) -> str:
     """The PATH of a shell in which nothing runs."""
     folder.mkdir()
-    for name in ("python", "torchrun", "df"):
+    for name in ("python", "torchrun", "df", "du"):
         (folder / name).write_text(STAND_IN.format(python=sys.executable))
         (folder / name).chmod(0o755)
     return f"{folder}:/usr/bin:/bin"
@@ -272,9 +273,9 @@ def test_the_first_run_goes_on_after_a_failure_and_repeats_only_that(tmp_path: P
 def test_the_first_run_resumes_only_what_was_saved_and_needs_room(tmp_path: Path) -> None:
     given: dict[str, object] = {"PATH": stand_ins(tmp_path / "bin")}
     small = run_script("first_run", tmp_path, code=2, FREE=100, **given)
-    assert "100 GB are free, and 120 are needed" in small
+    assert "100 GB are free, and 119 are needed" in small
     # Of a shell that runs two nodes.
-    given |= {"NNODES": 2, "MASTER_ADDR": "node0"}
+    given |= {"NNODES": 2, "MASTER_ADDR": "node0", "FREE": 100, "THERE": 20}
     run_script("first_run", tmp_path, code=1, FAILS="--nproc_per_node 4 --nnodes 1", **given)
     lines = (tmp_path / "first_run-4b" / "logs" / "summary.txt").read_text().splitlines()
     failed = [line.split()[0] for line in lines if "FAILED" in line]
