@@ -140,7 +140,7 @@ if [[ -z $HF_CHECKPOINT ]]; then
     TRAIN_ROWS=$DATA/domain_train.jsonl
     EVALUATE=(--sql "network=$DATA/domain_test" --general-text "$DATA/general_heldout.jsonl"
         --general-choices "capitals=$DATA/capitals.jsonl"
-        --general-choices "opposites=$DATA/opposites.jsonl" --batch-size 50 --max-new-tokens 32)
+        --general-choices "opposites=$DATA/opposites.jsonl" --batch-size 100 --max-new-tokens 32)
 else
     BASE=$HF_CHECKPOINT
     SEQ_LENGTH=${SEQ_LENGTH:-1024} LR=${LR:-1e-5} WARMUP=0
@@ -170,7 +170,7 @@ else
     echo "matrix products: fp32; this CPU has no fast bf16"
 fi
 part "$OUT/store/manifest.json" "Stage 0" \
-    launch megatron_replay.stage0 "${COMMON[@]}" --position-strategy all --documents-per-shard 88 # both have a shard
+    launch megatron_replay.stage0 "${COMMON[@]}" --position-strategy all --documents-per-shard 64 # both have a shard
 
 # ---------------------------------------------------------------- Stage 1: two recipes and a blend
 train() { # train ARM FLAGS...: to the end, then export
@@ -179,7 +179,7 @@ train() { # train ARM FLAGS...: to the end, then export
     launch megatron_replay.stage1 "${COMMON[@]}" "${PACKS[@]}" \
         --save "$OUT/$arm" --seed "$SEED" --global-batch-size "$GLOBAL_BATCH" \
         --train-epochs "$EPOCHS" --lr "$LR" --lr-decay-style linear --lr-warmup-iters "$WARMUP" \
-        --weight-decay 0.0 --probe-interval 1000 --probe-documents 32 "$@" &&
+        --weight-decay 0.0 --probe-interval 1000 --probe-documents 16 "$@" &&
         # transformers loads every export below, to evaluate it; no need to load it here as well
         "$PYTHON" tools/convert_checkpoint.py --load "$OUT/$arm" --save "$OUT/$arm/export" \
             --overwrite --no-verify

@@ -27,7 +27,7 @@ from megatron_replay.cli import exit_code_of
 from megatron_replay.errors import ConfigError
 from megatron_replay.files import atomic_file, make_directory
 
-COUNTS = {"train": 176, "test": 100, "general": 12}
+COUNTS = {"train": 128, "test": 100, "general": 12}
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-#: New tokens that pass through the model at once, for each sequence of a batch.
-_TOKENS = 32
+#: New tokens that pass through the model at once: for each sequence of a batch, and in all. More do
+#: not multiply faster, and attend to each other in vain.
+_TOKENS, _MOST_TOKENS = 32, 512
 
 
 class Passed(NamedTuple):
@@ -35,14 +36,14 @@ def forward_sorted(
     So each begins with tokens of the one before, which are not computed again. The new tokens of
     several sequences are one row, since the weights are read once a row: each attends to the tokens
     before it in its own sequence. Memory: keys, values and hidden states of a row and of the
-    sequence before it; a row has ``32 * batch_size`` tokens, or one sequence.
+    sequence before it; a row has ``32 * batch_size`` tokens, at most 512, or one sequence.
     """
     if not sequences:
         return
     shared = [0, *(_common(one, two) for one, two in pairwise(sequences))]
     own = [len(sequence) - n for sequence, n in zip(sequences, shared, strict=True)]
     last = Passed([], torch.zeros(0, model.config.hidden_size, dtype=model.dtype))
-    for first, stop in _rows(own, _TOKENS * batch_size):
+    for first, stop in _rows(own, min(_TOKENS * batch_size, _MOST_TOKENS)):
         kept, size = shared[first], sum(own[first:stop])  # of the sequence before; new
         cache = DynamicCache([(k[None, :, :kept], v[None, :, :kept]) for k, v in last.layers])
         hidden_KC = last.hidden_LC[:kept]
