@@ -21,7 +21,9 @@ def compiled():
     if os.environ.get("MEGATRON_REPLAY_BUILD_KERNELS", "1") == "0":
         return {}
     # Imported here: an installation without kernels does not need it.
-    from pybind11.setup_helpers import Pybind11Extension, build_ext
+    from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+
+    ParallelCompile().install()  # as many files at once as there are cores
 
     class Build(build_ext):
         def build_extension(self, extension):

@@ -2,7 +2,7 @@
 # The whole method on this machine: a real model learns to query a database that it has never seen.
 # SmolLM2-135M, Stage 0, Stage 1 with two recipes, export, evaluation, report.
 #
-#   bash examples/quickstart.sh                                   # a quarter of an hour on two cores, 6 GB
+#   bash examples/quickstart.sh                                   # ten minutes on two cores, 6 GB
 #   bash examples/quickstart.sh --tiny                            # the same path in two minutes
 #   bash examples/quickstart.sh --hf-checkpoint DIR --data FILE.jsonl   # with your own
 #
@@ -73,6 +73,7 @@ if [[ -n $HF_CHECKPOINT || -n $DATA ]]; then
     CONTENT=$(sha256sum <"$DATA" | cut -c1-16)
 fi
 
+CORES=$(nproc) # now: nproc obeys OMP_NUM_THREADS
 # Spinning OpenMP threads of several ranks on few cores slow each other down several times.
 export GOMP_SPINCOUNT=0 OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
 unset PYTHONDONTWRITEBYTECODE # without its cache, Python compiles for 15 s in each process
@@ -195,7 +196,7 @@ part "$OUT/adamw-half/config.json" "AdamW's weights, half way back to the base" 
 
 # ---------------------------------------------------------------- what was gained, kept, paid
 evaluate() { # evaluation.json is written after every model; the empty file when all are there
-    env OMP_NUM_THREADS="$(nproc)" "$PYTHON" tools/evaluate.py --base "$BASE" \
+    env OMP_NUM_THREADS="$CORES" "$PYTHON" tools/evaluate.py --base "$BASE" \
         --model "adamw=$OUT/adamw/export" --model "adamw-half=$OUT/adamw-half" \
         --model "replay-moclip=$OUT/replay-moclip/export" "${EVALUATE[@]}" \
         --output "$OUT/evaluation.json" && touch "$OUT/evaluated"

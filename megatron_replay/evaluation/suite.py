@@ -11,6 +11,8 @@ from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from megatron_replay.checkpoint.hf import HFReader
 from megatron_replay.checkpoint.weight_distance import relative_l2
 from megatron_replay.config import flag_name
@@ -78,8 +80,10 @@ def evaluate(
     sha256 = {name: model_sha256(path) for name, path in requested.items()}
     tokens = load_tokenizer(base)
     style = settings.for_tokenizer(tokens)
+    threads = f" with {torch.get_num_threads()} threads" if settings.device == "cpu" else ""
     print(
-        f"models run on {settings.device}, in {settings.dtype}; prompts: {style}", file=sys.stderr
+        f"models run on {settings.device}{threads}, in {settings.dtype}; prompts: {style}",
+        file=sys.stderr,
     )
     known_settings = asdict(replace(settings, **asdict(style)))
     version, metrics = (require_lm_eval(), read_metrics(inputs)) if inputs.tasks else (None, {})
