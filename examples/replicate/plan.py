@@ -144,7 +144,8 @@ def _small() -> Iterator[Run]:
     yield from runs_of("causes", [FULL], [1e-4], seeds=[1, 2], blends=(0.5,))
     yield from runs_of("causes", [PAPER], [1e-4], seeds=[1, 2])
     yield from runs_of("causes", OTHER_OPTIMIZERS, [1e-4])
-    yield from runs_of("causes", [FULL], [3e-5])  # does a lower rate learn, too?
+    for domain in ("causes", "spider"):
+        yield from runs_of(domain, [FULL], [3e-5])  # does a lower rate learn, too?
 
 
 def _whole() -> Iterator[Run]:
