@@ -139,6 +139,7 @@ def _small() -> Iterator[Run]:
     yield from runs_of("causes", [FULL_DIVERGENCE], [LR, 1e-4])
     yield from runs_of("spider", [FULL], RATES, blends=(0.5,))
     yield from runs_of("spider", CLAIMED, [LR])
+    yield from runs_of("spider", [PAPER], [1e-4])
     # At the rate at which full softmax learns the facts and forgets least: other orders of the
     # data, and the other optimizers.
     yield from runs_of("causes", [FULL], [1e-4], seeds=[1, 2], blends=(0.5,))
