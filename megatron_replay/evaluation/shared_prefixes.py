@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-#: New tokens that pass through the model at once: for each sequence of a batch, and in all. More do
-#: not multiply faster, and attend to each other in vain.
+#: New tokens that pass through the model at once: for each sequence of a batch, and in all. A CPU
+#: multiplies no faster with more, whose attention is mostly masked.
 _TOKENS, _MOST_TOKENS = 32, 512
 
 
