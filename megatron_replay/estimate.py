@@ -104,14 +104,23 @@ def stage1(config: Stage1Config) -> str:
         "activations, about": activations,
         **_communicators(shape, config.parallel, dp),
     }
-    checkpoint = shape.num_parameters() * (width + masters + 8)
     rows += [
         *_document_rows(fitted, lengths),
         *plan.report,
         ("iterations", f"{train_iters:,}"),
-        ("disk per checkpoint", _gib(checkpoint)),
+        ("disk per checkpoint", _gib(checkpoint_bytes(shape, config))),
     ]
     return _text("Stage 1", rows, memory)
+
+
+def checkpoint_bytes(shape: ModelConfig, config: Stage1Config) -> int:
+    """Bytes on disk of a checkpoint of Stage 1: weights, fp32 masters, and moments in fp32.
+
+    MuonClip has one moment of a matrix and two of the rest; the rest is not counted.
+    """
+    weights = 6 if config.model.bf16 else 4
+    moments = 1 if config.optimizer.optimizer == "muonclip" else 2
+    return shape.num_parameters() * (weights + 4 * moments)
 
 
 def _communicators(shape: ModelConfig, parallel: ParallelConfig, dp: int) -> dict[str, int]:

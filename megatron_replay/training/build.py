@@ -30,6 +30,7 @@ from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import global_batches, require_iterations
 from megatron_replay.data.packing import report_long_documents, usable_documents
+from megatron_replay.estimate import checkpoint_bytes
 from megatron_replay.locks import DirectoryLock
 from megatron_replay.loss.blocks import product_dtype
 from megatron_replay.model.attention import record_max_logits
@@ -91,6 +92,9 @@ def build_run(config: Stage1Config, groups: Parallel) -> TrainingRun:
     like = torch.empty(0, dtype=dtype, device=groups.device)
     backend = kernels.HEAD.choose(config.loss.head_backend, like)
     state, resumes = _find_state(config, groups, data, fingerprints(files))
+    if state.iteration < data.train_iters:
+        size = checkpoint_bytes(shape, config)
+        groups.on_rank_zero(lambda: run_directory.require_space(directory, size))
     model = load_model(
         config.model,
         config.parallel,

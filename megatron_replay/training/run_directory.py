@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,22 @@ def claim(config: Stage1Config) -> DirectoryLock:
                 fix="Choose another --save; a converted checkpoint belongs to --load",
             )
     return DirectoryLock(make_directory(directory), purpose=_PURPOSE)
+
+
+def require_space(directory: Path, size: int) -> None:
+    """Raise OutputError unless the disk has ``size`` bytes free, those of one checkpoint.
+
+    A run may save nothing before its end: on a disk that is full then, all of it is lost.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise OutputError(
+            "too little disk space for a checkpoint",
+            where=directory,
+            expected=f"{size / 2**30:.2f} GiB free",
+            found=f"{free / 2**30:.2f} GiB",
+            fix="Nothing was trained. Free some space, or choose another --save",
+        )
 
 
 def _is_run(directory: Path) -> bool:

@@ -22,9 +22,13 @@ import torch.distributed as dist
 
 from megatron_replay import parallel
 from megatron_replay.checkpoint import directories, training
+from megatron_replay.config import Stage1Config
 from megatron_replay.data.corpus import Corpus
 from megatron_replay.data.loader import GlobalBatches
 from megatron_replay.errors import CheckpointError
+from megatron_replay.estimate import checkpoint_bytes
+from megatron_replay.flags import parse
+from megatron_replay.model.config import ModelConfig
 from tests import pool
 from tests.e2e import stages
 from tests.e2e.stages import argv, inputs
@@ -198,6 +202,29 @@ def test_a_full_disk_publishes_nothing(folder, tmp_path):
     assert "Errno 27" in message  # what a file size limit gives in place of a full disk's 28
     assert directories.latest_iteration(tmp_path / "run") is None
     stages.succeed("stage1", *command, tp=2)
+
+
+def nearly_full(rank: int, *, free: int) -> None:
+    usage = shutil.disk_usage("/")._replace(free=free)
+    shutil.disk_usage = lambda path: usage
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [(["--optimizer", "moclip", "--bf16"], 1.3), (["--optimizer", "muonclip"], 1.7)],
+)
+def test_a_run_that_could_not_be_saved_does_not_begin(folder, tmp_path, settings, most):
+    command = argv(folder, tmp_path / "run", *settings)
+    config = parse(Stage1Config, list(map(str, command)), program="stage1").config
+    asked = checkpoint_bytes(ModelConfig.from_hf(folder / "model"), config)
+    short = partial(nearly_full, free=asked - 1)
+    message = stages.fail("stage1", *command, tp=2, before=short, code=6)
+    assert "run: too little disk space for a checkpoint (expected 0.00 GiB free" in message
+    assert not (tmp_path / "run" / "resolved_config.yaml").exists()
+    stages.succeed("stage1", *command, tp=2)
+    [saved] = (tmp_path / "run").glob("iter_*")
+    size = sum(path.stat().st_size for path in saved.iterdir())
+    assert asked <= size < most * asked
 
 
 @pytest.mark.parametrize(("what", "named"), [("both", "loss"), ("gradient", "gradient")])
