@@ -114,16 +114,21 @@ def runs_of(
                   seed=seed, blends=blends)  # fmt: skip
 
 
-def ablations(domain: str) -> Iterator[Run]:
-    """The paper's recipe with other positions, of which "bucket" is the paper's, and other τ."""
+def ablations(domain: str, lr: float) -> Iterator[Run]:
+    """The paper's recipe with other positions, of which "bucket" is the paper's; other τ, angles.
+
+    Without them it has all answer positions, τ 0.95 and 45°.
+    """
     loss, optimizer = METHODS[PAPER]
-    stores = {
-        **{f"{name} positions": Store(domain=domain, strategy=name)
+    own = Store(domain=domain)
+    changes = {
+        **{f"{name} positions": (Store(domain=domain, strategy=name), optimizer)
            for name in ("bucket", "random", "last-token")},
-        **{f"τ {coverage:g}": Store(domain=domain, coverage=coverage) for coverage in (0.8, 0.99)},
+        **{f"τ {tau:g}": (Store(domain=domain, coverage=tau), optimizer) for tau in (0.8, 0.99)},
+        **{f"{angle}°": (own, (*optimizer, "--max-angle", f"{angle}")) for angle in (30, 60, 90)},
     }  # fmt: skip
-    for name, store in stores.items():
-        yield Run(method=f"{PAPER}, {name}", store=store, loss=loss, optimizer=optimizer, lr=LR,
+    for name, (store, optimizer) in changes.items():
+        yield Run(method=f"{PAPER}, {name}", store=store, loss=loss, optimizer=optimizer, lr=lr,
                   seed=0)  # fmt: skip
 
 
@@ -147,6 +152,7 @@ def _small() -> Iterator[Run]:
     yield from runs_of("causes", OTHER_OPTIMIZERS, [1e-4])
     for domain in ("causes", "spider"):
         yield from runs_of(domain, [FULL], [3e-5])  # does a lower rate learn, too?
+    yield from ablations("causes", 1e-4)
 
 
 def _whole() -> Iterator[Run]:
@@ -168,7 +174,7 @@ def _whole() -> Iterator[Run]:
     yield from runs_of("causes", OTHER_WEIGHTS, [LR])
     done = (FULL, *CLAIMED, *OTHER_WEIGHTS)
     yield from runs_of("causes", [name for name in METHODS if name not in done], RATES)
-    yield from ablations("causes")
+    yield from ablations("causes", LR)
 
 
 @dataclass(frozen=True, kw_only=True)

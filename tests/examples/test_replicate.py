@@ -158,7 +158,7 @@ def test_runs_of_a_plan_have_their_own_directories_and_all_they_need(name, tmp_p
     assert {run.lr for run in PLANS[name].named(["*lr0.0003-seed0"])} == {plan.LR}
 
 
-@pytest.mark.parametrize(("name", "hours"), [("quick", 80 / 60), ("small", 7), ("whole", 20)])
+@pytest.mark.parametrize(("name", "hours"), [("quick", 80 / 60), ("small", 8.5), ("whole", 20)])
 def test_a_plan_keeps_its_time(name, hours, tmp_path, capfd) -> None:
     given = ["--data", "D", "--base", "B", "--output", str(tmp_path), "--workers", "2"]
     assert run.main(["--plan", name, *given, "--list"]) == 0
