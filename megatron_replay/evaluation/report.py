@@ -84,6 +84,7 @@ COLOURS = (
 )  # fmt: skip
 #: Height of a label as a share of the axes: labels closer than this would overlap.
 _LABEL_HEIGHT = 0.075
+_NO_GAIN = "Not measured: it takes --general-text,\nand --sql, --choices or --data"
 _FORGETTING, _NEXT_TOKEN = "general.delta_perplexity", "data.accuracy"
 #: What the right side shows: title, value, factor to per cent.
 _MOVEMENT = (
@@ -253,11 +254,12 @@ def render_markdown(report: Report) -> str:
 def report_figure(report: Report) -> Figure:
     """The figure, 1600 x 700 pixels.
 
-    Left: gain against Δ perplexity on general text, with one standard error, and the lines. Right:
-    relative L2 and outside mass, or the time of the parts where only the base was measured.
+    Left: gain against Δ perplexity on general text, with one standard error, and the lines; or a
+    sentence that says what was not measured. Right: relative L2 and outside mass, or the time of
+    the parts where only the base was measured.
 
     Raises:
-        DataError: there is no gain or no forgetting to draw.
+        DataError: the models were measured on different things.
     """
     methods = report["methods"]
     with rc_context(_STYLE):
@@ -280,11 +282,11 @@ def _draw_gain(
 ) -> None:
     base = methods[0]
     tasks, drawn = list(scores(base, general=False)), _drawn(base)
+    axes.set_title("Domain against forgetting (up and left is better)")
     if _FORGETTING not in drawn or len(drawn) < 2:
-        raise DataError(
-            "no gain against forgetting to draw",
-            expected="an evaluation with --general-text and --sql, --choices or --data",
-        )
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, _NO_GAIN, ha="center", va="center", transform=axes.transAxes)
+        return
     points = []
     for method, colour in zip(methods, itertools.cycle(COLOURS), strict=False):
         if missing := drawn ^ _drawn(method):
@@ -308,7 +310,6 @@ def _draw_gain(
     axes.set_ylabel(f"domain: {f'mean of {len(tasks)} tasks, %' if len(tasks) > 1 else title}")
     axes.set_xlabel("forgetting: Δ perplexity on general text")
     axes.grid(alpha=0.25)
-    axes.set_title("Domain against forgetting (up and left is better)")
 
 
 def _drawn(method: Mapping[str, Any]) -> set[str]:
