@@ -191,7 +191,9 @@ class Monitor:
                 self._warn(iteration, f"relative L2 was not measured: {error}")
         if self._log is None or not readings:
             return
-        if "probe" in readings and (warning := drift_warning(readings["probe"])):
+        # Full softmax trains what is outside the sets as well: its mass there may rise unharmed.
+        is_watched = "probe" in readings and self._config.loss.loss == "restricted"
+        if is_watched and (warning := drift_warning(readings["probe"])):
             if is_last or not self._is_drifting:  # when it starts, and at the end
                 self._warn(iteration, warning)
             self._is_drifting = True

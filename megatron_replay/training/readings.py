@@ -99,7 +99,7 @@ def drift_warning(reading: Mapping[str, float]) -> str:
         f"({100 * base:.1f} % in the base model): the restricted loss "
         f"{reading['restricted_loss']:.3f} hides a full-softmax loss of "
         f"{reading['full_loss']:.3f}. "
-        "Try --candidate-scope document and --tail ghost, or a store with higher --coverage"
+        "Generation may be broken: compare with --loss full (docs/evidence.md)"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -78,6 +79,19 @@ def test_drifting_mass_is_warned_of(folder, tmp_path):
     last = [line["probe"] for line in stages.metrics(tmp_path / "run") if "probe" in line][-1]
     drifted = last["outside_mass"] > 2 * last["base_outside_mass"]
     assert ("outside the candidate sets" in out) == drifted
+
+
+def always_warn(rank: int) -> None:
+    module = importlib.import_module("megatron_replay.training.monitor")  # once megatron may be
+    module.drift_warning = lambda reading: "it leaks"
+
+
+@pytest.mark.parametrize("loss", ["restricted", "full"])
+def test_full_softmax_may_move_mass_outside_the_sets(folder, tmp_path, loss):
+    flags = ["--loss", loss, "--train-iters", 1]
+    out = stages.succeed("stage1", *argv(folder, tmp_path / "run", *flags), before=always_warn)
+    assert ("it leaks" in out) == (loss == "restricted")
+    assert any("probe" in line for line in stages.metrics(tmp_path / "run"))
 
 
 def test_a_float16_base_comes_back_as_float16(folder, tmp_path):
