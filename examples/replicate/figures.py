@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, SymmetricalLogLocator
 from PIL import Image
 
 from examples.replicate.curves import curve, draw
-from examples.replicate.plan import CLAIMED, FULL, LR
+from examples.replicate.plan import CLAIMED, FULL, LR, PAPER
 from examples.replicate.results import Row
 from examples.replicate.tables import base_of, grouped
 from megatron_replay.evaluation.results import BASE
@@ -32,7 +32,8 @@ Look = dict[str, tuple[str, str]]
 
 
 def draw_figures(rows: Sequence[Row], output: Path) -> list[str]:
-    """Draw every figure, a panel for each domain; returns their names."""
+    """Draw every figure, a panel for each domain, without the ablations; returns their names."""
+    rows = [row for row in rows if not row.method.startswith(f"{PAPER}, ")]
     domains, look = list(dict.fromkeys(row.domain for row in rows)), _look(rows)
     for name, (title, panel) in FIGURES.items():
         figure = Figure(figsize=(7 * len(domains), 8.5), dpi=80, layout="constrained")

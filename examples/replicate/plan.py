@@ -162,8 +162,9 @@ def _whole() -> Iterator[Run]:
     """
     yield from runs_of("spider", [FULL], RATES, blends=BLENDS)
     yield from runs_of("spider", CLAIMED, [LR])
-    yield from runs_of("oran", [FULL], RATES[:2], blends=(0.5,))
-    yield from runs_of("oran", [PAPER, DIVERGENCE], [LR])
+    yield from runs_of("oran", [FULL], [1e-4], blends=(0.5,))
+    yield from runs_of("oran", [PAPER], [LR, 1e-4])
+    yield from runs_of("oran", [FULL], [3e-5])
     yield from runs_of("causes", [FULL], RATES, blends=BLENDS)
     yield from runs_of("causes", CLAIMED, RATES)
     yield from runs_of("spider", CLAIMED, [1e-3, 1e-4])
