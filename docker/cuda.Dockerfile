@@ -13,6 +13,6 @@ WORKDIR /workspace/megatron_replay
 COPY . .
 # torch is the image's: pip keeps what is there.
 RUN python -m pip install --no-cache-dir "setuptools>=68" "pybind11>=2.12" \
-    && python -m pip install --no-cache-dir --no-build-isolation -e .
+    && python -m pip install --no-cache-dir --no-build-isolation -e ".[report]"
 ENV CUDA_DEVICE_MAX_CONNECTIONS=1
 CMD ["python", "tools/doctor.py", "--platform", "cuda"]

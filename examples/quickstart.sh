@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method on this machine: a real model learns to query a database that it has never seen.
+# The whole method on this machine's CPU: a real model learns to query a database that it has never seen.
 # SmolLM2-135M, Stage 0, Stage 1 with two recipes, export, evaluation, report.
 #
 #   bash examples/quickstart.sh                                   # ten minutes on two cores, 6 GB
@@ -17,7 +17,7 @@ usage: bash examples/quickstart.sh [options]
   --seed N              seed of the order of rows    (default 0)
   --tiny                a model made on the spot: a test of the path, not of the method
 with your own model and data:
-  --hf-checkpoint DIR   Qwen3 or Llama in Hugging Face format
+  --hf-checkpoint DIR   Qwen2.5, Qwen3, Llama or Mistral in Hugging Face format
   --data FILE.jsonl     prompt/completion, alpaca, sharegpt or messages rows
 settings of Stage 1 (for your own model: 1, 1024, 1e-5, 1, 4, error):
   --tp N                tensor parallel size; the two processes are TP or DP (default 1)
@@ -163,7 +163,7 @@ part "$OUT/corpus.json" "corpus" \
 
 # ---------------------------------------------------------------- Stage 0: once
 COMMON=(--load "$BASE" --store "$OUT/store" --data-path "$OUT/corpus" --seq-length "$SEQ_LENGTH"
-    --micro-batch-size "$MICRO_BATCH" --tensor-model-parallel-size "$TP" --long-documents "$LONG")
+    --platform cpu --micro-batch-size "$MICRO_BATCH" --tensor-model-parallel-size "$TP" --long-documents "$LONG")
 if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo; then # elsewhere bf16 is slower than fp32
     COMMON+=(--bf16)
     echo "matrix products: bf16, which this CPU multiplies faster; master weights: fp32"

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 kernels=$1
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0
-install=(python3 -m pip install --no-cache-dir --no-build-isolation -e ".[npu]")
+install=(python3 -m pip install --no-cache-dir --no-build-isolation -e ".[npu,report]")
 if [[ $kernels == 1 ]]; then
   docker/steps/with_cann.sh "${install[@]}"
 else
