@@ -81,7 +81,7 @@ class TrainingError(ReplayError):
 EXIT_INTERRUPTED = 130
 
 
-def few(names: Sequence[str], most: int = 3) -> str:
-    """``a, b, c and 2 more``: the first ``most`` names, and the number of the others."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+def few(names: Sequence[str]) -> str:
+    """``a, b, c and 2 more``: the first three names, and the number of the others."""
+    rest = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")

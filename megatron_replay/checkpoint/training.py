@@ -159,7 +159,6 @@ def read_state(directory: Path, iteration: int) -> TrainState:
     require_intact(path.parent, name=STATE)
     content = read_json(path, CheckpointError, fix=_OTHER_ITERATION)
     try:
-        content.pop("scores", None)  # in checkpoints made before --keep-best was removed
         state = TrainState(**content)
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(

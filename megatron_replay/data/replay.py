@@ -12,20 +12,18 @@ scope "position", documents with a selected position under "document".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from megatron_replay.data.packing import PackedBatch
-from megatron_replay.errors import StoreError
 from megatron_replay.loss.candidate_sets import CandidateSets, unions
 from megatron_replay.store import (
     CandidateBatch,
     CandidateReader,
-    missing_label,
     offsets_of_counts,
+    require_labels,
 )
 
 Ints = npt.NDArray[np.int64]
@@ -100,7 +98,7 @@ def join_candidates(
     # A shared position carries no loss, and its row is another document's.
     carries_loss_N = batch.loss_mask_T.numpy()[rows_N]
     carries_loss_N &= selected.positions >= forest.shared_D[place_N]
-    _require_same_corpus(selected, forest.document_D[place_N], labels_N, carries_loss_N)
+    require_labels(selected, forest.document_D[place_N], labels_N, carries_loss_N)
     ids, offsets, group_offsets = selected.ids, selected.offsets, None
     if scope == "document":
         ids, offsets, group_offsets = _unions(recorded, selected)
@@ -151,28 +149,3 @@ def _unions(
     ids = np.concatenate([np.empty(0, np.int32), *found]).astype(np.int32)
     offsets = offsets_of_counts(np.array([len(union) for union in found], np.int64))
     return ids, offsets, np.append(0, selected.document_offsets[1:][has_any_D])
-
-
-def _require_same_corpus(
-    selected: CandidateBatch,
-    document_N: Ints,
-    labels_N: Ints,
-    carries_loss_N: npt.NDArray[np.bool_],
-) -> None:
-    """Raise StoreError unless every label carries loss and is in its recorded set."""
-
-    def place(n: int | np.integer[Any]) -> str:
-        return f"document {document_N[n]}, position {selected.positions[n]}"
-
-    if not carries_loss_N.all():
-        raise StoreError(
-            f"{place(np.argmin(carries_loss_N))} is recorded, but its label carries no loss in "
-            "the corpus",
-            fix="Use the corpus that the store was made from",
-        )
-    first = missing_label(selected.ids, selected.offsets, labels_N)
-    if first >= 0:
-        raise StoreError(
-            f"{place(first)}: the label {labels_N[first]} is not in its candidate set",
-            fix="Use the corpus that the store was made from, or run Stage 0 again",
-        )

@@ -210,10 +210,10 @@ def largest_logits(
     return largest_N * scale
 
 
-def record_max_logits(model: torch.nn.Module, record: bool = True) -> None:
-    """Start or stop recording every layer's largest logits; drops what was recorded."""
+def record_max_logits(model: torch.nn.Module) -> None:
+    """Start recording every layer's largest logits; drops what was recorded."""
     for layer in _attention_layers(model):
-        layer.core_attention.record_max_logits = record
+        layer.core_attention.record_max_logits = True
         layer.core_attention.max_logits = None
 
 

@@ -215,16 +215,15 @@ def _pieces(
 ) -> list[Piece]:
     """The Hugging Face matrices in a parameter, of ``wholes`` elements over all ranks."""
     rows, columns = param.shape
-    layout = mapping
     return [
         Piece(
             index=first + i,
             numel=whole,
             columns=columns,
             ranges=tuple((r.start * columns, r.stop * columns) for r in ranges),
-            split_dim=layout.dim,
+            split_dim=mapping.dim,
         )
-        for i, (whole, ranges) in enumerate(zip(wholes, layout.rows(rows, tp_size), strict=True))
+        for i, (whole, ranges) in enumerate(zip(wholes, mapping.rows(rows, tp_size), strict=True))
     ]
 
 

@@ -25,12 +25,12 @@ from megatron_replay.optim.rule import UpdateRule
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
-def newton_schulz(matrix_RC: Tensor, *, steps: int = 5) -> Tensor:
+def newton_schulz(matrix_RC: Tensor) -> Tensor:
     """U V^T, roughly, of M = U S V^T, in the matrix's precision."""
     tall = matrix_RC.shape[0] > matrix_RC.shape[1]
     x = matrix_RC.T if tall else matrix_RC
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
     return x.T if tall else x

@@ -8,9 +8,9 @@ byte.
 from megatron_replay.store.document import (
     CandidateBatch,
     DocumentCandidates,
-    missing_label,
     no_candidates,
     offsets_of_counts,
+    require_labels,
 )
 from megatron_replay.store.manifest import StoreDescription
 from megatron_replay.store.reader import CandidateReader
@@ -18,5 +18,5 @@ from megatron_replay.store.writer import CandidateWriter
 
 __all__ = [
     "CandidateBatch", "CandidateReader", "CandidateWriter", "DocumentCandidates",
-    "StoreDescription", "missing_label", "no_candidates", "offsets_of_counts",
+    "StoreDescription", "no_candidates", "offsets_of_counts", "require_labels",
 ]  # fmt: skip

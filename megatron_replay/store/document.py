@@ -254,6 +254,31 @@ def missing_label(
     return int(np.argmax(missing_P)) if missing_P.any() else -1
 
 
+def require_labels(
+    batch: CandidateBatch, document_P: Array, labels_P: Array, carries_loss_P: Array
+) -> None:
+    """Raise StoreError unless every position's label carries loss and is in its set.
+
+    Args:
+        document_P, labels_P: of each position, the document's number and the token that follows.
+        carries_loss_P: whether that token is trained on.
+    """
+
+    def place(p: np.integer[Any] | int) -> str:
+        return f"document {document_P[p]}, position {batch.positions[p]}"
+
+    fix = "Use the corpus that the store was made from"
+    if not carries_loss_P.all():
+        where = place(np.argmin(carries_loss_P))
+        raise StoreError(f"{where} is recorded, but its label carries no loss", fix=fix)
+    first = missing_label(batch.ids, batch.offsets, labels_P)
+    if first >= 0:
+        raise StoreError(
+            f"{place(first)}: the label {labels_P[first]} is not in its candidate set",
+            fix=f"{fix}, or run Stage 0 again",
+        )
+
+
 #: Largest finite numbers of the two.
 _LARGEST = {"fp16": 65_504.0, "bf16": 3.3895314e38}
 

@@ -16,12 +16,10 @@ import numpy.typing as npt
 
 from megatron_replay.errors import StoreError
 from megatron_replay.progress import Progress
-from megatron_replay.store.document import CandidateBatch, located, missing_label, require
+from megatron_replay.store.document import CandidateBatch, located, require, require_labels
 from megatron_replay.store.format import BIN_HEADER
 from megatron_replay.store.manifest import bin_path
 from megatron_replay.store.reader import CandidateReader, compiled_records
-
-_FIX = "Use the corpus that the store was made from"
 
 
 class Labels(Protocol):
@@ -75,7 +73,7 @@ def verify_shard(reader: CandidateReader, shard: int, corpus: Labels | None = No
     for documents, batch in reader.batches(shard):  # checks each record's crc32
         if corpus is not None:
             with located(path):
-                require_labels(documents, batch, corpus)
+                _require_corpus(documents, batch, corpus)
     compiled = compiled_records()
     if compiled is None:
         crc = zlib.crc32(content)
@@ -85,25 +83,18 @@ def verify_shard(reader: CandidateReader, shard: int, corpus: Labels | None = No
     require(crc == index.bin_crc, "damaged: crc32 differs", where=path)
 
 
-def require_labels(documents: Sequence[int], batch: CandidateBatch, corpus: Labels) -> None:
-    """Raise StoreError unless every position carries loss in ``corpus``, its label in its set."""
-    documents_D, counts_D = np.array(documents), np.diff(batch.document_offsets)
-
-    def place(p: np.integer[Any] | int) -> str:
-        d = np.searchsorted(batch.document_offsets, p, side="right") - 1
-        return f"document {documents_D[d]}, position {batch.positions[p]}"
-
-    beyond_P = batch.positions >= np.repeat(corpus.lengths[documents_D] - 1, counts_D)
+def _require_corpus(documents: Sequence[int], batch: CandidateBatch, corpus: Labels) -> None:
+    """Raise StoreError unless ``batch`` was recorded from ``corpus``."""
+    counts_D = np.diff(batch.document_offsets)
+    documents_D = np.array(documents)
+    document_P = np.repeat(documents_D, counts_D)
+    beyond_P = batch.positions >= corpus.lengths[document_P] - 1
     if beyond_P.any():
-        where = place(np.argmax(beyond_P))
-        raise StoreError(f"{where} is recorded, but is beyond the document's end", fix=_FIX)
-    labels_P, carries_loss_P = corpus.labels(documents_D, counts_D, batch.positions)
-    if not carries_loss_P.all():
-        where = place(np.argmin(carries_loss_P))
-        raise StoreError(f"{where} is recorded, but its label carries no loss", fix=_FIX)
-    first = missing_label(batch.ids, batch.offsets, labels_P)
-    if first >= 0:
+        first = np.argmax(beyond_P)
         raise StoreError(
-            f"{place(first)}: the label {labels_P[first]} is not in its candidate set",
-            fix=f"{_FIX}, or run Stage 0 again",
+            f"document {document_P[first]}, position {batch.positions[first]} is recorded, but is "
+            "beyond the document's end",
+            fix="Use the corpus that the store was made from",
         )
+    labels_P, carries_loss_P = corpus.labels(documents_D, counts_D, batch.positions)
+    require_labels(batch, document_P, labels_P, carries_loss_P)

@@ -169,10 +169,6 @@ def identity(
     return agreed
 
 
-#: What older checkpoints, which do not say, were made with.
-_ADDED = {"--group-prefixes": 1}
-
-
 def require_same(
     state: TrainState, agreed: dict[str, Any], model_files: dict[str, str], directory: Path
 ) -> None:
@@ -184,7 +180,7 @@ def require_same(
     """
     changed = few(differing(state.model_files, model_files))
     for name, value in agreed.items():
-        before = state.identity.get(name, _ADDED.get(name, value))
+        before = state.identity.get(name, value)
         if before != value and name == BASE:
             changed = differing_files(before, value)
         elif before != value:

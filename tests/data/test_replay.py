@@ -15,7 +15,8 @@ from megatron_replay.data.corpus import Document
 from megatron_replay.data.packing import PackedBatch, forest_of, pack_batch
 from megatron_replay.data.replay import full_targets, join_candidates
 from megatron_replay.errors import StoreError
-from megatron_replay.store import CandidateBatch, DocumentCandidates, missing_label
+from megatron_replay.store import CandidateBatch, DocumentCandidates
+from megatron_replay.store.document import missing_label
 from tests.data.examples import PAD_ID, VOCAB_SIZE, random_documents
 
 SEQ_LENGTH = 10
