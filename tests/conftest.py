@@ -15,6 +15,7 @@ sys.dont_write_bytecode = False
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 torch.set_num_threads(1)
@@ -63,13 +64,18 @@ def pytest_runtest_teardown(item):
 
 @pytest.fixture(scope="session")
 def compiler(tmp_path_factory):
-    """Of csrc/ascend for an emulated NPU."""
+    """Of csrc/ascend for an emulated NPU; one process of the session compiles for all."""
     from tests.ascemu.compiled import Compiler
 
-    return Compiler(tmp_path_factory.mktemp("ascemu"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with FileLock(folder / "ascemu.lock"):
+        return Compiler(folder / "ascemu")
 
 
 @pytest.fixture(scope="session")
 def operators(compiler):
     """The emulated module, of the kernels as they are."""
-    return compiler.module("unchanged")
+    with FileLock(f"{compiler.folder}.lock"):
+        return compiler.module("unchanged")

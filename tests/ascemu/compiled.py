@@ -40,14 +40,17 @@ class CompileError(Exception):
 
 
 class Compiler:
-    """g++ with the emulator's header precompiled, and the objects of the unchanged sources."""
+    """g++ with the emulator's header precompiled, and the objects of the unchanged sources.
+
+    What is in ``folder`` was made by another one from the same sources, and is used again.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.gxx = shutil.which(os.environ.get("CXX", "g++"))
         assert self.gxx, "the emulated NPU needs g++; on Debian: apt-get install g++"
         self.folder = folder
+        self.precompile(OPTIMIZED)
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(self._precompile, (OPTIMIZED, QUICK)))
             host = pool.map(lambda source: self._compile(source, source.stem, []), HOST)
             kernels = pool.map(self.kernel, KERNELS)
             self.host, self.kernels = list(host), dict(zip(KERNELS, kernels, strict=True))
@@ -65,9 +68,10 @@ class Compiler:
     def module(self, name: str, kernels: dict[Path, Path] | None = None) -> ModuleType:
         """Link and load the operators, with some of the kernels' objects replaced."""
         library = self.folder / name / "_ascend.so"
-        library.parent.mkdir()
+        library.parent.mkdir(exist_ok=True)
         objects = [*self.host, *(self.kernels | (kernels or {})).values()]
-        self._run(["-shared", *map(str, objects), "-o", str(library)])
+        if not library.exists():
+            self._run(["-shared", *map(str, objects), "-o", str(library)])
         # pybind11 keeps one module for each full name.
         full_name = f"{name}._ascend"
         loader = importlib.machinery.ExtensionFileLoader(full_name, str(library))
@@ -77,9 +81,12 @@ class Compiler:
         loader.exec_module(module)
         return module
 
-    def _precompile(self, level: str) -> None:
+    def precompile(self, level: str) -> None:
+        """The emulator's header, for kernels that are compiled at ``level``."""
         header = self.folder / level / "kernel_operator.h"
-        header.parent.mkdir()
+        if header.exists():
+            return
+        header.parent.mkdir(parents=True)
         # g++ uses header.gch where the options are the same, and needs the header as well.
         header.write_text(f'#include "{INCLUDE / header.name}"\n')
         self._run([*FLAGS, level, f"-I{INCLUDE}", "-x", "c++-header", str(header)])
@@ -91,7 +98,8 @@ class Compiler:
             folders = [INCLUDE, CSRC / "common", *(kernel.parent for kernel in KERNELS)]
             options = [OPTIMIZED, *(f"-I{folder}" for folder in folders)]
             options += [f"-isystem{folder}" for folder in python]
-        self._run([*FLAGS, *options, "-c", str(source), "-o", str(target)])
+        if not target.exists():
+            self._run([*FLAGS, *options, "-c", str(source), "-o", str(target)])
         return target
 
     def _run(self, arguments: list[str]) -> None:

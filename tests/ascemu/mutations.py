@@ -220,6 +220,7 @@ def judge(operators) -> str:
 @pytest.fixture(scope="module")
 def modules(compiler):
     """The module of each mutant, or the compiler's message; compiles two at a time."""
+    compiler.precompile(QUICK)
 
     def compiled(number: int):
         mutant, name = MUTANTS[number], f"mutant{number}"

@@ -81,7 +81,7 @@ def check_forests(rank: int, world_size: int, layout: Layout, checkpoint: Path) 
 
     # Not shrunk: all ranks must see the same forests.
     @settings(
-        max_examples=40, derandomize=True, deadline=None, database=None,
+        max_examples=20, derandomize=True, deadline=None, database=None,
         phases=[Phase.generate], suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(documents())
@@ -105,15 +105,11 @@ def test_random_forests_give_each_documents_loss_and_gradient(layout, tmp_path):
     assert max(shares) < 0.9
 
 
-#: Flags and layout of a run, and how far a loss may be from the run without shared prefixes.
+#: Flags and layout of a run, and how far a loss may be from the run without shared prefixes. A
+#: first step of every loss in every layout is in test_stage1_definition.py.
 RUNS: list[tuple[str, dict[str, int], float]] = [
-    ("", {}, 5e-6),
-    ("--loss full --recompute-granularity full", {}, 5e-6),
-    ("--candidate-scope document --tail ghost --kl-weight 0.5", {"tp": 4}, 5e-6),
     ("--sequence-parallel --micro-batch-size 2", {"tp": 2, "dp": 2}, 5e-6),
-    ("--loss full", {"pp": 2, "dp": 2}, 5e-6),
-    ("--sequence-parallel --recompute-granularity full", {"tp": 4, "pp": 2}, 5e-6),
-    ("--optimizer muonclip", {"dp": 2}, 5e-6),
+    ("--loss full --optimizer muonclip", {"pp": 2, "dp": 2}, 5e-6),
     ("--bf16 --use-distributed-optimizer", {"dp": 2}, 5e-3),
 ]
 

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from examples.quickstart import init_base
+from megatron_replay.checkpoint.directories import latest_iteration
 from megatron_replay.errors import CheckpointError
 from megatron_replay.model.config import ModelConfig
 from megatron_replay.store import CandidateReader
@@ -100,29 +101,29 @@ def execute(words: list[str]) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize(("qwen3", "ranks"), [("4b", 4), ("8b", 8)])
 def test_from_hugging_face_to_the_report(tmp_path: Path, qwen3: str, ranks: int) -> None:
-    probe = ["--probe-documents", "2"]
-    one_step = [*probe, "--train-iters", "1", "--global-batch-size", "2"]
-    for step, flags, variables in (
-        ("ckpt_convert_qwen3_{}_4K_hf2mcore", [], {}),
-        ("ckpt_convert_qwen3_{}_4K_hf2mg", [], {}),
-        ("data_convert_qwen3_{}_4K_instruction", [], {}),
-        ("stage0_qwen3_{}_4K_ptd", [], {}),
-        ("stage1_qwen3_{}_4K_ptd", probe, {}),
-        ("stage1_qwen3_{}_4K_ptd", one_step, {"OPTIMIZER": "mofo"}),
-        ("stage1_qwen3_{}_4K_ptd", one_step, {"OPTIMIZER": "muonclip"}),
-        ("ckpt_convert_qwen3_{}_4K_mcore2hf", [], {}),
-        ("evaluate_qwen3_{}_4K_ptd", ["--max-new-tokens", "8"], {}),
-        ("report_qwen3_{}_4K", [], {}),
-    ):
-        if qwen3 == "4b" or "OPTIMIZER" not in variables:
-            given = {"MODEL_SIZE": "tiny", "TINY": tmp_path / "data", **variables}
-            for words in commands(step.format(qwen3), tmp_path / "run", *flags, **given):
-                execute(words)
+    """The last three steps differ in the directory alone: once is enough."""
+    steps = {
+        "ckpt_convert_qwen3_{}_4K_hf2mcore": [],
+        "ckpt_convert_qwen3_{}_4K_hf2mg": [],
+        "data_convert_qwen3_{}_4K_instruction": [],
+        "stage0_qwen3_{}_4K_ptd": [],
+        "stage1_qwen3_{}_4K_ptd": ["--probe-documents", "2"],
+    }
+    if qwen3 == "4b":
+        steps["ckpt_convert_qwen3_{}_4K_mcore2hf"] = []
+        steps["evaluate_qwen3_{}_4K_ptd"] = ["--max-new-tokens", "8"]
+        steps["report_qwen3_{}_4K"] = []
+    given = {"MODEL_SIZE": "tiny", "TINY": tmp_path / "data"}
+    for step, flags in steps.items():
+        for words in commands(step.format(qwen3), tmp_path / "run", *flags, **given):
+            execute(words)
     rank_files = (tmp_path / "run" / "mg" / "iter_0000001").glob("mp_rank_*/model_optim_rng.pt")
     assert len(list(rank_files)) == ranks
     assert len(CandidateReader(tmp_path / "run" / "store")) == 96
-    assert "moclip" in json.dumps(json.loads((tmp_path / "run" / "report.json").read_text()))
-    assert (tmp_path / "run" / "report.md").stat().st_size > 100
+    assert latest_iteration(tmp_path / "run" / "moclip")
+    if qwen3 == "4b":
+        assert "moclip" in json.dumps(json.loads((tmp_path / "run" / "report.json").read_text()))
+        assert (tmp_path / "run" / "report.md").stat().st_size > 100
 
 
 @pytest.mark.parametrize(
