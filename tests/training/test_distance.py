@@ -27,12 +27,9 @@ from tests.distributed.layouts import Layout, build, join_groups
 CASES = [
     (Layout(), False),
     (Layout(bf16=True), False),
-    (Layout(tp=2), False),
-    (Layout(pp=2, bf16=True), False),
     (Layout(tp=2, pp=2), False),
     (Layout(tp=4, pp=2, bf16=True), False),
     (Layout(tp=2, dp=2, bf16=True), False),
-    (Layout(dp=2), True),
     (Layout(pp=2, dp=2, bf16=True), True),
 ]
 
