@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method on this machine's CPU: a real model learns to query a database that it has never seen.
+# The whole method on this machine's CPU: a real model learns to query a database it has never seen.
 # SmolLM2-135M, Stage 0, Stage 1 with two recipes, export, evaluation, report.
 #
 #   bash examples/quickstart.sh                                   # ten minutes on two cores, 6 GB
@@ -163,7 +163,8 @@ part "$OUT/corpus.json" "corpus" \
 
 # ---------------------------------------------------------------- Stage 0: once
 COMMON=(--load "$BASE" --store "$OUT/store" --data-path "$OUT/corpus" --seq-length "$SEQ_LENGTH"
-    --platform cpu --micro-batch-size "$MICRO_BATCH" --tensor-model-parallel-size "$TP" --long-documents "$LONG")
+    --micro-batch-size "$MICRO_BATCH" --tensor-model-parallel-size "$TP" --long-documents "$LONG"
+    --platform cpu)
 if grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo; then # elsewhere bf16 is slower than fp32
     COMMON+=(--bf16)
     echo "matrix products: bf16, which this CPU multiplies faster; master weights: fp32"
