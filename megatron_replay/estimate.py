@@ -116,7 +116,7 @@ def stage1(config: Stage1Config) -> str:
 def checkpoint_bytes(shape: ModelConfig, config: Stage1Config) -> int:
     """Bytes on disk of a checkpoint of Stage 1: weights, fp32 masters, and moments in fp32.
 
-    MuonClip has one moment of a matrix and two of the rest; the rest is not counted.
+    MuonClip has a second moment of what is no hidden matrix; it is not counted.
     """
     weights = 6 if config.model.bf16 else 4
     moments = 1 if config.optimizer.optimizer == "muonclip" else 2

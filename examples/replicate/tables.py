@@ -37,7 +37,7 @@ def grouped(rows: Iterable[Row], *names: str) -> dict[tuple[object, ...], list[R
 
 
 def runs(rows: Sequence[Row], domain: str) -> Table:
-    """A line for each method and rate: means over seeds; the gain with its 95 % interval."""
+    """A line for each method and rate: means over seeds; of score and retention 95 % intervals."""
     base = base_of(rows, domain)
     own = sorted((row for row in rows if row.domain == domain), key=lambda row: row.lr)
     order = list(dict.fromkeys(row.method for row in rows))
@@ -50,11 +50,11 @@ def runs(rows: Sequence[Row], domain: str) -> Table:
 
 def _measures(seeds: Sequence[Row], base: Row) -> dict[str, str]:
     values_BC = curve(seeds, base, draw(base))[:, 0]
-    (score, change, lost), ends = values_BC[0], np.percentile(values_BC[1:, 0], [2.5, 97.5])
+    score_B, change_B, lost_B = values_BC.T
     return {
-        "score, %": f"{score:.1f} [{ends[0]:.1f}, {ends[1]:.1f}]",
-        "ΔPPL": f"{change:+.2f}",
-        "retention, %": f"{100 - lost:.1f}",
+        "score, %": _with_interval(score_B),
+        "ΔPPL": f"{change_B[0]:+.2f}",
+        "retention, %": _with_interval(100 - lost_B),
         **{
             f"{name}, %": _mean(".1f", [100 * row.general[name].mean() for row in seeds])
             for name in base.general
@@ -67,6 +67,12 @@ def _measures(seeds: Sequence[Row], base: Row) -> dict[str, str]:
         "Stage 1, s": _mean(".0f", [row.seconds for row in seeds]),
         "seeds": str(len(seeds)),
     }
+
+
+def _with_interval(values_B: Values) -> str:
+    """What was measured, and the 95 % interval of the draws after it."""
+    low, high = np.percentile(values_B[1:], [2.5, 97.5])
+    return f"{values_B[0]:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _mean(form: str, values: Sequence[float | None]) -> str:

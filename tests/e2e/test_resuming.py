@@ -56,6 +56,8 @@ def test_resuming_is_bitwise(folder, tmp_path, flags, layout):
     out = stages.succeed("stage1", *argv(folder, parts, *flags), before=print_loaders, **layout)
     assert f"resuming {parts} after iteration {stop}" in out
     assert "loaders: []" in out
+    if "document" in flags:
+        assert "restricted head: cpu kernels, by dense products" in out
     assert stages.losses(parts) == losses
     assert stages.weights(parts) == stages.weights(whole)
     if flags[0] == "--bf16":
